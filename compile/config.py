@@ -1,0 +1,44 @@
+"""What the compiler is told. Frozen; resolved before it gets here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Settings of one compiled model.
+
+    Field names are the flag names of `fuseline serve`; the text under a field is its help.
+    """
+
+    model: str
+    """Directory of the checkpoint (config.json, safetensors)."""
+    level: int = 1
+    """0: the captured graph with reference ops, eager. 1: passes, our kernels and the plan."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU without fp16 arithmetic."""
+    kv_cache_dtype: str = "auto"
+    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16."""
+    max_model_len: int = 0
+    """Context length in tokens; 0 takes the model's own limit."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    max_num_batched_tokens: int = 2048
+    """Largest number of tokens in one step (sizes the arena)."""
+    max_num_seqs: int = 256
+    """Largest number of sequences in one step."""
+    disabled_passes: tuple[str, ...] = ()
+    """Names of passes to leave out."""
+    num_threads: int = 0
+    """CPU threads of the kernels; 0 takes the cores this process may use."""
+    cache_dir: str = ""
+    """Where captured graphs are cached; empty takes $FUSELINE_CACHE_ROOT or ~/.cache/fuseline."""
+    hf_overrides: tuple[tuple[str, object], ...] = ()
+    """Values merged over the checkpoint's config.json before the model is built."""
+    load_format: str = "auto"
+    """auto, safetensors, pt or dummy (random weights from `seed`)."""
+    seed: int = 0
+    """Seed of dummy weights."""
+    trust_remote_code: bool = False
+    """Allow Python code that lies in the checkpoint directory."""

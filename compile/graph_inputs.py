@@ -1,0 +1,28 @@
+"""Batch metadata of one step: the inputs of every compiled graph (DESIGN contract 6).
+
+Legend: T tokens in the step, S sequences in the step, R rows whose logits are wanted, G cache groups,
+M blocks in the longest table of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class GraphInputs:
+    """CPU tensors, contiguous. Sequences lie one after the other in the token dimension.
+
+    A token's key and value go to slot = block * block_size + offset; a slot of -1 writes nothing.
+    """
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    rope_rows: torch.Tensor  # [T] int64, == positions unless the model has a RopeSwitchSpec
+    query_start: torch.Tensor  # [S + 1] int32, first token of each sequence; query_start[S] == T
+    seq_lens: torch.Tensor  # [S] int32, tokens computed once this step is done (past + this step's)
+    slot_mapping: torch.Tensor  # [G, T] int64
+    block_tables: torch.Tensor  # [G, S, M] int32; blocks a window has left behind may hold any valid id
+    logits_rows: torch.Tensor  # [R] int64, indices into T

@@ -1,0 +1,81 @@
+"""What passes tell the layers above and the weight loader: plain frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """KV memory one attention layer needs.
+
+    K is stored as [num_blocks, num_kv_heads, block_size, key_dim], V likewise with value_dim.
+    """
+
+    layer: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+    window: int = 0
+    """Tokens a query sees, itself included; 0 means all before it."""
+
+    def bytes_per_token(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * {"float32": 4}.get(self.dtype, 2)
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers that share one block table: all with the same window. Group g of a batch is row g of its tables."""
+
+    window: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RopeSwitchSpec:
+    """The rope table depends on the sequence's length (longrope).
+
+    A sequence of more than `threshold` tokens uses table 1 for all its positions, else table 0. Crossing means its KV
+    must be computed anew. Row of the stacked table: variant * table_rows + position.
+    """
+
+    threshold: int
+    table_rows: int
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """How one constant of the lowered graph is made from the checkpoint.
+
+    `names` are parameter names of the Transformers module; several are concatenated along dim 0 in that order.
+    """
+
+    names: tuple[str, ...]
+    transpose: bool = False
+    """Transpose the last two dims of each part first (GPT-2's Conv1D keeps [in, out])."""
+    layout: str = "rows"
+    """rows: as is. panels: [ceil(N/16), K, 16] zero-padded, what the native `linear` reads; 3-D weights get a leading
+    expert dim: [E, ceil(N/16), K, 16]."""
+    dtype: str = ""
+    """Element type to store; empty keeps the model's."""
+    pads: tuple[int, ...] = ()
+    """Rows of zeros that stand for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts of the compiled model that the engine and the API need."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_model_len: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    weight_bytes: int
+    arena_bytes: int
+    rope_switch: RopeSwitchSpec | None = None
+    cache_specs: tuple[CacheSpec, ...] = ()
+    cache_groups: tuple[CacheGroup, ...] = field(default=())

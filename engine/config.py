@@ -1,0 +1,55 @@
+"""Configuration of the engine. Frozen; outer includes inner; field names are flag names, field texts are their help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fuseline.compile.config import CompileConfig
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    block_size: int = 16
+    """Tokens per KV block."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV of shared prefixes, a block at a time."""
+    gpu_memory_utilization: float = 0.9
+    """Fraction of the device's memory (on CPU: of the free memory) this server may fill with weights, arena and KV."""
+    kv_cache_memory_bytes: int | None = None
+    """Exact size of the KV cache in bytes; overrides the fraction."""
+    num_gpu_blocks_override: int | None = None
+    """Exact number of KV blocks."""
+    swap_space: float = 4.0
+    """GiB of host memory for swapped sequences; nothing to swap to on CPU: accepted, treated as 0."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    max_num_batched_tokens: int = 2048
+    """Token budget of a step."""
+    max_num_seqs: int = 256
+    """Sequences in a step."""
+    max_num_queued_reqs: int = 0
+    """Requests that may wait before new ones get 429; 0 means 4 x max-num-seqs."""
+    scheduling_policy: str = "fcfs"
+    """fcfs, or priority (lower value first, ties by arrival)."""
+    enable_chunked_prefill: bool = True
+    """Split long prompts over several steps."""
+    max_num_partial_prefills: int = 1
+    """Prompts that may be partly computed at the same time."""
+    max_long_partial_prefills: int = 1
+    """How many of those may be long."""
+    long_prefill_token_threshold: int = 0
+    """Prompts longer than this are long; 0 means 4 % of the context when several partial prefills are allowed."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine process is told; sent to it as is."""
+
+    compile: CompileConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    max_logprobs: int = 20
+    seed: int = 0
+    disable_log_stats: bool = False

@@ -1,0 +1,155 @@
+"""Everything that crosses the border between API and engine, as typed msgspec structs."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request's sampling settings, validated and resolved by the API (SPEC 4.1, 6)."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 = off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    """None = unseeded. Choice i of n uses seed + i."""
+    max_tokens: int = 16
+    """Already capped by the context; 0 only scores the prompt."""
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end the sequence; also what min_tokens masks. Empty when ignore_eos."""
+    masked_eos_token_ids: tuple[int, ...] = ()
+    """EOS ids that min_tokens masks even under ignore_eos."""
+    logprobs: int | None = None
+    """None = none wanted; k = the sampled token's and the k best."""
+    prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    """Empty = all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs_mode: int = 0
+    """0 raw_logprobs, 1 processed_logprobs, 2 raw_logits, 3 processed_logits."""
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """A validated request. `request_id` is unique in the engine and made by the server, never by a client."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    arrival_time: float = 0.0
+    cache_salt: str = ""
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
+    request_ids: tuple[str, ...]
+
+
+class Utility(msgspec.Struct, frozen=True, tag="utility"):
+    """A call with an answer: reset_prefix_cache, sleep, wake_up, is_sleeping, ..."""
+
+    call_id: int
+    method: str
+    arg: str = ""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    pass
+
+
+class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the token itself first, then the best ones in descending order."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
+    """New tokens of one choice of one request. A choice ends with exactly one output that has a finish_reason."""
+
+    request_id: str
+    index: int = 0
+    """Which of the n choices."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    """One per token of token_ids when asked for, else empty."""
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    """With the first output of choice 0, when asked for."""
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache (with the first output)."""
+    finish_reason: str | None = None
+    """stop, length, abort, error."""
+    stop_token_id: int | None = None
+    """The stop_token_id that ended the choice; None for EOS and length."""
+    error: str = ""
+    """With finish_reason error: a message fit for the client."""
+    queue_seconds: float = 0.0
+    """With the first output: time from arrival to first being scheduled."""
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preemptions: int = 0
+    """Since start."""
+    kv_usage: float = 0.0
+    prefix_queries: int = 0
+    """Tokens looked up since start."""
+    prefix_hits: int = 0
+    num_step_tokens: int = 0
+    num_prompt_tokens: int = 0
+    """Prompt tokens computed in this step."""
+
+
+class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    outputs: tuple[TokenOutput, ...] = ()
+    stats: StepStats = msgspec.field(default_factory=StepStats)
+
+
+class UtilityResult(msgspec.Struct, frozen=True, tag="utility_result"):
+    call_id: int
+    result: str = ""
+    error: str = ""
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
+    """First message of a started engine: what the API must know, and the start-up table as (label, value) rows."""
+
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    dtype: str
+    kv_cache_dtype: str
+    eos_token_ids: tuple[int, ...]
+    architecture: str
+    table: tuple[tuple[str, str], ...] = ()
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """Start-up failed; `message` is one line with cause and cure."""
+
+    message: str
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Start-up progress of one phase: loading, capturing, compiling."""
+
+    phase: str
+    done: int
+    total: int
+
+
+ToEngine = EngineRequest | AbortRequests | Utility | Shutdown
+FromEngine = StepOutputs | UtilityResult | EngineReady | EngineFailed | Progress

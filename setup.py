@@ -1,0 +1,47 @@
+"""Maps the top-level folders to the package `fuseline` and drives CMake for the native library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+FOLDERS = ("engine", "compile", "api")
+
+
+class CMakeBuild(build_ext):
+    """Configure and build the one native module with CMake and ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-GNinja", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DOUT_DIR={out.parent}", f"-DOUT_NAME={out.name}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]  # fmt: skip
+        subprocess.check_call(configure)
+        subprocess.check_call(["cmake", "--build", str(build), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
+
+
+packages, package_dir = ["fuseline"], {"fuseline": "csrc/pkg"}
+for folder in FOLDERS:
+    package_dir[f"fuseline.{folder}"] = folder
+    packages += [f"fuseline.{folder}", *(f"fuseline.{folder}.{name}" for name in find_packages(folder))]
+
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"fuseline": ["demo/*"], "fuseline.api": ["web/*"]},
+    ext_modules=[Extension("fuseline._C", [])] if (ROOT / "CMakeLists.txt").exists() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
