@@ -36,9 +36,9 @@ $(VENV)/.serve: $(VENV)/.build $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --progress-bar off --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.serve
+$(VENV)/.test: $(VENV)/.build $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --progress-bar off --no-build-isolation -e ".[test]"
-	touch $@
+	touch $@ $(VENV)/.serve
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .cache
