@@ -1,0 +1,201 @@
+"""What the server is told: `ServerConfig` (frozen, the engine's inside), and the one reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import fuseline
+from fuseline.engine.config import EngineConfig
+
+JsonObject = tuple[tuple[str, object], ...]
+"""A JSON object of the command line as sorted-as-given items, so that a config stays frozen."""
+
+LogLevel = Literal["debug", "info", "warning", "error", "critical", "trace"]
+HIGHEST_LEVEL = 1
+"""The highest compilation level there is; a higher one asked for runs as this one and the start-up table says so."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is one line with cause and cure."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Settings of one server.
+
+    Field names are the flag names of `fuseline serve`; the text under a field is its help.
+    Made by `resolve` in api/config_resolve.py.
+    """
+
+    engine: EngineConfig
+
+    model: str = "demo"
+    """Checkpoint directory or hub id of a cached snapshot; the positional MODEL wins. demo is the bundled model."""
+    served_model_name: tuple[str, ...] = ()
+    """Names clients may use; the first is used in responses and metrics. Default: the model as given."""
+    tokenizer: str = ""
+    """Directory of another tokenizer; empty takes the model's."""
+    skip_tokenizer_init: bool = False
+    """Load no tokenizer: only token-id prompts, answers carry ids."""
+    task: Literal["auto", "generate", "embedding", "embed", "classify", "score", "reward", "transcription"] = "auto"
+    """What the server does with the model."""
+    device: Literal["auto", "cuda", "neuron", "cpu", "openvino", "tpu", "xpu", "hpu"] = "auto"
+    """Where to run; auto takes the best present."""
+    generation_config: str = ""
+    """Sampling defaults: empty takes none, auto reads generation_config.json of the model, else of that directory."""
+    override_generation_config: JsonObject = ()
+    """JSON merged over the generation config, for instance {"temperature": 0.5}."""
+    compilation_config: JsonObject = (("level", 2),)
+    """Compilation level 0 to 3, or JSON with the keys of the documentation; -O3 is short for level 3."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; give 0.0.0.0 to be reached from outside."""
+    port: int = 8000
+    """TCP port; 0 picks a free one."""
+    uvicorn_log_level: LogLevel = "info"
+    """Log level of the HTTP server."""
+    allow_credentials: bool = False
+    """CORS: allow credentials."""
+    allowed_origins: tuple[str, ...] = ("*",)
+    """CORS: JSON list of allowed origins."""
+    allowed_methods: tuple[str, ...] = ("*",)
+    """CORS: JSON list of allowed methods."""
+    allowed_headers: tuple[str, ...] = ("*",)
+    """CORS: JSON list of allowed headers."""
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    """Keys of which clients must send one (Authorization: Bearer KEY); repeatable. Default: $FUSELINE_API_KEY."""
+    ssl_keyfile: str = ""
+    """PEM file of the TLS key."""
+    ssl_certfile: str = ""
+    """PEM file of the TLS certificate."""
+    ssl_ca_certs: str = ""
+    """PEM file of the authorities that verify clients."""
+    ssl_cert_reqs: Literal[0, 1, 2] = 0
+    """Client certificate: 0 none, 1 optional, 2 required."""
+    root_path: str = ""
+    """ASGI root path behind a proxy that strips it."""
+    middleware: tuple[str, ...] = ()
+    """Import path of a middleware (a coroutine function or an ASGI class); may be repeated."""
+    disable_frontend_multiprocessing: bool = False
+    """Run the engine in a thread of the server process."""
+    enable_request_id_headers: bool = False
+    """Send X-Request-Id with every response."""
+    disable_fastapi_docs: bool = False
+    """No /docs, /redoc and /openapi.json."""
+    enable_server_load_tracking: bool = False
+    """Count the requests in flight for GET /load."""
+    shutdown_timeout: float = 30.0
+    """Seconds that running requests may take to finish after SIGTERM."""
+    sse_keep_alive_interval: float = 15.0
+    """Seconds of silence in a stream before a comment line is sent; 0 sends none."""
+    metrics_prefix: str = "fuseline:"
+    """Prefix of metric names; vllm: gives the reference's names."""
+    dev_mode: bool = False
+    """Mount the development routes; set by FUSELINE_SERVER_DEV_MODE."""
+
+    chat_template: str = ""
+    """File of a chat template, or the template itself on one line. Default: the tokenizer's own."""
+    chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
+    """How message content reaches the template: as a string, or as a list of parts (openai)."""
+    default_chat_template_kwargs: JsonObject = ()
+    """JSON of template variables for requests that do not set them."""
+    trust_request_chat_template: bool = False
+    """Allow requests to bring their own chat template."""
+    response_role: str = "assistant"
+    """Role of answers."""
+    return_tokens_as_token_ids: bool = False
+    """Show tokens as token_id:N in log-probabilities."""
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = "raw_logprobs"
+    """What log-probabilities report: before or after penalties, masks and temperature."""
+    enable_prompt_tokens_details: bool = False
+    """Report usage.prompt_tokens_details.cached_tokens."""
+    enable_force_include_usage: bool = False
+    """Send usage at the end of every stream."""
+    stream_interval: int = 1
+    """Tokens gathered before a chunk of a stream is sent; the first token is sent at once."""
+
+    disable_log_requests: bool = False
+    """No log line per request."""
+    max_log_len: int | None = None
+    """Characters (or ids) of a prompt that a log line shows; default all."""
+    enable_log_outputs: bool = False
+    """Log generated text too."""
+    logging_level: str = "INFO"
+    """Level of our own log; set by FUSELINE_LOGGING_LEVEL."""
+    logging_config_path: str = ""
+    """JSON file for logging.config.dictConfig; set by FUSELINE_LOGGING_CONFIG_PATH."""
+
+    recorded: JsonObject = ()
+    """Flags that are checked and shown but have no other effect on this device."""
+
+    @property
+    def asked_level(self) -> int:
+        """Compilation level asked for; `engine.compile.level` is the one that runs."""
+        return int(dict(self.compilation_config)["level"])  # type: ignore[call-overload]
+
+    @property
+    def tokenizer_dir(self) -> str:
+        return self.tokenizer or self.engine.compile.model
+
+    @property
+    def level_text(self) -> str:
+        """The level as the start-up table shows it."""
+        running = self.engine.compile.level
+        return str(running) if running == self.asked_level else f"{running} (asked: {self.asked_level})"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Variables FUSELINE_<NAME> (alias VLLM_<NAME>), empty when unset. A flag wins over its variable."""
+
+    api_key: str = ""
+    """Key clients must send; --api-key wins."""
+    server_dev_mode: str = ""
+    """1 mounts the development routes."""
+    allow_long_max_model_len: str = ""
+    """1 allows --max-model-len above the model's own limit."""
+    cpu_kvcache_space: str = ""
+    """Size of the KV cache in GiB; --kv-cache-memory-bytes wins."""
+    logging_level: str = ""
+    """DEBUG, INFO, WARNING, ERROR or CRITICAL."""
+    logging_config_path: str = ""
+    """JSON file for logging.config.dictConfig."""
+    cache_root: str = ""
+    """Directory of compile caches; default ~/.cache/fuseline."""
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """The one place where the server reads environment variables."""
+    source = os.environ if variables is None else variables
+    names = Environment.__dataclass_fields__
+    read = {name: source.get(f"FUSELINE_{name.upper()}") or source.get(f"VLLM_{name.upper()}") or "" for name in names}
+    return Environment(**read)
+
+
+def demo_dir() -> Path:
+    """Directory of the model that ships inside the package."""
+    return Path(fuseline.__file__).parent / "demo"
+
+
+def find_checkpoint(model: str) -> str:
+    """Directory of a checkpoint: a path, `demo`, or the cached snapshot of a hub id. Raises ConfigError."""
+    path = demo_dir() if model == "demo" and not Path("demo").is_dir() else Path(model).expanduser()
+    if path.is_file():
+        raise ConfigError(f"{model} is a file; give the directory of a checkpoint (single-file formats come later)")
+    if not path.is_dir():
+        path = _cached_snapshot(model)
+    return str(path.resolve())
+
+
+def _cached_snapshot(model: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, local_files_only=True))
+    except Exception as error:  # any reason (bad id, not cached, no package) means the same to the user
+        message = f"model {model!r} is neither a directory nor a hub id whose files are in the local Hugging Face cache"
+        raise ConfigError(message + "; give a checkpoint directory") from error
