@@ -135,7 +135,7 @@ class ServerConfig:
     @property
     def asked_level(self) -> int:
         """Compilation level asked for; `engine.compile.level` is the one that runs."""
-        return int(dict(self.compilation_config)["level"])  # type: ignore[call-overload]
+        return int(dict(self.compilation_config)["level"])
 
     @property
     def tokenizer_dir(self) -> str:
@@ -186,6 +186,8 @@ def find_checkpoint(model: str) -> str:
     path = demo_dir() if model == "demo" and not Path("demo").is_dir() else Path(model).expanduser()
     if path.is_file():
         raise ConfigError(f"{model} is a file; give the directory of a checkpoint (single-file formats come later)")
+    if model == "demo" and not path.is_dir():
+        raise ConfigError("the bundled demo model is not in this installation; give a checkpoint directory")
     if not path.is_dir():
         path = _cached_snapshot(model)
     return str(path.resolve())

@@ -1,0 +1,34 @@
+"""Logging of the server process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.config
+from pathlib import Path
+
+from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.config_resolve import without_effect
+
+FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
+
+
+def configure_logging(config: ServerConfig) -> None:
+    """Apply FUSELINE_LOGGING_LEVEL or FUSELINE_LOGGING_CONFIG_PATH, then name the flags that have no effect."""
+    if config.logging_config_path:
+        _from_file(config.logging_config_path)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(FORMAT, "%H:%M:%S"))
+        logger = logging.getLogger("fuseline")
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(config.logging_level)
+    for line in without_effect(config):
+        logging.getLogger("fuseline.config").warning(line)
+
+
+def _from_file(path: str) -> None:
+    try:
+        logging.config.dictConfig(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(f"FUSELINE_LOGGING_CONFIG_PATH={path} is no logging configuration: {error}") from error

@@ -1,0 +1,127 @@
+"""Rules that one field alone cannot state. Each broken one is a ConfigError of one line with cause and cure."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fuseline.api import cli_tables as tables
+from fuseline.api.config import ConfigError, ServerConfig
+
+MINIMA: dict[str, float] = {
+    "max_model_len": 0, "num_threads": 0, "max_num_batched_tokens": 1, "max_num_seqs": 1, "max_num_queued_reqs": 0,
+    "max_num_partial_prefills": 1, "max_long_partial_prefills": 1, "long_prefill_token_threshold": 0, "swap_space": 0,
+    "kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1, "max_logprobs": -1, "stream_interval": 1, "port": 0,
+    "shutdown_timeout": 0, "sse_keep_alive_interval": 0, "max_log_len": 0,
+}  # fmt: skip
+
+
+def refuse_unavailable(given: Mapping[str, object]) -> None:
+    """Refuse what exists by specification only, before anything is looked up on disk."""
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        if name in tables.LATER and not _is_neutral(tables.LATER[name], value):
+            raise ConfigError(f"{flag} is not supported yet ({tables.LATER[name].part})")
+        if cure := tables.LATER_CHOICES.get(name, {}).get(str(value)):
+            raise ConfigError(f"{flag} {value} is not supported yet; {cure}")
+        if name in tables.RECORDED:
+            _check_recorded(flag, tables.RECORDED[name], value)
+    device = str(given.get("device", "auto"))
+    if device in tables.MISSING_DEVICES:
+        raise ConfigError(f"--device {device}: {tables.MISSING_DEVICES[device]}. Available devices: cpu.")
+
+
+def _is_neutral(later: tables.Later, value: object) -> bool:
+    return value is False if later.is_switch else str(value).lower() in later.neutral
+
+
+def _check_recorded(flag: str, row: tables.Recorded, value: object) -> None:
+    if row.choices and value not in row.choices:
+        raise ConfigError(f"{flag} {value}: choose from {', '.join(map(str, row.choices))}")
+    if row.minimum is not None and float(value) < row.minimum:
+        raise ConfigError(f"{flag} {value}: must be at least {row.minimum}")
+
+
+def check(config: ServerConfig) -> None:
+    """Apply every rule that needs no weights."""
+    for rule in RULES:
+        rule(config)
+
+
+def _minima(config: ServerConfig) -> None:
+    engine = config.engine
+    for part in (config, engine, engine.cache, engine.scheduler, engine.compile):
+        for name, minimum in MINIMA.items():
+            value = getattr(part, name, None)
+            if value is not None and (math.isnan(value) or value < minimum):
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+
+
+def _ranges(config: ServerConfig) -> None:
+    if config.port > 65535:
+        raise ConfigError(f"--port {config.port}: must be at most 65535")
+    if not 0 < config.engine.cache.gpu_memory_utilization <= 1:
+        fraction = config.engine.cache.gpu_memory_utilization
+        raise ConfigError(f"--gpu-memory-utilization {fraction}: must be above 0 and at most 1")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if config.engine.cache.swap_space > 0.7 * memory and config.engine.cache.swap_space != 4.0:
+        space = config.engine.cache.swap_space
+        raise ConfigError(f"--swap-space {space} GiB is more than 70 % of this machine's {memory:.1f} GiB of memory")
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*[:_]", config.metrics_prefix):
+        raise ConfigError(f"--metrics-prefix {config.metrics_prefix!r}: letters, digits and _, ending in : or _")
+
+
+def _token_budget(config: ServerConfig) -> None:
+    scheduler, length = config.engine.scheduler, config.engine.compile.max_model_len
+    budget = scheduler.max_num_batched_tokens
+    if budget < scheduler.max_num_seqs:
+        message = f"--max-num-batched-tokens {budget} is below --max-num-seqs {scheduler.max_num_seqs}"
+        raise ConfigError(message + "; a step needs a token for each sequence")
+    if not scheduler.enable_chunked_prefill and budget < length:
+        message = f"--max-num-batched-tokens {budget} is below --max-model-len {length}"
+        raise ConfigError(message + "; without chunked prefill a prompt must fit one step")
+
+
+def _partial_prefills(config: ServerConfig) -> None:
+    scheduler = config.engine.scheduler
+    partial, long = scheduler.max_num_partial_prefills, scheduler.max_long_partial_prefills
+    if partial > 1 and not scheduler.enable_chunked_prefill:
+        raise ConfigError(f"--max-num-partial-prefills {partial} needs chunked prefill")
+    if long > partial:
+        raise ConfigError(f"--max-long-partial-prefills {long} is above --max-num-partial-prefills {partial}")
+    threshold, length = scheduler.long_prefill_token_threshold, config.engine.compile.max_model_len
+    if length and threshold > length:
+        raise ConfigError(f"--long-prefill-token-threshold {threshold} is above --max-model-len {length}")
+
+
+def _files(config: ServerConfig) -> None:
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "logging_config_path"):
+        path = getattr(config, name)
+        if path and not Path(path).is_file():
+            raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}")
+    if bool(config.ssl_keyfile) != bool(config.ssl_certfile):
+        raise ConfigError("HTTPS needs both --ssl-keyfile and --ssl-certfile")
+    if config.ssl_cert_reqs and not config.ssl_ca_certs:
+        raise ConfigError("--ssl-cert-reqs above 0 needs --ssl-ca-certs to verify clients with")
+    generation = config.generation_config
+    if generation not in ("", "auto") and not Path(generation).is_dir():
+        raise ConfigError(f"--generation-config: there is no directory {generation} (auto takes the model's)")
+
+
+def _template(config: ServerConfig) -> None:
+    template = config.chat_template
+    if template and not any(mark in template for mark in "{}\n") and not Path(template).is_file():
+        raise ConfigError(f"--chat-template: {template} is neither a file nor a template")
+
+
+def _logging(config: ServerConfig) -> None:
+    if config.logging_level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+        raise ConfigError(f"FUSELINE_LOGGING_LEVEL={config.logging_level}: DEBUG, INFO, WARNING, ERROR or CRITICAL")
+
+
+RULES: tuple[Callable[[ServerConfig], None], ...] = (
+    _minima, _ranges, _token_budget, _partial_prefills, _files, _template, _logging,
+)  # fmt: skip
