@@ -190,8 +190,7 @@ LATER: dict[str, Later] = {
 
 LEVEL_KEYS = frozenset(
     "level backend custom_ops splitting_ops use_inductor compile_sizes cudagraph_capture_sizes "
-    "cudagraph_num_of_warmups cache_dir"
-    "pass_config".split()
+    "cudagraph_num_of_warmups cache_dir pass_config".split()
 )
 """Keys of a --compilation-config object."""
 EFFECTIVE_LEVEL_KEYS = frozenset({"level", "cache_dir", "pass_config"})

@@ -51,5 +51,8 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     max_logprobs: int = 20
+    """Most log-probabilities a request may ask for at a position; -1 allows the whole vocabulary."""
     seed: int = 0
+    """Seed of dummy weights and of requests without their own."""
     disable_log_stats: bool = False
+    """No periodic statistics in the log and no engine metrics."""

@@ -104,8 +104,8 @@ async def bench_serve(options: argparse.Namespace) -> int:
         model = options.model or await first_model(session, base_url)
         target = Target(base_url, options.endpoint, model, options.temperature, options.ignore_eos)
         workload = WorkloadConfig(
-            options.dataset, options.num_prompts + options.num_warmups, options.random_input_len, options.random_output_len,
-            options.prefix_len, options.random_range_ratio, options.seed,
+            options.dataset, options.num_prompts + options.num_warmups, options.random_input_len,
+            options.random_output_len, options.prefix_len, options.random_range_ratio, options.seed,
         )  # fmt: skip
         vocabulary = await learn_vocabulary(session, base_url, model, options.seed)
         made = make_samples(workload, vocabulary, wants_ids=not target.is_chat)

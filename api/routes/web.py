@@ -1,4 +1,4 @@
-"""The built-in chat page: three files, no external resources, a strict content security policy."""
+"""The built-in chat page: a few files, no external resources, a strict content security policy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/web/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/web/app.css": ("app.css", "text/css; charset=utf-8"),
+    "/web/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 """Path -> file and type; these paths need no API key (SPEC D2)."""
 HEADERS = {

@@ -1,0 +1,84 @@
+"""Writes docs/FLAGS.md from the configuration dataclasses and the tables of the command line.
+
+    python tools/make_flag_docs.py            writes the file
+    python tools/make_flag_docs.py --check    exit status 1 when it is out of date
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fuseline.api import cli_tables as tables
+from fuseline.api.cli_flags import METAVARS, Flag, config_flags, field_docs, help_line
+from fuseline.api.config import Environment
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "FLAGS.md"
+HEAD = """# Flags of `fuseline serve`
+
+Made from the configuration by `tools/make_flag_docs.py`; edit the text under the fields instead.
+
+`_` and `-` are the same in names; `--name value` and `--name=value` are the same; the positional MODEL wins over
+`--model`. Precedence: command line > `--config` file > environment > default. A bad value or an unknown flag ends with
+status 2, a combination that cannot run with status 1 and one line. `--print-config` shows what was resolved.
+"""
+
+
+def make_text() -> str:
+    flags = config_flags()
+    parts = [HEAD]
+    for title, names in tables.GROUPS.items():
+        rows = [_row(flags[name]) for name in names]
+        parts.append(_table(title.capitalize(), ("flag", "value", "meaning"), rows))
+    parts.append(_recorded())
+    parts.append(_later())
+    parts.append(_environment())
+    return "\n".join(parts)
+
+
+def _row(flag: Flag) -> tuple[str, str, str]:
+    names = ", ".join(f"`{name}`" for name in (*tables.SHORT_NAMES.get(flag.name, ()), flag.option))
+    return names, _value(flag), help_line(flag).replace("%%", "%")
+
+
+def _value(flag: Flag) -> str:
+    refused = tables.MISSING_DEVICES if flag.name == "device" else tables.LATER_CHOICES.get(flag.name, {})
+    if flag.choices:
+        return " ".join(str(choice) for choice in flag.choices if str(choice) not in refused)
+    kinds = {"bool": "switch", "bool-value": "true or false", "many": "one or more"}
+    return kinds.get(flag.kind) or METAVARS[flag.kind]
+
+
+def _recorded() -> str:
+    rows = [(f"`--{name.replace('_', '-')}`", row.note) for name, row in tables.RECORDED.items()]
+    return _table("Accepted without effect on this device", ("flag", "why"), rows)
+
+
+def _later() -> str:
+    parts: dict[str, list[str]] = {}
+    for name, later in tables.LATER.items():
+        parts.setdefault(later.part, []).append(f"`--{name.replace('_', '-')}`")
+    rows = [(part, ", ".join(names)) for part, names in parts.items()]
+    return _table("Not supported yet (refused in words)", ("part", "flags"), rows)
+
+
+def _environment() -> str:
+    rows = [(f"`FUSELINE_{name.upper()}`", text) for name, text in field_docs(Environment).items()]
+    return _table("Environment variables (also with the prefix VLLM_)", ("variable", "meaning"), rows)
+
+
+def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""])
+
+
+def main() -> int:
+    text = make_text()
+    if "--check" in sys.argv[1:]:
+        return 0 if TARGET.exists() and TARGET.read_text() == text else 1
+    TARGET.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
