@@ -9,27 +9,17 @@ from collections.abc import Callable, Sequence
 
 import fuseline
 from fuseline.api import cli_tables as tables
-from fuseline.api.cli_flags import add_flags
-from fuseline.api.cli_yaml import read_arguments
-from fuseline.api.config import ConfigError, ServerConfig, read_environment
+from fuseline.api.cli_parser import COMMANDS, command_parser, parse_values
+from fuseline.api.config import ConfigError, read_environment
 from fuseline.api.config_resolve import config_dict, resolve
-
-COMMANDS = {
-    "serve": "serve a model over the OpenAI API",
-    "run": "chat with a model in the terminal",
-    "bench": "measure: `fuseline bench serve` loads any OpenAI-compatible server",
-    "explain": "show how a model is captured, transformed and lowered",
-    "version": "print the version",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     arguments = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    parser = _main_parser()
-    chosen, rest = parser.parse_known_args(arguments[:1]), arguments[1:]
+    command = _main_parser().parse_args(arguments[:1]).command
     try:
-        return HANDLERS[chosen[0].command](rest)
+        return HANDLERS[command](arguments[1:])
     except ConfigError as error:
         print(f"fuseline: error: {error}", file=sys.stderr)
         return 1
@@ -60,53 +50,6 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + separator + value
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Room for long flag names."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=110)
-
-
-def command_parser(command: str, groups: Sequence[str], with_rest: bool = True) -> argparse.ArgumentParser:
-    """Parser of a command that takes a model and its flags."""
-    parser = argparse.ArgumentParser(
-        prog=f"fuseline {command}",
-        usage=f"fuseline {command} [MODEL] [options]",
-        description=COMMANDS[command],
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        epilog="All flags, also those of later parts: docs/FLAGS.md.",
-    )
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="checkpoint directory; wins over --model")
-    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of flags; the command line wins")
-    add_flags(parser, groups, with_rest)
-    return parser
-
-
-def parse_values(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, object]:
-    """Values by field name from the command line and, below it, from --config."""
-    line = vars(parser.parse_args(arguments))
-    files = line.pop("config") or []
-    if len(files) > 1:
-        raise ConfigError("--config is given more than once; one file holds all")
-    values = vars(parser.parse_args(_file_arguments(parser, files[0]))) if files else {}
-    values = {name: value for name, value in values.items() if value is not None} | line
-    model = values.pop("positional_model", None)
-    values.pop("config", None)
-    return values | ({"model": model} if model else {})
-
-
-def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    arguments = read_arguments(file)
-    if any(argument.partition("=")[0] == "--config" for argument in arguments):
-        parser.error("a configuration file cannot name another (config)")
-    return arguments
-
-
-def server_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> ServerConfig:
-    return resolve(parse_values(parser, arguments), read_environment())
-
-
 def serve(arguments: Sequence[str]) -> int:
     parser = command_parser("serve", list(tables.GROUPS))
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and exit")
@@ -124,7 +67,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def explain(arguments: Sequence[str]) -> int:
-    config = server_config(command_parser("explain", tables.ENGINE_GROUPS), arguments)
+    config = resolve(parse_values(command_parser("explain", tables.ENGINE_GROUPS), arguments), read_environment())
     from fuseline.compile.report import explain as explain_model
 
     print(explain_model(config.engine.compile))

@@ -93,15 +93,13 @@ def _kind(name: str, hint: object) -> str:
     return "json-list" if name in tables.JSON_LISTS else "many"
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: Iterable[str], with_rest: bool = True) -> None:
-    """Add the flags of the help groups; `with_rest` adds the recorded ones and those of later parts too."""
+def add_flags(parser: argparse.ArgumentParser, groups: Iterable[str]) -> None:
+    """Add the flags of the help groups, the recorded ones and, hidden, those of later parts."""
     flags = config_flags()
     for title in groups:
         group = parser.add_argument_group(title)
         for name in tables.GROUPS[title]:
             _add(group, flags[name])
-    if not with_rest:
-        return
     group = parser.add_argument_group("accepted without effect on this device")
     for flag in recorded_flags().values():
         _add(group, flag)

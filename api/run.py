@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fuseline.api import cli_tables as tables
+from fuseline.api.cli_parser import command_parser, parse_values
 from fuseline.api.config import ConfigError, read_environment
 
 Message = dict[str, str]
@@ -20,8 +21,6 @@ HELP = "/reset starts over, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
 def run_chat(arguments: Sequence[str]) -> int:
     """Entry of the subcommand; returns the exit status."""
-    from fuseline.api.cli import command_parser, parse_values
-
     parser = command_parser("run", tables.ENGINE_GROUPS)
     _add_options(parser)
     values = parse_values(parser, arguments)

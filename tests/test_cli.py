@@ -130,6 +130,11 @@ def test_usage_errors_exit_2(refusal, arguments: list[str]) -> None:
     assert line.startswith("fuseline serve: error: ")
 
 
+def test_unknown_flags_get_a_suggestion(refusal) -> None:
+    assert refusal("--max-num-seq", "3")[1].endswith("(did you mean --max-num-seqs?)")
+    assert "did you mean" not in refusal("--zzzz")[1]
+
+
 @pytest.mark.parametrize("name", sorted(tables.LATER))
 def test_flags_of_later_parts_are_refused_in_words(refusal, name: str) -> None:
     option = "--" + name.replace("_", "-")

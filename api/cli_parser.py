@@ -1,0 +1,77 @@
+"""The parser of a command that takes a model and its flags, and the values it yields."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+
+from fuseline.api.cli_flags import add_flags
+from fuseline.api.cli_yaml import read_arguments
+from fuseline.api.config import ConfigError
+
+COMMANDS = {
+    "serve": "serve a model over the OpenAI API",
+    "run": "chat with a model in the terminal",
+    "bench": "measure: `fuseline bench serve` loads any OpenAI-compatible server",
+    "explain": "show how a model is captured, transformed and lowered",
+    "version": "print the version",
+}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Room for long flag names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the nearest flag when one is unknown."""
+
+    def parse_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 (argparse's own signature)
+        known, extra = self.parse_known_args(args, namespace)
+        if extra:
+            self.error(f"unrecognized arguments: {' '.join(extra)}{self._nearest(extra)}")
+        return known
+
+    def _nearest(self, extra: Sequence[str]) -> str:
+        unknown = next((text.partition("=")[0] for text in extra if text.startswith("--")), "")
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        return f" (did you mean {near[0]}?)" if near else ""
+
+
+def command_parser(command: str, groups: Sequence[str]) -> Parser:
+    """Parser of a command that takes a model and its flags."""
+    parser = Parser(
+        prog=f"fuseline {command}",
+        usage=f"fuseline {command} [MODEL] [options]",
+        description=COMMANDS[command],
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        epilog="All flags, also those of later parts: docs/FLAGS.md.",
+    )
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="checkpoint directory; wins over --model")
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of flags; the command line wins")
+    add_flags(parser, groups)
+    return parser
+
+
+def parse_values(parser: Parser, arguments: Sequence[str]) -> dict[str, object]:
+    """Values by field name from the command line and, below it, from --config."""
+    line = vars(parser.parse_args(arguments))
+    files = line.pop("config") or []
+    if len(files) > 1:
+        raise ConfigError("--config is given more than once; one file holds all")
+    values = vars(parser.parse_args(_file_arguments(parser, files[0]))) if files else {}
+    values = {name: value for name, value in values.items() if value is not None} | line
+    model = values.pop("positional_model", None)
+    values.pop("config", None)
+    return values | ({"model": model} if model else {})
+
+
+def _file_arguments(parser: Parser, file: str) -> list[str]:
+    arguments = read_arguments(file)
+    if any(argument.partition("=")[0] == "--config" for argument in arguments):
+        parser.error("a configuration file cannot name another (config)")
+    return arguments
