@@ -195,6 +195,8 @@ def test_errors_are_one_line(server: FakeServer, capsys, monkeypatch) -> None:
     assert main(["bench", "serve", "--base-url", "http://127.0.0.1:9"]) == 1
     assert "is the server up?" in capsys.readouterr().err
     assert main(["bench", "serve", "--num-prompts", "0"]) == 1
+    assert main(["bench", "serve", "--save-result", "/no/such/file"]) == 1
+    assert "no directory /no/such" in capsys.readouterr().err
     server.fail_from = 0
     assert main(["bench", "serve", "--base-url", server.url, "--disable-tqdm"]) == 1
     assert "warm-up" in capsys.readouterr().err.splitlines()[-1]

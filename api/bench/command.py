@@ -81,6 +81,9 @@ def _check(options: argparse.Namespace) -> None:
         "--base-url must begin with http:// or https://": options.base_url.startswith(("http://", "https://")),
         "--endpoint must begin with /": options.endpoint.startswith("/"),
     }
+    for name in ("save_result", "plot"):
+        folder = Path(getattr(options, name)).parent
+        rules[f"--{name.replace('_', '-')}: there is no directory {folder}"] = folder.is_dir()
     for message, is_met in rules.items():
         if not is_met:
             raise ConfigError(message)
