@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,17 +21,26 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import torch
 
-        out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        out.parent.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        built = build / "out"
+        # The environment that builds has cmake and ninja beside its python, on PATH or not.
+        env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-GNinja", "-DCMAKE_BUILD_TYPE=Release",
-            f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DOUT_DIR={out.parent}", f"-DOUT_NAME={out.name}",
-            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DOUT_DIR={built}", f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
-        subprocess.check_call(configure)
-        subprocess.check_call(["cmake", "--build", str(build), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        subprocess.check_call(configure, env=env)
+        subprocess.check_call(["cmake", "--build", str(build), "-j", jobs], env=env)
+        install(next(built.glob("_C.*")), Path(self.get_ext_fullpath(ext.name)).resolve())
+
+
+def install(built: Path, target: Path) -> None:
+    """Put the library in place in one step: processes that run the old one keep it, none sees half of a new one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    shutil.copy2(built, part)
+    os.replace(part, target)
 
 
 packages, package_dir = ["fuseline"], {"fuseline": "csrc/pkg"}

@@ -1,0 +1,86 @@
+#include "cpu/isa/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fuseline {
+
+#define FL_DECLARE(isa) \
+  namespace isa { extern const OpFn kTable[]; }
+FL_DECLARE(baseline)
+#if defined(__x86_64__)
+FL_DECLARE(avx2)
+FL_DECLARE(avx512)
+#endif
+#undef FL_DECLARE
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const OpFn* table;
+  bool is_supported;
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> found = {{"baseline", baseline::kTable, true}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    found.push_back({"avx2", avx2::kTable, has_avx2});
+    found.push_back({"avx512", avx512::kTable, has_avx512});
+#endif
+    return found;
+  }();
+  return all;
+}
+
+// The machine is one, so is its choice of kernels; it is set at import and by tests only.
+std::atomic<const Isa*> current{nullptr};
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+}  // namespace
+
+const OpFn* op_table() { return current.load(std::memory_order_relaxed)->table; }
+
+std::string cpu_isa() { return current.load()->name; }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas())
+    if (isa.is_supported) names.emplace_back(isa.name);
+  return names;
+}
+
+void set_cpu_isa(const std::string& name) {
+  for (const Isa& isa : isas()) {
+    if (name != isa.name) continue;
+    if (!isa.is_supported)
+      throw std::runtime_error("this machine cannot run " + name + " kernels; it can run: " + join(available_isas()));
+    current.store(&isa);
+    return;
+  }
+  throw std::runtime_error("unknown instruction set '" + name + "'; this machine can run: " + join(available_isas()));
+}
+
+void choose_cpu_isa() {
+  const char* forced = std::getenv("FUSELINE_CPU_ISA");
+  if (!forced || !*forced) return set_cpu_isa(available_isas().back());
+  try {
+    set_cpu_isa(forced);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string("FUSELINE_CPU_ISA: ") + error.what());
+  }
+}
+
+}  // namespace fuseline
