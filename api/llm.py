@@ -1,0 +1,187 @@
+"""`LLM`: the engine from Python, without a server. Requests take the server's own path, so answers are the same."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fuseline.api.config import ServerConfig, read_environment
+from fuseline.api.config_resolve import resolve
+from fuseline.api.llm_asgi import App, post, post_stream
+from fuseline.api.llm_values import (
+    Prompt,
+    RequestOutput,
+    Sampling,
+    as_list,
+    per_prompt,
+    plain,
+    request_fields,
+    request_output,
+)
+from fuseline.api.progress import StartupProgress
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class LLM:
+    """An engine in this process.
+
+    Keywords are the flags of `fuseline serve` with underscores: `LLM("MODEL", max_model_len=4096, dtype="bfloat16")`.
+    Raises ConfigError for a configuration that cannot run and EngineStartError when the model cannot be loaded.
+    Use it as a context manager or call `close`.
+    """
+
+    def __init__(self, model: str = "demo", *, show_progress: bool = True, **fields: Any) -> None:
+        environment = replace(read_environment(), api_key="")
+        values = {"disable_frontend_multiprocessing": True, "disable_log_requests": True, **fields, "model": model}
+        self.config = resolve(values, environment)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fuseline-llm", daemon=True)
+        self._thread.start()
+        self._is_closed = False
+        try:
+            self._app, self._stop = self._call(start_app(self.config, StartupProgress() if show_progress else None))
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete each prompt (text or token ids), all of them in one batch.
+
+        sampling_params: request fields of /v1/completions as a mapping or an object with such attributes, one for all
+        prompts or one for each. Raises ValueError with the server's message for a request it refuses.
+        """
+        many = as_list(prompts)
+        settings = per_prompt(sampling_params, len(many))
+        bodies = [{**fields, "prompt": plain(prompt)} for prompt, fields in zip(many, settings, strict=True)]
+        answers = self._call(self._post_all("/v1/completions", bodies, use_tqdm))
+        return [request_output(prompt, answer) for prompt, answer in zip(many, answers, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several. Fields of /v1/chat/completions; one output a conversation."""
+        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        settings = per_prompt(sampling_params, len(many))
+        bodies = [{**fields, "messages": list(turns)} for turns, fields in zip(many, settings, strict=True)]
+        answers = self._call(self._post_all("/v1/chat/completions", bodies, use_tqdm))
+        return [request_output(None, answer) for answer in answers]
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: Sampling | None = None
+    ) -> Iterator[str]:
+        """Text of the answer as it comes; closing the iterator aborts the request."""
+        body = {
+            **request_fields(sampling_params),
+            "messages": list(messages),
+            "model": self.config.served_model_name[0],
+        }
+        for event in self._iterate(post_stream(self._app, "/v1/chat/completions", body)):
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or ""
+
+    def close(self) -> None:
+        """Stop the engine; further calls fail. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self._call(self._stop())
+        finally:
+            self._end_loop()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _post_all(self, path: str, bodies: list[dict[str, Any]], use_tqdm: bool) -> list[dict[str, Any]]:
+        """Answers in order; at most as many requests in flight as the engine runs and queues."""
+        places = asyncio.Semaphore(self.config.engine.scheduler.max_num_seqs)
+        common = {"model": self.config.served_model_name[0], "return_token_ids": True}
+        with tqdm(total=len(bodies), desc="requests", disable=not use_tqdm) as bar:
+
+            async def one(body: dict[str, Any]) -> dict[str, Any]:
+                async with places:
+                    answer = await post(self._app, path, {**common, **body})
+                bar.update()
+                return answer
+
+            tasks = [asyncio.create_task(one(body)) for body in bodies]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run on the engine's loop and wait; Ctrl-C cancels it there."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _iterate(self, events: AsyncIterator[T]) -> Iterator[T]:
+        """The events, made on the engine's loop; leaving early cancels what makes them."""
+        made: queue.SimpleQueue = queue.SimpleQueue()
+
+        async def pump() -> None:
+            try:
+                async for event in events:
+                    made.put((event, None))
+                made.put((None, StopIteration()))
+            except Exception as error:
+                made.put((None, error))
+            finally:
+                await events.aclose()
+
+        future = asyncio.run_coroutine_threadsafe(pump(), self._loop)
+        try:
+            while True:
+                event, error = made.get()
+                if isinstance(error, StopIteration):
+                    return
+                if error:
+                    raise error
+                yield event
+        finally:
+            future.cancel()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def start_app(
+    config: ServerConfig, progress: StartupProgress | None
+) -> tuple[App, Callable[[], Awaitable[None]]]:
+    """The started app of the server, and what stops its engine."""
+    from fuseline.api.server import build_app
+    from fuseline.engine.client import EngineClient
+
+    client = EngineClient(config.engine, in_process=config.disable_frontend_multiprocessing)
+    try:
+        ready = await client.start(progress)
+    finally:
+        if progress:
+            progress.close()
+    app = build_app(config, client, ready)
+    return app, lambda: client.shutdown(config.shutdown_timeout)

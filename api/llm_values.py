@@ -1,0 +1,81 @@
+"""What `LLM` takes and gives: prompts, sampling settings in any shape, frozen outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+Prompt = str | Sequence[int]
+Sampling = Mapping[str, Any] | object
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One choice."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_reason: str | int | None = None
+    logprobs: dict[str, Any] | None = None
+    """In the form of the API's answer."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The answer to one prompt."""
+
+    prompt: Prompt | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    usage: dict[str, Any]
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A text or a list of token ids is one prompt; anything else is many."""
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if is_one else list(prompts)
+
+
+def plain(prompt: Prompt) -> str | list[int]:
+    return prompt if isinstance(prompt, str) else list(prompt)
+
+
+def per_prompt(sampling: Sampling | Sequence[Sampling] | None, num: int) -> list[dict[str, Any]]:
+    if not isinstance(sampling, list | tuple):
+        return [request_fields(sampling)] * num
+    if len(sampling) != num:
+        raise ValueError(f"{len(sampling)} sampling settings for {num} prompts; give one for all or one for each")
+    return [request_fields(item) for item in sampling]
+
+
+def request_fields(sampling: Sampling | None) -> dict[str, Any]:
+    """Request fields of a mapping, dataclass, msgspec struct or object with attributes; None is unset."""
+    if sampling is None:
+        return {}
+    if isinstance(sampling, Mapping):
+        found = dict(sampling)
+    elif isinstance(sampling, msgspec.Struct):
+        found = msgspec.structs.asdict(sampling)
+    else:
+        found = dataclasses.asdict(sampling) if dataclasses.is_dataclass(sampling) else dict(vars(sampling))
+    return {name: value for name, value in found.items() if value is not None and not name.startswith("_")}
+
+
+def request_output(prompt: Prompt | None, answer: dict[str, Any]) -> RequestOutput:
+    choices = answer["choices"]
+    prompt_ids = answer.get("prompt_token_ids") or choices[0].get("prompt_token_ids") or ()
+    return RequestOutput(prompt, tuple(prompt_ids), tuple(map(_completion_output, choices)), answer["usage"])
+
+
+def _completion_output(choice: dict[str, Any]) -> CompletionOutput:
+    text = choice["message"].get("content") if "message" in choice else choice["text"]
+    return CompletionOutput(
+        choice["index"], text or "", tuple(choice.get("token_ids") or ()), choice["finish_reason"],
+        choice.get("stop_reason"), choice.get("logprobs"),
+    )  # fmt: skip

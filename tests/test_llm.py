@@ -1,0 +1,196 @@
+"""The offline `LLM` over a small fake app: batching, outputs, streaming, aborts, errors, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+from fuseline.api.llm import LLM
+from fuseline.api.llm_asgi import RequestFailed
+
+USAGE = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+
+
+class FakeApp:
+    """Answers with the prompt in capitals; "bad" is refused, "die" dies, "slow" never ends."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict] = []
+        self.in_flight = self.most_in_flight = self.num_aborted = self.num_stops = 0
+
+    async def __call__(self, scope: dict, receive, send) -> None:
+        assert (scope["type"], scope["method"]) == ("http", "POST")
+        body = json.loads((await receive())["body"])
+        self.bodies.append(body)
+        text = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(0.001)
+            await self._answer(body, text, receive, send)
+        except asyncio.CancelledError:
+            self.num_aborted += 1
+            raise
+        finally:
+            self.in_flight -= 1
+
+    async def _answer(self, body: dict, text: str, receive, send) -> None:
+        if text == "die":
+            raise RuntimeError("engine fell over")
+        await send({"type": "http.response.start", "status": 400 if text == "bad" else 200, "headers": []})
+        if text == "bad":
+            await send({"type": "http.response.body", "body": b'{"error": {"message": "no such thing"}}'})
+        elif body.get("stream"):
+            await self._stream(text, send)
+        else:
+            if text == "slow":
+                await receive()
+            await send({"type": "http.response.body", "body": json.dumps(self._whole(body, text)).encode()})
+
+    def _whole(self, body: dict, text: str) -> dict:
+        part = {"message": {"content": text.upper()}} if "messages" in body else {"text": text.upper()}
+        choices = [{"index": i, **part, "finish_reason": "stop", "token_ids": [7, 8]} for i in range(body.get("n", 1))]
+        choices[0]["prompt_token_ids"] = [1, 2]
+        return {"choices": choices, "usage": USAGE}
+
+    async def _stream(self, text: str, send) -> None:
+        while True:
+            for piece in text:
+                data = f"data: {json.dumps({'choices': [{'delta': {'content': piece}}]})}\n\n".encode()
+                for part in (data[:9], data[9:]):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                await asyncio.sleep(0)
+            if text != "slow":
+                break
+        if text == "late":
+            data = b'data: {"error": {"message": "too late"}}\n\n'
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b": ping\n\ndata: [DONE]\n\n", "more_body": False})
+
+
+@pytest.fixture
+def app(monkeypatch) -> FakeApp:
+    fake = FakeApp()
+
+    async def stop() -> None:
+        fake.num_stops += 1
+
+    async def start(config, progress):
+        return fake, stop
+
+    monkeypatch.setattr("fuseline.api.llm.start_app", start)
+    return fake
+
+
+@pytest.fixture
+def llm(app: FakeApp, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with LLM(str(tmp_path), max_num_seqs=3, served_model_name="m", show_progress=False) as made:
+        yield made
+
+
+def test_generate_keeps_order_and_bounds_the_batch(llm: LLM, app: FakeApp) -> None:
+    prompts = [f"prompt {index}" for index in range(20)]
+    outputs = llm.generate(prompts, {"max_tokens": 3, "temperature": 0})
+    assert [output.outputs[0].text for output in outputs] == [prompt.upper() for prompt in prompts]
+    assert [output.prompt for output in outputs] == prompts
+    assert 1 < app.most_in_flight <= 3
+    assert app.bodies[0] == {
+        "model": "m", "return_token_ids": True, "max_tokens": 3, "temperature": 0, "prompt": "prompt 0",
+    }  # fmt: skip
+
+
+def test_outputs(llm: LLM) -> None:
+    output = llm.generate("one", {"n": 2})[0]
+    assert [choice.index for choice in output.outputs] == [0, 1]
+    assert output.outputs[1].token_ids == (7, 8) and output.prompt_token_ids == (1, 2)
+    assert output.usage == USAGE and output.outputs[0].finish_reason == "stop"
+
+
+def test_token_id_prompts(llm: LLM, app: FakeApp) -> None:
+    assert len(llm.generate([1, 2, 3])) == 1
+    assert len(llm.generate([[1, 2], (3,)])) == 2
+    assert [body["prompt"] for body in app.bodies] == [[1, 2, 3], [1, 2], [3]]
+    assert llm.generate([]) == []
+
+
+@dataclass
+class Params:
+    temperature: float = 0.5
+    top_p: float | None = None
+
+
+def test_sampling_settings_come_in_any_shape(llm: LLM, app: FakeApp) -> None:
+    llm.generate("x", Params())
+    llm.generate("x", SimpleNamespace(temperature=0.5, _private=1))
+    for body in app.bodies:
+        assert body["temperature"] == 0.5 and set(body) == {"model", "return_token_ids", "temperature", "prompt"}
+    llm.generate(["a", "b"], [{"seed": 1}, {"seed": 2}])
+    assert sorted((body["prompt"], body["seed"]) for body in app.bodies[2:]) == [("a", 1), ("b", 2)]
+    with pytest.raises(ValueError, match="one for each"):
+        llm.generate(["a", "b"], [{}])
+
+
+def test_chat_and_batches_of_chats(llm: LLM) -> None:
+    one = [{"role": "user", "content": "hi"}]
+    assert llm.chat(one)[0].outputs[0].text == "HI"
+    other = [{"role": "user", "content": "ho"}]
+    assert [output.outputs[0].text for output in llm.chat([one, other])] == ["HI", "HO"]
+
+
+def test_stream_chat(llm: LLM, app: FakeApp) -> None:
+    assert list(llm.stream_chat([{"role": "user", "content": "hello"}], {"max_tokens": 5})) == list("hello")
+    assert app.bodies[-1]["stream"] and app.bodies[-1]["max_tokens"] == 5
+
+
+def test_leaving_a_stream_aborts_it(llm: LLM, app: FakeApp) -> None:
+    stream = llm.stream_chat([{"role": "user", "content": "slow"}])
+    assert next(stream) == "s"
+    stream.close()
+    deadline = time.monotonic() + 10
+    while app.in_flight and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert (app.in_flight, app.num_aborted) == (0, 1)
+
+
+def test_errors_carry_the_servers_words(llm: LLM, app: FakeApp) -> None:
+    with pytest.raises(RequestFailed, match="no such thing") as error:
+        llm.generate("bad")
+    assert error.value.status == 400
+    with pytest.raises(RuntimeError, match="fell over"):
+        llm.generate("die")
+    with pytest.raises(ValueError, match="too late"):
+        list(llm.stream_chat([{"role": "user", "content": "late"}]))
+    with pytest.raises(ValueError, match="no such thing"):
+        list(llm.stream_chat([{"role": "user", "content": "bad"}]))
+    assert llm.generate("fine")[0].outputs[0].text == "FINE"
+
+
+def test_one_bad_prompt_ends_the_others(llm: LLM, app: FakeApp) -> None:
+    with pytest.raises(ValueError, match="no such thing"):
+        llm.generate(["slow", "bad"])
+    assert (app.in_flight, app.num_aborted) == (0, 1)
+
+
+def test_close_stops_once(app: FakeApp, tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    llm = LLM(str(tmp_path), show_progress=False)
+    llm.close()
+    llm.close()
+    assert app.num_stops == 1
+
+
+def test_failed_start_leaves_no_thread(monkeypatch, tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    async def start(config, progress):
+        raise RuntimeError("no weights")
+
+    monkeypatch.setattr("fuseline.api.llm.start_app", start)
+    with pytest.raises(RuntimeError, match="no weights"):
+        LLM(str(tmp_path), show_progress=False)
+    assert "fuseline-llm" not in [thread.name for thread in __import__("threading").enumerate()]
