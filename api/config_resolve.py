@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,6 @@ from fuseline.api.config_check import check, refuse_unavailable
 from fuseline.compile.config import CompileConfig
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
-LOG = logging.getLogger("fuseline.config")
 CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, CompileConfig)
 JSON_OBJECTS = (
     "hf_overrides", "override_generation_config", "compilation_config", "default_chat_template_kwargs",
@@ -60,6 +58,8 @@ def without_effect(config: ServerConfig) -> list[str]:
         for name, value in config.recorded
         if value != tables.RECORDED[name].default
     ]
+    if config.engine.cache.swap_space != CacheConfig.swap_space:
+        lines.append("--swap-space has no effect: on a CPU there is nothing to swap to")
     idle = sorted(set(dict(config.compilation_config)) - tables.EFFECTIVE_LEVEL_KEYS)
     if idle:
         lines.append(f"--compilation-config: {', '.join(idle)} have no effect at level {config.engine.compile.level}")

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fuseline.api import cli_tables as tables
@@ -26,6 +27,8 @@ def run_chat(arguments: Sequence[str]) -> int:
     values = parse_values(parser, arguments)
     options = {name: values.pop(name) for name in ("url", "system", "temperature", "max_tokens", "top_p")}
     sampling = {name: options[name] for name in ("temperature", "max_tokens", "top_p") if options[name] is not None}
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives input() line editing and history)
     chat = Chat(system=options["system"])
     if options["url"]:
         return converse(chat, _url_answerer(options["url"].rstrip("/"), str(values.get("model", "")), sampling))

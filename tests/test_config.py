@@ -163,9 +163,10 @@ def test_config_dict_is_json_with_every_field(model: str) -> None:
 
 def test_flags_without_effect_are_named(model: str) -> None:
     assert without_effect(resolve({"model": model})) == []
-    given = {"model": model, "enforce_eager": True, "compilation_config": {"use_inductor": True}}
+    given = {"model": model, "enforce_eager": True, "swap_space": 1.0, "compilation_config": {"use_inductor": True}}
     lines = without_effect(resolve(given))
     assert lines == [
         "--enforce-eager has no effect: no device graphs are captured on a CPU",
+        "--swap-space has no effect: on a CPU there is nothing to swap to",
         "--compilation-config: use_inductor have no effect at level 1",
     ]
