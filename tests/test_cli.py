@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -285,3 +287,10 @@ def test_version_and_unknown_commands(capsys) -> None:
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
         assert exit_.value.code == 2
+
+
+def test_module_is_the_console_script(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fuseline.api", "serve", "--device", "tpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("fuseline: error: --device tpu: ") and done.stderr.count("\n") == 1
