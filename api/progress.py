@@ -6,7 +6,7 @@ import sys
 from typing import TextIO
 
 from fuseline.api.config import ServerConfig
-from fuseline.engine.messages import EngineReady, Progress
+from fuseline.engine.messages import EngineReady
 from tqdm import tqdm
 
 
@@ -18,14 +18,13 @@ class StartupProgress:
         self._phase = ""
         self._bar: tqdm | None = None
 
-    def __call__(self, message: Progress) -> None:
-        if message.phase != self._phase:
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if self._bar is None or phase != self._phase:
             self.close()
-            self._phase = message.phase
-            self._bar = tqdm(total=message.total, desc=message.phase, file=self._out, ascii=" =", dynamic_ncols=True)
-        bar = self._bar
-        bar.total = message.total
-        bar.update(message.done - bar.n)
+            self._phase = phase
+            self._bar = tqdm(total=total, desc=phase, file=self._out, ascii=" =", dynamic_ncols=True)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -8,10 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli_parser import command_parser, parse_values
 from fuseline.api.config import ConfigError, read_environment
+
+if TYPE_CHECKING:
+    from fuseline.api.llm import LLM
 
 Message = dict[str, str]
 Answerer = Callable[[list[Message]], Iterator[str]]
@@ -32,10 +36,18 @@ def run_chat(arguments: Sequence[str]) -> int:
     chat = Chat(system=options["system"])
     if options["url"]:
         return converse(chat, _url_answerer(options["url"].rstrip("/"), str(values.get("model", "")), sampling))
-    from fuseline.api.llm import LLM
-
-    with LLM(**{"model": "demo", **values}) as llm:
+    with _start(values) as llm:
         return converse(chat, lambda messages: llm.stream_chat(messages, sampling))
+
+
+def _start(values: dict[str, object]) -> LLM:
+    from fuseline.api.llm import LLM
+    from fuseline.engine.client import EngineStartError
+
+    try:
+        return LLM(**{"model": "demo", **values})
+    except EngineStartError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fuseline.api.config_resolve import resolve
 from fuseline.api.progress import StartupProgress, startup_table
-from fuseline.engine.messages import EngineReady, Progress
+from fuseline.engine.messages import EngineReady
 
 
 def test_a_bar_per_phase() -> None:
@@ -16,7 +16,7 @@ def test_a_bar_per_phase() -> None:
     progress = StartupProgress(out)
     for phase, total in (("loading", 3), ("compiling", 2)):
         for done in range(total + 1):
-            progress(Progress(phase, done, total))
+            progress(phase, done, total)
     progress.close()
     text = out.getvalue()
     assert "loading: 100%" in text and "3/3" in text and "compiling: 100%" in text and "2/2" in text
