@@ -70,7 +70,10 @@ def explain(arguments: Sequence[str]) -> int:
     config = resolve(parse_values(command_parser("explain", tables.ENGINE_GROUPS), arguments), read_environment())
     from fuseline.compile.report import explain as explain_model
 
-    print(explain_model(config.engine.compile))
+    try:
+        print(explain_model(config.engine.compile))
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
     return 0
 
 
