@@ -1,0 +1,230 @@
+"""The engine as one asyncio object, in a process of its own or in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from fuseline.engine.config import EngineConfig
+from fuseline.engine.messages import (
+    AbortRequests,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    FromEngine,
+    Progress,
+    StepOutputs,
+    StepStats,
+    TokenOutput,
+    Utility,
+    UtilityResult,
+)
+from fuseline.engine.run.sampler import native_ops
+from fuseline.engine.service import BuildModel, BuildOps, build_compiled_model
+from fuseline.engine.transport import EngineSetup, ProcessTransport, ThreadTransport, Transport
+
+MAX_DEATHS = 3
+DEATHS_WINDOW_SECONDS = 600.0
+
+OnProgress = Callable[[str, int, int], None]
+
+
+class EngineDeadError(Exception):
+    """The engine is gone; requests in flight are lost."""
+
+
+class EngineStartError(Exception):
+    """The engine could not start; the message is one line with cause and cure."""
+
+
+class EngineClient:
+    """`start` first; after `EngineDeadError`, `restart`. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        in_process: bool = True,
+        build_model: BuildModel = build_compiled_model,
+        build_ops: BuildOps = native_ops,
+    ) -> None:
+        """`in_process`: an own process for the engine; False runs it in a thread of this one."""
+        self.ready: EngineReady | None = None
+        self.is_alive = False
+        self.on_step: list[Callable[[StepOutputs], None]] = []
+        self.on_death: list[Callable[[], None]] = []
+        self._setup = EngineSetup(config, build_model, build_ops)
+        self._make_transport = ProcessTransport if in_process else ThreadTransport
+        self._transport: Transport | None = None
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._calls: dict[int, asyncio.Future[str]] = {}
+        self._num_calls = 0
+        self._stats = StepStats()
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._is_stopping = False
+        self._starting: asyncio.Future[EngineReady] | None = None
+        self._on_progress: OnProgress | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have been sent and not finished."""
+        return len(self._mailboxes)
+
+    def stats(self) -> StepStats:
+        """Of the newest step."""
+        return self._stats
+
+    async def start(self, on_progress: OnProgress | None = None) -> EngineReady:
+        """Raises EngineStartError."""
+        self._on_progress = on_progress
+        self._is_stopping = False
+        self._starting = asyncio.get_running_loop().create_future()
+        self._transport = self._make_transport(self._setup, self._take, self._end)
+        try:
+            self.ready = await self._starting
+        except asyncio.CancelledError:
+            await self.shutdown(0)
+            raise
+        finally:
+            self._starting = None
+        self.is_alive = True
+        return self.ready
+
+    async def restart(self, on_progress: OnProgress | None = None) -> EngineReady:
+        """Start anew after a death. Raises EngineStartError, also when it died too often."""
+        deaths = self._deaths
+        if len(deaths) == MAX_DEATHS and deaths[-1] - deaths[0] < DEATHS_WINDOW_SECONDS:
+            raise EngineStartError(f"the engine died {MAX_DEATHS} times in ten minutes; see the log for the cause")
+        return await self.start(on_progress)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
+        """Outputs of all choices as they come, until each has finished. Closing the iterator aborts the request.
+
+        Raises EngineDeadError when the engine dies, ValueError for an id in use.
+        """
+        if request.request_id in self._mailboxes:
+            raise ValueError(f"request id {request.request_id} is in use")
+        mailbox = _Mailbox()
+        num_unfinished = request.params.n
+        self._send(request)
+        self._mailboxes[request.request_id] = mailbox
+        try:
+            while num_unfinished:
+                output = await mailbox.get()
+                num_unfinished -= output.finish_reason is not None
+                yield output
+        finally:
+            self._mailboxes.pop(request.request_id, None)
+            if num_unfinished and self.is_alive:
+                self._send(AbortRequests((request.request_id,)))
+
+    async def abort(self, request_ids: Iterable[str]) -> None:
+        """The choices of these requests end with finish_reason "abort"; unknown ids are ignored."""
+        self._send(AbortRequests(tuple(request_ids)))
+
+    async def utility(self, method: str, arg: str = "") -> str:
+        """reset_prefix_cache, sleep ("0", "1", "2"), wake_up, is_sleeping. Raises ValueError in the engine's words."""
+        self._num_calls += 1
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._send(Utility(self._num_calls, method, arg))
+        self._calls[self._num_calls] = future
+        return await future
+
+    async def shutdown(self, timeout: float) -> None:
+        """End the engine; requests in flight raise EngineDeadError. By force after `timeout` seconds."""
+        self._is_stopping = True
+        self.is_alive = False
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.stop(timeout)
+        self._fail_all(EngineDeadError("the engine has been shut down"))
+
+    def _send(self, message: EngineRequest | AbortRequests | Utility) -> None:
+        if not self.is_alive or self._transport is None:
+            raise EngineDeadError("the engine is not running")
+        self._transport.send(message)
+
+    def _take(self, message: FromEngine) -> None:
+        if isinstance(message, StepOutputs):
+            self._take_step(message)
+        elif isinstance(message, UtilityResult):
+            self._take_result(message)
+        elif isinstance(message, Progress):
+            if self._on_progress is not None:
+                self._on_progress(message.phase, message.done, message.total)
+        elif self._starting is not None and not self._starting.done():
+            if isinstance(message, EngineFailed):
+                self._starting.set_exception(EngineStartError(message.message))
+            else:
+                self._starting.set_result(message)
+
+    def _take_step(self, step: StepOutputs) -> None:
+        self._stats = step.stats
+        for output in step.outputs:
+            mailbox = self._mailboxes.get(output.request_id)
+            if mailbox is not None:
+                mailbox.put(output)
+        for callback in self.on_step:
+            callback(step)
+
+    def _take_result(self, result: UtilityResult) -> None:
+        future = self._calls.pop(result.call_id, None)
+        if future is None or future.done():
+            return
+        if result.error:
+            future.set_exception(ValueError(result.error))
+        else:
+            future.set_result(result.result)
+
+    def _end(self) -> None:
+        """The engine is gone, whether asked to or not."""
+        self.is_alive = False
+        self._stats = StepStats()
+        if self._starting is not None and not self._starting.done():
+            self._starting.set_exception(EngineStartError("the engine's process died while starting; see the log"))
+            return
+        if self._is_stopping or self._transport is None:
+            return
+        self._transport = None
+        self._deaths.append(time.monotonic())
+        self._fail_all(EngineDeadError("the engine died; the server restarts it"))
+        for callback in self.on_death:
+            callback()
+
+    def _fail_all(self, error: EngineDeadError) -> None:
+        for mailbox in self._mailboxes.values():
+            mailbox.fail(error)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(error)
+        self._calls.clear()
+
+
+class _Mailbox:
+    """Outputs on their way to one generate(). Cheaper than a queue: one reader, never bounded."""
+
+    def __init__(self) -> None:
+        self._outputs: deque[TokenOutput] = deque()
+        self._error: EngineDeadError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: TokenOutput) -> None:
+        self._outputs.append(output)
+        self._wake()
+
+    def fail(self, error: EngineDeadError) -> None:
+        self._error = error
+        self._wake()
+
+    async def get(self) -> TokenOutput:
+        while not self._outputs:
+            if self._error is not None:
+                raise EngineDeadError(str(self._error))
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._outputs.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,74 @@
+"""Blocks of one cache group: who holds them, what they are known to contain, which one is reused next."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+NULL_BLOCK = 0
+"""Stands where a table needs an id and no block is wanted; never handed out."""
+
+
+class BlockPool:
+    """`num_blocks` usable blocks with ids 1..num_blocks.
+
+    A block is free when nobody holds it; a free block keeps its key, and can be found again, until it is reused. Free
+    blocks are reused in the order: never keyed, then least recently released.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.refs = [0] * (num_blocks + 1)
+        self._keys: list[bytes | None] = [None] * (num_blocks + 1)
+        self._cached: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def find(self, key: bytes) -> int | None:
+        return self._cached.get(key)
+
+    def is_free(self, block: int) -> bool:
+        return self.refs[block] == 0
+
+    def take(self, block: int) -> None:
+        """Hold a cached block once more."""
+        if self.refs[block] == 0:
+            del self._free[block]
+        self.refs[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks without content; the caller has checked `num_free`."""
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._forget(block)
+            self.refs[block] = 1
+        return blocks
+
+    def release(self, block: int) -> None:
+        self.refs[block] -= 1
+        if self.refs[block] == 0:
+            self._free[block] = None
+            if self._keys[block] is None:
+                self._free.move_to_end(block, last=False)
+
+    def remember(self, block: int, key: bytes) -> None:
+        """Make a full block findable. The first block with a key keeps it."""
+        if self._keys[block] is None and key not in self._cached:
+            self._keys[block] = key
+            self._cached[key] = block
+
+    def forget_all(self) -> None:
+        for block in list(self._cached.values()):
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        key = self._keys[block]
+        if key is not None:
+            del self._cached[key]
+            self._keys[block] = None

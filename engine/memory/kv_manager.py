@@ -1,0 +1,120 @@
+"""KV memory of all sequences over all cache groups: block tables, prefix hits, allocation, release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from fuseline.engine.memory.block_pool import NULL_BLOCK
+from fuseline.engine.memory.cache_groups import CacheGroup
+from fuseline.engine.memory.prefix_cache import extend_keys
+from fuseline.engine.request import Sequence
+
+
+class KVManager:
+    """Block tables are kept as `tables` [G, max_num_seqs, M] int32, indexed by a running sequence's row."""
+
+    def __init__(
+        self, windows: Seq[int], num_blocks: Seq[int], block_size: int, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        self.block_size = block_size
+        self.groups = [CacheGroup(w, block_size, n) for w, n in zip(windows, num_blocks, strict=True)]
+        self.tables = np.zeros((len(self.groups), max_num_seqs, -(-max_model_len // block_size)), np.int32)
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks in use, of the fullest group."""
+        return max((g.pool.num_used / g.pool.num_blocks for g in self.groups), default=0.0)
+
+    def find_prefix(self, seq: Sequence) -> int:
+        """Blocks of `seq`'s tokens that are cached in every group; at least one token is left to compute."""
+        if not seq.reads_cache:
+            return 0
+        hit = (seq.num_tokens - 1) // self.block_size
+        extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, hit)
+        settled = False
+        while not settled:
+            before = hit
+            for group in self.groups:
+                hit = group.longest_hit(seq.keys, hit)
+            settled = hit == before
+        return hit
+
+    def start(self, seq: Sequence, hit: int, num_tokens: int) -> bool:
+        """Give a sequence (with a row) its first `hit` blocks from the cache and room up to `num_tokens` tokens.
+
+        Refused unless all of the sequence's known tokens fit, so that a long prompt is not begun only to be preempted.
+        """
+        reused = [group.hit_blocks(seq.keys, hit) for group in self.groups]
+        for group, blocks in zip(self.groups, reused, strict=True):
+            target = num_tokens if group.window else seq.num_tokens
+            fresh = self._num_blocks(target) - hit
+            if fresh + sum(b != NULL_BLOCK and group.pool.is_free(b) for b in blocks) > group.pool.num_free:
+                return False
+        for group, blocks in zip(self.groups, reused, strict=True):
+            for block in blocks:
+                if block != NULL_BLOCK:
+                    group.pool.take(block)
+        seq.blocks = reused
+        seq.first_held = [group.first_visible(hit * self.block_size) for group in self.groups]
+        seq.num_computed = hit * self.block_size
+        seq.num_remembered = hit
+        seq.num_slots = seq.num_computed
+        return True
+
+    def load_table(self, seq: Sequence) -> None:
+        for index, blocks in enumerate(seq.blocks):
+            self.tables[index, seq.row, : len(blocks)] = blocks
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Room for tokens up to `num_tokens`, giving back what the windows have left. False when blocks are lacking."""
+        if num_tokens <= seq.num_slots:
+            return True
+        self._leave_window(seq)
+        end = self._num_blocks(num_tokens)
+        for group, blocks in zip(self.groups, seq.blocks, strict=True):
+            if end - len(blocks) > group.pool.num_free:
+                return False
+        for index, (group, blocks) in enumerate(zip(self.groups, seq.blocks, strict=True)):
+            fresh = group.pool.allocate(end - len(blocks))
+            self.tables[index, seq.row, len(blocks) : end] = fresh
+            blocks.extend(fresh)
+        seq.num_slots = end * self.block_size
+        return True
+
+    def remember(self, seq: Sequence) -> None:
+        """Make the blocks that the last step filled findable."""
+        end = seq.num_computed // self.block_size
+        if seq.cache_root is None or end <= seq.num_remembered:
+            return
+        extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, end)
+        for group, blocks in zip(self.groups, seq.blocks, strict=True):
+            for index in range(seq.num_remembered, end):
+                if blocks[index] != NULL_BLOCK:
+                    group.pool.remember(blocks[index], seq.keys[index])
+        seq.num_remembered = end
+
+    def free(self, seq: Sequence) -> None:
+        """Give everything back, the last block first: a prefix outlives its continuations in the cache."""
+        for group, blocks in zip(self.groups, seq.blocks, strict=False):
+            for block in reversed(blocks):
+                if block != NULL_BLOCK:
+                    group.pool.release(block)
+        seq.blocks = []
+        seq.num_computed = seq.num_slots = seq.num_remembered = 0
+
+    def reset_prefix_cache(self) -> None:
+        for group in self.groups:
+            group.pool.forget_all()
+
+    def _leave_window(self, seq: Sequence) -> None:
+        for index, (group, blocks) in enumerate(zip(self.groups, seq.blocks, strict=True)):
+            first = min(group.first_visible(seq.num_computed), len(blocks))
+            for position in range(seq.first_held[index], first):
+                group.pool.release(blocks[position])
+                blocks[position] = NULL_BLOCK
+                self.tables[index, seq.row, position] = NULL_BLOCK
+            seq.first_held[index] = max(first, seq.first_held[index])
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)

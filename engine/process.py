@@ -1,0 +1,73 @@
+"""The engine's own process: messages over two zmq sockets in a private directory."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import wait
+
+import msgspec
+import zmq
+from fuseline.engine.config import EngineConfig
+from fuseline.engine.messages import FromEngine, ToEngine
+from fuseline.engine.service import BuildModel, BuildOps, serve
+
+REQUESTS, ANSWERS = "requests", "answers"
+
+
+def run_engine_process(folder: str, config: EngineConfig, build_model: BuildModel, build_ops: BuildOps) -> None:
+    """Entry of the process. Exits 0 on shutdown or after a failed start, 1 on a fault."""
+    # The parent decides when this process ends: a Ctrl-C or SIGTERM to the whole group must not cut requests off.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    context = zmq.Context()
+    requests = open_socket(context, zmq.PULL, folder, REQUESTS)
+    answers = open_socket(context, zmq.PUSH, folder, ANSWERS)
+    encoder = msgspec.msgpack.Encoder()
+    try:
+        serve(config, build_model, build_ops, ZmqInbox(requests), lambda m: answers.send(encoder.encode(m)))
+    except Exception:
+        logging.getLogger("fuseline.engine").exception("the engine died")
+        sys.exit(1)
+    finally:
+        context.destroy(linger=1000)
+
+
+class ZmqInbox:
+    def __init__(self, socket: zmq.Socket) -> None:
+        self._socket = socket
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+
+    def receive(self, wait: bool) -> ToEngine | None:
+        try:
+            return self._decoder.decode(self._socket.recv(0 if wait else zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+
+def open_socket(context: zmq.Context, kind: int, folder: str, name: str, bind: bool = False) -> zmq.Socket:
+    """A socket without a limit on queued messages: neither side may block on the other or drop anything."""
+    socket = context.socket(kind)
+    socket.set_hwm(0)
+    address = f"ipc://{os.path.join(folder, name)}"
+    if bind:
+        socket.bind(address)
+    else:
+        socket.connect(address)
+    return socket
+
+
+def answer_decoder() -> msgspec.msgpack.Decoder:
+    return msgspec.msgpack.Decoder(FromEngine)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,114 @@
+"""State of one choice of one request inside the engine. No phase, only counts."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from fuseline.engine.memory.prefix_cache import root_key
+from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams
+
+SEED_MASK = (1 << 63) - 1
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens so far and how many of them have their KV computed; it runs while the second catches up with the first.
+
+    Owners: `row` the scheduler; blocks, keys and counts of blocks the KV manager; tokens the engine.
+    """
+
+    request: EngineRequest
+    index: int
+    copies: int
+    """Choices this one stands for (greedy n > 1 computes one)."""
+    order: tuple[float, ...]
+    """Place in the queue; the largest is preempted first."""
+    seed: int
+    tokens: array[int]
+    cache_root: bytes | None
+    shares_prefix: bool
+    row: int = -1
+    """Row of the running arrays; -1 while not running."""
+    num_computed: int = 0
+    variant: int = 0
+    """Rope table in use (longrope)."""
+    is_finished: bool = False
+    was_scheduled: bool = False
+    has_output: bool = False
+    queue_seconds: float = 0.0
+    num_cached: int = 0
+    prompt_scores: list[PositionLogprobs | None] | None = None
+    """Filled in while the prompt is computed; None when not wanted or already sent."""
+    children: list[Sequence] = field(default_factory=list)
+    """Choices that wait for this one's prompt to be computed."""
+    blocks: list[list[int]] = field(default_factory=list)
+    first_held: list[int] = field(default_factory=list)
+    num_slots: int = 0
+    num_remembered: int = 0
+    keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def reads_cache(self) -> bool:
+        """Prompt scores need every position's logits, so such a sequence computes its whole prompt."""
+        return self.cache_root is not None and self.prompt_scores is None
+
+    def switch_rope(self) -> None:
+        """Use the long table from now on. Its KV must have been given back."""
+        self.variant = 1
+        self.keys = []
+        if self.cache_root is not None:
+            self.cache_root = _root(self.request, 1, self.shares_prefix)
+
+
+def make_sequences(
+    request: EngineRequest, order: tuple[float, ...], seed: int, caching: bool, long_threshold: int | None
+) -> list[Sequence]:
+    """One sequence per choice, or a single one when all choices must come out equal (greedy, or nothing generated)."""
+    params = request.params
+    is_single = params.n == 1 or params.temperature == 0 or params.max_tokens == 0
+    count = 1 if is_single else params.n
+    is_long = long_threshold is not None and len(request.prompt_token_ids) > long_threshold
+    has_root = caching or count > 1
+    sequences = [
+        Sequence(
+            request=request,
+            index=index,
+            copies=params.n if is_single else 1,
+            order=(*order, index),
+            seed=(seed + index) & SEED_MASK,
+            tokens=array("i", request.prompt_token_ids),
+            variant=int(is_long),
+            cache_root=_root(request, int(is_long), caching) if has_root else None,
+            shares_prefix=caching,
+        )
+        for index in range(count)
+    ]
+    if params.prompt_logprobs is not None:
+        sequences[0].prompt_scores = [None] * len(request.prompt_token_ids)
+    sequences[0].children = sequences[1:]
+    return sequences
+
+
+def _root(request: EngineRequest, variant: int, caching: bool) -> bytes:
+    return root_key(request.cache_salt, variant, "" if caching else request.request_id)

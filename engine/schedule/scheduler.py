@@ -1,0 +1,200 @@
+"""Decides what each step computes: one token budget, running sequences first, then waiting ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuseline.compile.specs import RopeSwitchSpec
+from fuseline.engine.config import SchedulerConfig
+from fuseline.engine.memory.kv_manager import KVManager
+from fuseline.engine.request import Sequence
+from fuseline.engine.schedule.plan import Plan, StepBudget
+from fuseline.engine.schedule.queue import WaitingQueue
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The scheduler's configuration with its automatic values resolved."""
+
+    num_tokens: int
+    num_seqs: int
+    num_partial: int
+    num_long_partial: int
+    long_threshold: int
+    """A sequence with more tokens is long and computes at most this many a step; 0: nothing is long."""
+    is_priority: bool
+    is_chunked: bool
+
+    @staticmethod
+    def resolve(config: SchedulerConfig, max_model_len: int) -> Limits:
+        threshold = config.long_prefill_token_threshold
+        if threshold == 0 and config.max_num_partial_prefills > 1:
+            threshold = max(1, int(0.04 * max_model_len))
+        return Limits(
+            num_tokens=config.max_num_batched_tokens,
+            num_seqs=config.max_num_seqs,
+            num_partial=config.max_num_partial_prefills,
+            num_long_partial=config.max_long_partial_prefills,
+            long_threshold=threshold,
+            is_priority=config.scheduling_policy == "priority",
+            is_chunked=config.enable_chunked_prefill,
+        )
+
+
+class Scheduler:
+    def __init__(self, limits: Limits, kv: KVManager, rope_switch: RopeSwitchSpec | None = None) -> None:
+        self.limits = limits
+        self.kv = kv
+        self.rope_switch = rope_switch
+        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue()
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._free_rows = list(range(limits.num_seqs - 1, -1, -1))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.push(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a finished or aborted sequence and free its blocks."""
+        if seq.row >= 0:
+            self._leave(seq)
+        self.waiting.remove(seq)
+
+    def schedule(self) -> Plan:
+        """The next step. Empty only when nothing waits or runs."""
+        self._switch_ropes()
+        budget = StepBudget(self.limits.num_tokens, self.limits.num_seqs - len(self.running))
+        self._schedule_running(budget)
+        if not budget.has_preempted:
+            self._admit_waiting(budget)
+        return Plan(list(budget.counts), list(budget.counts.values()), budget.started, self.kv.tables)
+
+    def preempt_all(self) -> None:
+        for seq in list(self.running):
+            self._requeue(seq)
+
+    def _switch_ropes(self) -> None:
+        if self.rope_switch is None:
+            return
+        for seq in list(self.running):
+            if seq.variant == 0 and seq.num_tokens > self.rope_switch.threshold:
+                self._requeue(seq)
+                seq.switch_rope()
+
+    def _schedule_running(self, budget: StepBudget) -> None:
+        # Sequences one token behind go first, so that a long prompt never makes a stream of tokens wait.
+        for seq in sorted(self.running, key=lambda s: s.num_remaining > 1):
+            if seq.row < 0:
+                continue
+            count = self._chunk(seq, seq.num_remaining, budget)
+            if count and self._make_room(seq, seq.num_computed + count, budget):
+                budget.add(seq, count)
+
+    def _chunk(self, seq: Sequence, num_remaining: int, budget: StepBudget) -> int:
+        """How many of its remaining tokens a sequence may compute in this step; 0: none."""
+        count = min(num_remaining, budget.tokens_left)
+        if self._is_long(seq):
+            count = min(count, self.limits.long_threshold)
+        if not self.limits.is_chunked and count < num_remaining:
+            return 0
+        if seq.prompt_scores is not None:
+            count = min(count, budget.spare_rows + (seq.row >= 0))
+        return count
+
+    def _is_long(self, seq: Sequence) -> bool:
+        return self.limits.is_chunked and 0 < self.limits.long_threshold < seq.num_tokens
+
+    def _make_room(self, seq: Sequence, num_tokens: int, budget: StepBudget) -> bool:
+        """Preempt the last in order until `seq` fits. False when that was `seq` itself."""
+        while not self.kv.grow(seq, num_tokens):
+            victim = max(self.running, key=lambda s: s.order)
+            self._preempt(victim, budget)
+            if victim is seq:
+                return False
+        return True
+
+    def _admit_waiting(self, budget: StepBudget) -> None:
+        passed_over: list[Sequence] = []
+        while self.waiting and budget.tokens_left > 0:
+            seq = self.waiting.peek()
+            if not self._find_seat(seq, budget):
+                break
+            hit = self.kv.find_prefix(seq)
+            num_remaining = seq.num_tokens - hit * self.kv.block_size
+            count = self._chunk(seq, num_remaining, budget)
+            if count < num_remaining and self._is_long(seq) and not self._has_long_place(budget):
+                passed_over.append(self.waiting.pop())
+                continue
+            if count == 0 or (count < num_remaining and not self._has_partial_place(budget)):
+                break
+            if not self._start(seq, hit, count, budget):
+                break
+        for seq in passed_over:
+            self.waiting.push(seq)
+
+    def _find_seat(self, seq: Sequence, budget: StepBudget) -> bool:
+        return budget.spare_rows > 0 and bool(self._free_rows) or self._preempt_lower(seq, budget)
+
+    def _preempt_lower(self, seq: Sequence, budget: StepBudget) -> bool:
+        """Under the priority policy, preempt the last sequence of a lower priority than `seq`, if there is one."""
+        if not self.limits.is_priority or not self.running:
+            return False
+        victim = max(self.running, key=lambda s: s.order)
+        if victim.request.priority <= seq.request.priority:
+            return False
+        self._preempt(victim, budget)
+        return True
+
+    def _partial(self, budget: StepBudget) -> list[Sequence]:
+        return [s for s in self.running if s.num_remaining > max(1, budget.counts.get(s, 0))]
+
+    def _has_partial_place(self, budget: StepBudget) -> bool:
+        return len(self._partial(budget)) < self.limits.num_partial
+
+    def _has_long_place(self, budget: StepBudget) -> bool:
+        return sum(self._is_long(s) for s in self._partial(budget)) < self.limits.num_long_partial
+
+    def _start(self, seq: Sequence, hit: int, count: int, budget: StepBudget) -> bool:
+        num_tokens = hit * self.kv.block_size + count
+        while not self.kv.start(seq, hit, num_tokens):
+            if not self._preempt_lower(seq, budget):
+                return False
+        self.waiting.remove(seq)
+        seq.row = self._free_rows.pop()
+        self.running.append(seq)
+        self.kv.load_table(seq)
+        self.kv.grow(seq, num_tokens)
+        budget.spare_rows -= 1
+        budget.add(seq, count)
+        budget.started.append(seq)
+        self._count_hit(seq, hit)
+        return True
+
+    def _count_hit(self, seq: Sequence, hit: int) -> None:
+        """A request is looked up once: neither its further choices nor its restarts count."""
+        if not seq.was_scheduled and seq.index == 0 and seq.reads_cache and seq.shares_prefix:
+            seq.num_cached = hit * self.kv.block_size
+            self.prefix_queries += seq.prompt_len
+            self.prefix_hits += seq.num_cached
+
+    def _preempt(self, seq: Sequence, budget: StepBudget) -> None:
+        budget.drop(seq)
+        budget.has_preempted = True
+        self.num_preemptions += 1
+        self._requeue(seq)
+
+    def _requeue(self, seq: Sequence) -> None:
+        self._leave(seq)
+        self.waiting.push(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._free_rows.append(seq.row)
+        seq.row = -1
+        self.kv.free(seq)

@@ -1,0 +1,178 @@
+"""The engine as its client sees it: started from a configuration, spoken to in messages."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from fuseline.engine.config import EngineConfig
+from fuseline.engine.engine import Engine
+from fuseline.engine.memory.free_memory import free_memory
+from fuseline.engine.memory.sizing import CacheSize, size_cache
+from fuseline.engine.messages import (
+    AbortRequests,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    FromEngine,
+    Progress,
+    Shutdown,
+    ToEngine,
+    Utility,
+    UtilityResult,
+)
+from fuseline.engine.run.runner import Model
+from fuseline.engine.run.sampler import SampleOps
+
+logger = logging.getLogger("fuseline.engine")
+
+ProgressFn = Callable[[str, int, int], None]
+BuildModel = Callable[[EngineConfig, ProgressFn], Model]
+"""Must be importable by name: it is sent to the engine's process."""
+BuildOps = Callable[[], SampleOps]
+Send = Callable[[FromEngine], None]
+
+
+class Inbox(Protocol):
+    def receive(self, wait: bool) -> ToEngine | None:
+        """The next message; None when there is none and `wait` is false."""
+
+
+class EngineService:
+    def __init__(self, config: EngineConfig, build_model: BuildModel, build_ops: BuildOps, send: Send) -> None:
+        self.config = config
+        self.build_model = build_model
+        self.send = send
+        free_before = free_memory()
+        model = self._build()
+        info = model.info
+        max_model_len = config.compile.max_model_len or info.max_model_len
+        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, free_before, free_memory())
+        model.allocate_caches(self._cache_blocks())
+        self.engine = Engine(config, model, self.size.num_blocks, build_ops())
+        self.sleep_level = 0
+        send(_ready(config, self.engine, self.size))
+
+    def run(self, inbox: Inbox) -> None:
+        """Serve until told to shut down. Without work it blocks on the inbox."""
+        while self._take_messages(inbox):
+            if self.engine.has_work:
+                self.send(self.engine.step())
+
+    def _take_messages(self, inbox: Inbox) -> bool:
+        """Handle what has come in; wait for it when there is nothing else to do. False on shutdown."""
+        message = inbox.receive(wait=not self.engine.has_work)
+        while message is not None:
+            if isinstance(message, Shutdown):
+                return False
+            self._handle(message)
+            message = inbox.receive(wait=False)
+        return True
+
+    def _handle(self, message: ToEngine) -> None:
+        if isinstance(message, EngineRequest):
+            self.engine.add(message)
+        elif isinstance(message, AbortRequests):
+            for request_id in message.request_ids:
+                self.engine.abort(request_id)
+        elif isinstance(message, Utility):
+            self.send(self._call(message))
+
+    def _call(self, call: Utility) -> UtilityResult:
+        utilities = {
+            "reset_prefix_cache": self._reset_prefix_cache,
+            "sleep": self._sleep,
+            "wake_up": self._wake_up,
+            "is_sleeping": lambda _: "true" if self.engine.is_asleep else "false",
+        }
+        if call.method not in utilities:
+            return UtilityResult(call.call_id, error=f"the engine has no method {call.method}")
+        try:
+            return UtilityResult(call.call_id, result=utilities[call.method](call.arg))
+        except ValueError as error:
+            return UtilityResult(call.call_id, error=str(error))
+
+    def _reset_prefix_cache(self, _: str) -> str:
+        self.engine.reset_prefix_cache()
+        return "true"
+
+    def _sleep(self, arg: str) -> str:
+        """Level 0 pauses, 1 also gives the KV memory back, 2 also the weights. What ran is computed anew on waking."""
+        if arg not in ("0", "1", "2", ""):
+            raise ValueError(f"sleep level must be 0, 1 or 2, not {arg}")
+        self.sleep_level = int(arg or 1)
+        self.engine.pause()
+        runner = self.engine.runner
+        if self.sleep_level >= 1:
+            runner.model.allocate_caches([1] * len(self.size.num_blocks))
+        if self.sleep_level == 2:
+            runner.model = _Asleep(runner.model)
+            gc.collect()
+        return "true"
+
+    def _wake_up(self, _: str) -> str:
+        if not self.engine.is_asleep:
+            return "true"
+        runner = self.engine.runner
+        if self.sleep_level == 2:
+            runner.model = self._build()
+        if self.sleep_level >= 1:
+            runner.model.allocate_caches(self._cache_blocks())
+        self.sleep_level = 0
+        self.engine.resume()
+        return "true"
+
+    def _build(self) -> Model:
+        return self.build_model(self.config, lambda *progress: self.send(Progress(*progress)))
+
+    def _cache_blocks(self) -> list[int]:
+        return [count + 1 for count in self.size.num_blocks]
+
+
+class _Asleep:
+    """Keeps the facts of a model whose weights have been discarded."""
+
+    def __init__(self, model: Model) -> None:
+        self.info = model.info
+
+
+def build_compiled_model(config: EngineConfig, progress: ProgressFn) -> Model:
+    from fuseline.compile.compiler import compile_model
+    from fuseline.compile.target import detect_target
+
+    return compile_model(config.compile, detect_target(), progress)
+
+
+def serve(config: EngineConfig, build_model: BuildModel, build_ops: BuildOps, inbox: Inbox, send: Send) -> None:
+    """A whole engine's life. A failed start is told in one line; a fault later on raises."""
+    try:
+        service = EngineService(config, build_model, build_ops, send)
+    except Exception as error:
+        logger.debug("engine start failed", exc_info=True)
+        send(EngineFailed(_one_line(error)))
+        return
+    service.run(inbox)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # Errors made for users say everything themselves; of others the type is half the message.
+    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def _ready(config: EngineConfig, engine: Engine, size: CacheSize) -> EngineReady:
+    info = engine.runner.model.info
+    kv_dtype = info.cache_specs[0].dtype if info.cache_specs else info.dtype
+    return EngineReady(
+        vocab_size=info.vocab_size,
+        max_model_len=engine.max_model_len,
+        num_blocks=max(size.num_blocks),
+        block_size=config.cache.block_size,
+        dtype=info.dtype,
+        kv_cache_dtype=kv_dtype,
+        eos_token_ids=info.eos_token_ids,
+        architecture=info.architecture,
+        table=size.table,
+    )

@@ -1,0 +1,20 @@
+"""Counts of one step, for the API's metrics."""
+
+from __future__ import annotations
+
+from fuseline.engine.messages import StepStats
+from fuseline.engine.schedule.scheduler import Scheduler
+
+
+def make_stats(scheduler: Scheduler, num_step_tokens: int, num_prompt_tokens: int) -> StepStats:
+    """`num_prompt_tokens` of the step's tokens were prompt."""
+    return StepStats(
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting),
+        num_preemptions=scheduler.num_preemptions,
+        kv_usage=scheduler.kv.usage,
+        prefix_queries=scheduler.prefix_queries,
+        prefix_hits=scheduler.prefix_hits,
+        num_step_tokens=num_step_tokens,
+        num_prompt_tokens=num_prompt_tokens,
+    )

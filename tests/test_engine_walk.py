@@ -1,0 +1,177 @@
+"""Random walks over the engine with the fake model: whatever happens around a request, its tokens stay the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fake_model import BLOCK_SIZE, FakeModel, fake_config, next_logits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fuseline.compile.specs import RopeSwitchSpec
+from fuseline.engine.engine import Engine
+from fuseline.engine.messages import EngineRequest, SamplingParams, TokenOutput
+from fuseline.engine.run.sampler_reference import _draw, reference_ops
+
+LAYOUTS = {"full": (0,), "window": (6,), "mixed": (0, 6), "two_windows": (0, 5, 13)}
+
+
+def make_engine(windows=(0,), num_blocks=40, rope_threshold=None, **config) -> Engine:
+    switch = RopeSwitchSpec(rope_threshold, 64) if rope_threshold else None
+    model = FakeModel(windows, rope_switch=switch)
+    model.allocate_caches([num_blocks + 1] * len(windows))
+    return Engine(fake_config(**config), model, [num_blocks] * len(windows), reference_ops())
+
+
+def expected_tokens(request: EngineRequest, index: int, windows, threshold=None) -> list[int]:
+    """The request alone, without any engine: temperature 1, or greedy at 0."""
+    tokens = list(request.prompt_token_ids)
+    params = request.params
+    for count in range(params.max_tokens):
+        logits = torch.from_numpy(next_logits(tokens, windows, threshold))
+        if count < params.min_tokens:
+            logits[list(params.eos_token_ids)] = -torch.inf
+        if params.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = _draw(torch.softmax(logits.double(), 0), params.seed + index, count)
+        tokens.append(token)
+        if token in params.eos_token_ids and count + 1 >= params.min_tokens:
+            break
+    return tokens[len(request.prompt_token_ids) :]
+
+
+def check_invariants(engine: Engine) -> None:
+    scheduler, kv = engine.scheduler, engine.kv
+    rows = [seq.row for seq in scheduler.running]
+    assert len(set(rows)) == len(rows) and all(0 <= row < scheduler.limits.num_seqs for row in rows)
+    assert not any(seq in scheduler.waiting for seq in scheduler.running)
+    assert all(seq.row < 0 and not seq.blocks for seq in scheduler.waiting)
+    for index, group in enumerate(kv.groups):
+        held = [block for seq in scheduler.running for block in seq.blocks[index] if block]
+        counts = np.bincount(held, minlength=group.pool.num_blocks + 1)
+        assert counts.tolist() == group.pool.refs
+        assert group.pool.num_free == group.pool.num_blocks - len(set(held))
+        for seq in scheduler.running:
+            assert seq.blocks[index] == kv.tables[index, seq.row, : len(seq.blocks[index])].tolist()
+            first = group.first_visible(max(0, seq.num_computed - 1))
+            assert all(seq.blocks[index][first : -(-seq.num_computed // BLOCK_SIZE)]), "a visible block is null"
+
+
+class Walk:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.requests: dict[str, EngineRequest] = {}
+        self.outputs: dict[tuple[str, int], list[TokenOutput]] = {}
+        self.counts: list[int] = []
+
+    def submit(self, prompt: list[int], **params) -> str:
+        name = f"r{len(self.requests)}"
+        priority = params.pop("priority", 0)
+        salt = params.pop("cache_salt", "")
+        params = SamplingParams(**{"seed": 7 + len(self.requests), **params})
+        request = EngineRequest(
+            request_id=name, prompt_token_ids=tuple(prompt), params=params, priority=priority, cache_salt=salt
+        )
+        self.requests[name] = request
+        self.engine.add(request)
+        return name
+
+    def step(self) -> None:
+        plans = []
+        run = self.engine.runner.execute
+        self.engine.runner.execute = lambda plan: (plans.append(plan), run(plan))[1]
+        outputs = self.engine.step()
+        self.engine.runner.execute = run
+        limits = self.engine.scheduler.limits
+        for plan in plans:
+            assert 0 < plan.num_tokens <= limits.num_tokens and len(plan.sequences) <= limits.num_seqs
+            self.counts.append(plan.num_tokens)
+        for output in outputs.outputs:
+            self.outputs.setdefault((output.request_id, output.index), []).append(output)
+        check_invariants(self.engine)
+
+    def finish(self) -> None:
+        for _ in range(3000):
+            if not self.engine.has_work:
+                break
+            self.step()
+        assert not self.engine.has_work and self.engine.kv.usage == 0 and not self.engine._live
+
+    def tokens(self, name: str, index: int = 0) -> list[int]:
+        return [token for output in self.outputs[name, index] for token in output.token_ids]
+
+    def reason(self, name: str, index: int = 0) -> str | None:
+        reasons = [output.finish_reason for output in self.outputs[name, index]]
+        assert all(reason is None for reason in reasons[:-1])
+        return reasons[-1]
+
+    def check_all(self, windows, threshold=None) -> None:
+        for name, request in self.requests.items():
+            for index in range(request.params.n):
+                expected = expected_tokens(request, index, windows, threshold)
+                got = self.tokens(name, index)
+                if self.reason(name, index) == "abort":
+                    assert got == expected[: len(got)]
+                else:
+                    assert got == expected, f"{name} choice {index}"
+
+
+prompts = st.one_of(
+    st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    # Few distinct beginnings, so that prefixes are shared.
+    st.tuples(st.sampled_from([1, 2]), st.integers(1, 28), st.lists(st.integers(1, 3), max_size=3)).map(
+        lambda t: [t[0]] * t[1] + t[2]
+    ),
+)
+actions = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("submit"), prompts, st.integers(0, 24), st.integers(1, 3), st.sampled_from([0.0, 1.0]),
+            st.integers(-2, 2), st.sampled_from([None, 1]), st.sampled_from(["", "salt"]),
+        ),
+        st.tuples(st.just("abort"), st.integers(0, 30)),
+        st.tuples(st.just("step"), st.integers(1, 6)),
+        st.tuples(st.just("reset")),
+    ),
+    min_size=3, max_size=25,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    actions=actions,
+    num_blocks=st.integers(16, 30),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    caching=st.booleans(),
+    partial=st.integers(1, 3),
+    threshold=st.sampled_from([None, 20]),
+)
+def test_tokens_do_not_depend_on_what_happens_around(
+    layout, actions, num_blocks, policy, caching, partial, threshold
+) -> None:
+    windows = LAYOUTS[layout]
+    engine = make_engine(
+        windows, num_blocks, threshold, scheduling_policy=policy, enable_prefix_caching=caching,
+        max_num_partial_prefills=partial, max_long_partial_prefills=max(1, partial - 1),
+    )  # fmt: skip
+    walk = Walk(engine)
+    for action in actions:
+        if action[0] == "submit":
+            _, prompt, max_tokens, n, temperature, priority, prompt_logprobs, salt = action
+            walk.submit(
+                prompt, max_tokens=max_tokens, n=n, temperature=temperature, priority=priority, cache_salt=salt,
+                prompt_logprobs=prompt_logprobs, eos_token_ids=(0,), min_tokens=min(max_tokens, 2),
+            )  # fmt: skip
+        elif action[0] == "abort":
+            engine.abort(f"r{action[1]}")
+            check_invariants(engine)
+        elif action[0] == "step":
+            for _ in range(action[1]):
+                walk.step()
+        else:
+            engine.reset_prefix_cache()
+    walk.finish()
+    walk.check_all(windows, threshold)
