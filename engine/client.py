@@ -83,8 +83,8 @@ class EngineClient:
         self._transport = self._make_transport(self._setup, self._take, self._end)
         try:
             self.ready = await self._starting
-        except asyncio.CancelledError:
-            await self.shutdown(0)
+        except (asyncio.CancelledError, EngineStartError):
+            await self.shutdown(1)
             raise
         finally:
             self._starting = None

@@ -51,6 +51,7 @@ class ProcessTransport:
         self._requests = open_socket(zmq.Context(self._context), zmq.PUSH, self._folder, REQUESTS, bind=True)
         self._answers = open_socket(self._context, zmq.PULL, self._folder, ANSWERS, bind=True)
         self._encoder = msgspec.msgpack.Encoder()
+        self._is_open = True
         self._ended = asyncio.Event()
         arguments = (self._folder, setup.config, setup.build_model, setup.build_ops)
         spawn = multiprocessing.get_context("spawn")
@@ -60,7 +61,7 @@ class ProcessTransport:
         self._reading = self._loop.create_task(self._read())
 
     def send(self, message: ToEngine) -> None:
-        if not self._ended.is_set():
+        if self._is_open:
             self._requests.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     async def stop(self, timeout: float) -> None:
@@ -73,16 +74,19 @@ class ProcessTransport:
 
     def _process_ended(self) -> None:
         self._loop.remove_reader(self.process.sentinel)
-        self._ended.set()
-        self._loop.create_task(self._close())
+        self._is_open = False
+        self._closing = self._loop.create_task(self._close())
 
     async def _close(self) -> None:
         """What the process said last (why it could not start) is still read."""
         await asyncio.sleep(0.05)
         self._reading.cancel()
         self.process.join()
-        self._context.destroy(linger=0)
+        for socket in (self._requests, self._answers):
+            socket.close(linger=0)
+        self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._ended.set()
         self._on_end()
 
     async def _read(self) -> None:
