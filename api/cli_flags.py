@@ -180,12 +180,10 @@ def bool_value(text: str) -> bool:
 def human_int(text: str) -> int:
     """8192, 8k (8000), 8K (8192), 1.5M, ..."""
     factor = SUFFIXES.get(text[-1:], 1)
-    number = text[:-1] if factor > 1 else text
     try:
-        value = float(number) if factor > 1 else int(number)
-    except ValueError as error:
+        return int(float(text[:-1]) * factor) if factor > 1 else int(text)
+    except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number (8192, 8k, 8K, 1M)") from error
-    return int(value * factor)
 
 
 def json_object(text: str) -> JsonObject:

@@ -184,11 +184,11 @@ def demo_dir() -> Path:
 def find_checkpoint(model: str) -> str:
     """Directory of a checkpoint: a path, `demo`, or the cached snapshot of a hub id. Raises ConfigError."""
     path = demo_dir() if model == "demo" and not Path("demo").is_dir() else Path(model).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         raise ConfigError(f"{model} is a file; give the directory of a checkpoint (single-file formats come later)")
     if model == "demo" and not path.is_dir():
         raise ConfigError("the bundled demo model is not in this installation; give a checkpoint directory")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         path = _cached_snapshot(model)
     return str(path.resolve())
 

@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, ServerConfig
@@ -100,20 +99,20 @@ def _partial_prefills(config: ServerConfig) -> None:
 def _files(config: ServerConfig) -> None:
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "logging_config_path"):
         path = getattr(config, name)
-        if path and not Path(path).is_file():
+        if path and not os.path.isfile(path):
             raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}")
     if bool(config.ssl_keyfile) != bool(config.ssl_certfile):
         raise ConfigError("HTTPS needs both --ssl-keyfile and --ssl-certfile")
     if config.ssl_cert_reqs and not config.ssl_ca_certs:
         raise ConfigError("--ssl-cert-reqs above 0 needs --ssl-ca-certs to verify clients with")
     generation = config.generation_config
-    if generation not in ("", "auto") and not Path(generation).is_dir():
+    if generation not in ("", "auto") and not os.path.isdir(generation):
         raise ConfigError(f"--generation-config: there is no directory {generation} (auto takes the model's)")
 
 
 def _template(config: ServerConfig) -> None:
     template = config.chat_template
-    if template and not any(mark in template for mark in "{}\n") and not Path(template).is_file():
+    if template and not any(mark in template for mark in "{}\n") and not os.path.isfile(template):
         raise ConfigError(f"--chat-template: {template} is neither a file nor a template")
 
 

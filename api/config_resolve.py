@@ -195,11 +195,14 @@ def _scaled_context(config: Mapping) -> int:
 def read_config_json(checkpoint: str) -> dict:
     path = Path(checkpoint) / "config.json"
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"{checkpoint} has no config.json; give a Transformers checkpoint") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no JSON object; give a Transformers checkpoint")
+    return content
 
 
 def _engine(given: dict[str, object], checkpoint: str) -> EngineConfig:

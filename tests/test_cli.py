@@ -109,7 +109,8 @@ def test_human_numbers(resolved, refusal) -> None:
     assert resolved("--max-model-len", "2k")["max_model_len"] == 2000
     assert resolved("--max-model-len", "2K")["max_model_len"] == 2048
     assert resolved("--kv-cache-memory-bytes", "1.5G")["kv_cache_memory_bytes"] == 3 * 2**29
-    assert refusal("--max-model-len", "2x")[0] == 2
+    for bad in ("2x", "", "k", "infk", "nank", "1.5"):
+        assert refusal("--max-model-len", bad)[0] == 2
 
 
 def test_none_and_empty_mean_unset(resolved) -> None:

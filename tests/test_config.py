@@ -34,6 +34,7 @@ BROKEN = {
     "no file /no/key": {"ssl_keyfile": "/no/key"},
     "needs --ssl-ca-certs": {"ssl_cert_reqs": 2},
     "neither a file nor a template": {"chat_template": "chatml"},
+    "neither a file nor": {"chat_template": "x" * 5000},
     "no directory": {"generation_config": "/no/such"},
     "--metrics-prefix": {"metrics_prefix": "1 bad"},
     "--num-scheduler-steps 0: must be at least 1": {"num_scheduler_steps": 0},
@@ -136,6 +137,11 @@ def test_lookup_of_models(tmp_path: Path, monkeypatch) -> None:
             find_checkpoint(bad)
     with pytest.raises(ConfigError, match="no config.json"):
         resolve({"model": str(tmp_path)})
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="no JSON object"):
+        resolve({"model": str(tmp_path)})
+    with pytest.raises(ConfigError, match="neither"):
+        find_checkpoint("x" * 5000)
     assert demo_dir().name == "demo"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
