@@ -59,7 +59,10 @@ class Engine:
         return StepOutputs(outputs=tuple(outputs), stats=stats)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request. One that cannot be served fails alone, with the next step's outputs."""
+        """Queue a request. One that cannot be served fails alone, with the next step's outputs.
+
+        An id in use is dropped without a word: outputs under it would be taken for the first request's.
+        """
         error = self._find_fault(request)
         if error:
             if request.request_id not in self._live:

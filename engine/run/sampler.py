@@ -65,7 +65,8 @@ class Sampler:
             raise ValueError("sequences of one server differ in logprobs_mode")
         num_logprobs = rows.num_logprobs[index]
         out = _Outputs(num_rows, min(self.vocab_size, max(0, int(num_logprobs.max(initial=0)))))
-        tokens = torch.empty(num_rows, dtype=torch.int64)
+        # Zeros, because a row that is not ok leaves its token as it is.
+        tokens = torch.zeros(num_rows, dtype=torch.int64)
         ok = torch.empty(num_rows, dtype=torch.uint8)
         counter = np.fromiter((s.num_generated for s in sequences), np.int64, num_rows)
         per_row = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.repetition, rows.frequency)
