@@ -28,7 +28,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     masked_eos_token_ids: tuple[int, ...] = ()
     """EOS ids that min_tokens masks even under ignore_eos."""
     logprobs: int | None = None
-    """None = none wanted; k = the sampled token's and the k best."""
+    """None = none wanted; k = the sampled token's and the k best; the API turns -1 (all) into the vocabulary's size."""
     prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()

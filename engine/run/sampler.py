@@ -21,6 +21,9 @@ class SampleOps:
 
 
 def native_ops() -> SampleOps:
+    """The kernels of csrc/cpu/kernels/sampling.cpp."""
+    import fuseline._C  # noqa: F401 (registers them with torch)
+
     return SampleOps(torch.ops.fuseline_cpu.sample, torch.ops.fuseline_cpu.row_logprobs)
 
 
@@ -63,8 +66,8 @@ class Sampler:
         modes = rows.logprobs_mode[index]
         if num_rows and modes.min() != modes.max():
             raise ValueError("sequences of one server differ in logprobs_mode")
-        num_logprobs = rows.num_logprobs[index]
-        out = _Outputs(num_rows, min(self.vocab_size, max(0, int(num_logprobs.max(initial=0)))))
+        num_logprobs = np.minimum(rows.num_logprobs[index], self.vocab_size)
+        out = _Outputs(num_rows, max(0, int(num_logprobs.max(initial=0))))
         # Zeros, because a row that is not ok leaves its token as it is.
         tokens = torch.zeros(num_rows, dtype=torch.int64)
         ok = torch.empty(num_rows, dtype=torch.uint8)
