@@ -1,0 +1,340 @@
+// Attention over a paged cache: chunked prefill, prefix hits and decode alike.
+//
+// A row is one query head of one token. Its keys are taken in tiles of kKeys and segments of kSegment keys, both cut at
+// absolute positions; within a segment the softmax is online, segments are merged in order. So a row's result depends
+// on its own query and keys alone, not on the rows beside it, the chunking, or who computed which segment.
+#include "cpu/parallel.h"
+#include "views.h"
+#include "transpose.h"
+
+namespace fuseline::FL_ISA {
+namespace {
+
+constexpr int kKeys = 64;                    // keys of a tile
+constexpr int kRowSize = kKeys + 16;         // floats from row to row of queries and probabilities
+constexpr int64_t kSegment = 1024;
+constexpr int64_t kMaxRows = 64;             // rows of a task: key and value tiles are widened once for all of them
+
+struct Attention {
+  const Tensor &out, &q, &k_cache, &v_cache, &block_table, &seq_lens, &query_start, &sinks;
+  int64_t window;
+  float scale, softcap;
+  int64_t num_seqs = 0, group = 0, block_size = 0, key_dim = 0, value_dim = 0, padded_dim = 0;
+  int64_t heads_per_task = 0, tokens_per_task = 0;
+
+  int64_t parts() const { return (group + heads_per_task - 1) / heads_per_task; }
+  int64_t tasks_of(int64_t tokens) const {
+    return k_cache.sizes[1] * parts() * ((tokens + tokens_per_task - 1) / tokens_per_task);
+  }
+  // Floats of a partial result of `rows` rows: sums [rows][padded_dim], then maxima and weights [rows].
+  int64_t partial_size(int64_t rows) const { return rows * (padded_dim + 2); }
+};
+
+// Tokens [token, token + num_tokens) of the batch, the first at `position` in its sequence, times heads of one kv head.
+struct Task {
+  int64_t seq, kv_head, head, num_heads, token, num_tokens, position;
+  int64_t rows() const { return num_tokens * num_heads; }
+  int64_t position_of(int64_t row) const { return position + row / num_heads; }
+  int64_t end() const { return position + num_tokens; }   // keys seen by the last token
+};
+
+struct Partial {
+  float *sum, *max, *weight;
+};
+
+Partial partial_at(const Attention& job, int64_t rows, float* p) {
+  return {p, p + rows * job.padded_dim, p + rows * (job.padded_dim + 1)};
+}
+
+int64_t first_key(const Attention& job, int64_t position) {
+  return job.window > 0 && position >= job.window ? position - job.window + 1 : 0;
+}
+
+// starts[s] is the first task of sequence s.
+Task task_at(const Attention& job, const int64_t* starts, int64_t index) {
+  int64_t lo = 0, hi = job.num_seqs;
+  while (hi - lo > 1) {
+    int64_t mid = (lo + hi) / 2;
+    (starts[mid] <= index ? lo : hi) = mid;
+  }
+  index -= starts[lo];
+  int64_t part = index % job.parts(), kv_head = index / job.parts() % job.k_cache.sizes[1];
+  int64_t first = index / job.parts() / job.k_cache.sizes[1] * job.tokens_per_task;
+  int64_t begin = int_at(job.query_start, lo), tokens = int_at(job.query_start, lo + 1) - begin;
+  int64_t head = part * job.heads_per_task, left = tokens - first;
+  return {lo, kv_head, kv_head * job.group + head,
+          job.group - head < job.heads_per_task ? job.group - head : job.heads_per_task, begin + first,
+          left < job.tokens_per_task ? left : job.tokens_per_task, int_at(job.seq_lens, lo) - tokens + first};
+}
+
+// Queries as [ceil(D / kKeys)][rows][kRowSize].
+template <class Q>
+void pack_queries(const Attention& job, const Task& task, float* packed) {
+  int64_t rows = task.rows();
+  for (int64_t r = 0; r < rows; ++r) {
+    const Q* x = static_cast<const Q*>(job.q.data) + (task.head + r % task.num_heads) * job.q.strides[1] +
+                 (task.token + r / task.num_heads) * job.q.strides[2];
+    for (int64_t d = 0; d < job.key_dim; d += kKeys)
+      convert_row(x + d, job.key_dim - d < kKeys ? job.key_dim - d : kKeys, packed + (d / kKeys * rows + r) * kRowSize);
+  }
+}
+
+template <class T>
+const T* cache_row(const Attention& job, const Tensor& cache, const Task& task, int64_t key) {
+  int64_t slot = task.seq * job.block_table.strides[0] + key / job.block_size * job.block_table.strides[1];
+  int64_t block = static_cast<const int32_t*>(job.block_table.data)[slot];
+  return static_cast<const T*>(cache.data) + block * cache.strides[0] + task.kv_head * cache.strides[1] +
+         key % job.block_size * cache.strides[2];
+}
+
+// Keys [lo, hi) of the tile at `base` as panels [kKeys / 16][D][16]. Lanes outside repeat a key, unused.
+template <class T>
+void load_keys(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, float* keys) {
+  for (int64_t p = (lo - base) / kPanel; p * kPanel < hi - base; ++p) {
+    const T* rows[kPanel];
+    for (int64_t i = 0; i < kPanel; ++i) {
+      int64_t key = base + p * kPanel + i;
+      rows[i] = cache_row<T>(job, job.k_cache, task, key < lo ? lo : key >= hi ? hi - 1 : key);
+    }
+    transpose_panel(rows, job.key_dim, keys + p * job.key_dim * kPanel);
+  }
+}
+
+// Values [lo, hi) as panels [padded_dim / 16][kKeys][16].
+template <class T>
+void load_values(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, float* values) {
+  for (int64_t key = lo; key < hi; ++key) {
+    const T* row = cache_row<T>(job, job.v_cache, task, key);
+    for (int64_t e = 0; e < job.value_dim; e += kPanel) {
+      int64_t n = job.value_dim - e < kPanel ? job.value_dim - e : kPanel;
+      convert_row(row + e, n, values + (e * kKeys) + (key - base) * kPanel);
+    }
+  }
+}
+
+void fill(float* x, int64_t lo, int64_t hi, float value) {
+  for (int64_t i = lo; i < hi; ++i) x[i] = value;
+}
+
+// Scores of one row -> probabilities relative to the row's new maximum, 0 for keys outside [lo, hi). Rescales the sums.
+void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* sum, float& max, float& weight) {
+  if (lo >= hi) return fill(s, 0, kKeys, 0.0f);
+  for (int j = 0; j < kKeys; j += kLanes) {
+    vf x = load(s + j) * job.scale;
+    if (job.softcap > 0) x = job.softcap * vtanh(x / job.softcap);
+    store(s + j, x);
+  }
+  fill(s, 0, lo, -kInfinity);
+  fill(s, hi, kKeys, -kInfinity);
+  vf top = set1(-kInfinity);
+  for (int j = 0; j < kKeys; j += kLanes) top = vmax(top, load(s + j));
+  float new_max = hmax(top);
+  new_max = new_max > max ? new_max : max;
+  for (int j = 0; j < kKeys; j += kLanes) store(s + j, vexp(load(s + j) - new_max));
+  fill(s, 0, lo, 0.0f);
+  fill(s, hi, kKeys, 0.0f);
+  vf total = set1(0.0f);
+  for (int j = 0; j < kKeys; j += kLanes) total += load(s + j);
+  float shrink = exp_of(max - new_max);
+  weight = weight * shrink + hsum(total);
+  max = new_max;
+  for (int64_t e = 0; e < job.padded_dim; e += kLanes) store(sum + e, load(sum + e) * shrink);
+}
+
+struct TaskScratch {
+  float *queries, *scores, *keys, *values;
+};
+
+int64_t queries_size(const Attention& job) { return (job.key_dim + kKeys - 1) / kKeys * kMaxRows * kRowSize; }
+
+// Scratch of one task, followed by `extra` floats at the returned end.
+TaskScratch task_scratch(const Attention& job, int64_t extra, float** end) {
+  int64_t keys = kKeys * job.key_dim, values = kKeys * job.padded_dim;
+  float* p = chunk_floats(queries_size(job) + kMaxRows * kRowSize + keys + values + extra);
+  TaskScratch s{p, p + queries_size(job), nullptr, nullptr};
+  s.keys = s.scores + kMaxRows * kRowSize;
+  s.values = s.keys + keys;
+  *end = s.values + values;
+  return s;
+}
+
+void score_tile(const Attention& job, int64_t rows, int64_t panel, int64_t num_panels, const TaskScratch& s) {
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    int n = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
+    for (int64_t d = 0; d < job.key_dim; d += kKeys)
+      tile_rows<kRowSize>(n, s.queries + (d / kKeys * rows + r) * kRowSize,
+                          s.keys + (panel * job.key_dim + d) * kPanel, job.key_dim * kPanel,
+                          static_cast<int>(num_panels),
+                          static_cast<int>(job.key_dim - d < kKeys ? job.key_dim - d : kKeys),
+                          s.scores + r * kRowSize + panel * kPanel, kRowSize, d > 0);
+  }
+}
+
+void sum_tile(const Attention& job, int64_t rows, int64_t offset, int64_t num_keys, const TaskScratch& s, float* sum) {
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    int n = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
+    tile_rows<kRowSize>(n, s.scores + r * kRowSize + offset, s.values + offset * kPanel, int64_t{kKeys} * kPanel,
+                        static_cast<int>(job.padded_dim / kPanel), static_cast<int>(num_keys), sum + r * job.padded_dim,
+                        job.padded_dim, true);
+  }
+}
+
+template <class T>
+void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, const TaskScratch& s,
+              Partial p) {
+  int64_t rows = task.rows(), panel = (lo - base) / kPanel;
+  load_keys<T>(job, task, base, lo, hi, s.keys);
+  load_values<T>(job, task, base, lo, hi, s.values);
+  score_tile(job, rows, panel, (hi - base + kPanel - 1) / kPanel - panel, s);
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t position = task.position_of(r), first = first_key(job, position);
+    int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
+    softmax_row(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
+  }
+  sum_tile(job, rows, lo - base, hi - lo, s, p.sum);
+}
+
+// The keys of [segment, segment + 1) * kSegment that any row of the task sees; s.queries must be packed.
+template <class T>
+void run_segment(const Attention& job, const Task& task, int64_t segment, const TaskScratch& s, Partial p) {
+  int64_t rows = task.rows();
+  fill(p.sum, 0, rows * job.padded_dim, 0.0f);
+  fill(p.max, 0, rows, -kInfinity);
+  fill(p.weight, 0, rows, 0.0f);
+  int64_t first = first_key(job, task.position), begin = segment * kSegment, end = begin + kSegment;
+  if (begin < first) begin = first / kKeys * kKeys;
+  if (end > task.end()) end = task.end();
+  for (int64_t base = begin; base < end; base += kKeys)
+    run_tile<T>(job, task, base, base > first ? base : first, base + kKeys < end ? base + kKeys : end, s, p);
+}
+
+// The empty result, or the sink's: a key with a score and no value.
+void start_rows(const Attention& job, const Task& task, Partial total) {
+  int64_t rows = task.rows();
+  fill(total.sum, 0, rows * job.padded_dim, 0.0f);
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t head = task.head + r % task.num_heads;
+    total.max[r] = job.sinks.present() ? float_at(job.sinks, head) : -kInfinity;
+    total.weight[r] = job.sinks.present() ? 1.0f : 0.0f;
+  }
+}
+
+void merge_rows(const Attention& job, int64_t rows, Partial total, Partial part) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (part.weight[r] == 0.0f) continue;
+    float max = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
+    float a = exp_of(total.max[r] - max), b = exp_of(part.max[r] - max);
+    float *x = total.sum + r * job.padded_dim, *y = part.sum + r * job.padded_dim;
+    for (int64_t e = 0; e < job.padded_dim; e += kLanes)
+      store(x + e, load(x + e) * a + load(y + e) * b);
+    total.weight[r] = total.weight[r] * a + part.weight[r] * b;
+    total.max[r] = max;
+  }
+}
+
+void write_rows(const Attention& job, const Task& task, Partial total) {
+  with_float(job.out.dtype, [&](auto t) {
+    for (int64_t r = 0; r < task.rows(); ++r) {
+      float *x = total.sum + r * job.padded_dim, weight = total.weight[r];
+      float scale = weight == 0.0f ? 0.0f : 1.0f / weight;
+      for (int64_t e = 0; e < job.padded_dim; e += kLanes) store(x + e, load(x + e) * scale);
+      auto* out = static_cast<decltype(t)*>(job.out.data) + (task.token + r / task.num_heads) * job.out.strides[1] +
+                  (task.head + r % task.num_heads) * job.out.strides[2];
+      convert_row(x, job.value_dim, out);
+    }
+  });
+}
+
+void pack_task(const Attention& job, const Task& task, const TaskScratch& s) {
+  with_float(job.q.dtype, [&](auto t) { pack_queries<decltype(t)>(job, task, s.queries); });
+}
+
+template <class T>
+void run_whole(const Attention& job, const Task& task) {
+  int64_t size = job.partial_size(task.rows());
+  float* end;
+  TaskScratch s = task_scratch(job, 2 * size, &end);
+  Partial total = partial_at(job, task.rows(), end), part = partial_at(job, task.rows(), end + size);
+  pack_task(job, task, s);
+  start_rows(job, task, total);
+  for (int64_t g = first_key(job, task.position) / kSegment; g * kSegment < task.end(); ++g) {
+    run_segment<T>(job, task, g, s, part);
+    merge_rows(job, task.rows(), total, part);
+  }
+  write_rows(job, task, total);
+}
+
+// Few tasks of long context: segments run apart, then each task merges its own in the order run_whole does.
+template <class T>
+void run_split(const Attention& job, const int64_t* starts, int64_t num_tasks, int64_t num_segments, float* parts) {
+  int64_t size = job.partial_size(kMaxRows);
+  parallel(num_tasks * num_segments, [&](int64_t i) {
+    Task task = task_at(job, starts, i / num_segments);
+    int64_t segment = i % num_segments;
+    float* end;
+    TaskScratch s = task_scratch(job, 0, &end);
+    pack_task(job, task, s);
+    run_segment<T>(job, task, segment, s, partial_at(job, task.rows(), parts + i * size));
+  });
+  parallel(num_tasks, [&](int64_t i) {
+    Task task = task_at(job, starts, i);
+    Partial total = partial_at(job, task.rows(), chunk_floats(size));
+    start_rows(job, task, total);
+    for (int64_t g = first_key(job, task.position) / kSegment; g * kSegment < task.end(); ++g)
+      merge_rows(job, task.rows(), total, partial_at(job, task.rows(), parts + (i * num_segments + g) * size));
+    write_rows(job, task, total);
+  });
+}
+
+// Cuts the work. Heads of a group are kept together, sharing one pass over keys and values, unless threads would idle.
+void plan_tasks(Attention& job) {
+  int64_t seq_heads = job.num_seqs * job.k_cache.sizes[1];
+  job.heads_per_task = job.group < kMaxRows ? job.group : kMaxRows;
+  if (job.q.sizes[2] == job.num_seqs)
+    while (job.heads_per_task > 1 && seq_heads * job.parts() < num_threads())
+      job.heads_per_task = (job.heads_per_task + 1) / 2;
+  job.tokens_per_task = kMaxRows / job.heads_per_task;
+}
+
+int64_t tokens_of(const Attention& job, int64_t seq) {
+  return int_at(job.query_start, seq + 1) - int_at(job.query_start, seq);
+}
+
+template <class T>
+void run_all(Attention& job) {
+  plan_tasks(job);
+  int64_t longest = 1, num_tasks = 0;
+  for (int64_t s = 0; s < job.num_seqs; ++s) {
+    num_tasks += job.tasks_of(tokens_of(job, s));
+    if (int_at(job.seq_lens, s) > longest) longest = int_at(job.seq_lens, s);
+  }
+  int64_t num_segments = (longest + kSegment - 1) / kSegment;
+  bool split = num_segments > 1 && num_threads() > 1 && num_tasks < 4 * num_threads();
+  int64_t parts = split ? num_tasks * num_segments * job.partial_size(kMaxRows) : 0;
+  float* shared = caller_floats(parts + 2 * job.num_seqs + 2);
+  int64_t* starts = reinterpret_cast<int64_t*>(shared + parts);
+  for (int64_t s = 0, next = 0; s < job.num_seqs; ++s) {
+    starts[s] = next;
+    next += job.tasks_of(tokens_of(job, s));
+  }
+  if (split) return run_split<T>(job, starts, num_tasks, num_segments, shared);
+  parallel(num_tasks, [&](int64_t i) { run_whole<T>(job, task_at(job, starts, i)); });
+}
+
+}  // namespace
+
+// t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?; i: window (0: none); f: scale,
+// softcap (0: none). A sequence's keys are at positions below its seq_lens; blocks behind the window are not read.
+void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
+  Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], i[0], static_cast<float>(f[0]),
+                static_cast<float>(f[1])};
+  job.num_seqs = job.seq_lens.sizes[0];
+  job.group = job.q.sizes[1] / job.k_cache.sizes[1];
+  job.block_size = job.k_cache.sizes[2];
+  job.key_dim = job.k_cache.sizes[3];
+  job.value_dim = job.v_cache.sizes[3];
+  job.padded_dim = (job.value_dim + kPanel - 1) / kPanel * kPanel;
+  with_float(job.k_cache.dtype, [&](auto p) { run_all<decltype(p)>(job); });
+}
+
+}  // namespace fuseline::FL_ISA

@@ -1,0 +1,129 @@
+// out[M, N] = x[M, K] @ weight^T + bias, with weight packed as panels[ceil(N/16)][K][16]; and the packing itself.
+//
+// Every output is one fp32 chain over ascending k, the bias added in fp32, one rounding to out's dtype (torch's addmm).
+#include "cpu/parallel.h"
+#include "product.h"
+
+namespace fuseline::FL_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 16 * kTileRows;      // rows packed and multiplied together
+constexpr int64_t kPackDepth = 64;
+constexpr int64_t kThinChunkBytes = 128 << 10;      // weights read per chunk when rows are few
+
+struct Linear {
+  const Tensor& out;
+  const Tensor& x;
+  const Tensor& panels;
+  const Tensor& bias;
+  int64_t num_k, num_out;
+  int64_t num_panels() const { return (num_out + kPanel - 1) / kPanel; }
+};
+
+template <class X>
+void pack_rows(const Linear& job, int64_t row0, int64_t rows, float* packed) {
+  auto pack = [&](int64_t r) {
+    pack_row(static_cast<const X*>(job.x.data) + row_offset(job.x, row0 + r), job.num_k, packed, rows, r);
+  };
+  if (rows <= kTileRows) {
+    for (int64_t r = 0; r < rows; ++r) pack(r);
+  } else {
+    parallel(rows, pack);
+  }
+}
+
+// Panels per chunk: enough chunks to share out evenly, each large enough to be worth claiming.
+template <class W>
+int64_t chunk_width(const Linear& job, int64_t rows) {
+  int64_t widest = kMaxPanels;
+  if (rows <= kTileRows) {
+    int64_t fit = kThinChunkBytes / (job.num_k * kPanel * static_cast<int64_t>(sizeof(W)));
+    widest = fit < 4 ? 4 : fit > 32 ? 32 : fit;
+  }
+  int64_t even = job.num_panels() / (num_threads() * 4) & ~int64_t{1};
+  return even < 2 ? 2 : even > widest ? widest : even;
+}
+
+void add_bias(float* c, const float* bias, int64_t n) {
+  for (int64_t j = 0; j < n; j += kLanes) store(c + j, load(c + j) + load(bias + j));
+}
+
+template <class W>
+void multiply_chunk(const Linear& job, const float* packed, int64_t row0, int64_t rows, int64_t p0, int num_panels) {
+  int64_t width = int64_t{num_panels} * kPanel;
+  float* wide = chunk_floats(kWideSize + (rows + 1) * width);
+  float* bias = wide + kWideSize;
+  float* c = bias + width;
+  const W* panels = static_cast<const W*>(job.panels.data) + p0 * job.num_k * kPanel;
+  product(packed, packed_step(rows), rows, job.num_k, panels, num_panels, wide, c, width);
+  int64_t n0 = p0 * kPanel, n = job.num_out - n0 < width ? job.num_out - n0 : width;
+  if (job.bias.present())
+    with_float(job.bias.dtype, [&](auto t) { convert_row(static_cast<decltype(t)*>(job.bias.data) + n0, n, bias); });
+  with_float(job.out.dtype, [&](auto t) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (job.bias.present()) add_bias(c + r * width, bias, width);
+      convert_row(c + r * width, n, static_cast<decltype(t)*>(job.out.data) + row_offset(job.out, row0 + r) + n0);
+    }
+  });
+}
+
+template <class W>
+void multiply_block(const Linear& job, int64_t row0, int64_t rows) {
+  float* packed = caller_floats(packed_size(rows, job.num_k));
+  with_float(job.x.dtype, [&](auto t) { pack_rows<decltype(t)>(job, row0, rows, packed); });
+  int64_t width = chunk_width<W>(job, rows), total = job.num_panels();
+  parallel((total + width - 1) / width, [&](int64_t chunk) {
+    int64_t p0 = chunk * width, left = total - p0;
+    multiply_chunk<W>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width));
+  });
+}
+
+// Output rows [lo, hi) of one panel, weight row 0 being output row `first`.
+template <class From, class To>
+void pack_panel(const Tensor& panels, const Tensor& weight, int64_t first, int64_t lo, int64_t hi) {
+  int64_t num_k = weight.sizes[1];
+  To* panel = static_cast<To*>(panels.data) + lo / kPanel * kPanel * num_k;
+  for (int64_t k0 = 0; k0 < num_k; k0 += kPackDepth) {
+    int64_t depth = num_k - k0 < kPackDepth ? num_k - k0 : kPackDepth;
+    for (int64_t n = lo; n < hi; ++n) {
+      const From* row = static_cast<const From*>(weight.data);
+      row += (n - first) * weight.strides[0] + k0 * weight.strides[1];
+      From in[kPackDepth];
+      To out[kPackDepth];
+      for (int64_t k = 0; k < depth; ++k) in[k] = row[k * weight.strides[1]];
+      convert_row(in, depth, out);
+      for (int64_t k = 0; k < depth; ++k) panel[(k0 + k) * kPanel + n % kPanel] = out[k];
+    }
+  }
+}
+
+}  // namespace
+
+// t: out!, x, panels, bias?; i: num_out.
+void linear(const Tensor* t, const int64_t* i, const double*) {
+  Linear job{t[0], t[1], t[2], t[3], t[1].sizes[t[1].ndim - 1], i[0]};
+  int64_t rows = num_rows(job.x);
+  with_float(job.panels.dtype, [&](auto w) {
+    using W = decltype(w);
+    for (int64_t r = 0; r < rows; r += kBlockRows)
+      multiply_block<W>(job, r, rows - r < kBlockRows ? rows - r : kBlockRows);
+  });
+}
+
+// t: panels!, weight; i: row_offset. Row n of weight becomes lane (row_offset + n) % 16 of panel (row_offset + n) / 16.
+// No other lane is written, so that the parts of joined weights may come in any order: the caller hands in zeros.
+void pack_panels(const Tensor* t, const int64_t* i, const double*) {
+  const Tensor &panels = t[0], &weight = t[1];
+  int64_t first = i[0], end = first + weight.sizes[0], p0 = first / kPanel, p1 = (end + kPanel - 1) / kPanel;
+  parallel(p1 - p0, [&](int64_t chunk) {
+    int64_t lo = (p0 + chunk) * kPanel, hi = lo + kPanel;
+    with_float(panels.dtype, [&](auto to) {
+      with_float(weight.dtype, [&](auto from) {
+        pack_panel<decltype(from), decltype(to)>(panels, weight, first, lo > first ? lo : first,
+                                                                  hi < end ? hi : end);
+      });
+    });
+  });
+}
+
+}  // namespace fuseline::FL_ISA

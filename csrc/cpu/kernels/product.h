@@ -1,0 +1,64 @@
+// rows [M, K] x packed weights [N/16][K][16] -> fp32, blocked for the caches. Used by linear and experts.
+#pragma once
+#include "views.h"
+#include "tile.h"
+
+namespace fuseline::FL_ISA {
+namespace {
+
+constexpr int kDepth = 512;                // k's of one block: a tile of rows stays in L1, 8 panels of it in L2
+constexpr int kPackedRow = kDepth + 16;    // off a power of two, or the rows of a tile would share cache sets
+constexpr int kMaxPanels = 8;              // panels of one product() call with more rows than a tile
+constexpr int kWideSize = kMaxPanels * kDepth * kPanel;
+
+// Packed rows are [ceil(K / kDepth)][M][kPackedRow] fp32; this is their number of floats. A call to product() may take
+// some of the M rows: `packed` then points at the first of them, and blocks lie packed_step(M) apart.
+inline int64_t packed_step(int64_t num_rows) { return num_rows * kPackedRow; }
+inline int64_t packed_size(int64_t num_rows, int64_t num_k) {
+  return (num_k + kDepth - 1) / kDepth * packed_step(num_rows);
+}
+
+template <class T>
+inline void pack_row(const T* x, int64_t num_k, float* packed, int64_t num_rows, int64_t r) {
+  for (int64_t k = 0; k < num_k; k += kDepth, packed += packed_step(num_rows))
+    convert_row(x + k, num_k - k < kDepth ? num_k - k : kDepth, packed + r * kPackedRow);
+}
+
+template <class T>
+inline void widen_panels(const T* panels, int64_t panel_step, int num_panels, int num_k, float* wide) {
+  for (int p = 0; p < num_panels; ++p)
+    convert_row(panels + p * panel_step, int64_t{num_k} * kPanel, wide + p * kDepth * kPanel);
+}
+
+// All rows of one depth block, in tiles of nearly equal height.
+template <class T>
+inline void product_block(const float* a, int64_t num_rows, const T* b, int64_t panel_step, int num_panels, int num_k,
+                          float* c, int64_t ldc, bool add) {
+  int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  for (int64_t t = 0; t < num_tiles; ++t) {
+    int64_t r = num_rows * t / num_tiles;
+    int rows = static_cast<int>(num_rows * (t + 1) / num_tiles - r);
+    tile_rows<kPackedRow>(rows, a + r * kPackedRow, b, panel_step, num_panels, num_k, c + r * ldc, ldc, add);
+  }
+}
+
+// c[M][ldc] = rows x panels. More rows than one tile: each block of panels is widened to fp32 once into `wide` of
+// kWideSize floats, at most kMaxPanels panels; fewer: panels are read as they are, as memory speed is what counts then.
+template <class T>
+inline void product(const float* packed, int64_t step, int64_t num_rows, int64_t num_k, const T* panels, int num_panels,
+                    float* wide, float* c, int64_t ldc) {
+  int64_t panel_step = num_k * kPanel;
+  for (int64_t k = 0; k < num_k; k += kDepth, packed += step) {
+    int depth = static_cast<int>(num_k - k < kDepth ? num_k - k : kDepth);
+    const T* b = panels + k * kPanel;
+    if (sizeof(T) == 4 || num_rows <= kTileRows) {
+      product_block(packed, num_rows, b, panel_step, num_panels, depth, c, ldc, k > 0);
+      continue;
+    }
+    widen_panels(b, panel_step, num_panels, depth, wide);
+    product_block(packed, num_rows, wide, kDepth * kPanel, num_panels, depth, c, ldc, k > 0);
+  }
+}
+
+}  // namespace
+}  // namespace fuseline::FL_ISA

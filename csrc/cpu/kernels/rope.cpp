@@ -1,0 +1,129 @@
+// Rotary position embedding, and the write of keys and values into the paged cache, alone or in one pass.
+// H heads, K key/value heads, T tokens, D key size, E value size, R rotated leading part of D, C columns of the tables.
+#include "cpu/rows.h"
+#include "fuseline/codes.h"
+
+namespace fuseline::FL_ISA {
+namespace {
+
+struct Rotation {
+  const Tensor *cos, *sin, *rows;
+  int64_t rotary_dim, layout;
+};
+
+// round(round(x * cos) + round(y * sin)), y already carrying its sign: three roundings, as eager code in 16 bits has.
+template <class T>
+FL_INLINE vf rotate(vf x, vf c, vf y, vf s) { return round_to<T>(x * c) + round_to<T>(y * s); }
+
+// Pairs (j, j + R/2). A table of R columns keeps its own second half; one of R/2 columns serves both.
+template <class T, class C>
+void rotate_half(T* out, const T* x, const C* cos, const C* sin, int64_t half, int64_t second) {
+  for_columns(half, [&](int64_t c, int64_t n) {
+    const vf low = load_some(x + c, n), high = load_some(x + half + c, n);
+    const vf cos_low = round_to<T>(load_some(cos + c, n)), sin_low = round_to<T>(load_some(sin + c, n));
+    const vf cos_high = round_to<T>(load_some(cos + second + c, n));
+    const vf sin_high = round_to<T>(load_some(sin + second + c, n));
+    store_some(out + c, rotate<T>(low, cos_low, -high, sin_low), n);
+    store_some(out + half + c, rotate<T>(high, cos_high, low, sin_high), n);
+  });
+}
+
+// Pairs (2j, 2j + 1). In a table of R columns the columns 2j and 2j + 1 belong to pair j.
+template <class T, class C>
+void rotate_pairs(T* out, const T* x, const C* cos, const C* sin, int64_t half, bool is_full) {
+  for (int64_t j = 0; j < half; ++j) {
+    const int64_t even = is_full ? 2 * j : j, odd = is_full ? 2 * j + 1 : j;
+    const float a = to_float(x[2 * j]), b = to_float(x[2 * j + 1]);
+    const vf x2 = {a, b}, y2 = {-b, a};
+    const vf c2 = {to_float(cos[even]), to_float(cos[odd])}, s2 = {to_float(sin[even]), to_float(sin[odd])};
+    store_n(out + 2 * j, rotate<T>(x2, round_to<T>(c2), y2, round_to<T>(s2)), 2);
+  }
+}
+
+// One head of one token. `out` may be `x`.
+template <class T>
+void rotate_head(T* out, const T* x, int64_t width, const Rotation& by, int64_t token) {
+  const int64_t line = index_at(*by.rows, token), half = by.rotary_dim / 2, columns = last_size(*by.cos);
+  with_float(by.cos->dtype, [&](auto type) {
+    using C = decltype(type);
+    const C* cos = static_cast<const C*>(by.cos->data) + line * by.cos->strides[0];
+    const C* sin = static_cast<const C*>(by.sin->data) + line * by.sin->strides[0];
+    const bool is_full = columns >= by.rotary_dim;
+    if (by.layout == kRopeInterleaved)
+      rotate_pairs(out, x, cos, sin, half, is_full);
+    else
+      rotate_half(out, x, cos, sin, half, is_full ? half : 0);
+  });
+  if (out != x) __builtin_memcpy(out + by.rotary_dim, x + by.rotary_dim, (width - by.rotary_dim) * sizeof(T));
+}
+
+template <class T>
+FL_INLINE T* head_row(const Tensor& t, int64_t head, int64_t token) {
+  return static_cast<T*>(t.data) + head * t.strides[1] + token * t.strides[2];
+}
+
+// Line of head `head` of a cache [N, K, B, D] at slot = block * B + offset.
+template <class T>
+FL_INLINE T* cache_row(const Tensor& cache, int64_t slot, int64_t head) {
+  const int64_t block_size = cache.sizes[2];
+  return static_cast<T*>(cache.data) + slot / block_size * cache.strides[0] + head * cache.strides[1] +
+         slot % block_size * cache.strides[2];
+}
+
+// A slot of -1, or beyond the cache, writes nothing.
+bool has_slot(const Tensor& cache, int64_t slot) { return slot >= 0 && slot < cache.sizes[0] * cache.sizes[2]; }
+
+template <class T>
+void rotate_token(const Tensor& out, const Tensor& x, const Rotation& by, int64_t token) {
+  for (int64_t h = 0; h < x.sizes[1]; ++h)
+    rotate_head(head_row<T>(out, h, token), head_row<T>(x, h, token), x.sizes[3], by, token);
+}
+
+template <class T>
+void cache_token(const Tensor& cache, const Tensor& x, int64_t slot, int64_t token) {
+  for (int64_t h = 0; h < x.sizes[1]; ++h)
+    __builtin_memcpy(cache_row<T>(cache, slot, h), head_row<T>(x, h, token), x.sizes[3] * sizeof(T));
+}
+
+// body(T{}, token) for each of the tokens of x.
+template <class F>
+void for_tokens(const Tensor& x, const F& body) {
+  with_float(x.dtype, [&](auto type) {
+    parallel_ranges(x.sizes[2], row_grain(x.sizes[1] * x.sizes[3]), [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; ++token) body(type, token);
+    });
+  });
+}
+
+}  // namespace
+
+void rope(const Tensor* t, const int64_t* i, const double*) {
+  const Rotation by{&t[2], &t[3], &t[4], i[0], i[1]};
+  for_tokens(t[1], [&](auto type, int64_t token) { rotate_token<decltype(type)>(t[0], t[1], by, token); });
+}
+
+void write_cache(const Tensor* t, const int64_t*, const double*) {
+  for_tokens(t[2], [&](auto type, int64_t token) {
+    using T = decltype(type);
+    const int64_t slot = index_at(t[4], token);
+    if (!has_slot(t[0], slot)) return;
+    cache_token<T>(t[0], t[2], slot, token);
+    cache_token<T>(t[1], t[3], slot, token);
+  });
+}
+
+void rope_cache(const Tensor* t, const int64_t* i, const double*) {
+  const Tensor &q_out = t[0], &k_cache = t[1], &v_cache = t[2], &q = t[3], &k = t[4], &v = t[5], &slots = t[9];
+  const Rotation by{&t[6], &t[7], &t[8], i[0], i[1]};
+  for_tokens(q, [&](auto type, int64_t token) {
+    using T = decltype(type);
+    rotate_token<T>(q_out, q, by, token);
+    const int64_t slot = index_at(slots, token);
+    if (!has_slot(k_cache, slot)) return;
+    for (int64_t h = 0; h < k.sizes[1]; ++h)
+      rotate_head(cache_row<T>(k_cache, slot, h), head_row<T>(k, h, token), k.sizes[3], by, token);
+    cache_token<T>(v_cache, v, slot, token);
+  });
+}
+
+}  // namespace fuseline::FL_ISA

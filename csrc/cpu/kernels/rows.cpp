@@ -1,0 +1,81 @@
+// Whole rows moved by an index: embedding tables, plain or packed, and the rows whose logits are wanted.
+#include "cpu/rows.h"
+
+namespace fuseline::FL_ISA {
+namespace {
+
+constexpr int64_t kPanel = 16;
+
+// An id outside the table reads as a row of zeros: ids come from requests, and a kernel neither throws nor strays.
+template <class T>
+void take_row(T* out, const Tensor& table, int64_t id, int64_t width) {
+  const bool is_inside = id >= 0 && id < table.sizes[0];
+  const T* from = static_cast<const T*>(table.data) + (is_inside ? id * table.strides[0] : 0);
+  if (!is_inside)
+    __builtin_memset(out, 0, width * sizeof(T));
+  else
+    __builtin_memcpy(out, from, width * sizeof(T));
+}
+
+struct Bytes8 { uint64_t bits; };
+struct Bytes4 { uint32_t bits; };
+struct Bytes2 { uint16_t bits; };
+struct Bytes1 { uint8_t bits; };
+
+// Calls body with a plain type of the dtype's size: rows are moved, not read.
+template <class F>
+void with_size(DType dtype, const F& body) {
+  switch (item_size(dtype)) {
+    case 8: return body(Bytes8{});
+    case 4: return body(Bytes4{});
+    case 2: return body(Bytes2{});
+    default: return body(Bytes1{});
+  }
+}
+
+// Row `r` counted over all dimensions of an index tensor.
+int64_t id_at(const Tensor& ids, int64_t r) {
+  int64_t offset = 0;
+  for (int d = ids.ndim - 1; d >= 0; --d) {
+    offset += r % ids.sizes[d] * ids.strides[d];
+    r /= ids.sizes[d];
+  }
+  return ids.dtype == DType::i64 ? static_cast<const int64_t*>(ids.data)[offset]
+                                 : static_cast<const int32_t*>(ids.data)[offset];
+}
+
+void take_rows(const Tensor& out, const Tensor& table, const Tensor& ids) {
+  const int64_t width = last_size(out);
+  with_size(out.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_ranges(num_rows(out), row_grain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) take_row(row<T>(out, r), table, id_at(ids, r), width);
+    });
+  });
+}
+
+}  // namespace
+
+void embedding(const Tensor* t, const int64_t*, const double*) { take_rows(t[0], t[2], t[1]); }
+
+void gather_rows(const Tensor* t, const int64_t*, const double*) { take_rows(t[0], t[1], t[2]); }
+
+// panels[ceil(V/16)][D][16]: row `id` is column id % 16 of panel id / 16.
+void embedding_panels(const Tensor* t, const int64_t* i, const double*) {
+  const Tensor &out = t[0], &ids = t[1], &panels = t[2];
+  const int64_t width = last_size(out);
+  with_size(out.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_ranges(num_rows(out), row_grain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* to = row<T>(out, r);
+        const int64_t id = id_at(ids, r);
+        const bool is_inside = id >= 0 && id < i[0];
+        const T* from = static_cast<const T*>(panels.data) + (is_inside ? id / kPanel * width * kPanel + id % kPanel : 0);
+        for (int64_t c = 0; c < width; ++c) to[c] = is_inside ? from[c * kPanel] : T{};
+      }
+    });
+  });
+}
+
+}  // namespace fuseline::FL_ISA
