@@ -93,13 +93,21 @@ def _lift(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, set[st
             name = spec.target.removeprefix("model.")
             lifted = out.create_node("get_attr", name.replace(".", "__"))
             lifted.meta = {"val": node.meta["val"], "fqn": name}
-            setattr(root, lifted.target, None)
+            root.register_buffer(lifted.target, torch.empty(node.meta["val"].shape, device="meta"))
             done[node] = lifted
             if spec.kind != InputKind.PARAMETER:
                 constants.add(name)
-        else:
-            done[node] = out.node_copy(node, lambda n: done[n])
+        elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # it pins the meta device
+            done[node] = _retarget(out.node_copy(node, lambda n: done[n]))
     return fx.GraphModule(root, out), constants
+
+
+def _retarget(node: fx.Node) -> fx.Node:
+    """What was made on the meta device is made on the CPU."""
+    move = {torch.device("meta"): torch.device("cpu")}
+    node.args = fx.node.map_aggregate(node.args, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
+    node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
+    return node
 
 
 def _real_buffers(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
