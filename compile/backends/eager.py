@@ -1,0 +1,27 @@
+"""Level 0: the graph with reference ops, run by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, fx
+
+
+class EagerExecutable:
+    """Runs a graph whose constants are in `weights` (by fqn) and whose inputs come by placeholder name."""
+
+    def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
+        for node in graph.graph.nodes:
+            if node.op == "get_attr":
+                setattr(graph, node.target, weights[constant_name(node)])
+        graph.recompile()
+        self._graph = graph
+        self._inputs = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
+
+    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+        return self._graph(*(values[name] for name in self._inputs))
+
+
+def constant_name(node: fx.Node) -> str:
+    """Key of a get_attr node's value: the parameter's path, or the node's own name for one that a pass made."""
+    return node.meta["fqn"] if "fqn" in node.meta else str(node.target)

@@ -1,0 +1,5 @@
+"""Why a model cannot be captured, in words."""
+
+
+class CaptureError(Exception):
+    """One line: cause and cure."""

@@ -1,0 +1,144 @@
+"""torch.export of the meta model into one graph of token ids and positions to logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.hf_model import build_on_meta, load_config
+from fuseline.compile.config import CompileConfig
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from transformers import PreTrainedConfig
+
+MAX_TOKENS = 1 << 20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class CapturedModel:
+    """A captured model as a plain value; weights are not in memory."""
+
+    graph: fx.GraphModule
+    """token_ids[1, T], positions[1, T] -> logits[1, T, V]; parameters are get_attr nodes with meta['fqn']."""
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    parameters: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    """Buffers with values, by name."""
+    tied: dict[str, str] = field(default_factory=dict)
+    """Parameter -> the one it shares memory with."""
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        return self.model(input_ids=token_ids, position_ids=positions, use_cache=False).logits
+
+
+def resolve_dtype(config: CompileConfig, hf_config: PreTrainedConfig) -> torch.dtype:
+    """auto: bf16 checkpoints stay, fp16 becomes bf16, fp32 stays."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    stored = getattr(hf_config, "dtype", None) or torch.float32
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    return torch.bfloat16 if stored == torch.float16 else stored
+
+
+def capture_model(config: CompileConfig) -> CapturedModel:
+    """Raises CaptureError when the model cannot be captured or its attention is not hooked."""
+    hf_config = load_config(config)
+    dtype = resolve_dtype(config, hf_config)
+    model = build_on_meta(hf_config, dtype, config.trust_remote_code)
+    graph, names = _export(model)
+    captured = CapturedModel(
+        graph=graph,
+        config=hf_config,
+        dtype=dtype,
+        parameters={name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()},
+        constants=_real_buffers(model, names),
+        tied=_tied(model),
+    )
+    _check_attention(captured)
+    return captured
+
+
+def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
+    tokens = torch.zeros((1, 13), dtype=torch.long, device="meta")
+    dynamic = {1: torch.export.Dim("T", min=2, max=MAX_TOKENS)}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                _Wrapped(model), (tokens, tokens.clone()), dynamic_shapes=(dynamic, dynamic), strict=False
+            )
+    except Exception as error:  # torch.export raises many types; all mean the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {reason}") from error
+    return _lift(program)
+
+
+def _lift(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, set[str]]:
+    """Parameters and buffers become get_attr nodes named by their path."""
+    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    out, root, done, constants = fx.Graph(), nn.Module(), {}, set()
+    for node in program.graph.nodes:
+        spec = kinds.get(node.name) if node.op == "placeholder" else None
+        if node.op == "output":
+            out.output(done[node.args[0][0]])
+        elif spec is not None and spec.kind != InputKind.USER_INPUT:
+            name = spec.target.removeprefix("model.")
+            lifted = out.create_node("get_attr", name.replace(".", "__"))
+            lifted.meta = {"val": node.meta["val"], "fqn": name}
+            root.register_buffer(lifted.target, torch.empty(node.meta["val"].shape, device="meta"))
+            done[node] = lifted
+            if spec.kind != InputKind.PARAMETER:
+                constants.add(name)
+        elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # it pins the meta device
+            done[node] = _retarget(out.node_copy(node, lambda n: done[n]))
+    return fx.GraphModule(root, out), constants
+
+
+def _retarget(node: fx.Node) -> fx.Node:
+    """What was made on the meta device is made on the CPU."""
+    move = {torch.device("meta"): torch.device("cpu")}
+    node.args = fx.node.map_aggregate(node.args, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
+    node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
+    return node
+
+
+def _real_buffers(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
+    """Values of the buffers, made by the model's own initialization as from_pretrained does."""
+    values: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        owned = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+        wanted = {name for name in owned if f"{path}.{name}".lstrip(".") in names}
+        if not wanted:
+            continue
+        module._buffers.update({name: torch.empty_like(buffer, device="cpu") for name, buffer in owned.items()})
+        model._init_weights(module)
+        values.update({f"{path}.{name}".lstrip("."): module._buffers[name] for name in wanted})
+        module._buffers.update(owned)
+    return values
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    return {
+        name: first[id(p)]
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(p), name) != name
+    }
+
+
+def _check_attention(captured: CapturedModel) -> None:
+    found = sum(node.target is torch.ops.fuseline.attention.default for node in captured.graph.graph.nodes)
+    layers = captured.config.get_text_config().num_hidden_layers
+    if found != layers:
+        raise CaptureError(
+            f"{captured.config.model_type}: {found} of {layers} attention layers go through Transformers' attention "
+            "interface; the others would be computed without a KV cache, so this model is refused"
+        )

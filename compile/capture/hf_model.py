@@ -1,0 +1,75 @@
+"""The Transformers model on the meta device, with attention and experts as one op each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from fuseline.compile import ops  # noqa: F401  registers the vocabulary
+from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.ops import codes
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "fuseline"
+EXPERT_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+                      "ReLU": "relu"}  # fmt: skip
+
+
+def load_config(config: CompileConfig) -> PreTrainedConfig:
+    """config.json with the overrides merged in. Raises CaptureError."""
+    path = Path(config.model) / "config.json"
+    if not path.is_file():
+        raise CaptureError(f"{config.model} has no config.json: give the directory of a Transformers checkpoint")
+    try:
+        json.loads(path.read_text())
+        found = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise CaptureError(f"{path}: {str(error).splitlines()[0]}") from error
+    for name, value in config.hf_overrides:
+        setattr(found, name, value)
+    return found
+
+
+def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """The causal LM without weights; buffers that hold values (inverse frequencies) are real, on the CPU."""
+    AttentionInterface.register(NAME, attention_forward)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    settings = {"attn_implementation": NAME, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, **settings).eval()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CaptureError(f"{hf_config.model_type}: {str(error).splitlines()[0]}") from error
+    if any(hasattr(module, "_apply_gate") for module in model.modules()):
+        model.set_experts_implementation(NAME)
+    return model.requires_grad_(False)
+
+
+def attention_forward(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    is_causal=None, s_aux=None, **_unused,
+):  # fmt: skip
+    """AttentionInterface: one `fuseline::attention` op; the mask is never built."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    layer = getattr(module, "layer_idx", 0) or 0
+    out = torch.ops.fuseline.attention(
+        query, key, value, s_aux, layer, float(scale), int(sliding_window or 0), float(softcap or 0.0), bool(causal)
+    )
+    return out, None
+
+
+def experts_forward(self, hidden_states, top_k_index, top_k_weights):
+    """ExpertsInterface: one `fuseline::experts` op."""
+    custom_gate = type(self)._apply_gate.__name__ != "_default_apply_gate"
+    act = "glu_oss" if custom_gate else EXPERT_ACTIVATIONS[type(self.act_fn).__name__]
+    return torch.ops.fuseline.experts(
+        hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj,
+        self.gate_up_proj_bias if self.has_bias else None, self.down_proj_bias if self.has_bias else None,
+        codes.EXPERT_ACTS[act], bool(self.is_transposed),
+        float(getattr(self, "alpha", 0.0)), float(getattr(self, "limit", 0.0)),
+    )  # fmt: skip

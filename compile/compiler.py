@@ -1,0 +1,87 @@
+"""compile_model(): from a checkpoint directory to something that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from fuseline.compile.backends.eager import EagerExecutable, constant_name
+from fuseline.compile.capture.export import CapturedModel, capture_model
+from fuseline.compile.capture.weights import load_weights
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.graph.runner import PipelineResult, run_passes
+from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.model_info import describe, model_limit
+from fuseline.compile.passes.pipeline import stages
+from fuseline.compile.specs import WeightSource
+from fuseline.compile.target import Target
+from torch import Tensor, fx
+
+Progress = Callable[[str, int, int], None]
+
+
+def compile_model(config: CompileConfig, target: Target, progress: Progress | None = None) -> CompiledModel:
+    """Raises CaptureError or LoadError, one line each."""
+    report_progress = progress or (lambda phase, done, total: None)
+    report_progress("capturing", 0, 1)
+    captured = capture_model(config)
+    report_progress("capturing", 1, 1)
+    ctx = PassContext(config, captured.config, model_limit(config, captured.config), captured.constants)
+    result = run_passes(captured.graph, stages(config.level), ctx)
+    requests = weight_requests(captured.graph, captured, result)
+    weights = load_weights(requests, captured, config, report_progress)
+    weights |= result.constants
+    executable = EagerExecutable(captured.graph, weights)
+    return CompiledModel(config, captured, result, weights, executable)
+
+
+def weight_requests(graph: fx.GraphModule, captured: CapturedModel, result: PipelineResult) -> dict[str, WeightSource]:
+    """What must be loaded, by constant name."""
+    return {
+        constant_name(node): node.meta.get("weight") or WeightSource((node.meta["fqn"],))
+        for node in graph.graph.nodes
+        if node.op == "get_attr" and constant_name(node) not in result.constants
+    }
+
+
+class CompiledModel:
+    """A model ready to run steps. Logits are valid until the next run."""
+
+    def __init__(self, config, captured, result, weights, executable) -> None:
+        self.info = describe(config, captured, result, weights, executable)
+        self.report = result
+        self._block_size = config.block_size
+        self._executable = executable
+        self._caches: dict[str, Tensor] = {}
+
+    def allocate_caches(self, num_blocks: Sequence[int]) -> None:
+        """Blocks per cache group."""
+        of_layer = {
+            layer: n for group, n in zip(self.info.cache_groups, num_blocks, strict=True) for layer in group.layers
+        }
+        for spec in self.info.cache_specs:
+            for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
+                shape = (of_layer[spec.layer], spec.num_kv_heads, self._block_size, dim)
+                self._caches[f"{name}_cache_{spec.layer}"] = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+    def run(self, inputs: GraphInputs) -> Tensor:
+        """Logits [R, V] float32 of the wanted rows."""
+        values = self._caches | input_values(inputs)
+        return self._executable.run(values).float()[0]
+
+
+def input_values(inputs: GraphInputs) -> dict[str, Tensor]:
+    """Graph inputs by placeholder name."""
+    values = {
+        "token_ids": inputs.token_ids[None],
+        "positions": inputs.positions[None],
+        "rope_rows": inputs.rope_rows,
+        "query_start": inputs.query_start,
+        "seq_lens": inputs.seq_lens,
+        "logits_rows": inputs.logits_rows,
+    }
+    for group in range(inputs.slot_mapping.shape[0]):
+        values[f"slots_{group}"] = inputs.slot_mapping[group]
+        values[f"block_table_{group}"] = inputs.block_tables[group]
+    return values

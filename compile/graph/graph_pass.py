@@ -1,0 +1,33 @@
+"""The contract of a pass (DESIGN contract 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fuseline.compile.config import CompileConfig
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know besides the graph."""
+
+    config: CompileConfig
+    hf_config: object
+    max_model_len: int
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    """Buffers of the model with values, by fqn."""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did. `specs` is what upper layers must know; `constants` are new ones it computed, by fqn."""
+
+    matches: int
+    changed: bool
+    specs: tuple[object, ...] = ()
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+GraphPass = Callable[[fx.GraphModule, PassContext], PassResult]

@@ -1,0 +1,82 @@
+"""Runs passes in order. Clean-up, lint, timing and op counts belong here alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fuseline.compile.graph.graph_pass import GraphPass, PassContext
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class PassReport:
+    name: str
+    stage: str
+    matches: int
+    seconds: float
+    ops_before: int
+    ops_after: int
+
+
+@dataclass
+class PipelineResult:
+    reports: list[PassReport] = field(default_factory=list)
+    stage_ops: dict[str, Counter] = field(default_factory=dict)
+    """Op counts after each stage."""
+    specs: list[object] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+Stages = Sequence[tuple[str, Sequence[GraphPass]]]
+
+
+def run_passes(graph: fx.GraphModule, stages: Stages, ctx: PassContext) -> PipelineResult:
+    """Raises ValueError for a disabled pass that does not exist, and whatever a failing pass raises."""
+    known = {graph_pass.__name__ for _, passes in stages for graph_pass in passes}
+    if unknown := set(ctx.config.disabled_passes) - known:
+        raise ValueError(f"there is no pass {sorted(unknown)[0]!r}; passes: {', '.join(sorted(known))}")
+    result = PipelineResult()
+    for stage, passes in stages:
+        for graph_pass in passes:
+            if graph_pass.__name__ not in ctx.config.disabled_passes:
+                _run_pass(graph, graph_pass, stage, ctx, result)
+        result.stage_ops[stage] = count_ops(graph)
+    return result
+
+
+def _run_pass(
+    graph: fx.GraphModule, graph_pass: GraphPass, stage: str, ctx: PassContext, result: PipelineResult
+) -> None:
+    before, started = num_ops(graph), time.perf_counter()
+    done = graph_pass(graph, ctx)
+    clean_up(graph)
+    seconds = time.perf_counter() - started
+    result.reports.append(PassReport(graph_pass.__name__, stage, done.matches, seconds, before, num_ops(graph)))
+    result.specs += done.specs
+    result.constants |= done.constants
+
+
+def clean_up(graph: fx.GraphModule) -> None:
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+
+
+def num_ops(graph: fx.GraphModule) -> int:
+    return sum(node.op == "call_function" for node in graph.graph.nodes)
+
+
+def count_ops(graph: fx.GraphModule) -> Counter:
+    """How often each op is called, by its short name."""
+    return Counter(op_name(node) for node in graph.graph.nodes if node.op == "call_function")
+
+
+def op_name(node: fx.Node) -> str:
+    """aten.linear.default -> aten.linear; fuseline.rope.default -> rope; operator.getitem -> getitem."""
+    text = str(node.target)
+    if text.startswith("<built-in function "):
+        return text.removeprefix("<built-in function ").rstrip(">")
+    return text.removesuffix(".default").removeprefix("fuseline.")

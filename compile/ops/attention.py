@@ -1,0 +1,70 @@
+"""Attention, dense as captured and over the paged cache.
+
+Legend: H query heads, K kv heads, T query tokens, L keys, D key dim, E value dim, S sequences, M table columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from fuseline.compile.ops.library import op
+from torch import Tensor
+
+
+@op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, int layer, float scale, int window, float softcap, "
+    "bool causal) -> Tensor",
+    fake=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
+)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layer: int, scale: float, window: int, softcap: float,
+    causal: bool,
+) -> Tensor:  # fmt: skip
+    """One dense sequence: q[1, H, T, D], k[1, K, T, D], v[1, K, T, E] -> [1, T, H, E]."""
+    return attend(q[0], k[0], v[0], sinks, scale, window, softcap, causal).transpose(0, 1)[None]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool
+) -> Tensor:
+    """q[H, T, D] over k[K, L, D], v[K, L, E], the queries being the last T of L positions -> [H, T, E]; fp32 inside."""
+    heads, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
+    group = heads // k.shape[0]
+    scores = q.float() @ k.float().repeat_interleave(group, 0).transpose(1, 2) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    query_at = torch.arange(keys - tokens, keys)[:, None]
+    key_at = torch.arange(keys)[None]
+    seen = key_at <= query_at if causal else torch.ones(tokens, keys, dtype=torch.bool)
+    if window > 0:
+        seen = seen & (key_at > query_at - window)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float()[:, None, None].expand(heads, tokens, 1)), -1)
+    weights = scores.softmax(-1)[..., :keys]
+    return (weights @ v.float().repeat_interleave(group, 0)).to(q.dtype)
+
+
+@op(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor query_start, Tensor? sinks, int window, float scale, float softcap) -> Tensor",
+    fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]),
+)
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
+    sinks: Tensor | None, window: int, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """q[1, H, T, D] of several sequences over caches [N, K, B, D|E] -> [1, T, H, E]."""
+    out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for s, length in enumerate(lengths):
+        begin, end = starts[s], starts[s + 1]
+        blocks = block_table[s, : -(-length // k_cache.shape[2])].long()
+        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length] for cache in (k_cache, v_cache))
+        out[0, begin:end] = attend(q[0, :, begin:end], k, v, sinks, scale, window, softcap, True).transpose(0, 1)
+    return out
+
+
+@op("gather_rows(Tensor x, Tensor rows) -> Tensor", fake=lambda x, rows: x.new_empty(rows.shape[0], x.shape[1]))
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[T, D] -> the lines rows[R]."""
+    return x[rows]

@@ -1,0 +1,60 @@
+"""Mixture of experts. Legend: T tokens, K experts per token, E experts, D features, I hidden size of an expert."""
+
+from __future__ import annotations
+
+import torch
+from fuseline.compile.ops import codes
+from fuseline.compile.ops.activation import ACTIVATIONS
+from fuseline.compile.ops.library import op
+from torch import Tensor
+
+
+@op(
+    "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
+    "Tensor? down_bias, int act, bool transposed, float alpha, float limit) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x),
+)
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float,
+) -> Tensor:  # fmt: skip
+    """x[T, D] through its K experts each, weighted and summed. gate_up[E, 2I, D], down[E, D, I]; transposed: [E, in, out]."""
+    out = torch.zeros(x.shape[0], x.shape[1], dtype=x.dtype)
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        first, second = gate_up[expert], down[expert]
+        hidden = x[token] @ (first if transposed else first.T)
+        if gate_up_bias is not None:
+            hidden = hidden + gate_up_bias[expert]
+        hidden = _gate(hidden, act, alpha, limit) @ (second if transposed else second.T)
+        if down_bias is not None:
+            hidden = hidden + down_bias[expert]
+        out.index_add_(0, token, hidden * weights[token, slot, None].to(x.dtype))
+    return out
+
+
+def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
+    if act != codes.EXPERT_ACTS["glu_oss"]:
+        gate, up = hidden.chunk(2, -1)
+        names = {code: name for name, code in codes.EXPERT_ACTS.items()}
+        return ACTIVATIONS[codes.UNARY[names[act]]](gate) * up
+    gate, up = hidden[..., ::2].clamp(max=limit), hidden[..., 1::2].clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+@op(
+    "route_topk(Tensor logits, int k, int order, int renormalize) -> (Tensor, Tensor)",
+    fake=lambda logits, k, *_: (
+        logits.new_empty(logits.shape[0], k),
+        logits.new_empty(logits.shape[0], k, dtype=torch.int64),
+    ),
+)
+def route_topk(logits: Tensor, k: int, order: int, renormalize: int) -> tuple[Tensor, Tensor]:
+    """(weights[T, K], ids[T, K]) of logits[T, E]; the softmax is fp32."""
+    if order == codes.ROUTE_TOPK_SOFTMAX:
+        best, ids = logits.topk(k, -1)
+        return best.softmax(-1), ids
+    weights, ids = logits.float().softmax(-1).topk(k, -1)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(logits.dtype), ids

@@ -1,0 +1,51 @@
+"""Norms. Legend: D features; leading dims are rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from fuseline.compile.ops import codes
+from fuseline.compile.ops.library import op
+from torch import Tensor
+
+
+@op("rms_norm(Tensor x, Tensor? weight, float eps, int mode) -> Tensor", fake=lambda x, *_: torch.empty_like(x))
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
+    """x / rms(x) * weight; `mode` fixes where the result is rounded to x's dtype (codes.h)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return wide.to(x.dtype)
+    if mode == codes.NORM_CAST_THEN_SCALE:
+        return weight * wide.to(x.dtype)
+    scale = weight.float() + 1.0 if mode == codes.NORM_ONE_PLUS else weight.float()
+    return (wide * scale).to(x.dtype)
+
+
+@op(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, int mode) -> (Tensor, Tensor)",
+    fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, mode: int) -> tuple[Tensor, Tensor]:
+    """(norm of the sum, the sum); the sum is rounded to x's dtype first."""
+    total = x + residual
+    return rms_norm(total, weight, eps, mode), total
+
+
+@op(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x),
+)
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+@op(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total

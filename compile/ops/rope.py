@@ -1,0 +1,57 @@
+"""Rotary embedding and the KV cache's write. Legend: H heads, T tokens, D head dim, P table rows, C table columns."""
+
+from __future__ import annotations
+
+import torch
+from fuseline.compile.ops import codes
+from fuseline.compile.ops.library import op
+from torch import Tensor
+
+
+@op(
+    "rope(Tensor x, Tensor cos, Tensor sin, Tensor rows, int rotary_dim, int layout) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x),
+)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
+    """Rotates the first `rotary_dim` of x[1, H, T, D] by the lines `rows`[T] of cos/sin[P, C], C the dim or half of it."""
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    c, s = (_line(table, rows, rotary_dim, layout) for table in (cos, sin))
+    if layout == codes.ROPE_HALF:
+        low, high = turned.chunk(2, -1)
+        partner = torch.cat((-high, low), -1)
+    else:
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    return torch.cat((turned * c + partner * s, rest), -1)
+
+
+def _line(table: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
+    line = table[rows]
+    if line.shape[-1] == rotary_dim:
+        return line
+    return torch.cat((line, line), -1) if layout == codes.ROPE_HALF else line.repeat_interleave(2, -1)
+
+
+@op(
+    "write_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots) -> ()",
+    fake=lambda *_: None,
+)
+def write_cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Writes k, v [1, K, T, D] to slot = block * block_size + offset of caches [N, K, B, D]; slot -1 writes nothing."""
+    kept = slots >= 0
+    block, offset = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[block, :, offset] = new[0].transpose(0, 1)[kept].to(cache.dtype)
+
+
+@op(
+    "rope_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
+    "Tensor rows, Tensor slots, int rotary_dim, int layout) -> Tensor",
+    fake=lambda k_cache, v_cache, q, *_: torch.empty_like(q),
+)
+def rope_cache(
+    k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
+    rows: Tensor, slots: Tensor, rotary_dim: int, layout: int,
+) -> Tensor:  # fmt: skip
+    """Rotated q; rotated k and v go to the cache."""
+    write_cache(k_cache, v_cache, rope(k, cos, sin, rows, rotary_dim, layout), v, slots)
+    return rope(q, cos, sin, rows, rotary_dim, layout)

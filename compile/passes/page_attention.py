@@ -1,0 +1,67 @@
+"""Attention over the paged KV cache.
+
+    out = attention(q, k, v, sinks, layer, ...)
+->
+    write_cache(k_cache_L, v_cache_L, k, v, slots_G)
+    out = paged_attention(q, k_cache_L, v_cache_L, block_table_G, seq_lens, query_start, sinks, ...)
+
+Layers with the same window share one group G of block tables. Caches and batch metadata are graph inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from fuseline.compile.graph.edit import copy_meta, meta_int, placeholder
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.specs import CacheGroup, CacheSpec
+from torch import Tensor, fx
+
+OPS = torch.ops.fuseline
+
+
+def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Returns a CacheSpec per layer and the CacheGroups."""
+    nodes = [node for node in graph.graph.nodes if node.target is OPS.attention.default]
+    windows = sorted({node.args[6] for node in nodes})
+    specs = [_cache_spec(node, ctx) for node in nodes]
+    groups = [CacheGroup(w, tuple(s.layer for s in specs if s.window == w)) for w in windows]
+    for node, spec in zip(nodes, specs, strict=True):
+        _rewrite(graph.graph, node, spec, windows.index(spec.window))
+    return PassResult(len(nodes), bool(nodes), (*specs, *groups))
+
+
+def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
+    _, k, v, _, layer, _, window, _, causal = node.args
+    if not causal:
+        raise ValueError(f"layer {layer}: attention that is not causal cannot be paged")
+    key, value = k.meta["val"], v.meta["val"]
+    dtype = ctx.config.kv_cache_dtype
+    dtype = str(key.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    return CacheSpec(layer, key.shape[1], key.shape[3], value.shape[3], dtype, window)
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int) -> None:
+    q, k, v, sinks, layer, scale, window, softcap, _ = node.args
+    dtype = getattr(torch, spec.dtype)
+    caches = [
+        placeholder(graph, f"{name}_cache_{layer}", _cache(spec, dim, dtype))
+        for name, dim in (("k", spec.key_dim), ("v", spec.value_dim))
+    ]
+    slots = placeholder(graph, f"slots_{group}", meta_int(2))
+    table = placeholder(graph, f"block_table_{group}", meta_int(2, 2, dtype=torch.int32))
+    seq_lens = placeholder(graph, "seq_lens", meta_int(2, dtype=torch.int32))
+    query_start = placeholder(graph, "query_start", meta_int(3, dtype=torch.int32))
+    with graph.inserting_before(node):
+        write = graph.call_function(OPS.write_cache.default, (*caches, k, v, slots))
+        copy_meta(node, write, None)
+        paged = graph.call_function(
+            OPS.paged_attention.default,
+            (q, *caches, table, seq_lens, query_start, sinks, window, scale, softcap),
+        )
+        copy_meta(node, paged, node.meta["val"])
+    node.replace_all_uses_with(paged)
+    graph.erase_node(node)
+
+
+def _cache(spec: CacheSpec, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(2, spec.num_kv_heads, 16, dim, dtype=dtype, device="meta")
