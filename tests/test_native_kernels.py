@@ -120,7 +120,8 @@ def test_functions_at_the_ends_of_their_range():
     for code in (1, 2, 3, 5, 6, 7):
         out = torch.empty_like(x)
         ops.unary(out, x, code, 0.0, 0.0)
-        torch.testing.assert_close(out, UNARY[code](x.double()).float(), rtol=1e-6, atol=2e-44, equal_nan=True)
+        # Against fp64 (torch's own fp32 gelu of infinity is NaN); subnormal results may be flushed by 1 / (1 + exp(x)).
+        torch.testing.assert_close(out, UNARY[code](x.double()).float(), rtol=1e-6, atol=1e-40, equal_nan=True)
 
 
 BINARY = {
