@@ -97,11 +97,10 @@ class Lowering:
         result = self._meta_result(node)
         self._values[node] = result
         tensors = [t for t in tree_iter(result) if isinstance(t, Tensor)]
-        if tensors and all(storage_key(t) in self._places for t in tensors):
-            return
-        if isinstance(result, int):
-            return
         native = self._kernels.find(node)
+        is_view = all(storage_key(t) in self._places for t in tensors) and not (native or writes_in_place(node))
+        if is_view:
+            return
         if native is None:
             self._add_to_region(node, tensors)
         else:
@@ -154,3 +153,8 @@ class Lowering:
             place = self._places.get(storage_key(tensor)) if isinstance(tensor, Tensor) else None
             if place is not None and place.buffer is not None:
                 place.buffer.last = max(place.buffer.last, step)
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
