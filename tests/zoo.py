@@ -1,8 +1,8 @@
 """Tiny trained checkpoints, one a family of architectures, and what Transformers itself generates from them.
 
-Random weights have near-ties at the top of their logits, so that a rounding difference flips a token and no comparison
-of tokens is honest. These models have learned, in seconds, a few texts by heart: random words, each of which stands before
-many others, so that only attention to what came before tells the next. Prompts are beginnings of the texts; the margins
+Random weights have near-ties at the top of their logits: a rounding difference flips a token, and comparing tokens is
+not honest. These models have learned, in seconds, a few texts by heart: random words, each of which stands before many
+others, so that only attention to what came before tells the next. Prompts are beginnings of the texts; the margins
 there are wide and the continuations diverse (tests/test_zoo.py holds both).
 
     path = checkpoint("qwen3", "bfloat16")
@@ -76,7 +76,8 @@ FAMILIES: dict[str, Family] = {
         num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8)),
     "deepseek_v3": Family("DeepseekV3Config", COMMON | dict(
         num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, q_lora_rank=32,
-        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_group=2, topk_group=1, first_k_dense_replace=1)),
+        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_group=2,
+        topk_group=1, first_k_dense_replace=1)),
     # Not in the list of what is supported by name: the general path takes them.
     "phi": Family("PhiConfig", COMMON),
     "cohere": Family("CohereConfig", COMMON | dict(logit_scale=0.5), 200),
