@@ -40,5 +40,11 @@ $(VENV)/.test: $(VENV)/.build $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --progress-bar off --no-build-isolation -e ".[test]"
 	touch $@ $(VENV)/.serve
 
+# Every kernel of every instruction set under the address and undefined-behaviour sanitizers.
+asan: $(VENV)/.build
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -GNinja -DFUSELINE_ASAN=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan -j $(JOBS)
+	build/asan/csrc/tests/kernel_driver
+
 clean:
 	rm -rf build dist *.egg-info $(VENV) .cache

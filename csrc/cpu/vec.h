@@ -85,16 +85,38 @@ FL_INLINE float hsum(vf v) {
   return lane[0];
 }
 
+template <int HALF>
+FL_INLINE vf max_halves(vf v) {
+  vi other;
+  for (int k = 0; k < kLanes; ++k) other[k] = k ^ HALF;
+  v = vmax(v, __builtin_shuffle(v, other));
+  if constexpr (HALF > 1) return max_halves<HALF / 2>(v);
+  return v;
+}
+
 FL_INLINE float hmax(vf v) {
-  float best = v[0];
-#pragma GCC unroll 16
-  for (int k = 1; k < kLanes; ++k) best = v[k] > best ? v[k] : best;
-  return best;
+  return max_halves<kLanes / 2>(v)[0];
 }
 
 // --- bf16: the upper half of an fp32, rounded to nearest even; NaN stays NaN ---
 
-FL_INLINE vf widen_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+// gcc 12 makes three instructions of a conversion between 256 and 512 bits where there is one.
+FL_INLINE vu widen_half(vh h) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+FL_INLINE vh narrow_word(vu u) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+  return __builtin_convertvector(u, vh);
+#endif
+}
+
+FL_INLINE vf widen_bf16(vh h) { return (vf)(widen_half(h) << 16); }
 
 FL_INLINE vh narrow_bf16(vf v) {
   vu u = (vu)v;
@@ -102,7 +124,7 @@ FL_INLINE vh narrow_bf16(vf v) {
   vu nan = (u >> 16) | 0x40u;
   vu bits = (vu)(v != v) & nan;
   bits |= ~(vu)(v != v) & rounded;
-  return __builtin_convertvector(bits, vh);
+  return narrow_word(bits);
 }
 
 // --- f16: F16C where the ISA has it, else integer arithmetic with the same result ---

@@ -48,26 +48,26 @@ int Plan::add_tensor(int base, int64_t offset, const std::string& dtype, std::ve
   return static_cast<int>(views_.size()) - 1;
 }
 
-void Plan::check_call(const OpSchema& op, const std::vector<int>& tensors, size_t num_ints, size_t num_floats) const {
-  if (tensors.size() != op.tensors.size() || num_ints != op.ints.size() || num_floats != op.floats.size())
+void Plan::check_call(const OpSchema& op, const std::vector<int>& tensors, const std::vector<Dim>& ints,
+                      size_t num_floats) const {
+  if (tensors.size() != op.tensors.size() || ints.size() != op.ints.size() || num_floats != op.floats.size())
     reject(op.name + " takes " + plural(op.tensors.size(), "tensor") + ", " + plural(op.ints.size(), "int") + " and " +
            plural(op.floats.size(), "float") + ", got " + std::to_string(tensors.size()) + ", " +
-           std::to_string(num_ints) + " and " + std::to_string(num_floats));
+           std::to_string(ints.size()) + " and " + std::to_string(num_floats));
   std::vector<ArgShape> shapes;
   for (int id : tensors) {
     if (id < -1 || id >= static_cast<int>(views_.size())) reject(op.name + ": no tensor " + std::to_string(id));
     shapes.push_back(id < 0 ? ArgShape{} : ArgShape{true, views_[id].dtype, views_[id].sizes});
   }
-  check_args(op, shapes);
+  check_args(op, shapes, ints);
 }
 
 void Plan::add_call(const std::string& name, const std::vector<int>& tensors, const std::vector<Dim>& ints,
                     const std::vector<double>& floats, const std::string& label) {
   const int op = find_op(name);
   if (op < 0) reject("unknown op '" + name + "'");
-  if (!op_table()[op]) reject("no kernel of '" + name + "' in this build");
-  check_call(op_schemas()[op], tensors, ints.size(), floats.size());
   for (const Dim& dim : ints) check_dim(dim);
+  check_call(op_schemas()[op], tensors, ints, floats.size());
   calls_.push_back({op, args_.size(), ints_.size(), floats_.size(), tensors, ints, label});
   has_symbols_ = false;
   for (int id : tensors) add_arg(id);

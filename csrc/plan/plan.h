@@ -68,7 +68,8 @@ class Plan {
   Base& base_of(int base) { return bases_[base + 1]; }
   const Base& base_of(int base) const { return bases_[base + 1]; }
   void check_dim(const Dim& dim) const;
-  void check_call(const OpSchema& op, const std::vector<int>& tensors, size_t num_ints, size_t num_floats) const;
+  void check_call(const OpSchema& op, const std::vector<int>& tensors, const std::vector<Dim>& ints,
+                  size_t num_floats) const;
   void add_arg(int tensor);
   void add_patch(Patch patch);
   int64_t* target(const Patch& patch);

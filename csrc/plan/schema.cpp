@@ -49,6 +49,19 @@ void parse_number(const std::string& text, OpSchema& op) {
   names.push_back(text.substr(space + 1));
 }
 
+// "x:*K" is a tensor's shape, "num_out:N" the size that an int gives.
+void parse_shape(const std::string& text, OpSchema& op) {
+  const auto colon = text.find(':');
+  const std::string name = text.substr(0, colon), shape = text.substr(colon + 1);
+  for (auto& arg : op.tensors) {
+    if (arg.name != name) continue;
+    arg.shape = shape;
+    arg.has_shape = true;
+  }
+  for (size_t k = 0; k < op.ints.size(); ++k)
+    if (op.ints[k] == name) op.int_letters[k] = shape[0];
+}
+
 OpSchema parse(const Row& row) {
   OpSchema op;
   op.name = row.name;
@@ -59,14 +72,8 @@ OpSchema parse(const Row& row) {
     for (const auto& group : split(schema.substr(tensors_end + 1), ';'))
       for (const auto& text : split(group, ',')) parse_number(text, op);
   }
-  for (const auto& text : split(row.shapes, ' ')) {
-    const auto colon = text.find(':');
-    for (auto& arg : op.tensors) {
-      if (arg.name != text.substr(0, colon)) continue;
-      arg.shape = text.substr(colon + 1);
-      arg.has_shape = true;
-    }
-  }
+  op.int_letters.assign(op.ints.size(), ' ');
+  for (const auto& text : split(row.shapes, ' ')) parse_shape(text, op);
   return op;
 }
 
@@ -98,19 +105,49 @@ struct Bindings {
   std::string leading_from;
 };
 
-void bind(const OpSchema& op, const TensorArg& arg, const ArgShape& value, char letter, const Dim& dim, Bindings& known) {
-  const bool is_number = letter >= '0' && letter <= '9';
-  if (is_number && can_agree(dim, Dim{letter - '0'})) return;
-  const auto found = known.letters.find(letter);
-  if (!is_number && found == known.letters.end()) {
-    known.letters[letter] = {dim, arg.name};
-    return;
+// One size of a shape: its letter, digit or '#', and how it derives from that.
+struct Term {
+  char letter;
+  bool is_doubled, is_panels;
+};
+
+std::vector<Term> terms_of(const std::string& shape) {
+  std::vector<Term> terms;
+  Term next{};
+  for (char c : shape) {
+    if (c == '+') next.is_doubled = true;
+    if (c == '/') next.is_panels = true;
+    if (c == '+' || c == '/') continue;
+    next.letter = c;
+    terms.push_back(next);
+    next = {};
   }
-  if (!is_number && can_agree(dim, found->second.first)) return;
-  const std::string expected =
-      is_number ? std::string(1, letter) : to_text(found->second.first) + " as in " + found->second.second;
-  fail(op, "argument " + arg.name + " of shape " + to_text(value.sizes) + " should be " + arg.shape + " with " + letter +
-               " = " + expected);
+  return terms;
+}
+
+constexpr int64_t kPanelLanes = 16;
+
+// The size a term asks for; panels of a varying size have a factor no size has, and so agree with any.
+Dim size_of(const Term& term, const Bindings& known) {
+  if (term.letter == '#') return {kPanelLanes};
+  if (term.letter >= '0' && term.letter <= '9') return {term.letter - '0'};
+  Dim size = known.letters.at(term.letter).first;
+  if (term.is_doubled) size = {2 * size.constant, 2 * size.factor, size.symbol};
+  if (!term.is_panels) return size;
+  return size.symbol < 0 ? Dim{(size.constant + kPanelLanes - 1) / kPanelLanes} : Dim{0, 0, size.symbol};
+}
+
+void bind(const OpSchema& op, const TensorArg& arg, const ArgShape& value, const Term& term, const Dim& dim,
+          Bindings& known) {
+  const bool is_new = term.letter >= 'A' && term.letter <= 'Z' && !known.letters.count(term.letter);
+  if (is_new) known.letters[term.letter] = {dim, arg.name};
+  const Dim expected = size_of(term, known);
+  if (can_agree(dim, expected)) return;
+  std::string text = (term.is_panels ? "/" : "") + std::string(term.is_doubled ? "+" : "") + term.letter;
+  text += " = " + to_text(expected);
+  const auto from = known.letters.find(term.letter);
+  if (from != known.letters.end()) text += " as in " + from->second.second;
+  fail(op, "argument " + arg.name + " of shape " + to_text(value.sizes) + " should be " + arg.shape + " with " + text);
 }
 
 void check_leading(const OpSchema& op, const TensorArg& arg, const ArgShape& value, size_t count, Bindings& known) {
@@ -130,13 +167,13 @@ void check_leading(const OpSchema& op, const TensorArg& arg, const ArgShape& val
 void check_shape(const OpSchema& op, const TensorArg& arg, const ArgShape& value, Bindings& known) {
   if (!arg.has_shape) return;
   const bool has_star = arg.shape[0] == '*';
-  const std::string letters = has_star ? arg.shape.substr(1) : arg.shape;
+  const std::vector<Term> terms = terms_of(has_star ? arg.shape.substr(1) : arg.shape);
   const size_t ndim = value.sizes.size();
-  if (ndim < letters.size() || (!has_star && ndim != letters.size()))
+  if (ndim < terms.size() || (!has_star && ndim != terms.size()))
     fail(op, "argument " + arg.name + " of shape " + to_text(value.sizes) + " should be " + arg.shape);
-  const size_t num_leading = ndim - letters.size();
+  const size_t num_leading = ndim - terms.size();
   if (has_star) check_leading(op, arg, value, num_leading, known);
-  for (size_t d = 0; d < letters.size(); ++d) bind(op, arg, value, letters[d], value.sizes[num_leading + d], known);
+  for (size_t d = 0; d < terms.size(); ++d) bind(op, arg, value, terms[d], value.sizes[num_leading + d], known);
 }
 
 // --- dtypes: by default the tensors of an op share one floating dtype; these differ ---
@@ -257,8 +294,10 @@ int find_op(const std::string& name) {
   return -1;
 }
 
-void check_args(const OpSchema& op, std::span<const ArgShape> args) {
+void check_args(const OpSchema& op, std::span<const ArgShape> args, std::span<const Dim> ints) {
   Bindings known;
+  for (size_t k = 0; k < ints.size(); ++k)
+    if (op.int_letters[k] != ' ') known.letters[op.int_letters[k]] = {ints[k], op.ints[k]};
   const TensorArg* first = nullptr;
   DType shared = DType::f32;
   for (size_t k = 0; k < args.size(); ++k) {

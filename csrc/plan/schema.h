@@ -23,7 +23,7 @@ struct Dim {
 
 struct TensorArg {
   std::string name;
-  std::string shape;     // letters of ops.def; empty where nothing is checked
+  std::string shape;     // sizes of ops.def; empty where nothing is checked
   bool has_shape = false;
   bool is_output = false;
   bool is_optional = false;
@@ -33,6 +33,7 @@ struct OpSchema {
   std::string name;
   std::vector<TensorArg> tensors;
   std::vector<std::string> ints;
+  std::string int_letters;   // by int: the letter it gives a size to, or a space
   std::vector<std::string> floats;
 
   // What the torch library is told: (Tensor(a0!) out, Tensor? weight, int mode, float eps) -> ().
@@ -51,9 +52,9 @@ struct ArgShape {
   std::vector<Dim> sizes;
 };
 
-// Throws std::invalid_argument, naming op and argument, if shape letters or dtypes cannot agree. Sizes with different
-// symbols may agree at run time and pass.
-void check_args(const OpSchema& op, std::span<const ArgShape> args);
+// Throws std::invalid_argument, naming op and argument, if sizes or dtypes cannot agree. Sizes with different symbols may
+// agree at run time and pass.
+void check_args(const OpSchema& op, std::span<const ArgShape> args, std::span<const Dim> ints);
 
 const char* dtype_name(DType dtype);
 int64_t dtype_size(DType dtype);

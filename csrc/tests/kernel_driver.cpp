@@ -1,5 +1,6 @@
 // Runs kernels on exactly sized heap memory for every instruction set, so that a sanitizer sees any stray access.
-// Values are compared with torch elsewhere (tests/test_native_kernels.py); here only memory and arithmetic are watched.
+// Values are compared with torch elsewhere (tests/test_native_*.py); here only memory and arithmetic are watched.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -75,7 +76,7 @@ void call(const char* name, std::vector<Owned> args, std::vector<int64_t> ints =
     for (int d = 0; d < arg.view.ndim; ++d) shape.sizes.push_back({arg.view.sizes[d]});
     shapes.push_back(shape);
   }
-  check_args(op_schemas()[op], shapes);
+  check_args(op_schemas()[op], shapes, std::vector<Dim>(ints.begin(), ints.end()));
   op_table()[op](views.data(), ints.data(), floats.data());
 }
 
@@ -139,13 +140,185 @@ void run_rope(DType d, int64_t tokens, int64_t head_dim) {
   call("write_cache", pack(cache(), cache(), k(), k(), slots()));
 }
 
+constexpr DType kFloatTypes[] = {DType::f32, DType::bf16, DType::f16};
+
+int64_t panels_of(int64_t rows) { return (rows + 15) / 16; }
+
+void run_linear(DType d) {
+  for (int64_t num_k : {1, 37, 530})
+    for (int64_t num_out : {1, 45, 150}) {
+      for (DType from : kFloatTypes)
+        for (int64_t offset : {0, 5})
+          call("pack_panels", pack(make(d, {panels_of(num_out + offset), num_k, 16}), make(from, {num_out, num_k})),
+               {offset});
+      for (int64_t rows : {0, 1, 2, 5, 15, 33})
+        for (DType other : kFloatTypes) {
+          const auto panels = [&] { return make(other, {panels_of(num_out), num_k, 16}); };
+          call("linear", pack(make(d, {rows, num_out}), make(d, {rows, num_k}), panels(), make(other, {num_out})),
+               {num_out});
+          call("linear", pack(make(other, {rows, 1, num_out}), make(d, {rows, 1, num_k}), panels(), absent()),
+               {num_out});
+        }
+    }
+}
+
+// Sequences whose last `counts` of `lengths` tokens are queries; blocks come from the back of the cache, so that the
+// last one ends where its memory does.
+struct Sequences {
+  std::vector<int32_t> lengths, counts;
+
+  int32_t num_blocks(int32_t block_size) const {
+    int32_t blocks = 0;
+    for (int32_t length : lengths) blocks += (length + block_size - 1) / block_size;
+    return blocks;
+  }
+  Owned values(const std::vector<int32_t>& from) const {
+    Owned owned = make(DType::i32, {static_cast<int64_t>(from.size())});
+    std::memcpy(owned.view.data, from.data(), from.size() * 4);
+    return owned;
+  }
+  Owned lens() const { return values(lengths); }
+  Owned starts() const {
+    std::vector<int32_t> sums{0};
+    for (int32_t count : counts) sums.push_back(sums.back() + count);
+    return values(sums);
+  }
+  // Entries past a sequence's blocks are far outside the cache: nothing may read through them.
+  Owned table(int32_t block_size) const {
+    int32_t most = 0, next = num_blocks(block_size);
+    for (int32_t length : lengths) most = std::max(most, (length + block_size - 1) / block_size);
+    std::vector<int32_t> table;
+    for (int32_t length : lengths)
+      for (int32_t b = 0; b < most; ++b) table.push_back(b * block_size < length ? --next : 1 << 28);
+    Owned owned = values(table);
+    owned.view.ndim = 2;
+    owned.view.sizes[0] = static_cast<int64_t>(lengths.size());
+    owned.view.sizes[1] = owned.view.strides[0] = most;
+    owned.view.strides[1] = 1;
+    return owned;
+  }
+};
+
+struct Heads {
+  int64_t query, kv, key_dim, value_dim;
+};
+
+void run_attention(DType d, DType cache, const Sequences& s, Heads h, int32_t block_size) {
+  int64_t tokens = 0;
+  for (int32_t count : s.counts) tokens += count;
+  const int64_t blocks = s.num_blocks(block_size);
+  const auto attend = [&](Owned sinks, int64_t window, double softcap) {
+    call("paged_attention",
+         pack(make(d, {1, tokens, h.query, h.value_dim}), make(d, {1, h.query, tokens, h.key_dim}),
+              make(cache, {blocks, h.kv, block_size, h.key_dim}), make(cache, {blocks, h.kv, block_size, h.value_dim}),
+              s.table(block_size), s.lens(), s.starts(), sinks),
+         {window}, {0.2, softcap});
+  };
+  for (int64_t window : {0, 1, 70}) {
+    attend(absent(), window, 0.0);
+    attend(make(d, {h.query}), window, 5.0);
+  }
+}
+
+void run_attentions(DType d, DType cache) {
+  const Sequences mixed{{1, 130, 17, 65}, {1, 9, 17, 0}}, decode{{2070, 33, 5}, {1, 1, 1}};
+  run_attention(d, cache, mixed, {6, 2, 40, 24}, 5);
+  run_attention(d, cache, mixed, {7, 1, 64, 64}, 16);
+  run_attention(d, cache, decode, {14, 2, 17, 33}, 16);
+  run_attention(d, cache, decode, {70, 1, 80, 16}, 128);
+}
+
+void run_experts(DType d, DType panels) {
+  constexpr int64_t kExperts = 3, kTop = 2;
+  for (int64_t dim : {7, 70})
+    for (int64_t hidden : {5, 45})
+      for (int64_t tokens : {0, 1, 40})
+        for (int64_t act = kExpertSilu; act <= kGluOss; ++act) {
+          const bool has_bias = (act + tokens) % 2 == 0;
+          const auto bias = [&](int64_t width) { return has_bias ? make(panels, {kExperts, width}) : absent(); };
+          call("experts",
+               pack(make(d, {tokens, dim}), make(d, {tokens, dim}), make(DType::i64, {tokens, kTop}, kExperts + 1),
+                    make(act % 2 ? d : DType::f32, {tokens, kTop}),
+                    make(panels, {kExperts, panels_of(2 * hidden), dim, 16}),
+                    make(panels, {kExperts, panels_of(dim), hidden, 16}), bias(2 * hidden), bias(dim)),
+               {act, hidden}, {1.702, 7.0});
+        }
+  for (int64_t order : {kSoftmaxThenTopk, kTopkThenSoftmax})
+    for (int64_t num_experts : {1, 3, 37})
+      for (int64_t top_k : {int64_t{1}, num_experts})
+        call("route_topk", pack(make(panels, {5, top_k}), make(DType::i64, {5, top_k}), make(d, {5, num_experts})),
+             {order, 1});
+}
+
+// Where rows' parts of a list of `each` entries a row begin.
+Owned list_starts(int64_t rows, int64_t each, DType dtype) {
+  Owned owned = make(dtype, {rows + 1});
+  for (int64_t r = 0; r <= rows; ++r) {
+    if (dtype == DType::i64) static_cast<int64_t*>(owned.view.data)[r] = r * each;
+    else static_cast<int32_t*>(owned.view.data)[r] = static_cast<int32_t>(r * each);
+  }
+  return owned;
+}
+
+Owned filled(int64_t rows, float value) {
+  Owned owned = make(DType::f32, {rows});
+  for (int64_t r = 0; r < rows; ++r) static_cast<float*>(owned.view.data)[r] = value;
+  return owned;
+}
+
+// `each` entries in every list of every row, some of them no token; num_top best tokens reported.
+void run_sample(int64_t rows, int64_t vocab, int64_t each, int64_t num_top, float temperature, DType index) {
+  const auto ids = [&] { return make(index, {rows * each}, vocab + 2); };
+  const auto starts = [&] { return list_starts(rows, each, index); };
+  const auto wanted = [&] {
+    Owned owned = make(DType::i64, {rows});
+    for (int64_t r = 0; r < rows; ++r) static_cast<int64_t*>(owned.view.data)[r] = r % 3 == 2 ? -1 : num_top;
+    return owned;
+  };
+  const auto top = [&](DType dtype) { return make(dtype, {rows, num_top}); };
+  const auto truncation = [&](float on, float off) { return filled(rows, each > 0 ? on : off); };
+  for (int64_t mode = kRawLogprobs; mode <= kProcessedLogits; ++mode) {
+    call("sample",
+         pack(make(DType::i64, {rows}), make(DType::f32, {rows}), make(DType::i64, {rows}), top(DType::i64),
+              top(DType::f32), make(DType::u8, {rows}), make(DType::f32, {rows, vocab}), filled(rows, temperature),
+              make(index, {rows}, vocab + 5), truncation(0.8f, 1.0f), truncation(0.01f, 0.0f), truncation(1.2f, 1.0f),
+              truncation(0.3f, 0.0f), truncation(0.3f, 0.0f), make(DType::i64, {rows}, 1 << 20),
+              make(DType::i64, {rows}, 100), wanted(), starts(), ids(), make(index, {rows}, each + 1), starts(),
+              ids(), make(DType::f32, {rows * each}), starts(), ids(), starts(), ids(),
+              each > 0 ? make(DType::i32, {rows, (vocab + 31) / 32}, int64_t{1} << 32) : absent()),
+         {mode});
+  }
+}
+
+void run_sampling(DType index) {
+  for (int64_t rows : {0, 1, 4})
+    for (int64_t vocab : {1, 63, 64, 321})
+      for (int64_t each : {0, 7}) {
+        const int64_t num_top = vocab < 5 ? vocab : 5;
+        for (float temperature : {0.0f, 0.9f}) run_sample(rows, vocab, each, num_top, temperature, index);
+        call("row_logprobs", pack(make(DType::f32, {rows}), make(DType::i64, {rows}), make(DType::i64, {rows, num_top}),
+                                  make(DType::f32, {rows, num_top}), make(DType::f32, {rows, vocab}),
+                                  make(DType::i64, {rows}, vocab)));
+      }
+}
+
+void run_products(DType d) {
+  run_linear(d);
+  for (DType other : kFloatTypes) {
+    run_attentions(d, other);
+    run_experts(d, other);
+  }
+}
+
 }  // namespace
 
 int main() {
   set_num_threads(3);
   for (const std::string& isa : available_isas()) {
     set_cpu_isa(isa);
-    for (DType d : {DType::f32, DType::bf16, DType::f16}) {
+    for (DType index : {DType::i32, DType::i64}) run_sampling(index);
+    for (DType d : kFloatTypes) {
+      run_products(d);
       for (int64_t rows : {0, 1, 3, 70}) {
         for (int64_t width : {1, 6, 16, 37, 300}) {
           run_norms(d, rows, width);

@@ -3,8 +3,7 @@
 
 namespace fuseline::FL_ISA {
 
-#define FL_OP(name, schema, shapes) \
-  __attribute__((weak)) void name(const Tensor* t, const int64_t* i, const double* f);
+#define FL_OP(name, schema, shapes) void name(const Tensor* t, const int64_t* i, const double* f);
 #include "cpu/ops.def"
 #undef FL_OP
 

@@ -79,36 +79,41 @@ void pack_queries(const Attention& job, const Task& task, float* packed) {
   }
 }
 
+// rows[0, hi - lo) = where keys [lo, hi) lie in the cache, a block at a time.
 template <class T>
-const T* cache_row(const Attention& job, const Tensor& cache, const Task& task, int64_t key) {
-  int64_t slot = task.seq * job.block_table.strides[0] + key / job.block_size * job.block_table.strides[1];
-  int64_t block = static_cast<const int32_t*>(job.block_table.data)[slot];
-  return static_cast<const T*>(cache.data) + block * cache.strides[0] + task.kv_head * cache.strides[1] +
-         key % job.block_size * cache.strides[2];
+void cache_rows(const Attention& job, const Tensor& cache, const Task& task, int64_t lo, int64_t hi, const T** rows) {
+  const int32_t* table = static_cast<const int32_t*>(job.block_table.data) + task.seq * job.block_table.strides[0];
+  const T* heads = static_cast<const T*>(cache.data) + task.kv_head * cache.strides[1];
+  int64_t place = lo / job.block_size, within = lo - place * job.block_size;
+  for (int64_t n = 0; n < hi - lo; ++place, within = 0) {
+    const T* row = heads + table[place * job.block_table.strides[1]] * cache.strides[0] + within * cache.strides[2];
+    for (; within < job.block_size && n < hi - lo; ++within, row += cache.strides[2]) rows[n++] = row;
+  }
 }
 
 // Keys [lo, hi) of the tile at `base` as panels [kKeys / 16][D][16]. Lanes outside repeat a key, unused.
 template <class T>
 void load_keys(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, float* keys) {
-  for (int64_t p = (lo - base) / kPanel; p * kPanel < hi - base; ++p) {
-    const T* rows[kPanel];
-    for (int64_t i = 0; i < kPanel; ++i) {
-      int64_t key = base + p * kPanel + i;
-      rows[i] = cache_row<T>(job, job.k_cache, task, key < lo ? lo : key >= hi ? hi - 1 : key);
-    }
-    transpose_panel(rows, job.key_dim, keys + p * job.key_dim * kPanel);
-  }
+  const T* rows[kKeys];
+  cache_rows(job, job.k_cache, task, lo, hi, rows + (lo - base));
+  for (int64_t i = 0; i < lo - base; ++i) rows[i] = rows[lo - base];
+  for (int64_t i = hi - base; i < kKeys; ++i) rows[i] = rows[hi - base - 1];
+  for (int64_t p = (lo - base) / kPanel; p * kPanel < hi - base; ++p)
+    transpose_panel(rows + p * kPanel, job.key_dim, keys + p * job.key_dim * kPanel);
 }
 
 // Values [lo, hi) as panels [padded_dim / 16][kKeys][16].
 template <class T>
 void load_values(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, float* values) {
+  const T* rows[kKeys];
+  cache_rows(job, job.v_cache, task, lo, hi, rows);
+  int64_t whole = job.value_dim / kPanel * kPanel;
   for (int64_t key = lo; key < hi; ++key) {
-    const T* row = cache_row<T>(job, job.v_cache, task, key);
-    for (int64_t e = 0; e < job.value_dim; e += kPanel) {
-      int64_t n = job.value_dim - e < kPanel ? job.value_dim - e : kPanel;
-      convert_row(row + e, n, values + (e * kKeys) + (key - base) * kPanel);
-    }
+    const T* row = rows[key - lo];
+    float* to = values + (key - base) * kPanel;
+    for (int64_t e = 0; e < whole; e += kPanel)
+      for (int j = 0; j < kPanel; j += kLanes) store(to + e * kKeys + j, load(row + e + j));
+    if (whole < job.value_dim) convert_row(row + whole, job.value_dim - whole, to + whole * kKeys);
   }
 }
 
@@ -119,22 +124,30 @@ void fill(float* x, int64_t lo, int64_t hi, float value) {
 // Scores of one row -> probabilities relative to the row's new maximum, 0 for keys outside [lo, hi). Rescales the sums.
 void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* sum, float& max, float& weight) {
   if (lo >= hi) return fill(s, 0, kKeys, 0.0f);
-  for (int j = 0; j < kKeys; j += kLanes) {
-    vf x = load(s + j) * job.scale;
-    if (job.softcap > 0) x = job.softcap * vtanh(x / job.softcap);
-    store(s + j, x);
+  constexpr int kVecs = kKeys / kLanes;
+  const vi first = set1i(static_cast<int32_t>(lo)), end = set1i(static_cast<int32_t>(hi));
+  vi key;
+  for (int l = 0; l < kLanes; ++l) key[l] = l;
+  vf x[kVecs], top = set1(-kInfinity), total = set1(0.0f);
+  vi is_seen[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    x[v] = load(s + v * kLanes) * job.scale;
+    if (job.softcap > 0) x[v] = job.softcap * vtanh(x[v] / job.softcap);
+    is_seen[v] = (vi)(key + v * kLanes >= first) & (vi)(key + v * kLanes < end);
+    x[v] = select(is_seen[v], x[v], set1(-kInfinity));
+    top = vmax(top, x[v]);
   }
-  fill(s, 0, lo, -kInfinity);
-  fill(s, hi, kKeys, -kInfinity);
-  vf top = set1(-kInfinity);
-  for (int j = 0; j < kKeys; j += kLanes) top = vmax(top, load(s + j));
   float new_max = hmax(top);
   new_max = new_max > max ? new_max : max;
-  for (int j = 0; j < kKeys; j += kLanes) store(s + j, vexp(load(s + j) - new_max));
-  fill(s, 0, lo, 0.0f);
-  fill(s, hi, kKeys, 0.0f);
-  vf total = set1(0.0f);
-  for (int j = 0; j < kKeys; j += kLanes) total += load(s + j);
+  for (int v = 0; v < kVecs; ++v) {
+    x[v] = select(is_seen[v], vexp(x[v] - new_max), zero());
+    store(s + v * kLanes, x[v]);
+    total += x[v];
+  }
+  if (max == new_max) {   // exp(0) is 1 to the bit
+    weight += hsum(total);
+    return;
+  }
   float shrink = exp_of(max - new_max);
   weight = weight * shrink + hsum(total);
   max = new_max;

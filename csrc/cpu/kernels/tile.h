@@ -27,18 +27,24 @@ FL_INLINE void tile(const float* a, const T* b, int64_t panel_step, int num_k, f
   vf acc[ROWS][kVecs];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < kVecs; ++v) acc[r][v] = add ? load(c + r * ldc + v * kLanes) : set1(0.0f);
-  for (int k = 0; k < num_k; ++k) {
+  auto step = [&](int k) __attribute__((always_inline)) {
     vf y[kVecs];
-    for (int p = 0; p < PANELS; ++p) {
-      const T* row = b + p * panel_step + k * kPanel;
-      if (ROWS <= 4 && sizeof(T) == 2) __builtin_prefetch(row + kPrefetch);
-      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load(row + v * kLanes);
-    }
+    for (int p = 0; p < PANELS; ++p)
+      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load(b + p * panel_step + k * kPanel + v * kLanes);
     for (int r = 0; r < ROWS; ++r) {
       vf x = set1(a[r * LDA + k]);
       for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, y[v], acc[r][v]);
     }
+  };
+  int k = 0;
+  if constexpr (ROWS <= 4 && sizeof(T) == 2) {
+    for (; k + 2 <= num_k; k += 2) {   // two k of a panel are one cache line
+      for (int p = 0; p < PANELS; ++p) __builtin_prefetch(b + p * panel_step + k * kPanel + kPrefetch);
+      step(k);
+      step(k + 1);
+    }
   }
+  for (; k < num_k; ++k) step(k);
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < kVecs; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
 }
