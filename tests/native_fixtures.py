@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
 from fuseline import _C
 
 ops = torch.ops.fuseline_cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fuseline import _C
 
 ops = torch.ops.fuseline_cpu

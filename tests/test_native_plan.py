@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+
 from fuseline import _C
 
 ops = torch.ops.fuseline_cpu
@@ -112,6 +113,38 @@ def test_torch_ops_name_the_wrong_argument():
     with pytest.raises((RuntimeError, ValueError), match="embedding: argument ids is f32, should be i64 or i32"):
         ops.embedding(x, torch.zeros(2), torch.zeros(3, 4))
     assert "rms_norm" in _C.op_names()
+
+
+def test_panels_must_fit_the_sizes_they_stand_for():
+    x, panels, out = torch.zeros(2, 8), torch.zeros(3, 8, 16), torch.zeros(2, 40)
+    ops.linear(out, x, panels, None, 40)
+    with pytest.raises((RuntimeError, ValueError), match="linear: argument panels .* with /N = 2 as in num_out"):
+        ops.linear(torch.zeros(2, 30), x, panels, None, 30)
+    with pytest.raises((RuntimeError, ValueError), match="linear: argument out .* with N = 40 as in num_out"):
+        ops.linear(torch.zeros(2, 30), x, panels, None, 40)
+    with pytest.raises((RuntimeError, ValueError), match="linear: argument panels .* with K = 9 as in x"):
+        ops.linear(out, torch.zeros(2, 9), panels, None, 40)
+    with pytest.raises((RuntimeError, ValueError), match="pack_panels: argument panels .* with # = 16"):
+        ops.pack_panels(torch.zeros(3, 8, 8), torch.zeros(40, 8), 0)
+    with pytest.raises((RuntimeError, ValueError), match="embedding_panels: argument panels .* with /V = 2"):
+        ops.embedding_panels(torch.zeros(1, 8), torch.zeros(1, dtype=torch.long), panels, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("gate_up", (2, 4, 8, 16)), ("down", (2, 1, 30, 16)), ("gate_up_bias", (2, 20)), ("down_bias", (1, 8))],
+)
+def test_experts_panels_must_fit_the_layer(name, wrong):
+    shapes = {"gate_up": (2, 3, 8, 16), "down": (2, 1, 20, 16), "gate_up_bias": (2, 40), "down_bias": (2, 8)}
+    x, ids, weights = torch.zeros(3, 8), torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 1)
+
+    def run(**changed):
+        layer = [torch.zeros(shape) for shape in (shapes | changed).values()]
+        ops.experts(torch.empty_like(x), x, ids, weights, *layer, 0, 20, 1.0, 1.0)
+
+    run()
+    with pytest.raises((RuntimeError, ValueError), match=f"experts: argument {name} of shape"):
+        run(**{name: wrong})
 
 
 @pytest.mark.parametrize("num_threads", (1, 2, 5))

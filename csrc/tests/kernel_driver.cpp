@@ -1,10 +1,14 @@
 // Runs kernels on exactly sized heap memory for every instruction set, so that a sanitizer sees any stray access.
 // Values are compared with torch elsewhere (tests/test_native_*.py); here only memory and arithmetic are watched.
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/isa/isa.h"
@@ -310,10 +314,30 @@ void run_products(DType d) {
   }
 }
 
+void count_nested(void* counts, int64_t chunk) {
+  const auto inner = [](void* count, int64_t) { static_cast<std::atomic<int>*>(count)->fetch_add(1); };
+  parallel_for(5, inner, static_cast<std::atomic<int>*>(counts) + chunk);
+}
+
+// A call from inside a chunk, and calls of several threads at once, run every chunk once.
+void run_pool() {
+  std::atomic<int> counts[4][7]{};
+  std::vector<std::thread> callers;
+  for (auto& mine : counts)
+    callers.emplace_back([&mine] {
+      for (int repeat = 0; repeat < 200; ++repeat) parallel_for(7, count_nested, mine);
+    });
+  for (auto& caller : callers) caller.join();
+  for (auto& mine : counts)
+    for (auto& count : mine)
+      if (count != 5 * 200) throw std::runtime_error("a chunk ran " + std::to_string(count) + " times, not 1000");
+}
+
 }  // namespace
 
 int main() {
   set_num_threads(3);
+  run_pool();
   for (const std::string& isa : available_isas()) {
     set_cpu_isa(isa);
     for (DType index : {DType::i32, DType::i64}) run_sampling(index);
