@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from fuseline.compile.ops.library import op
 from fuseline.compile.ops.moe import experts
+from torch import Tensor
 
 PANEL = 16
 

@@ -43,18 +43,18 @@ def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
 
 
 @op(
-    "route_topk(Tensor logits, int k, int order, int renormalize) -> (Tensor, Tensor)",
-    fake=lambda logits, k, *_: (
-        logits.new_empty(logits.shape[0], k),
+    "route_topk(Tensor logits, int k, int order, int renormalize, ScalarType dtype) -> (Tensor, Tensor)",
+    fake=lambda logits, k, order, renormalize, dtype: (
+        logits.new_empty(logits.shape[0], k, dtype=dtype),
         logits.new_empty(logits.shape[0], k, dtype=torch.int64),
     ),
 )
-def route_topk(logits: Tensor, k: int, order: int, renormalize: int) -> tuple[Tensor, Tensor]:
-    """(weights[T, K], ids[T, K]) of logits[T, E]; the softmax is fp32."""
+def route_topk(logits: Tensor, k: int, order: int, renormalize: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(weights[T, K] of `dtype`, ids[T, K]) of logits[T, E]; the softmax is fp32, rounded once."""
     if order == codes.ROUTE_TOPK_SOFTMAX:
         best, ids = logits.topk(k, -1)
-        return best.softmax(-1), ids
+        return best.float().softmax(-1).to(dtype), ids
     weights, ids = logits.float().softmax(-1).topk(k, -1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights.to(logits.dtype), ids
+    return weights.to(dtype), ids
