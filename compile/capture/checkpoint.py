@@ -1,6 +1,7 @@
 """Where each tensor of a checkpoint directory lies on disk; nothing is read but headers.
 
-Formats: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON, data), and the zip files of torch.save.
+Formats: safetensors (https://huggingface.co/docs/safetensors: 8 bytes of header length, JSON, data) and the zip files of
+torch.save.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def stored(path: Path, name: str, entry: dict, data: int, size: int) -> StoredTe
     if dtype is None:
         raise LoadError(f"{name} in {path} has element type {entry['dtype']}, which is not supported")
     if end - begin != prod(shape) * dtype.itemsize:
-        raise LoadError(f"{name} in {path} has {end - begin} bytes, its shape {shape} says otherwise: get the file again")
+        raise LoadError(f"{name} in {path} has {end - begin} bytes, not those of {shape}: get the file again")
     if begin < 0 or data + end > size:
         raise LoadError(f"{name} in {path} ends at byte {data + end}, the file at {size}: it is cut off, get it again")
     return StoredTensor(name, path, data + begin, torch.empty(shape, dtype=dtype, device="meta"))

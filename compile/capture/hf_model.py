@@ -12,6 +12,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "fuseline"
@@ -46,7 +47,20 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
         raise CaptureError(f"{hf_config.model_type}: {str(error).splitlines()[0]}") from error
     if any(hasattr(module, "_apply_gate") for module in model.modules()):
         model.set_experts_implementation(NAME)
+    keep_float32(model, dtype)
     return model.requires_grad_(False)
+
+
+def keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Some parameters stay float32 in a model of half precision; from_pretrained does this as it loads them."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, policies, _ = build_glob_alternation(list(plan))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        match = pattern.search(name)
+        if match and tensor.is_floating_point():
+            tensor.data = tensor.data.to(plan[policies[match.lastgroup]])
 
 
 def attention_forward(

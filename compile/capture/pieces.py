@@ -44,6 +44,8 @@ def zeros(shape: Sequence[int]) -> Unread:
 
 def concatenate(parts: Sequence[Unread], dim: int) -> Unread:
     """torch.cat. Raises ValueError if the other dims differ."""
+    if len(parts) == 1:
+        return parts[0]
     if len({part.shape[:dim] + part.shape[dim + 1 :] for part in parts}) > 1:
         raise ValueError(f"cannot join shapes {[list(part.shape) for part in parts]} along dim {dim}")
     pieces, at = [], 0

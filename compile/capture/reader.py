@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.pieces import Piece
+from fuseline.compile.capture.pieces import Piece, Unread
 from torch import Tensor
 
 BLOCK_BYTES = 4 << 20
@@ -37,6 +37,14 @@ class Reader:
             return
         for start, view in cut(piece.start, piece.view):
             yield start, self._read(piece, view)
+
+    def value(self, unread: Unread) -> Tensor:
+        """All of it, in memory, in the dtype that is stored."""
+        out = torch.zeros(unread.shape, dtype=unread.pieces[0].view.dtype)
+        for piece in unread.pieces:
+            for start, block in self.blocks(piece):
+                write_box(out, block, start)
+        return out
 
     def _read(self, piece: Piece, view: Tensor) -> Tensor:
         span, size = span_of(view), view.element_size()
@@ -68,6 +76,11 @@ class Reader:
                 raise LoadError(f"{path} cannot be opened: {error.strerror}") from error
             self._close.callback(os.close, self._files[path])
         return self._files[path]
+
+
+def write_box(target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
+    """target[start : start + block.shape] = block, cast."""
+    target[tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))].copy_(block)
 
 
 def span_of(view: Tensor) -> int:

@@ -11,10 +11,11 @@ from fuseline.compile.capture.checkpoint import open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.export import CapturedModel
+from fuseline.compile.capture.hf_model import build_on_meta
 from fuseline.compile.capture.panels import empty_panels, pack_block
 from fuseline.compile.capture.pieces import Unread
-from fuseline.compile.capture.reader import Reader
-from fuseline.compile.capture.weight_names import CheckpointWeights
+from fuseline.compile.capture.reader import Reader, write_box
+from fuseline.compile.capture.weight_names import StoredWeights
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.specs import WeightSource
 from torch import Tensor
@@ -40,11 +41,36 @@ def load_weights(
     return {key: loaded[source] for key, source in requests.items()}
 
 
+class CheckpointWeights:
+    """The checkpoint by the names of the model; nothing is read."""
+
+    def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
+        self.origin = config.model
+        model = build_on_meta(captured.config, captured.dtype, config.trust_remote_code)
+        self._stored = StoredWeights(open_checkpoint(Path(config.model), config.load_format), model)
+        self._alike = alike(captured.tied)
+
+    def find(self, name: str) -> Unread | None:
+        """What becomes the parameter or buffer `name`; for a tied one, whichever of them is stored."""
+        return next((self._stored[other] for other in self._alike.get(name, (name,)) if other in self._stored), None)
+
+    def origin_of(self, unread: Unread) -> str:
+        return next((str(piece.stored.path) for piece in unread.pieces if piece.stored), self.origin)
+
+
+def alike(tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """First parameter -> itself and those that share its memory."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, first in tied.items():
+        groups[first] = (*groups.get(first, (first,)), name)
+    return groups
+
+
 def open_weights(captured: CapturedModel, config: CompileConfig) -> CheckpointWeights | DummyWeights:
     """Where parameters come from."""
     if config.load_format == "dummy":
         return DummyWeights(captured, config.seed)
-    return CheckpointWeights(open_checkpoint(Path(config.model), config.load_format), captured, config)
+    return CheckpointWeights(captured, config)
 
 
 def _load(
@@ -67,8 +93,7 @@ def _gather(
     """All parts of the source, joined but not read, and the dtype the model has them in."""
     pads = source.pads or (0,) * len(source.names)
     parts = [
-        None if pad else _part(name, source, weights, captured)
-        for name, pad in zip(source.names, pads, strict=True)
+        None if pad else _part(name, source, weights, captured) for name, pad in zip(source.names, pads, strict=True)
     ]
     real = [part for part in parts if part is not None]
     shape = real[0][0].shape[1:]
@@ -91,7 +116,8 @@ def _part(
         raise LoadError(f"{name} is not in the weights of {weights.origin}: the checkpoint is not complete")
     if unread.shape != shape:
         raise LoadError(
-            f"{name} has shape {list(unread.shape)} in {weights.origin_of(unread)}, but config.json makes it {list(shape)}"
+            f"{name} in {weights.origin_of(unread)} has shape {list(unread.shape)}, "
+            f"but config.json makes it {list(shape)}: they do not belong together"
         )
     return (pieces.transpose(unread, -2, -1) if source.transpose else unread), dtype
 
@@ -107,8 +133,7 @@ def expected(name: str, captured: CapturedModel) -> tuple[tuple[int, ...], torch
 
 def _write(target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
     if layout == "rows":
-        box = tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))
-        target[box].copy_(block)
+        write_box(target, block, start)
     elif block.ndim == 2:
         pack_block(target, block, *start)
     else:
