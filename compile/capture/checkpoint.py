@@ -1,7 +1,7 @@
 """Where each tensor of a checkpoint directory lies on disk; nothing is read but headers.
 
-Formats: safetensors (https://huggingface.co/docs/safetensors: 8 bytes of header length, JSON, data) and the zip files of
-torch.save.
+Formats: safetensors (https://huggingface.co/docs/safetensors: 8 bytes of header length, JSON, data) and the zip files
+of torch.save.
 """
 
 from __future__ import annotations
