@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
+from fuseline.compile.backends.plan import PlanExecutable, lower
 from fuseline.compile.capture.export import CapturedModel, capture_model
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
@@ -19,6 +20,7 @@ from fuseline.compile.target import Target
 from torch import Tensor, fx
 
 Progress = Callable[[str, int, int], None]
+Executable = EagerExecutable | PlanExecutable
 
 
 def compile_model(config: CompileConfig, target: Target, progress: Progress | None = None) -> CompiledModel:
@@ -32,8 +34,15 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     requests = weight_requests(captured.graph, captured, result)
     weights = load_weights(requests, captured, config, report_progress)
     weights |= result.constants
-    executable = EagerExecutable(captured.graph, weights)
+    executable = _executable(captured.graph, weights, config)
     return CompiledModel(config, captured, result, weights, executable)
+
+
+def _executable(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> Executable:
+    if config.level == 0:
+        return EagerExecutable(graph, weights)
+    by_target = {str(n.target): weights[constant_name(n)] for n in graph.graph.nodes if n.op == "get_attr"}
+    return lower(graph, by_target, config.max_num_batched_tokens, config.max_num_seqs, config.block_size)
 
 
 def weight_requests(graph: fx.GraphModule, captured: CapturedModel, result: PipelineResult) -> dict[str, WeightSource]:

@@ -1,5 +1,5 @@
 """The op vocabulary; importing it registers torch.ops.fuseline.*."""
 
-from fuseline.compile.ops import activation, attention, moe, norm, rope
+from fuseline.compile.ops import activation, attention, linear, moe, norm, rope
 
-__all__ = ["activation", "attention", "moe", "norm", "rope"]
+__all__ = ["activation", "attention", "linear", "moe", "norm", "rope"]

@@ -1,0 +1,57 @@
+"""Products with packed weights. Legend: N outputs, K inputs, P = ceil(N / 16) panels, E experts, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuseline.compile.ops.library import op
+from fuseline.compile.ops.moe import experts
+
+PANEL = 16
+
+
+def pack(weight: Tensor) -> Tensor:
+    """[..., N, K] -> [..., P, K, 16], zero padded."""
+    rows = weight.shape[-2]
+    panels = -(-rows // PANEL)
+    padded = F.pad(weight, (0, 0, 0, panels * PANEL - rows))
+    return padded.unflatten(-2, (panels, PANEL)).transpose(-1, -2).contiguous()
+
+
+def unpack(panels: Tensor, num_rows: int) -> Tensor:
+    """The inverse of pack."""
+    return panels.transpose(-1, -2).flatten(-3, -2)[..., :num_rows, :]
+
+
+@op(
+    "linear_panels(Tensor x, Tensor panels, Tensor? bias, int num_out) -> Tensor",
+    fake=lambda x, panels, bias, num_out: x.new_empty(*x.shape[:-1], num_out),
+)
+def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) -> Tensor:
+    """x[..., K] times packed weights -> [..., N]; fp32 accumulation, the bias added before the one rounding."""
+    return F.linear(x, unpack(panels, num_out), bias)
+
+
+@op(
+    "embedding_panels(Tensor ids, Tensor panels, int num_rows) -> Tensor",
+    fake=lambda ids, panels, num_rows: panels.new_empty(*ids.shape, panels.shape[1]),
+)
+def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
+    """Rows ids of packed weights [P, K, 16] -> [..., K]."""
+    return F.embedding(ids, unpack(panels, num_rows))
+
+
+@op(
+    "experts_panels(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
+    "Tensor? down_bias, int act, int num_hidden, float alpha, float limit) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x),
+)
+def experts_panels(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, act: int, num_hidden: int, alpha: float, limit: float,
+) -> Tensor:  # fmt: skip
+    """`experts` with gate_up[E, P, D, 16] and down[E, P, I, 16]."""
+    first, second = unpack(gate_up, 2 * num_hidden), unpack(down, x.shape[-1])
+    return experts(x, ids, weights, first, second, gate_up_bias, down_bias, act, False, alpha, limit)

@@ -1,0 +1,110 @@
+"""Constants in the layout of the kernels that read them, and logits in fp32.
+
+linear(x, weight, bias)         -> linear_panels(x, weight as [ceil(N/16), K, 16], bias, N)
+experts(..., gate_up, down)     -> experts_panels(...), transposed weights turned
+embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
+output logits                   -> convert to fp32
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from fuseline.compile.graph.edit import copy_meta
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.ops.linear import PANEL
+from fuseline.compile.specs import WeightSource
+
+aten = torch.ops.aten
+OPS = torch.ops.fuseline
+
+
+def choose_kernels(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    packer = _Packer(graph)
+    matches = 0
+    for target, rewrite in (
+        (aten.linear.default, packer.linear),
+        (OPS.experts.default, packer.experts),
+        (aten.embedding.default, packer.embedding),
+    ):
+        for node in [n for n in graph.graph.nodes if n.target is target]:
+            matches += rewrite(node)
+    _widen_output(graph.graph)
+    return PassResult(matches, True)
+
+
+def is_constant(arg: object) -> bool:
+    return isinstance(arg, fx.Node) and arg.op == "get_attr"
+
+
+def source_of(node: fx.Node) -> WeightSource:
+    return node.meta.get("weight") or WeightSource((node.meta["fqn"],))
+
+
+class _Packer:
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._graph = graph
+        self._packed: dict[tuple[str, ...], fx.Node] = {}
+
+    def linear(self, node: fx.Node) -> bool:
+        x, weight, *bias = node.args
+        if not is_constant(weight):
+            return False
+        num_out = weight.meta["val"].shape[0]
+        self._replace(node, OPS.linear_panels.default, (x, self._pack(weight), bias[0] if bias else None, num_out))
+        return True
+
+    def experts(self, node: fx.Node) -> bool:
+        x, ids, weights, gate_up, down, gate_up_bias, down_bias, act, transposed, alpha, limit = node.args
+        num_hidden = down.meta["val"].shape[1 if transposed else 2]
+        packed = (self._pack(gate_up, transposed), self._pack(down, transposed))
+        args = (x, ids, weights, *packed, gate_up_bias, down_bias, act, num_hidden, alpha, limit)
+        self._replace(node, OPS.experts_panels.default, args)
+        return True
+
+    def embedding(self, node: fx.Node) -> bool:
+        weight, ids = node.args[:2]
+        packed = self._packed.get(source_of(weight).names) if is_constant(weight) else None
+        if packed is None:
+            return False
+        self._replace(node, OPS.embedding_panels.default, (ids, packed, weight.meta["val"].shape[0]))
+        return True
+
+    def _replace(self, node: fx.Node, target: object, args: tuple) -> None:
+        graph = self._graph.graph
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        copy_meta(node, new, node.meta["val"])
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+    def _pack(self, weight: fx.Node, transposed: bool = False) -> fx.Node:
+        source, value = source_of(weight), weight.meta["val"]
+        if source.names in self._packed:
+            return self._packed[source.names]
+        rows, cols = (value.shape[-1], value.shape[-2]) if transposed else value.shape[-2:]
+        graph = self._graph.graph
+        with graph.inserting_before(next(iter(graph.nodes))):
+            node = graph.create_node("get_attr", f"{weight.target}__panels")
+        shape = (*value.shape[:-2], -(-rows // PANEL), cols, PANEL)
+        node.meta = {
+            "val": torch.empty(shape, dtype=value.dtype, device="meta"),
+            "weight": replace(source, layout="panels", transpose=source.transpose != bool(transposed)),
+        }
+        self._graph.register_buffer(node.target, node.meta["val"])
+        self._packed[source.names] = node
+        return node
+
+
+def _widen_output(graph: fx.Graph) -> None:
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    logits: fx.Node = output.args[0]
+    if logits.meta["val"].dtype == torch.float32:
+        return
+    with graph.inserting_before(output):
+        wide = graph.call_function(torch.ops.prims.convert_element_type.default, (logits, torch.float32))
+    copy_meta(logits, wide, logits.meta["val"].float())
+    output.update_arg(0, wide)
