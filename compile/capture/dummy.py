@@ -8,6 +8,7 @@ import torch
 from fuseline.compile.capture import pieces
 from fuseline.compile.capture.export import CapturedModel
 from fuseline.compile.capture.pieces import Unread
+from fuseline.compile.capture.reader import Reader
 
 DEFAULT_STD = 0.02
 
@@ -34,6 +35,9 @@ class DummyWeights:
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return pieces.computed(torch.empty(shape, dtype=dtype).normal_(0.0, self._std, generator=generator))
+
+    def check_tied(self, reader: Reader) -> None:
+        """Nothing to check: one of the tied is made."""
 
     def origin_of(self, unread: Unread) -> str:
         return self.origin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,14 +32,16 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """One tensor per request, in its final layout; equal sources share one. Raises LoadError."""
     weights = open_weights(captured, config)
+    sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
     loaded: dict[WeightSource, Tensor] = {}
     with Reader() as reader:
-        for done, source in enumerate(requests.values()):
+        weights.check_tied(reader)
+        for done, source in enumerate(sources.values()):
             if source not in loaded:
                 loaded[source] = _load(source, weights, captured, reader)
             if progress:
                 progress("loading", done + 1, len(requests))
-    return {key: loaded[source] for key, source in requests.items()}
+    return {key: loaded[source] for key, source in sources.items()}
 
 
 class CheckpointWeights:
@@ -53,6 +56,21 @@ class CheckpointWeights:
     def find(self, name: str) -> Unread | None:
         """What becomes the parameter or buffer `name`; for a tied one, whichever of them is stored."""
         return next((self._stored[other] for other in self._alike.get(name, (name,)) if other in self._stored), None)
+
+    def check_tied(self, reader: Reader) -> None:
+        """Raises LoadError if parameters that the model ties are stored with different values."""
+        for first, *others in self._alike.values():
+            for other in others:
+                if first in self._stored and other in self._stored and not self._equal(first, other, reader):
+                    raise LoadError(
+                        f"{first} and {other} differ in {self.origin}, but config.json ties them: "
+                        "set tie_word_embeddings to false there or among the overrides"
+                    )
+
+    def _equal(self, first: str, second: str, reader: Reader) -> bool:
+        one, two = self._stored[first], self._stored[second]
+        places = [[(p.stored.path, p.stored.begin) for p in unread.pieces if p.stored] for unread in (one, two)]
+        return places[0] == places[1] or torch.equal(reader.value(one), reader.value(two))
 
     def origin_of(self, unread: Unread) -> str:
         return next((str(piece.stored.path) for piece in unread.pieces if piece.stored), self.origin)
@@ -107,7 +125,6 @@ def _gather(
 def _part(
     name: str, source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel
 ) -> tuple[Unread, torch.dtype]:
-    name = captured.tied.get(name, name)
     shape, dtype = expected(name, captured)
     unread = weights.find(name)
     if unread is None and name in captured.constants:
