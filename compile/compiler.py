@@ -77,6 +77,8 @@ class CompiledModel:
     def run(self, inputs: GraphInputs) -> Tensor:
         """Logits [R, V] float32 of the wanted rows."""
         values = self._caches | input_values(inputs)
+        if self.info.rope_switch:
+            values["positions"] = inputs.rope_rows[None]
         return self._executable.run(values).float()[0]
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec
+from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo
 
 DEFAULT_LIMIT = 2048
 
@@ -30,7 +30,7 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
         eos_token_ids=eos_ids(config.model, captured.config),
         weight_bytes=sum({t.data_ptr(): t.nbytes for t in weights.values()}.values()),
         arena_bytes=getattr(executable, "arena_bytes", 0),
-        rope_switch=next((spec for spec in specs if isinstance(spec, RopeSwitchSpec)), None),
+        rope_switch=captured.rope_switch,
         cache_specs=tuple(spec for spec in specs if isinstance(spec, CacheSpec)),
         cache_groups=tuple(spec for spec in specs if isinstance(spec, CacheGroup)),
     )

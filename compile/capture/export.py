@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import build_on_meta, load_config
+from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.specs import RopeSwitchSpec
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
@@ -29,6 +31,8 @@ class CapturedModel:
     """Buffers with values, by name."""
     tied: dict[str, str] = field(default_factory=dict)
     """Parameter -> the one it shares memory with."""
+    rope_switch: RopeSwitchSpec | None = None
+    """When set, `positions` are rope rows."""
 
 
 class _Wrapped(nn.Module):
@@ -54,6 +58,7 @@ def capture_model(config: CompileConfig) -> CapturedModel:
     hf_config = load_config(config)
     dtype = resolve_dtype(config, hf_config)
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
+    rope_switch = patch_model(model)
     graph, names = _export(model)
     captured = CapturedModel(
         graph=graph,
@@ -62,6 +67,7 @@ def capture_model(config: CompileConfig) -> CapturedModel:
         parameters={name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()},
         constants=_real_buffers(model, names),
         tied=_tied(model),
+        rope_switch=rope_switch,
     )
     _check_attention(captured)
     return captured
@@ -120,6 +126,7 @@ def _real_buffers(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
             continue
         module._buffers.update({name: torch.empty_like(buffer, device="cpu") for name, buffer in owned.items()})
         model._init_weights(module)
+        module._buffers.update(getattr(module, "fuseline_buffers", {}))
         values.update({f"{path}.{name}".lstrip("."): module._buffers[name] for name in wanted})
         module._buffers.update(owned)
     return values

@@ -1,0 +1,50 @@
+"""What Transformers models need before they can be captured for serving. The one place in compile/ that knows their classes."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.specs import RopeSwitchSpec
+
+
+def patch_model(model: nn.Module) -> RopeSwitchSpec | None:
+    """Patches the model in place. Returns how rope depends on the sequence's length, if it does."""
+    switch = None
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if kind == "longrope":
+            switch = _choose_factors_per_token(module)
+        elif kind == "dynamic":
+            raise CaptureError(
+                "dynamic-NTK rope recomputes its frequencies from the longest sequence seen, so one request would change "
+                "another's answers; use a checkpoint with yarn, llama3 or longrope scaling"
+            )
+    return switch
+
+
+def _choose_factors_per_token(rotary: nn.Module) -> RopeSwitchSpec:
+    """longrope picks its factors by the longest position of the batch; serving must pick by each sequence's length.
+
+    The positions a patched model takes are rope rows: position for the short factors, table_rows + position for the long.
+    """
+    rows = rotary.config.max_position_embeddings
+    threshold = rotary.config.rope_parameters["original_max_position_embeddings"]
+    long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, torch.device("cpu"), seq_len=threshold + 1)
+    rotary.register_buffer("long_inv_freq", long_inv_freq.to("meta"), persistent=False)
+    rotary.fuseline_buffers = {"long_inv_freq": long_inv_freq}
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        is_long = position_ids >= rows
+        position = torch.where(is_long, position_ids - rows, position_ids)
+        inv_freq = torch.where(is_long[..., None], self.long_inv_freq, self.original_inv_freq)
+        freqs = position[..., None].float() * inv_freq
+        emb = torch.cat((freqs, freqs), dim=-1)
+        return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
+
+    rotary.forward = types.MethodType(forward, rotary)
+    return RopeSwitchSpec(threshold, rows)
