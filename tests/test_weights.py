@@ -174,7 +174,9 @@ def test_equal_sources_and_tied_names_share_one_tensor(folder):
 
 def test_a_tied_name_may_be_the_one_that_is_stored(folder, tmp_path):
     renamed = rewrite(
-        folder("gemma2"), tmp_path, lambda state: {k.replace("model.embed_tokens", "lm_head"): v for k, v in state.items()}
+        folder("gemma2"),
+        tmp_path,
+        lambda state: {k.replace("model.embed_tokens", "lm_head"): v for k, v in state.items()},
     )
     assert_same(load(renamed), truth(folder("gemma2")))
 
@@ -226,7 +228,12 @@ def test_conversions_are_those_of_transformers(tmp_path, sources, targets, opera
         made = {n: read.value(u) for n, u in conversions.convert(rule, taken, targets[0], model).items()}
     for operation in operations:
         values = operation.convert(
-            values, source_patterns=sources, target_patterns=targets, full_layer_name=targets[0], model=model, config=None
+            values,
+            source_patterns=sources,
+            target_patterns=targets,
+            full_layer_name=targets[0],
+            model=model,
+            config=None,
         )
     assert set(made) == set(values)
     assert all(torch.equal(made[name], value) for name, value in values.items())

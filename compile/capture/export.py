@@ -9,12 +9,14 @@ from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import build_on_meta, load_config
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.graph_json import module_of
 from fuseline.compile.specs import RopeSwitchSpec
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
 
-MAX_TOKENS = 1 << 20
+MIN_TOKENS, MAX_TOKENS = 2, 1 << 20
+EXAMPLE_TOKENS = 13
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,8 +76,8 @@ def capture_model(config: CompileConfig) -> CapturedModel:
 
 
 def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
-    tokens = torch.zeros((1, 13), dtype=torch.long, device="meta")
-    dynamic = {1: torch.export.Dim("T", min=2, max=MAX_TOKENS)}
+    tokens = torch.zeros((1, EXAMPLE_TOKENS), dtype=torch.long, device="meta")
+    dynamic = {1: torch.export.Dim("T", min=MIN_TOKENS, max=MAX_TOKENS)}
     try:
         with torch.no_grad():
             program = torch.export.export(
@@ -90,26 +92,26 @@ def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
 def _lift(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, set[str]]:
     """Parameters and buffers become get_attr nodes named by their path."""
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    out, root, done, constants = fx.Graph(), nn.Module(), {}, set()
+    out, done, constants = fx.Graph(), {}, set()
     for node in program.graph.nodes:
         spec = kinds.get(node.name) if node.op == "placeholder" else None
         if node.op == "output":
-            out.output(done[node.args[0][0]])
+            out.output(done[node.args[0][0]]).meta = {"val": None}
         elif spec is not None and spec.kind != InputKind.USER_INPUT:
             name = spec.target.removeprefix("model.")
             lifted = out.create_node("get_attr", name.replace(".", "__"))
             lifted.meta = {"val": node.meta["val"], "fqn": name}
-            root.register_buffer(lifted.target, torch.empty(node.meta["val"].shape, device="meta"))
             done[node] = lifted
             if spec.kind != InputKind.PARAMETER:
                 constants.add(name)
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # it pins the meta device
             done[node] = _retarget(out.node_copy(node, lambda n: done[n]))
-    return fx.GraphModule(root, out), constants
+    return module_of(out), constants
 
 
 def _retarget(node: fx.Node) -> fx.Node:
-    """What was made on the meta device is made on the CPU."""
+    """What was made on the meta device is made on the CPU; of what export notes only the value is kept."""
+    node.meta = {"val": node.meta.get("val")}
     move = {torch.device("meta"): torch.device("cpu")}
     node.args = fx.node.map_aggregate(node.args, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
     node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
