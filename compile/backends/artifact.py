@@ -41,7 +41,7 @@ def load_or_capture(config: CompileConfig) -> CapturedModel:
     path = Path(config.cache_dir or default_cache_dir()) / "graphs" / f"{key}.graph"
     try:
         return parse(path.read_bytes(), key, config)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, GraphFormatError) as error:
         logger.warning("cached graph %s is not used, the model is captured anew: %s", path, error)
@@ -108,14 +108,16 @@ def parse(data: bytes, key: str, config: CompileConfig) -> CapturedModel:
             raise GraphFormatError("the file is that of another model")
         return rebuild(values, constants, config)
     except (struct.error, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise GraphFormatError(f"not a captured graph: {error!r}") from error
+        raise GraphFormatError(f"not a captured graph ({type(error).__name__})") from error
 
 
 def rebuild(values: dict[str, Any], constants: dict[str, torch.Tensor], config: CompileConfig) -> CapturedModel:
+    hf_config, dtype = load_config(config), DTYPES[values["dtype"]]
+    hf_config.dtype = dtype  # as building the model leaves it
     return CapturedModel(
         graph=module_of(decode(values["graph"], MIN_TOKENS, MAX_TOKENS, EXAMPLE_TOKENS)),
-        config=load_config(config),
-        dtype=DTYPES[values["dtype"]],
+        config=hf_config,
+        dtype=dtype,
         parameters={
             name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in values["parameters"].items()
         },

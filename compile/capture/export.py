@@ -61,18 +61,25 @@ def capture_model(config: CompileConfig) -> CapturedModel:
     dtype = resolve_dtype(config, hf_config)
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
     rope_switch = patch_model(model)
-    graph, names = _export(model)
-    captured = CapturedModel(
+    graph, buffers = _export(model)
+    captured = describe(model, graph, hf_config, dtype, buffers)
+    captured.rope_switch = rope_switch
+    _check_attention(captured)
+    return captured
+
+
+def describe(
+    model: nn.Module, graph: fx.GraphModule, hf_config: PreTrainedConfig, dtype: torch.dtype, buffers: set[str]
+) -> CapturedModel:
+    """The graph with what is known of the parameters, and the values of those buffers."""
+    return CapturedModel(
         graph=graph,
         config=hf_config,
         dtype=dtype,
         parameters={name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()},
-        constants=_real_buffers(model, names),
+        constants=_real_buffers(model, buffers),
         tied=_tied(model),
-        rope_switch=rope_switch,
     )
-    _check_attention(captured)
-    return captured
 
 
 def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
