@@ -1,0 +1,81 @@
+"""The FastAPI application around one served model."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+
+import fuseline
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.errors import ApiError, to_api_error
+from fuseline.api.middleware import KeyMiddleware, RequestIdMiddleware
+from fuseline.api.routes import chat, completions, operation, tokenizer, web
+from fuseline.api.served import build_served
+from fuseline.engine.client import EngineClient
+from fuseline.engine.messages import EngineReady
+from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+LOG = logging.getLogger("fuseline.http")
+
+
+def build_app(config: ServerConfig, client: EngineClient, ready: EngineReady) -> FastAPI:
+    """Raises ConfigError for a tokenizer, template or middleware that cannot be used."""
+    docs = {} if not config.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
+    app.state.served = build_served(config, client, ready)
+    app.state.unknown_fields = set()
+    for routes in (operation.router, completions.router, chat.router, tokenizer.router, web.router()):
+        app.include_router(routes)
+    if config.dev_mode:
+        app.include_router(operation.dev_router)
+    for kind in (ApiError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    _add_middleware(app, config)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    mapped = to_api_error(error)
+    if mapped.code == "internal_error" and not isinstance(error, ApiError):
+        LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return mapped.response()
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig) -> None:
+    """The last one added is the outermost."""
+    for path in config.middleware:
+        _add_custom(app, path)
+    if config.api_key:
+        app.add_middleware(KeyMiddleware, keys=config.api_key, root_path=config.root_path)
+    app.add_middleware(
+        CORSMiddleware, allow_origins=config.allowed_origins, allow_credentials=config.allow_credentials,
+        allow_methods=config.allowed_methods, allow_headers=config.allowed_headers,
+    )  # fmt: skip
+    if config.enable_request_id_headers:
+        app.add_middleware(RequestIdMiddleware)
+
+
+def _add_custom(app: FastAPI, path: str) -> None:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--middleware {path}: {error}") from error
+    if inspect.isclass(found):
+        app.add_middleware(found)
+    elif inspect.iscoroutinefunction(found):
+        app.add_middleware(BaseHTTPMiddleware, dispatch=found)
+    else:
+        raise ConfigError(f"--middleware {path} is neither a class nor a coroutine function")

@@ -1,0 +1,166 @@
+"""Prometheus metrics (SPEC 18) and the log line every ten seconds."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+from fuseline.engine.messages import EngineReady, StepOutputs, StepStats
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+LOG = logging.getLogger("fuseline.stats")
+LOG_SECONDS = 10.0
+TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+TPOT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8096)
+
+
+def one_two_five(limit: int) -> Iterator[int]:
+    """1, 2, 5, 10, ... up to `limit`."""
+    step = 1
+    while True:
+        for digit in (1, 2, 5):
+            if digit * step > limit:
+                return
+            yield digit * step
+        step *= 10
+
+
+class Metrics:
+    """All series of one server; fed by engine steps and finished requests."""
+
+    def __init__(self, prefix: str, model_name: str, ready: EngineReady) -> None:
+        self.registry = CollectorRegistry()
+        self._prefix, self._model = prefix, model_name
+        self._seen = StepStats()
+        self._prompt_seen = self._generated_seen = 0
+        self._prompt_count = self._generated_count = 0
+        self._logged = time.monotonic()
+        self._make_engine_series(ready)
+        self._make_request_series(ready.max_model_len)
+
+    def _series(self, kind: type, name: str, text: str, labels: Sequence[str] = (), **options):
+        made = kind(self._prefix + name, text, ("model_name", *labels), registry=self.registry, **options)
+        return made if labels else made.labels(self._model)
+
+    def _make_engine_series(self, ready: EngineReady) -> None:
+        self.running = self._series(Gauge, "num_requests_running", "Requests in the running batch")
+        self.waiting = self._series(Gauge, "num_requests_waiting", "Requests that wait")
+        self.swapped = self._series(Gauge, "num_requests_swapped", "Requests swapped to host memory")
+        self._usage = [
+            self._series(Gauge, name, "Share of KV blocks in use")
+            for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc")
+        ]
+        self._series(Gauge, "cpu_cache_usage_perc", "Share of host swap in use")
+        self._hit_rate = self._series(
+            Gauge, "gpu_prefix_cache_hit_rate", "Share of prompt tokens found in the prefix cache"
+        )
+        self._queries = self._series(Counter, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self._hits = self._series(Counter, "prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._preemptions = self._series(Counter, "num_preemptions", "Preempted requests")
+        self._step_tokens = self._series(Histogram, "iteration_tokens_total", "Tokens of a step", buckets=STEP_TOKENS)
+        info = self._series(
+            Gauge, "cache_config_info", "KV cache configuration", ("block_size", "cache_dtype", "num_gpu_blocks")
+        )
+        info.labels(self._model, ready.block_size, ready.kv_cache_dtype, ready.num_blocks).set(1)
+
+    def _make_request_series(self, context: int) -> None:
+        lengths = tuple(one_two_five(context))
+        self._prompt_tokens = self._series(Counter, "prompt_tokens", "Prompt tokens of finished requests")
+        self._generation_tokens = self._series(Counter, "generation_tokens", "Generated tokens")
+        self._tokens = self._series(Counter, "tokens", "Prompt and generated tokens")
+        self._ttft = self._series(Histogram, "time_to_first_token_seconds", "Time to first token", buckets=TTFT)
+        self._tpot = [
+            self._series(Histogram, name, "Time between tokens", buckets=TPOT)
+            for name in ("time_per_output_token_seconds", "inter_token_latency_seconds")
+        ]
+        self._e2e = self._series(Histogram, "e2e_request_latency_seconds", "Arrival to end", buckets=LATENCY)
+        self._queue = self._series(Histogram, "request_queue_time_seconds", "Time in the queue", buckets=LATENCY)
+        self._inference = self._series(Histogram, "request_inference_time_seconds", "Scheduled to end", buckets=LATENCY)
+        self._prefill = self._series(
+            Histogram, "request_prefill_time_seconds", "Scheduled to first token", buckets=LATENCY
+        )
+        self._decode = self._series(Histogram, "request_decode_time_seconds", "First token to end", buckets=LATENCY)
+        self._prompt_length = self._series(Histogram, "request_prompt_tokens", "Prompt length", buckets=lengths)
+        self._length = self._series(Histogram, "request_generation_tokens", "Generated length", buckets=lengths)
+        self._asked = self._series(Histogram, "request_params_max_tokens", "max_tokens asked for", buckets=lengths)
+        self._n = self._series(Histogram, "request_params_n", "n asked for", buckets=(1, 2, 5, 10, 20))
+        self._success = self._series(Counter, "request_success", "Ended choices by reason", ("finished_reason",))
+        for reason in ("stop", "length", "abort", "error"):
+            self._success.labels(self._model, reason)
+
+    def on_step(self, step: StepOutputs) -> None:
+        stats, seen = step.stats, self._seen
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
+        for gauge in self._usage:
+            gauge.set(stats.kv_usage)
+        # The engine counts from its own start: after a restart the totals begin anew.
+        self._queries.inc(max(stats.prefix_queries - seen.prefix_queries, 0))
+        self._hits.inc(max(stats.prefix_hits - seen.prefix_hits, 0))
+        self._preemptions.inc(max(stats.num_preemptions - seen.num_preemptions, 0))
+        if stats.prefix_queries:
+            self._hit_rate.set(stats.prefix_hits / stats.prefix_queries)
+        if stats.num_step_tokens:
+            self._step_tokens.observe(stats.num_step_tokens)
+        generated = sum(len(output.token_ids) for output in step.outputs)
+        self._prompt_count += stats.num_prompt_tokens
+        self._generated_count += generated
+        self._seen = stats
+
+    def take_finished(self, finished: FinishedRequest) -> None:
+        for reason in finished.reasons:
+            self._success.labels(self._model, reason).inc()
+        self._prompt_tokens.inc(finished.num_prompt)
+        self._generation_tokens.inc(finished.num_generated)
+        self._tokens.inc(finished.num_prompt + finished.num_generated)
+        self._prompt_length.observe(finished.num_prompt)
+        self._length.observe(finished.num_generated)
+        self._asked.observe(finished.max_tokens)
+        self._n.observe(finished.n)
+        now = time.time()
+        self._e2e.observe(now - finished.arrival)
+        if finished.first_token is not None:
+            scheduled = finished.arrival + finished.queue_seconds
+            self._queue.observe(finished.queue_seconds)
+            self._ttft.observe(finished.first_token - finished.arrival)
+            self._prefill.observe(max(finished.first_token - scheduled, 0))
+            self._decode.observe(now - finished.first_token)
+            self._inference.observe(max(now - scheduled, 0))
+
+    def take_gap(self, seconds: float) -> None:
+        """Time between two outputs of one choice."""
+        for histogram in self._tpot:
+            histogram.observe(seconds)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def log_line(self) -> None:
+        """Throughput since the last line; silent while nothing happens."""
+        now = time.monotonic()
+        seconds, self._logged = max(now - self._logged, 1e-9), now
+        prompt, generated = self._prompt_count - self._prompt_seen, self._generated_count - self._generated_seen
+        self._prompt_seen, self._generated_seen = self._prompt_count, self._generated_count
+        stats = self._seen
+        if not (prompt or generated or stats.num_running or stats.num_waiting):
+            return
+        LOG.info(
+            "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, KV usage %.1f %%, prefix hits %.1f %%",
+            prompt / seconds, generated / seconds, stats.num_running, stats.num_waiting, 100 * stats.kv_usage,
+            100 * stats.prefix_hits / max(stats.prefix_queries, 1),
+        )  # fmt: skip
+
+
+class FinishedRequest:
+    """What the metrics keep of one engine request while it runs."""
+
+    def __init__(self, num_prompt: int, n: int, max_tokens: int, arrival: float) -> None:
+        self.num_prompt, self.n, self.max_tokens, self.arrival = num_prompt, n, max_tokens, arrival
+        self.num_generated = 0
+        self.queue_seconds = 0.0
+        self.first_token: float | None = None
+        self.last: dict[int, float] = {}
+        self.reasons: list[str] = []

@@ -1,0 +1,61 @@
+"""ASGI middleware: API keys on the raw path, request ids."""
+
+from __future__ import annotations
+
+import hmac
+import uuid
+
+from fuseline.api.errors import ApiError
+
+OPEN_PATHS = {
+    "/", "/health", "/ping", "/version", "/metrics", "/metrics/", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect",
+    "/web/app.js", "/web/app.css", "/web/icon.svg", "/favicon.ico",
+}  # fmt: skip
+
+
+class KeyMiddleware:
+    """Everything needs a key but OPEN_PATHS and OPTIONS (SPEC 2.4, D2)."""
+
+    def __init__(self, app, keys: tuple[str, ...], root_path: str) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+        self._root = root_path.rstrip("/")
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or self._is_open(scope) or self._has_key(scope):
+            return await self._app(scope, receive, send)
+        refusal = ApiError(401, "a valid API key is needed (Authorization: Bearer KEY)", code="invalid_api_key")
+        await refusal.response()(scope, receive, send)
+
+    def _is_open(self, scope) -> bool:
+        path = scope["path"]
+        if self._root and path.startswith(self._root + "/"):
+            path = path[len(self._root) :]
+        return path in OPEN_PATHS
+
+    def _has_key(self, scope) -> bool:
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = header.partition(b" ")
+        # Every key is compared, so that time tells nothing about which one was close.
+        matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+class RequestIdMiddleware:
+    """X-Request-Id on every response."""
+
+    def __init__(self, app) -> None:
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
+        value = given or uuid.uuid4().hex.encode()
+
+        async def with_id(message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", value)]
+            await send(message)
+
+        await self._app(scope, receive, with_id)

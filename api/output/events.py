@@ -1,0 +1,37 @@
+"""The one event stream inside the API: a streamed answer writes it out, a whole one is its fold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fuseline.engine.messages import PositionLogprobs
+
+
+@dataclass(slots=True)
+class TextDelta:
+    """New text of one choice and the tokens that made it."""
+
+    index: int
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Done:
+    """The end of one choice."""
+
+    index: int
+    finish_reason: str
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class PromptInfo:
+    """Facts of the prompt, with the first output."""
+
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+
+
+Event = TextDelta | Done | PromptInfo

@@ -1,0 +1,93 @@
+"""One engine request as events: tokens to text, stop strings, endings."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fuseline.api.errors import ApiError
+from fuseline.api.output.detokenizer import Detokenizer
+from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
+from fuseline.api.output.stop import StopStrings
+from fuseline.api.prompt.tokens import TextTokenizer
+from fuseline.engine.client import EngineClient
+from fuseline.engine.messages import EngineRequest, TokenOutput
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    stops: Sequence[str] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0
+
+
+async def generate_events(
+    client: EngineClient, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions
+) -> AsyncIterator[Event]:
+    """Events of all choices in the order of their tokens; closing it aborts the request. Raises ApiError."""
+    choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
+    num_open = len(choices)
+    async with aclosing(client.generate(request)) as outputs:
+        async for output in outputs:
+            if output.finish_reason == "error":
+                raise ApiError(500, output.error or "the request failed in the engine", code="internal_error")
+            if output.num_cached_tokens or output.prompt_logprobs is not None:
+                yield PromptInfo(output.num_cached_tokens, output.prompt_logprobs)
+            choice = choices[output.index]
+            for event in choice.take(output):
+                yield event
+                num_open -= isinstance(event, Done)
+            if not num_open:
+                return
+
+
+class _Choice:
+    def __init__(
+        self, index: int, tokenizer: TextTokenizer | None, options: TextOptions, request: EngineRequest
+    ) -> None:
+        self._index = index
+        self._detokenizer = Detokenizer(tokenizer, options.skip_special_tokens) if tokenizer else None
+        self._stops = StopStrings(options.stops, options.include_stop)
+        self._options = options
+        self._ends = {*request.params.eos_token_ids, *request.params.stop_token_ids}
+        self._num_tokens = 0
+        self._is_done = False
+
+    def take(self, output: TokenOutput) -> list[Event]:
+        if self._is_done:
+            return []
+        delta = TextDelta(self._index, "")
+        for k, token in enumerate(output.token_ids):
+            delta.token_ids.append(token)
+            if output.logprobs:
+                delta.logprobs.append(output.logprobs[k])
+            is_last = output.finish_reason == "stop" and k == len(output.token_ids) - 1
+            text, stop = self._feed(token, is_end=is_last and token in self._ends)
+            delta.text += text
+            if stop is not None:
+                return self._end(delta, "stop", stop)
+        if output.finish_reason is None:
+            return [delta] if delta.token_ids else []
+        if self._detokenizer:
+            text, stop = self._stops.feed(self._detokenizer.finish(), self._is_checked)
+            delta.text += text
+            if stop is not None and output.finish_reason != "abort":
+                return self._end(delta, "stop", stop)
+        delta.text += self._stops.finish()
+        return self._end(delta, output.finish_reason, output.stop_token_id)
+
+    @property
+    def _is_checked(self) -> bool:
+        return self._num_tokens >= self._options.min_tokens
+
+    def _feed(self, token: int, is_end: bool) -> tuple[str, str | None]:
+        self._num_tokens += 1
+        if self._detokenizer is None or (is_end and not self._options.include_stop):
+            return "", None
+        return self._stops.feed(self._detokenizer.feed(token), self._is_checked)
+
+    def _end(self, delta: TextDelta, reason: str, stop_reason: str | int | None) -> list[Event]:
+        self._is_done = True
+        return [delta, Done(self._index, reason, stop_reason)]

@@ -1,0 +1,69 @@
+"""Log-probabilities in the three shapes of the wire (SPEC 4.2, 5.3, 6.8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fuseline.api.prompt.tokens import TextTokenizer
+from fuseline.engine.messages import PositionLogprobs
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+class LogprobWriter:
+    """Knows how tokens are spelled."""
+
+    def __init__(self, tokenizer: TextTokenizer | None, as_ids: bool) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids or tokenizer is None
+
+    def text(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self._tokenizer.token_text(token_id)
+
+    def chat(self, positions: Sequence[PositionLogprobs], num_top: int) -> dict:
+        """choices[].logprobs of chat."""
+        return {"content": [self._chat_token(p, num_top) for p in positions]}
+
+    def _chat_token(self, position: PositionLogprobs, num_top: int) -> dict:
+        pairs = list(zip(position.top_ids, position.top_logprobs, strict=True))[:num_top]
+        own = self._entry(position.token_id, position.logprob)
+        return {**own, "top_logprobs": [self._entry(token, value) for token, value in pairs]}
+
+    def _entry(self, token_id: int, logprob: float) -> dict:
+        raw = self._tokenizer.token_bytes(token_id) if self._tokenizer else b""
+        return {"token": self.text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
+
+    def completion(self, positions: Sequence[PositionLogprobs | None], tokens: Sequence[int], offset: int) -> dict:
+        """choices[].logprobs of completions; `offset` is the text before the first token. A None position has no value."""
+        out: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        for token, position in zip(tokens, positions, strict=True):
+            text = self.text(token)
+            out["text_offset"].append(offset)
+            out["tokens"].append(text)
+            out["token_logprobs"].append(None if position is None else finite(position.logprob))
+            out["top_logprobs"].append(None if position is None else self._top(position))
+            offset += len(self._tokenizer.token_text(token)) if self._tokenizer else len(text)
+        return out
+
+    def _top(self, position: PositionLogprobs) -> dict[str, float]:
+        top = {self.text(t): finite(v) for t, v in zip(position.top_ids, position.top_logprobs, strict=True)}
+        return {**top, self.text(position.token_id): finite(position.logprob)}
+
+    def prompt(self, positions: Sequence[PositionLogprobs | None]) -> list[dict | None]:
+        """prompt_logprobs: token id -> logprob, rank, decoded token."""
+        return [None if p is None else self._prompt_entry(p) for p in positions]
+
+    def _prompt_entry(self, position: PositionLogprobs) -> dict[str, dict]:
+        entries = {
+            str(token): {"logprob": finite(value), "rank": rank, "decoded_token": self.text(token)}
+            for rank, (token, value) in enumerate(zip(position.top_ids, position.top_logprobs, strict=True), start=1)
+        }
+        entries[str(position.token_id)] = {
+            "logprob": finite(position.logprob), "rank": position.rank, "decoded_token": self.text(position.token_id),
+        }  # fmt: skip
+        return entries
+
+
+def finite(value: float) -> float:
+    return value if value > LOWEST else LOWEST

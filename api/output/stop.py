@@ -1,0 +1,47 @@
+"""Stop strings over token borders (SPEC 6.9, 7.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Lets text through until one of the strings appears; holds back what could be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str], include: bool) -> None:
+        self._stops = tuple(stops)
+        self._include = include
+        self._hold = 0 if include else max((len(stop) for stop in stops), default=1) - 1
+        self._reach = max((len(stop) for stop in stops), default=1) - 1
+        self._tail = ""  # text that is out (or held) and may be the beginning of a match
+        self._held = 0  # characters at the end of the tail that are not out yet
+
+    def feed(self, text: str, is_checked: bool = True) -> tuple[str, str | None]:
+        """(text to show, the stop string that was found)."""
+        if not self._stops:
+            return text, None
+        whole = self._tail + text
+        out_from = len(self._tail) - self._held
+        if is_checked and (found := self._find(whole)) is not None:
+            stop, at = found
+            end = at + len(stop) if self._include else at
+            return whole[out_from : max(end, out_from)], stop
+        out_to = max(len(whole) - self._hold, out_from)
+        keep_from = max(min(len(whole) - self._reach, out_to), 0)
+        self._tail, self._held = whole[keep_from:], len(whole) - out_to
+        return whole[out_from:out_to], None
+
+    def finish(self) -> str:
+        """What was held, once no more text can come."""
+        held = self._tail[len(self._tail) - self._held :] if self._held else ""
+        self._held = 0
+        return held
+
+    def _find(self, text: str) -> tuple[str, int] | None:
+        """The match that ends the text first; among equals the one listed first."""
+        hits = [(text.find(stop), stop) for stop in self._stops]
+        hits = [(at, stop) for at, stop in hits if at >= 0]
+        if not hits:
+            return None
+        at, stop = min(hits, key=lambda hit: hit[0])
+        return stop, at

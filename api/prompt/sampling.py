@@ -1,0 +1,223 @@
+"""Request fields to engine sampling parameters: the one validator behind every route (SPEC 4.1, 4.4, 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fuseline.api.config import ServerConfig
+from fuseline.api.errors import ApiError, bad_request
+from fuseline.api.prompt.tokens import TextTokenizer
+from fuseline.api.protocol.common import MAX_STOP_STRINGS, GenerateRequest
+from fuseline.engine.messages import EngineReady, SamplingParams
+
+MAX_BIAS = 100.0
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+
+
+def refuse_unsupported(request: GenerateRequest) -> None:
+    """400 in words for what later parts bring."""
+    formats = request.response_format
+    if formats is not None and formats.type not in ("text", "json_object", "json_schema", "structural_tag"):
+        raise bad_request(f"unknown response_format.type {formats.type!r}", "response_format.type")
+    structured = {
+        "response_format": formats is not None and formats.type != "text",
+        "guided_json": request.guided_json is not None,
+        "guided_regex": request.guided_regex is not None,
+        "guided_choice": request.guided_choice is not None,
+        "guided_grammar": request.guided_grammar is not None,
+        "structured_outputs": request.structured_outputs is not None,
+    }
+    for name, is_used in structured.items():
+        if is_used:
+            raise bad_request(f"{name}: structured output is not supported yet", name, "unsupported_value")
+    if request.use_beam_search:
+        raise bad_request("use_beam_search is not supported yet", "use_beam_search", "unsupported_value")
+    if request.logits_processors:
+        raise bad_request(
+            "The `logits_processors` argument is not supported by this server.",
+            "logits_processors",
+            "unsupported_value",
+        )
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        if request.best_of < (request.n or 1):
+            raise bad_request("best_of must not be smaller than n", "best_of")
+        raise bad_request("best_of other than n is not supported yet", "best_of", "unsupported_value")
+
+
+class SamplingBuilder:
+    """Knows the server's limits and defaults."""
+
+    def __init__(
+        self, config: ServerConfig, ready: EngineReady, tokenizer: TextTokenizer | None, defaults: Mapping[str, Any]
+    ) -> None:
+        self._max_logprobs = config.engine.max_logprobs
+        self._priority = config.engine.scheduler.scheduling_policy == "priority"
+        self._mode = LOGPROBS_MODES.index(config.logprobs_mode)
+        self._vocab = ready.vocab_size
+        self._context = ready.max_model_len
+        self._tokenizer = tokenizer
+        self._defaults = defaults
+        own = tokenizer.eos_id if tokenizer else None
+        self._eos = tuple(dict.fromkeys(([own] if own is not None else []) + list(ready.eos_token_ids)))
+        self._own_eos = own
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    def build(
+        self, request: GenerateRequest, prompt: list[int], max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """`max_tokens` None fills the context. Raises ApiError 400."""
+        limit = self.max_tokens(len(prompt), max_tokens)
+        min_tokens = request.min_tokens or 0
+        if min_tokens > limit:
+            raise bad_request(f"min_tokens ({min_tokens}) must not exceed max_tokens ({limit})", "min_tokens")
+        temperature = self._value(request, "temperature", 1.0)
+        ignore_eos = bool(request.ignore_eos)
+        self._check_stops(request)
+        self.check_priority(request.priority)
+        return SamplingParams(
+            n=request.n or 1,
+            temperature=temperature,
+            top_k=max(self._value(request, "top_k", 0), 0),
+            top_p=self._value(request, "top_p", 1.0),
+            min_p=self._value(request, "min_p", 0.0),
+            repetition_penalty=self._value(request, "repetition_penalty", 1.0),
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            seed=None if request.seed in (None, -1) else request.seed,
+            max_tokens=limit,
+            min_tokens=min_tokens,
+            stop_token_ids=self._ids(request.stop_token_ids, "stop_token_ids"),
+            eos_token_ids=() if ignore_eos else self._eos,
+            masked_eos_token_ids=self._eos,
+            logprobs=self._logprobs(logprobs, "logprobs"),
+            prompt_logprobs=self._logprobs(request.prompt_logprobs, "prompt_logprobs"),
+            logit_bias=self._logit_bias(request.logit_bias),
+            allowed_token_ids=self._allowed(request.allowed_token_ids),
+            bad_words=self._bad_words(request.bad_words),
+            logprobs_mode=self._mode,
+        )
+
+    def max_tokens(self, num_prompt: int, asked: int | None) -> int:
+        """The effective cap; 400 when the prompt and the ask do not fit."""
+        cap = self._defaults.get("max_new_tokens")
+        if num_prompt >= self._context and asked != 0 or num_prompt > self._context:
+            raise bad_request(
+                f"This model's maximum context length is {self._context} tokens, but the prompt has {num_prompt} tokens. "
+                "Please shorten the prompt.",
+                "prompt", "context_length_exceeded",
+            )  # fmt: skip
+        if asked is not None and num_prompt + asked > self._context:
+            raise bad_request(
+                f"This model's maximum context length is {self._context} tokens. However, you requested "
+                f"{num_prompt + asked} tokens ({num_prompt} in the prompt, {asked} in the completion). "
+                "Please reduce the length of the prompt or the completion.",
+                "max_tokens", "context_length_exceeded",
+            )  # fmt: skip
+        limits = [self._context - num_prompt, asked, cap]
+        return min(limit for limit in limits if limit is not None)
+
+    def check_priority(self, priority: int | None) -> None:
+        if priority and not self._priority:
+            raise bad_request(f"Got priority {priority} but Priority scheduling is not enabled.", "priority")
+
+    def check_prompt(self, ids: list[int], param: str = "prompt") -> None:
+        if not ids:
+            raise bad_request("Prompt cannot be empty", param)
+        top = self._vocab
+        for token in ids:
+            if not 0 <= token < top:
+                raise bad_request(f"Token id {token} is out of vocabulary", param)
+
+    def truncate(self, ids: list[int], keep: int | None) -> list[int]:
+        """The last `keep` tokens; -1 keeps what fits the context."""
+        if keep is None:
+            return ids
+        if keep == -1:
+            keep = self._context
+        if keep < 1:
+            raise bad_request(
+                "truncate_prompt_tokens must be at least 1 (or -1 for the context length)", "truncate_prompt_tokens"
+            )
+        if keep > self._context:
+            raise bad_request(
+                f"truncate_prompt_tokens ({keep}) is above the context length ({self._context})",
+                "truncate_prompt_tokens",
+            )
+        return ids[-keep:]
+
+    def _value(self, request: GenerateRequest, name: str, built_in: Any) -> Any:
+        given = getattr(request, name)
+        return given if given is not None else self._defaults.get(name, built_in)
+
+    def _check_stops(self, request: GenerateRequest) -> None:
+        stops = request.stops
+        if any(not stop for stop in stops):
+            raise bad_request("stop cannot contain an empty string.", "stop")
+        if len(stops) > MAX_STOP_STRINGS:
+            raise bad_request(f"stop: at most {MAX_STOP_STRINGS} stop strings are allowed", "stop")
+        if stops and self._tokenizer is None:
+            raise bad_request("stop needs a tokenizer; this server runs without one", "stop")
+
+    def _ids(self, ids: list[int] | None, param: str) -> tuple[int, ...]:
+        for token in ids or ():
+            if not 0 <= token < self._vocab:
+                raise bad_request(f"{param}: token id {token} is out of vocabulary", param)
+        return tuple(ids or ())
+
+    def _allowed(self, ids: list[int] | None) -> tuple[int, ...]:
+        if ids is not None and not ids:
+            raise bad_request("allowed_token_ids must not be empty", "allowed_token_ids")
+        return self._ids(ids, "allowed_token_ids")
+
+    def _logprobs(self, count: int | None, param: str) -> int | None:
+        if count is None:
+            return None
+        if count == -1 and self._max_logprobs == -1:
+            return self._vocab
+        if count < 0:
+            raise bad_request(f"{param} must not be negative", param)
+        if self._max_logprobs != -1 and count > self._max_logprobs:
+            raise bad_request(f"Cannot request more than {self._max_logprobs} logprobs", param)
+        return min(count, self._vocab)
+
+    def _logit_bias(self, bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+        found = []
+        for key, value in (bias or {}).items():
+            try:
+                token = int(key)
+            except ValueError as error:
+                raise bad_request(f"logit_bias: key {key!r} is no token id", "logit_bias") from error
+            if not 0 <= token < self._vocab:
+                raise bad_request(f"logit_bias: token id {token} is out of vocabulary", "logit_bias")
+            found.append((token, max(-MAX_BIAS, min(MAX_BIAS, value))))
+        return tuple(found)
+
+    def _bad_words(self, words: list[str] | None) -> tuple[tuple[int, ...], ...]:
+        """Each word as written and with a leading blank (kept if it differs at once and is as long)."""
+        if not words:
+            return ()
+        if self._tokenizer is None:
+            raise bad_request("bad_words needs a tokenizer; this server runs without one", "bad_words")
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            if not word.strip():
+                raise bad_request("bad_words cannot contain an empty word", "bad_words")
+            plain = tuple(self._tokenizer.encode(word, add_special_tokens=False))
+            spaced = tuple(self._tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+            found.append(plain)
+            if spaced[0] != plain[0] and len(spaced) == len(plain):
+                found.append(spaced)
+        return tuple(found)
+
+
+def queue_is_full(in_flight: int, config: ServerConfig) -> ApiError | None:
+    """D19: more waiting than allowed."""
+    scheduler = config.engine.scheduler
+    limit = (scheduler.max_num_queued_reqs or 4 * scheduler.max_num_seqs) + scheduler.max_num_seqs
+    if in_flight < limit:
+        return None
+    return ApiError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded", retry_after=1)

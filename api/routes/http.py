@@ -1,0 +1,158 @@
+"""What the routes share: reading a body, answering whole or as a stream, noticing that the client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from fuseline.api.errors import ApiError, bad_request, to_api_error
+from fuseline.api.protocol.common import FieldError
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+
+LOG = logging.getLogger("fuseline.http")
+MAX_BODY = 64 * 2**20
+Body = TypeVar("Body", bound=BaseModel)
+T = TypeVar("T")
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """The validated body. Raises ApiError 400, 413, 415."""
+    media = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media != "application/json":
+        raise ApiError(415, "Unsupported media type: only application/json is allowed.")
+    raw = await _read(request)
+    try:
+        fields = json.loads(raw)
+    except ValueError as error:
+        raise bad_request(f"the body is no valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise bad_request("the body must be a JSON object")
+    try:
+        body = kind.model_validate(fields)
+    except ValidationError as error:
+        inner = error.errors()[0].get("ctx", {}).get("error")
+        if isinstance(inner, FieldError):
+            raise bad_request(str(inner), inner.param) from error
+        raise to_api_error(error) from error
+    _warn_unknown(request, body)
+    return body
+
+
+async def _read(request: Request) -> bytes:
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY:
+            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _warn_unknown(request: Request, body: BaseModel) -> None:
+    """Once per set of names, so that a client cannot fill the log."""
+    names = tuple(sorted(body.model_extra or ()))
+    seen: set = request.app.state.unknown_fields
+    if names and names not in seen and len(seen) < 100:
+        seen.add(names)
+        LOG.warning("%s: unknown fields ignored: %s", request.url.path, ", ".join(names)[:500])
+
+
+def new_id(prefix: str, request: Request, given: str | None = None) -> str:
+    """The response id; its random part can come from X-Request-Id or the body."""
+    return prefix + (request.headers.get("x-request-id") or given or uuid.uuid4().hex)
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+async def stream(chunks: AsyncIterator[dict[str, Any]], keep_alive: float) -> Response:
+    """Waits for the first chunk, so that a refusal keeps its status; then sends events until the end."""
+    try:
+        first = await anext(chunks)
+    except StopAsyncIteration:
+        first = None
+    return StreamingResponse(
+        _events(first, chunks, keep_alive), media_type="text/event-stream; charset=utf-8", headers=SSE_HEADERS
+    )
+
+
+async def _events(
+    first: dict[str, Any] | None, chunks: AsyncIterator[dict[str, Any]], keep_alive: float
+) -> AsyncIterator[bytes]:
+    async with aclosing(chunks):
+        try:
+            if first is not None:
+                yield sse(first)
+            async for body in _with_silence(chunks, keep_alive):
+                yield b": keep-alive\n\n" if body is None else sse(body)
+        except Exception as error:
+            yield sse(_failure(error).body())
+    yield b"data: [DONE]\n\n"
+
+
+async def _with_silence(chunks: AsyncIterator[dict[str, Any]], seconds: float) -> AsyncIterator[dict[str, Any] | None]:
+    """The chunks, and None whenever nothing came for `seconds` (0: never)."""
+    if seconds <= 0:
+        async for body in chunks:
+            yield body
+        return
+    pending: asyncio.Task | None = None
+    try:
+        while True:
+            pending = pending or asyncio.ensure_future(anext(chunks))
+            done, _ = await asyncio.wait((pending,), timeout=seconds)
+            if not done:
+                yield None
+                continue
+            task, pending = pending, None
+            try:
+                body = task.result()
+            except StopAsyncIteration:
+                return
+            yield body
+    finally:
+        if pending is not None:
+            pending.cancel()
+            with suppress(asyncio.CancelledError, StopAsyncIteration):
+                await pending
+
+
+def _failure(error: Exception) -> ApiError:
+    mapped = to_api_error(error)
+    if mapped.code == "internal_error" and not isinstance(error, ApiError):
+        LOG.exception("error in a stream", exc_info=error)
+    return mapped
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect()
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_response(body: Any) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")

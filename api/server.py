@@ -1,0 +1,189 @@
+"""`fuseline serve`: port, engine, application, and an orderly end (SPEC 1.1)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import ssl
+import sys
+from contextlib import suppress
+
+import uvicorn
+from fuseline.api.app import build_app
+from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.metrics import LOG_SECONDS
+from fuseline.api.progress import StartupProgress, startup_table
+from fuseline.api.served import Served
+from fuseline.engine.client import EngineClient, EngineStartError
+
+LOG = logging.getLogger("fuseline.server")
+KEEP_ALIVE_SECONDS = 5
+
+__all__ = ["build_app", "run_server"]
+
+
+def run_server(config: ServerConfig) -> int:
+    """Serves until a signal; returns the exit status. Start-up errors are one line on stderr."""
+    try:
+        listener = bind(config)
+    except OSError as error:
+        return fail(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; choose another --port")
+    try:
+        return asyncio.run(_Server(config, listener).run())
+    except (EngineStartError, ConfigError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        listener.close()
+
+
+def fail(message: str) -> int:
+    print(f"fuseline: error: {message}", file=sys.stderr)
+    return 1
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening port, taken before the engine is built. Raises OSError."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class _Server:
+    """One run: start, serve, drain."""
+
+    def __init__(self, config: ServerConfig, listener: socket.socket) -> None:
+        self._config, self._listener = config, listener
+        self._client = EngineClient(config.engine, in_process=not config.disable_frontend_multiprocessing)
+        self._served: Served | None = None
+        self._exit_status = 0
+        self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task] = set()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            ready = await self._start_engine()
+            if ready is None:
+                return 0
+            app = build_app(self._config, self._client, ready)
+            self._served = app.state.served
+            server = uvicorn.Server(self._uvicorn_config(app))
+            self._announce(app, ready)
+            await self._serve(server)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self._client.shutdown(5)
+        return self._exit_status
+
+    async def _start_engine(self):
+        """The engine's answer, or None when a signal came first."""
+        progress = StartupProgress()
+        starting = asyncio.ensure_future(self._client.start(progress))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                return starting.result()
+            return None
+        finally:
+            progress.close()
+            for task in (starting, stopped):
+                task.cancel()
+                with suppress(asyncio.CancelledError, EngineStartError):
+                    await task
+
+    def _uvicorn_config(self, app) -> uvicorn.Config:
+        config = self._config
+        made = uvicorn.Config(
+            app, log_level=config.uvicorn_log_level, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="off",
+            ssl_keyfile=config.ssl_keyfile or None, ssl_certfile=config.ssl_certfile or None,
+            ssl_ca_certs=config.ssl_ca_certs or None, ssl_cert_reqs=config.ssl_cert_reqs,
+            timeout_graceful_shutdown=max(int(config.shutdown_timeout), 1),
+        )  # fmt: skip
+        try:
+            made.load()
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"--ssl-certfile/--ssl-keyfile cannot be used: {error}") from error
+        return made
+
+    def _announce(self, app, ready) -> None:
+        scheme = "https" if self._config.ssl_certfile else "http"
+        host, port = self._listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        for route in app.routes:
+            LOG.info(
+                "route %s %s", ",".join(sorted(getattr(route, "methods", None) or ())), getattr(route, "path", route)
+            )
+        print(startup_table(self._config, ready, f"{scheme}://{host}:{port}"), file=sys.stderr, flush=True)
+
+    async def _serve(self, server: uvicorn.Server) -> None:
+        self._client.on_death.append(self._on_engine_death)
+        self._spawn(self._log_stats())
+        serving = asyncio.ensure_future(_serve_without_signals(server, self._listener))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not serving.done():
+            await self._drain()
+            server.should_exit = True
+        await serving
+
+    async def _drain(self) -> None:
+        """Readiness is false at once; running requests may finish, up to the time-out or a second signal."""
+        self._served.is_draining = True
+        self._stop.clear()
+        second = asyncio.ensure_future(self._stop.wait())
+        idle = asyncio.ensure_future(self._until_idle())
+        await asyncio.wait((second, idle), timeout=self._config.shutdown_timeout, return_when=asyncio.FIRST_COMPLETED)
+        for task in (second, idle):
+            task.cancel()
+        if self._client.num_in_flight:
+            await self._client.shutdown(1)
+
+    async def _until_idle(self) -> None:
+        while self._client.num_in_flight:
+            await asyncio.sleep(0.05)
+
+    def _on_signal(self) -> None:
+        self._stop.set()
+
+    def _on_engine_death(self) -> None:
+        LOG.error("the engine died; it is started anew")
+        self._spawn(self._restart())
+
+    async def _restart(self) -> None:
+        try:
+            await self._client.restart()
+        except EngineStartError as error:
+            fail(str(error))
+            self._exit_status = 1
+            self._stop.set()
+
+    async def _log_stats(self) -> None:
+        while self._served.metrics is not None:
+            await asyncio.sleep(LOG_SECONDS)
+            self._served.metrics.log_line()
+
+    def _spawn(self, work) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _serve_without_signals(server: uvicorn.Server, listener: socket.socket) -> None:
+    """uvicorn's loop; its own signal handling stays out, ours drains first."""
+    await server._serve([listener])

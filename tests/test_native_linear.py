@@ -1,0 +1,107 @@
+"""pack_panels and linear against torch, and the independence of a row from its batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_fixtures import FLOATS, isa, ops, pack, with_threads
+
+__all__ = ["isa"]
+ROWS = (1, 2, 3, 5, 13, 14, 15, 29, 230)
+
+
+def run_linear(x, panels, num_out, bias=None, dtype=None) -> torch.Tensor:
+    out = torch.full((*x.shape[:-1], num_out), float("nan"), dtype=dtype or x.dtype)
+    ops.linear(out, x, panels, bias, num_out)
+    return out
+
+
+def exact(x, weight, bias=None) -> torch.Tensor:
+    y = x.double() @ weight.double().T
+    return y if bias is None else y + bias.double()
+
+
+def make(rows, num_k, num_out, x_dtype=torch.float32, w_dtype=torch.float32):
+    gen = torch.Generator().manual_seed(rows * 7919 + num_k + num_out)
+    x = torch.randn(rows, num_k, generator=gen).to(x_dtype)
+    weight = (torch.randn(num_out, num_k, generator=gen) / num_k**0.5).to(w_dtype)
+    return x, weight, torch.randn(num_out, generator=gen).to(w_dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("to", FLOATS)
+def test_pack_is_a_transpose_of_16_rows(isa, dtype, to):
+    weight = torch.randn(37, 71).to(dtype)
+    padded = torch.cat([weight, torch.zeros(11, 71, dtype=dtype)])
+    assert torch.equal(pack(weight, dtype=to), padded.reshape(3, 16, 71).transpose(1, 2).to(to))
+
+
+def test_parts_packed_in_any_order_and_from_any_strides_join(isa):
+    weight = torch.randn(50, 40)
+    panels = torch.zeros(4, 40, 16)
+    ops.pack_panels(panels, weight[37:], 37)
+    ops.pack_panels(panels, weight[5:37].T.contiguous().T, 5)
+    ops.pack_panels(panels, torch.randn(5, 80).copy_(weight[:5].repeat(1, 2))[:, :40], 0)
+    assert torch.equal(panels, pack(weight))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("num_k", "num_out"), [(1, 1), (33, 17), (600, 70), (1100, 300)])
+def test_fp32_matches_torch(isa, rows, num_k, num_out):
+    x, weight, bias = make(rows, num_k, num_out)
+    y = run_linear(x, pack(weight), num_out, bias)
+    torch.testing.assert_close(y.double(), exact(x, weight, bias), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", (1, 4, 17, 60))
+@pytest.mark.parametrize("w_dtype", FLOATS)
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("out_dtype", FLOATS)
+def test_dtype_mixes_round_once(isa, rows, x_dtype, w_dtype, out_dtype):
+    x, weight, bias = make(rows, 530, 45, x_dtype, w_dtype)
+    y = run_linear(x, pack(weight), 45, bias, out_dtype)
+    once = exact(x, weight, bias)
+    assert y.dtype == out_dtype
+    eps = torch.finfo(out_dtype).eps
+    torch.testing.assert_close(y.double(), once, rtol=0.5 * eps + 1e-6, atol=1e-5)
+    if out_dtype != torch.float32:
+        assert (y != once.to(out_dtype)).float().mean() < 0.01
+
+
+def test_bias_is_added_before_the_rounding_as_torch_does(isa):
+    x, weight, bias = make(9, 300, 64, torch.bfloat16, torch.bfloat16)
+    bias = bias * 20
+    theirs = torch.nn.functional.linear(x, weight, bias)
+    assert (run_linear(x, pack(weight), 64, bias) != theirs).sum() <= 2
+
+
+def test_strided_rows_and_leading_dims(isa):
+    x = torch.randn(3, 8, 5, 100)[:, 2:7].transpose(1, 2)[..., :90]
+    weight = torch.randn(40, 90)
+    out = torch.zeros(3, 5, 5, 64)
+    ops.linear(out[..., 8:48], x, pack(weight), None, 40)
+    assert torch.equal(out[..., 8:48], run_linear(x.contiguous(), pack(weight), 40))
+    assert out[..., :8].abs().sum() == 0 and out[..., 48:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(isa, dtype):
+    x, weight, bias = make(300, 1090, 333, dtype, dtype)
+    panels = pack(weight)
+    whole = run_linear(x, panels, 333, bias, torch.float32)
+    assert torch.equal(whole, with_threads(2, lambda: run_linear(x, panels, 333, bias, torch.float32)))
+    for begin, end in [(0, 1), (299, 300), (7, 9), (20, 24), (30, 37), (0, 64), (100, 115), (60, 300)]:
+        part = with_threads(1 + begin % 2, lambda b=begin, e=end: run_linear(x[b:e], panels, 333, bias, torch.float32))
+        assert torch.equal(part, whole[begin:end]), (begin, end)
+
+
+def test_joined_weights_give_what_each_gives_alone(isa):
+    a, b = torch.randn(21, 64), torch.randn(30, 64)
+    x = torch.randn(6, 64)
+    joined = run_linear(x, pack(a, b), 51)
+    assert torch.equal(joined[:, :21], run_linear(x, pack(a), 21))
+    assert torch.equal(joined[:, 21:], run_linear(x, pack(b), 30))
+
+
+def test_no_rows(isa):
+    assert run_linear(torch.empty(0, 32), pack(torch.randn(20, 32)), 20).shape == (0, 20)
