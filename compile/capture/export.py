@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.capture.hf_model import build_on_meta, load_config
+from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config, one_line
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import module_of
@@ -90,8 +90,10 @@ def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
             program = torch.export.export(
                 _Wrapped(model), (tokens, tokens.clone()), dynamic_shapes=(dynamic, dynamic), strict=False
             )
+    except CaptureError:
+        raise
     except Exception as error:  # torch.export raises many types; all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = "its code depends on the number of tokens" if "Constraints violated" in str(error) else one_line(error)
         raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {reason}") from error
     return _lift(program)
 
@@ -151,10 +153,16 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def _check_attention(captured: CapturedModel) -> None:
-    found = sum(node.target is torch.ops.fuseline.attention.default for node in captured.graph.graph.nodes)
-    layers = captured.config.get_text_config().num_hidden_layers
-    if found != layers:
+    """All layers attend through the op, to earlier tokens only, and with the window that the config gives them."""
+    found = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.attention.default]
+    text, name = captured.config.get_text_config(), captured.config.model_type
+    if len(found) != text.num_hidden_layers:
         raise CaptureError(
-            f"{captured.config.model_type}: {found} of {layers} attention layers go through Transformers' attention "
-            "interface; the others would be computed without a KV cache, so this model is refused"
+            f"{name}: in {text.num_hidden_layers - len(found)} of {text.num_hidden_layers} layers {NOT_HOOKED}"
         )
+    *_, windows, _, causal = zip(*(node.args for node in found), strict=True)
+    if not all(causal):
+        raise CaptureError(f"{name} attends to later tokens too; only models that generate text are served")
+    sliding = (getattr(text, "layer_types", None) or []).count("sliding_attention")
+    if sliding and sum(window > 0 for window in windows) != sliding:
+        raise CaptureError(f"{name} keeps the window of its {sliding} sliding layers to itself, so it is refused")
