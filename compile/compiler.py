@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from fuseline.compile.backends.artifact import load_or_capture
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable, lower
-from fuseline.compile.capture.export import CapturedModel, capture_model
+from fuseline.compile.capture.export import CapturedModel
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
@@ -27,7 +28,7 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     """Raises CaptureError or LoadError, one line each."""
     report_progress = progress or (lambda phase, done, total: None)
     report_progress("capturing", 0, 1)
-    captured = capture_model(config)
+    captured = load_or_capture(config)
     report_progress("capturing", 1, 1)
     ctx = PassContext(config, captured.config, model_limit(config, captured.config), captured.constants)
     result = run_passes(captured.graph, stages(config.level), ctx)

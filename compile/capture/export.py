@@ -163,6 +163,6 @@ def _check_attention(captured: CapturedModel) -> None:
     *_, windows, _, causal = zip(*(node.args for node in found), strict=True)
     if not all(causal):
         raise CaptureError(f"{name} attends to later tokens too; only models that generate text are served")
-    sliding = (getattr(text, "layer_types", None) or []).count("sliding_attention")
+    sliding = (getattr(text, "layer_types", None) or [])[: len(found)].count("sliding_attention")
     if sliding and sum(window > 0 for window in windows) != sliding:
         raise CaptureError(f"{name} keeps the window of its {sliding} sliding layers to itself, so it is refused")
