@@ -20,7 +20,10 @@ class Op:
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None
     """Argument tuples that cover the op; None for one that no kernel computes."""
     tolerance: float
-    """How far a kernel may be from the reference, relative and absolute, in rounding steps of the dtype at 1."""
+    """How far a kernel may be from the reference in float32, relative and absolute, in rounding steps at 1.
+
+    In half precision at most one step: the same roundings, of which a difference in float32 can flip one.
+    """
 
 
 @dataclass(frozen=True)

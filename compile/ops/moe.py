@@ -62,7 +62,7 @@ def route_topk_inputs(make: Make) -> Iterator[tuple]:
         logits.new_empty(logits.shape[0], k, dtype=torch.int64),
     ),
     inputs=route_topk_inputs,
-    tolerance=2.0,
+    tolerance=1.0,
 )
 def route_topk(logits: Tensor, k: int, order: int, renormalize: int) -> tuple[Tensor, Tensor]:
     """(weights[T, K], ids[T, K]) of logits[T, E]; the softmax is fp32."""

@@ -45,7 +45,7 @@ def rope_cache_inputs(make: Make) -> Iterator[tuple]:
     "rope(Tensor x, Tensor cos, Tensor sin, Tensor rows, int rotary_dim, int layout) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
     inputs=rope_inputs,
-    tolerance=4.0,
+    tolerance=0.0,
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
     """Rotates the first `rotary_dim` of x[1, H, T, D] by the lines `rows`[T] of cos/sin[P, C], C the dim or half of it."""
@@ -85,7 +85,7 @@ def write_cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: T
     "Tensor rows, Tensor slots, int rotary_dim, int layout) -> Tensor",
     fake=lambda k_cache, v_cache, q, *_: torch.empty_like(q),
     inputs=rope_cache_inputs,
-    tolerance=4.0,
+    tolerance=0.0,
 )
 def rope_cache(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
