@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from fuseline.compile.backends.artifact import load_or_capture
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable, lower
-from fuseline.compile.capture.export import CapturedModel, capture_model
+from fuseline.compile.capture.export import CapturedModel
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
@@ -38,7 +39,7 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
 
 def optimize(config: CompileConfig) -> tuple[CapturedModel, PipelineResult]:
     """The captured graph after all passes of the level; no weights are read. Raises CaptureError."""
-    captured = capture_model(config)
+    captured = load_or_capture(config)
     limit, switch = model_limit(config, captured.config), captured.rope_switch
     rope_rows = 2 * switch.table_rows if switch else limit
     ctx = PassContext(config, captured.config, limit, rope_rows, captured.constants)
