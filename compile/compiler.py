@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from fuseline.compile.backends.artifact import load_or_capture
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable, lower
-from fuseline.compile.capture.export import CapturedModel, capture_model
+from fuseline.compile.capture.export import CapturedModel
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
@@ -27,10 +28,8 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     """Raises CaptureError or LoadError, one line each."""
     report_progress = progress or (lambda phase, done, total: None)
     report_progress("capturing", 0, 1)
-    captured = capture_model(config)
+    captured, result = optimize(config)
     report_progress("capturing", 1, 1)
-    ctx = PassContext(config, captured.config, model_limit(config, captured.config), captured.constants)
-    result = run_passes(captured.graph, stages(config.level), ctx)
     requests = weight_requests(captured.graph, captured, result)
     weights = load_weights(requests, captured, config, report_progress)
     weights |= result.constants
@@ -38,11 +37,20 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     return CompiledModel(config, captured, result, weights, executable)
 
 
+def optimize(config: CompileConfig) -> tuple[CapturedModel, PipelineResult]:
+    """The captured graph after all passes of the level; no weights are read. Raises CaptureError."""
+    captured = load_or_capture(config)
+    limit, switch = model_limit(config, captured.config), captured.rope_switch
+    rope_rows = 2 * switch.table_rows if switch else limit
+    ctx = PassContext(config, captured.config, limit, rope_rows, captured.constants)
+    return captured, run_passes(captured.graph, stages(config.level), ctx)
+
+
 def _executable(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> Executable:
     if config.level == 0:
         return EagerExecutable(graph, weights)
     by_target = {str(n.target): weights[constant_name(n)] for n in graph.graph.nodes if n.op == "get_attr"}
-    return lower(graph, by_target, config.max_num_batched_tokens, config.max_num_seqs, config.block_size)
+    return lower(graph, by_target, config)
 
 
 def weight_requests(graph: fx.GraphModule, captured: CapturedModel, result: PipelineResult) -> dict[str, WeightSource]:

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
-from torch.utils._pytree import tree_iter
-
 from fuseline.compile.backends.arena import Buffer
 from fuseline.compile.backends.sizes import SYMBOLS, evaluate
 from fuseline.compile.kernels.native import Kernels, NativeCall
+from torch import Tensor, fx
+from torch.utils._pytree import tree_iter
 
 aten = torch.ops.aten
 
@@ -97,6 +96,8 @@ class Lowering:
         result = self._meta_result(node)
         self._values[node] = result
         tensors = [t for t in tree_iter(result) if isinstance(t, Tensor)]
+        if node.target is aten.cat.default:
+            return self._add_cat(node, result)
         native = self._kernels.find(node)
         is_view = all(storage_key(t) in self._places for t in tensors) and not (native or writes_in_place(node))
         if is_view:
@@ -105,6 +106,17 @@ class Lowering:
             self._add_to_region(node, tensors)
         else:
             self._add_call(native, tensors, node.name)
+
+    def _add_cat(self, node: fx.Node, result: Tensor) -> None:
+        """A copy of each part into its place."""
+        dim = node.args[1] if len(node.args) > 1 else 0
+        self._new_buffer(result, len(self._steps))
+        begin = 0
+        for part in node.args[0]:
+            size = self.value(part).shape[dim]
+            self._add_call(NativeCall("copy", (part,)), [result.narrow(dim, begin, size)], node.name)
+            begin += size
+        self._use([result], len(self._steps) - 1)
 
     def _meta_result(self, node: fx.Node) -> object:
         """The op on meta tensors. A reshape that must copy becomes a copy, and a view of that."""
@@ -127,7 +139,8 @@ class Lowering:
         mutated = [self.value(arg) for arg in native.mutated]
         step = len(self._steps)
         for tensor in outputs:
-            self._new_buffer(tensor, step)
+            if storage_key(tensor) not in self._places:
+                self._new_buffer(tensor, step)
         self._steps.append(Call(native, [*outputs, *mutated, *inputs], label))
         self._use(inputs, step)
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
-from torch.utils._pytree import tree_iter
-
 from fuseline import _C
 from fuseline.compile.backends.arena import place
 from fuseline.compile.backends.lowering import Call, Lowered, Lowering, Region, storage_key
 from fuseline.compile.backends.sizes import PRIMES, SYMBOLS, decode, evaluate
+from fuseline.compile.config import CompileConfig
+from torch import Tensor, fx
+from torch.utils._pytree import tree_iter
 
 DTYPES = {
     torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",
@@ -153,17 +153,21 @@ def symbol_values(values: Mapping[str, Tensor]) -> list[int]:
     ]  # fmt: skip
 
 
-def lower(
-    graph: fx.GraphModule, weights: Mapping[str, Tensor], max_tokens: int, max_seqs: int, block_size: int
-) -> PlanExecutable:
+def lower(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> PlanExecutable:
     """The graph as a plan; `weights` by get_attr target."""
-    limits = {"T": max_tokens, "S": max_seqs, "S1": max_seqs + 1, "R": max_seqs, "M": 1, "N": 1}
-    inputs = {
-        str(node.target): input_meta(str(node.target), node.meta["val"], block_size)
-        for node in graph.graph.nodes
-        if node.op == "placeholder"
-    }
-    return PlanExecutable(Lowering(graph, inputs, limits).run(), weights)
+    return PlanExecutable(Lowering(graph, meta_inputs(graph, config.block_size), limits_of(config)).run(), weights)
+
+
+def limits_of(config: CompileConfig) -> dict[str, int]:
+    """Largest value of each symbol; caches and block tables are no part of the arena."""
+    seqs = config.max_num_seqs
+    return {"T": config.max_num_batched_tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1}
+
+
+def meta_inputs(graph: fx.GraphModule, block_size: int) -> dict[str, Tensor]:
+    """Inputs by placeholder name."""
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return {str(node.target): input_meta(str(node.target), node.meta["val"], block_size) for node in nodes}
 
 
 def input_meta(name: str, like: Tensor, block_size: int) -> Tensor:

@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 
 import torch
 from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.capture.hf_model import build_on_meta, load_config
+from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config, one_line
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.graph_json import module_of
 from fuseline.compile.specs import RopeSwitchSpec
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
 
-MAX_TOKENS = 1 << 20
+MIN_TOKENS, MAX_TOKENS = 2, 1 << 20
+EXAMPLE_TOKENS = 13
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,30 +61,39 @@ def capture_model(config: CompileConfig) -> CapturedModel:
     dtype = resolve_dtype(config, hf_config)
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
     rope_switch = patch_model(model)
-    graph, names = _export(model)
-    captured = CapturedModel(
-        graph=graph,
-        config=hf_config,
-        dtype=dtype,
-        parameters={name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()},
-        constants=_real_buffers(model, names),
-        tied=_tied(model),
-        rope_switch=rope_switch,
-    )
+    graph, buffers = _export(model)
+    captured = describe(model, graph, hf_config, dtype, buffers)
+    captured.rope_switch = rope_switch
     _check_attention(captured)
     return captured
 
 
+def describe(
+    model: nn.Module, graph: fx.GraphModule, hf_config: PreTrainedConfig, dtype: torch.dtype, buffers: set[str]
+) -> CapturedModel:
+    """The graph with what is known of the parameters, and the values of those buffers."""
+    return CapturedModel(
+        graph=graph,
+        config=hf_config,
+        dtype=dtype,
+        parameters={name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()},
+        constants=_real_buffers(model, buffers),
+        tied=_tied(model),
+    )
+
+
 def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
-    tokens = torch.zeros((1, 13), dtype=torch.long, device="meta")
-    dynamic = {1: torch.export.Dim("T", min=2, max=MAX_TOKENS)}
+    tokens = torch.zeros((1, EXAMPLE_TOKENS), dtype=torch.long, device="meta")
+    dynamic = {1: torch.export.Dim("T", min=MIN_TOKENS, max=MAX_TOKENS)}
     try:
         with torch.no_grad():
             program = torch.export.export(
                 _Wrapped(model), (tokens, tokens.clone()), dynamic_shapes=(dynamic, dynamic), strict=False
             )
+    except CaptureError:
+        raise
     except Exception as error:  # torch.export raises many types; all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = "its code depends on the number of tokens" if "Constraints violated" in str(error) else one_line(error)
         raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {reason}") from error
     return _lift(program)
 
@@ -90,26 +101,26 @@ def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
 def _lift(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, set[str]]:
     """Parameters and buffers become get_attr nodes named by their path."""
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    out, root, done, constants = fx.Graph(), nn.Module(), {}, set()
+    out, done, constants = fx.Graph(), {}, set()
     for node in program.graph.nodes:
         spec = kinds.get(node.name) if node.op == "placeholder" else None
         if node.op == "output":
-            out.output(done[node.args[0][0]])
+            out.output(done[node.args[0][0]]).meta = {"val": None}
         elif spec is not None and spec.kind != InputKind.USER_INPUT:
             name = spec.target.removeprefix("model.")
             lifted = out.create_node("get_attr", name.replace(".", "__"))
             lifted.meta = {"val": node.meta["val"], "fqn": name}
-            root.register_buffer(lifted.target, torch.empty(node.meta["val"].shape, device="meta"))
             done[node] = lifted
             if spec.kind != InputKind.PARAMETER:
                 constants.add(name)
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # it pins the meta device
             done[node] = _retarget(out.node_copy(node, lambda n: done[n]))
-    return fx.GraphModule(root, out), constants
+    return module_of(out), constants
 
 
 def _retarget(node: fx.Node) -> fx.Node:
-    """What was made on the meta device is made on the CPU."""
+    """What was made on the meta device is made on the CPU; of what export notes only the value is kept."""
+    node.meta = {"val": node.meta.get("val")}
     move = {torch.device("meta"): torch.device("cpu")}
     node.args = fx.node.map_aggregate(node.args, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
     node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
@@ -142,10 +153,16 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def _check_attention(captured: CapturedModel) -> None:
-    found = sum(node.target is torch.ops.fuseline.attention.default for node in captured.graph.graph.nodes)
-    layers = captured.config.get_text_config().num_hidden_layers
-    if found != layers:
+    """All layers attend through the op, to earlier tokens only, and with the window that the config gives them."""
+    found = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.attention.default]
+    text, name = captured.config.get_text_config(), captured.config.model_type
+    if len(found) != text.num_hidden_layers:
         raise CaptureError(
-            f"{captured.config.model_type}: {found} of {layers} attention layers go through Transformers' attention "
-            "interface; the others would be computed without a KV cache, so this model is refused"
+            f"{name}: in {text.num_hidden_layers - len(found)} of {text.num_hidden_layers} layers {NOT_HOOKED}"
         )
+    *_, windows, _, causal = zip(*(node.args for node in found), strict=True)
+    if not all(causal):
+        raise CaptureError(f"{name} attends to later tokens too; only models that generate text are served")
+    sliding = (getattr(text, "layer_types", None) or [])[: len(found)].count("sliding_attention")
+    if sliding and sum(window > 0 for window in windows) != sliding:
+        raise CaptureError(f"{name} keeps the window of its {sliding} sliding layers to itself, so it is refused")

@@ -10,11 +10,19 @@ from fuseline.compile import ops  # noqa: F401  registers the vocabulary
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "fuseline"
+NOT_HOOKED = (
+    "its attention does not go through Transformers' attention interface and would be computed without a KV cache, "
+    "so this model is refused"
+)
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+NOT_ATTENTION = {"position_ids", "cache_position"}
+MAX_REASON = 300
 EXPERT_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
                       "ReLU": "relu"}  # fmt: skip
 
@@ -27,11 +35,39 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
     try:
         json.loads(path.read_text())
         found = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise CaptureError(f"{path}: {str(error).splitlines()[0]}") from error
-    for name, value in config.hf_overrides:
-        setattr(found, name, value)
+        for name, value in config.hf_overrides:
+            setattr(found, name, value)
+    except Exception as error:  # configs check themselves in many ways
+        if "trust_remote_code" in str(error):
+            raise CaptureError(
+                f"{config.model} needs the Python code it brings: trust it with --trust-remote-code"
+            ) from error
+        raise CaptureError(f"{path}: {one_line(error)}") from error
+    check_config(found)
     return found
+
+
+def check_config(found: PreTrainedConfig) -> None:
+    """Raises CaptureError for what would be captured wrong, or not at all after a long time."""
+    if getattr(found, "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{found.model_type} is an encoder-decoder model; only decoders that generate text are served"
+        )
+    quantization = getattr(found, "quantization_config", None)
+    if quantization:
+        method = dict(quantization).get("quant_method", "an unknown method")
+        raise CaptureError(f"its weights are quantized ({method}), which is not supported: use the original checkpoint")
+    unknown = set(getattr(found.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
+    if unknown:
+        raise CaptureError(
+            f"{found.model_type} has layers of type {', '.join(sorted(unknown))}, which are not supported"
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """The error's own words, or its type where there are none to speak of."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__} {text}".strip() if len(text.split()) < 3 else text[:MAX_REASON]
 
 
 def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -42,18 +78,48 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, **settings).eval()
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CaptureError(f"{hf_config.model_type}: {str(error).splitlines()[0]}") from error
+    except KeyError as error:
+        if error.args == (NAME,):
+            raise CaptureError(f"{hf_config.model_type}: {NOT_HOOKED}") from error
+        raise CaptureError(f"{hf_config.model_type} cannot be built: {one_line(error)}") from error
+    except Exception as error:  # whatever a model's own code raises
+        if "Unrecognized configuration class" in str(error):
+            raise CaptureError(
+                f"Transformers has no model of type {hf_config.model_type} that generates text"
+            ) from error
+        raise CaptureError(f"{hf_config.model_type} cannot be built: {one_line(error)}") from error
     if any(hasattr(module, "_apply_gate") for module in model.modules()):
         model.set_experts_implementation(NAME)
+    keep_float32(model, dtype)
     return model.requires_grad_(False)
+
+
+def keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Some parameters stay float32 in a model of half precision; from_pretrained does this as it loads them."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, policies, _ = build_glob_alternation(list(plan))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        match = pattern.search(name)
+        if match and tensor.is_floating_point():
+            tensor.data = tensor.data.to(plan[policies[match.lastgroup]])
 
 
 def attention_forward(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    is_causal=None, s_aux=None, **_unused,
+    is_causal=None, s_aux=None, **unused,
 ):  # fmt: skip
-    """AttentionInterface: one `fuseline::attention` op; the mask is never built."""
+    """AttentionInterface: one `fuseline::attention` op; the mask is never built.
+
+    Raises CaptureError if a tensor is handed over that would be left out: a bias or a mask of the model's own.
+    """
+    extra = {"attention_mask": attention_mask} | unused
+    left_out = sorted(name for name, value in extra.items() if isinstance(value, Tensor) and name not in NOT_ATTENTION)
+    if left_out:
+        raise CaptureError(
+            f"{type(module).__name__} attends with its own {', '.join(left_out)}, which is not supported"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = getattr(module, "layer_idx", 0) or 0

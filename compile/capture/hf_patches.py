@@ -5,11 +5,10 @@ from __future__ import annotations
 import types
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.specs import RopeSwitchSpec
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def patch_model(model: nn.Module) -> RopeSwitchSpec | None:

@@ -18,10 +18,37 @@ def placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     return node
 
 
+def constant(graph: fx.GraphModule, name: str, value: Tensor, **meta: object) -> fx.Node:
+    """A new get_attr node at the top; `meta` says where its value comes from (weight= or fqn=)."""
+    with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
+        node = graph.graph.create_node("get_attr", name.replace(".", "__"))
+    like = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    graph.register_buffer(node.target, like)
+    node.meta = {"val": like, **meta}
+    return node
+
+
+def replace(graph: fx.Graph, old: fx.Node, target: object, args: tuple) -> fx.Node:
+    """A call in the place of `old`, with its value and users."""
+    with graph.inserting_before(old):
+        new = graph.call_function(target, args)
+    copy_meta(old, new, old.meta["val"])
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    return new
+
+
 def copy_meta(source: fx.Node, target: fx.Node, value: object) -> None:
     """`target` stands where `source` stood, with its own value."""
     target.meta = {key: item for key, item in source.meta.items() if key == "nn_module_stack"}
     target.meta["val"] = value
+
+
+def hoist_constants(graph: fx.Graph) -> None:
+    """get_attr nodes to the top, so that any call may be moved without looking at them."""
+    first = next(iter(graph.nodes))
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n is not first]:
+        first.prepend(node)
 
 
 def meta_int(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:

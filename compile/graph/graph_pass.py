@@ -16,6 +16,8 @@ class PassContext:
     config: CompileConfig
     hf_config: object
     max_model_len: int
+    num_rope_rows: int
+    """Rows of a rope table: the context length, or twice a table's length where rope depends on the sequence."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Buffers of the model with values, by fqn."""
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
-
 from fuseline.compile.ops import codes
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -58,9 +57,11 @@ def _gelu(node: fx.Node, value: Callable) -> NativeCall:
 
 
 def _pow(node: fx.Node, value: Callable) -> NativeCall | None:
-    if node.args[1] != 2 or value(node.args[0]).dtype not in FLOATS:
+    if value(node.args[0]).dtype not in FLOATS:
         return None
-    return NativeCall("unary", (node.args[0],), (codes.UNARY["square"],), (0.0, 0.0))
+    if node.args[1] == 2:
+        return NativeCall("unary", (node.args[0],), (codes.UNARY["square"],), (0.0, 0.0))
+    return NativeCall("binary_scalar", (node.args[0],), (codes.BINARY["pow"],), (float(node.args[1]),))
 
 
 def _binary(code: str) -> Callable:

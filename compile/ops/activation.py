@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import op
+from fuseline.compile.ops.library import Make, op
 from torch import Tensor
 
 ACTIVATIONS = {
@@ -16,7 +18,19 @@ ACTIVATIONS = {
 }
 
 
-@op("act_mul(Tensor gate, Tensor up, int act) -> Tensor", fake=lambda gate, up, act: torch.empty_like(gate))
+def act_mul_inputs(make: Make) -> Iterator[tuple]:
+    for act in ACTIVATIONS:
+        yield make.normal(1, 3, 37, scale=3.0), make.normal(1, 3, 37), act
+    joined = make.normal(5, 2 * 48)
+    yield joined[:, :48], joined[:, 48:], codes.UNARY["silu"]
+
+
+@op(
+    "act_mul(Tensor gate, Tensor up, int act) -> Tensor",
+    fake=lambda gate, up, act: torch.empty_like(gate),
+    inputs=act_mul_inputs,
+    tolerance=8.0,
+)
 def act_mul(gate: Tensor, up: Tensor, act: int) -> Tensor:
     """act(gate) * up; act(gate) is rounded to the dtype first, as Transformers' two ops do."""
     return ACTIVATIONS[act](gate) * up

@@ -5,8 +5,10 @@ Legend: H query heads, K kv heads, T query tokens, L keys, D key dim, E value di
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from fuseline.compile.ops.library import op
+from fuseline.compile.ops.library import Make, op
 from torch import Tensor
 
 
@@ -44,10 +46,25 @@ def attend(
     return (weights @ v.float().repeat_interleave(group, 0)).to(q.dtype)
 
 
+def paged_attention_inputs(make: Make) -> Iterator[tuple]:
+    """Three sequences: a prompt, a continued prompt and one token, over shuffled blocks."""
+    seq_lens, new, block_size = [7, 40, 19], [7, 5, 1], 16
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()])
+    for heads, kv_heads, key_dim, value_dim in ((4, 2, 16, 16), (4, 4, 24, 16)):
+        caches = make.normal(9, kv_heads, block_size, key_dim), make.normal(9, kv_heads, block_size, value_dim)
+        table = make.order(9).reshape(3, 3).int()
+        query = make.normal(1, heads, sum(new), key_dim)
+        sinks = make.normal(heads)
+        for sink, window, softcap in ((None, 0, 0.0), (sinks, 0, 0.0), (None, 6, 0.0), (None, 0, 30.0)):
+            yield query, *caches, table, torch.tensor(seq_lens).int(), starts.int(), sink, window, 0.25, softcap
+
+
 @op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor query_start, Tensor? sinks, int window, float scale, float softcap) -> Tensor",
     fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]),
+    inputs=paged_attention_inputs,
+    tolerance=6.0,
 )
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
@@ -64,7 +81,12 @@ def paged_attention(
     return out
 
 
-@op("gather_rows(Tensor x, Tensor rows) -> Tensor", fake=lambda x, rows: x.new_empty(rows.shape[0], x.shape[1]))
+@op(
+    "gather_rows(Tensor x, Tensor rows) -> Tensor",
+    fake=lambda x, rows: x.new_empty(rows.shape[0], x.shape[1]),
+    inputs=lambda make: [(make.normal(9, 33), make.ids(9, 4))],
+    tolerance=0.0,
+)
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[T, D] -> the lines rows[R]."""
     return x[rows]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuseline.compile.ops.library import op
+from fuseline.compile.ops import codes
+from fuseline.compile.ops.library import Make, op
 from fuseline.compile.ops.moe import experts
 
 PANEL = 16
@@ -25,9 +28,28 @@ def unpack(panels: Tensor, num_rows: int) -> Tensor:
     return panels.transpose(-1, -2).flatten(-3, -2)[..., :num_rows, :]
 
 
+def linear_inputs(make: Make) -> Iterator[tuple]:
+    for rows, num_out, bias in ((1, 33, False), (3, 33, True), (17, 64, False)):
+        panels = pack(make.normal(num_out, 75, scale=0.1))
+        yield make.normal(1, rows, 75), panels, make.normal(num_out) if bias else None, num_out
+
+
+def experts_inputs(make: Make) -> Iterator[tuple]:
+    """4 experts, 2 a token; D = 24, I = 20."""
+    x, weights = make.normal(7, 24), make.normal(7, 2).abs()
+    ids = torch.stack([make.order(4)[:2] for _ in range(7)])
+    first, second = pack(make.normal(4, 40, 24, scale=0.2)), pack(make.normal(4, 24, 20, scale=0.2))
+    biases = make.normal(4, 40), make.normal(4, 24)
+    for act in codes.EXPERT_ACTS.values():
+        yield x, ids, weights, first, second, None, None, act, 20, 1.702, 7.0
+    yield x, ids, weights, first, second, *biases, codes.EXPERT_ACTS["glu_oss"], 20, 1.702, 7.0
+
+
 @op(
     "linear_panels(Tensor x, Tensor panels, Tensor? bias, int num_out) -> Tensor",
     fake=lambda x, panels, bias, num_out: x.new_empty(*x.shape[:-1], num_out),
+    inputs=linear_inputs,
+    tolerance=12.0,
 )
 def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) -> Tensor:
     """x[..., K] times packed weights -> [..., N]; fp32 accumulation, the bias added before the one rounding."""
@@ -37,6 +59,8 @@ def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) 
 @op(
     "embedding_panels(Tensor ids, Tensor panels, int num_rows) -> Tensor",
     fake=lambda ids, panels, num_rows: panels.new_empty(*ids.shape, panels.shape[1]),
+    inputs=lambda make: [(make.ids(33, 1, 6), pack(make.normal(33, 20)), 33)],
+    tolerance=0.0,
 )
 def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     """Rows ids of packed weights [P, K, 16] -> [..., K]."""
@@ -47,6 +71,8 @@ def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     "experts_panels(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias, int act, int num_hidden, float alpha, float limit) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
+    inputs=experts_inputs,
+    tolerance=12.0,
 )
 def experts_panels(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import ACTIVATIONS
-from fuseline.compile.ops.library import op
+from fuseline.compile.ops.library import Make, op
 from torch import Tensor
 
 
@@ -42,19 +44,33 @@ def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
+def route_topk_inputs(make: Make) -> Iterator[tuple]:
+    """Scores that no dtype rounds together, so that the order is sure."""
+    scores = torch.stack([make.order(8) for _ in range(9)]).to(make.dtype) / 2
+    for order, renormalize in (
+        (codes.ROUTE_SOFTMAX_TOPK, 0),
+        (codes.ROUTE_SOFTMAX_TOPK, 1),
+        (codes.ROUTE_TOPK_SOFTMAX, 0),
+    ):
+        yield scores, 3, order, renormalize, make.dtype
+        yield scores, 3, order, renormalize, torch.float32
+
+
 @op(
-    "route_topk(Tensor logits, int k, int order, int renormalize) -> (Tensor, Tensor)",
-    fake=lambda logits, k, *_: (
-        logits.new_empty(logits.shape[0], k),
+    "route_topk(Tensor logits, int k, int order, int renormalize, ScalarType dtype) -> (Tensor, Tensor)",
+    fake=lambda logits, k, order, renormalize, dtype: (
+        logits.new_empty(logits.shape[0], k, dtype=dtype),
         logits.new_empty(logits.shape[0], k, dtype=torch.int64),
     ),
+    inputs=route_topk_inputs,
+    tolerance=1.0,
 )
-def route_topk(logits: Tensor, k: int, order: int, renormalize: int) -> tuple[Tensor, Tensor]:
-    """(weights[T, K], ids[T, K]) of logits[T, E]; the softmax is fp32."""
+def route_topk(logits: Tensor, k: int, order: int, renormalize: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(weights[T, K] of `dtype`, ids[T, K]) of logits[T, E]; the softmax is fp32, rounded once."""
     if order == codes.ROUTE_TOPK_SOFTMAX:
         best, ids = logits.topk(k, -1)
-        return best.softmax(-1), ids
+        return best.float().softmax(-1).to(dtype), ids
     weights, ids = logits.float().softmax(-1).topk(k, -1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights.to(logits.dtype), ids
+    return weights.to(dtype), ids

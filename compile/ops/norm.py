@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import op
+from fuseline.compile.ops.library import Make, op
 from torch import Tensor
 
 
-@op("rms_norm(Tensor x, Tensor? weight, float eps, int mode) -> Tensor", fake=lambda x, *_: torch.empty_like(x))
+MODES = (codes.NORM_CAST_THEN_SCALE, codes.NORM_SCALE_THEN_CAST, codes.NORM_ONE_PLUS)
+
+
+def rms_norm_inputs(make: Make) -> Iterator[tuple]:
+    for mode in MODES:
+        yield make.normal(1, 5, 77), make.normal(77), 1e-5, mode
+    yield make.normal(1, 5, 77), None, 1e-5, codes.NORM_CAST_THEN_SCALE
+    yield make.normal(1, 5, 3, 64)[..., :32], make.normal(32), 1e-5, codes.NORM_CAST_THEN_SCALE
+
+
+@op(
+    "rms_norm(Tensor x, Tensor? weight, float eps, int mode) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x),
+    inputs=rms_norm_inputs,
+    tolerance=4.0,
+)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
     """x / rms(x) * weight; `mode` fixes where the result is rounded to x's dtype (codes.h)."""
     wide = x.float()
@@ -25,6 +42,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
 @op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, int mode) -> (Tensor, Tensor)",
     fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    inputs=lambda make: [(make.normal(1, 5, 77), make.normal(1, 5, 77), make.normal(77), 1e-6, mode) for mode in MODES],
+    tolerance=4.0,
 )
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, mode: int) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum); the sum is rounded to x's dtype first."""
@@ -32,9 +51,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float,
     return rms_norm(total, weight, eps, mode), total
 
 
+def layer_norm_inputs(make: Make) -> Iterator[tuple]:
+    for weight, bias in ((make.normal(77), make.normal(77)), (make.normal(77), None), (None, None)):
+        yield make.normal(5, 77), weight, bias, 1e-5
+
+
 @op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
+    inputs=layer_norm_inputs,
+    tolerance=4.0,
 )
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -43,6 +69,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 @op(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    inputs=lambda make: [(make.normal(5, 77), *args) for args in layer_norm_inputs(make)],
+    tolerance=4.0,
 )
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float

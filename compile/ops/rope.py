@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import op
+from fuseline.compile.ops.library import Make, op
 from torch import Tensor
+
+
+def tables(make: Make, rotary_dim: int, columns: int) -> tuple:
+    angles = make.normal(40, columns).float()
+    if columns == rotary_dim:
+        angles[:, columns // 2 :] = angles[:, : columns // 2]
+    return angles.cos().to(make.dtype), angles.sin().to(make.dtype)
+
+
+def rope_inputs(make: Make) -> Iterator[tuple]:
+    for dim, rotary_dim, columns, layout in ((16, 16, 16, 0), (16, 8, 4, 0), (24, 24, 12, 1), (16, 8, 4, 1)):
+        yield make.normal(1, 3, 5, dim), *tables(make, rotary_dim, columns), make.ids(40, 5), rotary_dim, layout
+
+
+def write_cache_inputs(make: Make) -> Iterator[tuple]:
+    slots = make.order(6 * 16)[:5]
+    slots[2] = -1
+    yield (
+        make.normal(6, 2, 16, 24),
+        make.normal(6, 2, 16, 16),
+        make.normal(1, 2, 5, 24),
+        make.normal(1, 2, 5, 16),
+        slots,
+    )
+
+
+def rope_cache_inputs(make: Make) -> Iterator[tuple]:
+    for layout, columns in ((codes.ROPE_HALF, 16), (codes.ROPE_HALF, 8), (codes.ROPE_INTERLEAVED, 8)):
+        caches = make.normal(6, 2, 16, 16), make.normal(6, 2, 16, 16)
+        new = make.normal(1, 4, 5, 16), make.normal(1, 2, 5, 16), make.normal(1, 2, 5, 16)
+        yield *caches, *new, *tables(make, 16, columns), make.ids(40, 5), make.order(6 * 16)[:5], 16, layout
 
 
 @op(
     "rope(Tensor x, Tensor cos, Tensor sin, Tensor rows, int rotary_dim, int layout) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
+    inputs=rope_inputs,
+    tolerance=0.0,
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
     """Rotates the first `rotary_dim` of x[1, H, T, D] by the lines `rows`[T] of cos/sin[P, C], C the dim or half of it."""
@@ -34,6 +69,8 @@ def _line(table: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
 @op(
     "write_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots) -> ()",
     fake=lambda *_: None,
+    inputs=write_cache_inputs,
+    tolerance=0.0,
 )
 def write_cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Writes k, v [1, K, T, D] to slot = block * block_size + offset of caches [N, K, B, D]; slot -1 writes nothing."""
@@ -47,6 +84,8 @@ def write_cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: T
     "rope_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
     "Tensor rows, Tensor slots, int rotary_dim, int layout) -> Tensor",
     fake=lambda k_cache, v_cache, q, *_: torch.empty_like(q),
+    inputs=rope_cache_inputs,
+    tolerance=0.0,
 )
 def rope_cache(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,

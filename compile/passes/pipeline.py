@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from fuseline.compile.graph.runner import Stages
 from fuseline.compile.passes.choose_kernels import choose_kernels
+from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
+from fuseline.compile.passes.find_moe import find_moe
+from fuseline.compile.passes.find_norm import find_norm
+from fuseline.compile.passes.find_rope import find_rope
+from fuseline.compile.passes.fuse_act_mul import fuse_act_mul
+from fuseline.compile.passes.fuse_add_norm import fuse_add_norm
+from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
+from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.page_attention import page_attention
 
-SERVE = ("serve", (page_attention, keep_last_logits))
+SERVE = (page_attention, keep_last_logits)
 
-REFERENCE: Stages = (SERVE,)
+REFERENCE: Stages = (("serve", SERVE),)
 """Level 0: what serving needs, on reference ops."""
 
-COMPILED: Stages = (SERVE, ("lower", (choose_kernels,)))
+COMPILED: Stages = (
+    # One spelling, so that a pattern needs no variants.
+    ("clean", (remove_noops, canonicalize, merge_equal)),
+    # Transformers' spellings become ops; everything after matches ops.
+    ("recognize", (find_norm, find_rope, find_moe, fuse_act_mul)),
+    # Joining needs attention and act_mul to tell who consumes a product.
+    ("fuse", (join_linears, fuse_add_norm)),
+    ("serve", SERVE),
+    # The cache's write exists only now.
+    ("lower", (fuse_rope_cache, choose_kernels)),
+)
+"""Level 1 and up."""
 
 
 def stages(level: int) -> Stages:

@@ -1,0 +1,122 @@
+"""Where each tensor of a checkpoint directory lies on disk; nothing is read but headers.
+
+Formats: safetensors (https://huggingface.co/docs/safetensors: 8 bytes of header length, JSON, data) and the zip files
+of torch.save.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from fuseline.compile.capture.errors import LoadError
+from torch import Tensor
+
+MAX_HEADER = 100 << 20
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file."""
+
+    name: str
+    path: Path
+    begin: int
+    """Byte of the file where its storage begins."""
+    meta: Tensor
+    """Meta tensor: shape, dtype, and strides and offset within the storage."""
+
+
+def open_checkpoint(folder: Path, load_format: str) -> dict[str, StoredTensor]:
+    """Every stored tensor by its name in the file. load_format: auto, safetensors or pt. Raises LoadError."""
+    kinds = {
+        "safetensors": ("model.safetensors", read_safetensors),
+        "pt": ("pytorch_model.bin", read_torch_file),
+    }
+    wanted = list(kinds) if load_format == "auto" else [load_format]
+    for kind in wanted:
+        name, read = kinds[kind]
+        files = find_files(folder, name)
+        if files:
+            return {stored.name: stored for path in files for stored in read(path)}
+    names = " or ".join(kinds[kind][0] for kind in wanted)
+    raise LoadError(f"{folder} holds no weights: no {names}, nor a sharded one with its index")
+
+
+def find_files(folder: Path, name: str) -> list[Path]:
+    """The file called `name`, or those that `name`.index.json lists."""
+    if (folder / name).is_file():
+        return [folder / name]
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return []
+    try:
+        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise LoadError(f"{index} is not an index of weights ({error}): get the file again") from error
+    missing = [file for file in listed if not (folder / file).is_file()]
+    if missing:
+        raise LoadError(
+            f"{folder / missing[0]} is missing ({len(missing)} of {len(listed)} files that {index.name} lists): "
+            "get the checkpoint again"
+        )
+    return [folder / file for file in listed]
+
+
+def read_safetensors(path: Path) -> Iterable[StoredTensor]:
+    """Tensors of one file. Raises LoadError if the file is damaged."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(MAX_HEADER, size - 8):
+            raise LoadError(f"{path} is not a safetensors file, or is cut off within its header: get the file again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            return [stored(path, name, entry, 8 + length, size) for name, entry in header.items()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise LoadError(f"{path} has a damaged header ({error}): get the file again") from error
+
+
+def stored(path: Path, name: str, entry: dict, data: int, size: int) -> StoredTensor:
+    """One entry of a safetensors header, checked against the size of the file."""
+    begin, end = entry["data_offsets"]
+    dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
+    if dtype is None:
+        raise LoadError(f"{name} in {path} has element type {entry['dtype']}, which is not supported")
+    if end - begin != prod(shape) * dtype.itemsize:
+        raise LoadError(f"{name} in {path} has {end - begin} bytes, not those of {shape}: get the file again")
+    if begin < 0 or data + end > size:
+        raise LoadError(f"{name} in {path} ends at byte {data + end}, the file at {size}: it is cut off, get it again")
+    return StoredTensor(name, path, data + begin, torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def read_torch_file(path: Path) -> Iterable[StoredTensor]:
+    """Tensors of one torch.save file, located without reading them. Raises LoadError."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # pickle and zip errors of many types; all mean the same to the user
+        raise LoadError(f"{path} is not a file of tensors: {str(error).splitlines()[0]}") from error
+    return [located(path, name, value) for name, value in state.items() if isinstance(value, Tensor)]
+
+
+def located(path: Path, name: str, fake: Tensor) -> StoredTensor:
+    begin = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
+    if begin is None:
+        raise LoadError(f"{path} is in the old format of torch.save: save it again as safetensors")
+    storage = torch.empty(fake.untyped_storage().nbytes() // fake.element_size(), dtype=fake.dtype, device="meta")
+    return StoredTensor(name, path, begin, storage.as_strided(fake.shape, fake.stride(), fake.storage_offset()))

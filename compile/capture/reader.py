@@ -1,0 +1,103 @@
+"""Blocks of stored tensors through one small buffer: the file is never mapped, so pages of it never count as ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from fuseline.compile.capture.errors import LoadError
+from fuseline.compile.capture.pieces import Piece, Unread
+from torch import Tensor
+
+BLOCK_BYTES = 4 << 20
+
+
+class Reader:
+    """Reads pieces block by block. A context manager: it owns the open files and the buffer."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._close = ExitStack()
+        self._buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close.close()
+
+    def blocks(self, piece: Piece) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """(start in the whole, values) of boxes that cover the piece; values are valid until the next block."""
+        if piece.stored is None:
+            yield piece.start, piece.view
+            return
+        for start, view in cut(piece.start, piece.view):
+            yield start, self._read(piece, view)
+
+    def value(self, unread: Unread) -> Tensor:
+        """All of it, in memory, in the dtype that is stored."""
+        out = torch.zeros(unread.shape, dtype=unread.pieces[0].view.dtype)
+        for piece in unread.pieces:
+            for start, block in self.blocks(piece):
+                write_box(out, block, start)
+        return out
+
+    def _read(self, piece: Piece, view: Tensor) -> Tensor:
+        span, size = span_of(view), view.element_size()
+        if span * size > self._buffer.numel():  # a single row along every dim, still wider than a block
+            self._buffer = torch.empty(span * size, dtype=torch.uint8)
+        raw = self._buffer[: span * size]
+        at = piece.stored.begin + view.storage_offset() * size
+        self._fill(piece, memoryview(raw.numpy()), at)
+        return raw.view(view.dtype).as_strided(view.shape, view.stride())
+
+    def _fill(self, piece: Piece, target: memoryview, at: int) -> None:
+        file = self._open(piece.stored.path)
+        try:
+            while target:
+                got = os.preadv(file, [target], at)
+                if got == 0:
+                    raise LoadError(
+                        f"{piece.stored.name} in {piece.stored.path} is cut off at byte {at}: get the file again"
+                    )
+                target, at = target[got:], at + got
+        except OSError as error:
+            raise LoadError(f"{piece.stored.name} in {piece.stored.path} cannot be read: {error.strerror}") from error
+
+    def _open(self, path: Path) -> int:
+        if path not in self._files:
+            try:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise LoadError(f"{path} cannot be opened: {error.strerror}") from error
+            self._close.callback(os.close, self._files[path])
+        return self._files[path]
+
+
+def write_box(target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
+    """target[start : start + block.shape] = block, cast."""
+    target[tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))].copy_(block)
+
+
+def span_of(view: Tensor) -> int:
+    """Elements of the storage from the first to the last of the view."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+
+
+def cut(start: tuple[int, ...], view: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Boxes of at most BLOCK_BYTES of file each, cut along the slowest dim first."""
+    if view.numel() == 0:
+        return
+    dims = [dim for dim in range(view.ndim) if view.shape[dim] > 1]
+    if not dims or span_of(view) * view.element_size() <= BLOCK_BYTES:
+        yield start, view
+        return
+    slowest = max(dims, key=view.stride)
+    rows = max(1, BLOCK_BYTES // (view.stride(slowest) * view.element_size()))
+    for low in range(0, view.shape[slowest], rows):
+        part = view.narrow(slowest, low, min(rows, view.shape[slowest] - low))
+        yield from cut((*start[:slowest], start[slowest] + low, *start[slowest + 1 :]), part)

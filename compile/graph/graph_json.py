@@ -1,0 +1,226 @@
+"""A captured graph as JSON values and back.
+
+    {"nodes": [{"name", "op", "target", "args", "kwargs", "val", "fqn"?}, ...], "vals": [...]}
+
+Nodes refer to each other by position, and to their meta value by its position in `vals`: many nodes have equal ones.
+Sizes are numbers or arithmetic on T, the number of tokens. Nothing of the text is executed: targets are looked up by name.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    StrictMinMaxConstraint,
+)
+from torch.utils._sympy.value_ranges import ValueRanges
+
+NAMESPACES = ("aten", "prims", "fuseline")
+FUNCTIONS: Mapping[str, Callable] = {
+    name: getattr(operator, name)
+    for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge")
+}
+TORCH_TYPES = {
+    "dtype": torch.dtype, "device": torch.device, "layout": torch.layout, "memory_format": torch.memory_format,
+}  # fmt: skip
+ARITHMETIC: Mapping[type | str, Callable] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: operator.pow,
+    "FloorDiv": operator.floordiv, "Mod": operator.mod,
+}  # fmt: skip
+
+
+class GraphFormatError(Exception):
+    """The graph holds what has no place in the format, or the text is not of the format."""
+
+
+def encode(graph: fx.Graph) -> dict[str, Any]:
+    """JSON values. Raises GraphFormatError."""
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    vals: dict[str, tuple[int, Any]] = {}
+    nodes = []
+    for node in graph.nodes:
+        val = _encode_val(node.meta.get("val"))
+        entry = {
+            "name": node.name,
+            "op": node.op,
+            "target": _encode_target(node.target),
+            "args": _encode(node.args, position),
+            "kwargs": _encode(node.kwargs, position),
+            "val": vals.setdefault(repr(val), (len(vals), val))[0],
+        }
+        nodes.append(entry | ({"fqn": node.meta["fqn"]} if "fqn" in node.meta else {}))
+    return {"nodes": nodes, "vals": [val for _, val in vals.values()]}
+
+
+def decode(values: dict[str, Any], min_tokens: int, max_tokens: int, example: int) -> fx.Graph:
+    """The graph, its meta values in one new shape environment. Raises GraphFormatError."""
+    try:
+        decoder = _Values(min_tokens, max_tokens, example)
+        vals = [decoder.val(val) for val in values["vals"]]
+        graph, nodes = fx.Graph(), []
+        for entry in values["nodes"]:
+            args, kwargs = _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes)
+            node = graph.create_node(entry["op"], _decode_target(entry), args, kwargs, entry["name"])
+            node.meta = {"val": vals[entry["val"]]} | ({"fqn": entry["fqn"]} if "fqn" in entry else {})
+            nodes.append(node)
+        return graph
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+        raise GraphFormatError(f"not a captured graph: {error!r}") from error
+
+
+def module_of(graph: fx.Graph) -> fx.GraphModule:
+    """The graph with a meta buffer for each of its parameters."""
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            root.register_buffer(node.target, torch.empty(node.meta["val"].shape, device="meta"))
+    return fx.GraphModule(root, graph)
+
+
+def _encode_target(target: object) -> str:
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
+        return str(target)
+    name = getattr(target, "__name__", "")
+    if FUNCTIONS.get(name) is target:
+        return f"operator.{name}"
+    raise GraphFormatError(f"call of {target}")
+
+
+def _decode_target(entry: dict[str, Any]) -> str | Callable:
+    if entry["op"] != "call_function":
+        return entry["target"]
+    space, name, *overload = entry["target"].split(".")
+    if space == "operator":
+        return FUNCTIONS[name]
+    if space not in NAMESPACES:
+        raise GraphFormatError(f"call of {entry['target']}")
+    return getattr(getattr(getattr(torch.ops, space), name), overload[0])
+
+
+def _encode(value: object, position: Mapping[fx.Node, int]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, fx.Node):
+        return {"node": position[value]}
+    if isinstance(value, list):
+        return [_encode(item, position) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item, position) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": {key: _encode(item, position) for key, item in value.items()}}
+    for kind, torch_type in TORCH_TYPES.items():
+        if isinstance(value, torch_type):
+            return {kind: str(value).removeprefix("torch.")}
+    raise GraphFormatError(f"argument {value!r}")
+
+
+def _decode(value: Any, nodes: list[fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "tuple":
+        return tuple(_decode(item, nodes) for item in content)
+    if kind == "dict":
+        return {key: _decode(item, nodes) for key, item in content.items()}
+    return _torch_value(kind, content)
+
+
+def _torch_value(kind: str, content: str) -> object:
+    if kind == "device":
+        return torch.device(content)
+    value = getattr(torch, content)
+    if not isinstance(value, TORCH_TYPES[kind]):
+        raise GraphFormatError(f"{kind} {content}")
+    return value
+
+
+def _encode_val(val: object) -> Any:
+    if isinstance(val, Tensor):
+        sizes = [_encode_size(size) for size in (*val.shape, *val.stride(), val.storage_offset())]
+        return {"tensor": [str(val.dtype).removeprefix("torch."), str(val.device), val.ndim, *sizes]}
+    if isinstance(val, (list, tuple)):
+        return {type(val).__name__: [_encode_val(item) for item in val]}
+    if isinstance(val, SymInt):
+        return {"size": _encode_size(val)}
+    if val is None or isinstance(val, (bool, int, float)):
+        return val
+    raise GraphFormatError(f"value of type {type(val).__name__}")
+
+
+def _encode_size(size: int | SymInt) -> int | str:
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    if len(expr.free_symbols) != 1:
+        raise GraphFormatError(f"size {expr}")
+    (symbol,) = expr.free_symbols
+    text = str(expr.xreplace({symbol: type(symbol)("T", integer=True)}))
+    evaluate(text, 1)
+    return text
+
+
+def evaluate(text: str, num_tokens: int | SymInt) -> int | SymInt:
+    """Arithmetic on T, without running text as code. Raises GraphFormatError."""
+
+    def walk(node: ast.expr) -> int | SymInt:
+        match node:
+            case ast.Constant(value=int() as value):
+                return value
+            case ast.Name(id="T"):
+                return num_tokens
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
+                return ARITHMETIC[type(op)](walk(left), walk(right))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -walk(operand)
+            case ast.Call(func=ast.Name(id=name), args=[left, right]) if name in ARITHMETIC:
+                return ARITHMETIC[name](walk(left), walk(right))
+        raise GraphFormatError(f"size {text}")
+
+    return walk(ast.parse(text, mode="eval").body)
+
+
+class _Values:
+    """Makes meta values; all share one shape environment with one symbol."""
+
+    def __init__(self, min_tokens: int, max_tokens: int, example: int) -> None:
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        limits = StrictMinMaxConstraint(vr=ValueRanges(min_tokens, max_tokens), warn_only=False)
+        dims = StatelessSymbolicContext([DimDynamic.DYNAMIC], constraint_sizes=[limits])
+        row = self._mode.from_tensor(torch.empty(example, device="meta"), symbolic_context=dims)
+        self._num_tokens = row.shape[0]
+
+    def val(self, val: Any) -> Any:
+        if not isinstance(val, dict):
+            return val
+        ((kind, content),) = val.items()
+        if kind == "size":
+            return self._size(content)
+        if kind == "tensor":
+            return self._tensor(*content)
+        return {"list": list, "tuple": tuple}[kind](self.val(item) for item in content)
+
+    def _size(self, size: int | str) -> int | SymInt:
+        return evaluate(size, self._num_tokens) if isinstance(size, str) else size
+
+    def _tensor(self, dtype: str, device: str, ndim: int, *numbers: int | str) -> Tensor:
+        *sizes, offset = (self._size(number) for number in numbers)
+        with self._mode:
+            made = torch.empty_strided(
+                sizes[:ndim], sizes[ndim:], dtype=_torch_value("dtype", dtype), device=torch.device(device)
+            )
+            return made.as_strided(sizes[:ndim], sizes[ndim:], offset) if offset else made

@@ -1,0 +1,112 @@
+"""Patterns over a graph: a tree of calls matched from the last op back to its inputs.
+
+rsqrt = Call(aten.rsqrt.default, Call(aten.add.Tensor, Var("mean"), Var("eps", is_number)))
+found = match(rsqrt, node)          # {"mean": node, "eps": 1e-6} or None
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+cast = torch.ops.prims.convert_element_type.default
+Bindings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Var:
+    """Anything that `accepts`; the same name must be the same value."""
+
+    name: str
+    accepts: Callable[[Any], bool] = lambda value: True
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of one of `targets`; `args` are the leading arguments, tried both ways round if `commutes`."""
+
+    targets: Any
+    args: tuple[Any, ...]
+    name: str = ""
+    commutes: bool = False
+
+    def __init__(self, targets: Any, *args: Any, name: str = "", commutes: bool = False) -> None:
+        object.__setattr__(self, "targets", targets if isinstance(targets, tuple) else (targets,))
+        object.__setattr__(self, "args", args)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "commutes", commutes)
+
+
+@dataclass(frozen=True)
+class Either:
+    patterns: tuple[Any, ...]
+
+    def __init__(self, *patterns: Any) -> None:
+        object.__setattr__(self, "patterns", patterns)
+
+
+def match(pattern: Any, node: Any) -> Bindings | None:
+    """What the variables stand for, or None."""
+    return _match(pattern, node, {})
+
+
+def _match(pattern: Any, value: Any, bound: Bindings) -> Bindings | None:
+    if isinstance(pattern, Either):
+        found = (_match(one, value, bound) for one in pattern.patterns)
+        return next((b for b in found if b is not None), None)
+    if isinstance(pattern, Var):
+        return _match_var(pattern, value, bound)
+    if isinstance(pattern, Call):
+        return _match_call(pattern, value, bound)
+    if isinstance(pattern, (list, tuple)):
+        is_alike = isinstance(value, (list, tuple)) and len(value) == len(pattern)
+        return _match_all(tuple(pattern), tuple(value), bound) if is_alike else None
+    return bound if not isinstance(value, fx.Node) and pattern == value else None
+
+
+def _match_var(pattern: Var, value: Any, bound: Bindings) -> Bindings | None:
+    if pattern.name in bound:
+        same = bound[pattern.name]
+        is_same = same is value or (not isinstance(value, fx.Node) and same == value)
+        return bound if is_same else None
+    return {**bound, pattern.name: value} if pattern.accepts(value) else None
+
+
+def _match_call(pattern: Call, value: Any, bound: Bindings) -> Bindings | None:
+    if not is_node(value) or value.target not in pattern.targets or len(value.args) < len(pattern.args):
+        return None
+    if pattern.name:
+        bound = {**bound, pattern.name: value}
+    args = value.args[: len(pattern.args)]
+    found = _match_all(pattern.args, args, bound)
+    if found is None and pattern.commutes:
+        found = _match_all(pattern.args, args[::-1], bound)
+    return found
+
+
+def _match_all(patterns: tuple, values: tuple, bound: Bindings) -> Bindings | None:
+    current: Bindings | None = bound
+    for pattern, value in zip(patterns, values, strict=True):
+        current = _match(pattern, value, current) if current is not None else None
+    return current
+
+
+def is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_constant(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def maybe_cast(pattern: Any) -> Either:
+    """The pattern, or a cast of it."""
+    return Either(Call(cast, pattern), pattern)

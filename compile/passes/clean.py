@@ -1,0 +1,137 @@
+"""One spelling for everything, and nothing that does nothing.
+
+x.to(same dtype), contiguous, clone, dropout, * 1.0, slice of everything   -> x
+x.to(dtype), type_as, _to_copy                                             -> convert_element_type(x, dtype)
+weight * x                                                                 -> x * weight
+chunk(x, n)                                                                -> split_with_sizes
+addmm(bias, x, weight) of a constant weight [in, out]                      -> linear(x, weight^T, bias)
+the same op on the same arguments twice                                    -> once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from fuseline.compile.graph.edit import constant, hoist_constants, replace
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.match import cast, is_constant, is_node, is_number
+from fuseline.compile.specs import WeightSource
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+END = 1 << 40
+NOTHING = (
+    aten.contiguous.default, aten.dropout.default, aten.clone.default, aten.alias.default, aten.detach.default,
+    aten.lift_fresh_copy.default, aten.detach_.default,
+)  # fmt: skip
+CASTS = (
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default,
+)  # fmt: skip
+
+
+def remove_noops(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    matches = 0
+    for node in list(graph.graph.nodes):
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        matches += bool(rule and rule(graph.graph, node))
+    return PassResult(matches, matches > 0)
+
+
+def _forward(graph: fx.Graph, node: fx.Node) -> bool:
+    """The node's first argument takes its place."""
+    node.replace_all_uses_with(node.args[0])
+    graph.erase_node(node)
+    return True
+
+
+def _cast(graph: fx.Graph, node: fx.Node) -> bool:
+    source, dtype = node.args[0], node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        return _forward(graph, node)
+    replace(graph, node, cast, (source, dtype))
+    return True
+
+
+def _slice(graph: fx.Graph, node: fx.Node) -> bool:
+    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    is_whole = start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end > END))
+    return is_whole and _forward(graph, node)
+
+
+def _times_one(graph: fx.Graph, node: fx.Node) -> bool:
+    return is_number(node.args[1]) and node.args[1] == 1 and _forward(graph, node)
+
+
+RULES: dict[object, Callable[[fx.Graph, fx.Node], bool]] = {
+    **dict.fromkeys(NOTHING, _forward),
+    **dict.fromkeys(CASTS, _cast),
+    aten.slice.Tensor: _slice,
+    aten.mul.Tensor: _times_one,
+}
+
+
+def canonicalize(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    matches = 0
+    for node in list(graph.graph.nodes):
+        if node.target in (aten.mul.Tensor, aten.add.Tensor) and not node.kwargs:
+            matches += _weights_right(node)
+        elif node.target is aten.chunk.default:
+            matches += _split(graph.graph, node)
+        elif node.target is aten.addmm.default and not node.kwargs:
+            matches += _to_linear(graph, node)
+        elif node.target is aten.silu_.default:
+            node.target = aten.silu.default
+    hoist_constants(graph.graph)
+    return PassResult(matches, matches > 0)
+
+
+def _weights_right(node: fx.Node) -> bool:
+    left, right = node.args
+    is_swapped = not is_node(left) or (is_constant(left) and is_node(right) and not is_constant(right))
+    if is_swapped:
+        node.args = (right, left)
+    return is_swapped
+
+
+def _split(graph: fx.Graph, node: fx.Node) -> bool:
+    dim = node.args[2] if len(node.args) > 2 else 0
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    replace(graph, node, aten.split_with_sizes.default, (node.args[0], sizes, dim))
+    return True
+
+
+def _to_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """addmm of a Conv1D: its constant weight is [in, out]."""
+    bias, x, weight = node.args
+    if not is_constant(weight) or "fqn" not in weight.meta:
+        return False
+    value: Tensor = weight.meta["val"]
+    turned = constant(
+        graph, f"{weight.target}__turned", value.t(), weight=WeightSource((weight.meta["fqn"],), transpose=True)
+    )
+    replace(graph.graph, node, aten.linear.default, (x, turned, bias))
+    return True
+
+
+def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Common subexpressions; ops that write, and attention, stay as they are."""
+    seen: dict[str, fx.Node] = {}
+    matches = 0
+    for node in list(graph.graph.nodes):
+        if node.op not in ("call_function", "get_attr") or _is_effectful(node):
+            continue
+        key = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
+            matches += 1
+    return PassResult(matches, matches > 0)
+
+
+def _is_effectful(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.target is torch.ops.fuseline.attention.default or bool(schema and schema.is_mutable)

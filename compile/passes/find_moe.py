@@ -1,0 +1,95 @@
+"""Routers that are a softmax and a top-k as one op.
+
+    p = softmax(logits, f32); w, ids = topk(p, k); [w = w / sum(w)]; [w = cast(w, dtype)]   -> route_topk(SOFTMAX_THEN_TOPK)
+    l, ids = topk(logits, k); w = softmax(l)                                                -> route_topk(TOPK_THEN_SOFTMAX)
+
+The weights' dtype is the captured one: fp32 where the model leaves them so.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from fuseline.compile.graph.edit import copy_meta
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.match import Call, Var, cast, is_node, match
+from fuseline.compile.ops import codes
+from torch import fx
+
+aten = torch.ops.aten
+DIVIDE = (aten.div.Tensor, aten.div_.Tensor)
+
+
+def find_moe(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    matches = 0
+    for node in list(graph.graph.nodes):
+        if node.target is aten.topk.default and _is_last_and_sorted(node):
+            matches += _softmax_first(graph.graph, node) or _softmax_last(graph.graph, node)
+    return PassResult(matches, matches > 0)
+
+
+def _is_last_and_sorted(node: fx.Node) -> bool:
+    """topk(x, k) over the last dim of a matrix, largest first."""
+    _, _, dim, largest, is_sorted = (*node.args, *(None, None, -1, True, True)[len(node.args) :])
+    return dim in (-1, 1) and bool(largest and is_sorted) and node.args[0].meta["val"].ndim == 2
+
+
+def _parts(topk: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    parts = {user.args[1]: user for user in topk.users if user.target is operator.getitem}
+    return (parts[0], parts[1]) if len(parts) == len(topk.users) == 2 else None
+
+
+def _softmax_first(graph: fx.Graph, topk: fx.Node) -> bool:
+    logits, parts = Var("logits", is_node), _parts(topk)
+    found = match(Call(aten.softmax.int, logits, Var("dim", lambda d: d in (-1, 1))), topk.args[0])
+    if (
+        found is None
+        or parts is None
+        or len(topk.args[0].users) != 1
+        or topk.args[0].meta["val"].dtype != torch.float32
+    ):
+        return False
+    weights, ids = parts
+    source = found["logits"]
+    if source.target is cast and source.args[0].meta["val"].dtype != torch.float32:
+        source = source.args[0]
+    total = next((u for u in weights.users if u.target is aten.sum.dim_IntList), None)
+    is_normed = total is not None
+    if is_normed:
+        ratio = next((u for u in weights.users if u.target in DIVIDE and u.args[1] is total), None)
+        if ratio is None or len(weights.users) != 2 or len(total.users) != 1:
+            return False
+        weights = ratio
+    _route(graph, topk, source, weights, ids, codes.ROUTE_SOFTMAX_TOPK, is_normed)
+    return True
+
+
+def _softmax_last(graph: fx.Graph, topk: fx.Node) -> bool:
+    parts = _parts(topk)
+    if parts is None or len(parts[0].users) != 1:
+        return False
+    softmax = next(iter(parts[0].users))
+    if softmax.target is not aten.softmax.int or softmax.args[1] not in (-1, 1):
+        return False
+    if softmax.meta["val"].dtype != topk.args[0].meta["val"].dtype:
+        return False
+    _route(graph, topk, topk.args[0], softmax, parts[1], codes.ROUTE_TOPK_SOFTMAX, False)
+    return True
+
+
+def _route(
+    graph: fx.Graph, topk: fx.Node, logits: fx.Node, weights: fx.Node, ids: fx.Node, order: int, is_normed: bool
+) -> None:
+    dtype = weights.meta["val"].dtype
+    with graph.inserting_before(topk):
+        both = graph.call_function(
+            torch.ops.fuseline.route_topk.default, (logits, topk.args[1], order, int(is_normed), dtype)
+        )
+        new = [graph.call_function(operator.getitem, (both, k)) for k in range(2)]
+    copy_meta(topk, both, (weights.meta["val"], ids.meta["val"]))
+    for old, fresh in zip((weights, ids), new, strict=True):
+        copy_meta(old, fresh, old.meta["val"])
+        old.replace_all_uses_with(fresh)
+    for old in (weights, ids):
+        graph.erase_node(old)

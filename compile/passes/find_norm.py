@@ -1,0 +1,77 @@
+"""RMSNorm in its three orders of casts, and LayerNorm, as one op each.
+
+h = cast(x, f32); n = h * rsqrt(mean(h^2) + eps)
+cast(n, dtype) * weight                 -> rms_norm(x, weight, eps, CAST_THEN_SCALE)
+cast(n * cast(weight, f32), dtype)      -> rms_norm(x, weight, eps, SCALE_THEN_CAST)
+cast(n * (cast(weight, f32) + 1), dtype)-> rms_norm(x, weight, eps, ONE_PLUS)
+layer_norm(x, [D], weight, bias, eps)   -> layer_norm(x, weight, bias, eps)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fuseline.compile.graph.edit import replace
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.match import Call, Either, Var, cast, is_constant, is_node, is_number, match, maybe_cast
+from fuseline.compile.ops import codes
+from torch import fx
+
+aten = torch.ops.aten
+OPS = torch.ops.fuseline
+
+WIDE = Var("wide", is_node)
+MEAN = Call(aten.mean.dim, Call(aten.pow.Tensor_Scalar, WIDE, 2), [-1], True)
+NORMED = Call(
+    aten.mul.Tensor, WIDE, Call(aten.rsqrt.default, Call(aten.add.Tensor, MEAN, Var("eps", is_number))), commutes=True
+)
+WEIGHT = Var("weight", is_constant)
+ONE_PLUS = Call(aten.add.Tensor, maybe_cast(WEIGHT), Var("one", lambda v: is_number(v) and v == 1))
+SCALED_LATE = Call(aten.mul.Tensor, Call(cast, NORMED, name="down"), WEIGHT, commutes=True)
+SCALED_WIDE = Call(aten.mul.Tensor, NORMED, Either(ONE_PLUS, Call(cast, WEIGHT), WEIGHT), name="product", commutes=True)
+
+
+def find_norm(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    matches = 0
+    for node in list(graph.graph.nodes):
+        if node.target is aten.layer_norm.default:
+            matches += _layer_norm(graph.graph, node)
+        elif node.op == "call_function":
+            matches += _rms_norm(graph.graph, node)
+    return PassResult(matches, matches > 0)
+
+
+def _rms_norm(graph: fx.Graph, node: fx.Node) -> bool:
+    found = match(SCALED_LATE, node)
+    if found is not None:
+        return _replace(graph, node, found, codes.NORM_CAST_THEN_SCALE)
+    found = match(Either(Call(cast, SCALED_WIDE), SCALED_WIDE), node)
+    if found is not None:
+        if "one" in found:
+            return _replace(graph, node, found, codes.NORM_ONE_PLUS)
+        return _replace(graph, node, found, codes.NORM_SCALE_THEN_CAST)
+    found = match(Either(Call(cast, NORMED), NORMED), node)
+    is_scaled_later = any(user.target in (aten.mul.Tensor, cast) for user in node.users)
+    return found is not None and not is_scaled_later and _replace(graph, node, found, codes.NORM_CAST_THEN_SCALE)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, found: dict[str, Any], mode: int) -> bool:
+    """False when the result's dtype is not the input's (then a later cast belongs to the norm) or not the weight's."""
+    x = found["wide"].args[0] if found["wide"].target is cast else found["wide"]
+    if x.meta["val"].dtype != node.meta["val"].dtype:
+        return False
+    weight = found.get("weight")
+    value = x.meta["val"]
+    if weight is not None and (weight.meta["val"].shape != value.shape[-1:] or weight.meta["val"].dtype != value.dtype):
+        return False
+    replace(graph, node, OPS.rms_norm.default, (x, weight, float(found["eps"]), mode))
+    return True
+
+
+def _layer_norm(graph: fx.Graph, node: fx.Node) -> bool:
+    x, shape, weight, bias, eps = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])[:5]
+    if len(shape) != 1:
+        return False
+    replace(graph, node, OPS.layer_norm.default, (x, weight, bias, float(eps)))
+    return True

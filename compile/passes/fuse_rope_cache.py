@@ -1,0 +1,47 @@
+"""Both rotations and the cache's write as one op.
+
+    write_cache(k_cache, v_cache, rope(k, T...), v, slots); paged_attention(rope(q, T...), k_cache, v_cache, ...)
+->
+    paged_attention(rope_cache(k_cache, v_cache, q, k, v, T..., slots), k_cache, v_cache, ...)
+"""
+
+from __future__ import annotations
+
+import torch
+from fuseline.compile.graph.edit import copy_meta
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.match import is_node
+from torch import fx
+
+OPS = torch.ops.fuseline
+
+
+def fuse_rope_cache(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    writes = {n.args[0]: n for n in graph.graph.nodes if n.target is OPS.write_cache.default}
+    matches = 0
+    for node in [n for n in graph.graph.nodes if n.target is OPS.paged_attention.default]:
+        write = writes.get(node.args[1])
+        if write is not None and _is_rotated_alike(node.args[0], write.args[2]):
+            _fuse(graph.graph, node, write)
+            matches += 1
+    return PassResult(matches, matches > 0)
+
+
+def _is_rotated_alike(q: fx.Node, k: fx.Node) -> bool:
+    if not all(is_node(n) and n.target is OPS.rope.default and len(n.users) == 1 for n in (q, k)):
+        return False
+    return q.args[1:] == k.args[1:]
+
+
+def _fuse(graph: fx.Graph, attention: fx.Node, write: fx.Node) -> None:
+    k_cache, v_cache, k, v, slots = write.args
+    q = attention.args[0]
+    cos, sin, rows, rotary_dim, layout = q.args[1:]
+    with graph.inserting_before(write):
+        turned = graph.call_function(
+            OPS.rope_cache.default,
+            (k_cache, v_cache, q.args[0], k.args[0], v, cos, sin, rows, slots, rotary_dim, layout),
+        )
+    copy_meta(q, turned, q.meta["val"])
+    attention.replace_input_with(q, turned)
+    graph.erase_node(write)

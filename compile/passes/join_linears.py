@@ -1,0 +1,100 @@
+"""Linears with one input and one consumer as one product.
+
+    q, k, v = linear(x, wq, bq), linear(x, wk), linear(x, wv)      # meet again in one attention
+    gate, up = linear(x, wg), linear(x, wu)                        # meet again in one act_mul
+->
+    q, k, v = split(linear(x, [wq; wk; wv], [bq; 0; 0]))
+
+Sharing an input is not enough: what else reads x (a router, a parallel branch) stays apart.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+
+import torch
+from fuseline.compile.graph.edit import constant, copy_meta
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.match import is_constant
+from fuseline.compile.specs import WeightSource
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+OPS = torch.ops.fuseline
+CONSUMERS = (OPS.attention.default, OPS.act_mul.default)
+THROUGH = (
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, OPS.rms_norm.default,
+    OPS.layer_norm.default, OPS.rope.default, aten.clamp.default,
+)  # fmt: skip
+MAX_STEPS = 8
+
+
+def join_linears(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    groups: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = defaultdict(list)
+    for node in graph.graph.nodes:
+        if node.target is aten.linear.default and _is_plain(node):
+            consumer = _consumer(node)
+            if consumer is not None:
+                groups[node.args[0], consumer].append(node)
+    joined = [group for group in groups.values() if len(group) > 1]
+    for group in joined:
+        _join(graph, group)
+    return PassResult(len(joined), bool(joined))
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Weight and bias are checkpoint tensors as they are."""
+    constants = [arg for arg in node.args[1:] if arg is not None]
+    return all(is_constant(c) and "fqn" in c.meta and "weight" not in c.meta for c in constants)
+
+
+def _consumer(node: fx.Node) -> fx.Node | None:
+    """The attention or gated product that the result runs into, through ops that keep its features apart."""
+    for _ in range(MAX_STEPS):
+        users = [user for user in node.users if user.target is not aten.sym_size.int]
+        if len(users) != 1:
+            return None
+        if users[0].target in CONSUMERS:
+            return users[0]
+        if users[0].target not in THROUGH:
+            return None
+        node = users[0]
+    return None
+
+
+def _join(graph: fx.GraphModule, group: list[fx.Node]) -> None:
+    weights = [node.args[1] for node in group]
+    sizes = [weight.meta["val"].shape[0] for weight in weights]
+    name = "joined__" + "__".join(weight.target for weight in weights)
+    like: Tensor = weights[0].meta["val"]
+    source = WeightSource(tuple(weight.meta["fqn"] for weight in weights))
+    args: list[fx.Node] = [
+        group[0].args[0],
+        constant(graph, name, like.new_empty(sum(sizes), like.shape[1]), weight=source),
+    ]
+    biases = [node.args[2] if len(node.args) > 2 else None for node in group]
+    if any(bias is not None for bias in biases):
+        args.append(_joined_bias(graph, name, biases, sizes, like))
+    first = group[0]
+    value: Tensor = first.meta["val"]
+    with graph.graph.inserting_before(first):
+        product = graph.graph.call_function(aten.linear.default, tuple(args))
+        split = graph.graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
+        parts = [graph.graph.call_function(operator.getitem, (split, k)) for k in range(len(group))]
+    copy_meta(first, product, value.new_empty(*value.shape[:-1], sum(sizes)))
+    copy_meta(first, split, tuple(node.meta["val"] for node in group))
+    for node, part in zip(group, parts, strict=True):
+        copy_meta(node, part, node.meta["val"])
+        node.replace_all_uses_with(part)
+        graph.graph.erase_node(node)
+
+
+def _joined_bias(
+    graph: fx.GraphModule, name: str, biases: list[fx.Node | None], sizes: list[int], like: Tensor
+) -> fx.Node:
+    """Zeros stand for the biases that are missing."""
+    names = tuple("" if bias is None else bias.meta["fqn"] for bias in biases)
+    pads = tuple(size if bias is None else 0 for bias, size in zip(biases, sizes, strict=True))
+    source = WeightSource(names, pads=pads if any(pads) else ())
+    return constant(graph, f"{name}__bias", like.new_empty(sum(sizes)), weight=source)

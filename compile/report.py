@@ -1,0 +1,59 @@
+"""What `fuseline explain MODEL` prints: stages, passes with matches and times, op tables, the final graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fuseline.compile.backends.lowering import Call, Lowering, Region
+from fuseline.compile.backends.plan import limits_of, meta_inputs
+from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.compiler import optimize
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.runner import PipelineResult
+from fuseline.compile.graph.show import show
+
+
+def explain(config: CompileConfig) -> str:
+    """Needs no weights. For a model that cannot be captured: why, in words."""
+    try:
+        captured, result = optimize(config)
+    except CaptureError as error:
+        return f"this model cannot be served: {error}"
+    parts = [
+        f"{captured.config.model_type}, {str(captured.dtype).removeprefix('torch.')}, level {config.level}",
+        _passes(result),
+        *(_ops(f"ops after {stage}", counts) for stage, counts in result.stage_ops.items()),
+    ]
+    if config.level > 0:
+        parts.append(_plan(captured.graph, config))
+    return "\n\n".join([*parts, "graph", show(captured.graph)])
+
+
+def _passes(result: PipelineResult) -> str:
+    rows = [("stage", "pass", "matches", "ms", "ops")]
+    rows += [
+        (r.stage, r.name, str(r.matches), f"{1000 * r.seconds:.1f}", f"{r.ops_before} -> {r.ops_after}")
+        for r in result.reports
+    ]
+    return table(rows)
+
+
+def _ops(title: str, counts: Counter) -> str:
+    return title + "\n" + table([(name, str(count)) for name, count in counts.most_common()])
+
+
+def _plan(graph, config: CompileConfig) -> str:
+    lowered = Lowering(graph, meta_inputs(graph, config.block_size), limits_of(config)).run()
+    calls = Counter(step.native.op for step in lowered.steps if isinstance(step, Call))
+    regions = [step for step in lowered.steps if isinstance(step, Region)]
+    text = _ops(f"plan: {sum(calls.values())} kernel calls, {len(regions)} regions computed by torch", calls)
+    for k, region in enumerate(regions[:20]):
+        text += f"\nregion {k}: " + ", ".join(str(node.target) for node in region.nodes)
+    return text
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Columns padded to their widest cell."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join("  " + line for line in lines)

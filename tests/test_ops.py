@@ -1,0 +1,122 @@
+"""Every op of the vocabulary: its native kernel against its reference, generated from the registry."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from fuseline.compile.kernels.native import Kernels, NativeCall
+from fuseline.compile.ops import codes
+from fuseline.compile.ops.library import Make, Op
+from fuseline.compile.ops.registry import registry
+from native_fixtures import FLOATS, isa, with_threads
+from torch import Tensor, fx
+
+__all__ = ["isa"]
+DENSE = {"attention", "experts"}  # as captured; passes replace them before a kernel is chosen
+
+
+def cases(op: Op, dtype: torch.dtype) -> list[tuple]:
+    return list(op.inputs(Make(dtype, torch.Generator().manual_seed(1))))
+
+
+def copies(args: tuple) -> list:
+    return [arg.clone(memory_format=torch.preserve_format) if isinstance(arg, Tensor) else arg for arg in args]
+
+
+def call_of(op: Op, args: tuple) -> tuple[NativeCall, dict[fx.Node, Tensor]]:
+    """The native call that lowering makes of the op with these arguments, and the tensor of each of its nodes."""
+    graph, values = fx.Graph(), {}
+
+    def node_of(arg: object) -> object:
+        if not isinstance(arg, Tensor):
+            return arg
+        node = graph.placeholder(f"x{len(values)}")
+        values[node] = arg
+        return node
+
+    node = graph.call_function(getattr(torch.ops.fuseline, op.name).default, tuple(map(node_of, args)))
+    call = Kernels(lambda other: values[other].to("meta")).find(node)
+    assert call is not None, f"no kernel for {op.name}"
+    return call, values
+
+
+def outputs(result: object) -> list[Tensor]:
+    return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+
+
+def run_native(op: Op, args: tuple, like: list[Tensor]) -> list[Tensor]:
+    """Outputs, then what was mutated."""
+    call, values = call_of(op, args)
+    made = [torch.full_like(x, -77) if not x.is_floating_point() else torch.full_like(x, float("nan")) for x in like]
+    mutated = [values[node] for node in call.mutated]
+    inputs = [None if node is None else values[node] for node in call.inputs]
+    getattr(torch.ops.fuseline_cpu, call.op)(*made, *mutated, *inputs, *call.ints, *call.floats)
+    return made + mutated
+
+
+def run_reference(op: Op, args: tuple) -> list[Tensor]:
+    result = outputs(op.reference(*args))
+    call, values = call_of(op, args)
+    return result + [values[node] for node in call.mutated]
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.dtype == expected.dtype
+    steps = tolerance if expected.dtype == torch.float32 else min(tolerance, 1.0)
+    step = steps * torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
+    torch.testing.assert_close(found, expected, rtol=step, atol=step)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("op", [op for op in registry().values() if op.inputs], ids=lambda op: op.name)
+def test_kernels_agree_with_their_reference(isa, op, dtype):
+    for args in cases(op, dtype):
+        expected = run_reference(op, tuple(copies(args)))
+        num_outputs = len(outputs(op.reference(*copies(args))))
+        found = run_native(op, tuple(copies(args)), expected[:num_outputs])
+        again = with_threads(2, lambda args=args, e=expected, n=num_outputs: run_native(op, tuple(copies(args)), e[:n]))
+        for one, two, truth in zip(found, again, expected, strict=True):
+            assert_close(one, truth, op.tolerance)
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("op", [op for op in registry().values() if op.inputs], ids=lambda op: op.name)
+def test_fakes_agree_with_their_reference(op):
+    overload = getattr(torch.ops.fuseline, op.name).default
+    for args in cases(op, torch.bfloat16):
+        real = outputs(overload(*copies(args)))
+        fake = outputs(overload(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)))
+        assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in fake]
+
+
+def test_every_op_is_tested_or_dense():
+    assert {op.name for op in registry().values() if op.inputs is None} == DENSE
+    assert len(registry()) > 10
+
+
+def test_codes_are_those_of_the_kernels():
+    """The same names in the same enums with the same values, whatever the spelling."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", header().read_text(), flags=re.DOTALL)
+    enums = {
+        name: {plain(key): int(value) for key, value in re.findall(r"k(\w+) = (\d+)", body)}
+        for name, body in re.findall(r"enum (\w+) \{(.*?)\}", text, flags=re.DOTALL)
+    }
+    constants = {plain(key): value for key, value in vars(codes).items() if key.isupper() and isinstance(value, int)}
+    assert enums["Unary"] == {plain(key): value for key, value in codes.UNARY.items()}
+    assert enums["Binary"] == {plain(key): value for key, value in codes.BINARY.items()}
+    experts = {plain(key): value for key, value in codes.EXPERT_ACTS.items()}
+    assert {key.removeprefix("expert"): value for key, value in enums["ExpertAct"].items()} == experts
+    modes = enums["NormMode"] | enums["RopeLayout"]
+    assert {key: constants[key] for key in modes} == modes
+    assert (codes.ROUTE_SOFTMAX_TOPK, codes.ROUTE_TOPK_SOFTMAX) == tuple(enums["RouteOrder"].values())
+
+
+def plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def header() -> Path:
+    return Path(__file__).resolve().parent.parent / "csrc" / "include" / "fuseline" / "codes.h"
