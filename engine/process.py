@@ -17,6 +17,8 @@ from fuseline.engine.messages import FromEngine, ToEngine
 from fuseline.engine.service import BuildModel, BuildOps, serve
 
 REQUESTS, ANSWERS = "requests", "answers"
+LINGER_MS = 1000
+"""How long the last messages (why a start failed) may wait to be taken."""
 
 
 def run_engine_process(folder: str, config: EngineConfig, build_model: BuildModel, build_ops: BuildOps) -> None:
@@ -35,7 +37,7 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
         logging.getLogger("fuseline.engine").exception("the engine died")
         sys.exit(1)
     finally:
-        context.destroy(linger=1000)
+        context.destroy(linger=LINGER_MS)
 
 
 class ZmqInbox:
@@ -54,6 +56,8 @@ def open_socket(context: zmq.Context, kind: int, folder: str, name: str, bind: b
     """A socket without a limit on queued messages: neither side may block on the other or drop anything."""
     socket = context.socket(kind)
     socket.set_hwm(0)
+    # A context ends with its process; closing one must never wait for a peer that is gone.
+    socket.linger = LINGER_MS
     address = f"ipc://{os.path.join(folder, name)}"
     if bind:
         socket.bind(address)

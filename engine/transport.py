@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,7 +62,10 @@ class ProcessTransport:
         self._reading = self._loop.create_task(self._read())
 
     def send(self, message: ToEngine) -> None:
-        if self._is_open:
+        if not self._is_open:
+            return
+        # Again: the process has hung up and is about to be seen dead, which fails whatever was in flight.
+        with suppress(zmq.Again):
             self._requests.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     async def stop(self, timeout: float) -> None:
