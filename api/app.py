@@ -6,9 +6,15 @@ import importlib
 import inspect
 import logging
 
-import fuseline
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+import fuseline
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.middleware import KeyMiddleware, RequestIdMiddleware
@@ -16,11 +22,6 @@ from fuseline.api.routes import chat, completions, operation, tokenizer, web
 from fuseline.api.served import build_served
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady
-from starlette.exceptions import HTTPException
-from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 
 LOG = logging.getLogger("fuseline.http")
 

@@ -13,7 +13,7 @@ from fuseline.api.config import ConfigError
 COMMANDS = {
     "serve": "serve a model over the OpenAI API",
     "run": "chat with a model in the terminal",
-    "bench": "measure: `fuseline bench serve` loads any OpenAI-compatible server",
+    "bench": "measure: `serve` loads any OpenAI-compatible server, `offline` an engine in this process",
     "explain": "show how a model is captured, transformed and lowered",
     "version": "print the version",
 }
@@ -46,7 +46,7 @@ def command_parser(command: str, groups: Sequence[str]) -> Parser:
     parser = Parser(
         prog=f"fuseline {command}",
         usage=f"fuseline {command} [MODEL] [options]",
-        description=COMMANDS[command],
+        description=COMMANDS.get(command),
         formatter_class=HelpFormatter,
         allow_abbrev=False,
         epilog="All flags, also those of later parts: docs/FLAGS.md.",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
+
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli_flags import config_flags, recorded_flags
 from fuseline.api.config import ConfigError

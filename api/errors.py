@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fuseline.engine.client import EngineDeadError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+
+from fuseline.engine.client import EngineDeadError
 
 MAX_MESSAGE = 2000
 """Characters of a message; keeps a body below 4 KB."""

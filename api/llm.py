@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from fuseline.api.config import ServerConfig, read_environment
 from fuseline.api.config_resolve import resolve
 from fuseline.api.llm_asgi import App, post, post_stream
@@ -23,7 +25,7 @@ from fuseline.api.llm_values import (
     request_output,
 )
 from fuseline.api.progress import StartupProgress
-from tqdm import tqdm
+from fuseline.engine.messages import EngineReady
 
 T = TypeVar("T")
 
@@ -45,7 +47,8 @@ class LLM:
         self._thread.start()
         self._is_closed = False
         try:
-            self._app, self._stop = self._call(start_app(self.config, StartupProgress() if show_progress else None))
+            progress = StartupProgress() if show_progress else None
+            self._app, self._stop, self.ready = self._call(start_app(self.config, progress))
         except BaseException:
             self._end_loop()
             raise
@@ -172,8 +175,8 @@ class LLM:
 
 async def start_app(
     config: ServerConfig, progress: StartupProgress | None
-) -> tuple[App, Callable[[], Awaitable[None]]]:
-    """The started app of the server, and what stops its engine."""
+) -> tuple[App, Callable[[], Awaitable[None]], EngineReady]:
+    """The started app of the server, what stops its engine, and what the engine told of itself."""
     from fuseline.api.server import build_app
     from fuseline.engine.client import EngineClient
 
@@ -184,4 +187,4 @@ async def start_app(
         if progress:
             progress.close()
     app = build_app(config, client, ready)
-    return app, lambda: client.shutdown(config.shutdown_timeout)
+    return app, lambda: client.shutdown(config.shutdown_timeout), ready

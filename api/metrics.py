@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 
-from fuseline.engine.messages import EngineReady, StepOutputs, StepStats
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from fuseline.engine.messages import EngineReady, StepOutputs, StepStats
 
 LOG = logging.getLogger("fuseline.stats")
 LOG_SECONDS = 10.0
@@ -148,7 +149,8 @@ class Metrics:
         if not (prompt or generated or stats.num_running or stats.num_waiting):
             return
         LOG.info(
-            "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, KV usage %.1f %%, prefix hits %.1f %%",
+            "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, "
+            "KV usage %.1f %%, prefix hits %.1f %%",
             prompt / seconds, generated / seconds, stats.num_running, stats.num_waiting, 100 * stats.kv_usage,
             100 * stats.prefix_hits / max(stats.prefix_queries, 1),
         )  # fmt: skip

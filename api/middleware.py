@@ -8,7 +8,8 @@ import uuid
 from fuseline.api.errors import ApiError
 
 OPEN_PATHS = {
-    "/", "/health", "/ping", "/version", "/metrics", "/metrics/", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect",
+    "/", "/health", "/ping", "/version", "/metrics", "/metrics/", "/docs", "/redoc", "/openapi.json",
+    "/docs/oauth2-redirect",
     "/web/app.js", "/web/app.css", "/web/icon.svg", "/favicon.ico",
 }  # fmt: skip
 

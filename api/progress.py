@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
+from tqdm import tqdm
+
 from fuseline.api.config import ServerConfig
 from fuseline.engine.messages import EngineReady
-from tqdm import tqdm
 
 
 class StartupProgress:

@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 
 import uvicorn
+
 from fuseline.api.app import build_app
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.metrics import LOG_SECONDS

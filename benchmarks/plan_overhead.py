@@ -10,6 +10,7 @@ import statistics
 import time
 
 import torch
+
 from fuseline import _C
 
 WIDTH = 16

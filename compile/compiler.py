@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor, fx
+
 from fuseline.compile.backends.artifact import load_or_capture
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable, lower
@@ -18,7 +20,6 @@ from fuseline.compile.model_info import describe, model_limit
 from fuseline.compile.passes.pipeline import stages
 from fuseline.compile.specs import WeightSource
 from fuseline.compile.target import Target
-from torch import Tensor, fx
 
 Progress = Callable[[str, int, int], None]
 Executable = EagerExecutable | PlanExecutable

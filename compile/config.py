@@ -17,7 +17,7 @@ class CompileConfig:
     level: int = 1
     """0: the captured graph with reference ops, eager. 1: passes, our kernels and the plan."""
     dtype: str = "auto"
-    """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU without fp16 arithmetic."""
+    """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"
     """Element type of the KV cache: auto (the model's), float32, bfloat16, float16."""
     max_model_len: int = 0

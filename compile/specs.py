@@ -60,7 +60,7 @@ class WeightSource:
     dtype: str = ""
     """Element type to store; empty keeps the model's."""
     pads: tuple[int, ...] = ()
-    """Rows of zeros that stand for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
+    """Rows of zeros standing for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
+
 from fuseline.engine.messages import PositionLogprobs, TokenOutput
 from fuseline.engine.request import Sequence
 

@@ -12,6 +12,7 @@ from multiprocessing.connection import wait
 
 import msgspec
 import zmq
+
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import FromEngine, ToEngine
 from fuseline.engine.service import BuildModel, BuildOps, serve

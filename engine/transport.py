@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 import zmq
 import zmq.asyncio
+
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import FromEngine, Shutdown, ToEngine
 from fuseline.engine.process import ANSWERS, REQUESTS, answer_decoder, open_socket, run_engine_process

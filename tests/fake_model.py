@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from fuseline.compile.compiler import CompiledModel
 from fuseline.compile.graph_inputs import GraphInputs
 

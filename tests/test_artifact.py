@@ -8,13 +8,14 @@ import os
 import pytest
 import torch
 import zoo
+from torch import SymInt, Tensor, fx
+
 from fuseline.compile.backends import artifact
 from fuseline.compile.backends.artifact import load_or_capture
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.export import CapturedModel, capture_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, encode, evaluate
-from torch import SymInt, Tensor, fx
 
 
 @pytest.fixture

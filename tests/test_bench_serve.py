@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from aiohttp import web
+
 from fuseline.api.bench import plot
 from fuseline.api.bench.command import run_bench
 from fuseline.api.bench.measure import Outcome, latencies, percentile, report, summarize

@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 import zoo
+from torch import SymInt, fx
+from transformers import AutoModelForCausalLM
+
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.export import CapturedModel, capture_model, resolve_dtype
 from fuseline.compile.capture.hf_model import load_config
 from fuseline.compile.config import CompileConfig
-from torch import SymInt, fx
-from transformers import AutoModelForCausalLM
 
 ATTENTION = torch.ops.fuseline.attention.default
 SMALL = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=128)

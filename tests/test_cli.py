@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli import main
 from fuseline.api.cli_flags import config_flags, recorded_flags

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+
 from fuseline.api.run import Chat, converse, run_chat, stream_url
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+
 from fuseline.api.routes.web import FILES, FOLDER, router
 
 

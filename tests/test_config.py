@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from fuseline.api.config import ConfigError, Environment, ServerConfig, demo_dir, find_checkpoint, read_environment
 from fuseline.api.config_resolve import config_dict, context_limit, resolve, without_effect
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import fuseline
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fuseline
 
 DEMO = Path(fuseline.__file__).parent / "demo"
 MAX_BYTES = 8_000_000

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_model import KILL_TOKEN, build_broken, build_fake, build_slow_fake, fake_config, next_logits
+
 from fuseline.engine.client import EngineClient, EngineDeadError, EngineStartError
 from fuseline.engine.messages import EngineRequest, SamplingParams
 from fuseline.engine.run.sampler_reference import reference_ops

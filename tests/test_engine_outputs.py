@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from fake_model import NAN_TOKEN, next_logits
+from test_engine_walk import Walk, expected_tokens, make_engine
+
 from fuseline.engine.messages import EngineRequest, SamplingParams
 from fuseline.engine.request import make_sequences
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens
 from fuseline.engine.run.sampler import Sampler
 from fuseline.engine.run.sampler_reference import reference_ops
-from test_engine_walk import Walk, expected_tokens, make_engine
 
 PROMPT = list(range(1, 15))
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from fake_model import BLOCK_SIZE, FakeModel, fake_config, next_logits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.engine import Engine
 from fuseline.engine.messages import EngineRequest, SamplingParams, TokenOutput
 from fuseline.engine.run.sampler_reference import _draw, reference_ops
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 LAYOUTS = {"full": (0,), "window": (6,), "mixed": (0, 6), "two_windows": (0, 5, 13)}
 

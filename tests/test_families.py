@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from paged_driver import greedy
+from zoo import FAMILIES, checkpoint, make_prompts, truth
+
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
-from paged_driver import greedy
-from zoo import FAMILIES, checkpoint, make_prompts, truth
 
 NUM_TOKENS = 64
 PROMPT_LENGTHS = (3, 9, 20)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+
 from fuseline.api.llm import LLM
 from fuseline.api.llm_asgi import RequestFailed
 
@@ -80,7 +81,7 @@ def app(monkeypatch) -> FakeApp:
         fake.num_stops += 1
 
     async def start(config, progress):
-        return fake, stop
+        return fake, stop, None
 
     monkeypatch.setattr("fuseline.api.llm.start_app", start)
     return fake

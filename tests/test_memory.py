@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake_model import FakeModel
+
 from fuseline.engine.config import CacheConfig, SchedulerConfig
 from fuseline.engine.memory.block_pool import BlockPool
 from fuseline.engine.memory.cache_groups import CacheGroup

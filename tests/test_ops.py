@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_fixtures import FLOATS, isa, with_threads
+from torch import Tensor, fx
+
 from fuseline.compile.kernels.native import Kernels, NativeCall
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make, Op
 from fuseline.compile.ops.registry import registry
-from native_fixtures import FLOATS, isa, with_threads
-from torch import Tensor, fx
 
 __all__ = ["isa"]
 DENSE = {"attention", "experts"}  # as captured; passes replace them before a kernel is chosen

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
+from torch import fx
+from transformers import AutoModelForCausalLM
+from transformers import core_model_loading as loading
+from transformers.core_model_loading import WeightConverter
+
 from fuseline.compile.capture import conversions, pieces, reader
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.errors import LoadError
@@ -21,11 +27,6 @@ from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops.linear import pack
 from fuseline.compile.specs import WeightSource
-from safetensors.torch import load_file, save_file
-from torch import fx
-from transformers import AutoModelForCausalLM
-from transformers import core_model_loading as loading
-from transformers.core_model_loading import WeightConverter
 
 SHARD = "100KB"
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import aiohttp
+
 from fuseline.api.bench.measure import Outcome
 from fuseline.api.bench.workload import Sample, Vocabulary, pool_text
 from fuseline.api.config import ConfigError

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
-import os
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from fuseline.api.bench.client import Target, first_model, learn_vocabulary, open_session
+from fuseline.api.bench.files import save_json
 from fuseline.api.bench.load import run_load, warm_up
 from fuseline.api.bench.measure import Outcome, report, summarize
+from fuseline.api.bench.offline import run_offline
 from fuseline.api.bench.plot import require_matplotlib, save_plot
 from fuseline.api.bench.workload import MAX_PROMPTS, MAX_TOKENS, WorkloadConfig, arrival_times, make_samples
 from fuseline.api.config import ConfigError, read_environment
-from tqdm import tqdm
 
-BENCHES = {"serve": "load an OpenAI-compatible server and report latencies and throughput"}
+BENCHES = {
+    "serve": "load an OpenAI-compatible server and report latencies and throughput",
+    "offline": "speed of an engine in this process: prompts, one stream, many streams",
+}
 
 
 def run_bench(arguments: Sequence[str]) -> int:
@@ -28,6 +32,8 @@ def run_bench(arguments: Sequence[str]) -> int:
     if not arguments:
         print("\n".join(f"fuseline bench {name:<8}{text}" for name, text in BENCHES.items()))
         return 0
+    if arguments[0] == "offline":
+        return run_offline(arguments[1:])
     options = _parser().parse_args(arguments)
     _check(options)
     return _run(bench_serve(options))
@@ -35,9 +41,9 @@ def run_bench(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fuseline bench", allow_abbrev=False)
-    serve = parser.add_subparsers(dest="bench", required=True).add_parser(
-        "serve", help=BENCHES["serve"], description=BENCHES["serve"], allow_abbrev=False
-    )
+    benches = parser.add_subparsers(dest="bench", required=True)
+    benches.add_parser("offline", help=BENCHES["offline"])
+    serve = benches.add_parser("serve", help=BENCHES["serve"], description=BENCHES["serve"], allow_abbrev=False)
     target = serve.add_argument_group("server")
     target.add_argument("--base-url", default="http://127.0.0.1:8000", help="address of the server")
     target.add_argument("--endpoint", default="/v1/completions", help="/v1/completions or /v1/chat/completions")
@@ -130,7 +136,7 @@ def _finish(options: argparse.Namespace, model: str, outcomes: list[Outcome], du
     if errors:
         print(f"first error: {errors[0]}")
     if options.save_result:
-        _save(options.save_result, result | _details(options, model, outcomes))
+        save_json(options.save_result, result | _details(options, model, outcomes))
     if options.plot:
         save_plot(options.plot, outcomes, f"{model}: {result['output_throughput']:.1f} output token/s")
     return 1 if errors else 0
@@ -154,17 +160,3 @@ def _details(options: argparse.Namespace, model: str, outcomes: list[Outcome]) -
         "itls": [outcome.itls for outcome in outcomes],
         "errors": [outcome.error for outcome in outcomes],
     }
-
-
-def _save(path: str, result: dict[str, object]) -> None:
-    """Write whole or not at all."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with partial.open("w") as file:
-            json.dump(result, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except OSError as error:
-        raise ConfigError(f"--save-result {path}: {error.strerror}") from error

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 import aiohttp
+
 from fuseline.api.bench.client import Target, ask
 from fuseline.api.bench.measure import Outcome
 from fuseline.api.bench.workload import Sample

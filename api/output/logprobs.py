@@ -35,7 +35,7 @@ class LogprobWriter:
         return {"token": self.text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
     def completion(self, positions: Sequence[PositionLogprobs | None], tokens: Sequence[int], offset: int) -> dict:
-        """choices[].logprobs of completions; `offset` is the text before the first token. A None position has no value."""
+        """choices[].logprobs of completions; `offset` is the text before the first token, None stands for no value."""
         out: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for token, position in zip(tokens, positions, strict=True):
             text = self.text(token)

@@ -160,7 +160,8 @@ class CompletionWriter:
     def _envelope(self, choices: list[dict[str, Any]], index: int | None) -> dict[str, Any]:
         shape = self._shape
         body: dict[str, Any] = {
-            "id": shape.id, "object": "text_completion", "created": shape.created, "model": shape.model, "choices": choices,
+            "id": shape.id, "object": "text_completion", "created": shape.created, "model": shape.model,
+            "choices": choices,
         }  # fmt: skip
         if index is not None:
             usage = self._running(index) if shape.include_usage and shape.continuous_usage else None

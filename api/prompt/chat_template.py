@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from fuseline.api.config import ConfigError
-from fuseline.api.errors import bad_request
 from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fuseline.api.config import ConfigError
+from fuseline.api.errors import bad_request
 
 
 def environment() -> ImmutableSandboxedEnvironment:

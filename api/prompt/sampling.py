@@ -106,7 +106,7 @@ class SamplingBuilder:
         cap = self._defaults.get("max_new_tokens")
         if num_prompt >= self._context and asked != 0 or num_prompt > self._context:
             raise bad_request(
-                f"This model's maximum context length is {self._context} tokens, but the prompt has {num_prompt} tokens. "
+                f"This model's maximum context length is {self._context} tokens, but the prompt has {num_prompt}. "
                 "Please shorten the prompt.",
                 "prompt", "context_length_exceeded",
             )  # fmt: skip

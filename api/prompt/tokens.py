@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from fuseline.api.config import ConfigError
 from tokenizers import Tokenizer, pre_tokenizers
+
+from fuseline.api.config import ConfigError
 
 
 class TextTokenizer:

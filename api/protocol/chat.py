@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuseline.api.protocol.common import GenerateRequest
 from pydantic import BaseModel, ConfigDict, Field
+
+from fuseline.api.protocol.common import GenerateRequest
 
 
 class Message(BaseModel):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fuseline.api.protocol.common import GenerateRequest
 from pydantic import Field
+
+from fuseline.api.protocol.common import GenerateRequest
 
 
 class CompletionRequest(GenerateRequest):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 
 from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
 from fuseline.api.errors import bad_request
 from fuseline.api.output.openai_chat import ChatWriter
 from fuseline.api.output.openai_completion import Shape
@@ -14,8 +17,6 @@ from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.routes.completions import encode
 from fuseline.api.routes.http import json_response, new_id, read_body, stream, until_disconnect
 from fuseline.api.served import Served
-from starlette.requests import Request
-from starlette.responses import Response
 
 router = APIRouter()
 

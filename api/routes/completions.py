@@ -8,6 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 
 from fastapi import APIRouter
+from msgspec.structs import replace
+from starlette.requests import Request
+from starlette.responses import Response
+
 from fuseline.api.errors import bad_request
 from fuseline.api.output.events import Event
 from fuseline.api.output.openai_completion import CompletionWriter, Numbered, Prompt, Shape
@@ -16,9 +20,6 @@ from fuseline.api.protocol.completion import CompletionRequest
 from fuseline.api.routes.http import json_response, new_id, read_body, stream, until_disconnect
 from fuseline.api.served import Served
 from fuseline.engine.messages import SamplingParams
-from msgspec.structs import replace
-from starlette.requests import Request
-from starlette.responses import Response
 
 router = APIRouter()
 MAX_PROMPTS = 1024

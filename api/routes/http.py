@@ -11,11 +11,12 @@ from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import msgspec
-from fuseline.api.errors import ApiError, bad_request, to_api_error
-from fuseline.api.protocol.common import FieldError
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+
+from fuseline.api.errors import ApiError, bad_request, to_api_error
+from fuseline.api.protocol.common import FieldError
 
 LOG = logging.getLogger("fuseline.http")
 MAX_BODY = 64 * 2**20

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import uuid
 
-import fuseline
 from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+import fuseline
 from fuseline.api.config_resolve import config_dict
 from fuseline.api.errors import ApiError
 from fuseline.api.routes.http import json_response
 from fuseline.api.served import Served
-from starlette.requests import Request
-from starlette.responses import Response
 
 router = APIRouter()
 dev_router = APIRouter()

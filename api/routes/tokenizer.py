@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.features import render_chat
 from fuseline.api.protocol.chat import DetokenizeRequest, TokenizeRequest
 from fuseline.api.routes.completions import encode
 from fuseline.api.routes.http import json_response, read_body
 from fuseline.api.served import Served
-from starlette.requests import Request
-from starlette.responses import Response
 
 router = APIRouter()
 

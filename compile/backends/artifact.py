@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
 from fuseline.compile import capture, ops
 from fuseline.compile.capture.export import DTYPES, EXAMPLE_TOKENS, MAX_TOKENS, MIN_TOKENS, CapturedModel, capture_model
 from fuseline.compile.capture.hf_model import load_config
@@ -28,8 +31,6 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, encode, module_of
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.compile.target import default_cache_dir
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 MAGIC = b"fuseline graph "
 logger = logging.getLogger(__name__)

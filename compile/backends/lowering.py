@@ -1,7 +1,7 @@
 """A graph lowered to native calls, views and Python regions, on meta tensors of prime sizes (sizes.py).
 
-Views cost nothing: torch tells which storage a result lives in, with which strides. An op with a native kernel becomes a
-call that writes a buffer of the arena; a run of ops without one becomes a region that torch computes.
+Views cost nothing: torch tells which storage a result lives in, with which strides. An op with a native kernel becomes
+a call that writes a buffer of the arena; a run of ops without one becomes a region that torch computes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_iter
+
 from fuseline.compile.backends.arena import Buffer
 from fuseline.compile.backends.sizes import SYMBOLS, evaluate
 from fuseline.compile.kernels.native import Kernels, NativeCall
-from torch import Tensor, fx
-from torch.utils._pytree import tree_iter
 
 aten = torch.ops.aten
 

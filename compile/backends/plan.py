@@ -1,6 +1,7 @@
 """Level 1: the lowered graph as a C++ list of kernel calls over one arena, replayed without Python.
 
-Where ops have no kernel of ours, the list is cut: the calls before and after are replayed, torch computes what is between.
+Where ops have no kernel of ours, the list is cut: the calls before and after are replayed, torch computes what
+is between.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_iter
+
 from fuseline import _C
 from fuseline.compile.backends.arena import place
 from fuseline.compile.backends.lowering import Call, Lowered, Lowering, Region, storage_key
 from fuseline.compile.backends.sizes import PRIMES, SYMBOLS, decode, evaluate
 from fuseline.compile.config import CompileConfig
-from torch import Tensor, fx
-from torch.utils._pytree import tree_iter
 
 DTYPES = {
     torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",

@@ -1,7 +1,7 @@
 """Sizes known only at run time, as large primes while a graph is lowered.
 
-The graph is interpreted on meta tensors whose unknown sizes are distinct large primes. Torch's own shape rules then do all
-shape and stride arithmetic, and a number that a prime divides is read back as a multiple of that size.
+The graph is interpreted on meta tensors whose unknown sizes are distinct large primes. Torch's own shape rules then do
+all shape and stride arithmetic, and a number that a prime divides is read back as a multiple of that size.
 """
 
 from __future__ import annotations

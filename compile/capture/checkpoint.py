@@ -14,8 +14,9 @@ from math import prod
 from pathlib import Path
 
 import torch
-from fuseline.compile.capture.errors import LoadError
 from torch import Tensor
+
+from fuseline.compile.capture.errors import LoadError
 
 MAX_HEADER = 100 << 20
 DTYPES = {

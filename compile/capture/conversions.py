@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fuseline.compile.capture import pieces
-from fuseline.compile.capture.pieces import Unread
-from fuseline.compile.capture.reader import Reader
 from torch import nn
 from transformers import core_model_loading as loading
 from transformers.core_model_loading import WeightConverter
+
+from fuseline.compile.capture import pieces
+from fuseline.compile.capture.pieces import Unread
+from fuseline.compile.capture.reader import Reader
 
 Tensors = Mapping[str, list[Unread]]
 

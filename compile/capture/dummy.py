@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+
 from fuseline.compile.capture import pieces
 from fuseline.compile.capture.export import CapturedModel
 from fuseline.compile.capture.pieces import Unread

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from transformers import PreTrainedConfig
+
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config, one_line
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import module_of
 from fuseline.compile.specs import RopeSwitchSpec
-from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
-from transformers import PreTrainedConfig
 
 MIN_TOKENS, MAX_TOKENS = 2, 1 << 20
 EXAMPLE_TOKENS = 13

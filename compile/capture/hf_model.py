@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 import torch
-from fuseline.compile import ops  # noqa: F401  registers the vocabulary
-from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.config import CompileConfig
-from fuseline.compile.ops import codes
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fuseline.compile import ops  # noqa: F401  registers the vocabulary
+from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.ops import codes
 
 NAME = "fuseline"
 NOT_HOOKED = (

@@ -1,14 +1,15 @@
-"""What Transformers models need before they can be captured for serving. The one place in compile/ that knows their classes."""
+"""What Transformers models need before they can be captured. The one place in compile/ that knows their classes."""
 
 from __future__ import annotations
 
 import types
 
 import torch
-from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.specs import RopeSwitchSpec
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.specs import RopeSwitchSpec
 
 
 def patch_model(model: nn.Module) -> RopeSwitchSpec | None:
@@ -20,7 +21,7 @@ def patch_model(model: nn.Module) -> RopeSwitchSpec | None:
             switch = _choose_factors_per_token(module)
         elif kind == "dynamic":
             raise CaptureError(
-                "dynamic-NTK rope recomputes its frequencies from the longest sequence seen, so one request would change "
+                "dynamic-NTK rope computes its frequencies from the longest sequence seen, so one request would change "
                 "another's answers; use a checkpoint with yarn, llama3 or longrope scaling"
             )
     return switch
@@ -29,7 +30,7 @@ def patch_model(model: nn.Module) -> RopeSwitchSpec | None:
 def _choose_factors_per_token(rotary: nn.Module) -> RopeSwitchSpec:
     """longrope picks its factors by the longest position of the batch; serving must pick by each sequence's length.
 
-    The positions a patched model takes are rope rows: position for the short factors, table_rows + position for the long.
+    The positions a patched model takes are rope rows: position for the short factors, table_rows + position for long.
     """
     rows = rotary.config.max_position_embeddings
     threshold = rotary.config.rope_parameters["original_max_position_embeddings"]

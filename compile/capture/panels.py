@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fuseline import _C  # noqa: F401  registers pack_panels
 from torch import Tensor
+
+from fuseline import _C  # noqa: F401  registers pack_panels
 
 PANEL = 16
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from fuseline.compile.capture.checkpoint import StoredTensor
 from torch import Tensor
+
+from fuseline.compile.capture.checkpoint import StoredTensor
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import Tensor
+
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.pieces import Piece, Unread
-from torch import Tensor
 
 BLOCK_BYTES = 4 << 20
 

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
 from fuseline.compile.capture import pieces
 from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.conversions import convert
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.pieces import Unread
-from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 
 @dataclass

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from fuseline.compile.capture import pieces
 from fuseline.compile.capture.checkpoint import open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
@@ -19,7 +21,6 @@ from fuseline.compile.capture.reader import Reader, write_box
 from fuseline.compile.capture.weight_names import StoredWeights
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.specs import WeightSource
-from torch import Tensor
 
 Progress = Callable[[str, int, int], None]
 

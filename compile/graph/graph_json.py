@@ -3,7 +3,8 @@
     {"nodes": [{"name", "op", "target", "args", "kwargs", "val", "fqn"?}, ...], "vals": [...]}
 
 Nodes refer to each other by position, and to their meta value by its position in `vals`: many nodes have equal ones.
-Sizes are numbers or arithmetic on T, the number of tokens. Nothing of the text is executed: targets are looked up by name.
+Sizes are numbers or arithmetic on T, the number of tokens. Nothing of the text is executed: targets are looked up
+by name.
 """
 
 from __future__ import annotations

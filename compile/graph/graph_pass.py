@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fuseline.compile.config import CompileConfig
 from torch import Tensor, fx
+
+from fuseline.compile.config import CompileConfig
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fuseline.compile.graph.graph_pass import GraphPass, PassContext
 from torch import Tensor, fx
+
+from fuseline.compile.graph.graph_pass import GraphPass, PassContext
 
 
 @dataclass(frozen=True)

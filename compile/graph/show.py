@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fuseline.compile.graph.runner import op_name
 from torch import Tensor, fx
+
+from fuseline.compile.graph.runner import op_name
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int64": "i64", "int32": "i32", "bool": "bool"}
 

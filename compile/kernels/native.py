@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from fuseline.compile.ops import codes
 from torch import Tensor, fx
+
+from fuseline.compile.ops import codes
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -17,7 +18,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class NativeCall:
-    """Arguments after the outputs. `inputs` are nodes or None; `num_outputs` new tensors come first, in-out caches after."""
+    """Arguments after the outputs. `inputs` are nodes or None; `num_outputs` new tensors come first, caches after."""
 
     op: str
     inputs: tuple[fx.Node | None, ...]

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make, op
-from torch import Tensor
 
 ACTIVATIONS = {
     codes.UNARY["silu"]: F.silu,

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from fuseline.compile.ops.library import Make, op
 from torch import Tensor
+
+from fuseline.compile.ops.library import Make, op
 
 
 @op(

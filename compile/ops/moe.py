@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import ACTIVATIONS
 from fuseline.compile.ops.library import Make, op
-from torch import Tensor
 
 
 @op(
@@ -20,7 +21,7 @@ def experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
     down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float,
 ) -> Tensor:  # fmt: skip
-    """x[T, D] through its K experts each, weighted and summed. gate_up[E, 2I, D], down[E, D, I]; transposed: [E, in, out]."""
+    """x[T, D] through K experts each, weighted, summed. gate_up[E, 2I, D], down[E, D, I]; transposed: [E, in, out]."""
     out = torch.zeros(x.shape[0], x.shape[1], dtype=x.dtype)
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)

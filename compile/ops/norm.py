@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, op
 from torch import Tensor
 
+from fuseline.compile.ops import codes
+from fuseline.compile.ops.library import Make, op
 
 MODES = (codes.NORM_CAST_THEN_SCALE, codes.NORM_SCALE_THEN_CAST, codes.NORM_ONE_PLUS)
 

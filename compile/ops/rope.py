@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make, op
-from torch import Tensor
 
 
 def tables(make: Make, rotary_dim: int, columns: int) -> tuple:
@@ -48,7 +49,7 @@ def rope_cache_inputs(make: Make) -> Iterator[tuple]:
     tolerance=0.0,
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
-    """Rotates the first `rotary_dim` of x[1, H, T, D] by the lines `rows`[T] of cos/sin[P, C], C the dim or half of it."""
+    """Rotates the first `rotary_dim` of x[1, H, T, D] by lines `rows`[T] of cos/sin[P, C], C the dim or its half."""
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     c, s = (_line(table, rows, rotary_dim, layout) for table in (cos, sin))
     if layout == codes.ROPE_HALF:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import fx
+
 from fuseline.compile.graph.edit import copy_meta
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.ops.linear import PANEL
 from fuseline.compile.specs import WeightSource
-from torch import fx
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, fx
+
 from fuseline.compile.graph.edit import constant, hoist_constants, replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast, is_constant, is_node, is_number
 from fuseline.compile.specs import WeightSource
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 END = 1 << 40

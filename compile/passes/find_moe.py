@@ -1,7 +1,7 @@
 """Routers that are a softmax and a top-k as one op.
 
-    p = softmax(logits, f32); w, ids = topk(p, k); [w = w / sum(w)]; [w = cast(w, dtype)]   -> route_topk(SOFTMAX_THEN_TOPK)
-    l, ids = topk(logits, k); w = softmax(l)                                                -> route_topk(TOPK_THEN_SOFTMAX)
+  p = softmax(logits, f32); w, ids = topk(p, k); [w = w / sum(w)]; [w = cast(w, dtype)] -> route_topk(SOFTMAX_THEN_TOPK)
+  l, ids = topk(logits, k); w = softmax(l)                                              -> route_topk(TOPK_THEN_SOFTMAX)
 
 The weights' dtype is the captured one: fp32 where the model leaves them so.
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch import fx
+
 from fuseline.compile.graph.edit import copy_meta
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import Call, Var, cast, is_node, match
 from fuseline.compile.ops import codes
-from torch import fx
 
 aten = torch.ops.aten
 DIVIDE = (aten.div.Tensor, aten.div_.Tensor)

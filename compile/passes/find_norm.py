@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
 from fuseline.compile.graph.edit import replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import Call, Either, Var, cast, is_constant, is_node, is_number, match, maybe_cast
 from fuseline.compile.ops import codes
-from torch import fx
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline

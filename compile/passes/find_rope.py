@@ -5,8 +5,8 @@
 ->
     rope(x, cos_table, sin_table, rope_rows, rotary_dim, HALF)
 
-and, for a rotation of the first R features only, cat(rope(x[..., :R]), x[..., R:]) -> rope(x, ..., R). The tables hold the
-captured f over all positions, in its own dtype, so a looked-up line has the very bits that f would give.
+and, for a rotation of the first R features only, cat(rope(x[..., :R]), x[..., R:]) -> rope(x, ..., R). The tables hold
+the captured f over all positions, in its own dtype, so a looked-up line has the very bits that f would give.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+
 from fuseline.compile.graph.edit import constant, meta_int, placeholder, replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import Call, Var, is_node, is_number, match
 from fuseline.compile.ops import codes
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 ROPE = torch.ops.fuseline.rope.default

@@ -6,11 +6,12 @@ act(gate) * up  ->  act_mul(gate, up, act)        act: silu, gelu, gelu_tanh, re
 from __future__ import annotations
 
 import torch
+from torch import fx
+
 from fuseline.compile.graph.edit import replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import Call, Var, is_node, match
 from fuseline.compile.ops import codes
-from torch import fx
 
 aten = torch.ops.aten
 ACTIVATION = Call((aten.silu.default, aten.gelu.default, aten.relu.default), Var("gate", is_node), name="act")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch import fx
+
 from fuseline.compile.graph.edit import copy_meta
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_node
-from torch import fx
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline

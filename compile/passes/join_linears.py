@@ -14,11 +14,12 @@ import operator
 from collections import defaultdict
 
 import torch
+from torch import Tensor, fx
+
 from fuseline.compile.graph.edit import constant, copy_meta
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
 from fuseline.compile.specs import WeightSource
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline

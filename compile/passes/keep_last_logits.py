@@ -10,9 +10,10 @@ The cut is moved up as far as every op works on rows alone: scaling, soft-cap, c
 from __future__ import annotations
 
 import torch
+from torch import Tensor, fx
+
 from fuseline.compile.graph.edit import copy_meta, meta_int, placeholder
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 

@@ -11,10 +11,11 @@ Layers with the same window share one group G of block tables. Caches and batch 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, fx
+
 from fuseline.compile.graph.edit import copy_meta, meta_int, placeholder
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.specs import CacheGroup, CacheSpec
-from torch import Tensor, fx
 
 OPS = torch.ops.fuseline
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 import numpy as np
+
 from fuseline.engine.memory.block_pool import NULL_BLOCK
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.prefix_cache import extend_keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.run.request_rows import RequestRows

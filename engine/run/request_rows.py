@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from fuseline.engine.request import Sequence
 
 MIN_TEMPERATURE = 0.01

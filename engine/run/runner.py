@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.request import Sequence

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from fuseline.engine.messages import PositionLogprobs
 from fuseline.engine.request import Sequence
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+
 from fuseline.engine.run.sampler import SampleOps
 
 RAW_LOGPROBS, PROCESSED_LOGPROBS, RAW_LOGITS = 0, 1, 2
