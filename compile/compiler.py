@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from fuseline import _C
 from fuseline.compile.backends.artifact import load_or_capture
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable, lower
@@ -28,6 +29,8 @@ Executable = EagerExecutable | PlanExecutable
 def compile_model(config: CompileConfig, target: Target, progress: Progress | None = None) -> CompiledModel:
     """Raises CaptureError or LoadError, one line each."""
     report_progress = progress or (lambda phase, done, total: None)
+    _C.set_num_threads(target.num_threads)
+    torch.set_num_threads(target.num_threads)
     report_progress("capturing", 0, 1)
     captured, result = optimize(config)
     report_progress("capturing", 1, 1)

@@ -30,8 +30,8 @@ class CompileConfig:
     """Largest number of sequences in one step."""
     disabled_passes: tuple[str, ...] = ()
     """Names of passes to leave out."""
-    num_threads: int = 0
-    """CPU threads of the kernels; 0 takes the cores this process may use."""
+    cpu_threads: int = 0
+    """Threads that compute; 0 takes the cores this process may use (affinity and control group)."""
     cache_dir: str = ""
     """Where captured graphs are cached; empty takes $FUSELINE_CACHE_ROOT or ~/.cache/fuseline."""
     hf_overrides: tuple[tuple[str, object], ...] = ()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch  # noqa: F401  fuseline._C links to its libraries
+
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,22 @@ class Target:
     num_threads: int
 
 
-def detect_target() -> Target:
-    """The best device of this machine."""
+def detect_target(cpu_threads: int = 0) -> Target:
+    """The best device of this machine; `cpu_threads` 0 takes every core this process may use."""
     from fuseline import _C
 
-    return Target("cpu", _C.cpu_isa(), _C.num_threads())
+    return Target("cpu", _C.cpu_isa(), cpu_threads or usable_cpus())
+
+
+def usable_cpus(quota_file: Path = CGROUP_QUOTA) -> int:
+    """Cores this process may run on: its affinity, and the quota of its control group (docs: cgroup v2, cpu.max)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = quota_file.read_text().split()[:2]
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        # No control group, or no limit ("max").
+        return cores
 
 
 def default_cache_dir() -> Path:

@@ -142,7 +142,7 @@ def build_compiled_model(config: EngineConfig, progress: ProgressFn) -> Model:
     from fuseline.compile.compiler import compile_model
     from fuseline.compile.target import detect_target
 
-    return compile_model(config.compile, detect_target(), progress)
+    return compile_model(config.compile, detect_target(config.compile.cpu_threads), progress)
 
 
 def serve(config: EngineConfig, build_model: BuildModel, build_ops: BuildOps, inbox: Inbox, send: Send) -> None:

@@ -114,7 +114,7 @@ def test_what_the_graph_depends_on_makes_the_key(config, tmp_path, monkeypatch):
     keys.append(artifact.cache_key(config("llama", dtype="bfloat16")))
     keys.append(artifact.cache_key(config("llama", hf_overrides=(("rope_theta", 5.0),))))
     keys.append(artifact.cache_key(config("mistral")))
-    same = config("llama", max_num_seqs=3, num_threads=1, seed=9, max_num_batched_tokens=64)
+    same = config("llama", max_num_seqs=3, cpu_threads=1, seed=9, max_num_batched_tokens=64)
     assert artifact.cache_key(same) == keys[0]
     for module in (torch, artifact.transformers):
         with monkeypatch.context() as patch:

@@ -1,0 +1,260 @@
+"""fuseline and its installed peers on one checkpoint, in turns: each round starts every server once, runs the loads
+against it with one client (`fuseline bench serve`), and ends it. Prints medians over the rounds and ratios.
+
+    python -P benchmarks/compare.py --model DIR --gguf FILE --llama-bin DIR --vllm PATH --loads 1,16,prefix --rounds 3
+
+A peer that is not named is not run. `--offline` compares with `llama-bench` instead (prompt processing and one stream,
+no HTTP) and measures the read bandwidth and the fp32 matrix rate in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from machine import matrix_rate, read_bandwidth
+
+BIN = Path(sys.executable).parent
+START_SECONDS = 600
+CONTEXT = 4096
+Row = dict[tuple[str, str], list[float]]
+"""(load, figure) -> one value per round."""
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    command: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Flags of `fuseline bench serve`."""
+
+    name: str
+    flags: Sequence[str]
+
+
+def make_load(name: str) -> Load:
+    """A number of streams, 128 in and 128 out, or `prefix`: 16 streams behind 1,500 shared tokens."""
+    common = ("--ignore-eos", "--disable-tqdm", "--timeout", "900")
+    if name == "prefix":
+        flags = ("--dataset", "shared-prefix", "--prefix-len", "1500", "--random-input-len", "32")
+        flags += ("--num-prompts", "16", "--random-output-len", "16", "--max-concurrency", "16")
+        return Load("shared prefix", (*flags, *common))
+    lengths = ("--random-input-len", "128", "--random-output-len", "128")
+    num_prompts = max(3, int(name))
+    return Load(
+        f"{name} streams", (*lengths, "--num-prompts", str(num_prompts), "--max-concurrency", name, *common)
+    )
+
+
+def servers(options: argparse.Namespace, port: int) -> list[Server]:
+    streams = str(max(16, *(int(load) for load in options.loads.split(",") if load.isdigit())))
+    found = [
+        Server(
+            "fuseline",
+            [str(BIN / "fuseline"), "serve", options.model, "--port", str(port), "--max-model-len", str(CONTEXT),
+             "--max-num-seqs", streams, *options.flags.split()],
+        )
+    ]  # fmt: skip
+    if options.llama_bin:
+        command = [f"{options.llama_bin}/llama-server", "-m", options.gguf, "--port", str(port), "--host", "127.0.0.1"]
+        threads = str(len(os.sched_getaffinity(0)))
+        shape = ["-np", streams, "-t", threads, "-c", str(2048 * int(streams)), "--no-webui"]
+        found.append(Server("llama.cpp", [*command, *shape]))
+    if options.vllm:
+        command = [options.vllm, "serve", options.model, "--port", str(port), "--host", "127.0.0.1"]
+        shape = ["--max-model-len", str(CONTEXT), "--max-num-seqs", streams, *options.vllm_flags.split()]
+        found.append(Server("vLLM", [*command, *shape], {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}))
+    return found
+
+
+@contextmanager
+def running(server: Server, port: int) -> Iterator[tuple[psutil.Process, float]]:
+    """The server's process and the seconds until it was healthy."""
+    log = tempfile.NamedTemporaryFile("w+", prefix=f"{server.name}-", suffix=".log", delete=False)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        server.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **server.env}, start_new_session=True
+    )
+    try:
+        wait_healthy(process, port, log.name)
+        yield psutil.Process(process.pid), time.perf_counter() - start
+    finally:
+        end(process)
+        log.close()
+
+
+def wait_healthy(process: subprocess.Popen, port: int, log: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SystemExit(f"{process.args[0]} ended with {process.returncode}; see {log}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    raise SystemExit(f"{process.args[0]} was not healthy in {START_SECONDS} s; see {log}")
+
+
+def end(process: subprocess.Popen) -> None:
+    """Asks, then ends everything the server started."""
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs([psutil.Process(process.pid), *children] if children else [], timeout=20)
+    for left in alive:
+        left.kill()
+    process.wait()
+
+
+def resident_bytes(process: psutil.Process) -> float:
+    """Proportional share of memory of the process and its children: shared pages are counted once."""
+    return sum(each.memory_full_info().pss for each in [process, *process.children(recursive=True)])
+
+
+def run_load(load: Load, port: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [str(BIN / "fuseline"), "bench", "serve", "--base-url", f"http://127.0.0.1:{port}"]
+        done = subprocess.run([*command, *load.flags, "--save-result", str(result)], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{load.name} failed: {done.stdout[-800:]} {done.stderr[-800:]}")
+        return json.loads(result.read_text())
+
+
+def figures(result: dict[str, float], is_prefix: bool) -> dict[str, float]:
+    if is_prefix:
+        first, *rest = result["ttfts"]
+        return {"TTFT of the first, ms": first * 1000, "TTFT p50 of the others, ms": statistics.median(rest) * 1000}
+    return {
+        "output token/s": result["output_throughput"],
+        "TTFT p50, ms": result["median_ttft_ms"],
+        "ITL p50, ms": result["median_itl_ms"],
+        "ITL p99, ms": result["p99_itl_ms"],
+    }
+
+
+def serve_round(server: Server, port: int, loads: Sequence[Load], rows: Row) -> None:
+    with running(server, port) as (process, seconds):
+        rows["start", "healthy after, s"].append(seconds)
+        for load in loads:
+            for name, value in figures(run_load(load, port), load.name == "shared prefix").items():
+                rows[load.name, name].append(value)
+        rows["memory", "resident, MiB"].append(resident_bytes(process) / 2**20)
+
+
+def compare_servers(options: argparse.Namespace) -> dict[str, Row]:
+    loads = [make_load(name) for name in options.loads.split(",")]
+    results: dict[str, Row] = defaultdict(lambda: defaultdict(list))
+    for number in range(options.rounds):
+        port = free_port()
+        for server in servers(options, port):
+            print(f"round {number + 1}: {server.name}", file=sys.stderr, flush=True)
+            serve_round(server, port, loads, results[server.name])
+    return results
+
+
+def compare_offline(options: argparse.Namespace) -> dict[str, Row]:
+    """Same-run figures of `llama-bench` and `fuseline bench offline`, for every number of threads."""
+    results: dict[str, Row] = defaultdict(lambda: defaultdict(list))
+    for number in range(options.rounds):
+        for threads in range(1, len(os.sched_getaffinity(0)) + 1):
+            print(f"round {number + 1}: {threads} threads", file=sys.stderr, flush=True)
+            machine = results["machine"]
+            machine[f"{threads} threads", "read GB/s"].append(read_bandwidth(threads) / 1e9)
+            machine[f"{threads} threads", "fp32 product GFLOP/s"].append(matrix_rate(threads) / 1e9)
+            for name, speeds in (("fuseline", our_speeds), ("llama.cpp", llama_speeds)):
+                for figure, value in speeds(options, threads).items():
+                    results[name][f"{threads} threads", figure].append(value)
+    return results
+
+
+def our_speeds(options: argparse.Namespace, threads: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [str(BIN / "fuseline"), "bench", "offline", options.model, "--input-lens", options.input_lens]
+        command += ["--output-len", "64", "--cpu-threads", str(threads), "--max-model-len", str(CONTEXT)]
+        subprocess.run(
+            [*command, *options.flags.split(), "--save-result", str(path)], check=True, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        speeds = json.loads(path.read_text())["speeds"]
+    names = {"prefill": "prefill {}, token/s", "decode": "decode, token/s"}
+    return {names[s["name"]].format(s["input_len"]): s["tokens_per_second"] for s in speeds}
+
+
+def llama_speeds(options: argparse.Namespace, threads: int) -> dict[str, float]:
+    command = [f"{options.llama_bin}/llama-bench", "-m", options.gguf, "-p", options.input_lens, "-n", "64"]
+    text = subprocess.run(
+        [*command, "-t", str(threads), "-r", "3", "-o", "json"], check=True, capture_output=True, text=True
+    ).stdout
+    return {
+        f"prefill {test['n_prompt']}, token/s" if test["n_prompt"] else "decode, token/s": test["avg_ts"]
+        for test in json.loads(re.sub(r"^[^\[]*", "", text))
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def print_table(results: dict[str, Row]) -> None:
+    names = [name for name in results if name != "machine"]
+    peers = [name for name in names if name != "fuseline"]
+    print("| load | figure | " + " | ".join([*names, *(f"fuseline / {peer}" for peer in peers)]) + " |")
+    print("|" + "---|" * (2 + len(names) + len(peers)))
+    for key in results["fuseline"]:
+        ours = statistics.median(results["fuseline"][key])
+        theirs = {name: statistics.median(results[name][key]) for name in peers if results[name].get(key)}
+        cells = [f"{ours:.1f}", *(f"{theirs[name]:.1f}" if name in theirs else "-" for name in peers)]
+        cells += [f"{ours / theirs[name]:.2f}" if name in theirs else "-" for name in peers]
+        print(f"| {key[0]} | {key[1]} | " + " | ".join(cells) + " |")
+    for key, values in results.get("machine", {}).items():
+        print(f"{key[0]}: {key[1]} {statistics.median(values):.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="checkpoint directory")
+    parser.add_argument("--gguf", default="", help="the same checkpoint for llama.cpp")
+    parser.add_argument("--llama-bin", default="", help="folder of llama-server and llama-bench")
+    parser.add_argument("--vllm", default="", help="vLLM's command")
+    parser.add_argument("--vllm-flags", default="")
+    parser.add_argument("--flags", default="", help="more flags of fuseline")
+    parser.add_argument("--loads", default="1,16,64,prefix")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--offline", action="store_true")
+    parser.add_argument("--input-lens", default="256,2048", help="of --offline")
+    parser.add_argument("--out", default="", help="all values as JSON")
+    options = parser.parse_args()
+    results = compare_offline(options) if options.offline else compare_servers(options)
+    print_table(results)
+    if options.out:
+        plain = {name: {" / ".join(key): values for key, values in row.items()} for name, row in results.items()}
+        Path(options.out).write_text(json.dumps(plain, indent=1))
+
+
+if __name__ == "__main__":
+    main()
