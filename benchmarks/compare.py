@@ -1,7 +1,7 @@
 """fuseline and its installed peers on one checkpoint, in turns: each round starts every server once, runs the loads
 against it with one client (`fuseline bench serve`), and ends it. Prints medians over the rounds and ratios.
 
-    python -P benchmarks/compare.py --model DIR --gguf FILE --llama-bin DIR --vllm PATH --loads 1,16,prefix --rounds 3
+    python benchmarks/compare.py --model DIR --gguf FILE --llama-bin DIR --vllm PATH --loads 1,16,prefix --rounds 3
 
 A peer that is not named is not run. `--offline` compares with `llama-bench` instead (prompt processing and one stream,
 no HTTP) and measures the read bandwidth and the fp32 matrix rate in the same run.

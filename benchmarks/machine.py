@@ -1,6 +1,6 @@
 """What this machine can do: read bandwidth and fp32 matrix rate, measured with torch, for shares in other benchmarks.
 
-    python -P benchmarks/machine.py
+    python benchmarks/machine.py
 """
 
 from __future__ import annotations
