@@ -58,7 +58,7 @@ def make_load(name: str) -> Load:
     common = ("--ignore-eos", "--disable-tqdm", "--timeout", "900")
     if name == "prefix":
         flags = ("--dataset", "shared-prefix", "--prefix-len", "1500", "--random-input-len", "32")
-        flags += ("--num-prompts", "16", "--random-output-len", "16", "--max-concurrency", "16")
+        flags += ("--num-warmups", "0", "--num-prompts", "16", "--random-output-len", "16", "--max-concurrency", "16")
         return Load("shared prefix", (*flags, *common))
     lengths = ("--random-input-len", "128", "--random-output-len", "128")
     num_prompts = max(3, int(name))

@@ -28,6 +28,7 @@ class FakeServer:
         self.bodies: list[dict] = []
         self.in_flight = self.most_in_flight = 0
         self.fail_from = math.inf
+        self.text_field = "prompt"
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -61,7 +62,8 @@ class FakeServer:
         return web.json_response({"data": [{"id": "fake"}]})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        return web.json_response({"tokens": [300 + len(word) for word in (await request.json())["prompt"].split()]})
+        text = (await request.json()).get(self.text_field, "")
+        return web.json_response({"tokens": [300 + len(word) for word in text.split()]})
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -172,6 +174,13 @@ def test_run_against_a_server(server: FakeServer, tmp_path, capsys) -> None:
     assert result["mean_e2el_ms"] > result["mean_ttft_ms"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert "request throughput" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("field, has_ids", [("content", True), ("none", False)])
+def test_other_servers_name_the_text_differently(server: FakeServer, field: str, has_ids: bool) -> None:
+    server.text_field = field
+    assert main(["bench", "serve", "--base-url", server.url, "--num-prompts", "2", "--disable-tqdm"]) == 0
+    assert isinstance(server.bodies[-1]["prompt"], list) == has_ids
 
 
 def test_chat_endpoint(server: FakeServer, capsys) -> None:

@@ -57,14 +57,21 @@ async def first_model(session: aiohttp.ClientSession, base_url: str) -> str:
 async def learn_vocabulary(session: aiohttp.ClientSession, base_url: str, model: str, seed: int) -> Vocabulary:
     """Ask /tokenize which ids ordinary text has; servers without that route get prompts as text, a word for a token."""
     text = pool_text(seed)
-    body = {"model": model, "prompt": text, "add_special_tokens": False}
+    # llama-server calls the text "content" and takes no "prompt".
+    for name in ("prompt", "content"):
+        if ids := await _tokenize(session, base_url, {"model": model, name: text, "add_special_tokens": False}):
+            return Vocabulary(ids, len(ids) / (text.count(" ") + 1))
+    return Vocabulary()
+
+
+async def _tokenize(session: aiohttp.ClientSession, base_url: str, body: dict[str, object]) -> tuple[int, ...]:
     try:
         async with session.post(f"{base_url}/tokenize", json=body) as response:
             response.raise_for_status()
-            ids = (await response.json(content_type=None))["tokens"]
+            return tuple((await response.json(content_type=None))["tokens"])
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError):
-        return Vocabulary()
-    return Vocabulary(tuple(ids), len(ids) / (text.count(" ") + 1))
+        return ()
+
 
 
 def request_body(target: Target, sample: Sample) -> dict[str, object]:
