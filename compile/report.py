@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fuseline.compile.backends.lowering import Call, Lowering, Region
+from fuseline.compile.backends.lowering import Call, Lowering
 from fuseline.compile.backends.plan import limits_of, meta_inputs
+from fuseline.compile.backends.region import Region
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig

@@ -1,19 +1,21 @@
 """A graph lowered to native calls, views and Python regions, on meta tensors of prime sizes (sizes.py).
 
 Views cost nothing: torch tells which storage a result lives in, with which strides. An op with a native kernel becomes
-a call that writes a buffer of the arena; a run of ops without one becomes a region that torch computes.
+a call that writes a buffer of the arena; a run of ops without one becomes a region that torch computes. With `grown`,
+the ops that the pass cut_regions marked belong to a region although some of them have kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
 
 from fuseline.compile.backends.arena import Buffer
+from fuseline.compile.backends.region import Region, draw_borders, storage_key, tensors_of
 from fuseline.compile.backends.sizes import SYMBOLS, evaluate
 from fuseline.compile.kernels.native import Kernels, NativeCall
 
@@ -38,13 +40,6 @@ class Call:
 
 
 @dataclass
-class Region:
-    """Nodes that torch computes; `outputs` are copied into buffers of the arena."""
-
-    nodes: list[fx.Node] = field(default_factory=list)
-
-
-@dataclass
 class Lowered:
     steps: list[Call | Region]
     values: dict[fx.Node, object]
@@ -55,20 +50,19 @@ class Lowered:
     output: fx.Node
 
 
-def storage_key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 class Lowering:
     """Interprets a graph once. `limits` are the largest values of the symbols, by name."""
 
-    def __init__(self, graph: fx.GraphModule, inputs: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, inputs: Mapping[str, Tensor], limits: Mapping[str, int], grown: bool = False
+    ) -> None:
         self._graph = graph
         self._inputs = inputs
+        self._grown = grown
         self._limits = [limits[name] for name in SYMBOLS]
         self._values: dict[fx.Node, object] = {}
         self._places: dict[int, Place] = {}
-        self._buffers: list[Buffer] = []
+        self._buffer_of: dict[int, Buffer] = {}
         self._steps: list[Call | Region] = []
         self._kernels = Kernels(self.value)
         self._keep: list[Tensor] = []
@@ -78,7 +72,14 @@ class Lowering:
             self._visit(node)
         output = next(node for node in reversed(self._graph.graph.nodes) if node.op == "output").args[0]
         self._use([self.value(output)], len(self._steps))
-        return Lowered(self._steps, self._values, self._places, self._buffers, output)
+        self._draw_borders()
+        return Lowered(self._steps, self._values, self._places, list(self._buffer_of.values()), output)
+
+    def _draw_borders(self) -> None:
+        """What stays inside a region needs no buffer."""
+        regions = [step for step in self._steps if isinstance(step, Region)]
+        for key in draw_borders(regions, self._values):
+            del self._buffer_of[key]
 
     def value(self, arg: object) -> object:
         return self._values[arg] if isinstance(arg, fx.Node) else arg
@@ -94,17 +95,18 @@ class Lowering:
             self._visit_call(node)
 
     def _visit_call(self, node: fx.Node) -> None:
-        result = self._meta_result(node)
+        mark = node.meta.get("region") if self._grown else None
+        result = self._meta_result(node, mark is not None)
         self._values[node] = result
-        tensors = [t for t in tree_iter(result) if isinstance(t, Tensor)]
-        if node.target is aten.cat.default:
+        tensors = tensors_of(result)
+        if node.target is aten.cat.default and mark is None:
             return self._add_cat(node, result)
-        native = self._kernels.find(node)
+        native = self._kernels.find(node) if mark is None else None
         is_view = all(storage_key(t) in self._places for t in tensors) and not (native or writes_in_place(node))
         if is_view:
             return
         if native is None:
-            self._add_to_region(node, tensors)
+            self._add_to_region(node, tensors, mark)
         else:
             self._add_call(native, tensors, node.name)
 
@@ -119,12 +121,12 @@ class Lowering:
             begin += size
         self._use([result], len(self._steps) - 1)
 
-    def _meta_result(self, node: fx.Node) -> object:
-        """The op on meta tensors. A reshape that must copy becomes a copy, and a view of that."""
+    def _meta_result(self, node: fx.Node, is_in_region: bool) -> object:
+        """The op on meta tensors. Outside of regions a reshape that must copy becomes a copy, and a view of that."""
         args = fx.node.map_aggregate(node.args, self._meta_arg)
         kwargs = fx.node.map_aggregate(node.kwargs, self._meta_arg)
         result = node.target(*args, **kwargs)
-        if node.target is not aten.reshape.default or storage_key(result) in self._places:
+        if is_in_region or node.target is not aten.reshape.default or storage_key(result) in self._places:
             return result
         fresh = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
         self._add_call(NativeCall("copy", (node.args[0],)), [fresh], node.name)
@@ -145,9 +147,10 @@ class Lowering:
         self._steps.append(Call(native, [*outputs, *mutated, *inputs], label))
         self._use(inputs, step)
 
-    def _add_to_region(self, node: fx.Node, outputs: list[Tensor]) -> None:
-        if not self._steps or not isinstance(self._steps[-1], Region):
-            self._steps.append(Region())
+    def _add_to_region(self, node: fx.Node, outputs: list[Tensor], mark: int | None) -> None:
+        last = self._steps[-1] if self._steps else None
+        if not isinstance(last, Region) or last.mark != mark:
+            self._steps.append(Region(mark))
         step = len(self._steps) - 1
         self._steps[step].nodes.append(node)
         for tensor in outputs:
@@ -159,7 +162,7 @@ class Lowering:
         num_bytes = evaluate(tensor.numel(), self._limits) * tensor.element_size()
         buffer = Buffer(max(num_bytes, 1), step, step)
         self._places[storage_key(tensor)] = Place(buffer=buffer)
-        self._buffers.append(buffer)
+        self._buffer_of[storage_key(tensor)] = buffer
         self._keep.append(tensor)
 
     def _use(self, values: list[object], step: int) -> None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_iter
 
 from fuseline import _C
 from fuseline.compile.backends.arena import place
-from fuseline.compile.backends.lowering import Call, Lowered, Lowering, Region, storage_key
+from fuseline.compile.backends.lowering import Call, Lowered, Lowering
+from fuseline.compile.backends.region import Region, storage_key, tensors_of
 from fuseline.compile.backends.sizes import PRIMES, SYMBOLS, decode, evaluate
 from fuseline.compile.config import CompileConfig
 
@@ -108,7 +108,11 @@ class PlanExecutable:
         return self._tensors[key]
 
     def _run_region(self, region: Region, values: Mapping[str, Tensor], symbols: list[int]) -> None:
+        computed: dict[fx.Node, object] = {}
+
         def real(arg: object) -> object:
+            if arg in computed:
+                return computed[arg]
             meta = self._lowered.values[arg] if isinstance(arg, fx.Node) else arg
             if isinstance(meta, Tensor):
                 return self._view(meta, values, symbols)
@@ -117,10 +121,11 @@ class PlanExecutable:
             return evaluate(meta, symbols)
 
         for node in region.nodes:
-            result = node.target(*fx.node.map_aggregate(node.args, real), **fx.node.map_aggregate(node.kwargs, real))
-            metas = [m for m in tree_iter(self._lowered.values[node]) if isinstance(m, Tensor)]
-            for meta, tensor in zip(metas, (t for t in tree_iter(result) if isinstance(t, Tensor)), strict=True):
-                self._view(meta, values, symbols).copy_(tensor)
+            args, kwargs = fx.node.map_aggregate(node.args, real), fx.node.map_aggregate(node.kwargs, real)
+            computed[node] = node.target(*args, **kwargs)
+        for node, index in region.outputs:
+            meta = tensors_of(self._lowered.values[node])[index or 0]
+            self._view(meta, values, symbols).copy_(tensors_of(computed[node])[index or 0])
 
     def _view(self, meta: Tensor, values: Mapping[str, Tensor], symbols: list[int]) -> Tensor:
         """The real tensor of a meta one."""
