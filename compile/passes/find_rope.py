@@ -147,12 +147,18 @@ class _Tables:
         return self._known[node]
 
     def _evaluate(self, node: fx.Node) -> Tensor | None:
-        num_rows = self._ctx.num_rope_rows
+        """None when the value is not one of positions alone: the token ids may lend their shape, nothing more."""
+        steps = _ancestors(node, {self._inputs["positions"], self._inputs["token_ids"]})
+        first, second = (self._run(steps, node, token_id) for token_id in (0, 1))
+        return first if first is not None and torch.equal(first, second) else None
+
+    def _run(self, steps: list[fx.Node], node: fx.Node, token_id: int) -> Tensor | None:
+        positions = torch.arange(self._ctx.num_rope_rows)[None]
         done: dict[fx.Node, Any] = {
-            self._inputs["positions"]: torch.arange(num_rows)[None],
-            self._inputs["token_ids"]: torch.zeros(1, num_rows, dtype=torch.int64),
+            self._inputs["positions"]: positions,
+            self._inputs["token_ids"]: torch.full_like(positions, token_id),
         }
-        for step in _ancestors(node, set(done)):
+        for step in steps:
             if step.op == "get_attr":
                 if step.meta.get("fqn") not in self._ctx.constants:
                     return None
