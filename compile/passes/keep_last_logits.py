@@ -4,51 +4,82 @@
 ->
     kept[1, R, D] = gather_rows(h[0], logits_rows)[None]; logits[1, R, V] = tail(linear(norm(kept), lm_head))
 
-The cut is moved up as far as every op works on rows alone: scaling, soft-cap, casts, the final norm.
+The cut is moved up as far as every op works on rows alone: scaling, soft-cap, casts, the final norm with its sum.
 """
 
 from __future__ import annotations
+
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fuseline.compile.graph.edit import copy_meta, meta_int, placeholder
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.match import cast
 
 aten = torch.ops.aten
+OPS = torch.ops.fuseline
+BY_ROW = (OPS.rms_norm.default, OPS.layer_norm.default, cast)
+SUMS = (OPS.add_rms_norm.default, OPS.add_layer_norm.default)
 
 
 def keep_last_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Raises ValueError when the graph does not end in a linear."""
     output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
-    linear, tail = _final_linear(output.args[0])
-    hidden = linear.args[0]
+    behind = _final_linear(output.args[0])
+    first, num_inputs = _first_by_row(behind[-1], behind)
     rows = placeholder(graph.graph, "logits_rows", meta_int(2))
-    kept_value = _with_rows(hidden.meta["val"])
-    with graph.graph.inserting_before(linear):
-        flat = graph.graph.call_function(aten.select.int, (hidden, 0, 0))
-        copy_meta(hidden, flat, hidden.meta["val"][0])
-        kept = graph.graph.call_function(torch.ops.fuseline.gather_rows.default, (flat, rows))
-        copy_meta(hidden, kept, kept_value[0])
-        batched = graph.graph.call_function(aten.unsqueeze.default, (kept, 0))
-        copy_meta(hidden, batched, kept_value)
-    linear.replace_input_with(hidden, batched)
-    for node in (linear, *tail):
-        node.meta["val"] = _with_rows(node.meta["val"])
+    kept: dict[fx.Node, fx.Node] = {}
+    for whole in first.args[:num_inputs]:
+        kept.setdefault(whole, _keep(graph.graph, first, whole, rows))
+    first.args = (*(kept[whole] for whole in first.args[:num_inputs]), *first.args[num_inputs:])
+    for node in behind:
+        node.meta["val"] = fx.node.map_aggregate(node.meta["val"], _with_rows)
     return PassResult(1, True)
 
 
-def _final_linear(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The last linear and the row-wise ops behind it."""
-    tail: list[fx.Node] = []
+def _final_linear(node: fx.Node) -> list[fx.Node]:
+    """The row-wise ops behind the last linear, and that linear at the end."""
+    nodes: list[fx.Node] = []
     while node.target is not aten.linear.default:
         inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
         if len(inputs) != 1:
             raise ValueError(f"the logits do not come from one linear: {node.format_node()}")
-        tail.append(node)
+        nodes.append(node)
         node = inputs[0]
-    return node, tail
+    return [*nodes, node]
 
 
-def _with_rows(value: Tensor) -> Tensor:
+def _first_by_row(node: fx.Node, behind: list[fx.Node]) -> tuple[fx.Node, int]:
+    """The first op that can work on kept rows, and how many of its arguments have rows. Adds what it passes."""
+    source = node.args[0]
+    while source.target in BY_ROW and len(source.users) == 1:
+        behind.append(source)
+        node, source = source, source.args[0]
+    total = source.args[0] if source.target is operator.getitem and len(source.users) == 1 else None
+    if total is None or total.target not in SUMS or source.args[1] != 0:
+        return node, 1
+    if any(user is not source and user.users for user in total.users):
+        return node, 1
+    behind += [source, total]
+    return total, 2
+
+
+def _keep(graph: fx.Graph, before: fx.Node, whole: fx.Node, rows: fx.Node) -> fx.Node:
+    value = whole.meta["val"]
+    kept_value = _with_rows(value)
+    with graph.inserting_before(before):
+        flat = graph.call_function(aten.select.int, (whole, 0, 0))
+        kept = graph.call_function(OPS.gather_rows.default, (flat, rows))
+        batched = graph.call_function(aten.unsqueeze.default, (kept, 0))
+    for node, made in ((flat, value[0]), (kept, kept_value[0]), (batched, kept_value)):
+        copy_meta(whole, node, made)
+    return batched
+
+
+def _with_rows(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
     return torch.empty(1, 2, value.shape[2], dtype=value.dtype, device="meta")
