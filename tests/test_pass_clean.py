@@ -36,6 +36,18 @@ def test_what_does_something_stays(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found.run(), before, strict=True))
 
 
+@DTYPES
+def test_parts_without_features_go(dtype: torch.dtype) -> None:
+    def module(x):
+        return torch.cat((x.exp(), x[:, 8:]), -1), torch.cat((x.exp(), x[:, 7:]), -1), torch.cat((x, x[:0]), 0)
+
+    found = case(module, dtype, x=X)
+    before = found.run()
+    found.apply(remove_noops)
+    assert found.ops()["aten.cat"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(found.run(), before, strict=True))
+
+
 class Spelled(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """One spelling for everything, and nothing that does nothing.
 
 x.to(same dtype), contiguous, clone, dropout, * 1.0, slice of everything   -> x
+cat([x, nothing])                                                          -> x
 x.to(dtype), type_as, _to_copy                                             -> convert_element_type(x, dtype)
 weight * x                                                                 -> x * weight
 chunk(x, n)                                                                -> split_with_sizes
@@ -64,11 +65,27 @@ def _times_one(graph: fx.Graph, node: fx.Node) -> bool:
     return is_number(node.args[1]) and node.args[1] == 1 and _forward(graph, node)
 
 
+def _cat(graph: fx.Graph, node: fx.Node) -> bool:
+    """What is left when the features that stay unrotated are none."""
+    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    filled = [part for part in parts if not _is_size(part.meta["val"].shape[dim], 0)]
+    if len(filled) != 1 or len(parts) == 1 or filled[0].meta["val"].ndim != node.meta["val"].ndim:
+        return False
+    node.replace_all_uses_with(filled[0])
+    graph.erase_node(node)
+    return True
+
+
+def _is_size(size: int | torch.SymInt, number: int) -> bool:
+    return isinstance(size, int) and size == number
+
+
 RULES: dict[object, Callable[[fx.Graph, fx.Node], bool]] = {
     **dict.fromkeys(NOTHING, _forward),
     **dict.fromkeys(CASTS, _cast),
     aten.slice.Tensor: _slice,
     aten.mul.Tensor: _times_one,
+    aten.cat.default: _cat,
 }
 
 

@@ -1,0 +1,59 @@
+"""Golden matches of every pass and op counts of every stage, for each family of the zoo, in bfloat16.
+
+A pass that stops matching, or an op that reappears, changes a line here. After a change that is meant:
+
+    python -P tests/test_goldens.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from zoo import FAMILIES, checkpoint
+
+from fuseline.compile.compiler import optimize
+from fuseline.compile.config import CompileConfig
+
+FILE = Path(__file__).parent / "goldens.json"
+ATTENTION_LAYERS = 3
+
+
+def counts(family: str) -> dict[str, dict]:
+    _, result = optimize(CompileConfig(model=str(checkpoint(family, "bfloat16")), level=1))
+    return {
+        "matches": {report.name: report.matches for report in result.reports},
+        "ops": {stage: dict(sorted(ops.items())) for stage, ops in result.stage_ops.items()},
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_the_golden_ones(family: str) -> None:
+    found, golden = counts(family), json.loads(FILE.read_text())[family]
+    assert found["matches"] == golden["matches"]
+    for stage, ops in golden["ops"].items():
+        assert found["ops"][stage] == ops, stage
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_every_family_has_is_recognized(family: str) -> None:
+    """Holds for goldens that were just written too."""
+    golden = json.loads(FILE.read_text())[family]
+    matches, lowered = golden["matches"], golden["ops"]["lower"]
+    assert matches["page_attention"] == lowered["paged_attention"] == ATTENTION_LAYERS
+    assert "attention" not in lowered and "experts" not in lowered
+    # DeepSeek's routers multiply with weights that they widen first.
+    assert lowered.get("aten.linear", 0) == (2 if family == "deepseek_v3" else 0)
+    # A sum before the final norm is cut at both of its terms.
+    assert matches["keep_last_logits"] == 1 and lowered["gather_rows"] in (1, 2)
+    assert matches["find_norm"] > ATTENTION_LAYERS or family == "cohere"  # its norm subtracts the mean in its own way
+    assert matches["choose_kernels"] > 2 * ATTENTION_LAYERS
+
+
+def test_every_family_has_a_golden() -> None:
+    assert sorted(json.loads(FILE.read_text())) == sorted(FAMILIES)
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps({family: counts(family) for family in FAMILIES}, indent=1) + "\n")
