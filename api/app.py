@@ -18,19 +18,25 @@ import fuseline
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.middleware import KeyMiddleware, RequestIdMiddleware
+from fuseline.api.prompt.tokens import TextTokenizer
 from fuseline.api.routes import chat, completions, operation, tokenizer, web
-from fuseline.api.served import build_served
+from fuseline.api.served import build_served, load_tokenizer
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady
 
 LOG = logging.getLogger("fuseline.http")
 
 
-def build_app(config: ServerConfig, client: EngineClient, ready: EngineReady) -> FastAPI:
-    """Raises ConfigError for a tokenizer, template or middleware that cannot be used."""
+def build_app(
+    config: ServerConfig, client: EngineClient, ready: EngineReady, loaded: TextTokenizer | None = None
+) -> FastAPI:
+    """`loaded`: of load_tokenizer, where it has been loaded already.
+
+    Raises ConfigError for a tokenizer, template or middleware that cannot be used.
+    """
     docs = {} if not config.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
-    app.state.served = build_served(config, client, ready)
+    app.state.served = build_served(config, client, ready, loaded or load_tokenizer(config))
     app.state.unknown_fields = set()
     for routes in (operation.router, completions.router, chat.router, tokenizer.router, web.router()):
         app.include_router(routes)

@@ -177,7 +177,7 @@ async def start_app(
     config: ServerConfig, progress: StartupProgress | None
 ) -> tuple[App, Callable[[], Awaitable[None]], EngineReady]:
     """The started app of the server, what stops its engine, and what the engine told of itself."""
-    from fuseline.api.server import build_app
+    from fuseline.api.app import build_app
     from fuseline.engine.client import EngineClient
 
     client = EngineClient(config.engine, in_process=not config.disable_frontend_multiprocessing)

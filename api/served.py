@@ -116,9 +116,15 @@ class Served:
         LOG.info("%s: prompt %r, %s", label, prompt if limit is None else prompt[:limit], params)
 
 
-def build_served(config: ServerConfig, client: EngineClient, ready: EngineReady) -> Served:
-    """Raises ConfigError for a tokenizer or template that cannot be used."""
-    tokenizer = None if config.skip_tokenizer_init else TextTokenizer(config.tokenizer_dir)
+def load_tokenizer(config: ServerConfig) -> TextTokenizer | None:
+    """None when the server is to run without. Raises ConfigError."""
+    return None if config.skip_tokenizer_init else TextTokenizer(config.tokenizer_dir)
+
+
+def build_served(
+    config: ServerConfig, client: EngineClient, ready: EngineReady, tokenizer: TextTokenizer | None
+) -> Served:
+    """Raises ConfigError for a template that cannot be used."""
     text = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
     template = ChatTemplate(text, config.chat_template_content_format) if text else None
     metrics = None

@@ -9,20 +9,20 @@ import socket
 import ssl
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-import uvicorn
-
-from fuseline.api.app import build_app
 from fuseline.api.config import ConfigError, ServerConfig
-from fuseline.api.metrics import LOG_SECONDS
 from fuseline.api.progress import StartupProgress, startup_table
-from fuseline.api.served import Served
 from fuseline.engine.client import EngineClient, EngineStartError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from fuseline.api.prompt.tokens import TextTokenizer
+    from fuseline.api.served import Served
 
 LOG = logging.getLogger("fuseline.server")
 KEEP_ALIVE_SECONDS = 5
-
-__all__ = ["build_app", "run_server"]
 
 
 def run_server(config: ServerConfig) -> int:
@@ -60,6 +60,16 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def prepare(config: ServerConfig) -> TextTokenizer | None:
+    """What takes long and needs no engine, done while that starts: imports and the tokenizer. Raises ConfigError."""
+    import uvicorn  # noqa: F401
+
+    from fuseline.api import app  # noqa: F401
+    from fuseline.api.served import load_tokenizer
+
+    return load_tokenizer(config)
+
+
 class _Server:
     """One run: start, serve, drain."""
 
@@ -76,12 +86,16 @@ class _Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         try:
+            preparing = asyncio.ensure_future(asyncio.to_thread(prepare, self._config))
             ready = await self._start_engine()
             if ready is None:
                 return 0
-            app = build_app(self._config, self._client, ready)
+            tokenizer = await preparing
+            from fuseline.api.app import build_app
+
+            app = build_app(self._config, self._client, ready, tokenizer)
             self._served = app.state.served
-            server = uvicorn.Server(self._uvicorn_config(app))
+            server = self._uvicorn_server(app)
             self._announce(app, ready)
             await self._serve(server)
         finally:
@@ -107,7 +121,9 @@ class _Server:
                 with suppress(asyncio.CancelledError, EngineStartError):
                     await task
 
-    def _uvicorn_config(self, app) -> uvicorn.Config:
+    def _uvicorn_server(self, app) -> uvicorn.Server:
+        import uvicorn
+
         config = self._config
         made = uvicorn.Config(
             app, log_level=config.uvicorn_log_level, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="off",
@@ -119,7 +135,7 @@ class _Server:
             made.load()
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"--ssl-certfile/--ssl-keyfile cannot be used: {error}") from error
-        return made
+        return uvicorn.Server(made)
 
     def _announce(self, app, ready) -> None:
         scheme = "https" if self._config.ssl_certfile else "http"
@@ -175,6 +191,8 @@ class _Server:
             self._stop.set()
 
     async def _log_stats(self) -> None:
+        from fuseline.api.metrics import LOG_SECONDS
+
         while self._served.metrics is not None:
             await asyncio.sleep(LOG_SECONDS)
             self._served.metrics.log_line()

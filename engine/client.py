@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
+from fuseline.engine.build import BuildModel, BuildOps, build_compiled_model, build_native_ops
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import (
     AbortRequests,
@@ -21,8 +22,6 @@ from fuseline.engine.messages import (
     Utility,
     UtilityResult,
 )
-from fuseline.engine.run.sampler import native_ops
-from fuseline.engine.service import BuildModel, BuildOps, build_compiled_model
 from fuseline.engine.transport import EngineSetup, ProcessTransport, ThreadTransport, Transport
 
 MAX_DEATHS = 3
@@ -47,7 +46,7 @@ class EngineClient:
         config: EngineConfig,
         in_process: bool = True,
         build_model: BuildModel = build_compiled_model,
-        build_ops: BuildOps = native_ops,
+        build_ops: BuildOps = build_native_ops,
     ) -> None:
         """`in_process`: an own process for the engine; False runs it in a thread of this one."""
         self.ready: EngineReady | None = None

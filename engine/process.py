@@ -13,9 +13,9 @@ from multiprocessing.connection import wait
 import msgspec
 import zmq
 
+from fuseline.engine.build import BuildModel, BuildOps
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import FromEngine, ToEngine
-from fuseline.engine.service import BuildModel, BuildOps, serve
 
 REQUESTS, ANSWERS = "requests", "answers"
 LINGER_MS = 1000
@@ -33,6 +33,8 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
     answers = open_socket(context, zmq.PUSH, folder, ANSWERS)
     encoder = msgspec.msgpack.Encoder()
     try:
+        from fuseline.engine.service import serve  # torch: not for those who only talk to an engine
+
         serve(config, build_model, build_ops, ZmqInbox(requests), lambda m: answers.send(encoder.encode(m)))
     except Exception:
         logging.getLogger("fuseline.engine").exception("the engine died")

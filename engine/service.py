@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from fuseline.engine.build import BuildModel, BuildOps
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.engine import Engine
 from fuseline.engine.memory.free_memory import free_memory
@@ -24,14 +25,9 @@ from fuseline.engine.messages import (
     UtilityResult,
 )
 from fuseline.engine.run.runner import Model
-from fuseline.engine.run.sampler import SampleOps
 
 logger = logging.getLogger("fuseline.engine")
 
-ProgressFn = Callable[[str, int, int], None]
-BuildModel = Callable[[EngineConfig, ProgressFn], Model]
-"""Must be importable by name: it is sent to the engine's process."""
-BuildOps = Callable[[], SampleOps]
 Send = Callable[[FromEngine], None]
 
 
@@ -136,13 +132,6 @@ class _Asleep:
 
     def __init__(self, model: Model) -> None:
         self.info = model.info
-
-
-def build_compiled_model(config: EngineConfig, progress: ProgressFn) -> Model:
-    from fuseline.compile.compiler import compile_model
-    from fuseline.compile.target import detect_target
-
-    return compile_model(config.compile, detect_target(config.compile.cpu_threads), progress)
 
 
 def serve(config: EngineConfig, build_model: BuildModel, build_ops: BuildOps, inbox: Inbox, send: Send) -> None:

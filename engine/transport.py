@@ -18,10 +18,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from fuseline.engine.build import BuildModel, BuildOps
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import FromEngine, Shutdown, ToEngine
 from fuseline.engine.process import ANSWERS, REQUESTS, answer_decoder, open_socket, run_engine_process
-from fuseline.engine.service import BuildModel, BuildOps, serve
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class ThreadTransport:
             logging.getLogger("fuseline.engine").warning("the engine's thread did not stop in %g s", timeout)
 
     def _run(self, setup: EngineSetup) -> None:
+        from fuseline.engine.service import serve  # torch: not for those who only talk to an engine
+
         try:
             serve(setup.config, setup.build_model, setup.build_ops, self._inbox, self._post)
         except Exception:
