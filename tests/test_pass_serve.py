@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from pass_cases import DTYPES, Case, case
 from torch import Tensor, nn
 
-from fuseline.compile.graph.runner import run_passes
 from fuseline.compile.passes.choose_kernels import choose_kernels
 from fuseline.compile.passes.fuse_add_norm import fuse_add_norm
 from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
@@ -307,16 +306,3 @@ def test_computed_weights_are_not_packed(dtype: torch.dtype) -> None:
     before = found.run()
     assert found.apply(choose_kernels) == 0 and found.ops()["aten.linear"] == 1
     torch.testing.assert_close(found.run(), before.float())
-
-
-# the runner
-
-
-def test_passes_are_disabled_by_name() -> None:
-    stages = (("fuse", (join_linears, fuse_add_norm)),)
-    found = case(Gated(), torch.float32, disabled=("join_linears",), x=X)
-    result = run_passes(found.graph, stages, found.ctx)
-    assert [report.name for report in result.reports] == ["fuse_add_norm"] and found.ops()["aten.linear"] == 2
-    found = case(Gated(), torch.float32, disabled=("join_everything",), x=X)
-    with pytest.raises(ValueError, match="no pass 'join_everything'; passes: fuse_add_norm, join_linears"):
-        run_passes(found.graph, stages, found.ctx)

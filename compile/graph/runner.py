@@ -1,4 +1,4 @@
-"""Runs passes in order. Clean-up, lint, timing and op counts belong here alone."""
+"""Runs passes in order. Clean-up, lint, spec checks, timing and op counts belong here alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from fuseline.compile.graph.graph_pass import GraphPass, PassContext
+from fuseline.compile.graph.graph_pass import GraphPass, PassContext, PassResult
+from fuseline.compile.graph.spec import attention_layers, check_edge
+
+
+class PassError(ValueError):
+    """The name of the pass that raised, and what it raised."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,16 @@ Stages = Sequence[tuple[str, Sequence[GraphPass]]]
 
 
 def run_passes(graph: fx.GraphModule, stages: Stages, ctx: PassContext) -> PipelineResult:
-    """Raises ValueError for a disabled pass that does not exist, and whatever a failing pass raises."""
+    """Raises ValueError for a disabled pass that does not exist, PassError and SpecError."""
     known = {graph_pass.__name__ for _, passes in stages for graph_pass in passes}
     if unknown := set(ctx.config.disabled_passes) - known:
         raise ValueError(f"there is no pass {sorted(unknown)[0]!r}; passes: {', '.join(sorted(known))}")
-    result = PipelineResult()
+    result, layers = PipelineResult(), attention_layers(graph)
     for stage, passes in stages:
         for graph_pass in passes:
             if graph_pass.__name__ not in ctx.config.disabled_passes:
                 _run_pass(graph, graph_pass, stage, ctx, result)
+        check_edge(graph, stage, layers, ctx)
         result.stage_ops[stage] = count_ops(graph)
     return result
 
@@ -52,12 +58,21 @@ def _run_pass(
     graph: fx.GraphModule, graph_pass: GraphPass, stage: str, ctx: PassContext, result: PipelineResult
 ) -> None:
     before, started = num_ops(graph), time.perf_counter()
-    done = graph_pass(graph, ctx)
-    clean_up(graph)
+    done = _call(graph_pass, graph, ctx)
     seconds = time.perf_counter() - started
     result.reports.append(PassReport(graph_pass.__name__, stage, done.matches, seconds, before, num_ops(graph)))
     result.specs += done.specs
     result.constants |= done.constants
+
+
+def _call(graph_pass: GraphPass, graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    try:
+        done = graph_pass(graph, ctx)
+        clean_up(graph)
+    except Exception as error:
+        cause = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise PassError(f"{graph_pass.__name__}: {cause}") from error
+    return done
 
 
 def clean_up(graph: fx.GraphModule) -> None:

@@ -1,0 +1,99 @@
+"""What holds at the edge of every stage. A graph that breaks it would run and answer wrongly, or slowly.
+
+    always                    every value has its meta value, every constant knows where its numbers come from
+    until it is paged         each attention layer that was captured is there once
+    after serve               each of them writes its own cache, then reads it
+    after lower               every op of ours has a kernel, every other one is torch's own
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, fx
+
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.kernels.native import Kernels
+
+OPS = torch.ops.fuseline
+WRITES = (OPS.write_cache.default, OPS.rope_cache.default)
+TORCH = ("aten", "prims")
+
+
+class SpecError(Exception):
+    """A stage has left the graph in a state that the next one does not know: a bug of its passes."""
+
+
+def attention_layers(graph: fx.GraphModule) -> list[int]:
+    """Layer numbers of unpaged attention, ascending."""
+    return sorted(node.args[4] for node in _calls(graph, OPS.attention.default))
+
+
+def check_edge(graph: fx.GraphModule, stage: str, layers: list[int], ctx: PassContext) -> None:
+    """`layers` are those of the captured graph. Raises SpecError."""
+    problems = [*_incomplete(graph)]
+    if stage in ("serve", "lower"):
+        problems += _unpaged(graph, layers)
+    elif (found := attention_layers(graph)) != layers:
+        problems.append(f"attention of layers {found} instead of {layers}")
+    # Without choose_kernels torch computes experts by their reference.
+    if stage == "lower" and "choose_kernels" not in ctx.config.disabled_passes:
+        problems += _without_kernel(graph)
+    if problems:
+        raise SpecError(f"after stage {stage}: {problems[0]}" + _more(len(problems) - 1))
+
+
+def _incomplete(graph: fx.GraphModule) -> Iterable[str]:
+    for node in graph.graph.nodes:
+        if node.op != "output" and "val" not in node.meta:
+            yield f"{node.name} has no meta value"
+        if node.op == "get_attr" and not node.meta.keys() & {"fqn", "weight"}:
+            yield f"nothing says where constant {node.name} comes from"
+
+
+def _unpaged(graph: fx.GraphModule, layers: list[int]) -> Iterable[str]:
+    if unpaged := attention_layers(graph):
+        yield f"attention of layers {unpaged} is not paged"
+    written: set[str] = set()
+    read: list[str] = []
+    for node in graph.graph.nodes:
+        if node.target in WRITES:
+            written.add(_caches(node.args[:2]))
+        elif node.target is OPS.paged_attention.default:
+            read.append(_caches(node.args[1:3]))
+            if read[-1] not in written:
+                yield f"{node.name} reads {read[-1]} before it is written"
+    expected = [f"k_cache_{layer} and v_cache_{layer}" for layer in layers]
+    if sorted(read) != sorted(expected):
+        yield f"caches that are read: {read} instead of {expected}"
+
+
+def _caches(nodes: tuple[fx.Node, ...]) -> str:
+    return " and ".join(str(node.target) for node in nodes)
+
+
+def _without_kernel(graph: fx.GraphModule) -> Iterable[str]:
+    kernels = Kernels(lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        space = getattr(node.target, "namespace", "")
+        if space == "fuseline" and kernels.find(node) is None:
+            yield f"{node.name} has no kernel"
+        elif space not in ("fuseline", *TORCH) and node.target is not operator.getitem and _is_tensor(node):
+            yield f"{node.name} calls {node.target}, which nothing runs"
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Arithmetic on sizes is done when the plan is built."""
+    return isinstance(node.meta["val"], Tensor)
+
+
+def _calls(graph: fx.GraphModule, target: Callable) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.target is target]
+
+
+def _more(count: int) -> str:
+    return f" (and {count} more)" if count else ""
