@@ -1,8 +1,9 @@
-"""Golden matches of every pass and op counts of every stage, for each family of the zoo, in bfloat16.
+"""Golden matches of every pass, op counts of every stage, and the number of regions that torch computes, for each
+family of the zoo, in bfloat16.
 
 A pass that stops matching, or an op that reappears, changes a line here. After a change that is meant:
 
-    python -P tests/test_goldens.py
+    python tests/test_goldens.py
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import json
 from pathlib import Path
 
 import pytest
+from test_families import WITH_REGIONS
 from zoo import FAMILIES, checkpoint
 
+from fuseline.compile.backends.lowering import Lowering
+from fuseline.compile.backends.plan import limits_of, meta_inputs
+from fuseline.compile.backends.region import Region
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
 
@@ -21,17 +26,20 @@ ATTENTION_LAYERS = 3
 
 
 def counts(family: str) -> dict[str, dict]:
-    _, result = optimize(CompileConfig(model=str(checkpoint(family, "bfloat16")), level=1))
+    config = CompileConfig(model=str(checkpoint(family, "bfloat16")), level=1)
+    captured, result = optimize(config)
+    lowered = Lowering(captured.graph, meta_inputs(captured.graph, config.block_size), limits_of(config)).run()
     return {
         "matches": {report.name: report.matches for report in result.reports},
         "ops": {stage: dict(sorted(ops.items())) for stage, ops in result.stage_ops.items()},
+        "regions": sum(isinstance(step, Region) for step in lowered.steps),
     }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_the_golden_ones(family: str) -> None:
     found, golden = counts(family), json.loads(FILE.read_text())[family]
-    assert found["matches"] == golden["matches"]
+    assert found["matches"] == golden["matches"] and found["regions"] == golden["regions"]
     for stage, ops in golden["ops"].items():
         assert found["ops"][stage] == ops, stage
 
@@ -49,6 +57,7 @@ def test_what_every_family_has_is_recognized(family: str) -> None:
     assert matches["keep_last_logits"] == 1 and lowered["gather_rows"] in (1, 2)
     assert matches["find_norm"] > ATTENTION_LAYERS or family == "cohere"  # its norm subtracts the mean in its own way
     assert matches["choose_kernels"] > 2 * ATTENTION_LAYERS
+    assert (golden["regions"] > 0) == (family in WITH_REGIONS)
 
 
 def test_every_family_has_a_golden() -> None:
