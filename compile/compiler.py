@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.backends.artifact import load_or_capture
+from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable, lower
-from fuseline.compile.capture.export import CapturedModel
+from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
@@ -34,7 +34,7 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     _C.set_num_threads(target.num_threads)
     torch.set_num_threads(target.num_threads)
     report_progress("capturing", 0, 1)
-    captured, result = optimize(config)
+    captured, result = load_optimized(config) or optimize(config, keep=True)
     report_progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, captured, result)
     weights = load_weights(requests, captured, config, report_progress)
@@ -43,13 +43,19 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     return CompiledModel(config, captured, result, weights, executable)
 
 
-def optimize(config: CompileConfig) -> tuple[CapturedModel, PipelineResult]:
-    """The captured graph after all passes of the level; no weights are read. Raises CaptureError."""
+def optimize(config: CompileConfig, keep: bool = False) -> tuple[CapturedModel, PipelineResult]:
+    """The captured graph after all passes of the level; no weights are read. Raises CaptureError.
+
+    `keep`: for the next start, which then runs no pass.
+    """
     captured = load_or_capture(config)
-    limit, switch = model_limit(config, captured.config), captured.rope_switch
+    limit, switch = model_limit(config, captured.facts), captured.rope_switch
     rope_rows = 2 * switch.table_rows if switch else limit
-    ctx = PassContext(config, captured.config, limit, rope_rows, captured.constants)
-    return captured, run_passes(captured.graph, stages(config.level), ctx)
+    ctx = PassContext(config, captured.facts, limit, rope_rows, captured.constants)
+    result = run_passes(captured.graph, stages(config.level), ctx)
+    if keep:
+        save_optimized(config, captured, result)
+    return captured, result
 
 
 def _executable(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> Executable:

@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fuseline.compile.capture.captured import ModelFacts
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo
 
 DEFAULT_LIMIT = 2048
 
 
-def model_limit(config: CompileConfig, hf_config) -> int:
+def model_limit(config: CompileConfig, facts: ModelFacts) -> int:
     """Context length in tokens: the asked one, else the model's."""
-    text = hf_config.get_text_config()
-    return config.max_model_len or getattr(text, "max_position_embeddings", None) or DEFAULT_LIMIT
+    return config.max_model_len or facts.max_positions or DEFAULT_LIMIT
 
 
 def describe(config: CompileConfig, captured, result, weights, executable) -> ModelInfo:
-    text = captured.config.get_text_config()
-    specs = result.specs
+    facts, specs = captured.facts, result.specs
     return ModelInfo(
-        architecture=(captured.config.architectures or [captured.config.model_type])[0],
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        max_model_len=model_limit(config, captured.config),
+        architecture=facts.architecture,
+        vocab_size=facts.vocab_size,
+        hidden_size=facts.hidden_size,
+        num_layers=facts.num_layers,
+        max_model_len=model_limit(config, facts),
         dtype=str(captured.dtype).removeprefix("torch."),
-        eos_token_ids=eos_ids(config.model, captured.config),
+        eos_token_ids=eos_ids(config.model, facts),
         weight_bytes=sum({t.data_ptr(): t.nbytes for t in weights.values()}.values()),
         arena_bytes=getattr(executable, "arena_bytes", 0),
         rope_switch=captured.rope_switch,
@@ -36,11 +35,10 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
     )
 
 
-def eos_ids(model: str, hf_config) -> tuple[int, ...]:
+def eos_ids(model: str, facts: ModelFacts) -> tuple[int, ...]:
     """EOS ids of generation_config.json, else of config.json."""
     path = Path(model) / "generation_config.json"
     stored = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    found = stored if stored is not None else hf_config.get_text_config().eos_token_id
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    if stored is None:
+        return facts.eos_token_ids
+    return tuple(stored) if isinstance(stored, (list, tuple)) else (int(stored),)

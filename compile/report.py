@@ -21,7 +21,7 @@ def explain(config: CompileConfig) -> str:
     except CaptureError as error:
         return f"this model cannot be served: {error}"
     parts = [
-        f"{captured.config.model_type}, {str(captured.dtype).removeprefix('torch.')}, level {config.level}",
+        f"{captured.facts.model_type}, {str(captured.dtype).removeprefix('torch.')}, level {config.level}",
         _passes(result),
         *(_ops(f"ops after {stage}", counts) for stage, counts in result.stage_ops.items()),
     ]

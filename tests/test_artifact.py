@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 
 import pytest
 import torch
 import zoo
 from torch import SymInt, Tensor, fx
 
+from fuseline.compile import cache
 from fuseline.compile.backends import artifact
 from fuseline.compile.backends.artifact import load_or_capture
+from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.capture.export import CapturedModel, capture_model
+from fuseline.compile.capture.export import capture_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, encode, evaluate
 
@@ -86,7 +90,7 @@ def assert_same(found: CapturedModel, expected: CapturedModel) -> None:
     assert_same_nodes(found.graph, expected.graph)
     assert (found.dtype, found.parameters, found.tied) == (expected.dtype, expected.parameters, expected.tied)
     assert found.rope_switch == expected.rope_switch
-    assert found.config.to_diff_dict() == expected.config.to_diff_dict()
+    assert found.facts == expected.facts
     assert found.constants.keys() == expected.constants.keys()
     for name, value in found.constants.items():
         assert value.dtype == expected.constants[name].dtype and torch.equal(value, expected.constants[name])
@@ -116,22 +120,29 @@ def test_what_the_graph_depends_on_makes_the_key(config, tmp_path, monkeypatch):
     keys.append(artifact.cache_key(config("mistral")))
     same = config("llama", max_num_seqs=3, cpu_threads=1, seed=9, max_num_batched_tokens=64)
     assert artifact.cache_key(same) == keys[0]
-    for module in (torch, artifact.transformers):
+    for package in ("torch", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "__version__", "0")
+            patch.setattr(artifact, "version_of", lambda name, package=package: "0" if name == package else name)
             keys.append(artifact.cache_key(config("llama")))
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact, "sources", lambda: artifact_sources()[1:])
-        keys.append(artifact.cache_key(config("llama")))
     assert len(set(keys)) == len(keys)
 
 
-artifact_sources = artifact.sources
-
-
-def test_sources_are_those_of_capture_and_ops():
-    names = {path.name for path in artifact.sources()}
-    assert {"export.py", "hf_model.py", "library.py", "attention.py"} <= names
+def test_sources_make_the_keys(config, tmp_path, monkeypatch):
+    """Those of capture and of the vocabulary both keys, the rest of the compiler that of the lowered graph."""
+    source = artifact.Path(artifact.fuseline.compile.__file__).parent
+    copy = tmp_path / "compile"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for package, folder in ((artifact.fuseline.compile, copy), (artifact.capture, copy / "capture"),
+                            (artifact.ops, copy / "ops")):  # fmt: skip
+        monkeypatch.setattr(package, "__file__", str(folder / "__init__.py"))
+    settings = config("llama")
+    before = artifact.cache_key(settings), artifact.optimized_key(settings)
+    for name, changes in (("passes/clean.py", (False, True)), ("ops/norm.py", (True, True)),
+                          ("capture/export.py", (True, True))):  # fmt: skip
+        (copy / name).write_text((copy / name).read_text() + "# changed")
+        after = artifact.cache_key(settings), artifact.optimized_key(settings)
+        assert tuple(one != two for one, two in zip(before, after, strict=True)) == changes
+        before = after
 
 
 def flip(data: bytes, at: int) -> bytes:
@@ -165,13 +176,13 @@ def test_the_file_of_another_model_is_not_taken(config, llama, caplog):
     load_or_capture(config("mistral"))
     other = only_file(config("mistral"))
     settings = config("llama")
-    other.rename(other.with_name(f"{artifact.cache_key(settings)}.graph"))
+    other.rename(other.with_name(artifact.cache_key(settings)))
     assert_same_nodes(load_or_capture(settings).graph, llama.graph)
     assert "another model" in caplog.text
 
 
 def seal(body: bytes) -> bytes:
-    return artifact.MAGIC + artifact.hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+    return cache.MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
 def only_file(config: CompileConfig):
@@ -192,7 +203,7 @@ def test_a_full_disk_leaves_nothing_behind(config, llama, monkeypatch, caplog):
     def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact.os, "fsync", full)
+    monkeypatch.setattr(cache.os, "fsync", full)
     load_or_capture(settings)
     assert "No space left on device" in caplog.text
     assert list(artifact.Path(settings.cache_dir, "graphs").iterdir()) == []

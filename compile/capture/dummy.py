@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from fuseline.compile.capture import pieces
-from fuseline.compile.capture.export import CapturedModel
+from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.pieces import Unread
 from fuseline.compile.capture.reader import Reader
 
@@ -22,8 +22,7 @@ class DummyWeights:
     def __init__(self, captured: CapturedModel, seed: int) -> None:
         self._captured = captured
         self._seed = seed
-        text = captured.config.get_text_config()
-        self._std = float(getattr(text, "initializer_range", None) or DEFAULT_STD)
+        self._std = captured.facts.initializer_range or DEFAULT_STD
 
     def find(self, name: str) -> Unread | None:
         if name not in self._captured.parameters:
@@ -39,6 +38,9 @@ class DummyWeights:
 
     def check_tied(self, reader: Reader) -> None:
         """Nothing to check: one of the tied is made."""
+
+    def remember(self) -> None:
+        """Nothing to remember: nothing was looked for."""
 
     def origin_of(self, unread: Unread) -> str:
         return self.origin

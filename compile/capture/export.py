@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
 
+from fuseline.compile.capture.captured import (
+    DTYPES,
+    EXAMPLE_TOKENS,
+    MAX_TOKENS,
+    MIN_TOKENS,
+    CapturedModel,
+    facts_of,
+)
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config, one_line
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import module_of
-from fuseline.compile.specs import RopeSwitchSpec
-
-MIN_TOKENS, MAX_TOKENS = 2, 1 << 20
-EXAMPLE_TOKENS = 13
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class CapturedModel:
-    """A captured model as a plain value; weights are not in memory."""
-
-    graph: fx.GraphModule
-    """token_ids[1, T], positions[1, T] -> logits[1, T, V]; parameters are get_attr nodes with meta['fqn']."""
-    config: PreTrainedConfig
-    dtype: torch.dtype
-    parameters: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    """Buffers with values, by name."""
-    tied: dict[str, str] = field(default_factory=dict)
-    """Parameter -> the one it shares memory with."""
-    rope_switch: RopeSwitchSpec | None = None
-    """When set, `positions` are rope rows."""
 
 
 class _Wrapped(nn.Module):
@@ -65,7 +49,7 @@ def capture_model(config: CompileConfig) -> CapturedModel:
     graph, buffers = _export(model)
     captured = describe(model, graph, hf_config, dtype, buffers)
     captured.rope_switch = rope_switch
-    _check_attention(captured)
+    _check_attention(captured, hf_config)
     return captured
 
 
@@ -75,7 +59,7 @@ def describe(
     """The graph with what is known of the parameters, and the values of those buffers."""
     return CapturedModel(
         graph=graph,
-        config=hf_config,
+        facts=facts_of(hf_config),
         dtype=dtype,
         parameters={name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()},
         constants=_real_buffers(model, buffers),
@@ -153,10 +137,10 @@ def _tied(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _check_attention(captured: CapturedModel) -> None:
+def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> None:
     """All layers attend through the op, to earlier tokens only, and with the window that the config gives them."""
     found = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.attention.default]
-    text, name = captured.config.get_text_config(), captured.config.model_type
+    text, name = hf_config.get_text_config(), hf_config.model_type
     if len(found) != text.num_hidden_layers:
         raise CaptureError(
             f"{name}: in {text.num_hidden_layers - len(found)} of {text.num_hidden_layers} layers {NOT_HOOKED}"

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fuseline.compile.backends.artifact import cache_key, cache_path, read_cached, write_cached
+from fuseline.compile.cache import CacheError
 from fuseline.compile.capture import pieces
-from fuseline.compile.capture.checkpoint import open_checkpoint
+from fuseline.compile.capture.captured import CapturedModel
+from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.export import CapturedModel
-from fuseline.compile.capture.hf_model import build_on_meta
 from fuseline.compile.capture.panels import empty_panels, pack_block
 from fuseline.compile.capture.pieces import Unread
 from fuseline.compile.capture.reader import Reader, write_box
-from fuseline.compile.capture.weight_names import StoredWeights
+from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.specs import WeightSource
 
 Progress = Callable[[str, int, int], None]
+MAX_READERS = 4
+"""Threads that read and pack; each holds one block of the file."""
 
 
 def load_weights(
@@ -33,15 +38,19 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """One tensor per request, in its final layout; equal sources share one. Raises LoadError."""
     weights = open_weights(captured, config)
+    num_readers = max(1, min(MAX_READERS, torch.get_num_threads()))
     sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
-    loaded: dict[WeightSource, Tensor] = {}
     with Reader() as reader:
         weights.check_tied(reader)
-        for done, source in enumerate(sources.values()):
-            if source not in loaded:
-                loaded[source] = _load(source, weights, captured, reader)
+    distinct = list(dict.fromkeys(sources.values()))
+    loaded: dict[WeightSource, Tensor] = {}
+    with ThreadPoolExecutor(num_readers) as pool:
+        tensors = pool.map(lambda source: _load(source, weights, captured), distinct)
+        for done, (source, tensor) in enumerate(zip(distinct, tensors, strict=True)):
+            loaded[source] = tensor
             if progress:
-                progress("loading", done + 1, len(requests))
+                progress("loading", done + 1, len(distinct))
+    weights.remember()
     return {key: loaded[source] for key, source in sources.items()}
 
 
@@ -50,28 +59,41 @@ class CheckpointWeights:
 
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
         self.origin = config.model
-        model = build_on_meta(captured.config, captured.dtype, config.trust_remote_code)
-        self._stored = StoredWeights(open_checkpoint(Path(config.model), config.load_format), model)
+        self._stored = open_checkpoint(Path(config.model), config.load_format)
         self._alike = alike(captured.tied)
+        self._map_path = map_path(config, self._stored)
+        found = None
+        if self._map_path is not None:
+            found = read_cached(self._map_path, self._read_map, "it is made anew")
+        self._known = RememberedWeights(found, lambda: resolve(self._stored, captured, config))
+
+    def _read_map(self, body: bytes) -> Found:
+        try:
+            return read_map(body, self._stored)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"it is no map of {self.origin} ({type(error).__name__})") from error
+
+    def remember(self) -> None:
+        """For the next start: where all that was asked for is stored."""
+        body = write_map(self._known.found) if self._known.is_new and self._map_path else None
+        if body is not None:
+            write_cached(self._map_path, lambda: body)
 
     def find(self, name: str) -> Unread | None:
         """What becomes the parameter or buffer `name`; for a tied one, whichever of them is stored."""
-        return next((self._stored[other] for other in self._alike.get(name, (name,)) if other in self._stored), None)
+        found = (self._known.get(other) for other in self._alike.get(name, (name,)))
+        return next((unread for unread in found if unread is not None), None)
 
     def check_tied(self, reader: Reader) -> None:
         """Raises LoadError if parameters that the model ties are stored with different values."""
         for first, *others in self._alike.values():
             for other in others:
-                if first in self._stored and other in self._stored and not self._equal(first, other, reader):
+                one, two = self._known.get(first), self._known.get(other)
+                if one is not None and two is not None and not equal(one, two, reader):
                     raise LoadError(
                         f"{first} and {other} differ in {self.origin}, but config.json ties them: "
                         "set tie_word_embeddings to false there or among the overrides"
                     )
-
-    def _equal(self, first: str, second: str, reader: Reader) -> bool:
-        one, two = self._stored[first], self._stored[second]
-        places = [[(p.stored.path, p.stored.begin) for p in unread.pieces if p.stored] for unread in (one, two)]
-        return places[0] == places[1] or torch.equal(reader.value(one), reader.value(two))
 
     def origin_of(self, unread: Unread) -> str:
         return next((str(piece.stored.path) for piece in unread.pieces if piece.stored), self.origin)
@@ -85,6 +107,27 @@ def alike(tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return groups
 
 
+def equal(one: Unread, two: Unread, reader: Reader) -> bool:
+    """Whether two stored tensors have the same values."""
+    places = [[(p.stored.path, p.stored.begin) for p in unread.pieces if p.stored] for unread in (one, two)]
+    return places[0] == places[1] or torch.equal(reader.value(one), reader.value(two))
+
+
+def map_path(config: CompileConfig, stored: Mapping[str, StoredTensor]) -> Path | None:
+    """Where the map of such a checkpoint is cached."""
+    key = cache_key(config)
+    name = hashlib.sha256(f"{key} {fingerprint(stored)}".encode()).hexdigest()
+    return key and cache_path(config, "weights", name)
+
+
+def resolve(stored: Mapping[str, StoredTensor], captured: CapturedModel, config: CompileConfig) -> Mapping[str, Unread]:
+    """What becomes which parameter, by Transformers' own rules. Raises CaptureError, LoadError."""
+    from fuseline.compile.capture.hf_model import build_on_meta, load_config
+    from fuseline.compile.capture.weight_names import StoredWeights
+
+    return StoredWeights(stored, build_on_meta(load_config(config), captured.dtype, config.trust_remote_code))
+
+
 def open_weights(captured: CapturedModel, config: CompileConfig) -> CheckpointWeights | DummyWeights:
     """Where parameters come from."""
     if config.load_format == "dummy":
@@ -92,17 +135,16 @@ def open_weights(captured: CapturedModel, config: CompileConfig) -> CheckpointWe
     return CheckpointWeights(captured, config)
 
 
-def _load(
-    source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel, reader: Reader
-) -> Tensor:
+def _load(source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel) -> Tensor:
     unread, dtype = _gather(source, weights, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
     target = empty_panels(unread.shape, final) if source.layout == "panels" else torch.zeros(unread.shape, dtype=final)
-    for piece in unread.pieces:
-        for start, block in reader.blocks(piece):
-            # The model computes with values rounded to its own dtype, whatever is stored before and after.
-            value = block if dtype in (block.dtype, final) else block.to(dtype)
-            _write(target, value, start, source.layout)
+    with Reader() as reader:
+        for piece in unread.pieces:
+            for start, block in reader.blocks(piece):
+                # The model computes with values rounded to its own dtype, whatever is stored before and after.
+                value = block if dtype in (block.dtype, final) else block.to(dtype)
+                _write(target, value, start, source.layout)
     return target
 
 

@@ -1,6 +1,6 @@
 """A captured graph as JSON values and back.
 
-    {"nodes": [{"name", "op", "target", "args", "kwargs", "val", "fqn"?}, ...], "vals": [...]}
+    {"nodes": [{"name", "op", "target", "args", "kwargs", "val", "fqn"?, "weight"?, "region"?}, ...], "vals": [...]}
 
 Nodes refer to each other by position, and to their meta value by its position in `vals`: many nodes have equal ones.
 Sizes are numbers or arithmetic on T, the number of tokens. Nothing of the text is executed: targets are looked up
@@ -12,18 +12,14 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-    StrictMinMaxConstraint,
-)
-from torch.utils._sympy.value_ranges import ValueRanges
+
+from fuseline.compile.specs import WeightSource
 
 NAMESPACES = ("aten", "prims", "fuseline")
 FUNCTIONS: Mapping[str, Callable] = {
@@ -37,6 +33,20 @@ ARITHMETIC: Mapping[type | str, Callable] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: operator.pow,
     "FloorDiv": operator.floordiv, "Mod": operator.mod,
 }  # fmt: skip
+
+
+def _weight_source(values: dict[str, Any]) -> WeightSource:
+    return WeightSource(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+NOTES: Mapping[str, tuple[Callable, Callable]] = {
+    "fqn": (str, str), "weight": (asdict, _weight_source), "region": (int, int),
+}  # fmt: skip
+"""What passes and capture keep of a node besides its value: how it is written and read."""
+
+
+PLAIN: AbstractContextManager = nullcontext()
+"""Values that are meta tensors, whatever device they are to have."""
 
 
 class GraphFormatError(Exception):
@@ -58,20 +68,34 @@ def encode(graph: fx.Graph) -> dict[str, Any]:
             "kwargs": _encode(node.kwargs, position),
             "val": vals.setdefault(repr(val), (len(vals), val))[0],
         }
-        nodes.append(entry | ({"fqn": node.meta["fqn"]} if "fqn" in node.meta else {}))
+        notes = {name: write(node.meta[name]) for name, (write, _) in NOTES.items() if name in node.meta}
+        nodes.append(entry | notes)
     return {"nodes": nodes, "vals": [val for _, val in vals.values()]}
 
 
 def decode(values: dict[str, Any], min_tokens: int, max_tokens: int, example: int) -> fx.Graph:
     """The graph, its meta values in one new shape environment. Raises GraphFormatError."""
+    return _decode_graph(values, lambda: _symbolic(min_tokens, max_tokens, example))
+
+
+def decode_fixed(values: dict[str, Any], num_tokens: int) -> fx.Graph:
+    """The graph with the meta values that so many tokens have: enough to lower it. Raises GraphFormatError.
+
+    A shape environment costs more than a second of imports (torch._dynamo, sympy).
+    """
+    return _decode_graph(values, lambda: _Values(num_tokens, PLAIN))
+
+
+def _decode_graph(values: dict[str, Any], make_decoder: Callable[[], _Values]) -> fx.Graph:
     try:
-        decoder = _Values(min_tokens, max_tokens, example)
+        decoder = make_decoder()
         vals = [decoder.val(val) for val in values["vals"]]
         graph, nodes = fx.Graph(), []
         for entry in values["nodes"]:
             args, kwargs = _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes)
             node = graph.create_node(entry["op"], _decode_target(entry), args, kwargs, entry["name"])
-            node.meta = {"val": vals[entry["val"]]} | ({"fqn": entry["fqn"]} if "fqn" in entry else {})
+            notes = {name: read(entry[name]) for name, (_, read) in NOTES.items() if name in entry}
+            node.meta = {"val": vals[entry["val"]]} | notes
             nodes.append(node)
         return graph
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError) as error:
@@ -195,15 +219,30 @@ def evaluate(text: str, num_tokens: int | SymInt) -> int | SymInt:
     return walk(ast.parse(text, mode="eval").body)
 
 
-class _Values:
-    """Makes meta values; all share one shape environment with one symbol."""
+def _symbolic(min_tokens: int, max_tokens: int, example: int) -> _Values:
+    """Values that share one shape environment with one symbol."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+        StrictMinMaxConstraint,
+    )
+    from torch.utils._sympy.value_ranges import ValueRanges
 
-    def __init__(self, min_tokens: int, max_tokens: int, example: int) -> None:
-        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        limits = StrictMinMaxConstraint(vr=ValueRanges(min_tokens, max_tokens), warn_only=False)
-        dims = StatelessSymbolicContext([DimDynamic.DYNAMIC], constraint_sizes=[limits])
-        row = self._mode.from_tensor(torch.empty(example, device="meta"), symbolic_context=dims)
-        self._num_tokens = row.shape[0]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    limits = StrictMinMaxConstraint(vr=ValueRanges(min_tokens, max_tokens), warn_only=False)
+    dims = StatelessSymbolicContext([DimDynamic.DYNAMIC], constraint_sizes=[limits])
+    row = mode.from_tensor(torch.empty(example, device="meta"), symbolic_context=dims)
+    return _Values(row.shape[0], mode)
+
+
+class _Values:
+    """Makes meta values for a number of tokens, which may be a symbol of the `mode`."""
+
+    def __init__(self, num_tokens: int | SymInt, mode: AbstractContextManager) -> None:
+        self._mode = mode
+        self._num_tokens = num_tokens
 
     def val(self, val: Any) -> Any:
         if not isinstance(val, dict):
@@ -218,10 +257,13 @@ class _Values:
     def _size(self, size: int | str) -> int | SymInt:
         return evaluate(size, self._num_tokens) if isinstance(size, str) else size
 
+    def _device(self, name: str) -> torch.device:
+        return torch.device("meta" if self._mode is PLAIN else name)
+
     def _tensor(self, dtype: str, device: str, ndim: int, *numbers: int | str) -> Tensor:
         *sizes, offset = (self._size(number) for number in numbers)
         with self._mode:
             made = torch.empty_strided(
-                sizes[:ndim], sizes[ndim:], dtype=_torch_value("dtype", dtype), device=torch.device(device)
+                sizes[:ndim], sizes[ndim:], dtype=_torch_value("dtype", dtype), device=self._device(device)
             )
             return made.as_strided(sizes[:ndim], sizes[ndim:], offset) if offset else made

@@ -15,7 +15,8 @@ class PassContext:
     """What a pass may know besides the graph."""
 
     config: CompileConfig
-    hf_config: object
+    facts: object
+    """ModelFacts of the captured model."""
     max_model_len: int
     num_rope_rows: int
     """Rows of a rope table: the context length, or twice a table's length where rope depends on the sequence."""

@@ -1,0 +1,112 @@
+"""Files that save the next start work: named by what they depend on, whole or absent, checked before use.
+
+    first line   fuseline cache <SHA-256 of the rest>
+    the rest     the body
+
+A folder per kind below one root. Needs no torch: `fuseline cache` answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+MAGIC = b"fuseline cache "
+KINDS = {
+    "graphs": "captured graph",
+    "models": "graph after all passes",
+    "weights": "where the checkpoint's tensors go",
+    "regions": "compiled region",
+}
+MAX_BYTES = 4 << 30
+"""Of all files together; those unused for longest go first."""
+
+
+class CacheError(ValueError):
+    """The file must not be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    path: Path
+    kind: str
+    """Folder, one of KINDS."""
+    num_bytes: int
+    used: float
+    """Seconds since the epoch when it was last written or read."""
+
+
+def read_file(path: Path) -> bytes:
+    """The body. Raises FileNotFoundError, OSError, CacheError when it is damaged."""
+    try:
+        head, _, body = path.read_bytes().partition(b"\n")
+    except NotADirectoryError as error:
+        raise FileNotFoundError(str(error)) from error
+    if head != MAGIC + hashlib.sha256(body).hexdigest().encode():
+        raise CacheError("the file is damaged")
+    with suppress(OSError):  # a cache may be read-only: then no one prunes it either
+        os.utime(path)
+    return body
+
+
+def write_file(path: Path, body: bytes) -> None:
+    """The file appears complete or not at all; others go if there are too many. Raises OSError."""
+    write_whole(path, MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    prune(path.parent.parent, MAX_BYTES, keep=path)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """The file appears complete or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except OSError:
+        os.unlink(name)
+        raise
+
+
+def entries(root: Path) -> list[Entry]:
+    """What is cached, last used first; files of other programs and folders are not ours to count."""
+    found = [_entry(path, kind) for kind in KINDS for path in _files(root / kind)]
+    return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.used)
+
+
+def prune(root: Path, max_bytes: int, keep: Path | None = None) -> None:
+    """Removes those unused for longest until the rest is within the bound; `keep` stays."""
+    total = 0
+    for entry in entries(root):
+        total += entry.num_bytes
+        if total > max_bytes and entry.path != keep:
+            with suppress(OSError):  # another process was faster, or the cache is read-only
+                entry.path.unlink()
+
+
+def clear(root: Path) -> list[Entry]:
+    """Removes all; returns what was removed. Raises OSError."""
+    found = entries(root)
+    for entry in found:
+        entry.path.unlink(missing_ok=True)
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with suppress(OSError), os.scandir(folder) as found:
+        yield from (Path(item.path) for item in found if item.is_file(follow_symlinks=False))
+
+
+def _entry(path: Path, kind: str) -> Entry | None:
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return None
+    return Entry(path, kind, state.st_size, state.st_mtime)

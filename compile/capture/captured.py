@@ -1,0 +1,63 @@
+"""A captured model as a plain value; what reads it needs none of Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fuseline.compile.specs import RopeSwitchSpec
+
+MIN_TOKENS, MAX_TOKENS = 2, 1 << 20
+EXAMPLE_TOKENS = 13
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of the model besides its graph: the values of config.json that are used after capture."""
+
+    model_type: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    """Context length; 0 when the config states none."""
+    eos_token_ids: tuple[int, ...]
+    initializer_range: float
+    """Standard deviation of dummy weights; 0 when the config states none."""
+
+
+@dataclass
+class CapturedModel:
+    """Weights are not in memory."""
+
+    graph: fx.GraphModule
+    """token_ids[1, T], positions[1, T] -> logits[1, T, V]; parameters are get_attr nodes with meta['fqn']."""
+    facts: ModelFacts
+    dtype: torch.dtype
+    parameters: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    """Buffers with values, by name."""
+    tied: dict[str, str] = field(default_factory=dict)
+    """Parameter -> the one it shares memory with."""
+    rope_switch: RopeSwitchSpec | None = None
+    """When set, `positions` are rope rows."""
+
+
+def facts_of(hf_config: object) -> ModelFacts:
+    """Of a transformers.PreTrainedConfig."""
+    text = hf_config.get_text_config()
+    eos = text.eos_token_id
+    return ModelFacts(
+        model_type=hf_config.model_type,
+        architecture=(hf_config.architectures or [hf_config.model_type])[0],
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        max_positions=getattr(text, "max_position_embeddings", None) or 0,
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
+        initializer_range=float(getattr(text, "initializer_range", None) or 0.0),
+    )

@@ -1,0 +1,98 @@
+"""Where the checkpoint's tensors go, remembered: finding out takes the model's modules and Transformers' renamings.
+
+    name in the model -> null (not stored), or [shape, [[start, stored name, dtype, shape, strides, offset], ...]]
+
+Valid for checkpoints that store tensors of the same names, shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fuseline.compile.capture.checkpoint import StoredTensor
+from fuseline.compile.capture.pieces import Piece, Unread
+
+Found = dict[str, Unread | None]
+
+
+def fingerprint(stored: Mapping[str, StoredTensor]) -> str:
+    """Of all that the map depends on besides the model."""
+    rows = sorted(
+        (name, tuple(t.meta.shape), t.meta.stride(), t.meta.storage_offset(), str(t.meta.dtype))
+        for name, t in stored.items()
+    )
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def write_map(found: Found) -> bytes | None:
+    """None when a tensor was computed: its values have no place in a map."""
+    if any(piece.stored is None for unread in found.values() if unread for piece in unread.pieces):
+        return None
+    rows = {name: unread and [unread.shape, [_row(piece) for piece in unread.pieces]] for name, unread in found.items()}
+    return json.dumps(rows).encode()
+
+
+def read_map(body: bytes, stored: Mapping[str, StoredTensor]) -> Found:
+    """Raises ValueError, KeyError or TypeError when the body is no map of this checkpoint."""
+    return {name: row and _unread(row, stored) for name, row in json.loads(body).items()}
+
+
+def _row(piece: Piece) -> list[Any]:
+    view = piece.view
+    return [piece.start, piece.stored.name, *_numbers(view)]
+
+
+def _numbers(view: torch.Tensor) -> list[Any]:
+    return [str(view.dtype).removeprefix("torch."), list(view.shape), list(view.stride()), view.storage_offset()]
+
+
+def _unread(row: list[Any], stored: Mapping[str, StoredTensor]) -> Unread:
+    shape, rows = row
+    return Unread(tuple(shape), tuple(_piece(stored, *values) for values in rows))
+
+
+def _piece(
+    stored: Mapping[str, StoredTensor], start: list[int], name: str, dtype: str,
+    shape: list[int], strides: list[int], offset: int,
+) -> Piece:  # fmt: skip
+    whole = stored[name]
+    if _numbers(whole.meta)[0] != dtype:
+        raise ValueError(f"{name} is not of type {dtype}")
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    inside = whole.meta.storage_offset() <= offset and last < whole.meta.storage_offset() + _span(whole.meta)
+    if not inside:
+        raise ValueError(f"{name} is smaller")
+    return Piece(tuple(start), whole.meta.as_strided(shape, strides, offset), whole)
+
+
+def _span(view: torch.Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+
+
+class RememberedWeights:
+    """name -> Unread of the checkpoint, None where it is not stored; asks `resolve` only for names not remembered.
+
+    Any thread may ask.
+    """
+
+    def __init__(self, found: Found | None, resolve: Callable[[], Mapping[str, Unread]]) -> None:
+        self.is_new = found is None
+        self.found: Found = found or {}
+        self._resolve = resolve
+        self._resolved: Mapping[str, Unread] | None = None
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> Unread | None:
+        with self._lock:
+            if name not in self.found:
+                if self._resolved is None:
+                    self._resolved = self._resolve()
+                self.is_new = True
+                self.found[name] = self._resolved[name] if name in self._resolved else None
+            return self.found[name]
