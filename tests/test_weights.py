@@ -25,7 +25,7 @@ from fuseline.compile.capture.panels import empty_panels, pack_block, pack_colum
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.ops.linear import pack
+from fuseline.compile.ops.linear import pack, unpack
 from fuseline.compile.specs import WeightSource
 
 SHARD = "100KB"
@@ -159,18 +159,22 @@ def test_layouts_of_experts(folder, monkeypatch, family, transpose, block_bytes)
 def test_conv1d_is_packed_transposed(folder):
     name = "transformer.h.0.attn.c_attn.weight"
     found = load(folder("gpt2"), {"w": WeightSource((name,), True, "panels", "bfloat16")})
-    assert torch.equal(found["w"], pack(truth(folder("gpt2"))[name].T).bfloat16())
+    assert torch.equal(found["w"], pack(truth(folder("gpt2"))[name].T.bfloat16()))
 
 
 @pytest.mark.parametrize("rows", (1, 15, 16, 17, 50))
 @pytest.mark.parametrize("row", (0, 3, 16, 29))
-def test_packing_in_torch_is_that_of_the_kernel(rows, row):
-    block = torch.randn(rows, 24).bfloat16()
-    native, plain = (empty_panels((90, 24), torch.float32) for _ in range(2))
+@pytest.mark.parametrize("num_cols", (24, 23))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_packing_in_torch_is_that_of_the_kernel(rows, row, num_cols, dtype):
+    block = torch.randn(rows, num_cols).bfloat16()
+    native, plain, parts = (empty_panels((90, num_cols), dtype) for _ in range(3))
     pack_block(native, block, row, 0)
     pack_columns(plain, block, row)
-    assert torch.equal(native, plain)
-    assert torch.equal(native.mT.flatten(0, 1)[row : row + rows], block.float())
+    for begin, end in ((0, 5), (5, 6), (6, 22), (22, num_cols)):
+        pack_block(parts, block[:, begin:end], row, begin)
+    assert torch.equal(native, plain) and torch.equal(native, parts)
+    assert torch.equal(unpack(native, 90)[row : row + rows], block.to(dtype))
 
 
 def test_values_are_rounded_to_the_dtype_of_the_model(folder):

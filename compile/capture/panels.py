@@ -1,6 +1,11 @@
-"""Packed weights: [N, K] as panels[ceil(N/16)][K][16], zero padded; experts with a leading dim."""
+"""Packed weights: [N, K] as panels[ceil(N/16)][K][16], zero padded; experts with a leading dim.
+
+bf16 lies in pairs of k, [ceil(N/16)][K/2][16][2] and an odd last k by itself, in storage of the same shape.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,21 +26,45 @@ def pack_block(panels: Tensor, block: Tensor, row: int, col: int) -> None:
     if block.shape[1] == panels.shape[1]:
         torch.ops.fuseline_cpu.pack_panels(panels, block, row)
     else:
-        pack_columns(panels[:, col : col + block.shape[1]], block, row)
+        pack_columns(panels, block, row, col)
 
 
-def pack_columns(panels: Tensor, block: Tensor, row: int) -> None:
+def pack_columns(panels: Tensor, block: Tensor, row: int, col: int = 0) -> None:
     """The same in plain torch, for blocks that hold some of the columns; also the reference of the kernel."""
+    end = col + block.shape[1]
+    for first, step, lanes in _planes(panels):
+        begin = max(col, first)
+        begin += (first - begin) % step
+        stop = min(end, first + step * lanes.shape[1])
+        if begin < stop:
+            columns = block[:, begin - col : stop - col : step]
+            at = (begin - first) // step
+            _pack_lanes(lanes[:, at : at + columns.shape[1]], columns, row)
+
+
+def _planes(panels: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, step, view [P, n, 16]) of panels: the view's line i is column first + i * step of the weight."""
+    if panels.dtype != torch.bfloat16:
+        yield 0, 1, panels
+        return
+    even = panels.shape[1] // 2 * 2
+    pairs = panels[:, :even].unflatten(1, (even // 2, 2)).flatten(2).unflatten(2, (PANEL, 2))
+    yield 0, 2, pairs[..., 0]
+    yield 1, 2, pairs[..., 1]
+    yield even, 1, panels[:, even:]
+
+
+def _pack_lanes(lanes: Tensor, block: Tensor, row: int) -> None:
     done = 0
     while done < len(block):
         panel, lane = divmod(row + done, PANEL)
         left = len(block) - done
         if lane == 0 and left >= PANEL:
             count = left // PANEL
-            lanes = panels[panel : panel + count]
-            lanes.copy_(block[done : done + count * PANEL].unflatten(0, (count, PANEL)).transpose(1, 2))
+            whole = lanes[panel : panel + count]
+            whole.copy_(block[done : done + count * PANEL].unflatten(0, (count, PANEL)).transpose(1, 2))
             done += count * PANEL
         else:
             count = min(left, PANEL - lane)
-            panels[panel, :, lane : lane + count].copy_(block[done : done + count].T)
+            lanes[panel, :, lane : lane + count].copy_(block[done : done + count].T)
             done += count

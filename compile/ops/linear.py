@@ -16,16 +16,25 @@ PANEL = 16
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[..., N, K] -> [..., P, K, 16], zero padded."""
+    """[..., N, K] -> [..., P, K, 16], zero padded; bf16 in pairs of k, [..., P, K / 2, 16, 2], in the same storage."""
     rows = weight.shape[-2]
     panels = -(-rows // PANEL)
     padded = F.pad(weight, (0, 0, 0, panels * PANEL - rows))
-    return padded.unflatten(-2, (panels, PANEL)).transpose(-1, -2).contiguous()
+    plain = padded.unflatten(-2, (panels, PANEL)).transpose(-1, -2).contiguous()
+    return _in_pairs(plain, (2, PANEL)) if weight.dtype == torch.bfloat16 else plain
 
 
 def unpack(panels: Tensor, num_rows: int) -> Tensor:
     """The inverse of pack."""
-    return panels.transpose(-1, -2).flatten(-3, -2)[..., :num_rows, :]
+    plain = _in_pairs(panels, (PANEL, 2)) if panels.dtype == torch.bfloat16 else panels
+    return plain.transpose(-1, -2).flatten(-3, -2)[..., :num_rows, :]
+
+
+def _in_pairs(panels: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """[..., K, 16] with every two k's turned between [2][16] and [16][2]; an odd last k stays."""
+    even = panels.shape[-2] // 2 * 2
+    pairs = panels[..., :even, :].reshape(*panels.shape[:-2], even // 2, *sizes).transpose(-1, -2)
+    return torch.cat((pairs.reshape(*panels.shape[:-2], even, PANEL), panels[..., even:, :]), -2)
 
 
 def linear_inputs(make: Make) -> Iterator[tuple]:

@@ -116,6 +116,21 @@ FL_INLINE vh narrow_word(vu u) {
 #endif
 }
 
+// Two bf16 in a word.
+FL_INLINE vf pair_low(vu w) { return (vf)(w << 16); }
+FL_INLINE vf pair_high(vu w) { return (vf)(w & 0xffff0000u); }
+
+// acc + both products of the pairs of a and b.
+#if defined(__AVX512BF16__)
+constexpr bool kHasDot = true;
+FL_INLINE vf dot_pairs(vf acc, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+#else
+constexpr bool kHasDot = false;
+FL_INLINE vf dot_pairs(vf acc, vu a, vu b) {
+  return fma(pair_high(a), pair_high(b), fma(pair_low(a), pair_low(b), acc));
+}
+#endif
+
 FL_INLINE vf widen_bf16(vh h) { return (vf)(widen_half(h) << 16); }
 
 FL_INLINE vh narrow_bf16(vf v) {
@@ -204,6 +219,13 @@ FL_INLINE void store(f16* p, vf v) {
   vh h = narrow_f16(v);
   __builtin_memcpy(p, &h, sizeof h);
 }
+
+FL_INLINE vu load_words(const void* p) {
+  vu v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FL_INLINE void store_words(void* p, vu v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // The first `n` < kLanes numbers; the other lanes read as zero and are not written.
 template <class T>

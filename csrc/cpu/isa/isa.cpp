@@ -12,6 +12,7 @@ FL_DECLARE(baseline)
 #if defined(__x86_64__)
 FL_DECLARE(avx2)
 FL_DECLARE(avx512)
+FL_DECLARE(avx512bf16)
 #endif
 #undef FL_DECLARE
 
@@ -34,6 +35,7 @@ const std::vector<Isa>& isas() {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     found.push_back({"avx2", avx2::kTable, has_avx2});
     found.push_back({"avx512", avx512::kTable, has_avx512});
+    found.push_back({"avx512bf16", avx512bf16::kTable, has_avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
     return found;
   }();

@@ -1,4 +1,4 @@
-// out[M, N] = x[M, K] @ weight^T + bias, with weight packed as panels[ceil(N/16)][K][16]; and the packing itself.
+// out[M, N] = x[M, K] @ weight^T + bias, with weight packed as panels of 16 outputs (tile.h); and the packing itself.
 //
 // Every output is one fp32 chain over ascending k, the bias added in fp32, one rounding to out's dtype (torch's addmm).
 #include "cpu/parallel.h"
@@ -7,7 +7,6 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 16 * kTileRows;      // rows packed and multiplied together
 constexpr int64_t kPackDepth = 64;
 constexpr int64_t kThinChunkBytes = 128 << 10;      // weights read per chunk when rows are few
 
@@ -20,17 +19,37 @@ struct Linear {
   int64_t num_panels() const { return (num_out + kPanel - 1) / kPanel; }
 };
 
-template <class X>
-void pack_rows(const Linear& job, int64_t row0, int64_t rows, float* packed) {
-  auto pack = [&](int64_t r) {
-    pack_row(static_cast<const X*>(job.x.data) + row_offset(job.x, row0 + r), job.num_k, packed, rows, r);
-  };
-  if (rows <= kTileRows) {
-    for (int64_t r = 0; r < rows; ++r) pack(r);
-  } else {
-    parallel(rows, pack);
+// How rows are packed and multiplied: as fp32, or as bf16 pairs by the dot instruction.
+template <class W>
+struct Widened {
+  using Element = W;
+  using Packed = float;
+  static constexpr int64_t kBlockRows = 16 * kTileRows;   // rows packed and multiplied together
+  static int64_t packed_floats(int64_t rows, int64_t num_k) { return packed_size(rows, num_k); }
+  static void pack(const Linear& job, int64_t row, float* packed, int64_t rows, int64_t r) {
+    with_float(job.x.dtype, [&](auto t) {
+      pack_row(static_cast<const decltype(t)*>(job.x.data) + row_offset(job.x, row), job.num_k, packed, rows, r);
+    });
   }
-}
+  static void multiply(const float* packed, int64_t rows, int64_t num_k, const W* panels, int num_panels, float* wide,
+                       float* c, int64_t ldc) {
+    product(packed, packed_step(rows), rows, num_k, panels, num_panels, wide, c, ldc);
+  }
+};
+
+struct Dotted {
+  using Element = bf16;
+  using Packed = uint32_t;
+  static constexpr int64_t kBlockRows = 32 * kTileRows;
+  static int64_t packed_floats(int64_t rows, int64_t num_k) { return dot_size(rows, num_k); }
+  static void pack(const Linear& job, int64_t row, uint32_t* packed, int64_t rows, int64_t r) {
+    pack_dot_row(static_cast<const bf16*>(job.x.data) + row_offset(job.x, row), job.num_k, packed, rows, r);
+  }
+  static void multiply(const uint32_t* packed, int64_t rows, int64_t num_k, const bf16* panels, int num_panels, float*,
+                       float* c, int64_t ldc) {
+    dot_product(packed, dot_step(rows), rows, num_k, panels, num_panels, c, ldc);
+  }
+};
 
 // Panels per chunk: enough chunks to share out evenly, each large enough to be worth claiming.
 template <class W>
@@ -48,14 +67,15 @@ void add_bias(float* c, const float* bias, int64_t n) {
   for (int64_t j = 0; j < n; j += kLanes) store(c + j, load(c + j) + load(bias + j));
 }
 
-template <class W>
-void multiply_chunk(const Linear& job, const float* packed, int64_t row0, int64_t rows, int64_t p0, int num_panels) {
+template <class How>
+void multiply_chunk(const Linear& job, const typename How::Packed* packed, int64_t row0, int64_t rows, int64_t p0,
+                    int num_panels) {
   int64_t width = int64_t{num_panels} * kPanel;
   float* wide = chunk_floats(kWideSize + (rows + 1) * width);
   float* bias = wide + kWideSize;
   float* c = bias + width;
-  const W* panels = static_cast<const W*>(job.panels.data) + p0 * job.num_k * kPanel;
-  product(packed, packed_step(rows), rows, job.num_k, panels, num_panels, wide, c, width);
+  auto* panels = static_cast<const typename How::Element*>(job.panels.data) + p0 * job.num_k * kPanel;
+  How::multiply(packed, rows, job.num_k, panels, num_panels, wide, c, width);
   int64_t n0 = p0 * kPanel, n = job.num_out - n0 < width ? job.num_out - n0 : width;
   if (job.bias.present())
     with_float(job.bias.dtype, [&](auto t) { convert_row(static_cast<decltype(t)*>(job.bias.data) + n0, n, bias); });
@@ -67,15 +87,31 @@ void multiply_chunk(const Linear& job, const float* packed, int64_t row0, int64_
   });
 }
 
-template <class W>
+template <class How>
 void multiply_block(const Linear& job, int64_t row0, int64_t rows) {
-  float* packed = caller_floats(packed_size(rows, job.num_k));
-  with_float(job.x.dtype, [&](auto t) { pack_rows<decltype(t)>(job, row0, rows, packed); });
-  int64_t width = chunk_width<W>(job, rows), total = job.num_panels();
+  using Packed = typename How::Packed;
+  auto* packed = reinterpret_cast<Packed*>(caller_floats(How::packed_floats(rows, job.num_k)));
+  auto pack = [&](int64_t r) { How::pack(job, row0 + r, packed, rows, r); };
+  if (rows <= kTileRows) {
+    for (int64_t r = 0; r < rows; ++r) pack(r);
+  } else {
+    parallel(rows, pack);
+  }
+  int64_t width = chunk_width<typename How::Element>(job, rows), total = job.num_panels();
   parallel((total + width - 1) / width, [&](int64_t chunk) {
     int64_t p0 = chunk * width, left = total - p0;
-    multiply_chunk<W>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width));
+    multiply_chunk<How>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width));
   });
+}
+
+// Blocks of nearly equal height: each reads all weights once.
+template <class How>
+void multiply(const Linear& job) {
+  int64_t rows = num_rows(job.x), num_blocks = (rows + How::kBlockRows - 1) / How::kBlockRows;
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    int64_t begin = rows * b / num_blocks;
+    multiply_block<How>(job, begin, rows * (b + 1) / num_blocks - begin);
+  }
 }
 
 // Output rows [lo, hi) of one panel, weight row 0 being output row `first`.
@@ -92,7 +128,7 @@ void pack_panel(const Tensor& panels, const Tensor& weight, int64_t first, int64
       To out[kPackDepth];
       for (int64_t k = 0; k < depth; ++k) in[k] = row[k * weight.strides[1]];
       convert_row(in, depth, out);
-      for (int64_t k = 0; k < depth; ++k) panel[(k0 + k) * kPanel + n % kPanel] = out[k];
+      for (int64_t k = 0; k < depth; ++k) panel[panel_index(kIsPaired<To>, num_k, k0 + k, n % kPanel)] = out[k];
     }
   }
 }
@@ -102,12 +138,9 @@ void pack_panel(const Tensor& panels, const Tensor& weight, int64_t first, int64
 // t: out!, x, panels, bias?; i: num_out.
 void linear(const Tensor* t, const int64_t* i, const double*) {
   Linear job{t[0], t[1], t[2], t[3], t[1].sizes[t[1].ndim - 1], i[0]};
-  int64_t rows = num_rows(job.x);
-  with_float(job.panels.dtype, [&](auto w) {
-    using W = decltype(w);
-    for (int64_t r = 0; r < rows; r += kBlockRows)
-      multiply_block<W>(job, r, rows - r < kBlockRows ? rows - r : kBlockRows);
-  });
+  if constexpr (kHasDot)
+    if (job.panels.dtype == DType::bf16 && job.x.dtype == DType::bf16) return multiply<Dotted>(job);
+  with_float(job.panels.dtype, [&](auto w) { multiply<Widened<decltype(w)>>(job); });
 }
 
 // t: panels!, weight; i: row_offset. Row n of weight becomes lane (row_offset + n) % 16 of panel (row_offset + n) / 16.

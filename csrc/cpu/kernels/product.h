@@ -24,10 +24,39 @@ inline void pack_row(const T* x, int64_t num_k, float* packed, int64_t num_rows,
     convert_row(x + k, num_k - k < kDepth ? num_k - k : kDepth, packed + r * kPackedRow);
 }
 
+// bf16 rows stay bf16 where there is a dot instruction for them: [ceil(K / kDepth)][M][kDotRow] words.
+constexpr int kDotRow = kDepth / 2 + 16;
+inline int64_t dot_step(int64_t num_rows) { return num_rows * kDotRow; }
+inline int64_t dot_size(int64_t num_rows, int64_t num_k) { return (num_k + kDepth - 1) / kDepth * dot_step(num_rows); }
+
+inline void pack_dot_row(const bf16* x, int64_t num_k, uint32_t* packed, int64_t num_rows, int64_t r) {
+  for (int64_t k = 0; k < num_k; k += kDepth, packed += dot_step(num_rows)) {
+    int64_t n = num_k - k < kDepth ? num_k - k : kDepth;
+    uint32_t* row = packed + r * kDotRow;
+    if (n % 2) row[n / 2] = 0;
+    __builtin_memcpy(row, x + k, n * sizeof(bf16));
+  }
+}
+
+// [num_k][16] as it lies in a panel -> fp32 [num_k][16].
+template <class T>
+inline void widen_panel(const T* panel, int num_k, float* wide) {
+  int k = 0;
+  if constexpr (kIsPaired<T>) {
+    for (; k + 2 <= num_k; k += 2)
+      for (int v = 0; v < kPanelVecs; ++v) {
+        vu w = load_words(panel + k * kPanel + 2 * v * kLanes);
+        store(wide + k * kPanel + v * kLanes, pair_low(w));
+        store(wide + (k + 1) * kPanel + v * kLanes, pair_high(w));
+      }
+  }
+  convert_row(panel + k * kPanel, int64_t{num_k - k} * kPanel, wide + k * kPanel);
+}
+
 template <class T>
 inline void widen_panels(const T* panels, int64_t panel_step, int num_panels, int num_k, float* wide) {
   for (int p = 0; p < num_panels; ++p)
-    convert_row(panels + p * panel_step, int64_t{num_k} * kPanel, wide + p * kDepth * kPanel);
+    widen_panel(panels + p * panel_step, num_k, wide + p * kDepth * kPanel);
 }
 
 // All rows of one depth block, in tiles of nearly equal height.
@@ -57,6 +86,21 @@ inline void product(const float* packed, int64_t step, int64_t num_rows, int64_t
     }
     widen_panels(b, panel_step, num_panels, depth, wide);
     product_block(packed, num_rows, wide, kDepth * kPanel, num_panels, depth, c, ldc, k > 0);
+  }
+}
+
+// product() of rows packed by pack_dot_row: panels are read as they are, whatever the number of rows.
+inline void dot_product(const uint32_t* packed, int64_t step, int64_t num_rows, int64_t num_k, const bf16* panels,
+                        int num_panels, float* c, int64_t ldc) {
+  int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  for (int64_t k = 0; k < num_k; k += kDepth, packed += step) {
+    int depth = static_cast<int>(num_k - k < kDepth ? num_k - k : kDepth);
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      int64_t r = num_rows * t / num_tiles;
+      int rows = static_cast<int>(num_rows * (t + 1) / num_tiles - r);
+      dot_rows<kDotRow>(rows, packed + r * kDotRow, panels + k * kPanel, num_k * kPanel, num_panels, depth, c + r * ldc,
+                        ldc, k > 0);
+    }
   }
 }
 

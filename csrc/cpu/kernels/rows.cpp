@@ -1,10 +1,9 @@
 // Whole rows moved by an index: embedding tables, plain or packed, and the rows whose logits are wanted.
 #include "cpu/rows.h"
+#include "tile.h"
 
 namespace fuseline::FL_ISA {
 namespace {
-
-constexpr int64_t kPanel = 16;
 
 // An id outside the table reads as a row of zeros: ids come from requests, and a kernel neither throws nor strays.
 template <class T>
@@ -60,10 +59,11 @@ void embedding(const Tensor* t, const int64_t*, const double*) { take_rows(t[0],
 
 void gather_rows(const Tensor* t, const int64_t*, const double*) { take_rows(t[0], t[1], t[2]); }
 
-// panels[ceil(V/16)][D][16]: row `id` is column id % 16 of panel id / 16.
+// Row `id` is lane id % 16 of panel id / 16.
 void embedding_panels(const Tensor* t, const int64_t* i, const double*) {
   const Tensor &out = t[0], &ids = t[1], &panels = t[2];
   const int64_t width = last_size(out);
+  const bool is_paired = panels.dtype == DType::bf16;
   with_size(out.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_ranges(num_rows(out), row_grain(width), [&](int64_t begin, int64_t end) {
@@ -71,8 +71,9 @@ void embedding_panels(const Tensor* t, const int64_t* i, const double*) {
         T* to = row<T>(out, r);
         const int64_t id = id_at(ids, r);
         const bool is_inside = id >= 0 && id < i[0];
-        const T* from = static_cast<const T*>(panels.data) + (is_inside ? id / kPanel * width * kPanel + id % kPanel : 0);
-        for (int64_t c = 0; c < width; ++c) to[c] = is_inside ? from[c * kPanel] : T{};
+        const T* from = static_cast<const T*>(panels.data) + (is_inside ? id / kPanel * width * kPanel : 0);
+        for (int64_t c = 0; c < width; ++c)
+          to[c] = is_inside ? from[panel_index(is_paired, width, c, id % kPanel)] : T{};
       }
     });
   });

@@ -1,7 +1,10 @@
 // The register tile that every matrix product here is made of, in linear, attention and experts.
 //
 // c[r][p][lane] (+)= sum over k, ascending, of a[r][k] * b[p][k][lane]: one chain of fma() per element, so an element's
-// value depends neither on how many rows or panels share the tile nor on where the sum over k is cut.
+// value depends neither on how many rows or panels share the tile nor on where the sum over k is cut (at an even k).
+//
+// A panel holds 16 outputs: [K][16], and of bf16 in pairs of k: [K / 2][16][2], an odd last k by itself. A word of it is
+// then what a bf16 dot instruction takes, and both of its halves widen in one instruction each.
 #pragma once
 #include "cpu/vec.h"
 
@@ -10,8 +13,18 @@ namespace {
 
 constexpr int kPanel = 16;                    // outputs of a panel
 constexpr int kPanelVecs = kPanel / kLanes;   // vectors that hold one k of a panel
-constexpr int kPrefetch = 2048;                // elements ahead of the one in use, when a tile is too thin to hide it
 constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 3;
+
+template <class T>
+constexpr bool kIsPaired = false;
+template <>
+constexpr bool kIsPaired<bf16> = true;
+
+// Where a panel of num_k keeps weight[lane][k].
+FL_INLINE int64_t panel_index(bool is_paired, int64_t num_k, int64_t k, int64_t lane) {
+  bool has_partner = is_paired && (k | 1) < num_k;
+  return has_partner ? (k & ~int64_t{1}) * kPanel + 2 * lane + (k & 1) : k * kPanel + lane;
+}
 
 // Panels side by side in a tile of `rows` rows: as many accumulators as the registers hold.
 constexpr int tile_panels(int rows) {
@@ -20,33 +33,45 @@ constexpr int tile_panels(int rows) {
   return rows == 1 ? 2 : 1;
 }
 
-// a: [ROWS][LDA]; b: panels of [num_k][16], `panel_step` elements apart; c: rows `ldc` floats apart, panels 16 apart.
+// With the dot instruction one panel is enough to hide its latency when rows are few, and one stream is read fastest.
+constexpr int dot_panels(int rows) { return rows <= 4 ? 1 : 2; }
+
+template <int ROWS, int VECS>
+FL_INLINE void load_tile(vf (&acc)[ROWS][VECS], const float* c, int64_t ldc, bool add) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) acc[r][v] = add ? load(c + r * ldc + v * kLanes) : set1(0.0f);
+}
+
+template <int ROWS, int VECS>
+FL_INLINE void store_tile(const vf (&acc)[ROWS][VECS], float* c, int64_t ldc) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
+}
+
+// a: [ROWS][LDA]; b: panels `panel_step` elements apart; c: rows `ldc` floats apart, panels 16 apart.
 template <int ROWS, int PANELS, int LDA, class T>
 FL_INLINE void tile(const float* a, const T* b, int64_t panel_step, int num_k, float* c, int64_t ldc, bool add) {
   constexpr int kVecs = PANELS * kPanelVecs;
   vf acc[ROWS][kVecs];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = add ? load(c + r * ldc + v * kLanes) : set1(0.0f);
-  auto step = [&](int k) __attribute__((always_inline)) {
+  load_tile(acc, c, ldc, add);
+  auto step = [&](int k, auto load_vec) __attribute__((always_inline)) {
     vf y[kVecs];
     for (int p = 0; p < PANELS; ++p)
-      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load(b + p * panel_step + k * kPanel + v * kLanes);
+      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load_vec(b + p * panel_step, v);
     for (int r = 0; r < ROWS; ++r) {
       vf x = set1(a[r * LDA + k]);
       for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, y[v], acc[r][v]);
     }
   };
   int k = 0;
-  if constexpr (ROWS <= 4 && sizeof(T) == 2) {
-    for (; k + 2 <= num_k; k += 2) {   // two k of a panel are one cache line
-      for (int p = 0; p < PANELS; ++p) __builtin_prefetch(b + p * panel_step + k * kPanel + kPrefetch);
-      step(k);
-      step(k + 1);
+  if constexpr (kIsPaired<T>) {
+    for (; k + 2 <= num_k; k += 2) {
+      step(k, [&](const T* q, int v) { return pair_low(load_words(q + k * kPanel + 2 * v * kLanes)); });
+      step(k + 1, [&](const T* q, int v) { return pair_high(load_words(q + k * kPanel + 2 * v * kLanes)); });
     }
   }
-  for (; k < num_k; ++k) step(k);
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVecs; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
+  for (; k < num_k; ++k) step(k, [&](const T* q, int v) { return load(q + k * kPanel + v * kLanes); });
+  store_tile(acc, c, ldc);
 }
 
 template <int ROWS, int LDA, class T>
@@ -66,6 +91,51 @@ FL_INLINE void tile_rows(int rows, const float* a, const T* b, int64_t panel_ste
                          int64_t ldc, bool add) {
   if (rows == ROWS) return tile_strip<ROWS, LDA>(a, b, panel_step, num_panels, num_k, c, ldc, add);
   if constexpr (ROWS > 1) tile_rows<LDA, T, ROWS - 1>(rows, a, b, panel_step, num_panels, num_k, c, ldc, add);
+}
+
+// The same of bf16 rows, a: [ROWS][LDA] words of two k, the last padded with a zero.
+template <int ROWS, int PANELS, int LDA>
+FL_INLINE void dot_tile(const uint32_t* a, const bf16* b, int64_t panel_step, int num_k, float* c, int64_t ldc,
+                        bool add) {
+  constexpr int kVecs = PANELS * kPanelVecs;
+  vf acc[ROWS][kVecs];
+  load_tile(acc, c, ldc, add);
+  auto step = [&](int k, auto load_vec) __attribute__((always_inline)) {
+    vu y[kVecs];
+    for (int p = 0; p < PANELS; ++p)
+      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load_vec(b + p * panel_step + k * kPanel, v);
+    for (int r = 0; r < ROWS; ++r) {
+      vu x = a[r * LDA + k / 2] - vu{};
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = dot_pairs(acc[r][v], y[v], x);
+    }
+  };
+  int k = 0;
+  for (; k + 2 <= num_k; k += 2) step(k, [](const bf16* q, int v) { return load_words(q + 2 * v * kLanes); });
+  if (k < num_k)
+    step(k, [](const bf16* q, int v) {
+      vh h;
+      __builtin_memcpy(&h, q + v * kLanes, sizeof h);
+      return widen_half(h);
+    });
+  store_tile(acc, c, ldc);
+}
+
+template <int ROWS, int LDA>
+[[gnu::noinline]] void dot_strip(const uint32_t* a, const bf16* b, int64_t panel_step, int num_panels, int num_k,
+                                 float* c, int64_t ldc, bool add) {
+  constexpr int kStep = dot_panels(ROWS);
+  int p = 0;
+  for (; p + kStep <= num_panels; p += kStep)
+    dot_tile<ROWS, kStep, LDA>(a, b + p * panel_step, panel_step, num_k, c + p * kPanel, ldc, add);
+  for (; p < num_panels; ++p)
+    dot_tile<ROWS, 1, LDA>(a, b + p * panel_step, panel_step, num_k, c + p * kPanel, ldc, add);
+}
+
+template <int LDA, int ROWS = kTileRows>
+FL_INLINE void dot_rows(int rows, const uint32_t* a, const bf16* b, int64_t panel_step, int num_panels, int num_k,
+                        float* c, int64_t ldc, bool add) {
+  if (rows == ROWS) return dot_strip<ROWS, LDA>(a, b, panel_step, num_panels, num_k, c, ldc, add);
+  if constexpr (ROWS > 1) dot_rows<LDA, ROWS - 1>(rows, a, b, panel_step, num_panels, num_k, c, ldc, add);
 }
 
 }  // namespace

@@ -6,13 +6,6 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-FL_INLINE vu load_words(const void* p) {
-  vu v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-FL_INLINE void store_words(void* p, vu v) { __builtin_memcpy(p, &v, sizeof v); }
-
 // Swaps the off-diagonal HALF x HALF quarters of every 2 HALF x 2 HALF square, for HALF = kLanes/2, ..., 1 (Eklundh).
 template <int HALF>
 FL_INLINE void transpose_square(vu* rows) {
@@ -51,8 +44,8 @@ FL_INLINE int64_t transpose_squares(const bf16* const* rows, int64_t num_d, floa
     for (int i = 0; i < kLanes; ++i) square[i] = load_words(rows[i] + d);
     transpose_square<kLanes / 2>(square);
     for (int i = 0; i < kLanes; ++i) {
-      store_words(out + (d + 2 * i) * kPanel, square[i] << 16);
-      store_words(out + (d + 2 * i + 1) * kPanel, square[i] & 0xffff0000u);
+      store(out + (d + 2 * i) * kPanel, pair_low(square[i]));
+      store(out + (d + 2 * i + 1) * kPanel, pair_high(square[i]));
     }
   }
   return d;
