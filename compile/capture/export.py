@@ -18,6 +18,7 @@ from fuseline.compile.capture.captured import (
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config, one_line
 from fuseline.compile.capture.hf_patches import patch_model
+from fuseline.compile.capture.repeat import find_layers, layer_at, only_chosen, repeat_layers
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import module_of
 
@@ -46,7 +47,7 @@ def capture_model(config: CompileConfig) -> CapturedModel:
     dtype = resolve_dtype(config, hf_config)
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
     rope_switch = patch_model(model)
-    graph, buffers = _export(model)
+    graph, buffers = export_repeated(model) or export_whole(model)
     captured = describe(model, graph, hf_config, dtype, buffers)
     captured.rope_switch = rope_switch
     _check_attention(captured, hf_config)
@@ -67,7 +68,30 @@ def describe(
     )
 
 
-def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
+def export_repeated(model: nn.Module) -> tuple[fx.GraphModule, set[str]] | None:
+    """The graph of all layers from a few of them; None when these do not tell it."""
+    layers = find_layers(model)
+    if layers is None:
+        return None
+    try:
+        with only_chosen(model, layers):
+            graph, _ = _export(model, layers.path)
+    except Exception:  # whatever the whole model may do well: it is exported next, and its errors are told
+        return None
+    repeated = repeat_layers(graph, layers)
+    if repeated is None:
+        return None
+    attributes = {node.meta["fqn"] for node in repeated.nodes if node.op == "get_attr"}
+    return module_of(repeated), attributes - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def export_whole(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
+    """The graph, and which of its get_attr nodes are buffers. Raises CaptureError."""
+    graph, constants = _export(model)
+    return module_of(graph), constants
+
+
+def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]:
     tokens = torch.zeros((1, EXAMPLE_TOKENS), dtype=torch.long, device="meta")
     dynamic = {1: torch.export.Dim("T", min=MIN_TOKENS, max=MAX_TOKENS)}
     try:
@@ -80,11 +104,11 @@ def _export(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
     except Exception as error:  # torch.export raises many types; all mean the same to the user
         reason = "its code depends on the number of tokens" if "Constraints violated" in str(error) else one_line(error)
         raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {reason}") from error
-    return _lift(program)
+    return _lift(program, layer_list)
 
 
-def _lift(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, set[str]]:
-    """Parameters and buffers become get_attr nodes named by their path."""
+def _lift(program: torch.export.ExportedProgram, layer_list: str) -> tuple[fx.Graph, set[str]]:
+    """Parameters and buffers become get_attr nodes named by their path. With a layer list, nodes tell their layer."""
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     out, done, constants = fx.Graph(), {}, set()
     for node in program.graph.nodes:
@@ -100,7 +124,10 @@ def _lift(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, set[st
                 constants.add(name)
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # it pins the meta device
             done[node] = _retarget(out.node_copy(node, lambda n: done[n]))
-    return module_of(out), constants
+            if layer_list:
+                stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+                done[node].meta["layer"] = layer_at(stack, f"model.{layer_list}")
+    return out, constants
 
 
 def _retarget(node: fx.Node) -> fx.Node:
