@@ -33,9 +33,6 @@ constexpr int tile_panels(int rows) {
   return rows == 1 ? 2 : 1;
 }
 
-// With the dot instruction one panel is enough to hide its latency when rows are few, and one stream is read fastest.
-constexpr int dot_panels(int rows) { return rows <= 4 ? 1 : 2; }
-
 template <int ROWS, int VECS>
 FL_INLINE void load_tile(vf (&acc)[ROWS][VECS], const float* c, int64_t ldc, bool add) {
   for (int r = 0; r < ROWS; ++r)
@@ -123,7 +120,7 @@ FL_INLINE void dot_tile(const uint32_t* a, const bf16* b, int64_t panel_step, in
 template <int ROWS, int LDA>
 [[gnu::noinline]] void dot_strip(const uint32_t* a, const bf16* b, int64_t panel_step, int num_panels, int num_k,
                                  float* c, int64_t ldc, bool add) {
-  constexpr int kStep = dot_panels(ROWS);
+  constexpr int kStep = tile_panels(ROWS);
   int p = 0;
   for (; p + kStep <= num_panels; p += kStep)
     dot_tile<ROWS, kStep, LDA>(a, b + p * panel_step, panel_step, num_k, c + p * kPanel, ldc, add);
