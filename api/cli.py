@@ -1,4 +1,4 @@
-"""`fuseline`: serve, run, bench, explain, version. Exit status 0: done, 2: usage, 1: a configuration that fails."""
+"""`fuseline`: serve, run, bench, cache, explain, version. Exit status 0: done, 2: usage, 1: it failed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + separator + value
 
 
-def serve(arguments: Sequence[str]) -> int:
+def serve(arguments: Sequence[str], on_phase: Callable[[str], None] | None = None) -> int:
+    """`on_phase` is told when each phase of the start ends."""
     parser = command_parser("serve", list(tables.GROUPS))
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and exit")
     values = parse_values(parser, arguments)
@@ -63,7 +64,7 @@ def serve(arguments: Sequence[str]) -> int:
     from fuseline.api.server import run_server
 
     configure_logging(config)
-    return run_server(config)
+    return run_server(config, on_phase)
 
 
 def explain(arguments: Sequence[str]) -> int:
@@ -89,6 +90,12 @@ def bench(arguments: Sequence[str]) -> int:
     return run_bench(arguments)
 
 
+def cache(arguments: Sequence[str]) -> int:
+    from fuseline.api.cli_cache import run_cache
+
+    return run_cache(arguments)
+
+
 def version(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser(prog="fuseline version").parse_args(arguments)
     print(fuseline.__version__)
@@ -96,5 +103,5 @@ def version(arguments: Sequence[str]) -> int:
 
 
 HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "run": run, "bench": bench, "explain": explain, "version": version,
+    "serve": serve, "run": run, "bench": bench, "cache": cache, "explain": explain, "version": version,
 }  # fmt: skip

@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -23,22 +24,32 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fuseline.server")
 KEEP_ALIVE_SECONDS = 5
+OnPhase = Callable[[str], None]
+ENGINE_PHASES = {("capturing", False): "engine imports", ("capturing", True): "graph", ("loading", True): "weights"}
+"""What ends when the engine tells of this progress: (phase, whether it is complete)."""
 
 
-def run_server(config: ServerConfig) -> int:
-    """Serves until a signal; returns the exit status. Start-up errors are one line on stderr."""
+def run_server(config: ServerConfig, on_phase: OnPhase | None = None) -> int:
+    """Serves until a signal; returns the exit status. Start-up errors are one line on stderr.
+
+    `on_phase` is told when each phase of the start ends (names: bench/startup.py).
+    """
     try:
         listener = bind(config)
     except OSError as error:
         return fail(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; choose another --port")
     try:
-        return asyncio.run(_Server(config, listener).run())
+        return asyncio.run(_Server(config, listener, on_phase or _tell_no_one).run())
     except (EngineStartError, ConfigError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
         return 0
     finally:
         listener.close()
+
+
+def _tell_no_one(phase: str) -> None:
+    """No one times this start."""
 
 
 def fail(message: str) -> int:
@@ -73,8 +84,8 @@ def prepare(config: ServerConfig) -> TextTokenizer | None:
 class _Server:
     """One run: start, serve, drain."""
 
-    def __init__(self, config: ServerConfig, listener: socket.socket) -> None:
-        self._config, self._listener = config, listener
+    def __init__(self, config: ServerConfig, listener: socket.socket, on_phase: OnPhase) -> None:
+        self._config, self._listener, self._on_phase = config, listener, on_phase
         self._client = EngineClient(config.engine, in_process=not config.disable_frontend_multiprocessing)
         self._served: Served | None = None
         self._exit_status = 0
@@ -97,6 +108,7 @@ class _Server:
             self._served = app.state.served
             server = self._uvicorn_server(app)
             self._announce(app, ready)
+            self._on_phase("application")
             await self._serve(server)
         finally:
             for task in self._tasks:
@@ -107,11 +119,19 @@ class _Server:
     async def _start_engine(self):
         """The engine's answer, or None when a signal came first."""
         progress = StartupProgress()
-        starting = asyncio.ensure_future(self._client.start(progress))
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            progress(phase, done, total)
+            if name := ENGINE_PHASES.get((phase, done == total)):
+                self._on_phase(name)
+
+        self._on_phase("settings")
+        starting = asyncio.ensure_future(self._client.start(on_progress))
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
+                self._on_phase("engine")
                 return starting.result()
             return None
         finally:

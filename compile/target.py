@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch  # noqa: F401  fuseline._C links to its libraries
-
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -23,6 +21,8 @@ class Target:
 
 def detect_target(cpu_threads: int = 0) -> Target:
     """The best device of this machine; `cpu_threads` 0 takes every core this process may use."""
+    import torch  # noqa: F401  fuseline._C links to its libraries
+
     from fuseline import _C
 
     return Target("cpu", _C.cpu_isa(), cpu_threads or usable_cpus())

@@ -18,12 +18,14 @@ from fuseline.api.bench.load import run_load, warm_up
 from fuseline.api.bench.measure import Outcome, report, summarize
 from fuseline.api.bench.offline import run_offline
 from fuseline.api.bench.plot import require_matplotlib, save_plot
+from fuseline.api.bench.startup import run_startup
 from fuseline.api.bench.workload import MAX_PROMPTS, MAX_TOKENS, WorkloadConfig, arrival_times, make_samples
 from fuseline.api.config import ConfigError, read_environment
 
 BENCHES = {
     "serve": "load an OpenAI-compatible server and report latencies and throughput",
     "offline": "speed of an engine in this process: prompts, one stream, many streams",
+    "startup": "time from exec to the first streamed token, phase by phase, cold and warm",
 }
 
 
@@ -34,6 +36,8 @@ def run_bench(arguments: Sequence[str]) -> int:
         return 0
     if arguments[0] == "offline":
         return run_offline(arguments[1:])
+    if arguments[0] == "startup":
+        return run_startup(arguments[1:])
     options = _parser().parse_args(arguments)
     _check(options)
     return _run(bench_serve(options))
@@ -43,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fuseline bench", allow_abbrev=False)
     benches = parser.add_subparsers(dest="bench", required=True)
     benches.add_parser("offline", help=BENCHES["offline"])
+    benches.add_parser("startup", help=BENCHES["startup"])
     serve = benches.add_parser("serve", help=BENCHES["serve"], description=BENCHES["serve"], allow_abbrev=False)
     target = serve.add_argument_group("server")
     target.add_argument("--base-url", default="http://127.0.0.1:8000", help="address of the server")
