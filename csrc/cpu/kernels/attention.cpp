@@ -117,6 +117,16 @@ void load_values(const Attention& job, const Task& task, int64_t base, int64_t l
   }
 }
 
+// Keys [lo, hi) on their way to the caches while others are worked on: blocks lie apart, so no hardware foresees them.
+template <class T>
+void prefetch_rows(const Attention& job, const Tensor& cache, const Task& task, int64_t lo, int64_t hi, int64_t dim) {
+  if (lo >= hi) return;
+  const T* rows[kKeys];
+  cache_rows(job, cache, task, lo, hi, rows);
+  for (int64_t i = 0; i < hi - lo; ++i)
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(rows[i] + d);
+}
+
 void fill(float* x, int64_t lo, int64_t hi, float value) {
   for (int64_t i = lo; i < hi; ++i) x[i] = value;
 }
@@ -196,8 +206,11 @@ template <class T>
 void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, const TaskScratch& s,
               Partial p) {
   int64_t rows = task.rows(), panel = (lo - base) / kPanel;
+  prefetch_rows<T>(job, job.v_cache, task, lo, hi, job.value_dim);
   load_keys<T>(job, task, base, lo, hi, s.keys);
   load_values<T>(job, task, base, lo, hi, s.values);
+  int64_t next = hi + kKeys < task.end() ? hi + kKeys : task.end();
+  prefetch_rows<T>(job, job.k_cache, task, hi, next, job.key_dim);
   score_tile(job, rows, panel, (hi - base + kPanel - 1) / kPanel - panel, s);
   for (int64_t r = 0; r < rows; ++r) {
     int64_t position = task.position_of(r), first = first_key(job, position);
