@@ -81,6 +81,22 @@ def test_a_map_of_weights_that_lies_is_not_used(started, caplog):
     assert "is no map of" in caplog.text and path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("trouble", ["no folder", "full disk"])
+def test_a_cache_that_takes_nothing_is_reported_once(started, tmp_path, caplog, monkeypatch, trouble):
+    folder = tmp_path / "cache"
+    if trouble == "no folder":
+        folder.write_text("a file where the folder should be")
+    else:
+        monkeypatch.setattr(cache.os, "fsync", lambda handle: _full())
+    config = CompileConfig(model=started.model, cache_dir=str(folder))
+    compiler.compile_model(config, compiler.Target("cpu", "", 1))
+    assert ["is not cached in" in record.getMessage() for record in caplog.records].count(True) == 1
+
+
+def _full() -> None:
+    raise OSError(28, "No space left on device")
+
+
 @pytest.fixture
 def files(tmp_path) -> list[cache.Path]:
     """Three cached files of 1000 bytes of body, the first unused for longest."""

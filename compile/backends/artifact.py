@@ -84,6 +84,12 @@ def save_optimized(config: CompileConfig, captured: CapturedModel, result: Pipel
     key = optimized_key(config)
     if key is None:
         return
+    graph = cache_path(config, "graphs", cache_key(config) or "")
+    write_cached(cache_path(config, "models", key), lambda: optimized_body(captured, result, key), earlier=graph)
+
+
+def optimized_body(captured: CapturedModel, result: PipelineResult, key: str) -> bytes:
+    """The body of the file. Raises GraphFormatError."""
     values = captured_values(captured, key) | {
         "specs": [[type(spec).__name__, asdict(spec)] for spec in result.specs],
         "reports": [asdict(report) for report in result.reports],
@@ -91,8 +97,7 @@ def save_optimized(config: CompileConfig, captured: CapturedModel, result: Pipel
         "made": sorted(result.constants),
     }
     constants = {f"captured {name}": value for name, value in captured.constants.items()}
-    constants |= {f"made {name}": value for name, value in result.constants.items()}
-    write_cached(cache_path(config, "models", key), lambda: pack(values, constants))
+    return pack(values, constants | {f"made {name}": value for name, value in result.constants.items()})
 
 
 def read_cached(path: Path, parse: Callable[[bytes], Value], instead: str) -> Value | None:
@@ -106,12 +111,13 @@ def read_cached(path: Path, parse: Callable[[bytes], Value], instead: str) -> Va
         return None
 
 
-def write_cached(path: Path, body: Callable[[], bytes]) -> None:
-    """A cache that cannot be written is reported and done without."""
+def write_cached(path: Path, body: Callable[[], bytes], earlier: Path | None = None) -> None:
+    """A cache that cannot be written is reported and done without; once: not when an `earlier` file is missing too."""
     try:
         write_file(path, body())
     except (OSError, GraphFormatError) as error:
-        logger.warning("%s is not cached in %s: %s", path.name, path.parent, error)
+        level = logging.WARNING if earlier is None or earlier.exists() else logging.DEBUG
+        logger.log(level, "%s is not cached in %s: %s", path.name, path.parent, error)
 
 
 def cache_path(config: CompileConfig, kind: str, key: str) -> Path:

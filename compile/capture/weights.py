@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.artifact import cache_key, cache_path, read_cached, write_cached
+from fuseline.compile.backends.artifact import cache_key, cache_path, optimized_key, read_cached, write_cached
 from fuseline.compile.cache import CacheError
 from fuseline.compile.capture import pieces
 from fuseline.compile.capture.captured import CapturedModel
@@ -58,7 +58,7 @@ class CheckpointWeights:
     """The checkpoint by the names of the model; nothing is read."""
 
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
-        self.origin = config.model
+        self._config, self.origin = config, config.model
         self._stored = open_checkpoint(Path(config.model), config.load_format)
         self._alike = alike(captured.tied)
         self._map_path = map_path(config, self._stored)
@@ -77,7 +77,8 @@ class CheckpointWeights:
         """For the next start: where all that was asked for is stored."""
         body = write_map(self._known.found) if self._known.is_new and self._map_path else None
         if body is not None:
-            write_cached(self._map_path, lambda: body)
+            lowered = cache_path(self._config, "models", optimized_key(self._config) or "")
+            write_cached(self._map_path, lambda: body, earlier=lowered)
 
     def find(self, name: str) -> Unread | None:
         """What becomes the parameter or buffer `name`; for a tied one, whichever of them is stored."""
