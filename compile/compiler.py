@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from fuseline import _C
 from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable, lower
+from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
@@ -40,7 +42,10 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     weights = load_weights(requests, captured, config, report_progress)
     weights |= result.constants
     executable = _executable(captured.graph, weights, config)
-    return CompiledModel(config, captured, result, weights, executable)
+    model = CompiledModel(config, captured, result, weights, executable)
+    if config.level > 1 and executable.num_regions:
+        model.compile_regions(RegionUpgrade(captured.graph, _by_target(captured.graph, weights), config))
+    return model
 
 
 def optimize(config: CompileConfig, keep: bool = False) -> tuple[CapturedModel, PipelineResult]:
@@ -61,8 +66,11 @@ def optimize(config: CompileConfig, keep: bool = False) -> tuple[CapturedModel, 
 def _executable(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> Executable:
     if config.level == 0:
         return EagerExecutable(graph, weights)
-    by_target = {str(n.target): weights[constant_name(n)] for n in graph.graph.nodes if n.op == "get_attr"}
-    return lower(graph, by_target, config)
+    return lower(graph, _by_target(graph, weights), config)
+
+
+def _by_target(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {str(n.target): weights[constant_name(n)] for n in graph.graph.nodes if n.op == "get_attr"}
 
 
 def weight_requests(graph: fx.GraphModule, captured: CapturedModel, result: PipelineResult) -> dict[str, WeightSource]:
@@ -83,6 +91,28 @@ class CompiledModel:
         self._block_size = config.block_size
         self._executable = executable
         self._caches: dict[str, Tensor] = {}
+        self._upgrade: RegionUpgrade | None = None
+
+    def compile_regions(self, upgrade: RegionUpgrade) -> None:
+        """From the step after it is done on, the model runs on compiled regions."""
+        self._upgrade = upgrade
+        weakref.finalize(self, upgrade.stop.set)
+        upgrade.start()
+
+    def wait_compiled(self) -> bool:
+        """Waits for the regions; whether the model now runs on compiled ones."""
+        if self._upgrade is None:
+            return False
+        self._upgrade.join()
+        return self._swap()
+
+    def _swap(self) -> bool:
+        """Between steps only: the logits of the last step lie in the old plan's memory."""
+        upgraded, self._upgrade = self._upgrade.result, None
+        if upgraded is None:
+            return False
+        self._executable = upgraded
+        return True
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
         """Blocks per cache group."""
@@ -96,6 +126,8 @@ class CompiledModel:
 
     def run(self, inputs: GraphInputs) -> Tensor:
         """Logits [R, V] float32 of the wanted rows."""
+        if self._upgrade is not None and not self._upgrade.is_alive():
+            self._swap()
         values = self._caches | input_values(inputs)
         if self.info.rope_switch:
             values["positions"] = inputs.rope_rows[None]

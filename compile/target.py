@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +43,12 @@ def usable_cpus(quota_file: Path = CGROUP_QUOTA) -> int:
 def default_cache_dir() -> Path:
     """$FUSELINE_CACHE_ROOT or ~/.cache/fuseline."""
     return Path(os.environ.get("FUSELINE_CACHE_ROOT") or Path.home() / ".cache" / "fuseline")
+
+
+def cpu_features() -> str:
+    """What code compiled for exactly this CPU depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

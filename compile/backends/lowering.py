@@ -1,13 +1,13 @@
 """A graph lowered to native calls, views and Python regions, on meta tensors of prime sizes (sizes.py).
 
 Views cost nothing: torch tells which storage a result lives in, with which strides. An op with a native kernel becomes
-a call that writes a buffer of the arena; a run of ops without one becomes a region that torch computes. With `grown`,
-the ops that the pass cut_regions marked belong to a region although some of them have kernels.
+a call that writes a buffer of the arena; a run of ops without one becomes a region that torch computes. The ops
+that the pass cut_regions gave one of the `marks` belong to that region although some of them have kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +54,15 @@ class Lowering:
     """Interprets a graph once. `limits` are the largest values of the symbols, by name."""
 
     def __init__(
-        self, graph: fx.GraphModule, inputs: Mapping[str, Tensor], limits: Mapping[str, int], grown: bool = False
+        self,
+        graph: fx.GraphModule,
+        inputs: Mapping[str, Tensor],
+        limits: Mapping[str, int],
+        marks: Set[int] = frozenset(),
     ) -> None:
         self._graph = graph
         self._inputs = inputs
-        self._grown = grown
+        self._marks = marks
         self._limits = [limits[name] for name in SYMBOLS]
         self._values: dict[fx.Node, object] = {}
         self._places: dict[int, Place] = {}
@@ -95,7 +99,8 @@ class Lowering:
             self._visit_call(node)
 
     def _visit_call(self, node: fx.Node) -> None:
-        mark = node.meta.get("region") if self._grown else None
+        mark = node.meta.get("region")
+        mark = mark if mark in self._marks else None
         result = self._meta_result(node, mark is not None)
         self._values[node] = result
         tensors = tensors_of(result)

@@ -6,7 +6,7 @@ is between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,23 @@ class Segment:
     end: int
 
 
+@dataclass(frozen=True)
+class RegionKernel:
+    """A compiled region, called with the real tensors of `args`: inputs, then the memory of its outputs."""
+
+    run: Callable[[list[Tensor]], object]
+    args: tuple[Tensor, ...]
+
+
 class PlanExecutable:
     """Runs a lowered graph. `weights` by get_attr target; inputs come by placeholder name."""
 
-    def __init__(self, lowered: Lowered, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, lowered: Lowered, weights: Mapping[str, Tensor], kernels: Mapping[int, RegionKernel] | None = None
+    ) -> None:
+        """`kernels`: compiled regions by their mark."""
         self._lowered = lowered
+        self._kernels = kernels or {}
         self.arena_bytes = place(lowered.buffers)
         # Pages of the arena are touched only as far as the largest step so far reached.
         self._arena = torch.empty(self.arena_bytes + 64, dtype=torch.uint8)
@@ -108,6 +120,9 @@ class PlanExecutable:
         return self._tensors[key]
 
     def _run_region(self, region: Region, values: Mapping[str, Tensor], symbols: list[int]) -> None:
+        if compiled := self._kernels.get(region.mark):
+            compiled.run([self._view(meta, values, symbols) for meta in compiled.args])
+            return
         computed: dict[fx.Node, object] = {}
 
         def real(arg: object) -> object:

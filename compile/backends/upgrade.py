@@ -1,0 +1,66 @@
+"""Level 2: the plan with compiled regions, made while the server already answers on the one without."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+
+from torch import Tensor, fx
+
+from fuseline.compile.backends.inductor import compile_regions, region_folder, region_name
+from fuseline.compile.backends.lowering import Lowered, Lowering
+from fuseline.compile.backends.plan import PlanExecutable, RegionKernel, limits_of, meta_inputs
+from fuseline.compile.backends.region import Region
+from fuseline.compile.backends.region_job import RegionJob, make_job
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.passes.cut_regions import mark_regions
+
+logger = logging.getLogger(__name__)
+
+
+class RegionUpgrade(threading.Thread):
+    """`result` is set once the thread has ended: None when nothing could be compiled. `weights` by get_attr target."""
+
+    def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> None:
+        super().__init__(name="compile-regions", daemon=True)
+        self.stop = threading.Event()
+        self.result: PlanExecutable | None = None
+        self._graph = graph
+        self._weights = weights
+        self._config = config
+
+    def run(self) -> None:
+        try:
+            self.result = self._upgrade()
+        except Exception as error:  # the plan without compiled regions goes on
+            logger.warning("regions stay with eager torch: %s: %s", type(error).__name__, error)
+
+    def _upgrade(self) -> PlanExecutable | None:
+        marks = set(range(mark_regions(self._graph)))
+        jobs = _jobs(self._lower(marks))
+        texts = {region_name(job.text): job.text for job in jobs.values()}
+        kernels = compile_regions(texts, region_folder(self._config.cache_dir), self.stop)
+        compiled = {mark for mark, job in jobs.items() if region_name(job.text) in kernels}
+        if not compiled or self.stop.is_set():
+            return None
+        # Marks of regions that could not be compiled are gone: their ops keep the kernels they have.
+        lowered = self._lower(compiled)
+        final = {
+            mark: RegionKernel(kernels[region_name(job.text)], job.args)
+            for mark, job in _jobs(lowered).items()
+            if region_name(job.text) in kernels
+        }
+        return PlanExecutable(lowered, self._weights, final)
+
+    def _lower(self, marks: set[int]) -> Lowered:
+        inputs = meta_inputs(self._graph, self._config.block_size)
+        return Lowering(self._graph, inputs, limits_of(self._config), marks).run()
+
+
+def _jobs(lowered: Lowered) -> dict[int, RegionJob]:
+    """By mark; a mark that ended up in several regions has none."""
+    regions = [step for step in lowered.steps if isinstance(step, Region) and step.mark is not None]
+    counts = [region.mark for region in regions]
+    jobs = {r.mark: make_job(r, lowered.values) for r in regions if counts.count(r.mark) == 1}
+    return {mark: job for mark, job in jobs.items() if job is not None}

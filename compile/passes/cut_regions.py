@@ -1,0 +1,60 @@
+"""How far a region that torch (from level 2 on: inductor) computes reaches. Marks nodes, changes nothing.
+
+    linear -> [neg -> stack -> mul -> add] -> attention     only the stack has no kernel of ours; the rest joins it
+
+A run of plain aten ops is one region when at least one of them has no kernel. Ops whose kernels round or sum in a way
+of their own (sigmoid, exp, products, norms) keep their kernels: a region rounds where eager torch rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fuseline.compile.backends.region import tensors_of
+from fuseline.compile.graph.match import cast
+from fuseline.compile.kernels.native import Kernels
+
+aten = torch.ops.aten
+EXACT = frozenset({
+    aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default,
+    aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.cat.default, aten.reshape.default,
+    aten.clone.default, aten.contiguous.default, cast,
+})  # fmt: skip
+"""Ops with a kernel, each result rounded once: inductor computes the same bits."""
+
+
+def mark_regions(graph: fx.GraphModule) -> int:
+    """The number of regions; their nodes carry theirs in meta["region"]."""
+    kernels = Kernels(lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
+    runs: list[list[fx.Node]] = [[]]
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or is_free(node):
+            continue
+        if can_join(node, kernels):
+            runs[-1].append(node)
+        elif runs[-1]:
+            runs.append([])
+    regions = [run for run in runs if any(needs_torch(node, kernels) for node in run)]
+    for number, run in enumerate(regions):
+        for node in run:
+            node.meta["region"] = number
+    return len(regions)
+
+
+def is_free(node: fx.Node) -> bool:
+    """Sizes, views, parts of a tuple: they cost nothing and end no run."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not tensors_of(node.meta.get("val")):
+        return True
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def can_join(node: fx.Node, kernels: Kernels) -> bool:
+    is_square = node.target is aten.pow.Tensor_Scalar and node.args[1] == 2
+    return node.target in EXACT or is_square or needs_torch(node, kernels)
+
+
+def needs_torch(node: fx.Node, kernels: Kernels) -> bool:
+    is_plain = getattr(node.target, "namespace", "") in ("aten", "prims")
+    return is_plain and node.target not in EXACT and kernels.find(node) is None
