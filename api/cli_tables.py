@@ -9,7 +9,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model served_model_name task tokenizer skip_tokenizer_init trust_remote_code load_format "
         "hf_overrides dtype max_model_len generation_config override_generation_config device seed"
     ).split(),
-    "compiler": "compilation_config disabled_passes cpu_threads cache_dir".split(),
+    "compiler": "compilation_config wait_compiled disabled_passes cpu_threads cache_dir".split(),
     "memory and scheduling": (
         "kv_cache_dtype block_size enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes "
         "num_gpu_blocks_override swap_space max_num_batched_tokens max_num_seqs max_num_queued_reqs "
@@ -193,5 +193,5 @@ LEVEL_KEYS = frozenset(
     "cudagraph_num_of_warmups cache_dir pass_config".split()
 )
 """Keys of a --compilation-config object."""
-EFFECTIVE_LEVEL_KEYS = frozenset({"level", "cache_dir", "pass_config"})
+EFFECTIVE_LEVEL_KEYS = frozenset({"level", "cache_dir", "pass_config", "use_inductor"})
 """The keys that do something at the levels that exist; the others are recorded."""

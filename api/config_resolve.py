@@ -150,7 +150,8 @@ def _level_values(levels: dict[str, object], given: dict[str, object]) -> dict[s
     if not isinstance(passes, dict) or not all(isinstance(on, bool) for on in passes.values()):
         raise ConfigError("compilation_config: pass_config maps names of passes to true or false")
     off = tuple(name for name, on in passes.items() if not on)
-    values: dict[str, object] = {"level": min(int(level), HIGHEST_LEVEL)}
+    highest = HIGHEST_LEVEL if levels.get("use_inductor", True) else 1
+    values: dict[str, object] = {"level": min(int(level), highest)}
     values["disabled_passes"] = (*given.get("disabled_passes", ()), *off)
     if levels.get("cache_dir"):
         values["cache_dir"] = levels["cache_dir"]

@@ -45,6 +45,10 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     model = CompiledModel(config, captured, result, weights, executable)
     if config.level > 1 and executable.num_regions:
         model.compile_regions(RegionUpgrade(captured.graph, _by_target(captured.graph, weights), config))
+        if config.wait_compiled:
+            report_progress("compiling", 0, 1)
+            model.wait_compiled()
+            report_progress("compiling", 1, 1)
     return model
 
 

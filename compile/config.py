@@ -15,7 +15,8 @@ class CompileConfig:
     model: str
     """Directory of the checkpoint (config.json, safetensors)."""
     level: int = 1
-    """0: the captured graph with reference ops, eager. 1: passes, our kernels and the plan."""
+    """0: the captured graph with reference ops, eager. 1: passes, our kernels and the plan. 2: ops without a
+    kernel compiled by inductor, in the background."""
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"
@@ -30,6 +31,8 @@ class CompileConfig:
     """Largest number of sequences in one step."""
     disabled_passes: tuple[str, ...] = ()
     """Names of passes to leave out."""
+    wait_compiled: bool = False
+    """Answer only once compiled regions are in use, instead of answering at level 1 meanwhile."""
     cpu_threads: int = 0
     """Threads that compute; 0 takes the cores this process may use (affinity and control group)."""
     cache_dir: str = ""

@@ -60,7 +60,7 @@ def test_defaults(resolved, model: str) -> None:
     config = resolved()
     assert (config["host"], config["port"]) == ("127.0.0.1", 8000)
     assert config["model"] == model and config["served_model_name"] == [model]
-    assert config["compilation_config"] == {"level": 2} and config["level"] == 1
+    assert config["compilation_config"] == {"level": 2} and config["level"] == 2
     assert config["enable_prefix_caching"] and config["enable_chunked_prefill"]
     assert config["max_num_queued_reqs"] == 4 * 256
     assert config["api_key"] is None

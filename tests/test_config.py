@@ -80,7 +80,7 @@ def test_shared_fields_reach_every_part(model: str) -> None:
 
 
 def test_level_text_is_honest(model: str) -> None:
-    assert resolve({"model": model, "compilation_config": 3}).level_text == "1 (asked: 3)"
+    assert resolve({"model": model, "compilation_config": 3}).level_text == "2 (asked: 3)"
     assert resolve({"model": model, "compilation_config": 1}).level_text == "1"
 
 
@@ -170,10 +170,10 @@ def test_config_dict_is_json_with_every_field(model: str) -> None:
 
 def test_flags_without_effect_are_named(model: str) -> None:
     assert without_effect(resolve({"model": model})) == []
-    given = {"model": model, "enforce_eager": True, "swap_space": 1.0, "compilation_config": {"use_inductor": True}}
+    given = {"model": model, "enforce_eager": True, "swap_space": 1.0, "compilation_config": {"backend": "x"}}
     lines = without_effect(resolve(given))
     assert lines == [
         "--enforce-eager has no effect: no device graphs are captured on a CPU",
         "--swap-space has no effect: on a CPU there is nothing to swap to",
-        "--compilation-config: use_inductor have no effect at level 1",
+        "--compilation-config: backend have no effect at level 2",
     ]

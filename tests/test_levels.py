@@ -1,0 +1,79 @@
+"""Level 2: the same greedy tokens, regions compiled or not, and a swap in the midst of a generation changes none."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+
+import pytest
+from paged_driver import greedy
+from zoo import checkpoint, make_prompts
+
+from fuseline.compile.backends import inductor
+from fuseline.compile.backends.region_file import RegionFileError, check_file, seal
+from fuseline.compile.compiler import compile_model
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.target import detect_target
+
+NUM_TOKENS = 24
+PROMPTS = make_prompts((3, 9, 20))
+
+
+def build(path, level: int, **settings):
+    return compile_model(CompileConfig(model=str(path), level=level, **settings), detect_target())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["cohere", "deepseek_v3"])
+def test_levels_give_the_same_tokens_also_across_the_swap(family: str, dtype: str) -> None:
+    path = checkpoint(family, dtype)
+    expected = greedy(build(path, 1), PROMPTS, NUM_TOKENS)
+    model = build(path, 2)
+    upgrade = model._upgrade
+    steps, run = [0], model.run
+
+    def run_and_swap(inputs):
+        steps[0] += 1
+        if steps[0] == 8:
+            upgrade.join()
+        return run(inputs)
+
+    model.run = run_and_swap
+    assert greedy(model, PROMPTS, NUM_TOKENS) == expected
+    assert model._upgrade is None and model._executable is upgrade.result is not None
+    assert greedy(model, PROMPTS, NUM_TOKENS) == expected
+
+
+def test_a_model_without_regions_starts_no_compiler() -> None:
+    model = build(checkpoint("llama"), 2)
+    assert model._upgrade is None and not model.wait_compiled()
+
+
+@pytest.mark.parametrize("command", [
+    (sys.executable, "-c", "import sys; sys.exit(3)"),
+    (sys.executable, "-c", "import time; time.sleep(60)"),
+    ("/nonexistent/python",),
+])  # fmt: skip
+def test_a_compiler_that_fails_or_hangs_is_worked_around(command, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(inductor, "WORKER", command)
+    monkeypatch.setattr(inductor, "REGION_SECONDS", 1.0)
+    with caplog.at_level(logging.WARNING):
+        assert inductor.compile_regions({"a": "{}"}, tmp_path, threading.Event()) == {}
+    assert [r.message for r in caplog.records if "1 of 1 regions stay with eager torch" in r.message]
+
+
+def test_damaged_and_foreign_artifacts_are_not_loaded(tmp_path) -> None:
+    tmp_path.chmod(0o700)
+    path = tmp_path / "x.so"
+    seal(path, b"library")
+    check_file(path)
+    path.write_bytes(b"L" + path.read_bytes()[1:])
+    with pytest.raises(RegionFileError, match="damaged"):
+        check_file(path)
+    seal(path, b"library")
+    tmp_path.chmod(0o777)
+    with pytest.raises(RegionFileError, match="other users"):
+        check_file(path)
+    assert inductor.load_kernels(["x"], tmp_path) == {}
