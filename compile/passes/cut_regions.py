@@ -23,6 +23,12 @@ EXACT = frozenset({
 })  # fmt: skip
 """Ops with a kernel, each result rounded once: inductor computes the same bits."""
 
+LIBRARY = frozenset({
+    aten.topk.default, aten.sort.default, aten.linear.default, aten.matmul.default, aten.bmm.default,
+    aten.scatter_.value, aten.scatter.value, aten.gather.default,
+})  # fmt: skip
+"""Inductor calls torch's own function for these: compiled regions around them measured slower (DeepSeek's router)."""
+
 
 def mark_regions(graph: fx.GraphModule) -> int:
     """The number of regions; their nodes carry theirs in meta["region"]."""
@@ -56,5 +62,7 @@ def can_join(node: fx.Node, kernels: Kernels) -> bool:
 
 
 def needs_torch(node: fx.Node, kernels: Kernels) -> bool:
+    if node.target in LIBRARY:
+        return False
     is_plain = getattr(node.target, "namespace", "") in ("aten", "prims")
     return is_plain and node.target not in EXACT and kernels.find(node) is None
