@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -21,6 +19,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, run_passes
 from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.memory import zeros
 from fuseline.compile.model_info import describe, model_limit
 from fuseline.compile.passes.pipeline import stages
 from fuseline.compile.specs import WeightSource
@@ -126,7 +125,7 @@ class CompiledModel:
         for spec in self.info.cache_specs:
             for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
                 shape = (of_layer[spec.layer], spec.num_kv_heads, self._block_size, dim)
-                self._caches[f"{name}_cache_{spec.layer}"] = _untouched_zeros(shape, getattr(torch, spec.dtype))
+                self._caches[f"{name}_cache_{spec.layer}"] = zeros(shape, getattr(torch, spec.dtype))
 
     def run(self, inputs: GraphInputs) -> Tensor:
         """Logits [R, V] float32 of the wanted rows."""
@@ -136,13 +135,6 @@ class CompiledModel:
         if self.info.rope_switch:
             values["positions"] = inputs.rope_rows[None]
         return self._executable.run(values).float()[0]
-
-
-def _untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages the system supplies when they are first written: a large cache costs no time and no memory
-    before it is used. torch.zeros would write them all.
-    """
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
 
 
 def input_values(inputs: GraphInputs) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fuseline import _C  # noqa: F401  registers pack_panels
+from fuseline.compile.memory import zeros
 
 PANEL = 16
 
@@ -18,7 +19,7 @@ PANEL = 16
 def empty_panels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Panels for a weight of this shape, zero: only lanes of real rows are written later."""
     *lead, rows, cols = shape
-    return torch.zeros(*lead, -(-rows // PANEL), cols, PANEL, dtype=dtype)
+    return zeros((*lead, -(-rows // PANEL), cols, PANEL), dtype)
 
 
 def pack_block(panels: Tensor, block: Tensor, row: int, col: int) -> None:

@@ -23,6 +23,7 @@ from fuseline.compile.capture.pieces import Unread
 from fuseline.compile.capture.reader import Reader, write_box
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.memory import zeros
 from fuseline.compile.specs import WeightSource
 
 Progress = Callable[[str, int, int], None]
@@ -139,7 +140,7 @@ def open_weights(captured: CapturedModel, config: CompileConfig) -> CheckpointWe
 def _load(source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel) -> Tensor:
     unread, dtype = _gather(source, weights, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
-    target = empty_panels(unread.shape, final) if source.layout == "panels" else torch.zeros(unread.shape, dtype=final)
+    target = empty_panels(unread.shape, final) if source.layout == "panels" else zeros(unread.shape, final)
     with Reader() as reader:
         for piece in unread.pieces:
             for start, block in reader.blocks(piece):
