@@ -103,8 +103,6 @@ class ServerConfig:
     """How message content reaches the template: as a string, or as a list of parts (openai)."""
     default_chat_template_kwargs: JsonObject = ()
     """JSON of template variables for requests that do not set them."""
-    trust_request_chat_template: bool = False
-    """Allow requests to bring their own chat template."""
     response_role: str = "assistant"
     """Role of answers."""
     return_tokens_as_token_ids: bool = False

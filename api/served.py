@@ -16,6 +16,7 @@ from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.metrics import FinishedRequest, Metrics
 from fuseline.api.output.events import Done, Event, TextDelta
 from fuseline.api.output.generation import TextOptions, generate_events
+from fuseline.api.output.interval import in_intervals
 from fuseline.api.output.logprobs import LogprobWriter
 from fuseline.api.prompt.chat_template import ChatTemplate, template_text
 from fuseline.api.prompt.sampling import SamplingBuilder, queue_is_full
@@ -69,7 +70,15 @@ class Served:
     async def events(
         self, request: GenerateRequest, prompt: list[int], params: SamplingParams, label: str
     ) -> AsyncIterator[Event]:
-        """Runs one prompt through the engine, with metrics and the request log."""
+        """Runs one prompt through the engine, with metrics and the request log, in deltas of --stream-interval."""
+        interval = self.config.stream_interval
+        async with aclosing(self._observed(request, prompt, params, label)) as observed:
+            async for event in in_intervals(observed, interval) if interval > 1 else observed:
+                yield event
+
+    async def _observed(
+        self, request: GenerateRequest, prompt: list[int], params: SamplingParams, label: str
+    ) -> AsyncIterator[Event]:
         arrival = time.time()
         engine_request = EngineRequest(
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(prompt), params=params,
@@ -82,10 +91,13 @@ class Served:
             params.min_tokens,
         )
         kept = FinishedRequest(len(prompt), params.n, params.max_tokens, arrival)
+        texts: dict[int, str] = {}
         try:
             async with aclosing(generate_events(self.client, engine_request, self.tokenizer, options)) as events:
                 async for event in events:
                     self._observe(kept, event)
+                    if self.config.enable_log_outputs:
+                        self._log_output(label, texts, event)
                     yield event
         except ApiError:
             kept.reasons += ["error"] * (params.n - len(kept.reasons))
@@ -108,6 +120,14 @@ class Served:
             if last is not None and self.metrics:
                 self.metrics.take_gap((now - last) / len(event.token_ids))
             kept.last[event.index] = now
+
+    def _log_output(self, label: str, texts: dict[int, str], event: Event) -> None:
+        """One line per choice, when it ends."""
+        if isinstance(event, TextDelta):
+            texts[event.index] = texts.get(event.index, "") + event.text
+        elif isinstance(event, Done):
+            text = texts.pop(event.index, "")[: self.config.max_log_len]
+            LOG.info("%s: output %d %r, %s", label, event.index, text, event.finish_reason)
 
     def log_request(self, label: str, prompt: Any, params: SamplingParams) -> None:
         if self.config.disable_log_requests:

@@ -95,10 +95,10 @@ def test_templates(api: Api) -> None:
     assert api.post("/v1/chat/completions", {"model": "demo", "max_tokens": 1, **both}).status_code == 400
 
 
-def test_templates_of_requests_need_trust(api: Api) -> None:
+def test_templates_of_requests_are_refused(api: Api) -> None:
     body = {"model": "demo", "messages": MESSAGES, "max_tokens": 1, "chat_template": "{{ messages[0].content }}"}
     response = api.post("/v1/chat/completions", body)
-    assert response.status_code == 400 and "--trust-request-chat-template" in response.json()["error"]["message"]
+    assert response.status_code == 400 and "--chat-template" in response.json()["error"]["message"]
 
 
 def test_an_answer_goes_on_where_it_was_begun(api: Api) -> None:

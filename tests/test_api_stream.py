@@ -106,3 +106,17 @@ def test_usage_with_every_chunk(api: Api) -> None:
     )
     counts = [event["usage"]["completion_tokens"] for event in events]
     assert counts == sorted(counts) and counts[-1] == 6 and all(event["usage"]["prompt_tokens"] for event in events)
+
+
+def test_chunks_of_several_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    spaced = Api(stream_interval=4, enable_log_outputs=True, max_log_len=9)
+    try:
+        fields = {"prompt": "The sky", "max_tokens": 11, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        with caplog.at_level("INFO", "fuseline"):
+            whole = spaced.answer(COMPLETIONS, **fields)["choices"][0]
+        assert f"output 0 {whole['text'][:9]!r}, length" in caplog.text
+        chunks = [c for event in spaced.stream(COMPLETIONS, **fields) for c in event["choices"]]
+    finally:
+        spaced.close()
+    assert [len(chunk["token_ids"]) for chunk in chunks if chunk.get("token_ids")] == [1, 4, 4, 2]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]

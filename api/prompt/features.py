@@ -16,8 +16,7 @@ def render_chat(fields: Any, config: ServerConfig, template: ChatTemplate | None
         raise bad_request("messages must not be empty", "messages")
     if fields.chat_template is not None:
         raise bad_request(
-            "chat_template is not accepted in requests by this server (see --trust-request-chat-template)",
-            "chat_template",
+            "chat_template is not accepted in requests by this server; start it with --chat-template", "chat_template"
         )
     if template is None:
         raise bad_request(
