@@ -72,3 +72,46 @@ def test_routes_that_are_not_there(api: Api) -> None:
     assert missing.status_code == 404 and set(missing.json()["error"]) == {"message", "type", "param", "code"}
     wrong = api.call("GET", "/v1/completions")
     assert wrong.status_code == 405 and wrong.json()["error"]["code"] == "method_not_allowed"
+
+
+EXTREMES: list[dict[str, Any]] = [
+    {"top_k": 2**63}, {"top_k": 2**31}, {"seed": 2**63 - 1, "n": 3}, {"seed": -(2**63), "n": 2}, {"seed": -1},
+    {"min_p": 1, "top_p": 1e-9}, {"temperature": 1e-30}, {"repetition_penalty": 1e30}, {"logit_bias": {"1": 1e9}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", EXTREMES, ids=str)
+def test_extreme_values_are_served(api: Api, fields: dict[str, Any]) -> None:
+    fields = {"temperature": 1.0, "ignore_eos": True, **fields}
+    assert api.answer("/v1/completions", prompt="Hi", max_tokens=3, **fields)["usage"]["completion_tokens"] >= 3
+    assert api.call("GET", "/health").status_code == 200
+
+
+@pytest.mark.parametrize("field, value", [("priority", 2**63), ("stop_token_ids", [2**70]), ("max_tokens", 2**70)])
+def test_numbers_beyond_all_bounds_are_refused_or_bounded(api: Api, field: str, value: Any) -> None:
+    response = api.post("/v1/completions", {"model": "demo", "prompt": "Hi", "max_tokens": 2, field: value})
+    assert response.status_code == 400 and response.json()["error"]["param"].split("[")[0] == field
+
+
+@pytest.mark.parametrize("variables", [{"messages": "x"}, {"self": 1}, {"bos_token": None}, {"a b": 2}], ids=str)
+def test_template_variables_may_have_any_name(api: Api, variables: dict[str, Any]) -> None:
+    answer = api.answer(
+        "/v1/chat/completions", messages=MESSAGES, max_tokens=12, temperature=0, chat_template_kwargs=variables
+    )
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("calls", [[{"function": "f"}], ["f"], [{"function": {"arguments": "{"}}]], ids=str)
+def test_malformed_tool_calls_are_refused(api: Api, calls: list) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "tool_calls": calls}]
+    response = api.post("/v1/chat/completions", {"model": "demo", "messages": messages, "max_tokens": 2})
+    assert response.status_code == 400 and response.json()["error"]["param"].startswith("messages")
+
+
+def test_text_that_is_none_and_nesting_without_end(api: Api) -> None:
+    deep = b'{"model": "demo", "prompt": "x", "y": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    half = b'{"model": "demo", "prompt": "\\ud800"}'
+    whole = b'{"model": "demo", "prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+    for content, status in ((deep, 400), (half, 400), (whole, 200)):
+        headers = {"content-type": "application/json"}
+        assert api.call("POST", "/v1/completions", content=content, headers=headers).status_code == status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,11 @@ class ChatTemplate:
             raise ConfigError(f"the chat template does not parse: {error}") from error
         self.content_format = detected if content_format == "auto" else content_format
 
-    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        """Raises ApiError 400 with the template's words."""
+    def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        """`variables` of any names, but they never replace the messages. Raises ApiError 400 in the template's words."""
         shaped = [self._shape(message, k) for k, message in enumerate(messages)]
         try:
-            return self._template.render(messages=shaped, **variables)
+            return self._template.render({**variables, "messages": shaped})
         except jinja2.TemplateError as error:
             raise bad_request(f"the chat template refused the messages: {error}", "messages") from error
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -112,8 +113,13 @@ def template_text(flag: str, own: str | dict[str, str] | None) -> str | None:
 def prepare_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Arguments of earlier tool calls become objects, as templates expect."""
     for k, message in enumerate(messages):
-        for j, call in enumerate(message.get("tool_calls") or ()):
-            arguments = (call.get("function") or {}).get("arguments")
+        calls = message.get("tool_calls") or []
+        for j, call in enumerate(calls if isinstance(calls, list) else [calls]):
+            function = call.get("function") or {} if isinstance(call, dict) else None
+            if not isinstance(function, dict):
+                where = f"messages[{k}].tool_calls[{j}]"
+                raise bad_request(f"{where} is no object with a function object", where)
+            arguments = function.get("arguments")
             if isinstance(arguments, str):
                 where = f"messages[{k}].tool_calls[{j}].function.arguments"
                 try:

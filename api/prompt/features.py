@@ -37,7 +37,7 @@ def render_chat(fields: Any, config: ServerConfig, template: ChatTemplate | None
         **dict(config.default_chat_template_kwargs),
         **(fields.chat_template_kwargs or {}),
     }
-    text = template.render(messages, **variables)
+    text = template.render(messages, variables)
     return _cut_after_last(text, messages[-1]) if continues else text
 
 

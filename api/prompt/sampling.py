@@ -81,7 +81,7 @@ class SamplingBuilder:
         return SamplingParams(
             n=request.n or 1,
             temperature=temperature,
-            top_k=max(self._value(request, "top_k", 0), 0),
+            top_k=min(max(self._value(request, "top_k", 0), 0), self._vocab),
             top_p=self._value(request, "top_p", 1.0),
             min_p=self._value(request, "min_p", 0.0),
             repetition_penalty=self._value(request, "repetition_penalty", 1.0),

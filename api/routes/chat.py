@@ -41,7 +41,7 @@ async def chat_completions(request: Request) -> Response:
     writer = ChatWriter(_shape(served, body, id), ids, params.n)
     events = served.events(body, ids, params, id)
     if body.stream:
-        return await stream(writer.chunks(events), served.config.sse_keep_alive_interval)
+        return await stream(request, writer.chunks(events), served.config.sse_keep_alive_interval)
     return json_response(await until_disconnect(request, writer.whole(events)))
 
 

@@ -41,7 +41,7 @@ async def completions(request: Request) -> Response:
     writer = CompletionWriter(shape, prompts, body.n or 1)
     events = merge([(p, served.events(body, p.ids, one, id)) for p, one in zip(prompts, params, strict=True)])
     if body.stream:
-        return await stream(writer.chunks(events), served.config.sse_keep_alive_interval)
+        return await stream(request, writer.chunks(events), served.config.sse_keep_alive_interval)
     return json_response(await until_disconnect(request, writer.whole(events)))
 
 

@@ -33,6 +33,12 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     raw = await _read(request)
     try:
         fields = json.loads(raw)
+        if b"\\u" in raw:
+            json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise bad_request("the body holds half of a surrogate pair, which is no text") from error
+    except RecursionError as error:
+        raise bad_request("the body is nested too deeply") from error
     except ValueError as error:
         raise bad_request(f"the body is no valid JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -76,12 +82,12 @@ def sse(body: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
-async def stream(chunks: AsyncIterator[dict[str, Any]], keep_alive: float) -> Response:
-    """Waits for the first chunk, so that a refusal keeps its status; then sends events until the end."""
-    try:
-        first = await anext(chunks)
-    except StopAsyncIteration:
-        first = None
+async def stream(request: Request, chunks: AsyncIterator[dict[str, Any]], keep_alive: float) -> Response:
+    """Waits for the first chunk, so that a refusal keeps its status; then sends events until the end.
+
+    A client that leaves while it waits frees its place.
+    """
+    first = await until_disconnect(request, anext(chunks, None))
     return StreamingResponse(
         _events(first, chunks, keep_alive), media_type="text/event-stream; charset=utf-8", headers=SSE_HEADERS
     )

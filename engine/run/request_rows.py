@@ -9,6 +9,7 @@ from fuseline.engine.request import Sequence
 MIN_TEMPERATURE = 0.01
 """A temperature in (0, this) is raised to it (SPEC 6.2)."""
 
+INT64_MAX = 2**63 - 1
 
 class RequestRows:
     """Row r holds the sequence whose `row` is r. Legend: R rows (max_num_seqs), L max_model_len."""
@@ -34,7 +35,7 @@ class RequestRows:
         is_greedy = params.temperature == 0
         self.tokens[row, : seq.num_tokens] = seq.tokens
         self.temperature[row] = 0.0 if is_greedy else max(params.temperature, MIN_TEMPERATURE)
-        self.top_k[row] = 0 if is_greedy else max(params.top_k, 0)
+        self.top_k[row] = 0 if is_greedy else min(max(params.top_k, 0), INT64_MAX)
         self.top_p[row] = 1.0 if is_greedy else params.top_p
         self.min_p[row] = 0.0 if is_greedy else params.min_p
         self.repetition[row] = params.repetition_penalty
