@@ -46,7 +46,7 @@ class ChatTemplate:
         self.content_format = detected if content_format == "auto" else content_format
 
     def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        """`variables` of any names, but they never replace the messages. Raises ApiError 400 in the template's words."""
+        """`variables` of any names, which never replace the messages. Raises ApiError 400 in the template's words."""
         shaped = [self._shape(message, k) for k, message in enumerate(messages)]
         try:
             return self._template.render({**variables, "messages": shaped})
