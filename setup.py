@@ -21,6 +21,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import torch
 
+        if os.environ.get("FUSELINE_CUDA") == "1":
+            sys.exit("FUSELINE_CUDA=1: this version has no CUDA kernels; unset it to build the CPU kernels")
+
         build = Path(self.build_temp).resolve() / "cmake"
         built = build / "out"
         # The environment that builds has cmake and ninja beside its python, on PATH or not.
