@@ -41,3 +41,25 @@ def pack(*weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tens
         ops.pack_panels(panels, weight, at)
         at += len(weight)
     return panels
+
+
+def key_panels(cache: torch.Tensor) -> torch.Tensor:
+    """A cache [N, K, B, D] of plain keys in the layout of the native kernels (csrc/cpu/kernels/keys.h)."""
+    out = torch.empty_like(cache)
+    out.view(-1)[key_places(cache)] = cache.contiguous().view(-1)
+    return out
+
+
+def plain_keys(cache: torch.Tensor) -> torch.Tensor:
+    return cache.view(-1)[key_places(cache)].view(cache.shape)
+
+
+def key_places(cache: torch.Tensor) -> torch.Tensor:
+    """Where number i of a plain cache lies, block for block [B / W][D][W], bf16 in pairs of D."""
+    num_blocks, block_size, dim = cache.shape[:2].numel(), *cache.shape[2:]
+    lanes = 16 if block_size % 16 == 0 else block_size
+    key, d = torch.arange(block_size)[:, None], torch.arange(dim)[None]
+    is_pair = (d | 1) < dim if cache.dtype == torch.bfloat16 else torch.zeros_like(d, dtype=torch.bool)
+    in_panel = torch.where(is_pair, (d & ~1) * lanes + 2 * (key % lanes) + (d & 1), d * lanes + key % lanes)
+    in_block = (key - key % lanes) * dim + in_panel
+    return (torch.arange(num_blocks)[:, None] * block_size * dim + in_block.flatten()).flatten()

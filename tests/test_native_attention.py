@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_fixtures import FLOATS, isa, ops, with_threads
+from native_fixtures import FLOATS, isa, key_panels, ops, with_threads
 
 __all__ = ["isa"]
 
@@ -28,6 +28,7 @@ class Cache:
             for pos in range(lengths[s]):
                 self.k_cache[blocks[pos // block_size], :, pos % block_size] = self.keys[s][:, pos]
                 self.v_cache[blocks[pos // block_size], :, pos % block_size] = self.values[s][:, pos]
+        self.k_cache = key_panels(self.k_cache)
 
     def attend(self, queries, seen=None, seqs=None, sinks=None, window=0, scale=0.2, softcap=0.0):
         """queries: one [H, n, D] a sequence, its last n tokens out of `seen`. Returns one [n, H, E] a sequence."""

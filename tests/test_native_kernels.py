@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from native_fixtures import key_panels
 
 from fuseline import _C
 from fuseline.compile.ops.linear import pack
@@ -219,8 +220,9 @@ def rope_tables(rotary_dim, layout, dtype, is_half):
 @pytest.mark.parametrize("is_half", (False, True))
 @pytest.mark.parametrize("layout", (0, 1))
 @pytest.mark.parametrize("rotary_dim", (6, 20))
-def test_rope_and_caches(dtype, layout, rotary_dim, is_half):
-    num_tokens, head_dim, value_dim, block = 9, 20, 12, 4
+@pytest.mark.parametrize("block", (4, 16, 32))
+def test_rope_and_caches(dtype, layout, rotary_dim, is_half, block):
+    num_tokens, head_dim, value_dim = 9, 20, 12
     packed = randn(num_tokens, 2 * head_dim * 2, dtype=dtype)
     q = packed[:, : 2 * head_dim].view(1, num_tokens, 2, head_dim).transpose(1, 2)
     k = packed[:, 2 * head_dim :].view(1, num_tokens, 2, head_dim).transpose(1, 2)
@@ -232,7 +234,7 @@ def test_rope_and_caches(dtype, layout, rotary_dim, is_half):
     ops.rope(out, q, *tables, rows, rotary_dim, layout)
     assert torch.equal(out, q_ref)
 
-    slots = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:num_tokens]
+    slots = torch.randperm(6 * block, generator=torch.Generator().manual_seed(0))[:num_tokens]
     slots[3] = -1
     kept = [t for t in range(num_tokens) if t != 3]
     k_ref_cache = torch.zeros(6, 2, block, head_dim, dtype=dtype)
@@ -241,6 +243,7 @@ def test_rope_and_caches(dtype, layout, rotary_dim, is_half):
     v_ref_cache[slots[kept] // block, :, slots[kept] % block] = v[0, :, kept].transpose(0, 1)
     k_cache, v_cache = torch.zeros_like(k_ref_cache), torch.zeros_like(v_ref_cache)
     ops.rope_cache(out.zero_(), k_cache, v_cache, q, k, v, *tables, rows, slots, rotary_dim, layout)
-    assert torch.equal(out, q_ref) and torch.equal(k_cache, k_ref_cache) and torch.equal(v_cache, v_ref_cache)
+    k_packed = key_panels(k_ref_cache)
+    assert torch.equal(out, q_ref) and torch.equal(k_cache, k_packed) and torch.equal(v_cache, v_ref_cache)
     ops.write_cache(k_cache.zero_(), v_cache.zero_(), k_ref, v, slots)
-    assert torch.equal(k_cache, k_ref_cache) and torch.equal(v_cache, v_ref_cache)
+    assert torch.equal(k_cache, k_packed) and torch.equal(v_cache, v_ref_cache)

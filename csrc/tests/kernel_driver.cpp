@@ -132,7 +132,8 @@ void run_rope(DType d, int64_t tokens, int64_t head_dim) {
   const auto slots = [&] { return make(DType::i64, {tokens}, 24); };
   const auto q = [&] { return make(d, {1, 4, tokens, head_dim}); };
   const auto k = [&] { return make(d, {1, 2, tokens, head_dim}); };
-  const auto cache = [&] { return make(d, {6, 2, 4, head_dim}); };
+  const int64_t block_size = tokens % 2 ? 4 : 32;
+  const auto cache = [&] { return make(d, {24 / block_size + 1, 2, block_size, head_dim}); };
   for (int64_t columns : {rotary, rotary / 2}) {
     const auto table = [&] { return make(d, {30, columns}); };
     for (int64_t layout : {0, 1}) {

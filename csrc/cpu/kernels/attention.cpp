@@ -4,16 +4,18 @@
 // absolute positions; within a segment the softmax is online, segments are merged in order. So a row's result depends
 // on its own query and keys alone, not on the rows beside it, the chunking, or who computed which segment.
 #include "cpu/parallel.h"
+#include "keys.h"
 #include "views.h"
-#include "transpose.h"
 
 namespace fuseline::FL_ISA {
 namespace {
 
 constexpr int kKeys = 64;                    // keys of a tile
-constexpr int kRowSize = kKeys + 16;         // floats from row to row of queries and probabilities
-constexpr int64_t kSegment = 1024;
-constexpr int64_t kMaxRows = 64;             // rows of a task: key and value tiles are widened once for all of them
+constexpr int kTilePanels = kKeys / kPanel;
+constexpr int kRowSize = kKeys + 16;         // words from row to row of queries and probabilities
+constexpr int64_t kSegment = 256;
+constexpr int64_t kMaxGrain = 16;            // tasks that a thread claims together
+constexpr int64_t kMaxRows = 64;             // rows of a task: key and value tiles are read once for all of them
 
 struct Attention {
   const Tensor &out, &q, &k_cache, &v_cache, &block_table, &seq_lens, &query_start, &sinks;
@@ -67,64 +69,112 @@ Task task_at(const Attention& job, const int64_t* starts, int64_t index) {
           left < job.tokens_per_task ? left : job.tokens_per_task, int_at(job.seq_lens, lo) - tokens + first};
 }
 
-// Queries as [ceil(D / kKeys)][rows][kRowSize].
-template <class Q>
-void pack_queries(const Attention& job, const Task& task, float* packed) {
+// Queries as [ceil(D / kDepth)][rows][kRowSize] words: fp32, or pairs of bf16 where a dot instruction takes them.
+struct Widened {
+  using Word = float;
+  static constexpr int64_t kDepth = kKeys;
+  template <class Q>
+  static void pack(const Q* x, int64_t n, float* row) { convert_row(x, n, row); }
+};
+
+struct Dotted {
+  using Word = uint32_t;
+  static constexpr int64_t kDepth = 2 * kKeys;
+  static void pack(const bf16* x, int64_t n, uint32_t* row) {
+    if (n % 2) row[n / 2] = 0;
+    __builtin_memcpy(row, x, n * sizeof(bf16));
+  }
+};
+
+template <class How, class Q>
+void pack_queries(const Attention& job, const Task& task, typename How::Word* packed) {
   int64_t rows = task.rows();
   for (int64_t r = 0; r < rows; ++r) {
     const Q* x = static_cast<const Q*>(job.q.data) + (task.head + r % task.num_heads) * job.q.strides[1] +
                  (task.token + r / task.num_heads) * job.q.strides[2];
-    for (int64_t d = 0; d < job.key_dim; d += kKeys)
-      convert_row(x + d, job.key_dim - d < kKeys ? job.key_dim - d : kKeys, packed + (d / kKeys * rows + r) * kRowSize);
+    for (int64_t d = 0; d < job.key_dim; d += How::kDepth)
+      How::pack(x + d, job.key_dim - d < How::kDepth ? job.key_dim - d : How::kDepth,
+                packed + (d / How::kDepth * rows + r) * kRowSize);
   }
 }
 
-// rows[0, hi - lo) = where keys [lo, hi) lie in the cache, a block at a time.
-template <class T>
-void cache_rows(const Attention& job, const Tensor& cache, const Task& task, int64_t lo, int64_t hi, const T** rows) {
+// body(block of the cache, first key in it, number of keys, n) for keys [lo, hi), n counting from 0 on.
+template <class T, class F>
+FL_INLINE void for_blocks(const Attention& job, const Tensor& cache, const Task& task, int64_t lo, int64_t hi,
+                          const F& body) {
   const int32_t* table = static_cast<const int32_t*>(job.block_table.data) + task.seq * job.block_table.strides[0];
   const T* heads = static_cast<const T*>(cache.data) + task.kv_head * cache.strides[1];
   int64_t place = lo / job.block_size, within = lo - place * job.block_size;
   for (int64_t n = 0; n < hi - lo; ++place, within = 0) {
-    const T* row = heads + table[place * job.block_table.strides[1]] * cache.strides[0] + within * cache.strides[2];
-    for (; within < job.block_size && n < hi - lo; ++within, row += cache.strides[2]) rows[n++] = row;
+    int64_t left = job.block_size - within, count = hi - lo - n < left ? hi - lo - n : left;
+    body(heads + table[place * job.block_table.strides[1]] * cache.strides[0], within, count, n);
+    n += count;
   }
 }
 
-// Keys [lo, hi) of the tile at `base` as panels [kKeys / 16][D][16]. Lanes outside repeat a key, unused.
+// panels[0, ...) = the panels of keys [lo, hi), from the one that holds lo on. Their other lanes are whatever the cache has.
 template <class T>
-void load_keys(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, float* keys) {
-  const T* rows[kKeys];
-  cache_rows(job, job.k_cache, task, lo, hi, rows + (lo - base));
-  for (int64_t i = 0; i < lo - base; ++i) rows[i] = rows[lo - base];
-  for (int64_t i = hi - base; i < kKeys; ++i) rows[i] = rows[hi - base - 1];
-  for (int64_t p = (lo - base) / kPanel; p * kPanel < hi - base; ++p)
-    transpose_panel(rows + p * kPanel, job.key_dim, keys + p * job.key_dim * kPanel);
+void find_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi, const T** panels) {
+  lo -= lo % kPanel;
+  for_blocks<T>(job, job.k_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; i += kPanel) panels[(n + i) / kPanel] = block + (within + i) * job.key_dim;
+  });
 }
 
-// Values [lo, hi) as panels [padded_dim / 16][kKeys][16].
+// The same panels put together from blocks that are no multiple of one.
 template <class T>
-void load_values(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, float* values) {
-  const T* rows[kKeys];
-  cache_rows(job, job.v_cache, task, lo, hi, rows);
+void copy_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi, T* panels) {
+  for_blocks<T>(job, job.k_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
+    for (int64_t i = 0, key = lo % kPanel + n; i < count; ++i, ++key)
+      copy_key(block, job.block_size, job.key_dim, within + i, panels + key / kPanel * kPanel * job.key_dim,
+               key % kPanel);
+  });
+}
+
+// rows[0, hi - lo) = where the values of keys [lo, hi) lie.
+template <class T>
+void find_values(const Attention& job, const Task& task, int64_t lo, int64_t hi, const T** rows) {
+  for_blocks<T>(job, job.v_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; ++i) rows[n + i] = block + (within + i) * job.v_cache.strides[2];
+  });
+}
+
+// Values of `count` keys as panels [padded_dim / 16][kKeys][16].
+template <class T>
+void widen_values(const Attention& job, const T* const* rows, int64_t count, float* values) {
   int64_t whole = job.value_dim / kPanel * kPanel;
-  for (int64_t key = lo; key < hi; ++key) {
-    const T* row = rows[key - lo];
-    float* to = values + (key - base) * kPanel;
+  for (int64_t key = 0; key < count; ++key) {
+    float* to = values + key * kPanel;
     for (int64_t e = 0; e < whole; e += kPanel)
-      for (int j = 0; j < kPanel; j += kLanes) store(to + e * kKeys + j, load(row + e + j));
-    if (whole < job.value_dim) convert_row(row + whole, job.value_dim - whole, to + whole * kKeys);
+      for (int j = 0; j < kPanel; j += kLanes) store(to + e * kKeys + j, load(rows[key] + e + j));
+    if (whole < job.value_dim) convert_row(rows[key] + whole, job.value_dim - whole, to + whole * kKeys);
   }
 }
 
-// Keys [lo, hi) on their way to the caches while others are worked on: blocks lie apart, so no hardware foresees them.
+// Where the keys and values of a tile are, from its first key in use on.
 template <class T>
-void prefetch_rows(const Attention& job, const Tensor& cache, const Task& task, int64_t lo, int64_t hi, int64_t dim) {
-  if (lo >= hi) return;
-  const T* rows[kKeys];
-  cache_rows(job, cache, task, lo, hi, rows);
-  for (int64_t i = 0; i < hi - lo; ++i)
-    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(rows[i] + d);
+struct Places {
+  const T *panels[kTilePanels], *values[kKeys];
+};
+
+template <class T>
+void find_tile(const Attention& job, const Task& task, int64_t lo, int64_t hi, T* keys, Places<T>& tile) {
+  find_values(job, task, lo, hi, tile.values);
+  if (key_lanes(job.block_size) == kPanel) return find_panels(job, task, lo, hi, tile.panels);
+  for (int p = 0; p < kTilePanels; ++p) tile.panels[p] = keys + p * kPanel * job.key_dim;
+  copy_panels(job, task, lo, hi, keys);
+}
+
+// What is to be sent for while a tile that ends at `hi` is worked on: the task's next tile or the first of the `next` task.
+// Blocks lie apart, so no hardware foresees them. Where there is nothing to name, the places stay as they are.
+template <class T>
+void find_next_tile(const Attention& job, const Task& task, const Task* next, int64_t hi, Places<T>& tile) {
+  if (hi >= task.end() && next == nullptr) return;
+  const Task& after = hi < task.end() ? task : *next;
+  int64_t lo = hi < task.end() ? hi : first_key(job, after.position), end = (lo / kKeys + 1) * kKeys;
+  if (end > after.end()) end = after.end();
+  find_values(job, after, lo, end, tile.values);
+  if (key_lanes(job.block_size) == kPanel) find_panels(job, after, lo, end, tile.panels);
 }
 
 void fill(float* x, int64_t lo, int64_t hi, float value) {
@@ -164,65 +214,80 @@ void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* 
   for (int64_t e = 0; e < job.padded_dim; e += kLanes) store(sum + e, load(sum + e) * shrink);
 }
 
+template <class How, class T>
 struct TaskScratch {
-  float *queries, *scores, *keys, *values;
+  typename How::Word* queries;
+  float *scores, *values;
+  T* keys;
+  const Task* next;   // what the thread does after this task, if that is known
 };
 
 int64_t queries_size(const Attention& job) { return (job.key_dim + kKeys - 1) / kKeys * kMaxRows * kRowSize; }
 
 // Scratch of one task, followed by `extra` floats at the returned end.
-TaskScratch task_scratch(const Attention& job, int64_t extra, float** end) {
-  int64_t keys = kKeys * job.key_dim, values = kKeys * job.padded_dim;
-  float* p = chunk_floats(queries_size(job) + kMaxRows * kRowSize + keys + values + extra);
-  TaskScratch s{p, p + queries_size(job), nullptr, nullptr};
-  s.keys = s.scores + kMaxRows * kRowSize;
-  s.values = s.keys + keys;
-  *end = s.values + values;
-  return s;
+template <class How, class T>
+TaskScratch<How, T> task_scratch(const Attention& job, const Task* next, int64_t extra, float** end) {
+  int64_t values = kKeys * job.padded_dim, keys = kKeys * job.key_dim;
+  float* p = chunk_floats(queries_size(job) + kMaxRows * kRowSize + values + keys + extra);
+  float* scores = p + queries_size(job);
+  float* first = scores + kMaxRows * kRowSize;
+  *end = first + values + keys;
+  return {reinterpret_cast<typename How::Word*>(p), scores, first, reinterpret_cast<T*>(first + values), next};
 }
 
-void score_tile(const Attention& job, int64_t rows, int64_t panel, int64_t num_panels, const TaskScratch& s) {
+// scores [rows][kRowSize] = queries x panels.
+template <class How, class T>
+void score_tile(const Attention& job, int64_t rows, const Places<T>& tile, const Places<T>& next, int num_panels,
+                const TaskScratch<How, T>& s, float* scores) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     int n = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-    for (int64_t d = 0; d < job.key_dim; d += kKeys)
-      tile_rows<kRowSize>(n, s.queries + (d / kKeys * rows + r) * kRowSize,
-                          s.keys + (panel * job.key_dim + d) * kPanel, job.key_dim * kPanel,
-                          static_cast<int>(num_panels),
-                          static_cast<int>(job.key_dim - d < kKeys ? job.key_dim - d : kKeys),
-                          s.scores + r * kRowSize + panel * kPanel, kRowSize, d > 0);
+    for (int64_t d = 0; d < job.key_dim; d += How::kDepth)
+      tile_rows<kRowSize>(n, s.queries + (d / How::kDepth * rows + r) * kRowSize,
+                          ListedPanels<T>{tile.panels, next.panels, d * kPanel}, num_panels,
+                          static_cast<int>(job.key_dim - d < How::kDepth ? job.key_dim - d : How::kDepth),
+                          scores + r * kRowSize, kRowSize, d > 0);
   }
 }
 
-void sum_tile(const Attention& job, int64_t rows, int64_t offset, int64_t num_keys, const TaskScratch& s, float* sum) {
+// sums [rows][padded_dim] += probabilities x values. Few rows read the values as they lie; for more, they are widened once.
+template <class How, class T>
+void sum_tile(const Attention& job, int64_t rows, const float* scores, const Places<T>& tile, const Places<T>& next,
+              int num_keys, const TaskScratch<How, T>& s, float* sum) {
+  int num_panels = static_cast<int>(job.padded_dim / kPanel);
+  if (rows <= kTileRows && job.padded_dim == job.value_dim)
+    return key_rows<kRowSize>(static_cast<int>(rows), scores, tile.values, next.values, num_panels, num_keys, sum,
+                              job.padded_dim);
+  widen_values(job, tile.values, num_keys, s.values);
   for (int64_t r = 0; r < rows; r += kTileRows) {
     int n = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-    tile_rows<kRowSize>(n, s.scores + r * kRowSize + offset, s.values + offset * kPanel, int64_t{kKeys} * kPanel,
-                        static_cast<int>(job.padded_dim / kPanel), static_cast<int>(num_keys), sum + r * job.padded_dim,
-                        job.padded_dim, true);
+    tile_rows<kRowSize>(n, scores + r * kRowSize, EvenPanels<float>{s.values, int64_t{kKeys} * kPanel}, num_panels,
+                        num_keys, sum + r * job.padded_dim, job.padded_dim, true);
   }
 }
 
-template <class T>
-void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, const TaskScratch& s,
-              Partial p) {
-  int64_t rows = task.rows(), panel = (lo - base) / kPanel;
-  prefetch_rows<T>(job, job.v_cache, task, lo, hi, job.value_dim);
-  load_keys<T>(job, task, base, lo, hi, s.keys);
-  load_values<T>(job, task, base, lo, hi, s.values);
-  int64_t next = hi + kKeys < task.end() ? hi + kKeys : task.end();
-  prefetch_rows<T>(job, job.k_cache, task, hi, next, job.key_dim);
-  score_tile(job, rows, panel, (hi - base + kPanel - 1) / kPanel - panel, s);
+// Keys [lo, hi) of the tile at `base`.
+template <class How, class T>
+void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi,
+              const TaskScratch<How, T>& s, Partial p) {
+  Places<T> tile{}, next;
+  find_tile(job, task, lo, hi, s.keys, tile);
+  for (int64_t i = hi - lo; i < kKeys; ++i) tile.values[i] = tile.values[0];
+  next = tile;
+  find_next_tile(job, task, s.next, hi, next);
+  int64_t rows = task.rows(), first_lane = (lo - base) / kPanel * kPanel;
+  int num_panels = static_cast<int>((hi - base - first_lane + kPanel - 1) / kPanel);
+  score_tile(job, rows, tile, next, num_panels, s, s.scores + first_lane);
   for (int64_t r = 0; r < rows; ++r) {
     int64_t position = task.position_of(r), first = first_key(job, position);
     int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
     softmax_row(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
   }
-  sum_tile(job, rows, lo - base, hi - lo, s, p.sum);
+  sum_tile(job, rows, s.scores + (lo - base), tile, next, static_cast<int>(hi - lo), s, p.sum);
 }
 
 // The keys of [segment, segment + 1) * kSegment that any row of the task sees; s.queries must be packed.
-template <class T>
-void run_segment(const Attention& job, const Task& task, int64_t segment, const TaskScratch& s, Partial p) {
+template <class How, class T>
+void run_segment(const Attention& job, const Task& task, int64_t segment, const TaskScratch<How, T>& s, Partial p) {
   int64_t rows = task.rows();
   fill(p.sum, 0, rows * job.padded_dim, 0.0f);
   fill(p.max, 0, rows, -kInfinity);
@@ -231,7 +296,7 @@ void run_segment(const Attention& job, const Task& task, int64_t segment, const 
   if (begin < first) begin = first / kKeys * kKeys;
   if (end > task.end()) end = task.end();
   for (int64_t base = begin; base < end; base += kKeys)
-    run_tile<T>(job, task, base, base > first ? base : first, base + kKeys < end ? base + kKeys : end, s, p);
+    run_tile(job, task, base, base > first ? base : first, base + kKeys < end ? base + kKeys : end, s, p);
 }
 
 // The empty result, or the sink's: a key with a score and no value.
@@ -271,36 +336,40 @@ void write_rows(const Attention& job, const Task& task, Partial total) {
   });
 }
 
-void pack_task(const Attention& job, const Task& task, const TaskScratch& s) {
-  with_float(job.q.dtype, [&](auto t) { pack_queries<decltype(t)>(job, task, s.queries); });
+template <class How>
+void pack_task(const Attention& job, const Task& task, typename How::Word* packed) {
+  with_float(job.q.dtype, [&](auto t) {
+    using Q = decltype(t);
+    // Dotted is chosen for bf16 queries only.
+    if constexpr (__is_same(How, Widened) || __is_same(Q, bf16)) pack_queries<How, Q>(job, task, packed);
+  });
 }
 
-template <class T>
-void run_whole(const Attention& job, const Task& task) {
+template <class How, class T>
+void run_whole(const Attention& job, const Task& task, const Task* next) {
   int64_t size = job.partial_size(task.rows());
   float* end;
-  TaskScratch s = task_scratch(job, 2 * size, &end);
+  TaskScratch s = task_scratch<How, T>(job, next, 2 * size, &end);
   Partial total = partial_at(job, task.rows(), end), part = partial_at(job, task.rows(), end + size);
-  pack_task(job, task, s);
+  pack_task<How>(job, task, s.queries);
   start_rows(job, task, total);
   for (int64_t g = first_key(job, task.position) / kSegment; g * kSegment < task.end(); ++g) {
-    run_segment<T>(job, task, g, s, part);
+    run_segment(job, task, g, s, part);
     merge_rows(job, task.rows(), total, part);
   }
   write_rows(job, task, total);
 }
 
 // Few tasks of long context: segments run apart, then each task merges its own in the order run_whole does.
-template <class T>
+template <class How, class T>
 void run_split(const Attention& job, const int64_t* starts, int64_t num_tasks, int64_t num_segments, float* parts) {
   int64_t size = job.partial_size(kMaxRows);
   parallel(num_tasks * num_segments, [&](int64_t i) {
     Task task = task_at(job, starts, i / num_segments);
-    int64_t segment = i % num_segments;
     float* end;
-    TaskScratch s = task_scratch(job, 0, &end);
-    pack_task(job, task, s);
-    run_segment<T>(job, task, segment, s, partial_at(job, task.rows(), parts + i * size));
+    TaskScratch s = task_scratch<How, T>(job, nullptr, 0, &end);
+    pack_task<How>(job, task, s.queries);
+    run_segment(job, task, i % num_segments, s, partial_at(job, task.rows(), parts + i * size));
   });
   parallel(num_tasks, [&](int64_t i) {
     Task task = task_at(job, starts, i);
@@ -326,7 +395,7 @@ int64_t tokens_of(const Attention& job, int64_t seq) {
   return int_at(job.query_start, seq + 1) - int_at(job.query_start, seq);
 }
 
-template <class T>
+template <class How, class T>
 void run_all(Attention& job) {
   plan_tasks(job);
   int64_t longest = 1, num_tasks = 0;
@@ -343,14 +412,21 @@ void run_all(Attention& job) {
     starts[s] = next;
     next += job.tasks_of(tokens_of(job, s));
   }
-  if (split) return run_split<T>(job, starts, num_tasks, num_segments, shared);
-  parallel(num_tasks, [&](int64_t i) { run_whole<T>(job, task_at(job, starts, i)); });
+  if (split) return run_split<How, T>(job, starts, num_tasks, num_segments, shared);
+  int64_t grain = num_tasks / (8 * num_threads());
+  parallel_ranges(num_tasks, grain < 1 ? 1 : grain > kMaxGrain ? kMaxGrain : grain, [&](int64_t begin, int64_t end) {
+    Task task = task_at(job, starts, begin), next;
+    for (int64_t i = begin; i < end; ++i, task = next) {
+      if (i + 1 < end) next = task_at(job, starts, i + 1);
+      run_whole<How, T>(job, task, i + 1 < end ? &next : nullptr);
+    }
+  });
 }
 
 }  // namespace
 
 // t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?; i: window (0: none); f: scale,
-// softcap (0: none). A sequence's keys are at positions below its seq_lens; blocks behind the window are not read.
+// softcap (0: none). Keys lie as keys.h says. A sequence's keys are at positions below its seq_lens; blocks behind the window are not read.
 void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
   Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], i[0], static_cast<float>(f[0]),
                 static_cast<float>(f[1])};
@@ -360,7 +436,9 @@ void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
   job.key_dim = job.k_cache.sizes[3];
   job.value_dim = job.v_cache.sizes[3];
   job.padded_dim = (job.value_dim + kPanel - 1) / kPanel * kPanel;
-  with_float(job.k_cache.dtype, [&](auto p) { run_all<decltype(p)>(job); });
+  if constexpr (kHasDot)
+    if (job.k_cache.dtype == DType::bf16 && job.q.dtype == DType::bf16) return run_all<Dotted, bf16>(job);
+  with_float(job.k_cache.dtype, [&](auto p) { run_all<Widened, decltype(p)>(job); });
 }
 
 }  // namespace fuseline::FL_ISA

@@ -67,7 +67,8 @@ inline void product_block(const float* a, int64_t num_rows, const T* b, int64_t 
   for (int64_t t = 0; t < num_tiles; ++t) {
     int64_t r = num_rows * t / num_tiles;
     int rows = static_cast<int>(num_rows * (t + 1) / num_tiles - r);
-    tile_rows<kPackedRow>(rows, a + r * kPackedRow, b, panel_step, num_panels, num_k, c + r * ldc, ldc, add);
+    tile_rows<kPackedRow>(rows, a + r * kPackedRow, EvenPanels<T>{b, panel_step}, num_panels, num_k, c + r * ldc, ldc,
+                          add);
   }
 }
 
@@ -98,8 +99,8 @@ inline void dot_product(const uint32_t* packed, int64_t step, int64_t num_rows, 
     for (int64_t t = 0; t < num_tiles; ++t) {
       int64_t r = num_rows * t / num_tiles;
       int rows = static_cast<int>(num_rows * (t + 1) / num_tiles - r);
-      dot_rows<kDotRow>(rows, packed + r * kDotRow, panels + k * kPanel, num_k * kPanel, num_panels, depth, c + r * ldc,
-                        ldc, k > 0);
+      tile_rows<kDotRow>(rows, packed + r * kDotRow, EvenPanels<bf16>{panels + k * kPanel, num_k * kPanel}, num_panels,
+                         depth, c + r * ldc, ldc, k > 0);
     }
   }
 }

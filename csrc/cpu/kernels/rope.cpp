@@ -2,6 +2,7 @@
 // H heads, K key/value heads, T tokens, D key size, E value size, R rotated leading part of D, C columns of the tables.
 #include "cpu/rows.h"
 #include "fuseline/codes.h"
+#include "keys.h"
 
 namespace fuseline::FL_ISA {
 namespace {
@@ -62,12 +63,15 @@ FL_INLINE T* head_row(const Tensor& t, int64_t head, int64_t token) {
   return static_cast<T*>(t.data) + head * t.strides[1] + token * t.strides[2];
 }
 
-// Line of head `head` of a cache [N, K, B, D] at slot = block * B + offset.
+// Block of head `head` of a cache [N, K, B, D], whose keys lie as keys.h says.
 template <class T>
-FL_INLINE T* cache_row(const Tensor& cache, int64_t slot, int64_t head) {
-  const int64_t block_size = cache.sizes[2];
-  return static_cast<T*>(cache.data) + slot / block_size * cache.strides[0] + head * cache.strides[1] +
-         slot % block_size * cache.strides[2];
+FL_INLINE T* cache_block(const Tensor& cache, int64_t slot, int64_t head) {
+  return static_cast<T*>(cache.data) + slot / cache.sizes[2] * cache.strides[0] + head * cache.strides[1];
+}
+
+template <class T>
+FL_INLINE T* value_row(const Tensor& cache, int64_t slot, int64_t head) {
+  return cache_block<T>(cache, slot, head) + slot % cache.sizes[2] * cache.strides[2];
 }
 
 // A slot of -1, or beyond the cache, writes nothing.
@@ -80,9 +84,14 @@ void rotate_token(const Tensor& out, const Tensor& x, const Rotation& by, int64_
 }
 
 template <class T>
-void cache_token(const Tensor& cache, const Tensor& x, int64_t slot, int64_t token) {
-  for (int64_t h = 0; h < x.sizes[1]; ++h)
-    __builtin_memcpy(cache_row<T>(cache, slot, h), head_row<T>(x, h, token), x.sizes[3] * sizeof(T));
+void store_key(const Tensor& cache, const T* key, int64_t slot, int64_t head) {
+  write_key(cache_block<T>(cache, slot, head), cache.sizes[2], cache.sizes[3], slot % cache.sizes[2], key);
+}
+
+template <class T>
+void store_values(const Tensor& cache, const Tensor& v, int64_t slot, int64_t token) {
+  for (int64_t h = 0; h < v.sizes[1]; ++h)
+    __builtin_memcpy(value_row<T>(cache, slot, h), head_row<T>(v, h, token), v.sizes[3] * sizeof(T));
 }
 
 // body(T{}, token) for each of the tokens of x.
@@ -107,8 +116,8 @@ void write_cache(const Tensor* t, const int64_t*, const double*) {
     using T = decltype(type);
     const int64_t slot = index_at(t[4], token);
     if (!has_slot(t[0], slot)) return;
-    cache_token<T>(t[0], t[2], slot, token);
-    cache_token<T>(t[1], t[3], slot, token);
+    for (int64_t h = 0; h < t[2].sizes[1]; ++h) store_key(t[0], head_row<T>(t[2], h, token), slot, h);
+    store_values<T>(t[1], t[3], slot, token);
   });
 }
 
@@ -120,9 +129,12 @@ void rope_cache(const Tensor* t, const int64_t* i, const double*) {
     rotate_token<T>(q_out, q, by, token);
     const int64_t slot = index_at(slots, token);
     if (!has_slot(k_cache, slot)) return;
-    for (int64_t h = 0; h < k.sizes[1]; ++h)
-      rotate_head(cache_row<T>(k_cache, slot, h), head_row<T>(k, h, token), k.sizes[3], by, token);
-    cache_token<T>(v_cache, v, slot, token);
+    T* rotated = static_cast<T*>(scratch(Scratch::kChunk, k.sizes[3] * sizeof(T)));
+    for (int64_t h = 0; h < k.sizes[1]; ++h) {
+      rotate_head(rotated, head_row<T>(k, h, token), k.sizes[3], by, token);
+      store_key(k_cache, rotated, slot, h);
+    }
+    store_values<T>(v_cache, v, slot, token);
   });
 }
 

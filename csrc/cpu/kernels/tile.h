@@ -26,6 +26,27 @@ FL_INLINE int64_t panel_index(bool is_paired, int64_t num_k, int64_t k, int64_t 
   return has_partner ? (k & ~int64_t{1}) * kPanel + 2 * lane + (k & 1) : k * kPanel + lane;
 }
 
+// The panels of a product: a fixed step apart,
+template <class T>
+struct EvenPanels {
+  using Element = T;
+  const T* first;
+  int64_t step;
+  FL_INLINE const T* at(int p) const { return first + p * step; }
+  FL_INLINE void fetch(int, int64_t) const {}
+};
+// or each by itself, all from the element `offset` on. While panel p is read, next[p] is sent for, a line at a time: a
+// burst of requests would hold the core up, as it can wait for few of them at once.
+template <class T>
+struct ListedPanels {
+  using Element = T;
+  const T* const* list;
+  const T* const* next;
+  int64_t offset;
+  FL_INLINE const T* at(int p) const { return list[p] + offset; }
+  FL_INLINE void fetch(int p, int64_t i) const { __builtin_prefetch(next[p] + offset + i); }
+};
+
 // Panels side by side in a tile of `rows` rows: as many accumulators as the registers hold.
 constexpr int tile_panels(int rows) {
   if (kLanes == 16) return rows <= 6 ? 4 : 2;
@@ -45,62 +66,55 @@ FL_INLINE void store_tile(const vf (&acc)[ROWS][VECS], float* c, int64_t ldc) {
     for (int v = 0; v < VECS; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
 }
 
-// a: [ROWS][LDA]; b: panels `panel_step` elements apart; c: rows `ldc` floats apart, panels 16 apart.
-template <int ROWS, int PANELS, int LDA, class T>
-FL_INLINE void tile(const float* a, const T* b, int64_t panel_step, int num_k, float* c, int64_t ldc, bool add) {
+// Rows a: [ROWS][LDA] times the panels [p0, p0 + PANELS) of b; c: rows `ldc` floats apart, panels 16 apart.
+template <int ROWS, int PANELS, int LDA, class Panels>
+FL_INLINE void tile(const float* a, const Panels& b, int p0, int num_k, float* c, int64_t ldc, bool add) {
+  using T = typename Panels::Element;
   constexpr int kVecs = PANELS * kPanelVecs;
+  const T* panels[PANELS];
+  for (int p = 0; p < PANELS; ++p) panels[p] = b.at(p0 + p);
   vf acc[ROWS][kVecs];
   load_tile(acc, c, ldc, add);
   auto step = [&](int k, auto load_vec) __attribute__((always_inline)) {
     vf y[kVecs];
     for (int p = 0; p < PANELS; ++p)
-      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load_vec(b + p * panel_step, v);
+      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load_vec(panels[p], v);
     for (int r = 0; r < ROWS; ++r) {
       vf x = set1(a[r * LDA + k]);
       for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, y[v], acc[r][v]);
     }
   };
+  auto fetch = [&](int k) __attribute__((always_inline)) {
+    for (int p = 0; p < PANELS; ++p) b.fetch(p0 + p, k * kPanel);
+  };
   int k = 0;
   if constexpr (kIsPaired<T>) {
     for (; k + 2 <= num_k; k += 2) {
+      fetch(k);
       step(k, [&](const T* q, int v) { return pair_low(load_words(q + k * kPanel + 2 * v * kLanes)); });
       step(k + 1, [&](const T* q, int v) { return pair_high(load_words(q + k * kPanel + 2 * v * kLanes)); });
     }
   }
-  for (; k < num_k; ++k) step(k, [&](const T* q, int v) { return load(q + k * kPanel + v * kLanes); });
+  for (; k < num_k; ++k) {
+    fetch(k);
+    step(k, [&](const T* q, int v) { return load(q + k * kPanel + v * kLanes); });
+  }
   store_tile(acc, c, ldc);
 }
 
-template <int ROWS, int LDA, class T>
-[[gnu::noinline]] void tile_strip(const float* a, const T* b, int64_t panel_step, int num_panels, int num_k, float* c,
-                                  int64_t ldc, bool add) {
-  constexpr int kStep = tile_panels(ROWS);
-  int p = 0;
-  for (; p + kStep <= num_panels; p += kStep)
-    tile<ROWS, kStep, LDA>(a, b + p * panel_step, panel_step, num_k, c + p * kPanel, ldc, add);
-  for (; p < num_panels; ++p)
-    tile<ROWS, 1, LDA>(a, b + p * panel_step, panel_step, num_k, c + p * kPanel, ldc, add);
-}
-
-// The tile for a row count known at run time, 1 <= rows <= kTileRows.
-template <int LDA, class T, int ROWS = kTileRows>
-FL_INLINE void tile_rows(int rows, const float* a, const T* b, int64_t panel_step, int num_panels, int num_k, float* c,
-                         int64_t ldc, bool add) {
-  if (rows == ROWS) return tile_strip<ROWS, LDA>(a, b, panel_step, num_panels, num_k, c, ldc, add);
-  if constexpr (ROWS > 1) tile_rows<LDA, T, ROWS - 1>(rows, a, b, panel_step, num_panels, num_k, c, ldc, add);
-}
-
 // The same of bf16 rows, a: [ROWS][LDA] words of two k, the last padded with a zero.
-template <int ROWS, int PANELS, int LDA>
-FL_INLINE void dot_tile(const uint32_t* a, const bf16* b, int64_t panel_step, int num_k, float* c, int64_t ldc,
-                        bool add) {
+template <int ROWS, int PANELS, int LDA, class Panels>
+FL_INLINE void tile(const uint32_t* a, const Panels& b, int p0, int num_k, float* c, int64_t ldc, bool add) {
   constexpr int kVecs = PANELS * kPanelVecs;
+  const bf16* panels[PANELS];
+  for (int p = 0; p < PANELS; ++p) panels[p] = b.at(p0 + p);
   vf acc[ROWS][kVecs];
   load_tile(acc, c, ldc, add);
   auto step = [&](int k, auto load_vec) __attribute__((always_inline)) {
     vu y[kVecs];
+    for (int p = 0; p < PANELS; ++p) b.fetch(p0 + p, k * kPanel);
     for (int p = 0; p < PANELS; ++p)
-      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load_vec(b + p * panel_step + k * kPanel, v);
+      for (int v = 0; v < kPanelVecs; ++v) y[p * kPanelVecs + v] = load_vec(panels[p] + k * kPanel, v);
     for (int r = 0; r < ROWS; ++r) {
       vu x = a[r * LDA + k / 2] - vu{};
       for (int v = 0; v < kVecs; ++v) acc[r][v] = dot_pairs(acc[r][v], y[v], x);
@@ -117,22 +131,56 @@ FL_INLINE void dot_tile(const uint32_t* a, const bf16* b, int64_t panel_step, in
   store_tile(acc, c, ldc);
 }
 
-template <int ROWS, int LDA>
-[[gnu::noinline]] void dot_strip(const uint32_t* a, const bf16* b, int64_t panel_step, int num_panels, int num_k,
-                                 float* c, int64_t ldc, bool add) {
+template <int ROWS, int LDA, class A, class Panels>
+[[gnu::noinline]] void tile_strip(const A* a, Panels b, int num_panels, int num_k, float* c, int64_t ldc, bool add) {
+  constexpr int kStep = tile_panels(ROWS);
+  int p = 0;
+  for (; p + kStep <= num_panels; p += kStep) tile<ROWS, kStep, LDA>(a, b, p, num_k, c + p * kPanel, ldc, add);
+  for (; p < num_panels; ++p) tile<ROWS, 1, LDA>(a, b, p, num_k, c + p * kPanel, ldc, add);
+}
+
+// The tile for a row count known at run time, 1 <= rows <= kTileRows. a: fp32, or words of two bf16.
+template <int LDA, class A, class Panels, int ROWS = kTileRows>
+FL_INLINE void tile_rows(int rows, const A* a, const Panels& b, int num_panels, int num_k, float* c, int64_t ldc,
+                         bool add) {
+  if (rows == ROWS) return tile_strip<ROWS, LDA>(a, b, num_panels, num_k, c, ldc, add);
+  if constexpr (ROWS > 1) tile_rows<LDA, A, Panels, ROWS - 1>(rows, a, b, num_panels, num_k, c, ldc, add);
+}
+
+// The tile with each k of b in a row of its own, rows[k][panel * 16 + lane], next[k] being sent for; adds to c.
+template <int ROWS, int PANELS, int LDA, class T>
+FL_INLINE void key_tile(const float* a, const T* const* rows, const T* const* next, int num_k, float* c, int64_t ldc,
+                        int64_t offset) {
+  constexpr int kVecs = PANELS * kPanelVecs, kLine = 64 / sizeof(T);
+  vf acc[ROWS][kVecs];
+  load_tile(acc, c, ldc, true);
+  for (int k = 0; k < num_k; ++k) {
+    vf y[kVecs];
+    for (int e = 0; e < PANELS * kPanel; e += kLine) __builtin_prefetch(next[k] + offset + e);
+    for (int v = 0; v < kVecs; ++v) y[v] = load(rows[k] + offset + v * kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      vf x = set1(a[r * LDA + k]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, y[v], acc[r][v]);
+    }
+  }
+  store_tile(acc, c, ldc);
+}
+
+template <int ROWS, int LDA, class T>
+[[gnu::noinline]] void key_strip(const float* a, const T* const* rows, const T* const* next, int num_panels, int num_k,
+                                 float* c, int64_t ldc) {
   constexpr int kStep = tile_panels(ROWS);
   int p = 0;
   for (; p + kStep <= num_panels; p += kStep)
-    dot_tile<ROWS, kStep, LDA>(a, b + p * panel_step, panel_step, num_k, c + p * kPanel, ldc, add);
-  for (; p < num_panels; ++p)
-    dot_tile<ROWS, 1, LDA>(a, b + p * panel_step, panel_step, num_k, c + p * kPanel, ldc, add);
+    key_tile<ROWS, kStep, LDA>(a, rows, next, num_k, c + p * kPanel, ldc, p * kPanel);
+  for (; p < num_panels; ++p) key_tile<ROWS, 1, LDA>(a, rows, next, num_k, c + p * kPanel, ldc, p * kPanel);
 }
 
-template <int LDA, int ROWS = kTileRows>
-FL_INLINE void dot_rows(int rows, const uint32_t* a, const bf16* b, int64_t panel_step, int num_panels, int num_k,
-                        float* c, int64_t ldc, bool add) {
-  if (rows == ROWS) return dot_strip<ROWS, LDA>(a, b, panel_step, num_panels, num_k, c, ldc, add);
-  if constexpr (ROWS > 1) dot_rows<LDA, ROWS - 1>(rows, a, b, panel_step, num_panels, num_k, c, ldc, add);
+template <int LDA, class T, int ROWS = kTileRows>
+FL_INLINE void key_rows(int num_rows, const float* a, const T* const* rows, const T* const* next, int num_panels,
+                        int num_k, float* c, int64_t ldc) {
+  if (num_rows == ROWS) return key_strip<ROWS, LDA>(a, rows, next, num_panels, num_k, c, ldc);
+  if constexpr (ROWS > 1) key_rows<LDA, T, ROWS - 1>(num_rows, a, rows, next, num_panels, num_k, c, ldc);
 }
 
 }  // namespace
