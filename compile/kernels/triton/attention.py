@@ -1,0 +1,222 @@
+"""Attention over a paged cache on CUDA: decode with split keys, prefill by tiles of queries, mixed batches in one call.
+
+A program takes a tile of rows: all query heads of one kv head times some neighbouring tokens of one sequence, so a key
+or value is read once for all of them. Sequences of few tokens go to the decode kernel, which cuts their keys into
+splits, and the rest to the prefill kernel; which is which is decided on the device, the grids come from shapes alone.
+
+What a row of the decode kernel sums, and in which order, follows from its sequence alone: the cuts between splits come
+from the sequence's keys, the splits are folded from the first to the last, and it is the same fold whether one program
+does it in registers or the merge kernel from the workspace. The other sequences of the batch never change its bits.
+
+Legend: H query heads, K kv heads, G = H / K, T query tokens, S sequences, N blocks of B keys, D key dim, E value dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fuseline.compile.kernels.triton.attention_kernels import decode_kernel, merge_kernel, prefill_kernel
+
+LOG2_E = 1.4426950408889634
+NO_WINDOW = 1 << 30
+SPLIT = 256                 # keys of the shortest split
+GRID_TARGET = 1024          # programs that fill a card: more workers a sequence are launched only below it
+
+
+def paged_attention(
+    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, workspace: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out[1, T, H, E] of q[1, H, T, D] over caches [N, K, B, D|E], as compile/ops/attention.py defines it.
+
+    block_table [S, M], seq_lens [S], query_start [S + 1] are integers on the device; tokens behind query_start[S] are
+    left alone, a sequence without keys (padding) gives zeros. The caches have q's dtype, another float dtype, or hold
+    float8_e4m3fn (also as uint8), of which k_scale[1] and v_scale[1] (float32) times the stored number is the value.
+
+    `workspace` holds the splits' partial sums: float32, `workspace_size` elements. Who plans memory passes one for all
+    layers; without it one is taken from torch's allocator, which under graph capture is the graph's own pool, reused
+    from layer to layer. Nothing waits for the device.
+    """
+    _check(q, k_cache, v_cache)
+    if q.shape[2] == 0 or seq_lens.shape[0] == 0:
+        return
+    k_cache, v_cache = _readable(k_cache), _readable(v_cache)
+    shape = AttentionShape.of(q, k_cache, v_cache, block_table)
+    if workspace is None:
+        workspace = torch.empty(shape.workspace_size, dtype=torch.float32, device=q.device)
+    if workspace.numel() < shape.workspace_size:
+        raise ValueError(f"workspace has {workspace.numel()} elements; this attention needs {shape.workspace_size}")
+    window = window if window > 0 else NO_WINDOW
+    tensors = (out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale)
+    strides = (
+        out.stride(1), out.stride(2), q.stride(1), q.stride(2), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        block_table.stride(0),
+    )  # fmt: skip
+    numbers = (window, scale * LOG2_E, softcap)
+    _launch_decode(shape, tensors, workspace, strides, numbers)
+    if not shape.is_all_decode:
+        tile = shape.prefill
+        grid = (shape.num_tokens // tile.tokens + shape.num_seqs, shape.kv_heads * tile.parts)
+        prefill_kernel[grid](
+            *tensors, *strides, *numbers, shape.num_seqs, shape.decode.tokens, GROUP=shape.group,
+            IS_WINDOWED=window < NO_WINDOW, HAS_SOFTCAP=softcap > 0, **shape.constants(), **tile.constants(),
+        )  # fmt: skip
+
+
+def workspace_size(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> int:
+    """float32 elements of workspace that paged_attention wants for tensors of these shapes."""
+    return AttentionShape.of(q, k_cache, v_cache, block_table).workspace_size
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on: `heads` of a kv head's query heads (its `parts`) times `tokens`, in `rows` rows."""
+
+    rows: int
+    heads: int
+    tokens: int
+    parts: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    @staticmethod
+    def of(group: int, rows: int, keys: int, num_warps: int, num_stages: int) -> Tile:
+        heads = min(group, rows)
+        return Tile(rows, heads, rows // heads, -(-group // heads), keys, num_warps, num_stages)
+
+    def constants(self) -> dict[str, int]:
+        return {
+            "ROWS": self.rows, "HEADS": self.heads, "TOKENS": self.tokens, "PARTS": self.parts, "KEYS": self.keys,
+            "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Everything launches are made of: sizes known on the host without asking the device."""
+
+    num_tokens: int
+    num_seqs: int
+    kv_heads: int
+    group: int
+    block_size: int
+    key_dim: int
+    value_dim: int
+    max_keys: int
+    item_size: int
+
+    @staticmethod
+    def of(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> AttentionShape:
+        _, kv_heads, block_size, key_dim = k_cache.shape
+        return AttentionShape(
+            q.shape[2], block_table.shape[0], kv_heads, q.shape[1] // kv_heads, block_size, key_dim, v_cache.shape[3],
+            block_table.shape[1] * block_size, q.element_size(),
+        )  # fmt: skip
+
+    @property
+    def padded_dims(self) -> tuple[int, int]:
+        """D and E as sizes of a matrix product: powers of two."""
+        return max(16, triton.next_power_of_2(self.key_dim)), max(16, triton.next_power_of_2(self.value_dim))
+
+    @property
+    def decode(self) -> Tile:
+        widest = max(self.padded_dims) * self.item_size
+        rows = min(16 if widest > 512 else 64, max(16, triton.next_power_of_2(self.group)))
+        return Tile.of(self.group, rows, 64 if widest <= 256 else 32, 4, 3 if widest <= 512 else 2)
+
+    @property
+    def prefill(self) -> Tile:
+        widest = max(self.padded_dims) * self.item_size
+        if widest <= 256:
+            return Tile.of(self.group, 128, 64, 8, 3)
+        if widest <= 512:
+            return Tile.of(self.group, 64, 64, 4, 2)
+        return Tile.of(self.group, 32 if widest <= 1024 else 16, 32 if widest <= 1024 else 16, 4, 2)
+
+    @property
+    def is_all_decode(self) -> bool:
+        """As many sequences as tokens: the decode kernel takes them all, any number of tiles of each."""
+        return self.num_tokens <= self.num_seqs
+
+    @property
+    def num_splits(self) -> int:
+        """The most splits of a row. A constant of the model, so that it cannot depend on the batch."""
+        return min(64, max(8, 256 // (self.kv_heads * self.decode.parts)))
+
+    @property
+    def most_splits(self) -> int:
+        """The most splits a row of this batch can have: its keys fill a table's line at most."""
+        return min(self.num_splits, -(-self.max_keys // SPLIT))
+
+    @property
+    def num_workers(self) -> int:
+        """Programs that share the splits of one tile."""
+        tiles = self.num_seqs * self.kv_heads * self.decode.parts
+        return min(max(4, GRID_TARGET // tiles), self.most_splits)
+
+    @property
+    def max_folded(self) -> int:
+        """Up to so many splits are folded by one program in its registers: all, as far as others keep the card busy."""
+        return min(8, max(1, self.num_seqs * self.kv_heads * self.decode.parts // 64))
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the decode kernel may have to keep partial sums of."""
+        return self.num_tokens if self.is_all_decode else self.num_seqs * self.decode.tokens
+
+    @property
+    def workspace_size(self) -> int:
+        """Sums [slots, H, splits, E], then maxima and weights [slots, H, splits, 2]."""
+        if self.most_splits <= self.max_folded:
+            return 0
+        return self.num_slots * self.kv_heads * self.group * self.num_splits * (self.value_dim + 2)
+
+    def constants(self) -> dict[str, int]:
+        key_dim, value_dim = self.padded_dims
+        return {
+            "B": self.block_size, "D": self.key_dim, "E": self.value_dim, "PADDED_D": key_dim, "PADDED_E": value_dim,
+        }  # fmt: skip
+
+
+def _launch_decode(
+    shape: AttentionShape, tensors: tuple, workspace: Tensor, strides: tuple, numbers: tuple[int, float, float]
+) -> None:
+    tile = shape.decode
+    out, q, *_, seq_lens, query_start, sinks, _, v_scale = tensors
+    splits = {
+        "GROUP": shape.group, "IS_ALL": shape.is_all_decode, "SPLIT": SPLIT, "NUM_SPLITS": shape.num_splits,
+        "MAX_FOLDED": shape.max_folded,
+    }  # fmt: skip
+    grid = (shape.kv_heads * tile.parts, shape.num_seqs, shape.num_workers)
+    decode_kernel[grid](
+        *tensors, workspace, *strides, *numbers, q.shape[1], shape.num_slots, HAS_SOFTCAP=numbers[2] > 0, **splits,
+        **shape.constants(), **tile.constants(),
+    )  # fmt: skip
+    if shape.workspace_size == 0:
+        return
+    grid = (shape.kv_heads * shape.group, shape.num_seqs, 1 if shape.is_all_decode else tile.tokens)
+    merge_kernel[grid](
+        out, seq_lens, query_start, sinks, v_scale, workspace, out.stride(1), out.stride(2), numbers[0],
+        shape.num_slots, **splits, TOKENS=tile.tokens, KEYS=tile.keys, E=shape.value_dim,
+        PADDED_E=shape.padded_dims[1], num_warps=1,
+    )  # fmt: skip
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    if q.stride(3) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        raise ValueError("paged_attention needs the last dimension of q and of the caches contiguous")
+    if q.shape[1] % k_cache.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k_cache.shape[1]} kv heads")
+
+
+def _readable(cache: Tensor) -> Tensor:
+    """An fp8 cache as bytes where the device has no fp8 numbers (before sm_89)."""
+    if cache.dtype != torch.float8_e4m3fn or not cache.is_cuda:
+        return cache
+    return cache if torch.cuda.get_device_capability(cache.device) >= (8, 9) else cache.view(torch.uint8)

@@ -1,0 +1,247 @@
+"""The Triton paged_attention through the interpreter: against a plain softmax; whom a row's bits depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton_interpreter
+from triton_interpreter import assert_fits, compile_launches
+
+from fuseline.compile.kernels.triton import attention
+from fuseline.compile.ops.attention import attend
+from fuseline.compile.ops.library import Make
+from fuseline.compile.ops.registry import registry
+
+__all__ = ["triton_interpreter"]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NAN = float("nan")
+SOFTCAP, SINKS = {"softcap": 3.0}, {"sinks": torch.linspace(-2, 3, 4)}
+
+
+class Batch:
+    """Sequences of random keys and values in a cache of shuffled blocks. What no row may read is NaN or no block."""
+
+    def __init__(self, lengths, counts, heads=4, kv_heads=2, key_dim=16, value_dim=16, block_size=16,
+                 dtype=torch.float32, cache_dtype=None):  # fmt: skip
+        gen = torch.Generator().manual_seed(1)
+
+        def randn(*shape, to=dtype):
+            return torch.randn(*shape, generator=gen).to(to)
+
+        cache_dtype = cache_dtype or dtype
+        self.lengths, self.counts = lengths, counts
+        self.keys = [randn(kv_heads, n, key_dim, to=cache_dtype) for n in lengths]
+        self.values = [randn(kv_heads, n, value_dim, to=cache_dtype) for n in lengths]
+        self.queries = [randn(n, heads, key_dim) for n in counts]
+        per_seq = [-(-n // block_size) for n in lengths]
+        order = torch.randperm(sum(per_seq) + 2, generator=gen).int()
+        self.k_cache, self.v_cache = (
+            torch.full((sum(per_seq) + 2, kv_heads, block_size, d), NAN).to(cache_dtype) for d in (key_dim, value_dim)
+        )
+        self.table = torch.full((len(lengths), max(1, *per_seq)), 10**6, dtype=torch.int32)
+        for s, blocks in enumerate(order[: sum(per_seq)].split(per_seq)):
+            self.table[s, : len(blocks)] = blocks
+            at, within = blocks[torch.arange(lengths[s]) // block_size].long(), torch.arange(lengths[s]) % block_size
+            self.k_cache[at, :, within] = self.keys[s].transpose(0, 1)
+            self.v_cache[at, :, within] = self.values[s].transpose(0, 1)
+
+    def run(self, seqs=None, window=0, scale=0.3, softcap=0.0, sinks=None, **more):
+        """One [n, H, E] for each of the sequences asked for."""
+        seqs = range(len(self.lengths)) if seqs is None else seqs
+        counts = [self.counts[s] for s in seqs]
+        q = torch.cat([self.queries[s] for s in seqs])
+        out = torch.full((1, *q.shape[:2], self.v_cache.shape[3]), NAN, dtype=q.dtype)
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        lengths = torch.tensor([self.lengths[s] for s in seqs]).int()
+        attention.paged_attention(
+            out, q[None].transpose(1, 2), self.k_cache, self.v_cache, self.table[list(seqs)], lengths, starts, sinks,
+            window, scale, softcap, **more,
+        )  # fmt: skip
+        return list(out[0].split(counts))
+
+    def reference(self, s, window=0, scale=0.3, softcap=0.0, sinks=None):
+        q, k, v = self.queries[s].transpose(0, 1).double(), self.keys[s].double(), self.values[s].double()
+        group = q.shape[0] // k.shape[0]
+        scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        rows = torch.arange(self.lengths[s] - self.counts[s], self.lengths[s])[:, None]
+        keys = torch.arange(self.lengths[s])[None]
+        scores = scores.masked_fill((keys > rows) | ((keys <= rows - window) if window else keys < 0), -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:2], 1)), -1)
+        weights = scores.softmax(-1)[..., : keys.shape[1]]
+        return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1)
+
+    def check(self, tolerance=3e-6, **options):
+        for s, found in enumerate(self.run(**options)):
+            torch.testing.assert_close(found.double(), self.reference(s, **options), rtol=tolerance, atol=tolerance)
+
+
+MIXED = {"lengths": [1, 150, 40, 300, 17, 290], "counts": [1, 150, 1, 37, 2, 3]}
+DECODE = {"lengths": [1, 40, 300, 700], "counts": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_it_agrees_with_the_reference_op(dtype):
+    op = registry()["paged_attention"]
+    for args in op.inputs(Make(dtype, torch.Generator().manual_seed(1))):
+        want = op.reference(*args)
+        found = torch.full_like(want, NAN)
+        attention.paged_attention(found, *args)
+        step = torch.finfo(dtype).eps * (op.tolerance if dtype == torch.float32 else 1.0)
+        torch.testing.assert_close(found, want, rtol=step, atol=step)
+
+
+@pytest.mark.parametrize("batch", (MIXED, DECODE), ids=("mixed", "decode"))
+@pytest.mark.parametrize("block_size", (1, 5, 16, 128))
+def test_prefill_prefix_and_decode(batch, block_size):
+    Batch(**batch, block_size=block_size).check()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (7, 1), (20, 1), (70, 1)])
+def test_groups_of_heads(heads, kv_heads):
+    Batch([90, 33, 10], [70, 1, 3], heads, kv_heads).check()
+    Batch([90, 33], [1, 1], heads, kv_heads).check()
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim"), [(1, 1), (40, 24), (64, 64), (80, 96), (192, 128), (256, 256), (576, 512)]
+)
+def test_head_sizes(key_dim, value_dim):
+    Batch([60, 33], [40, 1], key_dim=key_dim, value_dim=value_dim).check(scale=key_dim**-0.5)
+
+
+@pytest.mark.parametrize("window", (1, 7, 64, 280))
+@pytest.mark.parametrize("more", ({}, SOFTCAP, SINKS), ids=("plain", "softcap", "sinks"))
+def test_window_softcap_and_sinks(window, more):
+    Batch(**MIXED).check(window=window, **more)
+    Batch(**DECODE).check(window=window, **more)
+
+
+@pytest.mark.parametrize("more", (SOFTCAP, SINKS), ids=("softcap", "sinks"))
+def test_softcap_and_sinks_without_a_window(more):
+    Batch(**MIXED).check(**more)
+    Batch(**DECODE).check(**more)
+
+
+@pytest.mark.parametrize("cache_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dtypes(dtype, cache_dtype):
+    # A cache of more bits than q is read in q's.
+    wide = torch.promote_types(dtype, cache_dtype) != dtype
+    step = max(torch.finfo(dtype).eps, torch.finfo(torch.bfloat16).eps if wide else 0.0)
+    batch = Batch([100, 20], [33, 1], dtype=dtype, cache_dtype=cache_dtype)
+    batch.check(tolerance=3e-6 if dtype == torch.float32 else 2 * step)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("as_bytes", (False, True))
+def test_fp8_cache(dtype, as_bytes):
+    """Keys and values are the stored numbers times their scales: the plain attention over those."""
+    plain = Batch([100, 300, 20], [33, 1, 1], dtype=dtype)
+    coded = Batch([100, 300, 20], [33, 1, 1], dtype=dtype)
+    k_scale, v_scale = torch.tensor([0.5]), torch.tensor([0.25])
+    for name, scale in (("k_cache", k_scale), ("v_cache", v_scale)):
+        stored = (getattr(plain, name).float().nan_to_num(400.0) / scale).to(torch.float8_e4m3fn)
+        setattr(plain, name, (stored.float() * scale).to(dtype))
+        setattr(coded, name, stored.view(torch.uint8) if as_bytes else stored)
+    tolerance = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for found, want in zip(coded.run(k_scale=k_scale, v_scale=v_scale), plain.run(), strict=True):
+        torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance)
+
+
+def test_every_byte_of_fp8_is_read_right():
+    """One key a sequence: its value comes out as it is stored, normal or not, whatever the sign."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[~numbers.view(torch.float8_e4m3fn).isnan()]
+    batch = Batch([1], [1], 1, 1, value_dim=len(numbers), block_size=1)
+    batch.k_cache = torch.zeros(batch.k_cache.shape, dtype=torch.uint8)
+    batch.v_cache = numbers.expand(len(batch.v_cache), 1, 1, -1).contiguous()
+    assert torch.equal(batch.run()[0][0, 0], numbers.view(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("options", ({}, {"window": 600}, SINKS), ids=("plain", "window", "sinks"))
+def test_who_folds_the_splits_changes_no_bit(options, monkeypatch):
+    """One program in registers, or many workers through the workspace."""
+    batch = Batch([900, 1, 270, 1500, 40], [1, 1, 1, 2, 0], 2, 1, dtype=torch.bfloat16)
+    found = []
+    for folded, workers in ((1, 8), (1, 3), (4, 5), (8, 1)):
+        monkeypatch.setattr(attention.AttentionShape, "max_folded", folded)
+        monkeypatch.setattr(attention.AttentionShape, "num_workers", workers)
+        found.append(torch.cat(batch.run(**options)))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("options", ({}, {"window": 50}), ids=("plain", "window"))
+def test_a_row_does_not_depend_on_its_batch(options):
+    batch = Batch([600, 1, 270, 90, 40], [1, 1, 2, 60, 1], 2, 1, dtype=torch.bfloat16)
+    whole = batch.run(**options)
+    for seqs in ([0], [2], [3], [4, 0], [1, 2, 3]):
+        for s, found in zip(seqs, batch.run(seqs, **options), strict=True):
+            assert torch.equal(found, whole[s]), (seqs, s)
+
+
+def test_large_batches_fold_and_small_ones_split():
+    small, large = (attention.AttentionShape(n, n, 8, 4, 16, 128, 128, 8192, 2) for n in (1, 256))
+    assert (small.max_folded, small.num_workers, large.max_folded, large.num_workers) == (1, 32, 8, 4)
+    assert small.num_splits == large.num_splits
+
+
+def test_many_splits():
+    Batch([5000, 2100], [1, 3], 2, 1).check()
+
+
+def test_more_sequences_than_tokens():
+    """Empty sequences, and one of many tokens, where only the decode kernel runs."""
+    Batch([40, 9, 5, 60, 8, 90, 7, 3] + [2] * 40, [0, 0, 0, 40, 0, 1, 0, 0] + [0] * 40).check()
+
+
+def test_nothing_to_do_and_rows_of_padding():
+    batch = Batch([5, 9], [1, 1])
+    batch.lengths[1] = 0
+    assert torch.equal(batch.run()[1], torch.zeros(1, 4, 16))
+    batch.counts, batch.queries = [0, 0], [q[:0] for q in batch.queries]
+    assert [out.shape[0] for out in batch.run()] == [0, 0]
+
+
+def test_a_given_workspace_is_used_and_checked():
+    batch = Batch(**DECODE)
+    size = attention.workspace_size(torch.empty(1, 4, 4, 16), batch.k_cache, batch.v_cache, batch.table)
+    workspace = torch.zeros(size)
+    batch.run(workspace=workspace)
+    assert workspace.any()
+    with pytest.raises(ValueError, match="workspace has"):
+        batch.run(workspace=workspace[:-1])
+
+
+def test_scores_too_large_for_exp():
+    batch = Batch([70], [70])
+    batch.queries = [q * 40 for q in batch.queries]
+    batch.check(scale=1.0, tolerance=2e-4)
+
+
+def test_the_reference_of_this_file_is_that_of_the_op():
+    batch = Batch([50], [20])
+    want = attend(batch.queries[0].transpose(0, 1), batch.keys[0], batch.values[0], None, 0.3, 7, 0.0, True)
+    torch.testing.assert_close(batch.reference(0, window=7).float(), want.transpose(0, 1))
+
+
+def launches() -> None:
+    """What the compile test compiles: the shapes of Llama, gpt-oss (window and sinks), Gemma and DeepSeek."""
+    coded = {"window": 128, "sinks": torch.zeros(64), "k_scale": torch.ones(1)}
+    for heads, kv_heads, key_dim, value_dim, dtype, cache_dtype, options in (
+        (32, 8, 128, 128, torch.bfloat16, torch.bfloat16, {}),
+        (64, 8, 64, 64, torch.bfloat16, torch.uint8, coded),
+        (8, 4, 256, 256, torch.float16, torch.float16, {"softcap": 50.0}),
+        (16, 16, 192, 128, torch.bfloat16, torch.bfloat16, {}),
+    ):
+        batch = Batch([50, 333], [40, 1], heads, kv_heads, key_dim, value_dim, dtype=dtype)
+        batch.k_cache, batch.v_cache = batch.k_cache.to(cache_dtype), batch.v_cache.to(cache_dtype)
+        batch.run(**options)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles():
+    entries = compile_launches("test_triton_attention", 80, 90, 100)
+    assert {e["kernel"] for e in entries} == {"_decode_kernel", "_merge_kernel", "_prefill_kernel"}
+    assert_fits(entries)

@@ -1,0 +1,132 @@
+"""Triton kernels without a card: run by Triton's interpreter, or compiled to machine code from the launches themselves.
+
+Import this before anything imports triton: its standard library is interpreted only if the variable is there by then.
+`TRITON_INTERPRET=0 python triton_interpreter.py <test module> <arch>...` calls the module's `launches()` with every
+launch turned into a compilation, and prints one JSON line for each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "triton"))
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import interpreter, jit
+
+SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}   # bytes a program may have (CUDA programming guide)
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+
+
+def multiply_bf16() -> None:
+    """The interpreter (3.6) keeps bf16 as its bits and multiplies those; here it multiplies the numbers."""
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        wide = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view("float32")
+        return interpreter.TensorHandle(wide, tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return plain(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def count_with_numpy() -> None:
+    """numpy (2.4) makes no int of an array of one; a loop bound of the interpreter is such an array."""
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+def patch_once() -> None:
+    """The interpreter patches the language for every call of a device function; once a launch and module will do."""
+    patched: set[int] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_unpatched(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch_unpatched
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if triton.knobs.runtime.interpret:
+    patch_once()
+    multiply_bf16()
+    count_with_numpy()
+
+
+def compile_launches(module: str, *archs: int) -> list[dict]:
+    """Compiles what `module.launches()` launches, in a process of its own: one entry a kernel, types and arch."""
+    command = [sys.executable, "-P", __file__, module, *map(str, archs)]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_fits(entries: list[dict]) -> None:
+    for entry in entries:
+        assert entry["shared"] <= SHARED_LIMITS[entry["arch"]], entry
+
+
+def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
+    bound = kernel.signature.bind(*args, **{k: v for k, v in kwargs.items() if k not in OPTIONS}).arguments
+    types, constants, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = bound[param.name]
+        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+            types[param.name], constants[(i,)] = "constexpr", value
+            continue
+        types[param.name] = jit.mangle_type(value)
+        address = value.data_ptr() if hasattr(value, "data_ptr") else value
+        if type(address) is int and address % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, types, constants, attributes)
+
+
+def _main(module: str, *archs: str) -> None:
+    seen = set()
+
+    def compile_instead(kernel, *args, grid, warmup, **kwargs):
+        source = _source(kernel, args, kwargs)
+        options = {k: v for k, v in kwargs.items() if k in OPTIONS}
+        for arch in map(int, archs):
+            key = (source.hash(), str(options), arch)
+            if key in seen:
+                continue
+            seen.add(key)
+            done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            entry = {"kernel": kernel.__name__, "arch": arch, "shared": done.metadata.shared}
+            print(json.dumps(entry | {"types": source.signature}), flush=True)
+
+    jit.JITFunction.run = compile_instead
+    importlib.import_module(module).launches()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
