@@ -19,7 +19,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, run_passes
 from fuseline.compile.graph_inputs import GraphInputs
-from fuseline.compile.memory import zeros
+from fuseline.compile.memory import Pages
 from fuseline.compile.model_info import describe, model_limit
 from fuseline.compile.passes.pipeline import stages
 from fuseline.compile.specs import WeightSource
@@ -122,10 +122,11 @@ class CompiledModel:
         of_layer = {
             layer: n for group, n in zip(self.info.cache_groups, num_blocks, strict=True) for layer in group.layers
         }
+        pages = Pages()
         for spec in self.info.cache_specs:
             for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
                 shape = (of_layer[spec.layer], spec.num_kv_heads, self._block_size, dim)
-                self._caches[f"{name}_cache_{spec.layer}"] = zeros(shape, getattr(torch, spec.dtype))
+                self._caches[f"{name}_cache_{spec.layer}"] = pages.zeros(shape, getattr(torch, spec.dtype))
 
     def run(self, inputs: GraphInputs) -> Tensor:
         """Logits [R, V] float32 of the wanted rows."""

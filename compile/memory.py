@@ -1,27 +1,57 @@
-"""Large tensors on large pages: what is streamed once a step is read faster when fewer pages must be looked up."""
+"""Tensors on large pages: what is streamed once a step is read faster when fewer pages must be looked up."""
 
 from __future__ import annotations
 
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LARGE_BYTES = 4 << 20
-"""From here on a tensor has pages of its own; Linux's large pages have 2 MiB."""
+CHUNK_BYTES = 256 << 20
+"""Address space taken at a time. The system supplies pages when they are first written, so what is not used costs nothing."""
+LARGE_PAGE = 2 << 20
+ALIGNMENT = 128
+"""Of tensors in bytes: two cache lines, which are fetched in pairs."""
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages the system supplies when they are first written: torch.zeros would write them all."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes < LARGE_BYTES:
-        return torch.zeros(tuple(shape), dtype=dtype)
+class Pages:
+    """Tensors that live and die together, one after the other in memory; freed with the last of them.
+
+    Small ones share large pages this way, and a kernel that reads ahead finds the tensor that was made next.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._chunk = np.empty(0, np.uint8)
+        self._used = 0
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of zeros. torch.zeros would write them all."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes == 0:
+            return torch.zeros(tuple(shape), dtype=dtype)
+        return torch.from_numpy(self._take(num_bytes)).view(dtype).view(tuple(shape))
+
+    def _take(self, num_bytes: int) -> np.ndarray:
+        with self._lock:
+            begin = -(-self._used // ALIGNMENT) * ALIGNMENT
+            if begin + num_bytes > len(self._chunk):
+                self._chunk, begin = _map(max(CHUNK_BYTES, num_bytes)), 0
+            self._used = begin + num_bytes
+            return self._chunk[begin : self._used]
+
+
+def _map(num_bytes: int) -> np.ndarray:
+    """Zeros from a border of large pages on."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(tuple(shape))
+        return np.zeros(num_bytes, np.uint8)
     # Shared mappings, mmap's default, get no large pages.
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, num_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+    memory = np.frombuffer(pages, np.uint8)
+    begin = -memory.ctypes.data % LARGE_PAGE
+    return memory[begin : begin + num_bytes]

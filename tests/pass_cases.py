@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
-from fuseline.compile.capture.panels import empty_panels, pack_columns
+from fuseline.compile.capture.panels import pack_columns, panels_shape
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext, PassResult
 from fuseline.compile.graph.runner import clean_up, count_ops
@@ -71,7 +71,7 @@ def materialize(source: WeightSource, values: dict[str, Tensor], like: Tensor) -
     if source.layout == "rows":
         return whole
     flat = whole if whole.ndim == 3 else whole[None]
-    panels = empty_panels(tuple(flat.shape), whole.dtype)
+    panels = torch.zeros(panels_shape(tuple(flat.shape)), dtype=whole.dtype)
     for expert, block in zip(panels, flat, strict=True):
         pack_columns(expert, block, 0)
     return panels.view(like.shape)

@@ -21,7 +21,7 @@ from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.export import CapturedModel, describe, resolve_dtype
 from fuseline.compile.capture.hf_model import build_on_meta, load_config
-from fuseline.compile.capture.panels import empty_panels, pack_block, pack_columns
+from fuseline.compile.capture.panels import pack_block, pack_columns, panels_shape
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
@@ -168,7 +168,7 @@ def test_conv1d_is_packed_transposed(folder):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_packing_in_torch_is_that_of_the_kernel(rows, row, num_cols, dtype):
     block = torch.randn(rows, num_cols).bfloat16()
-    native, plain, parts = (empty_panels((90, num_cols), dtype) for _ in range(3))
+    native, plain, parts = (torch.zeros(panels_shape((90, num_cols)), dtype=dtype) for _ in range(3))
     pack_block(native, block, row, 0)
     pack_columns(plain, block, row)
     for begin, end in ((0, 5), (5, 6), (6, 22), (22, num_cols)):

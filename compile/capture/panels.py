@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from fuseline import _C  # noqa: F401  registers pack_panels
-from fuseline.compile.memory import zeros
 
 PANEL = 16
 
 
-def empty_panels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Panels for a weight of this shape, zero: only lanes of real rows are written later."""
+def panels_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the panels for a weight of this shape. They start as zeros: only lanes of real rows are written."""
     *lead, rows, cols = shape
-    return zeros((*lead, -(-rows // PANEL), cols, PANEL), dtype)
+    return (*lead, -(-rows // PANEL), cols, PANEL)
 
 
 def pack_block(panels: Tensor, block: Tensor, row: int, col: int) -> None:

@@ -18,12 +18,12 @@ from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.panels import empty_panels, pack_block
+from fuseline.compile.capture.panels import pack_block, panels_shape
 from fuseline.compile.capture.pieces import Unread
 from fuseline.compile.capture.reader import Reader, write_box
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.memory import zeros
+from fuseline.compile.memory import Pages
 from fuseline.compile.specs import WeightSource
 
 Progress = Callable[[str, int, int], None]
@@ -45,8 +45,9 @@ def load_weights(
         weights.check_tied(reader)
     distinct = list(dict.fromkeys(sources.values()))
     loaded: dict[WeightSource, Tensor] = {}
+    pages = Pages()
     with ThreadPoolExecutor(num_readers) as pool:
-        tensors = pool.map(lambda source: _load(source, weights, captured), distinct)
+        tensors = pool.map(lambda source: _load(source, weights, captured, pages), distinct)
         for done, (source, tensor) in enumerate(zip(distinct, tensors, strict=True)):
             loaded[source] = tensor
             if progress:
@@ -137,10 +138,12 @@ def open_weights(captured: CapturedModel, config: CompileConfig) -> CheckpointWe
     return CheckpointWeights(captured, config)
 
 
-def _load(source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel) -> Tensor:
+def _load(
+    source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel, pages: Pages
+) -> Tensor:
     unread, dtype = _gather(source, weights, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
-    target = empty_panels(unread.shape, final) if source.layout == "panels" else zeros(unread.shape, final)
+    target = pages.zeros(panels_shape(unread.shape) if source.layout == "panels" else unread.shape, final)
     with Reader() as reader:
         for piece in unread.pieces:
             for start, block in reader.blocks(piece):

@@ -18,7 +18,7 @@ namespace fuseline {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(40);
-constexpr uint64_t kClosed = 0xffffffffu;
+constexpr int64_t kMaxUnits = 0xffff;
 
 void relax() {
 #if defined(__x86_64__)
@@ -43,12 +43,23 @@ bool spin_until(const F& ready) {
 
 thread_local bool inside_chunk = false;
 
-// A job is published by one word, ticket = generation << 32 | next chunk. Chunks are claimed by compare-and-swap on it,
-// so a worker that wakes late can never claim a chunk of a job it has not read, and nobody waits for sleeping workers.
+// The units [begin, end) of one thread, in one word with the job's number: generation << 32 | begin << 16 | end.
+struct alignas(64) Range {
+  std::atomic<uint64_t> word{0};
+};
+
+uint64_t range_word(uint64_t generation, int64_t begin, int64_t end) {
+  return generation << 32 | static_cast<uint64_t>(begin) << 16 | static_cast<uint64_t>(end);
+}
+
+// A job is cut into units, and each thread owns a run of them, so that what it reads lies side by side. It takes its own from
+// the front; once they are done, it takes others' from the back. Units are claimed by compare-and-swap on a word that has
+// the job's number in it, so a worker that wakes late can never claim one of a job it has not read, and nobody waits for
+// sleeping workers.
 class Pool {
  public:
-  explicit Pool(int num_threads) {
-    for (int k = 1; k < num_threads; ++k) workers_.emplace_back([this] { work(); });
+  explicit Pool(int num_threads) : ranges_(static_cast<size_t>(num_threads)) {
+    for (int k = 1; k < num_threads; ++k) workers_.emplace_back([this, k] { work(k); });
   }
 
   ~Pool() {
@@ -60,21 +71,24 @@ class Pool {
     for (auto& worker : workers_) worker.join();
   }
 
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
-
   void run(int64_t num_chunks, ChunkFn fn, void* ctx) {
-    const uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-    ticket_.store(generation << 32 | kClosed, std::memory_order_release);
+    const uint64_t generation = (generation_.load(std::memory_order_relaxed) + 1) & 0xffffffffu;
+    for (auto& range : ranges_) range.word.store(range_word(generation, 0, 0), std::memory_order_release);
+    const int64_t unit = (num_chunks + kMaxUnits - 1) / kMaxUnits, num_units = (num_chunks + unit - 1) / unit;
     fn_.store(fn, std::memory_order_release);
     ctx_.store(ctx, std::memory_order_release);
+    unit_.store(unit, std::memory_order_release);
     num_chunks_.store(num_chunks, std::memory_order_release);
     num_done_.store(0, std::memory_order_release);
-    ticket_.store(generation << 32);
+    const auto num_threads = static_cast<int64_t>(ranges_.size());
+    for (int64_t k = 0; k < num_threads; ++k)
+      ranges_[k].word.store(range_word(generation, num_units * k / num_threads, num_units * (k + 1) / num_threads));
+    generation_.store(generation);
     if (num_asleep_.load() > 0) {
       std::lock_guard lock(mutex_);
       wake_.notify_all();
     }
-    claim_chunks();
+    claim_units(0);
     const auto all_done = [&] { return num_done_.load(std::memory_order_acquire) == num_chunks; };
     if (spin_until(all_done)) return;
     std::unique_lock lock(mutex_);
@@ -84,37 +98,46 @@ class Pool {
   }
 
  private:
-  void claim_chunks() {
+  void claim_units(size_t own) {
     inside_chunk = true;
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    for (;;) {
-      const int64_t num_chunks = num_chunks_.load(std::memory_order_acquire);
-      const ChunkFn fn = fn_.load(std::memory_order_acquire);
-      void* ctx = ctx_.load(std::memory_order_acquire);
-      const auto chunk = static_cast<int64_t>(ticket & 0xffffffffu);
-      if (chunk >= num_chunks) break;
-      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-      fn(ctx, chunk);
-      finish_chunk(num_chunks);
-      ticket = ticket_.load(std::memory_order_acquire);
+    while (claim_unit(ranges_[own], true)) {
     }
+    for (size_t k = 1; k < ranges_.size(); ++k)
+      while (claim_unit(ranges_[(own + k) % ranges_.size()], false)) {
+      }
     inside_chunk = false;
   }
 
-  void finish_chunk(int64_t num_chunks) {
-    if (num_done_.fetch_add(1) + 1 != num_chunks || !caller_waits_.load()) return;
+  // False once the range is empty.
+  bool claim_unit(Range& range, bool from_front) {
+    uint64_t word = range.word.load(std::memory_order_acquire);
+    for (;;) {
+      const ChunkFn fn = fn_.load(std::memory_order_acquire);
+      void* ctx = ctx_.load(std::memory_order_acquire);
+      const int64_t unit = unit_.load(std::memory_order_acquire);
+      const int64_t num_chunks = num_chunks_.load(std::memory_order_acquire);
+      const auto begin = static_cast<int64_t>(word >> 16 & 0xffff), end = static_cast<int64_t>(word & 0xffff);
+      if (begin >= end) return false;
+      const uint64_t left = range_word(word >> 32, begin + (from_front ? 1 : 0), end - (from_front ? 0 : 1));
+      if (!range.word.compare_exchange_weak(word, left, std::memory_order_acq_rel)) continue;
+      const int64_t first = (from_front ? begin : end - 1) * unit;
+      const int64_t last = first + unit < num_chunks ? first + unit : num_chunks;
+      for (int64_t chunk = first; chunk < last; ++chunk) fn(ctx, chunk);
+      finish_chunks(last - first, num_chunks);
+      return true;
+    }
+  }
+
+  void finish_chunks(int64_t count, int64_t num_chunks) {
+    if (num_done_.fetch_add(count) + count != num_chunks || !caller_waits_.load()) return;
     std::lock_guard lock(mutex_);
     done_.notify_one();
   }
 
-  bool has_work() const {
-    // Sequentially consistent: a worker that counts itself asleep and sees no ticket is seen asleep by run().
-    const uint64_t ticket = ticket_.load();
-    return static_cast<int64_t>(ticket & 0xffffffffu) < num_chunks_.load();
-  }
-
-  void work() {
-    const auto ready = [this] { return has_work() || stop_.load(std::memory_order_relaxed); };
+  void work(int own) {
+    uint64_t seen = 0;
+    // Sequentially consistent: a worker that counts itself asleep and sees no new job is seen asleep by run().
+    const auto ready = [&] { return generation_.load() != seen || stop_.load(std::memory_order_relaxed); };
     while (!stop_.load()) {
       if (!spin_until(ready)) {
         std::unique_lock lock(mutex_);
@@ -122,14 +145,16 @@ class Pool {
         wake_.wait(lock, ready);
         num_asleep_.fetch_sub(1);
       }
-      claim_chunks();
+      seen = generation_.load();
+      claim_units(static_cast<size_t>(own));
     }
   }
 
-  std::atomic<uint64_t> ticket_{kClosed};
+  std::vector<Range> ranges_;
+  std::atomic<uint64_t> generation_{0};
   std::atomic<ChunkFn> fn_{nullptr};
   std::atomic<void*> ctx_{nullptr};
-  std::atomic<int64_t> num_chunks_{0};
+  std::atomic<int64_t> unit_{1}, num_chunks_{0};
   alignas(64) std::atomic<int64_t> num_done_{0};
   alignas(64) std::atomic<int> num_asleep_{0};
   std::atomic<bool> caller_waits_{false};

@@ -8,6 +8,7 @@ namespace fuseline::FL_ISA {
 namespace {
 
 constexpr int64_t kPackDepth = 64;
+constexpr int64_t kPackRows = 8;                    // rows of x packed per chunk
 constexpr int64_t kThinChunkBytes = 128 << 10;      // weights read per chunk when rows are few
 
 struct Linear {
@@ -25,6 +26,7 @@ struct Widened {
   using Element = W;
   using Packed = float;
   static constexpr int64_t kBlockRows = 16 * kTileRows;   // rows packed and multiplied together
+  static constexpr int64_t kWidest = kMaxPanels;          // panels of a chunk of more rows than a tile
   static int64_t packed_floats(int64_t rows, int64_t num_k) { return packed_size(rows, num_k); }
   static void pack(const Linear& job, int64_t row, float* packed, int64_t rows, int64_t r) {
     with_float(job.x.dtype, [&](auto t) {
@@ -41,6 +43,7 @@ struct Dotted {
   using Element = bf16;
   using Packed = uint32_t;
   static constexpr int64_t kBlockRows = 32 * kTileRows;
+  static constexpr int64_t kWidest = kMaxPanels;
   static int64_t packed_floats(int64_t rows, int64_t num_k) { return dot_size(rows, num_k); }
   static void pack(const Linear& job, int64_t row, uint32_t* packed, int64_t rows, int64_t r) {
     pack_dot_row(static_cast<const bf16*>(job.x.data) + row_offset(job.x, row), job.num_k, packed, rows, r);
@@ -51,16 +54,22 @@ struct Dotted {
   }
 };
 
-// Panels per chunk: enough chunks to share out evenly, each large enough to be worth claiming.
-template <class W>
+// Panels per chunk: as many as keep four chunks for each thread, the number that leaves threads the least idle at the end.
+template <class How>
 int64_t chunk_width(const Linear& job, int64_t rows) {
-  int64_t widest = kMaxPanels;
+  int64_t widest = How::kWidest, total = job.num_panels(), threads = num_threads();
   if (rows <= kTileRows) {
-    int64_t fit = kThinChunkBytes / (job.num_k * kPanel * static_cast<int64_t>(sizeof(W)));
+    int64_t fit = kThinChunkBytes / (job.num_k * kPanel * static_cast<int64_t>(sizeof(typename How::Element)));
     widest = fit < 4 ? 4 : fit > 32 ? 32 : fit;
   }
-  int64_t even = job.num_panels() / (num_threads() * 4) & ~int64_t{1};
-  return even < 2 ? 2 : even > widest ? widest : even;
+  int64_t even = total / (threads * 4), best = kGroupPanels, least = 0;
+  if (even > widest) even = widest;
+  for (int64_t width = kGroupPanels; width <= even; width += kGroupPanels) {
+    int64_t rounds = ((total + width - 1) / width + threads - 1) / threads;
+    int64_t cost = rounds * (4 * width + 1);   // claiming a chunk costs about a quarter of a panel
+    if (least == 0 || cost <= least) best = width, least = cost;
+  }
+  return best;
 }
 
 void add_bias(float* c, const float* bias, int64_t n) {
@@ -95,9 +104,11 @@ void multiply_block(const Linear& job, int64_t row0, int64_t rows) {
   if (rows <= kTileRows) {
     for (int64_t r = 0; r < rows; ++r) pack(r);
   } else {
-    parallel(rows, pack);
+    parallel_ranges(rows, kPackRows, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) pack(r);
+    });
   }
-  int64_t width = chunk_width<typename How::Element>(job, rows), total = job.num_panels();
+  int64_t width = chunk_width<How>(job, rows), total = job.num_panels();
   parallel((total + width - 1) / width, [&](int64_t chunk) {
     int64_t p0 = chunk * width, left = total - p0;
     multiply_chunk<How>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width));

@@ -90,17 +90,32 @@ inline void product(const float* packed, int64_t step, int64_t num_rows, int64_t
   }
 }
 
+// Rows up to which a product waits for memory, which is fastest when read as one stream: a panel after the other.
+constexpr int kStreamRows = 6;
+// More rows take so many panels at once, and send for the next ones meanwhile.
+constexpr int kGroupPanels = 2;
+
 // product() of rows packed by pack_dot_row: panels are read as they are, whatever the number of rows.
 inline void dot_product(const uint32_t* packed, int64_t step, int64_t num_rows, int64_t num_k, const bf16* panels,
                         int num_panels, float* c, int64_t ldc) {
-  int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-  for (int64_t k = 0; k < num_k; k += kDepth, packed += step) {
-    int depth = static_cast<int>(num_k - k < kDepth ? num_k - k : kDepth);
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      int64_t r = num_rows * t / num_tiles;
-      int rows = static_cast<int>(num_rows * (t + 1) / num_tiles - r);
-      tile_rows<kDotRow>(rows, packed + r * kDotRow, EvenPanels<bf16>{panels + k * kPanel, num_k * kPanel}, num_panels,
-                         depth, c + r * ldc, ldc, k > 0);
+  int64_t panel_step = num_k * kPanel, num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  int group = num_rows <= kStreamRows ? 1 : kGroupPanels;
+  for (int p = 0; p < num_panels; p += group) {
+    int width = num_panels - p < group ? num_panels - p : group;
+    const uint32_t* a = packed;
+    for (int64_t k = 0; k < num_k; k += kDepth, a += step) {
+      int depth = static_cast<int>(num_k - k < kDepth ? num_k - k : kDepth);
+      EvenPanels<bf16> b{panels + p * panel_step + k * kPanel, panel_step};
+      if (group == 1) {
+        tile_rows<kDotRow, 1>(static_cast<int>(num_rows), a, b, 1, depth, c + p * kPanel, ldc, k > 0);
+        continue;
+      }
+      AheadPanels<bf16> ahead{b, kGroupPanels * panel_step};
+      for (int64_t t = 0; t < num_tiles; ++t) {
+        int64_t r = num_rows * t / num_tiles;
+        int rows = static_cast<int>(num_rows * (t + 1) / num_tiles - r);
+        tile_rows<kDotRow, kGroupPanels>(rows, a + r * kDotRow, ahead, width, depth, c + r * ldc + p * kPanel, ldc, k > 0);
+      }
     }
   }
 }

@@ -35,6 +35,13 @@ struct EvenPanels {
   FL_INLINE const T* at(int p) const { return first + p * step; }
   FL_INLINE void fetch(int, int64_t) const {}
 };
+// or so, the panels that lie `ahead` being sent for to the second cache, a line at a time: what the core may itself have
+// under way does not cover memory's latency once several rows are computed with each line,
+template <class T>
+struct AheadPanels : EvenPanels<T> {
+  int64_t ahead;
+  FL_INLINE void fetch(int p, int64_t i) const { __builtin_prefetch(this->at(p) + ahead + i, 0, 2); }
+};
 // or each by itself, all from the element `offset` on. While panel p is read, next[p] is sent for, a line at a time: a
 // burst of requests would hold the core up, as it can wait for few of them at once.
 template <class T>
@@ -44,7 +51,7 @@ struct ListedPanels {
   const T* const* next;
   int64_t offset;
   FL_INLINE const T* at(int p) const { return list[p] + offset; }
-  FL_INLINE void fetch(int p, int64_t i) const { __builtin_prefetch(next[p] + offset + i); }
+  FL_INLINE void fetch(int p, int64_t i) const { __builtin_prefetch(next[p] + offset + i, 0, 2); }
 };
 
 // Panels side by side in a tile of `rows` rows: as many accumulators as the registers hold.
@@ -131,20 +138,21 @@ FL_INLINE void tile(const uint32_t* a, const Panels& b, int p0, int num_k, float
   store_tile(acc, c, ldc);
 }
 
-template <int ROWS, int LDA, class A, class Panels>
+template <int ROWS, int LDA, int WIDEST, class A, class Panels>
 [[gnu::noinline]] void tile_strip(const A* a, Panels b, int num_panels, int num_k, float* c, int64_t ldc, bool add) {
-  constexpr int kStep = tile_panels(ROWS);
+  constexpr int kStep = WIDEST < tile_panels(ROWS) ? WIDEST : tile_panels(ROWS);
   int p = 0;
   for (; p + kStep <= num_panels; p += kStep) tile<ROWS, kStep, LDA>(a, b, p, num_k, c + p * kPanel, ldc, add);
   for (; p < num_panels; ++p) tile<ROWS, 1, LDA>(a, b, p, num_k, c + p * kPanel, ldc, add);
 }
 
-// The tile for a row count known at run time, 1 <= rows <= kTileRows. a: fp32, or words of two bf16.
-template <int LDA, class A, class Panels, int ROWS = kTileRows>
+// The tile for a row count known at run time, 1 <= rows <= kTileRows, at most WIDEST panels side by side. a: fp32, or words
+// of two bf16.
+template <int LDA, int WIDEST = kPanel, class A, class Panels, int ROWS = kTileRows>
 FL_INLINE void tile_rows(int rows, const A* a, const Panels& b, int num_panels, int num_k, float* c, int64_t ldc,
                          bool add) {
-  if (rows == ROWS) return tile_strip<ROWS, LDA>(a, b, num_panels, num_k, c, ldc, add);
-  if constexpr (ROWS > 1) tile_rows<LDA, A, Panels, ROWS - 1>(rows, a, b, num_panels, num_k, c, ldc, add);
+  if (rows == ROWS) return tile_strip<ROWS, LDA, WIDEST>(a, b, num_panels, num_k, c, ldc, add);
+  if constexpr (ROWS > 1) tile_rows<LDA, WIDEST, A, Panels, ROWS - 1>(rows, a, b, num_panels, num_k, c, ldc, add);
 }
 
 // The tile with each k of b in a row of its own, rows[k][panel * 16 + lane], next[k] being sent for; adds to c.
@@ -156,7 +164,7 @@ FL_INLINE void key_tile(const float* a, const T* const* rows, const T* const* ne
   load_tile(acc, c, ldc, true);
   for (int k = 0; k < num_k; ++k) {
     vf y[kVecs];
-    for (int e = 0; e < PANELS * kPanel; e += kLine) __builtin_prefetch(next[k] + offset + e);
+    for (int e = 0; e < PANELS * kPanel; e += kLine) __builtin_prefetch(next[k] + offset + e, 0, 2);
     for (int v = 0; v < kVecs; ++v) y[v] = load(rows[k] + offset + v * kLanes);
     for (int r = 0; r < ROWS; ++r) {
       vf x = set1(a[r * LDA + k]);
