@@ -151,31 +151,59 @@ void widen_values(const Attention& job, const T* const* rows, int64_t count, flo
   }
 }
 
-// Where the keys and values of a tile are, from its first key in use on.
+// Where the keys [lo, hi) of a tile and their values are; what is beyond them is a place that may be read.
 template <class T>
 struct Places {
+  int64_t seq = -1, kv_head = 0, lo = 0, hi = 0;
   const T *panels[kTilePanels], *values[kKeys];
+
+  bool is_at(const Task& task, int64_t first, int64_t end) const {
+    return seq == task.seq && kv_head == task.kv_head && lo == first && hi == end;
+  }
 };
 
 template <class T>
-void find_tile(const Attention& job, const Task& task, int64_t lo, int64_t hi, T* keys, Places<T>& tile) {
+void find_tile(const Attention& job, const Task& task, int64_t lo, int64_t hi, Places<T>& tile) {
+  tile.seq = task.seq, tile.kv_head = task.kv_head, tile.lo = lo, tile.hi = hi;
   find_values(job, task, lo, hi, tile.values);
-  if (key_lanes(job.block_size) == kPanel) return find_panels(job, task, lo, hi, tile.panels);
-  for (int p = 0; p < kTilePanels; ++p) tile.panels[p] = keys + p * kPanel * job.key_dim;
-  copy_panels(job, task, lo, hi, keys);
+  for (int64_t i = hi - lo; i < kKeys; ++i) tile.values[i] = tile.values[0];
+  if (key_lanes(job.block_size) != kPanel) return;
+  find_panels(job, task, lo, hi, tile.panels);
+  for (int64_t p = (hi - 1) / kPanel - lo / kPanel + 1; p < kTilePanels; ++p) tile.panels[p] = tile.panels[0];
 }
 
 // What is to be sent for while a tile that ends at `hi` is worked on: the task's next tile or the first of the `next` task.
-// Blocks lie apart, so no hardware foresees them. Where there is nothing to name, the places stay as they are.
+// Blocks lie apart, so no hardware foresees them. False where there is nothing to name.
 template <class T>
-void find_next_tile(const Attention& job, const Task& task, const Task* next, int64_t hi, Places<T>& tile) {
-  if (hi >= task.end() && next == nullptr) return;
+bool find_next_tile(const Attention& job, const Task& task, const Task* next, int64_t hi, Places<T>& tile) {
+  if (hi >= task.end() && next == nullptr) return false;
   const Task& after = hi < task.end() ? task : *next;
   int64_t lo = hi < task.end() ? hi : first_key(job, after.position), end = (lo / kKeys + 1) * kKeys;
-  if (end > after.end()) end = after.end();
-  find_values(job, after, lo, end, tile.values);
-  if (key_lanes(job.block_size) == kPanel) find_panels(job, after, lo, end, tile.panels);
+  find_tile(job, after, lo, end < after.end() ? end : after.end(), tile);
+  return true;
 }
+
+// Sends for the panels of a tile, a slice each time it is called: more requests at once than a core can have under way would
+// hold it up.
+template <class T>
+struct PanelFetch {
+  const T* const* panels;
+  int64_t panel_bytes, slice, panel = 0, done = 0;
+
+  PanelFetch(const Attention& job, const Places<T>& tile, int64_t num_calls)
+      : panels(tile.panels), panel_bytes(job.key_dim * kPanel * static_cast<int64_t>(sizeof(T))) {
+    slice = kTilePanels * panel_bytes / num_calls + 64;
+  }
+  FL_INLINE void operator()() {
+    for (int64_t left = slice; left > 0 && panel < kTilePanels; ++panel, done = 0) {
+      const char* at = reinterpret_cast<const char*>(panels[panel]);
+      for (; done < panel_bytes; done += 64, left -= 64) {
+        if (left <= 0) return;
+        __builtin_prefetch(at + done, 0, 2);
+      }
+    }
+  }
+};
 
 void fill(float* x, int64_t lo, int64_t hi, float value) {
   for (int64_t i = lo; i < hi; ++i) x[i] = value;
@@ -220,30 +248,31 @@ struct TaskScratch {
   float *scores, *values;
   T* keys;
   const Task* next;   // what the thread does after this task, if that is known
+  Places<T>* places;  // two in turns: of the tile at work, and of the one that is sent for meanwhile
 };
 
 int64_t queries_size(const Attention& job) { return (job.key_dim + kKeys - 1) / kKeys * kMaxRows * kRowSize; }
 
 // Scratch of one task, followed by `extra` floats at the returned end.
 template <class How, class T>
-TaskScratch<How, T> task_scratch(const Attention& job, const Task* next, int64_t extra, float** end) {
+TaskScratch<How, T> task_scratch(const Attention& job, const Task* next, Places<T>* places, int64_t extra, float** end) {
   int64_t values = kKeys * job.padded_dim, keys = kKeys * job.key_dim;
   float* p = chunk_floats(queries_size(job) + kMaxRows * kRowSize + values + keys + extra);
   float* scores = p + queries_size(job);
   float* first = scores + kMaxRows * kRowSize;
   *end = first + values + keys;
-  return {reinterpret_cast<typename How::Word*>(p), scores, first, reinterpret_cast<T*>(first + values), next};
+  return {reinterpret_cast<typename How::Word*>(p), scores, first, reinterpret_cast<T*>(first + values), next, places};
 }
 
 // scores [rows][kRowSize] = queries x panels.
 template <class How, class T>
-void score_tile(const Attention& job, int64_t rows, const Places<T>& tile, const Places<T>& next, int num_panels,
+void score_tile(const Attention& job, int64_t rows, const Places<T>& tile, int num_panels,
                 const TaskScratch<How, T>& s, float* scores) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     int n = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
     for (int64_t d = 0; d < job.key_dim; d += How::kDepth)
       tile_rows<kRowSize>(n, s.queries + (d / How::kDepth * rows + r) * kRowSize,
-                          ListedPanels<T>{tile.panels, next.panels, d * kPanel}, num_panels,
+                          ListedPanels<T>{tile.panels, d * kPanel}, num_panels,
                           static_cast<int>(job.key_dim - d < How::kDepth ? job.key_dim - d : How::kDepth),
                           scores + r * kRowSize, kRowSize, d > 0);
   }
@@ -269,20 +298,27 @@ void sum_tile(const Attention& job, int64_t rows, const float* scores, const Pla
 template <class How, class T>
 void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi,
               const TaskScratch<How, T>& s, Partial p) {
-  Places<T> tile{}, next;
-  find_tile(job, task, lo, hi, s.keys, tile);
-  for (int64_t i = hi - lo; i < kKeys; ++i) tile.values[i] = tile.values[0];
-  next = tile;
-  find_next_tile(job, task, s.next, hi, next);
+  int turn = s.places[1].is_at(task, lo, hi);
+  Places<T>&tile = s.places[turn], &next = s.places[1 - turn];
+  if (!tile.is_at(task, lo, hi)) find_tile(job, task, lo, hi, tile);
+  bool is_whole = key_lanes(job.block_size) == kPanel;
+  if (!is_whole) {
+    for (int i = 0; i < kTilePanels; ++i) tile.panels[i] = s.keys + i * kPanel * job.key_dim;
+    copy_panels(job, task, lo, hi, s.keys);
+  }
   int64_t rows = task.rows(), first_lane = (lo - base) / kPanel * kPanel;
+  bool has_next = find_next_tile(job, task, s.next, hi, next);
+  PanelFetch<T> fetch(job, next, rows + 1);
+  if (has_next && is_whole) fetch();
   int num_panels = static_cast<int>((hi - base - first_lane + kPanel - 1) / kPanel);
-  score_tile(job, rows, tile, next, num_panels, s, s.scores + first_lane);
+  score_tile(job, rows, tile, num_panels, s, s.scores + first_lane);
   for (int64_t r = 0; r < rows; ++r) {
     int64_t position = task.position_of(r), first = first_key(job, position);
     int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
+    if (has_next && is_whole) fetch();
     softmax_row(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
   }
-  sum_tile(job, rows, s.scores + (lo - base), tile, next, static_cast<int>(hi - lo), s, p.sum);
+  sum_tile(job, rows, s.scores + (lo - base), tile, has_next ? next : tile, static_cast<int>(hi - lo), s, p.sum);
 }
 
 // The keys of [segment, segment + 1) * kSegment that any row of the task sees; s.queries must be packed.
@@ -346,10 +382,10 @@ void pack_task(const Attention& job, const Task& task, typename How::Word* packe
 }
 
 template <class How, class T>
-void run_whole(const Attention& job, const Task& task, const Task* next) {
+void run_whole(const Attention& job, const Task& task, const Task* next, Places<T>* places) {
   int64_t size = job.partial_size(task.rows());
   float* end;
-  TaskScratch s = task_scratch<How, T>(job, next, 2 * size, &end);
+  TaskScratch s = task_scratch<How, T>(job, next, places, 2 * size, &end);
   Partial total = partial_at(job, task.rows(), end), part = partial_at(job, task.rows(), end + size);
   pack_task<How>(job, task, s.queries);
   start_rows(job, task, total);
@@ -367,7 +403,8 @@ void run_split(const Attention& job, const int64_t* starts, int64_t num_tasks, i
   parallel(num_tasks * num_segments, [&](int64_t i) {
     Task task = task_at(job, starts, i / num_segments);
     float* end;
-    TaskScratch s = task_scratch<How, T>(job, nullptr, 0, &end);
+    Places<T> places[2];
+    TaskScratch s = task_scratch<How, T>(job, nullptr, places, 0, &end);
     pack_task<How>(job, task, s.queries);
     run_segment(job, task, i % num_segments, s, partial_at(job, task.rows(), parts + i * size));
   });
@@ -416,9 +453,10 @@ void run_all(Attention& job) {
   int64_t grain = num_tasks / (8 * num_threads());
   parallel_ranges(num_tasks, grain < 1 ? 1 : grain > kMaxGrain ? kMaxGrain : grain, [&](int64_t begin, int64_t end) {
     Task task = task_at(job, starts, begin), next;
+    Places<T> places[2];
     for (int64_t i = begin; i < end; ++i, task = next) {
       if (i + 1 < end) next = task_at(job, starts, i + 1);
-      run_whole<How, T>(job, task, i + 1 < end ? &next : nullptr);
+      run_whole<How, T>(job, task, i + 1 < end ? &next : nullptr, places);
     }
   });
 }

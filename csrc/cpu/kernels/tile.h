@@ -42,16 +42,14 @@ struct AheadPanels : EvenPanels<T> {
   int64_t ahead;
   FL_INLINE void fetch(int p, int64_t i) const { __builtin_prefetch(this->at(p) + ahead + i, 0, 2); }
 };
-// or each by itself, all from the element `offset` on. While panel p is read, next[p] is sent for, a line at a time: a
-// burst of requests would hold the core up, as it can wait for few of them at once.
+// or each by itself, all from the element `offset` on.
 template <class T>
 struct ListedPanels {
   using Element = T;
   const T* const* list;
-  const T* const* next;
   int64_t offset;
   FL_INLINE const T* at(int p) const { return list[p] + offset; }
-  FL_INLINE void fetch(int p, int64_t i) const { __builtin_prefetch(next[p] + offset + i, 0, 2); }
+  FL_INLINE void fetch(int, int64_t) const {}
 };
 
 // Panels side by side in a tile of `rows` rows: as many accumulators as the registers hold.
