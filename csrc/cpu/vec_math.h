@@ -33,6 +33,24 @@ FL_INLINE vf vexp(vf x) {
   return select((vi)(x != x), x, e);
 }
 
+// exp of what is not above 0, as a softmax needs it; below -87 it stays at exp(-87), which is 2e-38.
+FL_INLINE vf vexp_down(vf x) {
+  constexpr float kMagic = 12582912.0f, kLog2e = 1.44269504088896341f, kLn2High = 0.693145751953125f,
+                  kLn2Low = 1.428606765330187e-06f;
+  vf clamped = set1(-87.0f) > x ? set1(-87.0f) : x;   // a NaN stays
+  vf shifted = fma(clamped, set1(kLog2e), set1(kMagic));
+  vf whole = shifted - kMagic;
+  vf r = fma(whole, set1(-kLn2High), clamped);
+  r = fma(whole, set1(-kLn2Low), r);
+  vf p = set1(0.0013941109560119866f);  // as in vexp
+  p = fma(p, r, set1(0.008363175255703672f));
+  p = fma(p, r, set1(0.04166637529841601f));
+  p = fma(p, r, set1(0.1666657700595071f));
+  p = fma(p, r, set1(0.5000000026926887f));
+  vf e = fma(p, r * r, r) + 1.0f;
+  return (vf)((vi)e + ((vi)shifted << 23));   // the magic number's own bits leave the word
+}
+
 FL_INLINE vf vtanh(vf x) {
   vf a = vabs(x), z = x * x;
   vf p = set1(-0.006062236915348035f);  // (tanh(sqrt z)/sqrt z - 1)/z on z <= 0.4, error 5e-8

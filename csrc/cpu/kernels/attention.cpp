@@ -183,26 +183,35 @@ bool find_next_tile(const Attention& job, const Task& task, const Task* next, in
   return true;
 }
 
-// Sends for the panels of a tile, a slice each time it is called: more requests at once than a core can have under way would
-// hold it up.
+// Sends for a tile's keys, and for its values from `first_value` on, a slice each time it is called: more requests at once
+// than a core can have under way would hold it up.
 template <class T>
-struct PanelFetch {
-  const T* const* panels;
-  int64_t panel_bytes, slice, panel = 0, done = 0;
-
-  PanelFetch(const Attention& job, const Places<T>& tile, int64_t num_calls)
-      : panels(tile.panels), panel_bytes(job.key_dim * kPanel * static_cast<int64_t>(sizeof(T))) {
-    slice = kTilePanels * panel_bytes / num_calls + 64;
+class Fetch {
+ public:
+  Fetch(const Attention& job, const Places<T>& tile, int64_t first_value, int64_t num_calls) : tile_(tile), at_(0) {
+    if (tile.lo == tile.hi) return;
+    num_panels_ = key_lanes(job.block_size) == kPanel ? (tile.hi - 1) / kPanel - tile.lo / kPanel + 1 : 0;
+    panel_bytes_ = job.key_dim * kPanel * static_cast<int64_t>(sizeof(T));
+    value_bytes_ = job.value_dim * static_cast<int64_t>(sizeof(T));
+    first_value_ = first_value;
+    int64_t num_values = tile.hi - tile.lo > first_value ? tile.hi - tile.lo - first_value : 0;
+    end_ = num_panels_ + num_values;
+    slice_ = (num_panels_ * panel_bytes_ + num_values * value_bytes_) / num_calls + 64;
   }
   FL_INLINE void operator()() {
-    for (int64_t left = slice; left > 0 && panel < kTilePanels; ++panel, done = 0) {
-      const char* at = reinterpret_cast<const char*>(panels[panel]);
-      for (; done < panel_bytes; done += 64, left -= 64) {
+    for (int64_t left = slice_; at_ < end_; ++at_, done_ = 0) {
+      bool is_panel = at_ < num_panels_;
+      const T* from = is_panel ? tile_.panels[at_] : tile_.values[first_value_ + at_ - num_panels_];
+      for (int64_t bytes = is_panel ? panel_bytes_ : value_bytes_; done_ < bytes; done_ += 64, left -= 64) {
         if (left <= 0) return;
-        __builtin_prefetch(at + done, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + done_, 0, 2);
       }
     }
   }
+
+ private:
+  const Places<T>& tile_;
+  int64_t at_, done_ = 0, end_ = 0, num_panels_ = 0, panel_bytes_ = 0, value_bytes_ = 0, first_value_ = 0, slice_ = 0;
 };
 
 void fill(float* x, int64_t lo, int64_t hi, float value) {
@@ -213,22 +222,28 @@ void fill(float* x, int64_t lo, int64_t hi, float value) {
 void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* sum, float& max, float& weight) {
   if (lo >= hi) return fill(s, 0, kKeys, 0.0f);
   constexpr int kVecs = kKeys / kLanes;
-  const vi first = set1i(static_cast<int32_t>(lo)), end = set1i(static_cast<int32_t>(hi));
-  vi key;
-  for (int l = 0; l < kLanes; ++l) key[l] = l;
   vf x[kVecs], top = set1(-kInfinity), total = set1(0.0f);
-  vi is_seen[kVecs];
   for (int v = 0; v < kVecs; ++v) {
     x[v] = load(s + v * kLanes) * job.scale;
     if (job.softcap > 0) x[v] = job.softcap * vtanh(x[v] / job.softcap);
-    is_seen[v] = (vi)(key + v * kLanes >= first) & (vi)(key + v * kLanes < end);
-    x[v] = select(is_seen[v], x[v], set1(-kInfinity));
-    top = vmax(top, x[v]);
   }
+  bool is_full = lo <= 0 && hi >= kKeys;
+  vi is_seen[kVecs];
+  if (!is_full) {
+    const vi first = set1i(static_cast<int32_t>(lo)), end = set1i(static_cast<int32_t>(hi));
+    vi key;
+    for (int l = 0; l < kLanes; ++l) key[l] = l;
+    for (int v = 0; v < kVecs; ++v) {
+      is_seen[v] = (vi)(key + v * kLanes >= first) & (vi)(key + v * kLanes < end);
+      x[v] = select(is_seen[v], x[v], set1(-kInfinity));
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) top = vmax(top, x[v]);
   float new_max = hmax(top);
   new_max = new_max > max ? new_max : max;
   for (int v = 0; v < kVecs; ++v) {
-    x[v] = select(is_seen[v], vexp(x[v] - new_max), zero());
+    x[v] = vexp_down(x[v] - new_max);
+    if (!is_full) x[v] = select(is_seen[v], x[v], zero());
     store(s + v * kLanes, x[v]);
     total += x[v];
   }
@@ -236,9 +251,11 @@ void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* 
     weight += hsum(total);
     return;
   }
-  float shrink = exp_of(max - new_max);
+  bool is_first = max == -kInfinity;   // the sums are zeros
+  float shrink = is_first ? 0.0f : exp_of(max - new_max);
   weight = weight * shrink + hsum(total);
   max = new_max;
+  if (is_first) return;
   for (int64_t e = 0; e < job.padded_dim; e += kLanes) store(sum + e, load(sum + e) * shrink);
 }
 
@@ -301,21 +318,21 @@ void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, 
   int turn = s.places[1].is_at(task, lo, hi);
   Places<T>&tile = s.places[turn], &next = s.places[1 - turn];
   if (!tile.is_at(task, lo, hi)) find_tile(job, task, lo, hi, tile);
-  bool is_whole = key_lanes(job.block_size) == kPanel;
-  if (!is_whole) {
+  if (key_lanes(job.block_size) != kPanel) {
     for (int i = 0; i < kTilePanels; ++i) tile.panels[i] = s.keys + i * kPanel * job.key_dim;
     copy_panels(job, task, lo, hi, s.keys);
   }
   int64_t rows = task.rows(), first_lane = (lo - base) / kPanel * kPanel;
   bool has_next = find_next_tile(job, task, s.next, hi, next);
-  PanelFetch<T> fetch(job, next, rows + 1);
-  if (has_next && is_whole) fetch();
+  if (!has_next) next.lo = next.hi = 0;
+  Fetch<T> fetch(job, next, hi - lo, rows + 1);   // sum_tile sends for the first values
+  fetch();
   int num_panels = static_cast<int>((hi - base - first_lane + kPanel - 1) / kPanel);
   score_tile(job, rows, tile, num_panels, s, s.scores + first_lane);
   for (int64_t r = 0; r < rows; ++r) {
     int64_t position = task.position_of(r), first = first_key(job, position);
     int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
-    if (has_next && is_whole) fetch();
+    fetch();
     softmax_row(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
   }
   sum_tile(job, rows, s.scores + (lo - base), tile, has_next ? next : tile, static_cast<int>(hi - lo), s, p.sum);
@@ -335,7 +352,7 @@ void run_segment(const Attention& job, const Task& task, int64_t segment, const 
     run_tile(job, task, base, base > first ? base : first, base + kKeys < end ? base + kKeys : end, s, p);
 }
 
-// The empty result, or the sink's: a key with a score and no value.
+// The empty result, or the sinks': keys with a score and no value.
 void start_rows(const Attention& job, const Task& task, Partial total) {
   int64_t rows = task.rows();
   fill(total.sum, 0, rows * job.padded_dim, 0.0f);
@@ -348,10 +365,15 @@ void start_rows(const Attention& job, const Task& task, Partial total) {
 
 void merge_rows(const Attention& job, int64_t rows, Partial total, Partial part) {
   for (int64_t r = 0; r < rows; ++r) {
+    float *x = total.sum + r * job.padded_dim, *y = part.sum + r * job.padded_dim;
     if (part.weight[r] == 0.0f) continue;
+    if (total.weight[r] == 0.0f) {
+      for (int64_t e = 0; e < job.padded_dim; e += kLanes) store(x + e, load(y + e));
+      total.weight[r] = part.weight[r], total.max[r] = part.max[r];
+      continue;
+    }
     float max = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
     float a = exp_of(total.max[r] - max), b = exp_of(part.max[r] - max);
-    float *x = total.sum + r * job.padded_dim, *y = part.sum + r * job.padded_dim;
     for (int64_t e = 0; e < job.padded_dim; e += kLanes)
       store(x + e, load(x + e) * a + load(y + e) * b);
     total.weight[r] = total.weight[r] * a + part.weight[r] * b;
