@@ -15,7 +15,7 @@ inline void parallel(int64_t num_chunks, const F& body) {
       num_chunks, [](void* ctx, int64_t chunk) { (*static_cast<const F*>(ctx))(chunk); }, const_cast<F*>(&body));
 }
 
-// Splits [0, n) into runs of at least `grain` items and calls body(begin, end) for each.
+// Splits [0, n) into nearly equal runs of about `grain` items and calls body(begin, end) for each.
 template <class F>
 inline void parallel_ranges(int64_t n, int64_t grain, const F& body) {
   int64_t chunks = (n + grain - 1) / grain;
@@ -23,10 +23,7 @@ inline void parallel_ranges(int64_t n, int64_t grain, const F& body) {
     if (n > 0) body(int64_t{0}, n);
     return;
   }
-  parallel(chunks, [&](int64_t chunk) {
-    int64_t begin = chunk * grain;
-    body(begin, begin + grain < n ? begin + grain : n);
-  });
+  parallel(chunks, [&](int64_t chunk) { body(n * chunk / chunks, n * (chunk + 1) / chunks); });
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ inline int64_t item_size(DType dtype) {
 }
 
 // Rows of `width` elements that make a chunk worth a thread's while.
-inline int64_t row_grain(int64_t width) { return width >= 8192 ? 1 : 8192 / (width > 0 ? width : 1); }
+inline int64_t row_grain(int64_t width) { return width >= 4096 ? 1 : 4096 / (width > 0 ? width : 1); }
 
 // body(column, count): whole vectors, then the tail with count < kLanes.
 template <class F>

@@ -14,10 +14,9 @@ FL_INLINE vf pow2(vi n) { return (vf)((n + 127) << 23); }
 FL_INLINE vf vexp(vf x) {
   constexpr float kMagic = 12582912.0f, kLog2e = 1.44269504088896341f, kLn2High = 0.693145751953125f,
                   kLn2Low = 1.428606765330187e-06f;
-  vf clamped = x < 89.0f ? x : set1(89.0f);
-  clamped = clamped > -104.0f ? clamped : set1(-104.0f);
+  vf clamped = set1(89.0f) < x ? set1(89.0f) : x;   // in this order a NaN stays
+  clamped = set1(-104.0f) > clamped ? set1(-104.0f) : clamped;
   vf shifted = fma(clamped, set1(kLog2e), set1(kMagic));
-  vi n = (vi)shifted - bit_cast<int32_t>(kMagic);
   vf whole = shifted - kMagic;
   vf r = fma(whole, set1(-kLn2High), clamped);
   r = fma(whole, set1(-kLn2Low), r);
@@ -27,10 +26,13 @@ FL_INLINE vf vexp(vf x) {
   p = fma(p, r, set1(0.1666657700595071f));
   p = fma(p, r, set1(0.5000000026926887f));
   vf e = fma(p, r * r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)e, (__m512)whole);
+#else
   // Two factors: 2^n itself leaves the range of normal numbers at both ends.
-  vi half = n >> 1;
-  e = e * pow2(half) * pow2(n - half);
-  return select((vi)(x != x), x, e);
+  vi n = (vi)shifted - bit_cast<int32_t>(kMagic), half = n >> 1;
+  return select((vi)(x != x), x, e * pow2(half) * pow2(n - half));
+#endif
 }
 
 // exp of what is not above 0, as a softmax needs it; below -87 it stays at exp(-87), which is 2e-38.
