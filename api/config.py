@@ -15,7 +15,7 @@ JsonObject = tuple[tuple[str, object], ...]
 """A JSON object of the command line as sorted-as-given items, so that a config stays frozen."""
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical", "trace"]
-HIGHEST_LEVEL = 2
+HIGHEST_LEVEL = 3
 """The highest compilation level there is; a higher one asked for runs as this one and the start-up table says so."""
 
 

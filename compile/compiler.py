@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
-from fuseline.compile.backends.plan import PlanExecutable, lower
+from fuseline.compile.backends.plan import PlanExecutable
+from fuseline.compile.backends.steps import StepPlans, lower
 from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.weights import load_weights
@@ -27,7 +28,7 @@ from fuseline.compile.specs import WeightSource
 from fuseline.compile.target import Target
 
 Progress = Callable[[str, int, int], None]
-Executable = EagerExecutable | PlanExecutable
+Executable = EagerExecutable | PlanExecutable | StepPlans
 
 
 def compile_model(config: CompileConfig, target: Target, progress: Progress | None = None) -> CompiledModel:
@@ -124,6 +125,7 @@ class CompiledModel:
         upgraded, self._upgrade = self._upgrade.result, None
         if upgraded is None:
             return False
+        upgraded.bind(self._caches)
         self._executable = upgraded
         return True
 
@@ -136,12 +138,13 @@ class CompiledModel:
             for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
                 shape = (of_layer[spec.layer], spec.num_kv_heads, self._block_size, dim)
                 self._caches[f"{name}_cache_{spec.layer}"] = zeros(shape, getattr(torch, spec.dtype))
+        self._executable.bind(self._caches)
 
     def run(self, inputs: GraphInputs) -> Tensor:
         """Logits [R, V] float32 of the wanted rows."""
         if self._upgrade is not None and not self._upgrade.is_alive():
             self._swap()
-        values = self._caches | input_values(inputs)
+        values = input_values(inputs)
         if self.info.rope_switch:
             values["positions"] = inputs.rope_rows[None]
         logits = self._executable.run(values).float()[0]
