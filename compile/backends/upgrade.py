@@ -6,12 +6,14 @@ import logging
 import threading
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, fx
 
-from fuseline.compile.backends.inductor import Kernel, compile_regions, region_folder, region_name
+from fuseline.compile.backends.inductor import compile_regions, region_folder, region_name
 from fuseline.compile.backends.lowering import Lowered
 from fuseline.compile.backends.plan import PlanExecutable, RegionKernel
 from fuseline.compile.backends.region import Region
+from fuseline.compile.backends.region_file import Kernel
 from fuseline.compile.backends.region_job import RegionJob, make_job
 from fuseline.compile.backends.steps import StepKind, StepPlans, join, step_kinds
 from fuseline.compile.config import CompileConfig
@@ -41,7 +43,7 @@ class RegionUpgrade(threading.Thread):
         kinds = step_kinds(self._graph, self._config)
         jobs = [_jobs(kind.lower(set(range(mark_regions(kind.graph))))) for kind in kinds]
         texts = {region_name(job.text): job.text for found in jobs for job in found.values()}
-        kernels = compile_regions(texts, region_folder(self._config.cache_dir), self.stop)
+        kernels = compile_regions(texts, region_folder(self._config.cache_dir), self.stop, torch.get_num_threads())
         if not kernels or self.stop.is_set():
             return None
         plans = [self._plan(kind, found, kernels) for kind, found in zip(kinds, jobs, strict=True)]
