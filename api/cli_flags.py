@@ -13,7 +13,8 @@ from functools import cache
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from fuseline.api import cli_tables as tables
-from fuseline.api.config import JsonObject, ServerConfig
+from fuseline.api.config import ConfigError, JsonObject, ServerConfig
+from fuseline.api.config_levels import check_levels
 from fuseline.compile.config import CompileConfig
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
@@ -207,13 +208,12 @@ def compilation_config(text: str) -> JsonObject:
         value = {"level": value}
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a level (0 to 3) nor a JSON object")
-    if unknown := sorted(set(value) - tables.LEVEL_KEYS):
-        known = ", ".join(sorted(tables.LEVEL_KEYS))
-        raise argparse.ArgumentTypeError(f"unknown key {unknown[0]!r} (known: {known})")
-    level = value.get("level", 2)
-    if isinstance(level, bool) or level not in (0, 1, 2, 3):
-        raise argparse.ArgumentTypeError(f"there is no level {level!r} (levels: 0, 1, 2, 3)")
-    return tuple({"level": level, **value}.items())
+    levels = {"level": 2, **value}
+    try:
+        check_levels(levels)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("compilation_config: ")) from error
+    return tuple(levels.items())
 
 
 def _json(text: str) -> object:

@@ -13,7 +13,7 @@ from fuseline.api.config import ConfigError
 COMMANDS = {
     "serve": "serve a model over the OpenAI API",
     "run": "chat with a model in the terminal",
-    "bench": "measure: `serve` any OpenAI-compatible server, `offline` an engine in this process, `startup` a start",
+    "bench": "measure: `serve` any OpenAI-compatible server, `offline` an engine, `startup` a start, `kernels`",
     "cache": "list or clear what is kept for the next start",
     "explain": "show how a model is captured, transformed and lowered",
     "version": "print the version",

@@ -9,7 +9,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model served_model_name task tokenizer skip_tokenizer_init trust_remote_code load_format "
         "hf_overrides dtype max_model_len generation_config override_generation_config device seed"
     ).split(),
-    "compiler": "compilation_config wait_compiled disabled_passes cpu_threads cache_dir".split(),
+    "compiler": "compilation_config enforce_eager wait_compiled disabled_passes cpu_threads cache_dir".split(),
     "memory and scheduling": (
         "kv_cache_dtype block_size enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes "
         "num_gpu_blocks_override swap_space max_num_batched_tokens max_num_seqs max_num_queued_reqs "
@@ -108,7 +108,6 @@ RECORDED: dict[str, Recorded] = {
     "num_scheduler_steps": Recorded(1, "every step is scheduled", minimum=1),
     "multi_step_stream_outputs": Recorded(True, "every step is streamed"),
     "disable_async_output_proc": Recorded(False, "output is processed in another process"),
-    "enforce_eager": Recorded(False, "no device graphs are captured on a CPU"),
     "max_seq_len_to_capture": Recorded(8192, "no device graphs are captured on a CPU", minimum=1),
     "disable_custom_all_reduce": Recorded(False, "there is one worker"),
     "override_neuron_config": Recorded((), "only for Neuron"),
@@ -188,11 +187,3 @@ LATER: dict[str, Later] = {
     **_laters("tracing", "otlp_traces_endpoint collect_detailed_traces show_hidden_metrics_for_version"),
     **_laters("unix sockets", "uds"),
 }
-
-LEVEL_KEYS = frozenset(
-    "level backend custom_ops splitting_ops use_inductor compile_sizes cudagraph_capture_sizes "
-    "cudagraph_num_of_warmups cache_dir pass_config".split()
-)
-"""Keys of a --compilation-config object."""
-EFFECTIVE_LEVEL_KEYS = frozenset({"level", "cache_dir", "pass_config", "use_inductor"})
-"""The keys that do something at the levels that exist; the others are recorded."""

@@ -15,7 +15,7 @@ JsonObject = tuple[tuple[str, object], ...]
 """A JSON object of the command line as sorted-as-given items, so that a config stays frozen."""
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical", "trace"]
-HIGHEST_LEVEL = 2
+HIGHEST_LEVEL = 3
 """The highest compilation level there is; a higher one asked for runs as this one and the start-up table says so."""
 
 
@@ -50,7 +50,9 @@ class ServerConfig:
     override_generation_config: JsonObject = ()
     """JSON merged over the generation config, for instance {"temperature": 0.5}."""
     compilation_config: JsonObject = (("level", 2),)
-    """Compilation level 0 to 3, or JSON with the keys of the documentation; -O3 is short for level 3."""
+    """Compilation level 0 to 3, or JSON with the keys listed in docs/FLAGS.md; -O3 is short for level 3."""
+    enforce_eager: bool = False
+    """No compiled regions (level 1 at most) and no device graphs."""
 
     host: str = "127.0.0.1"
     """Address to listen on; give 0.0.0.0 to be reached from outside."""

@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from fuseline.api import cli_tables as tables
-from fuseline.api.config import HIGHEST_LEVEL, ConfigError, Environment, JsonObject, ServerConfig, find_checkpoint
+from fuseline.api.config import ConfigError, Environment, JsonObject, ServerConfig, find_checkpoint
 from fuseline.api.config_check import check, refuse_unavailable
+from fuseline.api.config_levels import level_values
+from fuseline.api.config_levels import without_effect as idle_keys
 from fuseline.compile.config import CompileConfig
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
@@ -34,7 +36,7 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     levels = dict(_items(given.get("compilation_config", 2), "level"))
     model = str(given.get("model") or "demo")
     checkpoint = find_checkpoint(model)
-    given |= _level_values(levels, given)
+    given |= level_values(levels, given)
     given |= _context_values(checkpoint, given, environment or Environment())
     engine = _engine(given, checkpoint)
     own = _fields_of(ServerConfig, given) | {
@@ -60,9 +62,8 @@ def without_effect(config: ServerConfig) -> list[str]:
     ]
     if config.engine.cache.swap_space != CacheConfig.swap_space:
         lines.append("--swap-space has no effect: on a CPU there is nothing to swap to")
-    idle = sorted(set(dict(config.compilation_config)) - tables.EFFECTIVE_LEVEL_KEYS)
-    if idle:
-        lines.append(f"--compilation-config: {', '.join(idle)} have no effect at level {config.engine.compile.level}")
+    if idle := idle_keys(dict(config.compilation_config)):
+        lines.append(f"--compilation-config: no effect on this device: {', '.join(idle)}")
     return lines
 
 
@@ -138,24 +139,6 @@ def _gib(text: str) -> int:
         return int(float(text) * 2**30)
     except ValueError as error:
         raise ConfigError(f"FUSELINE_CPU_KVCACHE_SPACE={text} is no number of GiB") from error
-
-
-def _level_values(levels: dict[str, object], given: dict[str, object]) -> dict[str, object]:
-    if unknown := sorted(set(levels) - tables.LEVEL_KEYS):
-        raise ConfigError(f"compilation_config: unknown key {unknown[0]!r}")
-    level = levels["level"]
-    if isinstance(level, bool) or level not in (0, 1, 2, 3):
-        raise ConfigError(f"compilation_config: there is no level {level!r} (levels: 0, 1, 2, 3)")
-    passes = levels.get("pass_config") or {}
-    if not isinstance(passes, dict) or not all(isinstance(on, bool) for on in passes.values()):
-        raise ConfigError("compilation_config: pass_config maps names of passes to true or false")
-    off = tuple(name for name, on in passes.items() if not on)
-    highest = HIGHEST_LEVEL if levels.get("use_inductor", True) else 1
-    values: dict[str, object] = {"level": min(int(level), highest)}
-    values["disabled_passes"] = (*given.get("disabled_passes", ()), *off)
-    if levels.get("cache_dir"):
-        values["cache_dir"] = levels["cache_dir"]
-    return values
 
 
 def _context_values(checkpoint: str, given: dict[str, object], environment: Environment) -> dict[str, object]:

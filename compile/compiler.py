@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -11,11 +12,12 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
-from fuseline.compile.backends.plan import PlanExecutable, lower
+from fuseline.compile.backends.plan import PlanExecutable
+from fuseline.compile.backends.steps import StepPlans, lower
 from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.weights import load_weights
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import PASSES, CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, run_passes
 from fuseline.compile.graph_inputs import GraphInputs
@@ -26,7 +28,7 @@ from fuseline.compile.specs import WeightSource
 from fuseline.compile.target import Target
 
 Progress = Callable[[str, int, int], None]
-Executable = EagerExecutable | PlanExecutable
+Executable = EagerExecutable | PlanExecutable | StepPlans
 
 
 def compile_model(config: CompileConfig, target: Target, progress: Progress | None = None) -> CompiledModel:
@@ -42,7 +44,7 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     weights |= result.constants
     executable = _executable(captured.graph, weights, config)
     model = CompiledModel(config, captured, result, weights, executable)
-    if config.level > 1 and executable.num_regions:
+    if config.level > 1 and executable.num_regions and "cut_regions" not in config.disabled_passes:
         model.compile_regions(RegionUpgrade(captured.graph, _by_target(captured.graph, weights), config))
         if config.wait_compiled:
             report_progress("compiling", 0, 1)
@@ -59,11 +61,19 @@ def optimize(config: CompileConfig, keep: bool = False) -> tuple[CapturedModel, 
     captured = load_or_capture(config)
     limit, switch = model_limit(config, captured.facts), captured.rope_switch
     rope_rows = 2 * switch.table_rows if switch else limit
-    ctx = PassContext(config, captured.facts, limit, rope_rows, captured.constants)
+    ctx = PassContext(_with_passes_of(config), captured.facts, limit, rope_rows, captured.constants)
     result = run_passes(captured.graph, stages(config.level), ctx)
     if keep:
         save_optimized(config, captured, result)
     return captured, result
+
+
+def _with_passes_of(config: CompileConfig) -> CompileConfig:
+    """Without the disabled passes that the level has not anyway. Raises ValueError for one that no level has."""
+    if unknown := sorted(set(config.disabled_passes) - set(PASSES)):
+        raise ValueError(f"there is no pass {unknown[0]!r}; passes: {', '.join(sorted(PASSES))}")
+    present = {graph_pass.__name__ for _, passes in stages(config.level) for graph_pass in passes}
+    return replace(config, disabled_passes=tuple(name for name in config.disabled_passes if name in present))
 
 
 def _executable(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> Executable:
@@ -92,6 +102,7 @@ class CompiledModel:
         self.info = describe(config, captured, result, weights, executable)
         self.report = result
         self._block_size = config.block_size
+        self._keeps_rows = "keep_last_logits" not in config.disabled_passes
         self._executable = executable
         self._caches: dict[str, Tensor] = {}
         self._upgrade: RegionUpgrade | None = None
@@ -114,6 +125,7 @@ class CompiledModel:
         upgraded, self._upgrade = self._upgrade.result, None
         if upgraded is None:
             return False
+        upgraded.bind(self._caches)
         self._executable = upgraded
         return True
 
@@ -127,15 +139,17 @@ class CompiledModel:
             for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
                 shape = (of_layer[spec.layer], spec.num_kv_heads, self._block_size, dim)
                 self._caches[f"{name}_cache_{spec.layer}"] = pages.zeros(shape, getattr(torch, spec.dtype))
+        self._executable.bind(self._caches)
 
     def run(self, inputs: GraphInputs) -> Tensor:
         """Logits [R, V] float32 of the wanted rows."""
         if self._upgrade is not None and not self._upgrade.is_alive():
             self._swap()
-        values = self._caches | input_values(inputs)
+        values = input_values(inputs)
         if self.info.rope_switch:
             values["positions"] = inputs.rope_rows[None]
-        return self._executable.run(values).float()[0]
+        logits = self._executable.run(values).float()[0]
+        return logits if self._keeps_rows else logits[inputs.logits_rows]
 
 
 def input_values(inputs: GraphInputs) -> dict[str, Tensor]:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PASSES = (
+    "remove_noops", "canonicalize", "merge_equal", "find_norm", "find_rope", "find_moe", "fuse_act_mul", "join_linears",
+    "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "choose_kernels", "cut_regions",
+)  # fmt: skip
+"""Names of passes, known without importing them; their order is that of passes/pipeline.py."""
+NEEDED_PASSES = frozenset({"page_attention"})
+"""Without these there is nothing to serve: the caches are theirs."""
+
 
 @dataclass(frozen=True)
 class CompileConfig:
@@ -16,7 +24,7 @@ class CompileConfig:
     """Directory of the checkpoint (config.json, safetensors)."""
     level: int = 1
     """0: the captured graph with reference ops, eager. 1: passes, our kernels and the plan. 2: ops without a
-    kernel compiled by inductor, in the background."""
+    kernel compiled by inductor, in the background. 3: a plan of its own for steps that only decode."""
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"

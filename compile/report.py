@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fuseline.compile.backends.lowering import Call, Lowering
-from fuseline.compile.backends.plan import limits_of, meta_inputs
+from fuseline.compile.backends.lowering import Call
 from fuseline.compile.backends.region import Region
+from fuseline.compile.backends.steps import StepKind, step_kinds
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
@@ -26,7 +26,8 @@ def explain(config: CompileConfig) -> str:
         *(_ops(f"ops after {stage}", counts) for stage, counts in result.stage_ops.items()),
     ]
     if config.level > 0:
-        parts.append(_plan(captured.graph, config))
+        kinds = step_kinds(captured.graph, config)
+        parts += [_plan(name, kind) for name, kind in zip(("plan", "decode plan"), kinds, strict=False)]
     return "\n\n".join([*parts, "graph", show(captured.graph)])
 
 
@@ -43,11 +44,11 @@ def _ops(title: str, counts: Counter) -> str:
     return title + "\n" + table([(name, str(count)) for name, count in counts.most_common()])
 
 
-def _plan(graph, config: CompileConfig) -> str:
-    lowered = Lowering(graph, meta_inputs(graph, config.block_size), limits_of(config)).run()
+def _plan(name: str, kind: StepKind) -> str:
+    lowered = kind.lower()
     calls = Counter(step.native.op for step in lowered.steps if isinstance(step, Call))
     regions = [step for step in lowered.steps if isinstance(step, Region)]
-    text = _ops(f"plan: {sum(calls.values())} kernel calls, {len(regions)} regions computed by torch", calls)
+    text = _ops(f"{name}: {sum(calls.values())} kernel calls, {len(regions)} regions computed by torch", calls)
     for k, region in enumerate(regions[:20]):
         text += f"\nregion {k}: " + ", ".join(str(node.target) for node in region.nodes)
     return text

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fuseline.api import config_levels
 from fuseline.api.config import ConfigError, Environment, ServerConfig, demo_dir, find_checkpoint, read_environment
 from fuseline.api.config_resolve import config_dict, context_limit, resolve, without_effect
+from fuseline.compile.config import PASSES
+from fuseline.compile.passes import pipeline
 
 
 @pytest.fixture
@@ -45,6 +48,10 @@ BROKEN = {
     "no level 7": {"compilation_config": 7},
     "unknown key 'x'": {"compilation_config": {"x": 1}},
     "names of passes": {"compilation_config": {"pass_config": {"a": "off"}}},
+    "pass_config: there is no pass 'a'": {"compilation_config": {"pass_config": {"a": False}}},
+    "config: page_attention cannot be left out": {"compilation_config": {"pass_config": {"page_attention": False}}},
+    "--disabled-passes: there is no pass 'fuse' (passes: canonicalize,": {"disabled_passes": ("fuse",)},
+    "--disabled-passes: page_attention cannot be left out": {"disabled_passes": ("page_attention",)},
     "tensor-parallel-size is not supported yet": {"tensor_parallel_size": 2},
 }
 
@@ -79,8 +86,67 @@ def test_shared_fields_reach_every_part(model: str) -> None:
     assert engine.compile.dtype == "float16"
 
 
+LEVEL_KEYS = {
+    "level": ([0, 1, 2, 3], [4, -1, True, "2", 1.5, None]),
+    "backend": (["inductor", "eager", None], ["openxla", 1]),
+    "cache_dir": (["/c", None], [3]),
+    "compile_sizes": ([[1, 8], []], [8, ["8"], [0], [True]]),
+    "cudagraph_capture_sizes": ([[1, 2, 4]], [[1.5], "all"]),
+    "cudagraph_num_of_warmups": ([0, 3], [-1, "1", False]),
+    "custom_ops": ([["none", "+rms_norm"], ["-linear"], ["all"], []], ["none", ["rms_norm"], ["+x"], ["all", "none"]]),
+    "pass_config": ([{"fuse_act_mul": False, "join_linears": True}, {}], [["fuse_act_mul"], {"fuse_act_mul": 0}]),
+    "splitting_ops": ([["aten.mm"]], ["aten.mm", [1]]),
+    "use_inductor": ([True, False], [1, "no"]),
+}
+"""Key -> values that are taken, values that are refused."""
+
+
+def test_every_key_of_compilation_config_is_here() -> None:
+    assert set(LEVEL_KEYS) == set(config_levels.KEYS)
+
+
+@pytest.mark.parametrize("key", LEVEL_KEYS)
+def test_keys_of_compilation_config_are_checked(model: str, key: str) -> None:
+    good, bad = LEVEL_KEYS[key]
+    for value in good:
+        assert dict(resolve({"model": model, "compilation_config": {key: value}}).compilation_config)[key] == value
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"compilation_config: .*{key}") as error:
+            resolve({"model": model, "compilation_config": {key: value}})
+        assert "\n" not in str(error.value)
+
+
+def test_keys_of_compilation_config_reach_the_compiler(model: str) -> None:
+    def compiler(**levels):
+        values = {"model": model, "compilation_config": levels, "disabled_passes": ["merge_equal"]}
+        return resolve(values).engine.compile
+
+    assert compiler(level=1).disabled_passes == ("merge_equal",)
+    given = {"merge_equal": False, "find_rope": False, "find_norm": True}
+    assert compiler(pass_config=given).disabled_passes == ("merge_equal", "find_rope")
+    assert compiler(custom_ops=["-linear"]).disabled_passes == ("merge_equal", "choose_kernels")
+    assert compiler(custom_ops=["none", "+linear", "+fused_moe"]).disabled_passes == (
+        "merge_equal", "find_norm", "find_rope", "fuse_act_mul",
+    )  # fmt: skip
+    assert compiler(cache_dir="/c").cache_dir == "/c"
+    assert [compiler(level=2, **eager).level for eager in ({"backend": "eager"}, {"use_inductor": False})] == [1, 1]
+    assert compiler(level=0, backend="eager").level == 0
+    assert compiler(level=2, backend="inductor").level == 2
+
+
+def test_enforce_eager_compiles_no_regions(model: str) -> None:
+    config = resolve({"model": model, "enforce_eager": True})
+    assert config.engine.compile.level == 1 and config.level_text == "1 (asked: 2)"
+    assert resolve({"model": model, "enforce_eager": True, "compilation_config": 0}).engine.compile.level == 0
+
+
+def test_the_names_of_passes_are_those_of_the_pipeline() -> None:
+    names = [graph_pass.__name__ for _, passes in pipeline.COMPILED for graph_pass in passes]
+    assert list(PASSES) == [*names, "cut_regions"]
+
+
 def test_level_text_is_honest(model: str) -> None:
-    assert resolve({"model": model, "compilation_config": 3}).level_text == "2 (asked: 3)"
+    assert resolve({"model": model, "compilation_config": 3}).level_text == "3"
     assert resolve({"model": model, "compilation_config": 1}).level_text == "1"
 
 
@@ -170,10 +236,11 @@ def test_config_dict_is_json_with_every_field(model: str) -> None:
 
 def test_flags_without_effect_are_named(model: str) -> None:
     assert without_effect(resolve({"model": model})) == []
-    given = {"model": model, "enforce_eager": True, "swap_space": 1.0, "compilation_config": {"backend": "x"}}
+    levels = {"splitting_ops": [], "compile_sizes": [1], "custom_ops": ["all"], "cudagraph_capture_sizes": None}
+    given = {"model": model, "disable_async_output_proc": True, "swap_space": 1.0, "compilation_config": levels}
     lines = without_effect(resolve(given))
     assert lines == [
-        "--enforce-eager has no effect: no device graphs are captured on a CPU",
+        "--disable-async-output-proc has no effect: output is processed in another process",
         "--swap-space has no effect: on a CPU there is nothing to swap to",
-        "--compilation-config: backend have no effect at level 2",
+        "--compilation-config: no effect on this device: compile_sizes, splitting_ops",
     ]

@@ -13,7 +13,7 @@ from zoo import checkpoint, make_prompts
 from fuseline.compile.backends import inductor
 from fuseline.compile.backends.region_file import RegionFileError, check_file, seal
 from fuseline.compile.compiler import compile_model
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import NEEDED_PASSES, PASSES, CompileConfig
 from fuseline.compile.target import detect_target
 
 NUM_TOKENS = 24
@@ -44,6 +44,45 @@ def test_levels_give_the_same_tokens_also_across_the_swap(family: str, dtype: st
     assert greedy(model, PROMPTS, NUM_TOKENS) == expected
     assert model._upgrade is None and model._executable is upgrade.result is not None
     assert greedy(model, PROMPTS, NUM_TOKENS) == expected
+
+
+OFF = [name for name in PASSES if name not in NEEDED_PASSES]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[list[int]]]:
+    """Tokens with every pass, by family; made when asked for."""
+    return {}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("name", OFF)
+def test_each_pass_can_be_left_out(family: str, name: str, expected) -> None:
+    path = checkpoint(family)
+    if family not in expected:
+        expected[family] = greedy(build(path, 1), PROMPTS, NUM_TOKENS)
+    model = build(path, 1, disabled_passes=(name,))
+    assert name not in [report.name for report in model.report.reports]
+    assert greedy(model, PROMPTS, NUM_TOKENS) == expected[family]
+
+
+def test_all_passes_that_can_be_left_out_together() -> None:
+    path = checkpoint("llama")
+    model = build(path, 1, disabled_passes=tuple(OFF))
+    assert [report.name for report in model.report.reports] == ["page_attention"]
+    assert greedy(model, PROMPTS, NUM_TOKENS) == greedy(build(path, 1), PROMPTS, NUM_TOKENS)
+
+
+def test_a_pass_that_the_level_has_not_can_be_named() -> None:
+    path = checkpoint("llama")
+    assert greedy(build(path, 0, disabled_passes=("join_linears",)), PROMPTS, 2) == greedy(build(path, 0), PROMPTS, 2)
+    with pytest.raises(ValueError, match="there is no pass 'join'"):
+        build(path, 0, disabled_passes=("join",))
+
+
+def test_without_cut_regions_nothing_is_compiled() -> None:
+    model = build(checkpoint("cohere"), 2, disabled_passes=("cut_regions",))
+    assert model._executable.num_regions and model._upgrade is None
 
 
 def test_a_model_without_regions_starts_no_compiler() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from native_fixtures import FLOATS, isa, key_panels, plain_keys, with_threads
-from torch import Tensor, fx
+from torch import Tensor
 
-from fuseline.compile.kernels.native import Kernels, NativeCall
+from fuseline.compile.backends.single import single_call
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make, Op
 from fuseline.compile.ops.registry import registry
@@ -28,23 +28,6 @@ def copies(args: tuple) -> list:
     return [arg.clone(memory_format=torch.preserve_format) if isinstance(arg, Tensor) else arg for arg in args]
 
 
-def call_of(op: Op, args: tuple) -> tuple[NativeCall, dict[fx.Node, Tensor]]:
-    """The native call that lowering makes of the op with these arguments, and the tensor of each of its nodes."""
-    graph, values = fx.Graph(), {}
-
-    def node_of(arg: object) -> object:
-        if not isinstance(arg, Tensor):
-            return arg
-        node = graph.placeholder(f"x{len(values)}")
-        values[node] = arg
-        return node
-
-    node = graph.call_function(getattr(torch.ops.fuseline, op.name).default, tuple(map(node_of, args)))
-    call = Kernels(lambda other: values[other].to("meta")).find(node)
-    assert call is not None, f"no kernel for {op.name}"
-    return call, values
-
-
 def outputs(result: object) -> list[Tensor]:
     return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
 
@@ -53,19 +36,20 @@ def run_native(op: Op, args: tuple, like: list[Tensor]) -> list[Tensor]:
     """Outputs, then what was mutated. Keys in a cache lie as the kernels want them."""
     names = list(inspect.signature(op.reference).parameters)
     args = tuple(key_panels(arg) if name == "k_cache" else arg for name, arg in zip(names, args, strict=True))
-    call, values = call_of(op, args)
+    call = single_call(op, args)
+    assert call.num_outputs == len(like)
     made = [torch.full_like(x, -77) if not x.is_floating_point() else torch.full_like(x, float("nan")) for x in like]
-    mutated = [values[node] for node in call.mutated]
-    inputs = [None if node is None else values[node] for node in call.inputs]
-    getattr(torch.ops.fuseline_cpu, call.op)(*made, *mutated, *inputs, *call.ints, *call.floats)
+    given = (*made, *call.tensors[call.num_outputs :])
+    getattr(torch.ops.fuseline_cpu, call.native.op)(*given, *call.native.ints, *call.native.floats)
+    mutated = call.tensors[call.num_outputs :][: len(call.native.mutated)]
     keys = args[names.index("k_cache")] if "k_cache" in names else None
     return made + [plain_keys(x) if x is keys else x for x in mutated]
 
 
 def run_reference(op: Op, args: tuple) -> list[Tensor]:
     result = outputs(op.reference(*args))
-    call, values = call_of(op, args)
-    return result + [values[node] for node in call.mutated]
+    call = single_call(op, args)
+    return result + list(call.tensors[call.num_outputs :][: len(call.native.mutated)])
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli_flags import METAVARS, Flag, config_flags, field_docs, help_line
 from fuseline.api.config import Environment
+from fuseline.api.config_levels import KEYS
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "FLAGS.md"
 HEAD = """# Flags of `fuseline serve`
@@ -30,6 +31,7 @@ def make_text() -> str:
     for title, names in tables.GROUPS.items():
         rows = [_row(flags[name]) for name in names]
         parts.append(_table(title.capitalize(), ("flag", "value", "meaning"), rows))
+    parts.append(_level_keys())
     parts.append(_recorded())
     parts.append(_later())
     parts.append(_environment())
@@ -47,6 +49,11 @@ def _value(flag: Flag) -> str:
         return " ".join(str(choice) for choice in flag.choices if str(choice) not in refused)
     kinds = {"bool": "switch", "bool-value": "true or false", "many": "one or more"}
     return kinds.get(flag.kind) or METAVARS[flag.kind]
+
+
+def _level_keys() -> str:
+    rows = [(f"`{name}`", key.words, key.effect or "no effect on this device") for name, key in KEYS.items()]
+    return _table("Keys of `--compilation-config`", ("key", "value", "meaning"), rows)
 
 
 def _recorded() -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fuseline.api.bench.client import Target, first_model, learn_vocabulary, open_session
 from fuseline.api.bench.files import save_json
+from fuseline.api.bench.kernels import run_kernels
 from fuseline.api.bench.load import run_load, warm_up
 from fuseline.api.bench.measure import Outcome, report, summarize
 from fuseline.api.bench.offline import run_offline
@@ -26,7 +27,10 @@ BENCHES = {
     "serve": "load an OpenAI-compatible server and report latencies and throughput",
     "offline": "speed of an engine in this process: prompts, one stream, many streams",
     "startup": "time from exec to the first streamed token, phase by phase, cold and warm",
+    "kernels": "time of each native kernel at the sizes of real models, as a share of what the machine can do",
 }
+OTHERS = {"offline": run_offline, "startup": run_startup, "kernels": run_kernels}
+"""Those that parse their own flags."""
 
 
 def run_bench(arguments: Sequence[str]) -> int:
@@ -34,10 +38,8 @@ def run_bench(arguments: Sequence[str]) -> int:
     if not arguments:
         print("\n".join(f"fuseline bench {name:<8}{text}" for name, text in BENCHES.items()))
         return 0
-    if arguments[0] == "offline":
-        return run_offline(arguments[1:])
-    if arguments[0] == "startup":
-        return run_startup(arguments[1:])
+    if arguments[0] in OTHERS:
+        return OTHERS[arguments[0]](arguments[1:])
     options = _parser().parse_args(arguments)
     _check(options)
     return _run(bench_serve(options))
@@ -46,8 +48,8 @@ def run_bench(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fuseline bench", allow_abbrev=False)
     benches = parser.add_subparsers(dest="bench", required=True)
-    benches.add_parser("offline", help=BENCHES["offline"])
-    benches.add_parser("startup", help=BENCHES["startup"])
+    for name in OTHERS:
+        benches.add_parser(name, help=BENCHES[name])
     serve = benches.add_parser("serve", help=BENCHES["serve"], description=BENCHES["serve"], allow_abbrev=False)
     target = serve.add_argument_group("server")
     target.add_argument("--base-url", default="http://127.0.0.1:8000", help="address of the server")

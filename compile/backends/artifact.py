@@ -43,7 +43,9 @@ from fuseline.compile.target import default_cache_dir
 __all__ = ["cache_key", "load_optimized", "load_or_capture", "save_optimized", "write_whole"]
 
 SPECS = {"CacheSpec": CacheSpec, "CacheGroup": CacheGroup}
-WITHOUT_EFFECT = {"model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0}
+WITHOUT_EFFECT = {
+    "model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0, "wait_compiled": False,
+}  # fmt: skip
 """Settings that change nothing of a graph."""
 Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
@@ -133,7 +135,8 @@ def cache_key(config: CompileConfig) -> str | None:
 
 def optimized_key(config: CompileConfig) -> str | None:
     """The same for the graph after all passes: any source of the compiler may change it."""
-    settings = (_C.cpu_isa(), sorted(asdict(replace(config, **WITHOUT_EFFECT)).items()))
+    known = replace(config, **WITHOUT_EFFECT, level=min(config.level, 1))  # all above run the passes of level 1
+    settings = (_C.cpu_isa(), sorted(asdict(known).items()))
     return _key(config, settings, list(Path(fuseline.compile.__file__).parent.rglob("*.py")))
 
 

@@ -1,4 +1,4 @@
-"""Level 1: the lowered graph as a C++ list of kernel calls over one arena, replayed without Python.
+"""Level 1 and up: the lowered graph as a C++ list of kernel calls over one arena, replayed without Python.
 
 Where ops have no kernel of ours, the list is cut: the calls before and after are replayed, torch computes what
 is between.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
 
 from fuseline import _C
 from fuseline.compile.backends.arena import place
-from fuseline.compile.backends.lowering import Call, Lowered, Lowering
+from fuseline.compile.backends.lowering import Call, Lowered
 from fuseline.compile.backends.region import Region, storage_key, tensors_of
 from fuseline.compile.backends.sizes import PRIMES, SYMBOLS, decode, evaluate
 from fuseline.compile.config import CompileConfig
@@ -54,7 +55,8 @@ class PlanExecutable:
         # Pages of the arena are touched only as far as the largest step so far reached.
         self._arena = torch.empty(self.arena_bytes + 64, dtype=torch.uint8)
         self._base = -self._arena.data_ptr() % 64
-        self._weights = dict(weights)
+        self._lasting = dict(weights)
+        self._output: tuple[list[int], Tensor] | None = None
         self._plan = _C.Plan()
         for name in SYMBOLS:
             self._plan.add_symbol(name)
@@ -63,9 +65,7 @@ class PlanExecutable:
         self._steps = [self._add(step) for step in lowered.steps]
         self._segments = merge(self._steps)
         self._plan.set_arena(self._arena.data_ptr() + self._base, self.arena_bytes)
-        for name, tensor in self._weights.items():
-            if name in self._slots:
-                self._plan.set_slot(self._slots[name], tensor.data_ptr())
+        self.bind(self._lasting)
 
     @property
     def num_regions(self) -> int:
@@ -75,25 +75,43 @@ class PlanExecutable:
     def num_calls(self) -> int:
         return self._plan.num_calls
 
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors of inputs that stay for all runs to come: the caches."""
+        self._lasting |= tensors
+        for name, tensor in tensors.items():
+            if name in self._slots:
+                self._plan.set_slot(self._slots[name], tensor.data_ptr())
+        self._changing = [(name, slot) for name, slot in self._slots.items() if name not in self._lasting]
+        self._num_blocks = next((v.shape[0] for k, v in self._lasting.items() if k.startswith("k_cache_")), 0)
+
     def run(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The graph's output, valid until the next run."""
-        symbols = symbol_values(values)
-        for name, slot in self._slots.items():
-            if name not in self._weights:
-                self._plan.set_slot(slot, values[name].data_ptr())
+        """The graph's output, valid until the next run. `values`: all inputs that are not bound."""
+        symbols = self._symbols(values)
+        for name, slot in self._changing:
+            self._plan.set_slot(slot, values[name].data_ptr())
         for step in self._segments:
             if isinstance(step, Segment):
                 self._plan.run(symbols, step.begin, step.end)
             else:
                 self._run_region(step, values, symbols)
-        return self._view(self._lowered.values[self._lowered.output], values, symbols)
+        if self._output is None or self._output[0] != symbols:
+            self._output = symbols, self._view(self._lowered.values[self._lowered.output], values, symbols)
+        return self._output[1]
 
     def profile(self, values: Mapping[str, Tensor], repeats: int) -> list[tuple[str, str, int]]:
         """(label, op, nanoseconds) of each call; run() must have set the inputs."""
-        return self._plan.profile(symbol_values(values), repeats)
+        return self._plan.profile(self._symbols(values), repeats)
 
     def to_text(self) -> str:
         return self._plan.to_text()
+
+    def _symbols(self, values: Mapping[str, Tensor]) -> list[int]:
+        """Values of SYMBOLS in one step."""
+        sequences = values["seq_lens"].shape[0]
+        return [
+            values["token_ids"].shape[1], sequences, sequences + 1, values["logits_rows"].shape[0],
+            values["block_table_0"].shape[1], self._num_blocks,
+        ]  # fmt: skip
 
     def _add(self, step: Call | Region) -> Segment | Region:
         if isinstance(step, Region):
@@ -148,7 +166,7 @@ class PlanExecutable:
         sizes = [evaluate(n, symbols) for n in meta.shape]
         strides = [evaluate(n, symbols) for n in meta.stride()]
         if where.buffer is None:
-            source = self._weights[where.slot] if where.slot in self._weights else values[where.slot]
+            source = self._lasting[where.slot] if where.slot in self._lasting else values[where.slot]
             return source.as_strided(sizes, strides, source.storage_offset() + meta.storage_offset())
         begin = self._base + where.buffer.offset
         flat = self._arena[begin : begin + where.buffer.num_bytes].view(meta.dtype)
@@ -166,35 +184,23 @@ def merge(steps: list[Segment | Region]) -> list[Segment | Region]:
     return merged
 
 
-def symbol_values(values: Mapping[str, Tensor]) -> list[int]:
-    """Values of SYMBOLS in one step."""
-    sequences = values["seq_lens"].shape[0]
-    return [
-        values["token_ids"].shape[1], sequences, sequences + 1, values["logits_rows"].shape[0],
-        values["block_table_0"].shape[1], next(v.shape[0] for k, v in values.items() if k.startswith("k_cache_")),
-    ]  # fmt: skip
-
-
-def lower(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> PlanExecutable:
-    """The graph as a plan; `weights` by get_attr target."""
-    return PlanExecutable(Lowering(graph, meta_inputs(graph, config.block_size), limits_of(config)).run(), weights)
-
-
 def limits_of(config: CompileConfig) -> dict[str, int]:
     """Largest value of each symbol; caches and block tables are no part of the arena."""
     seqs = config.max_num_seqs
     return {"T": config.max_num_batched_tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1}
 
 
-def meta_inputs(graph: fx.GraphModule, block_size: int) -> dict[str, Tensor]:
-    """Inputs by placeholder name."""
+def meta_inputs(
+    graph: fx.GraphModule, block_size: int, primes: Mapping[str, int] = MappingProxyType(PRIMES)
+) -> dict[str, Tensor]:
+    """Inputs by placeholder name. `primes`: one for two sizes says that they are the same."""
     nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    return {str(node.target): input_meta(str(node.target), node.meta["val"], block_size) for node in nodes}
+    return {str(node.target): input_meta(str(node.target), node.meta["val"], block_size, primes) for node in nodes}
 
 
-def input_meta(name: str, like: Tensor, block_size: int) -> Tensor:
+def input_meta(name: str, like: Tensor, block_size: int, primes: Mapping[str, int]) -> Tensor:
     """The meta tensor of an input, its unknown sizes as primes."""
-    t, s, s1, r, m, n = PRIMES.values()
+    t, s, s1, r, m, n = (primes[name] for name in SYMBOLS)
     shapes = {
         "token_ids": (1, t), "positions": (1, t), "rope_rows": (t,), "seq_lens": (s,), "query_start": (s1,),
         "logits_rows": (r,),

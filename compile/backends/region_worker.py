@@ -1,8 +1,11 @@
 """The process that compiles regions with inductor, so that neither its time nor its failures are the server's.
 
     python -P -m fuseline.compile.backends.region_worker
-    stdin   one line of JSON: {"folder", "jobs": [[name, text], ...]}; it ends when the parent does
-    stdout  one line of JSON a job: {"name", "seconds", "error"}; the artifact is <folder>/<name>.so
+    stdin   one line of JSON: {"folder", "num_threads", "jobs": [[name, text], ...]}; it ends when the parent does
+    stdout  two lines of JSON a job: {"begins": name}, then {"name", "seconds", "error", "fault"}
+
+`error`: it could not be compiled. `fault`: it was, and must not be used (region_check.py); else the artifact is
+<folder>/<name>.so.
 
 An artifact is one shared library with AOTInductor's C interface: loading it takes milliseconds and neither imports
 inductor (2.3-3 s) nor unpickles anything.
@@ -27,7 +30,8 @@ from torch import SymInt, Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fuseline.compile.backends.region_file import seal
+from fuseline.compile.backends.region_check import find_fault
+from fuseline.compile.backends.region_file import load_library, seal
 from fuseline.compile.backends.sizes import SYMBOLS
 from fuseline.compile.graph.graph_json import decode
 
@@ -53,16 +57,18 @@ def main() -> None:
 
     with fresh_cache():  # inductor's own cache unpickles what it finds
         for name, text in order["jobs"]:
-            answers.write(json.dumps(answer(name, text, Path(order["folder"]))) + "\n")
+            answers.write(json.dumps({"begins": name}) + "\n")
+            told = answer(name, text, Path(order["folder"]), order["num_threads"])
+            answers.write(json.dumps(told) + "\n")
 
 
-def answer(name: str, text: str, folder: Path) -> dict[str, object]:
-    begin, error = time.perf_counter(), ""
+def answer(name: str, text: str, folder: Path, num_threads: int) -> dict[str, object]:
+    begin, error, fault = time.perf_counter(), "", ""
     try:
-        compile_region(text, folder / f"{name}.so")
-    except Exception as fault:  # whatever inductor raises means that this region stays with eager torch
-        error = (" ".join(str(fault).split()) or type(fault).__name__)[:300]
-    return {"name": name, "seconds": round(time.perf_counter() - begin, 2), "error": error}
+        fault = compile_region(text, folder / f"{name}.so", num_threads)
+    except Exception as raised:  # whatever inductor raises means that this region stays with eager torch
+        error = (" ".join(str(raised).split()) or type(raised).__name__)[:300]
+    return {"name": name, "seconds": round(time.perf_counter() - begin, 2), "error": error, "fault": fault}
 
 
 def die_with_parent(stdin: TextIO) -> None:
@@ -71,16 +77,29 @@ def die_with_parent(stdin: TextIO) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def compile_region(text: str, path: Path) -> None:
-    """Raises whatever inductor and the compiler raise, OSError when the cache cannot be written."""
+def compile_region(text: str, path: Path, num_threads: int) -> str:
+    """Compiles it, tries it, keeps it; why it is not kept, if it is not.
+
+    Raises whatever inductor and the compiler raise, OSError when the cache cannot be written.
+    """
+    values = json.loads(text)
+    graph, examples = rebuild(values)
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        library = make_library(graph, examples, Path(scratch) / "region.so")
+        compiled = load_library(library)
+        fault = find_fault(compiled, lambda args: graph(*args), values["inputs"], values["num_outputs"], num_threads)
+        if not fault:
+            seal(path, library.read_bytes())
+    return fault
+
+
+def make_library(graph: fx.GraphModule, examples: list[Tensor], path: Path) -> Path:
     from torch._inductor import aot_compile
 
-    graph, examples = rebuild(json.loads(text))
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        library = shutil.copy(aot_compile(graph, examples, options=OPTIONS), Path(scratch) / "region.so")
-        if strip := shutil.which("strip"):
-            subprocess.run([strip, "--strip-unneeded", library], check=False, timeout=60)
-        seal(path, Path(library).read_bytes())
+    library = shutil.copy(aot_compile(graph, examples, options=OPTIONS), path)
+    if strip := shutil.which("strip"):
+        subprocess.run([strip, "--strip-unneeded", library], check=False, timeout=60)
+    return path
 
 
 def rebuild(values: dict) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -6,13 +6,16 @@ import logging
 import threading
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, fx
 
 from fuseline.compile.backends.inductor import compile_regions, region_folder, region_name
-from fuseline.compile.backends.lowering import Lowered, Lowering
-from fuseline.compile.backends.plan import PlanExecutable, RegionKernel, limits_of, meta_inputs
+from fuseline.compile.backends.lowering import Lowered
+from fuseline.compile.backends.plan import PlanExecutable, RegionKernel
 from fuseline.compile.backends.region import Region
+from fuseline.compile.backends.region_file import Kernel
 from fuseline.compile.backends.region_job import RegionJob, make_job
+from fuseline.compile.backends.steps import StepKind, StepPlans, join, step_kinds
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.passes.cut_regions import mark_regions
 
@@ -25,7 +28,7 @@ class RegionUpgrade(threading.Thread):
     def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> None:
         super().__init__(name="compile-regions", daemon=True)
         self.stop = threading.Event()
-        self.result: PlanExecutable | None = None
+        self.result: PlanExecutable | StepPlans | None = None
         self._graph = graph
         self._weights = weights
         self._config = config
@@ -36,26 +39,25 @@ class RegionUpgrade(threading.Thread):
         except Exception as error:  # the plan without compiled regions goes on
             logger.warning("regions stay with eager torch: %s: %s", type(error).__name__, error)
 
-    def _upgrade(self) -> PlanExecutable | None:
-        marks = set(range(mark_regions(self._graph)))
-        jobs = _jobs(self._lower(marks))
-        texts = {region_name(job.text): job.text for job in jobs.values()}
-        kernels = compile_regions(texts, region_folder(self._config.cache_dir), self.stop)
-        compiled = {mark for mark, job in jobs.items() if region_name(job.text) in kernels}
-        if not compiled or self.stop.is_set():
+    def _upgrade(self) -> PlanExecutable | StepPlans | None:
+        kinds = step_kinds(self._graph, self._config)
+        jobs = [_jobs(kind.lower(set(range(mark_regions(kind.graph))))) for kind in kinds]
+        texts = {region_name(job.text): job.text for found in jobs for job in found.values()}
+        kernels = compile_regions(texts, region_folder(self._config.cache_dir), self.stop, torch.get_num_threads())
+        if not kernels or self.stop.is_set():
             return None
+        plans = [self._plan(kind, found, kernels) for kind, found in zip(kinds, jobs, strict=True)]
+        return join(plans, self._config)
+
+    def _plan(self, kind: StepKind, jobs: Mapping[int, RegionJob], kernels: Mapping[str, Kernel]) -> PlanExecutable:
         # Marks of regions that could not be compiled are gone: their ops keep the kernels they have.
-        lowered = self._lower(compiled)
+        lowered = kind.lower({mark for mark, job in jobs.items() if region_name(job.text) in kernels})
         final = {
             mark: RegionKernel(kernels[region_name(job.text)], job.args)
             for mark, job in _jobs(lowered).items()
             if region_name(job.text) in kernels
         }
         return PlanExecutable(lowered, self._weights, final)
-
-    def _lower(self, marks: set[int]) -> Lowered:
-        inputs = meta_inputs(self._graph, self._config.block_size)
-        return Lowering(self._graph, inputs, limits_of(self._config), marks).run()
 
 
 def _jobs(lowered: Lowered) -> dict[int, RegionJob]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, op
+from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 
 ACTIVATIONS = {
     codes.UNARY["silu"]: F.silu,
@@ -26,11 +26,20 @@ def act_mul_inputs(make: Make) -> Iterator[tuple]:
     yield joined[:, :48], joined[:, 48:], codes.UNARY["silu"]
 
 
+def act_mul_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """The two halves of one product."""
+    width = shape.intermediate_size
+    for tokens in TOKENS:
+        joined = make.fill(1, tokens, 2 * width)
+        yield Workload(f"{tokens} x {width}", (joined[..., :width], joined[..., width:], codes.UNARY["silu"]))
+
+
 @op(
     "act_mul(Tensor gate, Tensor up, int act) -> Tensor",
     fake=lambda gate, up, act: torch.empty_like(gate),
     inputs=act_mul_inputs,
     tolerance=8.0,
+    workloads=act_mul_workloads,
 )
 def act_mul(gate: Tensor, up: Tensor, act: int) -> Tensor:
     """act(gate) * up; act(gate) is rounded to the dtype first, as Transformers' two ops do."""

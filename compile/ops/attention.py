@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fuseline.compile.ops.library import Make, op
+from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 
 
 @op(
@@ -60,12 +60,38 @@ def paged_attention_inputs(make: Make) -> Iterator[tuple]:
             yield query, *caches, table, torch.tensor(seq_lens).int(), starts.int(), sink, window, 0.25, softcap
 
 
+def paged_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """One token a sequence, then a prompt; blocks lie anywhere."""
+    block_size, dim = 16, shape.head_dim
+    for sequences, tokens, keys in ((1, 1, 256), (1, 1, 4096), (16, 1, 256), (1, 256, 256)):
+        blocks = keys // block_size
+        caches = (make.fill(sequences * blocks, shape.num_kv_heads, block_size, dim) for _ in "kv")
+        table = make.order(sequences * blocks).reshape(sequences, blocks).int()
+        starts = (torch.arange(sequences + 1) * tokens).int()
+        lengths = torch.full((sequences,), keys).int()
+        query = make.fill(1, shape.num_heads, sequences * tokens, dim)
+        seen = keys if tokens == 1 else (keys + 1) / 2
+        yield Workload(
+            f"{sequences} x {tokens} of {keys} keys",
+            (query, *caches, table, lengths, starts, None, 0, dim**-0.5, 0.0),
+            flops=int(4 * shape.num_heads * sequences * tokens * seen * dim),
+        )
+
+
+def gather_rows_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    for rows in TOKENS[1:]:
+        width = shape.hidden_size
+        moved = 2 * rows * width * make.dtype.itemsize
+        yield Workload(f"{rows} x {width} of 2048", (make.fill(2048, width), make.ids(2048, rows)), num_bytes=moved)
+
+
 @op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor query_start, Tensor? sinks, int window, float scale, float softcap) -> Tensor",
     fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]),
     inputs=paged_attention_inputs,
     tolerance=6.0,
+    workloads=paged_attention_workloads,
 )
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
@@ -87,6 +113,7 @@ def paged_attention(
     fake=lambda x, rows: x.new_empty(rows.shape[0], x.shape[1]),
     inputs=lambda make: [(make.normal(9, 33), make.ids(9, 4))],
     tolerance=0.0,
+    workloads=gather_rows_workloads,
 )
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[T, D] -> the lines rows[R]."""

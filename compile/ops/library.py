@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+TOKENS = (1, 16, 256)
+"""Of a decode step of one sequence, of sixteen, and of a prompt."""
 LIBRARY = torch.library.Library("fuseline", "DEF")
 
 
@@ -19,6 +21,8 @@ class Op:
     reference: Callable
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None
     """Argument tuples that cover the op; None for one that no kernel computes."""
+    workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None
+    """What a model of that shape asks of the op, for `fuseline bench kernels`."""
     tolerance: float
     """How far a kernel may be from the reference in float32, relative and absolute, in rounding steps at 1.
 
@@ -27,14 +31,43 @@ class Op:
 
 
 @dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model, by the names of config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Arguments of real sizes, and what the work amounts to."""
+
+    label: str
+    args: tuple[Any, ...]
+    flops: int = 0
+    num_bytes: int = 0
+    """Bytes that have to be moved; 0: all tensors among arguments and results, once."""
+
+
+@dataclass(frozen=True)
 class Make:
-    """Makes tensors for generated tests, the same on every run."""
+    """Makes tensors for generated tests and benchmarks, the same on every run."""
 
     dtype: torch.dtype
     generator: torch.Generator
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=self.generator) * scale).to(self.dtype)
+
+    def fill(self, *shape: int) -> torch.Tensor:
+        """The same number everywhere: quick to make, and as good as any other to time."""
+        return torch.full(shape, 0.01, dtype=self.dtype)
 
     def ids(self, below: int, *shape: int) -> torch.Tensor:
         return torch.randint(below, shape, generator=self.generator)
@@ -49,15 +82,18 @@ def op(
     fake: Callable,
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None = None,
     tolerance: float = 2.0,
+    workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Registers the decorated reference under `schema`; `fake` gives shapes, `inputs` the arguments for tests."""
+    """Registers the decorated reference under `schema`; `fake` gives shapes, `inputs` the arguments for tests,
+    `workloads` those for benchmarks.
+    """
     name = schema.split("(", 1)[0]
 
     def register(reference: Callable) -> Callable:
         LIBRARY.define(schema)
         LIBRARY.impl(name, reference, "CPU")
         torch.library.register_fake(f"fuseline::{name}", fake, lib=LIBRARY)
-        reference.op = Op(name, reference, inputs, tolerance)
+        reference.op = Op(name, reference, inputs, workloads, tolerance)
         return reference
 
     return register

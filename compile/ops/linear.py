@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, op
+from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 from fuseline.compile.ops.moe import experts
 
 PANEL = 16
@@ -54,11 +54,49 @@ def experts_inputs(make: Make) -> Iterator[tuple]:
     yield x, ids, weights, first, second, *biases, codes.EXPERT_ACTS["glu_oss"], 20, 1.702, 7.0
 
 
+def linear_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """Every product of a layer and the logits for one token, the largest of a layer for more."""
+    d, width = shape.hidden_size, shape.intermediate_size
+    joined = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    products = [(1, joined, d), (1, d, shape.num_heads * shape.head_dim), (1, 2 * width, d), (1, d, width)]
+    products += [(1, shape.vocab_size, d), *((tokens, 2 * width, d) for tokens in TOKENS[1:])]
+    for tokens, num_out, num_in in products:
+        panels = make.fill(-(-num_out // PANEL), num_in, PANEL)
+        args = (make.fill(1, tokens, num_in), panels, None, num_out)
+        yield Workload(f"{tokens} x {num_in} -> {num_out}", args, flops=2 * tokens * num_in * num_out)
+
+
+def embedding_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    d = shape.hidden_size
+    panels = make.fill(-(-shape.vocab_size // PANEL), d, PANEL)
+    for tokens in TOKENS:
+        moved = 2 * tokens * d * make.dtype.itemsize
+        args = (make.ids(shape.vocab_size, 1, tokens), panels, shape.vocab_size)
+        yield Workload(f"{tokens} x {d} of {shape.vocab_size}", args, num_bytes=moved)
+
+
+def experts_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """Of the width of a dense layer all together; every expert a token of its own where there are enough."""
+    d, num, chosen = shape.hidden_size, shape.num_experts, shape.num_experts_per_tok
+    width = shape.intermediate_size // chosen // PANEL * PANEL
+    first, second = make.fill(num, 2 * width // PANEL, d, PANEL), make.fill(num, d // PANEL, width, PANEL)
+    for tokens in TOKENS:
+        ids = torch.arange(tokens * chosen).reshape(tokens, chosen) % num
+        used = min(num, tokens * chosen) * 3 * d * width + 2 * tokens * d
+        yield Workload(
+            f"{tokens} x {chosen} of {num}, {d} -> {width}",
+            (make.fill(tokens, d), ids, make.fill(tokens, chosen), first, second, None, None,
+             codes.EXPERT_ACTS["silu"], width, 1.702, 7.0),
+            flops=6 * tokens * chosen * d * width, num_bytes=used * make.dtype.itemsize,
+        )  # fmt: skip
+
+
 @op(
     "linear_panels(Tensor x, Tensor panels, Tensor? bias, int num_out) -> Tensor",
     fake=lambda x, panels, bias, num_out: x.new_empty(*x.shape[:-1], num_out),
     inputs=linear_inputs,
     tolerance=12.0,
+    workloads=linear_workloads,
 )
 def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) -> Tensor:
     """x[..., K] times packed weights -> [..., N]; fp32 accumulation, the bias added before the one rounding."""
@@ -70,6 +108,7 @@ def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) 
     fake=lambda ids, panels, num_rows: panels.new_empty(*ids.shape, panels.shape[1]),
     inputs=lambda make: [(make.ids(33, 1, 6), pack(make.normal(33, 20)), 33)],
     tolerance=0.0,
+    workloads=embedding_workloads,
 )
 def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     """Rows ids of packed weights [P, K, 16] -> [..., K]."""
@@ -82,6 +121,7 @@ def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     fake=lambda x, *_: torch.empty_like(x),
     inputs=experts_inputs,
     tolerance=12.0,
+    workloads=experts_workloads,
 )
 def experts_panels(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import ACTIVATIONS
-from fuseline.compile.ops.library import Make, op
+from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 
 
 @op(
@@ -57,6 +57,13 @@ def route_topk_inputs(make: Make) -> Iterator[tuple]:
         yield scores, 3, order, renormalize, torch.float32
 
 
+def route_topk_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    num, chosen = shape.num_experts, shape.num_experts_per_tok
+    for tokens in TOKENS:
+        scores = make.normal(tokens, num)
+        yield Workload(f"{tokens} x {chosen} of {num}", (scores, chosen, codes.ROUTE_SOFTMAX_TOPK, 1, make.dtype))
+
+
 @op(
     "route_topk(Tensor logits, int k, int order, int renormalize, ScalarType dtype) -> (Tensor, Tensor)",
     fake=lambda logits, k, order, renormalize, dtype: (
@@ -65,6 +72,7 @@ def route_topk_inputs(make: Make) -> Iterator[tuple]:
     ),
     inputs=route_topk_inputs,
     tolerance=1.0,
+    workloads=route_topk_workloads,
 )
 def route_topk(logits: Tensor, k: int, order: int, renormalize: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(weights[T, K] of `dtype`, ids[T, K]) of logits[T, E]; the softmax is fp32, rounded once."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, op
+from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 
 MODES = (codes.NORM_CAST_THEN_SCALE, codes.NORM_SCALE_THEN_CAST, codes.NORM_ONE_PLUS)
 
@@ -21,11 +21,25 @@ def rms_norm_inputs(make: Make) -> Iterator[tuple]:
     yield make.normal(1, 5, 3, 64)[..., :32], make.normal(32), 1e-5, codes.NORM_CAST_THEN_SCALE
 
 
+def norm_workloads(num_inputs: int, takes_bias: bool) -> Callable[[Make, ModelShape], Iterator[Workload]]:
+    """Rows of the hidden state, the weight, the bias where there is one."""
+
+    def workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+        d = shape.hidden_size
+        for tokens in TOKENS:
+            rows = tuple(make.fill(1, tokens, d) for _ in range(num_inputs))
+            rest = (make.fill(d), 1e-5) if takes_bias else (1e-5, codes.NORM_CAST_THEN_SCALE)
+            yield Workload(f"{tokens} x {d}", (*rows, make.fill(d), *rest))
+
+    return workloads
+
+
 @op(
     "rms_norm(Tensor x, Tensor? weight, float eps, int mode) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
     inputs=rms_norm_inputs,
     tolerance=4.0,
+    workloads=norm_workloads(1, False),
 )
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
     """x / rms(x) * weight; `mode` fixes where the result is rounded to x's dtype (codes.h)."""
@@ -44,6 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
     fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
     inputs=lambda make: [(make.normal(1, 5, 77), make.normal(1, 5, 77), make.normal(77), 1e-6, mode) for mode in MODES],
     tolerance=4.0,
+    workloads=norm_workloads(2, False),
 )
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, mode: int) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum); the sum is rounded to x's dtype first."""
@@ -61,6 +76,7 @@ def layer_norm_inputs(make: Make) -> Iterator[tuple]:
     fake=lambda x, *_: torch.empty_like(x),
     inputs=layer_norm_inputs,
     tolerance=4.0,
+    workloads=norm_workloads(1, True),
 )
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -71,6 +87,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
     inputs=lambda make: [(make.normal(5, 77), *args) for args in layer_norm_inputs(make)],
     tolerance=4.0,
+    workloads=norm_workloads(2, True),
 )
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float

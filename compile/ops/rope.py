@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, op
+from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 
 
 def tables(make: Make, rotary_dim: int, columns: int) -> tuple:
@@ -42,11 +42,52 @@ def rope_cache_inputs(make: Make) -> Iterator[tuple]:
         yield *caches, *new, *tables(make, 16, columns), make.ids(40, 5), make.order(6 * 16)[:5], 16, layout
 
 
+def heads(make: Make, shape: ModelShape, tokens: int, *counts: int) -> tuple[Tensor, ...]:
+    """Heads as the joined product leaves them: [1, H, T, D] with T outside."""
+    joined = make.fill(1, tokens, sum(counts), shape.head_dim).transpose(1, 2)
+    return joined.split(counts, 1)
+
+
+def caches(make: Make, shape: ModelShape) -> tuple[Tensor, Tensor]:
+    return tuple(make.fill(64, shape.num_kv_heads, 16, shape.head_dim) for _ in "kv")
+
+
+def turning(make: Make, shape: ModelShape, tokens: int) -> tuple[Tensor, ...]:
+    """cos, sin, rows."""
+    tables = (make.fill(2048, shape.head_dim) for _ in range(2))
+    return (*tables, make.ids(2048, tokens))
+
+
+def rope_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    for tokens in TOKENS:
+        (q,) = heads(make, shape, tokens, shape.num_heads)
+        rest = (*turning(make, shape, tokens), shape.head_dim, codes.ROPE_HALF)
+        moved = (2 * q.numel() + 2 * tokens * shape.head_dim) * make.dtype.itemsize
+        yield Workload(f"{tokens} x {shape.num_heads} heads", (q, *rest), num_bytes=moved)
+
+
+def write_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    for tokens in TOKENS:
+        k, v = heads(make, shape, tokens, shape.num_kv_heads, shape.num_kv_heads)
+        args = (*caches(make, shape), k, v, make.order(64 * 16)[:tokens])
+        yield Workload(f"{tokens} x {shape.num_kv_heads} heads", args, num_bytes=4 * k.numel() * make.dtype.itemsize)
+
+
+def rope_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    for tokens in TOKENS:
+        q, k, v = heads(make, shape, tokens, shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        slots = make.order(64 * 16)[:tokens]
+        args = (*caches(make, shape), q, k, v, *turning(make, shape, tokens), slots, shape.head_dim, codes.ROPE_HALF)
+        moved = (2 * q.numel() + 4 * k.numel() + 2 * tokens * shape.head_dim) * make.dtype.itemsize
+        yield Workload(f"{tokens} x {shape.num_heads} + {shape.num_kv_heads} heads", args, num_bytes=moved)
+
+
 @op(
     "rope(Tensor x, Tensor cos, Tensor sin, Tensor rows, int rotary_dim, int layout) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
     inputs=rope_inputs,
     tolerance=0.0,
+    workloads=rope_workloads,
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
     """Rotates the first `rotary_dim` of x[1, H, T, D] by lines `rows`[T] of cos/sin[P, C], C the dim or its half."""
@@ -72,6 +113,7 @@ def _line(table: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
     fake=lambda *_: None,
     inputs=write_cache_inputs,
     tolerance=0.0,
+    workloads=write_cache_workloads,
 )
 def write_cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Writes k, v [1, K, T, D] to slot = block * block_size + offset of caches [N, K, B, D]; slot -1 writes nothing."""
@@ -87,6 +129,7 @@ def write_cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: T
     fake=lambda k_cache, v_cache, q, *_: torch.empty_like(q),
     inputs=rope_cache_inputs,
     tolerance=0.0,
+    workloads=rope_cache_workloads,
 )
 def rope_cache(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,

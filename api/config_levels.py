@@ -1,0 +1,127 @@
+"""--compilation-config: what its keys may hold, and which settings of the compiler they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fuseline.api.config import HIGHEST_LEVEL, ConfigError
+from fuseline.compile.config import NEEDED_PASSES, PASSES
+
+LEVELS = (0, 1, 2, 3)
+BACKENDS = ("inductor", "eager")
+CUSTOM_OPS = {
+    "rms_norm": "find_norm", "rotary_embedding": "find_rope", "silu_and_mul": "fuse_act_mul",
+    "fused_moe": "find_moe", "linear": "choose_kernels",
+}  # fmt: skip
+"""Ops that custom_ops can leave as the model spells them, each with the pass that makes it."""
+
+
+@dataclass(frozen=True)
+class LevelKey:
+    """One key. `words` says what its value must be, `effect` what it does; empty where it does nothing here."""
+
+    is_valid: Callable[[object], bool]
+    words: str
+    effect: str = ""
+
+
+def _is_level(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in LEVELS
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_count(item) and item for item in value)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _is_switches(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(on, bool) for on in value.values())
+
+
+KEYS: dict[str, LevelKey] = {
+    "level": LevelKey(_is_level, "is 0, 1, 2 or 3", "the level; 2 when it is left out"),
+    "backend": LevelKey(lambda value: value in BACKENDS, "is inductor or eager", "eager compiles no regions"),
+    "cache_dir": LevelKey(lambda value: isinstance(value, str), "is a directory", "as --cache-dir"),
+    "compile_sizes": LevelKey(_is_sizes, "is a list of numbers above 0"),
+    "cudagraph_capture_sizes": LevelKey(_is_sizes, "is a list of numbers above 0"),
+    "cudagraph_num_of_warmups": LevelKey(_is_count, "is a number, 0 or more"),
+    "custom_ops": LevelKey(
+        _is_names, "is a list of all, none, +NAME and -NAME",
+        f"which ops are ours and which stay as the model spells them: {', '.join(sorted(CUSTOM_OPS))}",
+    ),
+    "pass_config": LevelKey(_is_switches, "maps names of passes to true or false", "false leaves a pass out"),
+    "splitting_ops": LevelKey(_is_names, "is a list of names"),
+    "use_inductor": LevelKey(lambda value: isinstance(value, bool), "is true or false", "false compiles no regions"),
+}  # fmt: skip
+"""By name. null stands for a key's default, but for that of the level."""
+
+
+def check_levels(levels: Mapping[str, object]) -> None:
+    """Raises ConfigError of one line that names the key and what it may be."""
+    if unknown := sorted(set(levels) - set(KEYS)):
+        raise ConfigError(f"compilation_config: unknown key {unknown[0]!r} (keys: {', '.join(sorted(KEYS))})")
+    if not _is_level(levels.get("level")):
+        raise ConfigError(f"compilation_config: there is no level {levels.get('level')!r} (levels: 0, 1, 2, 3)")
+    for name, key in KEYS.items():
+        value = levels.get(name)
+        if value is not None and not key.is_valid(value):
+            raise ConfigError(f"compilation_config: {name} {key.words}, not {value!r}")
+    switches = levels.get("pass_config") or {}
+    check_passes("compilation_config: pass_config", switches, _off(switches))
+    plain_ops(levels.get("custom_ops") or ())
+
+
+def check_passes(setting: str, names: object, off: object) -> None:
+    """Raises ConfigError for a name that is no pass, or a pass in `off` that nothing can be served without."""
+    if unknown := sorted(set(names) - set(PASSES)):
+        raise ConfigError(f"{setting}: there is no pass {unknown[0]!r} (passes: {', '.join(sorted(PASSES))})")
+    if needed := sorted(set(off) & NEEDED_PASSES):
+        raise ConfigError(f"{setting}: {needed[0]} cannot be left out: nothing can be served without it")
+
+
+def plain_ops(custom_ops: object) -> list[str]:
+    """Ops that the list turns off. `all` is the default; +NAME and -NAME win over `none` and `all`."""
+    if {"all", "none"} <= set(custom_ops):
+        raise ConfigError("compilation_config: custom_ops has both all and none; give one")
+    enabled = dict.fromkeys(CUSTOM_OPS, "none" not in custom_ops)
+    for item in custom_ops:
+        if item in ("all", "none"):
+            continue
+        if item[:1] not in ("+", "-") or item[1:] not in CUSTOM_OPS:
+            names = ", ".join(sorted(CUSTOM_OPS))
+            raise ConfigError(f"compilation_config: custom_ops has {item!r} (all, none, or + or - before: {names})")
+        enabled[item[1:]] = item[0] == "+"
+    return [name for name, is_on in enabled.items() if not is_on]
+
+
+def level_values(levels: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
+    """Settings of the compiler by field name. Raises ConfigError."""
+    check_levels(levels)
+    disabled = given.get("disabled_passes", ())
+    check_passes("--disabled-passes", disabled, disabled)
+    off = _off(levels.get("pass_config") or {}) + [CUSTOM_OPS[op] for op in plain_ops(levels.get("custom_ops") or ())]
+    is_eager = levels.get("use_inductor") is False or levels.get("backend") == "eager" or given.get("enforce_eager")
+    values: dict[str, object] = {
+        "level": min(int(levels["level"]), 1 if is_eager else HIGHEST_LEVEL),
+        "disabled_passes": tuple(dict.fromkeys((*disabled, *off))),
+    }
+    if levels.get("cache_dir"):
+        values["cache_dir"] = levels["cache_dir"]
+    return values
+
+
+def without_effect(levels: Mapping[str, object]) -> list[str]:
+    """Keys that were given and do nothing on this device."""
+    return sorted(name for name, value in levels.items() if value is not None and not KEYS[name].effect)
+
+
+def _off(switches: Mapping[str, bool]) -> list[str]:
+    return [name for name, is_on in switches.items() if not is_on]

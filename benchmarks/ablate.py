@@ -1,0 +1,121 @@
+"""What every pass and every level brings: each is turned off in turn and timed against the model with all of them.
+
+    python -P benchmarks/ablate.py /tmp/models/135m --prompt 256 --cpu-threads 2
+
+Both run in this process in turns, so that a busy machine slows both; a ratio is the median over the turns. Below 1.0:
+what was turned off brings something. A variant takes its loading and `--seconds`; at least one turn, however long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fuseline.compile.compiler import CompiledModel, compile_model
+from fuseline.compile.config import NEEDED_PASSES, PASSES, CompileConfig
+from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.target import detect_target
+
+ALL_ON = 3
+LEVELS = {"-O2": 2, "-O1": 1, "-O0": 0}
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens per second of one variant, and its ratio to everything on, timed in turns with it."""
+
+    name: str
+    matches: int
+    prefill: float
+    prefill_ratio: float
+    decode: float
+    decode_ratio: float
+
+
+def step_inputs(model: CompiledModel, num_tokens: int, end: int) -> GraphInputs:
+    """One sequence whose last `num_tokens` of `end` tokens are computed."""
+    positions = torch.arange(end - num_tokens, end)
+    groups, blocks = len(model.info.cache_groups), torch.arange(1, -(-end // BLOCK_SIZE) + 1)
+    return GraphInputs(
+        token_ids=(7919 * positions + 13) % model.info.vocab_size, positions=positions, rope_rows=positions,
+        query_start=torch.tensor([0, num_tokens]).int(), seq_lens=torch.tensor([end]).int(),
+        slot_mapping=(blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).repeat(groups, 1),
+        block_tables=blocks.int().repeat(groups, 1, 1), logits_rows=torch.tensor([num_tokens - 1]),
+    )  # fmt: skip
+
+
+def in_turns(runs: list[Callable[[], object]], budget: float) -> list[list[float]]:
+    """Seconds of each run in each turn, for `budget` seconds; the first turn does not count if there are more."""
+    times: list[list[float]] = [[] for _ in runs]
+    deadline = time.perf_counter() + budget
+    while not times[0] or time.perf_counter() < deadline:
+        for run, found in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - begin)
+    return [found[1:] or found for found in times]
+
+
+def compare(base: CompiledModel, other: CompiledModel, prompt: int, budget: float) -> list[tuple[float, float]]:
+    """(Tokens per second of the other, its ratio to the base) for a prompt, then for decoding behind it."""
+    pairs = []
+    for num_tokens, share in ((prompt, 0.5), (1, 0.5)):
+        inputs = step_inputs(base, num_tokens, prompt + (num_tokens == 1))
+        runs = [lambda model=model, inputs=inputs: model.run(inputs) for model in (base, other)]
+        first, second = in_turns(runs, budget * share)
+        ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
+        pairs.append((num_tokens / statistics.median(second), ratio))
+    return pairs
+
+
+def measure(model: str, prompt: int, cpu_threads: int, budget: float, cache: str) -> Iterator[Row]:
+    def build(level: int, *disabled: str) -> CompiledModel:
+        config = CompileConfig(
+            model, level=level, disabled_passes=disabled, max_model_len=max(2048, prompt + BLOCK_SIZE),
+            max_num_batched_tokens=max(prompt, 256), wait_compiled=True, cache_dir=cache,
+        )  # fmt: skip
+        made = compile_model(config, detect_target(cpu_threads))
+        made.allocate_caches([-(-(prompt + 1) // BLOCK_SIZE) + 1] * len(made.info.cache_groups))
+        return made
+
+    base = build(ALL_ON)
+    matches = {report.name: report.matches for report in base.report.reports}
+    variants = {"all on": lambda: base}
+    optional = [name for name in PASSES if name not in NEEDED_PASSES]
+    variants |= {f"without {name}": lambda name=name: build(ALL_ON, name) for name in optional}
+    variants |= {name: lambda level=level: build(level) for name, level in LEVELS.items()}
+    for name, make in variants.items():
+        (prefill, prefill_ratio), (decode, decode_ratio) = compare(base, make(), prompt, budget)
+        yield Row(name, matches.get(name.removeprefix("without "), 0), prefill, prefill_ratio, decode, decode_ratio)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt; decoding is timed behind it")
+    parser.add_argument("--cpu-threads", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each variant")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    args = parser.parse_args()
+    print("| variant | matches | prefill, token/s | ratio | decode, token/s | ratio |\n|---|---|---|---|---|---|")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="fuseline-ablate-") as cache:
+        for row in measure(args.model, args.prompt, args.cpu_threads, args.seconds, cache):
+            rows.append(asdict(row))
+            speeds = f"{row.prefill:.1f} | {row.prefill_ratio:.3f} | {row.decode:.1f} | {row.decode_ratio:.3f}"
+            print(f"| {row.name} | {row.matches or ''} | {speeds} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""`fuseline bench kernels`: workloads of every op, and what is made of their times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from native_fixtures import with_threads
+
+from fuseline.api.bench import kernels
+from fuseline.api.bench.kernels import Machine, Timing
+from fuseline.api.cli import main
+from fuseline.compile.backends.single import SingleCall, single_call, time_call
+from fuseline.compile.kernels.native import NativeCall
+from fuseline.compile.ops.library import Make, ModelShape
+from fuseline.compile.ops.registry import registry
+
+SMALL = ModelShape(64, 96, 4, 2, 16, 130)
+MACHINE = Machine("avx2", 1, bandwidth=1e9, flops=1e10)
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """A small model on a machine that is not measured."""
+    monkeypatch.setattr(kernels, "SHAPES", {"135m": (64, 96, 4, 2, 16, 128), "0.5b": (32, 96, 2, 1, 16, 128)})
+    monkeypatch.setattr(kernels, "measure_machine", lambda dtype, threads: MACHINE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", [op for op in registry().values() if op.inputs], ids=lambda op: op.name)
+def test_every_op_with_a_kernel_has_workloads(op, dtype) -> None:
+    works = list(op.workloads(Make(dtype, torch.Generator().manual_seed(0)), SMALL))
+    assert len({work.label for work in works}) == len(works) > 1
+    for work in works:
+        call = single_call(op, work.args)
+        moved = work.num_bytes or call.num_bytes
+        assert 0 < moved <= 4 * call.num_bytes and work.flops >= 0
+        assert time_call(call, 2) > 0
+        made = call.tensors[: call.num_outputs]
+        assert all(not out.is_floating_point() or out.isfinite().all() for out in made)
+
+
+def test_arithmetic_of_a_product() -> None:
+    (work, *_) = registry()["linear_panels"].workloads(Make(torch.bfloat16, torch.Generator()), SMALL)
+    assert work.label == "1 x 64 -> 128" and work.flops == 2 * 64 * 128
+    assert single_call(registry()["linear_panels"], work.args).num_bytes == 2 * (64 + 64 * 128 + 128)
+
+
+def test_large_tensors_are_read_from_memory(monkeypatch) -> None:
+    """Copies in turns; small tensors are shared."""
+    pointers = []
+    monkeypatch.setattr("fuseline.compile.backends.single._add_tensor", spy(pointers))
+    large, small = torch.ones(300_000), torch.ones(1)
+    call = SingleCall(NativeCall("binary_scalar", (None,), (0,), (1.0,)), (large, small), 1)
+    with pytest.raises(ValueError):
+        time_call(call, 1)
+    assert pointers[0][0] != large.data_ptr() and pointers[1][0] == small.data_ptr()
+
+
+def spy(pointers: list):
+    def add(plan, tensor: torch.Tensor) -> int:
+        pointers.append((tensor.data_ptr(), tensor.nbytes))
+        return 999
+
+    return add
+
+
+def test_shares_are_of_what_binds(small, capsys) -> None:
+    arguments = ["bench", "kernels", "--shapes", "135m", "--ops", "linear_panels,rms_norm", "--repeats", "2", "--json"]
+    assert with_threads(1, lambda: main(arguments)) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["dtype"] == "bfloat16" and values["machine"]["bandwidth"] == 1e9
+    rows = [Timing(**row) for row in values["kernels"]]
+    assert {row.op for row in rows} == {"linear_panels", "rms_norm"} and {row.shape for row in rows} == {"135m"}
+    for row in rows:
+        times = {"memory": row.num_bytes / 1e9, "arithmetic": row.flops / 1e10}
+        assert row.bound == max(times, key=times.get)
+        assert row.share == pytest.approx(times[row.bound] / row.seconds)
+    assert {row.bound for row in rows if row.label.startswith("256")} == {"memory", "arithmetic"}
+
+
+def test_the_table(small, capsys, tmp_path) -> None:
+    path = tmp_path / "result.json"
+    arguments = ["--ops", "rope", "--dtype", "float32", "--repeats", "1", "--save-result", str(path)]
+    assert with_threads(1, lambda: main(["bench", "kernels", *arguments])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "avx2, 1 threads: reads 1.0 GB/s, products of float32 10 GFLOP/s"
+    assert lines[2].split() == ["op", "shape", "work", "us", "GB/s", "GFLOP/s", "share", "of"]
+    assert len(lines) == 3 + 2 * 3 and lines[3].startswith("rope              135m  1 x 4 heads ")
+    assert len(json.loads(path.read_text())["kernels"]) == 6
+
+
+def test_the_machine_is_measured(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(kernels, "PRODUCT_SIZE", 64)
+    before = torch.get_num_threads()
+    try:
+        machine = with_threads(1, lambda: kernels.measure_machine("float32", 1))
+    finally:
+        torch.set_num_threads(before)
+    assert machine.num_threads == 1 and machine.bandwidth > 1e8 and machine.flops > 1e8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shapes", "7b"], "--shapes: there is no '7b' (choose from 0.5b, 135m)"),
+        (["--ops", "rope,attention"], "--ops: there is no 'attention' (choose from act_mul, "),
+        (["--repeats", "0"], "--repeats must be 1 to 10000"),
+        (["--cpu-threads", "-1"], "--cpu-threads must be 0 or more"),
+    ],
+)
+def test_bad_flags_are_refused(arguments: list[str], words: str, capsys) -> None:
+    assert main(["bench", "kernels", *arguments]) == 1
+    assert words in capsys.readouterr().err
