@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 import numpy as np
 
@@ -20,6 +21,8 @@ class KVManager:
     ) -> None:
         self.block_size = block_size
         self.groups = [CacheGroup(w, block_size, n) for w, n in zip(windows, num_blocks, strict=True)]
+        self.promised: dict[bytes, Sequence] = {}
+        """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
         self.tables = np.zeros((len(self.groups), max_num_seqs, -(-max_model_len // block_size)), np.int32)
 
     @property
@@ -41,6 +44,16 @@ class KVManager:
             settled = hit == before
         return hit
 
+    def find_promise(self, seq: Sequence, hit: int) -> bytes | None:
+        """The key of the last block that running sequences are computing for `seq` too; None: its next is its own."""
+        last = None
+        if seq.reads_cache:
+            for key in islice(seq.keys, hit, (seq.num_tokens - 1) // self.block_size):
+                if key not in self.promised:
+                    break
+                last = key
+        return last
+
     def start(self, seq: Sequence, hit: int, num_tokens: int) -> bool:
         """Give a sequence (with a row) its first `hit` blocks from the cache and room up to `num_tokens` tokens.
 
@@ -61,6 +74,7 @@ class KVManager:
         seq.num_computed = hit * self.block_size
         seq.num_remembered = hit
         seq.num_slots = seq.num_computed
+        self._promise(seq)
         return True
 
     def load_table(self, seq: Sequence) -> None:
@@ -93,10 +107,13 @@ class KVManager:
             for index in range(seq.num_remembered, end):
                 if blocks[index] != NULL_BLOCK:
                     group.pool.remember(blocks[index], seq.keys[index])
+        for key in islice(seq.keys, seq.num_remembered, end):
+            self.promised.pop(key, None)
         seq.num_remembered = end
 
     def free(self, seq: Sequence) -> None:
         """Give everything back, the last block first: a prefix outlives its continuations in the cache."""
+        self._withdraw(seq)
         for group, blocks in zip(self.groups, seq.blocks, strict=False):
             for block in reversed(blocks):
                 if block != NULL_BLOCK:
@@ -107,6 +124,20 @@ class KVManager:
     def reset_prefix_cache(self) -> None:
         for group in self.groups:
             group.pool.forget_all()
+
+    def _promise(self, seq: Sequence) -> None:
+        """Tell of the blocks that a starting sequence will fill with the tokens it has."""
+        if seq.cache_root is None:
+            return
+        end = seq.num_tokens // self.block_size
+        extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, end)
+        for key in islice(seq.keys, seq.num_remembered, end):
+            self.promised.setdefault(key, seq)
+
+    def _withdraw(self, seq: Sequence) -> None:
+        for key in islice(seq.keys, seq.num_remembered, None):
+            if self.promised.get(key) is seq:
+                del self.promised[key]
 
     def _leave_window(self, seq: Sequence) -> None:
         for index, (group, blocks) in enumerate(zip(self.groups, seq.blocks, strict=True)):

@@ -69,6 +69,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. Empty only when nothing waits or runs."""
         self._switch_ropes()
+        self.waiting.unpark(self.kv.promised)
         budget = StepBudget(self.limits.num_tokens, self.limits.num_seqs - len(self.running))
         self._schedule_running(budget)
         if not budget.has_preempted:
@@ -121,11 +122,15 @@ class Scheduler:
 
     def _admit_waiting(self, budget: StepBudget) -> None:
         passed_over: list[Sequence] = []
-        while self.waiting and budget.tokens_left > 0:
+        while self.waiting.has_next and budget.tokens_left > 0:
             seq = self.waiting.peek()
             if not self._find_seat(seq, budget):
                 break
             hit = self.kv.find_prefix(seq)
+            promise = self.kv.find_promise(seq, hit)
+            if promise is not None:
+                self.waiting.park(promise)
+                continue
             num_remaining = seq.num_tokens - hit * self.kv.block_size
             count = self._chunk(seq, num_remaining, budget)
             if count < num_remaining and self._is_long(seq) and not self._has_long_place(budget):
@@ -139,7 +144,9 @@ class Scheduler:
             self.waiting.push(seq)
 
     def _find_seat(self, seq: Sequence, budget: StepBudget) -> bool:
-        return budget.spare_rows > 0 and bool(self._free_rows) or self._preempt_lower(seq, budget)
+        # Who is parked keeps a seat, so those who pass cannot take it, and no more are parked than can sit down.
+        num_free = min(budget.spare_rows, len(self._free_rows))
+        return num_free > self.waiting.num_parked or self._preempt_lower(seq, budget)
 
     def _preempt_lower(self, seq: Sequence, budget: StepBudget) -> bool:
         """Under the priority policy, preempt the last sequence of a lower priority than `seq`, if there is one."""
@@ -165,7 +172,7 @@ class Scheduler:
         while not self.kv.start(seq, hit, num_tokens):
             if not self._preempt_lower(seq, budget):
                 return False
-        self.waiting.remove(seq)
+        self.waiting.pop()
         seq.row = self._free_rows.pop()
         self.running.append(seq)
         self.kv.load_table(seq)
