@@ -159,6 +159,7 @@ class EngineClient:
                 self._starting.set_result(message)
 
     def _take_step(self, step: StepOutputs) -> None:
+        step = step.expanded()
         self._stats = step.stats
         for output in step.outputs:
             mailbox = self._mailboxes.get(output.request_id)

@@ -112,9 +112,29 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Prompt tokens computed in this step."""
 
 
+class PlainTokens(msgspec.Struct, frozen=True, array_like=True):
+    """What most of a step's outputs are: one more token of a choice that goes on, as three parallel lists."""
+
+    request_ids: list[str] = []
+    indices: list[int] = []
+    token_ids: list[int] = []
+
+
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
-    outputs: tuple[TokenOutput, ...] = ()
+    """What a step has to tell. No choice is in both `outputs` and `plain`."""
+
+    outputs: list[TokenOutput] = []
+    plain: PlainTokens = msgspec.field(default_factory=PlainTokens)
     stats: StepStats = msgspec.field(default_factory=StepStats)
+
+    def expanded(self) -> StepOutputs:
+        """The same with all of it in `outputs`: for the receiving side."""
+        plain = self.plain
+        outputs = [
+            TokenOutput(request_id=request_id, index=index, token_ids=(token,))
+            for request_id, index, token in zip(plain.request_ids, plain.indices, plain.token_ids, strict=True)
+        ]
+        return StepOutputs(outputs=self.outputs + outputs, stats=self.stats)
 
 
 class UtilityResult(msgspec.Struct, frozen=True, tag="utility_result"):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fuseline.engine.memory.prefix_cache import root_key
 from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams
+
+if TYPE_CHECKING:
+    from fuseline.engine.run.request_rows import RequestRows
 
 SEED_MASK = (1 << 63) - 1
 
@@ -15,7 +19,8 @@ SEED_MASK = (1 << 63) - 1
 class Sequence:
     """Tokens so far and how many of them have their KV computed; it runs while the second catches up with the first.
 
-    Owners: `row` the scheduler; blocks, keys and counts of blocks the KV manager; tokens the engine.
+    While it runs its counts are in the arrays of `rows`. Owners: `row` the scheduler; blocks, keys and counts of blocks the
+    KV manager; tokens the engine.
     """
 
     request: EngineRequest
@@ -30,7 +35,9 @@ class Sequence:
     shares_prefix: bool
     row: int = -1
     """Row of the running arrays; -1 while not running."""
-    num_computed: int = 0
+    rows: RequestRows | None = None
+    num_pending: int = 0
+    """Tokens that a step still computes for a sequence that has lost its row meanwhile."""
     variant: int = 0
     """Rope table in use (longrope)."""
     is_finished: bool = False
@@ -44,7 +51,6 @@ class Sequence:
     """Choices that wait for this one's prompt to be computed."""
     blocks: list[list[int]] = field(default_factory=list)
     first_held: list[int] = field(default_factory=list)
-    num_slots: int = 0
     num_remembered: int = 0
     keys: list[bytes] = field(default_factory=list)
 
@@ -54,7 +60,12 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens)
+        """Of a running sequence with the token that a step is about to yield, which `tokens` does not hold yet."""
+        return len(self.tokens) if self.rows is None else int(self.rows.num_tokens[self.row])
+
+    @property
+    def num_computed(self) -> int:
+        return 0 if self.rows is None else int(self.rows.num_computed[self.row])
 
     @property
     def prompt_len(self) -> int:
@@ -66,7 +77,7 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) if self.rows is None else int(self.rows.num_remaining(self.row))
 
     @property
     def reads_cache(self) -> bool:

@@ -80,10 +80,10 @@ class Walk:
 
     def step(self) -> None:
         plans = []
-        run = self.engine.runner.execute
-        self.engine.runner.execute = lambda plan: (plans.append(plan), run(plan))[1]
-        outputs = self.engine.step()
-        self.engine.runner.execute = run
+        prepare = self.engine.runner.prepare
+        self.engine.runner.prepare = lambda plan: (plans.append(plan), prepare(plan))[1]
+        outputs = self.engine.step().expanded()
+        self.engine.runner.prepare = prepare
         limits = self.engine.scheduler.limits
         for plan in plans:
             assert 0 < plan.num_tokens <= limits.num_tokens and len(plan.sequences) <= limits.num_seqs
@@ -134,11 +134,13 @@ actions = st.lists(
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("step"), st.integers(1, 6)),
         st.tuples(st.just("reset")),
+        st.tuples(st.just("sleep")),
     ),
     min_size=3, max_size=25,
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_order", "overlapped"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
@@ -150,12 +152,12 @@ actions = st.lists(
     threshold=st.sampled_from([None, 20]),
 )
 def test_tokens_do_not_depend_on_what_happens_around(
-    layout, actions, num_blocks, policy, caching, partial, threshold
+    layout, ahead, actions, num_blocks, policy, caching, partial, threshold
 ) -> None:
     windows = LAYOUTS[layout]
     engine = make_engine(
         windows, num_blocks, threshold, scheduling_policy=policy, enable_prefix_caching=caching,
-        max_num_partial_prefills=partial, max_long_partial_prefills=max(1, partial - 1),
+        max_num_partial_prefills=partial, max_long_partial_prefills=max(1, partial - 1), async_scheduling=ahead,
     )  # fmt: skip
     walk = Walk(engine)
     for action in actions:
@@ -171,6 +173,10 @@ def test_tokens_do_not_depend_on_what_happens_around(
         elif action[0] == "step":
             for _ in range(action[1]):
                 walk.step()
+        elif action[0] == "sleep":
+            engine.pause()
+            assert not engine.scheduler.running
+            engine.resume()
         else:
             engine.reset_prefix_cache()
     walk.finish()

@@ -14,7 +14,7 @@ from fuseline.engine.request import Sequence
 
 
 class KVManager:
-    """Block tables are kept as `tables` [G, max_num_seqs, M] int32, indexed by a running sequence's row."""
+    """Block tables are kept as `tables` [G, R, M] int32, indexed by a running sequence's row (R: max_num_seqs)."""
 
     def __init__(
         self, windows: Seq[int], num_blocks: Seq[int], block_size: int, max_num_seqs: int, max_model_len: int
@@ -24,6 +24,8 @@ class KVManager:
         self.promised: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
         self.tables = np.zeros((len(self.groups), max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self.versions = np.zeros(max_num_seqs, np.int64)  # [R], of the rows of the tables: a copy is good while it lasts
+        self.num_slots = np.zeros(max_num_seqs, np.int64)  # [R], tokens that the blocks of a row can hold
 
     @property
     def usage(self) -> float:
@@ -55,7 +57,7 @@ class KVManager:
         return last
 
     def start(self, seq: Sequence, hit: int, num_tokens: int) -> bool:
-        """Give a sequence (with a row) its first `hit` blocks from the cache and room up to `num_tokens` tokens.
+        """Give a sequence its first `hit` blocks from the cache and see to it that it can grow to `num_tokens` tokens.
 
         Refused unless all of the sequence's known tokens fit, so that a long prompt is not begun only to be preempted.
         """
@@ -71,19 +73,20 @@ class KVManager:
                     group.pool.take(block)
         seq.blocks = reused
         seq.first_held = [group.first_visible(hit * self.block_size) for group in self.groups]
-        seq.num_computed = hit * self.block_size
         seq.num_remembered = hit
-        seq.num_slots = seq.num_computed
         self._promise(seq)
         return True
 
     def load_table(self, seq: Sequence) -> None:
+        """Its blocks as they are after `start`, once it has a row."""
         for index, blocks in enumerate(seq.blocks):
             self.tables[index, seq.row, : len(blocks)] = blocks
+        self.versions[seq.row] += 1
+        self.num_slots[seq.row] = seq.num_computed
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Room for tokens up to `num_tokens`, giving back what the windows have left. False when blocks are lacking."""
-        if num_tokens <= seq.num_slots:
+        if num_tokens <= self.num_slots[seq.row]:
             return True
         self._leave_window(seq)
         end = self._num_blocks(num_tokens)
@@ -94,7 +97,8 @@ class KVManager:
             fresh = group.pool.allocate(end - len(blocks))
             self.tables[index, seq.row, len(blocks) : end] = fresh
             blocks.extend(fresh)
-        seq.num_slots = end * self.block_size
+        self.versions[seq.row] += 1
+        self.num_slots[seq.row] = end * self.block_size
         return True
 
     def remember(self, seq: Sequence) -> None:
@@ -119,7 +123,7 @@ class KVManager:
                 if block != NULL_BLOCK:
                     group.pool.release(block)
         seq.blocks = []
-        seq.num_computed = seq.num_slots = seq.num_remembered = 0
+        seq.num_remembered = 0
 
     def reset_prefix_cache(self) -> None:
         for group in self.groups:
