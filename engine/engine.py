@@ -46,6 +46,7 @@ class Engine:
         self._live: dict[str, list[Sequence]] = {}  # the unfinished choices of each request
         self._report = Report()
         self._num_added = 0
+        self._num_sequences = 0
         self._rng = random.Random(config.seed)
 
     @property
@@ -62,7 +63,7 @@ class Engine:
 
     def prepare(self) -> Batch | None:
         plan = self.scheduler.schedule()
-        return self.runner.prepare(plan) if plan.sequences else None
+        return self.runner.prepare(plan) if plan.num_tokens else None
 
     def launch(self, batch: Batch) -> None:
         plan, rows = batch.plan, self.rows
@@ -71,8 +72,8 @@ class Engine:
         rows.num_computed[plan.rows] += plan.counts
         rows.num_tokens[plan.rows[plan.sampling]] += 1
         self._remember(plan)
-        for index in np.flatnonzero(rows.is_parent[plan.rows]).tolist():
-            seq = plan.sequences[index]
+        for row in plan.rows[rows.is_parent[plan.rows]].tolist():
+            seq = rows.sequences[row]
             if seq.num_computed >= seq.prompt_len:
                 self._release_children(seq)
 
@@ -80,29 +81,33 @@ class Engine:
         return self.runner.run(batch)
 
     def store(self, batch: Batch, result: StepResult) -> None:
-        plan, rows = batch.plan, self.rows
-        if result.sampled is None:
+        plan, sampled = batch.plan, result.sampled
+        if sampled is None:
             return
-        tokens, places = result.sampled.tokens, plan.rows[plan.sampling]
-        stays = rows.tenancy[places] == plan.tenancy[plan.sampling]
-        rows.tokens[places[stays], plan.lengths[stays]] = tokens[stays]
-        for seq, token in zip(batch.arguments.sequences, tokens.tolist(), strict=True):
-            seq.tokens.append(token)
+        places, tenancy = plan.rows[plan.sampling], plan.tenancy[plan.sampling]
+        stays = self.rows.tenancy[places] == tenancy
+        self.rows.append(places[stays], sampled.tokens[stays], plan.lengths[stays])
         for index in np.flatnonzero(~stays).tolist():
-            batch.arguments.sequences[index].num_pending = 0
+            seq = self.rows.departed.pop((int(places[index]), int(tenancy[index])))
+            seq.stored.append(int(sampled.tokens[index]))
+            seq.num_pending = 0
+            batch.departed[index] = seq
 
     def report(self, batch: Batch, result: StepResult) -> None:
+        plan, sampled = batch.plan, result.sampled
         self._store_prompt_scores(batch, result)
-        for index in batch.plan.complete.tolist():
-            self._finish(batch.plan.sequences[index], Ending("length"))
-        if result.sampled is None:
+        for seq in batch.complete:
+            self._finish(seq, Ending("length"))
+        if sampled is None:
             return
-        sequences, tokens = batch.arguments.sequences, result.sampled.tokens
-        is_plain = goes_on_plainly(batch.plan, result.sampled, self.rows)
-        plain = np.flatnonzero(is_plain)
-        self._report.add_plain([sequences[index] for index in plain.tolist()], tokens[plain].tolist())
-        for index in np.flatnonzero(~is_plain).tolist():
-            self._take_token(sequences[index], result.sampled, index)
+        rows = plan.rows[plan.sampling]
+        is_plain = goes_on_plainly(plan, sampled, self.rows)
+        self._report.add_plain(self.rows.handle[rows[is_plain]], sampled.tokens[is_plain])
+        others = [
+            (i, batch.departed.get(i) or self.rows.sequences[rows[i]]) for i in np.flatnonzero(~is_plain).tolist()
+        ]
+        for index, seq in others:
+            self._take_token(seq, sampled, index)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. One that cannot be served fails alone, with the next step's outputs.
@@ -121,7 +126,8 @@ class Engine:
         switch = self.runner.model.info.rope_switch
         caching = self.config.cache.enable_prefix_caching
         threshold = switch.threshold if switch else None
-        sequences = make_sequences(request, self._order(request), seed, caching, threshold)
+        sequences = make_sequences(request, self._order(request), seed, caching, threshold, self._num_sequences)
+        self._num_sequences += len(sequences)
         self._live[request.request_id] = sequences
         self.scheduler.add(sequences[0])
 
@@ -182,8 +188,8 @@ class Engine:
         """The blocks that this step fills can be found by later ones."""
         size = self.kv.block_size
         is_filled = plan.num_computed // size != (plan.num_computed + plan.counts) // size
-        for index in np.flatnonzero(is_filled).tolist():
-            self.kv.remember(plan.sequences[index])
+        for row in plan.rows[is_filled].tolist():
+            self.kv.remember(self.rows.sequences[row])
 
     def _store_prompt_scores(self, batch: Batch, result: StepResult) -> None:
         row = 0
@@ -195,7 +201,7 @@ class Engine:
             row += len(positions)
 
     def _take_token(self, seq: Sequence, sampled: Sampled, row: int) -> None:
-        """The newest token of a sequence, and whatever follows from it; one that has ended meanwhile has no use for it."""
+        """The newest token of a sequence and whatever follows; one that has ended meanwhile has no use for it."""
         if seq.is_finished:
             return
         try:

@@ -27,20 +27,21 @@ class Report:
     """What there is to tell since the last message."""
 
     outputs: list[TokenOutput] = field(default_factory=list)
-    plain: PlainTokens = field(default_factory=lambda: PlainTokens([], [], []))
+    handles: bytes = b""
+    token_ids: bytes = b""
     num_step_tokens: int = 0
     num_prompt_tokens: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.outputs or self.plain.token_ids)
+        return bool(self.outputs or self.token_ids)
 
-    def add_plain(self, sequences: list[Sequence], tokens: list[int]) -> None:
-        self.plain.request_ids.extend([seq.request.request_id for seq in sequences])
-        self.plain.indices.extend([seq.index for seq in sequences])
-        self.plain.token_ids.extend(tokens)
+    def add_plain(self, handles: np.ndarray, tokens: np.ndarray) -> None:
+        """One token each [N] int64, from choices that are told of nothing else."""
+        self.handles += handles.tobytes()
+        self.token_ids += tokens.tobytes()
 
     def message(self, stats: StepStats) -> StepOutputs:
-        return StepOutputs(outputs=self.outputs, plain=self.plain, stats=stats)
+        return StepOutputs(outputs=self.outputs, plain=PlainTokens(self.handles, self.token_ids), stats=stats)
 
 
 def goes_on_plainly(plan: Plan, sampled: Sampled, rows: RequestRows) -> np.ndarray:
@@ -80,6 +81,7 @@ def make_outputs(
         index=seq.index,
         token_ids=tokens,
         logprobs=logprobs,
+        handle=seq.handle if is_first or ending else None,
         num_cached_tokens=seq.num_cached if is_first else 0,
         queue_seconds=seq.queue_seconds if is_first else 0.0,
         finish_reason=ending.reason if ending else None,

@@ -26,9 +26,7 @@ def greedy_walk(**params) -> tuple[Walk, str]:
 
 
 FREE = expected_tokens(
-    EngineRequest(
-        request_id="r", prompt_token_ids=tuple(PROMPT), params=SamplingParams(temperature=0.0, max_tokens=6)
-    ),
+    EngineRequest(request_id="r", prompt_token_ids=tuple(PROMPT), params=SamplingParams(temperature=0.0, max_tokens=6)),
     0,
     (0,),
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, SamplingParams, TokenOutput
+from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander, TokenOutput
 from fuseline.engine.run.sampler_reference import _draw, reference_ops
 
 LAYOUTS = {"full": (0,), "window": (6,), "mixed": (0, 6), "two_windows": (0, 5, 13)}
@@ -62,6 +62,7 @@ def check_invariants(engine: Engine) -> None:
 class Walk:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.expander = StepExpander()
         self.requests: dict[str, EngineRequest] = {}
         self.outputs: dict[tuple[str, int], list[TokenOutput]] = {}
         self.counts: list[int] = []
@@ -82,11 +83,11 @@ class Walk:
         plans = []
         prepare = self.engine.runner.prepare
         self.engine.runner.prepare = lambda plan: (plans.append(plan), prepare(plan))[1]
-        outputs = self.engine.step().expanded()
+        outputs = self.expander.expand(self.engine.step())
         self.engine.runner.prepare = prepare
         limits = self.engine.scheduler.limits
         for plan in plans:
-            assert 0 < plan.num_tokens <= limits.num_tokens and len(plan.sequences) <= limits.num_seqs
+            assert 0 < plan.num_tokens <= limits.num_tokens and len(plan.rows) <= limits.num_seqs
             self.counts.append(plan.num_tokens)
         for output in outputs.outputs:
             self.outputs.setdefault((output.request_id, output.index), []).append(output)
@@ -98,6 +99,7 @@ class Walk:
                 break
             self.step()
         assert not self.engine.has_work and self.engine.kv.usage == 0 and not self.engine._live
+        assert not self.engine.rows.departed and not self.engine.kv.promised and not self.expander._choices
 
     def tokens(self, name: str, index: int = 0) -> list[int]:
         return [token for output in self.outputs[name, index] for token in output.token_ids]

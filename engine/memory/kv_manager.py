@@ -21,10 +21,10 @@ class KVManager:
     ) -> None:
         self.block_size = block_size
         self.groups = [CacheGroup(w, block_size, n) for w, n in zip(windows, num_blocks, strict=True)]
+        self._windowed = [(index, group) for index, group in enumerate(self.groups) if group.window]
         self.promised: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
         self.tables = np.zeros((len(self.groups), max_num_seqs, -(-max_model_len // block_size)), np.int32)
-        self.versions = np.zeros(max_num_seqs, np.int64)  # [R], of the rows of the tables: a copy is good while it lasts
         self.num_slots = np.zeros(max_num_seqs, np.int64)  # [R], tokens that the blocks of a row can hold
 
     @property
@@ -81,7 +81,6 @@ class KVManager:
         """Its blocks as they are after `start`, once it has a row."""
         for index, blocks in enumerate(seq.blocks):
             self.tables[index, seq.row, : len(blocks)] = blocks
-        self.versions[seq.row] += 1
         self.num_slots[seq.row] = seq.num_computed
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
@@ -97,7 +96,6 @@ class KVManager:
             fresh = group.pool.allocate(end - len(blocks))
             self.tables[index, seq.row, len(blocks) : end] = fresh
             blocks.extend(fresh)
-        self.versions[seq.row] += 1
         self.num_slots[seq.row] = end * self.block_size
         return True
 
@@ -144,7 +142,8 @@ class KVManager:
                 del self.promised[key]
 
     def _leave_window(self, seq: Sequence) -> None:
-        for index, (group, blocks) in enumerate(zip(self.groups, seq.blocks, strict=True)):
+        for index, group in self._windowed:
+            blocks = seq.blocks[index]
             first = min(group.first_visible(seq.num_computed), len(blocks))
             for position in range(seq.first_held[index], first):
                 group.pool.release(blocks[position])

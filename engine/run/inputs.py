@@ -55,7 +55,7 @@ class InputBuilder:
             query_start=torch.from_numpy(query_start),
             seq_lens=torch.from_numpy(seq_lens),
             slot_mapping=torch.from_numpy(self._fill_slots(token_rows, positions)),
-            block_tables=torch.from_numpy(self._tables.update(plan.rows, int(seq_lens.max()))),
+            block_tables=torch.from_numpy(self._tables.update(plan, int(seq_lens.max()))),
             logits_rows=torch.from_numpy(np.append(logits_rows, score_rows).astype(np.int64)),
         )
 
@@ -87,21 +87,20 @@ class TableCopy:
         self.kv = kv
         self._memory = np.zeros(0, np.int32)
         self._tables = self._memory.reshape(len(kv.groups), 0, 0)  # [G, S, M]
-        self._rows = np.zeros(0, np.int64)
-        self._versions = np.zeros(0, np.int64)
+        self._rows = self._tenancy = self._num_blocks = np.zeros(0, np.int64)  # [S], what was copied
 
-    def update(self, rows: np.ndarray, longest: int) -> np.ndarray:
-        """Tables [G, S, M] of the rows [S], wide enough for `longest` tokens."""
-        versions = self.kv.versions[rows]
+    def update(self, plan: Plan, longest: int) -> np.ndarray:
+        """Tables [G, S, M] of the plan's rows, wide enough for `longest` tokens."""
         width = self._width(longest)
-        if self._tables.shape[1:] == (len(rows), width):
-            stale = np.flatnonzero((versions != self._versions) | (rows != self._rows))
-        else:
-            self._resize(len(rows), width)
-            stale = np.arange(len(rows))
-        for index in stale.tolist():
-            self._tables[:, index] = self.kv.tables[:, rows[index], :width]
-        self._rows, self._versions = rows, versions
+        num_blocks = self.kv.num_slots[plan.rows] // self.kv.block_size
+        if self._tables.shape[1:] != (len(plan.rows), width):
+            self._resize(len(plan.rows), width)
+        is_same = (plan.rows == self._rows) & (plan.tenancy == self._tenancy)
+        begins = np.where(is_same, self._num_blocks, 0)
+        for index in np.flatnonzero(begins < num_blocks).tolist():
+            part = slice(begins[index], num_blocks[index])
+            self._tables[:, index, part] = self.kv.tables[:, plan.rows[index], part]
+        self._rows, self._tenancy, self._num_blocks = plan.rows, plan.tenancy, num_blocks
         return self._tables
 
     def _width(self, longest: int) -> int:
@@ -111,8 +110,11 @@ class TableCopy:
         return min(width, self.kv.tables.shape[2])
 
     def _resize(self, num_rows: int, width: int) -> None:
+        """Nothing is kept. Entries behind a sequence's blocks may be any valid id, so old ones may stay."""
         num_groups = len(self.kv.groups)
         size = num_groups * num_rows * width
         if size > len(self._memory):
             self._memory = np.zeros(2 * size, np.int32)
         self._tables = self._memory[:size].reshape(num_groups, num_rows, width)
+        self._rows = np.full(num_rows, -1)
+        self._tenancy = self._num_blocks = np.zeros(num_rows, np.int64)

@@ -21,10 +21,14 @@ class RequestRows:
     def __init__(self, num_rows: int, max_model_len: int) -> None:
         self.max_model_len = max_model_len
         self.sequences: list[Sequence | None] = [None] * num_rows
+        self.departed: dict[tuple[int, int], Sequence] = {}
+        """By row and tenancy: sequences that left their row while a step computes a token for them."""
+        self.handle = np.zeros(num_rows, np.int64)
         self.tenancy = np.zeros(num_rows, np.int64)  # counts the sequences that have had the row
         self.tokens = np.zeros((num_rows, max_model_len + 1), np.int32)  # [R, L + 1]
         self.prompt_len = np.zeros(num_rows, np.int64)
         self.num_tokens = np.zeros(num_rows, np.int64)  # with the one that a started step is about to yield
+        self.num_known = np.zeros(num_rows, np.int64)  # without it
         self.num_computed = np.zeros(num_rows, np.int64)  # what started steps compute
         self.num_wanted = np.zeros(num_rows, np.int64)  # tokens to compute at most; the last one never needs it
         self.end = np.zeros(num_rows, np.int64)  # length at which the sequence ends
@@ -51,8 +55,9 @@ class RequestRows:
         """Give the row `seq.row` to a sequence of whose tokens the first `num_computed` need no computing."""
         self.sequences[seq.row] = seq
         self.tenancy[seq.row] += 1
-        self.tokens[seq.row, : len(seq.tokens)] = seq.tokens
-        self.num_tokens[seq.row] = len(seq.tokens)
+        self.handle[seq.row] = seq.handle
+        self.tokens[seq.row, : len(seq.stored)] = seq.stored
+        self.num_tokens[seq.row] = self.num_known[seq.row] = len(seq.stored)
         self.num_computed[seq.row] = num_computed
         self.variant[seq.row] = seq.variant
         self.is_parent[seq.row] = bool(seq.children)
@@ -62,10 +67,23 @@ class RequestRows:
 
     def leave(self, seq: Sequence) -> None:
         row = seq.row
+        self.copy_new_tokens(seq)
+        seq.num_pending = int(self.num_tokens[row] - self.num_known[row])
+        if seq.num_pending:
+            self.departed[row, int(self.tenancy[row])] = seq
         self.sequences[row] = None
         self.tenancy[row] += 1
         self.num_tokens[row] = self.num_computed[row] = self.num_wanted[row] = 0
         seq.row, seq.rows = -1, None
+
+    def append(self, rows: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
+        """One new token for each of the rows."""
+        self.tokens[rows, positions] = tokens
+        self.num_known[rows] = positions + 1
+
+    def copy_new_tokens(self, seq: Sequence) -> None:
+        row, begin, end = seq.row, len(seq.stored), self.num_known[seq.row]
+        seq.stored.frombytes(self.tokens[row, begin:end].tobytes())
 
     def num_remaining(self, rows: np.ndarray | slice | int = slice(None)) -> np.ndarray:
         """Tokens that can be computed now; 0 for free rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -38,6 +38,10 @@ class Batch:
     arguments: SampleArguments
     scoring: list[tuple[Sequence, range]]
     """Sequence and the positions whose prompt tokens are scored."""
+    complete: list[Sequence]
+    """Those that want no tokens and have the last of their prompt computed in this step."""
+    departed: dict[int, Sequence] = field(default_factory=dict)
+    """Sampling sequences that have left their row while the batch ran, by index."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,7 @@ class StepResult:
 class Runner:
     """`prepare`, `fill`, `run`; the last may be called from another thread, beside a `prepare` of the next step."""
 
-    def __init__(
-        self, model: Model, ops: SampleOps, rows: RequestRows, kv: KVManager, max_num_tokens: int
-    ) -> None:
+    def __init__(self, model: Model, ops: SampleOps, rows: RequestRows, kv: KVManager, max_num_tokens: int) -> None:
         self.model = model
         self.rows = rows
         switch = model.info.rope_switch
@@ -65,7 +67,9 @@ class Runner:
         self._builders.reverse()
         builder = self._builders[0]
         scoring, score_rows = _scored_rows(plan, self.rows)
-        return Batch(plan, builder, builder.build(plan, score_rows), self.sampler.prepare(plan), scoring)
+        complete = [self.rows.sequences[row] for row in plan.rows[plan.complete].tolist()]
+        inputs, arguments = builder.build(plan, score_rows), self.sampler.prepare(plan)
+        return Batch(plan, builder, inputs, arguments, scoring, complete)
 
     def fill(self, batch: Batch) -> None:
         """All tokens of the sequences are known now."""
@@ -80,7 +84,7 @@ class Runner:
         return StepResult(sampled, scores)
 
     def _score(self, logits: torch.Tensor, scoring: list[tuple[Sequence, range]]) -> RowScores:
-        targets = [seq.tokens[position] for seq, positions in scoring for position in positions]
+        targets = [seq.stored[position] for seq, positions in scoring for position in positions]
         return self.sampler.score(logits, targets, max(seq.params.prompt_logprobs or 0 for seq, _ in scoring))
 
 
@@ -90,7 +94,9 @@ def _scored_rows(plan: Plan, state: RequestRows) -> tuple[list[tuple[Sequence, r
     score_rows: list[int] = []
     if state.wants_scores[plan.rows].any():
         start = 0
-        for seq, computed, count in zip(plan.sequences, plan.num_computed.tolist(), plan.counts.tolist(), strict=True):
+        counts = zip(plan.rows.tolist(), plan.num_computed.tolist(), plan.counts.tolist(), strict=True)
+        for row, computed, count in counts:
+            seq = state.sequences[row]
             positions = range(computed + 1, min(computed + count + 1, seq.prompt_len))
             if seq.prompt_scores is not None and len(positions):
                 scoring.append((seq, positions))

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from fuseline.engine.messages import PositionLogprobs
-from fuseline.engine.request import Sequence
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens
 from fuseline.engine.schedule.plan import Plan
 
@@ -55,19 +54,30 @@ class Sampled:
     scores: RowScores
 
 
+@dataclass(frozen=True)
+class RowSettings:
+    """Arguments of the `sample` kernel that stay while the same R sequences sample."""
+
+    rows: np.ndarray  # [R] int64
+    tenancy: np.ndarray  # [R] int64
+    num_top: int
+    mode: int
+    values: list[torch.Tensor]  # temperature ... seed, [R] each
+    num_logprobs: torch.Tensor  # [R] int64
+    prompt_len: torch.Tensor  # [R] int64
+    has_history: np.ndarray  # [R] bool
+    has_lists: bool
+    no_items: tuple[torch.Tensor, torch.Tensor]
+    """Starts and items of lists that are all empty."""
+
+
 @dataclass
 class SampleArguments:
     """Inputs of the `sample` kernel for R rows; those that depend on the newest tokens come last, by `Sampler.fill`."""
 
-    sequences: list[Sequence]
-    rows: np.ndarray  # [R] int64
+    settings: RowSettings
     lengths: np.ndarray  # [R] int64, tokens before the one to sample
-    num_top: int
-    mode: int
-    settings: list[torch.Tensor]  # temperature ... seed, [R] each
     counter: torch.Tensor  # [R] int64
-    num_logprobs: torch.Tensor  # [R] int64
-    prompt_len: torch.Tensor  # [R] int64
     history: tuple[torch.Tensor, torch.Tensor] = ()
     lists: list[torch.Tensor] = ()
 
@@ -77,43 +87,31 @@ class Sampler:
         self.rows = rows
         self.vocab_size = vocab_size
         self.ops = ops
+        self._settings: RowSettings | None = None
 
     def prepare(self, plan: Plan) -> SampleArguments:
         """What is known of the sampling sequences before their newest tokens are."""
-        state, rows = self.rows, plan.rows[plan.sampling]
-        modes = state.logprobs_mode[rows]
-        if len(rows) and modes.min() != modes.max():
-            raise ValueError("sequences of one server differ in logprobs_mode")
-        num_logprobs = np.minimum(state.num_logprobs[rows], self.vocab_size)
-        prompt_len = state.prompt_len[rows]
-        settings = (state.temperature, state.top_k, state.top_p, state.min_p, state.repetition, state.frequency)
-        return SampleArguments(
-            sequences=[plan.sequences[index] for index in plan.sampling.tolist()],
-            rows=rows,
-            lengths=plan.lengths,
-            num_top=max(0, int(num_logprobs.max(initial=0))),
-            mode=int(modes.max(initial=0)),
-            settings=[torch.from_numpy(array[rows]) for array in (*settings, state.presence, state.seed)],
-            counter=torch.from_numpy(plan.lengths - prompt_len),
-            num_logprobs=torch.from_numpy(num_logprobs),
-            prompt_len=torch.from_numpy(prompt_len),
-        )
+        rows, tenancy, old = plan.rows[plan.sampling], plan.tenancy[plan.sampling], self._settings
+        if old is None or not (np.array_equal(rows, old.rows) and np.array_equal(tenancy, old.tenancy)):
+            self._settings = self._gather(rows, tenancy)
+        counter = plan.lengths - self.rows.prompt_len[rows]
+        return SampleArguments(self._settings, plan.lengths, torch.from_numpy(counter))
 
     def fill(self, arguments: SampleArguments) -> None:
         """The rest, from all tokens so far."""
         arguments.history = self._history(arguments)
-        arguments.lists = self._lists(arguments)
+        arguments.lists = self._lists(arguments.settings)
 
     def sample(self, logits: torch.Tensor, arguments: SampleArguments) -> Sampled:
         """logits [R, V] float32."""
-        num_rows = len(arguments.rows)
-        out = _Outputs(num_rows, arguments.num_top)
+        settings, num_rows = arguments.settings, len(arguments.lengths)
+        out = _Outputs(num_rows, settings.num_top)
         # Zeros, because a row that is not ok leaves its token as it is.
         tokens = torch.zeros(num_rows, dtype=torch.int64)
         ok = torch.empty(num_rows, dtype=torch.uint8)
         self.ops.sample(
-            tokens, *out.tensors, ok, logits, *arguments.settings, arguments.counter, arguments.num_logprobs,
-            *arguments.history, arguments.prompt_len, *arguments.lists, None, arguments.mode,
+            tokens, *out.tensors, ok, logits, *settings.values, arguments.counter, settings.num_logprobs,
+            *arguments.history, settings.prompt_len, *arguments.lists, None, settings.mode,
         )  # fmt: skip
         return Sampled(tokens.numpy(), ok.numpy() != 0, out.scores())
 
@@ -123,28 +121,50 @@ class Sampler:
         self.ops.row_logprobs(*out.tensors, logits, torch.tensor(targets, dtype=torch.int64))
         return out.scores()
 
+    def _gather(self, rows: np.ndarray, tenancy: np.ndarray) -> RowSettings:
+        state = self.rows
+        modes = state.logprobs_mode[rows]
+        if len(rows) and modes.min() != modes.max():
+            raise ValueError("sequences of one server differ in logprobs_mode")
+        num_logprobs = np.minimum(state.num_logprobs[rows], self.vocab_size)
+        values = (state.temperature, state.top_k, state.top_p, state.min_p, state.repetition, state.frequency)
+        return RowSettings(
+            rows=rows,
+            tenancy=tenancy,
+            num_top=max(0, int(num_logprobs.max(initial=0))),
+            mode=int(modes.max(initial=0)),
+            values=[torch.from_numpy(array[rows]) for array in (*values, state.presence, state.seed)],
+            num_logprobs=torch.from_numpy(num_logprobs),
+            prompt_len=torch.from_numpy(state.prompt_len[rows]),
+            has_history=state.has_history[rows],
+            has_lists=bool(state.has_lists[rows].any()),
+            no_items=_ragged([], len(rows)),
+        )
+
     def _history(self, arguments: SampleArguments) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of the rows with penalties, one after the other; other rows have none."""
-        wanted = self.rows.has_history[arguments.rows]
-        if not wanted.any():
-            return _ragged([], len(wanted))
-        lengths = np.where(wanted, arguments.lengths, 0)
-        parts = [self.rows.tokens[row, :length] for row, length in zip(arguments.rows, lengths, strict=True)]
+        settings = arguments.settings
+        if not settings.has_history.any():
+            return settings.no_items
+        lengths = np.where(settings.has_history, arguments.lengths, 0)
+        parts = [self.rows.tokens[row, :length] for row, length in zip(settings.rows, lengths, strict=True)]
         return _ragged(parts, len(parts))
 
-    def _lists(self, arguments: SampleArguments) -> list[torch.Tensor]:
+    def _lists(self, settings: RowSettings) -> list[torch.Tensor]:
         """bias_start, bias_ids, bias_values, banned_start, banned_ids, allowed_start, allowed_ids."""
+        if not settings.has_lists:
+            return [*settings.no_items, torch.empty(0), *settings.no_items, *settings.no_items]
         bias: list[list[int]] = []
         values: list[float] = []
         banned: list[list[int]] = []
         allowed: list[list[int]] = []
-        if self.rows.has_lists[arguments.rows].any():
-            for seq in arguments.sequences:
-                bias.append([token for token, _ in seq.params.logit_bias])
-                values += [value for _, value in seq.params.logit_bias]
-                banned.append([token for token in banned_tokens(seq) if 0 <= token < self.vocab_size])
-                allowed.append(list(seq.params.allowed_token_ids))
-        count = len(arguments.sequences)
+        for row in settings.rows.tolist():
+            seq = self.rows.sequences[row]
+            bias.append([token for token, _ in seq.params.logit_bias])
+            values += [value for _, value in seq.params.logit_bias]
+            banned.append([token for token in banned_tokens(seq) if 0 <= token < self.vocab_size])
+            allowed.append(list(seq.params.allowed_token_ids))
+        count = len(settings.rows)
         bias_values = torch.tensor(values, dtype=torch.float32)
         return [*_ragged(bias, count), bias_values, *_ragged(banned, count), *_ragged(allowed, count)]
 

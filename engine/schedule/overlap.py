@@ -1,4 +1,4 @@
-"""In which order the stages of steps follow one another: one step after the other, or the next prepared while one runs."""
+"""In which order the stages of steps follow: one step after the other, or the next prepared while one runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class InOrder:
 class Overlapped:
     """The next step is prepared, and the last one reported, while one runs in a thread of its own.
 
-    The host is one step behind: a sequence that ends by a token is still in the next step, whose token for it is dropped.
+    The host is one step behind: a sequence that ends by a token is still in the next step, whose token for it is
+    dropped.
     """
 
     def __init__(self) -> None:

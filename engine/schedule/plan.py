@@ -12,12 +12,12 @@ from fuseline.engine.run.request_rows import RequestRows
 
 @dataclass(frozen=True)
 class Plan:
-    """`sequences[i]`, in `rows[i]`, computes its next `counts[i]` tokens. Legend: S sequences, N of them sample.
+    """The sequence of `rows[i]` computes its next `counts[i]` tokens. Legend: S sequences, N of them sample.
 
-    The arrays are as they were when the plan was made: the sequences go on while it runs.
+    The arrays are as they were when the plan was made; while it runs, a row may go to another sequence, with another
+    tenancy.
     """
 
-    sequences: list[Sequence]
     rows: np.ndarray  # [S] int64
     tenancy: np.ndarray  # [S] int64, of the rows
     counts: np.ndarray  # [S] int64
@@ -71,7 +71,6 @@ def make_plan(budget: StepBudget, state: RequestRows) -> Plan:
     is_last, wants_tokens = num_computed + counts == num_tokens, state.wants_tokens[rows]
     sampling = np.flatnonzero(is_last & wants_tokens)
     return Plan(
-        sequences=[state.sequences[row] for row in rows.tolist()],
         rows=rows,
         tenancy=state.tenancy[rows],
         counts=counts,

@@ -108,12 +108,13 @@ class Scheduler:
 
     def _schedule_running(self, budget: StepBudget) -> None:
         remaining = self.rows.num_remaining()
-        behind = [self.rows.sequences[row] for row in np.flatnonzero((remaining > 0) & (budget.counts == 0))]
+        rows = np.flatnonzero((remaining > 0) & (budget.counts == 0))
+        behind = [(self.rows.sequences[row], int(remaining[row])) for row in rows.tolist()]
         # Sequences one token behind go first, so that a long prompt never makes a stream of tokens wait.
-        for seq in sorted(behind, key=lambda s: (s.num_remaining > 1, s.order)):
+        for seq, num_remaining in sorted(behind, key=lambda pair: (pair[1] > 1, pair[0].order)):
             if seq.row < 0:
                 continue
-            count = self._chunk(seq, seq.num_remaining, budget)
+            count = self._chunk(seq, num_remaining, budget)
             if count and self._make_room(seq, seq.num_computed + count, budget):
                 budget.add(seq, count)
 
@@ -229,6 +230,5 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._free_rows.append(seq.row)
-        seq.num_pending = seq.num_tokens - len(seq.tokens)
         self.rows.leave(seq)
         self.kv.free(seq)
