@@ -4,8 +4,8 @@
 
 The model is a fake that computes nothing. "host" is a step without the sampling kernel: schedule, inputs, arguments of
 the sampler, update, endings, outputs, encoding and sending. "kernel" is greedy sampling by the native kernel over a
-real vocabulary, measured inside the same steps: it leaves the processor's caches cold. The host's time should be flat in
-the number of waiting requests and in the context.
+real vocabulary, measured inside the same steps: it leaves the processor's caches cold. The host's time should be flat
+in the number of waiting requests and in the context.
 """
 
 from __future__ import annotations

@@ -175,9 +175,9 @@ class Engine:
 
     def _note_start(self, plan: Plan) -> None:
         """Queue times of what runs for the first time; the counts of the step."""
-        num_prompt = np.clip(self.rows.prompt_len[plan.rows] - plan.num_computed, 0, plan.counts)
+        num_left = np.maximum(self.rows.prompt_len[plan.rows] - plan.num_computed, 0)
         self._report.num_step_tokens += plan.num_tokens
-        self._report.num_prompt_tokens += int(num_prompt.sum())
+        self._report.num_prompt_tokens += int(np.minimum(num_left, plan.counts).sum())
         for seq in plan.started:
             if not seq.was_scheduled:
                 seq.was_scheduled = True

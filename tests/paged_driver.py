@@ -30,7 +30,9 @@ def greedy(model: CompiledModel, prompts: Sequence[Sequence[int]], num_tokens: i
     free = list(range(1, blocks_each * len(prompts) + 1))
     random.Random(0).shuffle(free)
     model.allocate_caches([len(free) + 1] * len(model.info.cache_groups))
-    sequences = [Sequence_(list(p), len(p), [free.pop() for _ in range(blocks_each)], k) for k, p in enumerate(prompts)]
+    sequences = [
+        Sequence_(list(p), len(p), [free.pop() for _ in range(blocks_each)], k) for k, p in enumerate(prompts)
+    ]
     step = 0
     while active := [s for s in sequences if len(s.tokens) - s.num_prompt < num_tokens]:
         _run_step(model, [s for s in active if s.starts_at <= step], chunk)

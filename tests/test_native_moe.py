@@ -165,6 +165,6 @@ def test_a_token_does_not_depend_on_its_batch_or_on_threads(isa, dtype):
 
 def test_more_tokens_than_fit_the_scratch(isa):
     layer = Layer(num_experts=2, dim=8000, hidden=20, dtype=torch.bfloat16)
-    x, ids, weights = layer.inputs(700, 2)  # blocks hold 490 tokens
+    x, ids, weights = layer.inputs(700, 2)   # blocks hold 490 tokens
     whole = layer.run(x, ids, weights)
     assert torch.equal(layer.run(x[400:], ids[400:], weights[400:]), whole[400:])

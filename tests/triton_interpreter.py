@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter, jit
 
-SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have (CUDA programming guide)
+SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}   # bytes a program may have (CUDA programming guide)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 

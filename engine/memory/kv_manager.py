@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from itertools import islice
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class KVManager:
         """The key of the last block that running sequences are computing for `seq` too; None: its next is its own."""
         last = None
         if seq.reads_cache:
-            for key in islice(seq.keys, hit, (seq.num_tokens - 1) // self.block_size):
+            for key in seq.keys[hit : (seq.num_tokens - 1) // self.block_size]:
                 if key not in self.promised:
                     break
                 last = key
@@ -99,18 +98,30 @@ class KVManager:
         self.num_slots[seq.row] = end * self.block_size
         return True
 
+    def grow_streams(self, rows: np.ndarray, sequences: Seq[Sequence]) -> bool:
+        """A block more for each of the rows. False, and nothing done, where that is not all there is to do."""
+        if self._windowed or any(len(rows) > group.pool.num_free for group in self.groups):
+            return False
+        for index, group in enumerate(self.groups):
+            fresh = group.pool.allocate(len(rows))
+            self.tables[index, rows, self.num_slots[rows] // self.block_size] = fresh
+            for seq, block in zip(sequences, fresh, strict=True):
+                seq.blocks[index].append(block)
+        self.num_slots[rows] += self.block_size
+        return True
+
     def remember(self, seq: Sequence) -> None:
         """Make the blocks that the last step filled findable."""
         end = seq.num_computed // self.block_size
         if seq.cache_root is None or end <= seq.num_remembered:
             return
-        extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, end)
-        for group, blocks in zip(self.groups, seq.blocks, strict=True):
-            for index in range(seq.num_remembered, end):
-                if blocks[index] != NULL_BLOCK:
-                    group.pool.remember(blocks[index], seq.keys[index])
-        for key in islice(seq.keys, seq.num_remembered, end):
+        extend_keys(seq.keys, seq.cache_root, seq.rows.tokens[seq.row], self.block_size, end)
+        for index in range(seq.num_remembered, end):
+            key = seq.keys[index]
             self.promised.pop(key, None)
+            for group, blocks in zip(self.groups, seq.blocks, strict=True):
+                if blocks[index] != NULL_BLOCK:
+                    group.pool.remember(blocks[index], key)
         seq.num_remembered = end
 
     def free(self, seq: Sequence) -> None:
@@ -133,11 +144,11 @@ class KVManager:
             return
         end = seq.num_tokens // self.block_size
         extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, end)
-        for key in islice(seq.keys, seq.num_remembered, end):
+        for key in seq.keys[seq.num_remembered : end]:
             self.promised.setdefault(key, seq)
 
     def _withdraw(self, seq: Sequence) -> None:
-        for key in islice(seq.keys, seq.num_remembered, None):
+        for key in seq.keys[seq.num_remembered :]:
             if self.promised.get(key) is seq:
                 del self.promised[key]
 

@@ -35,7 +35,7 @@ class InputBuilder:
         self._seq_lens = np.zeros(num_seqs, np.int32)
         self._tables = TableCopy(kv)
 
-    def build(self, plan: Plan, score_rows: list[int]) -> GraphInputs:
+    def build(self, plan: Plan, score_rows: np.ndarray) -> GraphInputs:
         """`score_rows`: tokens of the step, beside the last ones of sampling sequences, whose logits are wanted."""
         num_seqs, num_tokens = len(plan.rows), plan.num_tokens
         query_start = self._query_start[: num_seqs + 1]
@@ -47,7 +47,7 @@ class InputBuilder:
         positions = self._positions[:num_tokens]
         positions[:] = np.arange(num_tokens)
         positions += np.repeat(plan.num_computed - query_start[:-1], plan.counts)
-        logits_rows = query_start[plan.sampling + 1] - 1
+        logits_rows = np.concatenate((query_start[plan.sampling + 1] - 1, score_rows), dtype=np.int64)
         return GraphInputs(
             token_ids=torch.from_numpy(self._token_ids[:num_tokens]),
             positions=torch.from_numpy(positions),
@@ -56,7 +56,7 @@ class InputBuilder:
             seq_lens=torch.from_numpy(seq_lens),
             slot_mapping=torch.from_numpy(self._fill_slots(token_rows, positions)),
             block_tables=torch.from_numpy(self._tables.update(plan, int(seq_lens.max()))),
-            logits_rows=torch.from_numpy(np.append(logits_rows, score_rows).astype(np.int64)),
+            logits_rows=torch.from_numpy(logits_rows),
         )
 
     def fill_tokens(self) -> None:
@@ -97,7 +97,10 @@ class TableCopy:
             self._resize(len(plan.rows), width)
         is_same = (plan.rows == self._rows) & (plan.tenancy == self._tenancy)
         begins = np.where(is_same, self._num_blocks, 0)
-        for index in np.flatnonzero(begins < num_blocks).tolist():
+        num_new = num_blocks - begins
+        grown = np.flatnonzero(num_new == 1)
+        self._tables[:, grown, begins[grown]] = self.kv.tables[:, plan.rows[grown], begins[grown]]
+        for index in np.flatnonzero(num_new > 1).tolist():
             part = slice(begins[index], num_blocks[index])
             self._tables[:, index, part] = self.kv.tables[:, plan.rows[index], part]
         self._rows, self._tenancy, self._num_blocks = plan.rows, plan.tenancy, num_blocks

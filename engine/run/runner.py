@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from fuseline.compile.graph_inputs import GraphInputs
@@ -88,7 +89,7 @@ class Runner:
         return self.sampler.score(logits, targets, max(seq.params.prompt_logprobs or 0 for seq, _ in scoring))
 
 
-def _scored_rows(plan: Plan, state: RequestRows) -> tuple[list[tuple[Sequence, range]], list[int]]:
+def _scored_rows(plan: Plan, state: RequestRows) -> tuple[list[tuple[Sequence, range]], np.ndarray]:
     """Who scores which prompt positions, and the tokens of the step whose logits do it."""
     scoring: list[tuple[Sequence, range]] = []
     score_rows: list[int] = []
@@ -102,4 +103,4 @@ def _scored_rows(plan: Plan, state: RequestRows) -> tuple[list[tuple[Sequence, r
                 scoring.append((seq, positions))
                 score_rows.extend(range(start, start + len(positions)))
             start += count
-    return scoring, score_rows
+    return scoring, np.array(score_rows, np.int64)

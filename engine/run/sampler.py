@@ -37,6 +37,19 @@ class RowScores:
     top_ids: torch.Tensor  # [R, L] int64
     top_logprobs: torch.Tensor  # [R, L] float32
 
+    @staticmethod
+    def make(num_rows: int, num_top: int) -> RowScores:
+        return RowScores(
+            torch.zeros(num_rows, dtype=torch.float32),
+            torch.zeros(num_rows, dtype=torch.int64),
+            torch.zeros((num_rows, num_top), dtype=torch.int64),
+            torch.zeros((num_rows, num_top), dtype=torch.float32),
+        )
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.logprobs, self.ranks, self.top_ids, self.top_logprobs
+
     def position(self, row: int, token: int, count: int) -> PositionLogprobs:
         return PositionLogprobs(
             token_id=token,
@@ -69,6 +82,8 @@ class RowSettings:
     has_lists: bool
     no_items: tuple[torch.Tensor, torch.Tensor]
     """Starts and items of lists that are all empty."""
+    no_scores: RowScores | None
+    """Stands for outputs that the kernel leaves alone, since nobody wants log-probabilities."""
 
 
 @dataclass
@@ -105,21 +120,21 @@ class Sampler:
     def sample(self, logits: torch.Tensor, arguments: SampleArguments) -> Sampled:
         """logits [R, V] float32."""
         settings, num_rows = arguments.settings, len(arguments.lengths)
-        out = _Outputs(num_rows, settings.num_top)
+        scores = settings.no_scores or RowScores.make(num_rows, settings.num_top)
         # Zeros, because a row that is not ok leaves its token as it is.
         tokens = torch.zeros(num_rows, dtype=torch.int64)
         ok = torch.empty(num_rows, dtype=torch.uint8)
         self.ops.sample(
-            tokens, *out.tensors, ok, logits, *settings.values, arguments.counter, settings.num_logprobs,
+            tokens, *scores.tensors, ok, logits, *settings.values, arguments.counter, settings.num_logprobs,
             *arguments.history, settings.prompt_len, *arguments.lists, None, settings.mode,
         )  # fmt: skip
-        return Sampled(tokens.numpy(), ok.numpy() != 0, out.scores())
+        return Sampled(tokens.numpy(), ok.numpy() != 0, scores)
 
     def score(self, logits: torch.Tensor, targets: list[int], num_top: int) -> RowScores:
         """Raw log-probabilities of given tokens. logits [R, V] float32."""
-        out = _Outputs(len(targets), min(num_top, self.vocab_size))
-        self.ops.row_logprobs(*out.tensors, logits, torch.tensor(targets, dtype=torch.int64))
-        return out.scores()
+        scores = RowScores.make(len(targets), min(num_top, self.vocab_size))
+        self.ops.row_logprobs(*scores.tensors, logits, torch.tensor(targets, dtype=torch.int64))
+        return scores
 
     def _gather(self, rows: np.ndarray, tenancy: np.ndarray) -> RowSettings:
         state = self.rows
@@ -139,6 +154,7 @@ class Sampler:
             has_history=state.has_history[rows],
             has_lists=bool(state.has_lists[rows].any()),
             no_items=_ragged([], len(rows)),
+            no_scores=RowScores.make(len(rows), 0) if (num_logprobs < 0).all() else None,
         )
 
     def _history(self, arguments: SampleArguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,19 +183,6 @@ class Sampler:
         count = len(settings.rows)
         bias_values = torch.tensor(values, dtype=torch.float32)
         return [*_ragged(bias, count), bias_values, *_ragged(banned, count), *_ragged(allowed, count)]
-
-
-class _Outputs:
-    def __init__(self, num_rows: int, num_top: int) -> None:
-        self.tensors = (
-            torch.zeros(num_rows, dtype=torch.float32),
-            torch.zeros(num_rows, dtype=torch.int64),
-            torch.zeros((num_rows, num_top), dtype=torch.int64),
-            torch.zeros((num_rows, num_top), dtype=torch.float32),
-        )
-
-    def scores(self) -> RowScores:
-        return RowScores(*self.tensors)
 
 
 def _ragged(parts: list, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -100,11 +100,16 @@ class Scheduler:
             seq.switch_rope()
 
     def _continue_streams(self, budget: StepBudget) -> None:
-        """What most steps are made of: sequences one token behind whose blocks have room for it."""
-        has_room = self.rows.num_computed < self.kv.num_slots
-        streams = np.flatnonzero((self.rows.num_remaining() == 1) & has_room)
-        if len(streams) <= budget.tokens_left:
+        """What most steps are made of: sequences one token behind, for which there is room."""
+        streams = np.flatnonzero(self.rows.num_remaining() == 1)
+        if len(streams) > budget.tokens_left:
+            return
+        is_full = self.rows.num_computed[streams] == self.kv.num_slots[streams]
+        full = streams[is_full]
+        if self.kv.grow_streams(full, [self.rows.sequences[row] for row in full.tolist()]):
             budget.add_rows(streams)
+        else:
+            budget.add_rows(streams[~is_full])
 
     def _schedule_running(self, budget: StepBudget) -> None:
         remaining = self.rows.num_remaining()
