@@ -16,6 +16,7 @@ from fuseline.engine.messages import (
     EngineRequest,
     FromEngine,
     Progress,
+    StepExpander,
     StepOutputs,
     StepStats,
     TokenOutput,
@@ -60,6 +61,7 @@ class EngineClient:
         self._calls: dict[int, asyncio.Future[str]] = {}
         self._num_calls = 0
         self._stats = StepStats()
+        self._expander = StepExpander()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._is_stopping = False
         self._starting: asyncio.Future[EngineReady] | None = None
@@ -78,6 +80,7 @@ class EngineClient:
         """Raises EngineStartError."""
         self._on_progress = on_progress
         self._is_stopping = False
+        self._expander = StepExpander()
         self._starting = asyncio.get_running_loop().create_future()
         self._transport = self._make_transport(self._setup, self._take, self._end)
         try:
@@ -159,6 +162,7 @@ class EngineClient:
                 self._starting.set_result(message)
 
     def _take_step(self, step: StepOutputs) -> None:
+        step = self._expander.expand(step)
         self._stats = step.stats
         for output in step.outputs:
             mailbox = self._mailboxes.get(output.request_id)

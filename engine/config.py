@@ -31,6 +31,8 @@ class SchedulerConfig:
     """Sequences in a step."""
     max_num_queued_reqs: int = 0
     """Requests that may wait before new ones get 429; 0 means 4 x max-num-seqs."""
+    async_scheduling: bool = False
+    """Schedule the next step while the last one runs; tokens are the same."""
     scheduling_policy: str = "fcfs"
     """fcfs, or priority (lower value first, ties by arrival)."""
     enable_chunked_prefill: bool = True

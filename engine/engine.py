@@ -8,13 +8,17 @@ import time
 from collections.abc import Sequence as Seq
 from itertools import chain, islice
 
+import numpy as np
+
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.kv_manager import KVManager
-from fuseline.engine.messages import EngineRequest, StepOutputs, TokenOutput
-from fuseline.engine.outputs import Ending, find_ending, make_outputs
+from fuseline.engine.messages import EngineRequest, PositionLogprobs, StepOutputs, TokenOutput
+from fuseline.engine.outputs import Ending, Report, find_ending, goes_on_plainly, make_outputs
 from fuseline.engine.request import Sequence, make_sequences
-from fuseline.engine.run.runner import Model, Runner, StepResult
-from fuseline.engine.run.sampler import SampleOps
+from fuseline.engine.run.request_rows import RequestRows
+from fuseline.engine.run.runner import Batch, Model, Runner, StepResult
+from fuseline.engine.run.sampler import Sampled, SampleOps
+from fuseline.engine.schedule.overlap import InOrder, Overlapped
 from fuseline.engine.schedule.plan import Plan
 from fuseline.engine.schedule.scheduler import Limits, Scheduler
 from fuseline.engine.stats import make_stats
@@ -31,32 +35,79 @@ class Engine:
         self.config = config
         self.max_model_len = config.compile.max_model_len or info.max_model_len
         self.num_blocks = tuple(num_blocks)
-        windows = [group.window for group in info.cache_groups]
-        block_size = config.cache.block_size
-        self.kv = KVManager(windows, num_blocks, block_size, scheduler.max_num_seqs, self.max_model_len)
         limits = Limits.resolve(scheduler, self.max_model_len)
-        self.scheduler = Scheduler(limits, self.kv, info.rope_switch)
-        self.runner = Runner(model, ops, limits.num_seqs, limits.num_tokens, self.max_model_len, block_size)
+        windows = [group.window for group in info.cache_groups]
+        self.rows = RequestRows(limits.num_seqs, self.max_model_len)
+        self.kv = KVManager(windows, num_blocks, config.cache.block_size, limits.num_seqs, self.max_model_len)
+        self.scheduler = Scheduler(limits, self.rows, self.kv, info.rope_switch)
+        self.runner = Runner(model, ops, self.rows, self.kv, limits.num_tokens)
         self.is_asleep = False
+        self._steps = Overlapped() if scheduler.async_scheduling else InOrder()
         self._live: dict[str, list[Sequence]] = {}  # the unfinished choices of each request
-        self._pending: list[TokenOutput] = []
+        self._report = Report()
         self._num_added = 0
+        self._num_sequences = 0
         self._rng = random.Random(config.seed)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._pending) or (self.scheduler.has_work and not self.is_asleep)
+        is_busy = self._steps.is_running or (self.scheduler.has_work and not self.is_asleep)
+        return is_busy or bool(self._report)
 
     def step(self) -> StepOutputs:
-        outputs, self._pending = self._pending, []
-        if self.is_asleep:
-            return StepOutputs(outputs=tuple(outputs), stats=make_stats(self.scheduler, 0, 0))
+        """One turn of the loop: the stages below, in the order that the configuration wants."""
+        if not self.is_asleep:
+            self._steps.step(self)
+        report, self._report = self._report, Report()
+        return report.message(make_stats(self.scheduler, report.num_step_tokens, report.num_prompt_tokens))
+
+    def prepare(self) -> Batch | None:
         plan = self.scheduler.schedule()
-        num_prompt_tokens = self._note_start(plan)
-        if plan.sequences:
-            self._update(plan, self.runner.execute(plan), outputs)
-        stats = make_stats(self.scheduler, plan.num_tokens, num_prompt_tokens)
-        return StepOutputs(outputs=tuple(outputs), stats=stats)
+        return self.runner.prepare(plan) if plan.num_tokens else None
+
+    def launch(self, batch: Batch) -> None:
+        plan, rows = batch.plan, self.rows
+        self._note_start(plan)
+        self.runner.fill(batch)
+        rows.num_computed[plan.rows] += plan.counts
+        rows.num_tokens[plan.rows[plan.sampling]] += 1
+        self._remember(plan)
+        for row in plan.rows[rows.is_parent[plan.rows]].tolist():
+            seq = rows.sequences[row]
+            if seq.num_computed >= seq.prompt_len:
+                self._release_children(seq)
+
+    def compute(self, batch: Batch) -> StepResult:
+        return self.runner.run(batch)
+
+    def store(self, batch: Batch, result: StepResult) -> None:
+        plan, sampled = batch.plan, result.sampled
+        if sampled is None:
+            return
+        places, tenancy = plan.rows[plan.sampling], plan.tenancy[plan.sampling]
+        stays = self.rows.tenancy[places] == tenancy
+        self.rows.append(places[stays], sampled.tokens[stays], plan.lengths[stays])
+        for index in np.flatnonzero(~stays).tolist():
+            seq = self.rows.departed.pop((int(places[index]), int(tenancy[index])))
+            seq.stored.append(int(sampled.tokens[index]))
+            seq.num_pending = 0
+            batch.departed[index] = seq
+
+    def report(self, batch: Batch, result: StepResult) -> None:
+        plan, sampled = batch.plan, result.sampled
+        self._store_prompt_scores(batch, result)
+        for seq in batch.complete:
+            self._finish(seq, Ending("length"))
+        if sampled is None:
+            return
+        rows = plan.rows[plan.sampling]
+        is_plain = goes_on_plainly(plan, sampled, self.rows)
+        self._report.add_plain(self.rows.handle[rows[is_plain]], sampled.tokens[is_plain])
+        others = [
+            (i, batch.departed.get(i) or self.rows.sequences[rows[i]]) for i in np.flatnonzero(~is_plain).tolist()
+        ]
+        for index, seq in others:
+            self._take_token(seq, sampled, index)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. One that cannot be served fails alone, with the next step's outputs.
@@ -66,7 +117,7 @@ class Engine:
         error = self._find_fault(request)
         if error:
             if request.request_id not in self._live:
-                self._pending += [
+                self._report.outputs += [
                     TokenOutput(request_id=request.request_id, index=i, finish_reason="error", error=error)
                     for i in range(request.params.n)
                 ]
@@ -75,20 +126,22 @@ class Engine:
         switch = self.runner.model.info.rope_switch
         caching = self.config.cache.enable_prefix_caching
         threshold = switch.threshold if switch else None
-        sequences = make_sequences(request, self._order(request), seed, caching, threshold)
+        sequences = make_sequences(request, self._order(request), seed, caching, threshold, self._num_sequences)
+        self._num_sequences += len(sequences)
         self._live[request.request_id] = sequences
         self.scheduler.add(sequences[0])
 
     def abort(self, request_id: str) -> None:
         """End a request's unfinished choices and free their blocks; unknown ids are ignored."""
         for seq in list(self._live.get(request_id, ())):
-            self._finish(seq, Ending("abort"), (), (), self._pending)
+            self._finish(seq, Ending("abort"))
 
     def reset_prefix_cache(self) -> None:
         self.kv.reset_prefix_cache()
 
     def pause(self) -> None:
         """Stop computing; what ran waits and will be computed anew."""
+        self._steps.drain(self)
         self.scheduler.preempt_all()
         self.kv.reset_prefix_cache()
         self.is_asleep = True
@@ -120,67 +173,71 @@ class Engine:
             return "logprobs_mode must be the same for all requests of a server"
         return ""
 
-    def _note_start(self, plan: Plan) -> int:
-        """Queue times of what runs for the first time; the number of prompt tokens in the step."""
-        num_prompt_tokens = 0
-        for seq, count in zip(plan.sequences, plan.counts, strict=True):
-            num_prompt_tokens += max(0, min(count, seq.prompt_len - seq.num_computed))
+    def _note_start(self, plan: Plan) -> None:
+        """Queue times of what runs for the first time; the counts of the step."""
+        num_left = np.maximum(self.rows.prompt_len[plan.rows] - plan.num_computed, 0)
+        self._report.num_step_tokens += plan.num_tokens
+        self._report.num_prompt_tokens += int(np.minimum(num_left, plan.counts).sum())
         for seq in plan.started:
             if not seq.was_scheduled:
                 seq.was_scheduled = True
                 arrival = seq.request.arrival_time
                 seq.queue_seconds = max(0.0, time.time() - arrival) if arrival else 0.0
-        return num_prompt_tokens
 
-    def _update(self, plan: Plan, result: StepResult, outputs: list[TokenOutput]) -> None:
-        for seq, count in zip(plan.sequences, plan.counts, strict=True):
-            seq.num_computed += count
-            self.kv.remember(seq)
-            if seq.children and seq.num_computed >= seq.prompt_len:
-                self._release_children(seq)
-        self._store_prompt_scores(result)
-        for seq in plan.sequences:
-            if seq.params.max_tokens == 0 and seq.num_remaining == 0:
-                self._finish(seq, Ending("length"), (), (), outputs)
-        for row, seq in enumerate(result.sampling):
-            try:
-                self._take_token(seq, result, row, outputs)
-            except Exception as error:
-                # DESIGN contract 14: what goes wrong with one request's token is that request's alone.
-                logger.exception("request %s failed", seq.request.request_id)
-                self._finish(seq, Ending("error", error=f"internal error: {type(error).__name__}"), (), (), outputs)
+    def _remember(self, plan: Plan) -> None:
+        """The blocks that this step fills can be found by later ones."""
+        size = self.kv.block_size
+        is_filled = plan.num_computed // size != (plan.num_computed + plan.counts) // size
+        for row in plan.rows[is_filled].tolist():
+            self.kv.remember(self.rows.sequences[row])
 
-    def _store_prompt_scores(self, result: StepResult) -> None:
+    def _store_prompt_scores(self, batch: Batch, result: StepResult) -> None:
         row = 0
-        for seq, positions in result.scoring:
-            for position in positions:
+        for seq, positions in batch.scoring:
+            for position in positions if seq.prompt_scores is not None else ():
+                scored = row + position - positions.start
                 token = seq.tokens[position]
-                seq.prompt_scores[position] = result.scores.position(row, token, seq.params.prompt_logprobs)
-                row += 1
+                seq.prompt_scores[position] = result.scores.position(scored, token, seq.params.prompt_logprobs)
+            row += len(positions)
 
-    def _take_token(self, seq: Sequence, result: StepResult, row: int, outputs: list[TokenOutput]) -> None:
-        sampled = result.sampled
-        if not sampled.ok[row]:
-            # Blocks that hold such values must not reach anyone else.
-            self.kv.reset_prefix_cache()
-            error = "the model's output is not finite for this request"
-            self._finish(seq, Ending("error", error=error), (), (), outputs)
+    def _take_token(self, seq: Sequence, sampled: Sampled, row: int) -> None:
+        """The newest token of a sequence and whatever follows; one that has ended meanwhile has no use for it."""
+        if seq.is_finished:
             return
-        token = sampled.tokens[row]
-        seq.tokens.append(token)
-        count = seq.params.logprobs
+        try:
+            if sampled.ok[row]:
+                self._tell_token(seq, sampled, row)
+            else:
+                # Blocks that hold such values must not reach anyone else.
+                self.kv.reset_prefix_cache()
+                self._finish(seq, Ending("error", error="the model's output is not finite for this request"))
+        except Exception as error:
+            # DESIGN contract 14: what goes wrong with one request's token is that request's alone.
+            logger.exception("request %s failed", seq.request.request_id)
+            self._finish(seq, Ending("error", error=f"internal error: {type(error).__name__}"))
+
+    def _tell_token(self, seq: Sequence, sampled: Sampled, row: int) -> None:
+        token, count = seq.tokens[-1], seq.params.logprobs
         logprobs = () if count is None else (sampled.scores.position(row, token, count),)
         ending = find_ending(seq, self.max_model_len)
         if ending:
-            self._finish(seq, ending, (token,), logprobs, outputs)
+            self._finish(seq, ending, (token,), logprobs)
         else:
-            outputs.extend(make_outputs(seq, (token,), logprobs, None))
+            self._report.outputs.extend(make_outputs(seq, (token,), logprobs, None))
 
-    def _finish(self, seq: Sequence, ending: Ending, tokens, logprobs, outputs: list[TokenOutput]) -> None:
+    def _finish(
+        self,
+        seq: Sequence,
+        ending: Ending,
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[PositionLogprobs, ...] = (),
+    ) -> None:
+        if seq.is_finished:
+            return
         self._release_children(seq)
         seq.is_finished = True
         self.scheduler.remove(seq)
-        outputs.extend(make_outputs(seq, tokens, logprobs, ending))
+        self._report.outputs.extend(make_outputs(seq, tokens, logprobs, ending))
         live = self._live[seq.request.request_id]
         live.remove(seq)
         if not live:
@@ -192,3 +249,5 @@ class Engine:
             if not child.is_finished:
                 self.scheduler.add(child)
         seq.children = []
+        if seq.rows is not None:
+            seq.rows.is_parent[seq.row] = False

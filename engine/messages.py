@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import msgspec
 
 
@@ -96,6 +98,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     """With finish_reason error: a message fit for the client."""
     queue_seconds: float = 0.0
     """With the first output: time from arrival to first being scheduled."""
+    handle: int | None = None
+    """With the first output and with the last: what stands for the choice in PlainTokens."""
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -112,9 +116,43 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Prompt tokens computed in this step."""
 
 
+class PlainTokens(msgspec.Struct, frozen=True, array_like=True):
+    """What most of a step's outputs are: one more token of a choice that goes on, as two parallel arrays."""
+
+    handles: bytes = b""
+    """int64, of choices whose first output has told their handle."""
+    token_ids: bytes = b""
+    """int64."""
+
+
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
-    outputs: tuple[TokenOutput, ...] = ()
+    """What a step has to tell: `plain` first, then `outputs`."""
+
+    outputs: list[TokenOutput] = []
+    plain: PlainTokens = msgspec.field(default_factory=PlainTokens)
     stats: StepStats = msgspec.field(default_factory=StepStats)
+
+
+class StepExpander:
+    """The receiving side's: turns plain tokens into outputs again. It sees all steps of one engine, in order."""
+
+    def __init__(self) -> None:
+        self._choices: dict[int, tuple[str, int]] = {}
+
+    def expand(self, step: StepOutputs) -> StepOutputs:
+        """The same step with all of it in `outputs`."""
+        pairs = zip(array("q", step.plain.handles), array("q", step.plain.token_ids), strict=True)
+        outputs = [self._output(handle, token) for handle, token in pairs]
+        for output in step.outputs:
+            if output.finish_reason is not None:
+                self._choices.pop(output.handle, None)
+            elif output.handle is not None:
+                self._choices[output.handle] = (output.request_id, output.index)
+        return StepOutputs(outputs=outputs + step.outputs, stats=step.stats)
+
+    def _output(self, handle: int, token: int) -> TokenOutput:
+        request_id, index = self._choices[handle]
+        return TokenOutput(request_id=request_id, index=index, token_ids=(token,))
 
 
 class UtilityResult(msgspec.Struct, frozen=True, tag="utility_result"):

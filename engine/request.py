@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fuseline.engine.memory.prefix_cache import root_key
 from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams
+
+if TYPE_CHECKING:
+    from fuseline.engine.run.request_rows import RequestRows
 
 SEED_MASK = (1 << 63) - 1
 
@@ -15,7 +19,8 @@ SEED_MASK = (1 << 63) - 1
 class Sequence:
     """Tokens so far and how many of them have their KV computed; it runs while the second catches up with the first.
 
-    Owners: `row` the scheduler; blocks, keys and counts of blocks the KV manager; tokens the engine.
+    While it runs, its counts and new tokens are in the arrays of `rows`. Owners: `row` the scheduler; blocks and keys
+    the KV manager; tokens the engine.
     """
 
     request: EngineRequest
@@ -25,12 +30,17 @@ class Sequence:
     order: tuple[float, ...]
     """Place in the queue; the largest is preempted first."""
     seed: int
-    tokens: array[int]
+    handle: int
+    """Stands for it in messages; no two sequences of an engine share one."""
+    stored: array[int]
+    """Its tokens when it last got a row or was asked for them."""
     cache_root: bytes | None
     shares_prefix: bool
     row: int = -1
     """Row of the running arrays; -1 while not running."""
-    num_computed: int = 0
+    rows: RequestRows | None = None
+    num_pending: int = 0
+    """Tokens that a step still computes for a sequence that has lost its row meanwhile."""
     variant: int = 0
     """Rope table in use (longrope)."""
     is_finished: bool = False
@@ -44,7 +54,6 @@ class Sequence:
     """Choices that wait for this one's prompt to be computed."""
     blocks: list[list[int]] = field(default_factory=list)
     first_held: list[int] = field(default_factory=list)
-    num_slots: int = 0
     num_remembered: int = 0
     keys: list[bytes] = field(default_factory=list)
 
@@ -53,8 +62,20 @@ class Sequence:
         return self.request.params
 
     @property
+    def tokens(self) -> array[int]:
+        """All that are known. Reading it costs a little; steps work on the arrays."""
+        if self.rows is not None:
+            self.rows.copy_new_tokens(self)
+        return self.stored
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.tokens)
+        """Of a running sequence with the token that a step is about to yield, which `tokens` does not hold yet."""
+        return len(self.stored) if self.rows is None else int(self.rows.num_tokens[self.row])
+
+    @property
+    def num_computed(self) -> int:
+        return 0 if self.rows is None else int(self.rows.num_computed[self.row])
 
     @property
     def prompt_len(self) -> int:
@@ -66,7 +87,7 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        return len(self.tokens) - self.num_computed
+        return len(self.stored) if self.rows is None else int(self.rows.num_remaining(self.row))
 
     @property
     def reads_cache(self) -> bool:
@@ -82,7 +103,12 @@ class Sequence:
 
 
 def make_sequences(
-    request: EngineRequest, order: tuple[float, ...], seed: int, caching: bool, long_threshold: int | None
+    request: EngineRequest,
+    order: tuple[float, ...],
+    seed: int,
+    caching: bool,
+    long_threshold: int | None,
+    first_handle: int = 0,
 ) -> list[Sequence]:
     """One sequence per choice, or a single one when all choices must come out equal (greedy, or nothing generated)."""
     params = request.params
@@ -97,7 +123,8 @@ def make_sequences(
             copies=params.n if is_single else 1,
             order=(*order, index),
             seed=(seed + index) & SEED_MASK,
-            tokens=array("i", request.prompt_token_ids),
+            handle=first_handle + index,
+            stored=array("i", request.prompt_token_ids),
             variant=int(is_long),
             cache_root=_root(request, int(is_long), caching) if has_root else None,
             shares_prefix=caching,

@@ -13,6 +13,7 @@ from fuseline.engine.request import make_sequences
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens
 from fuseline.engine.run.sampler import Sampler
 from fuseline.engine.run.sampler_reference import reference_ops
+from fuseline.engine.schedule.plan import StepBudget, make_plan
 
 PROMPT = list(range(1, 15))
 
@@ -25,9 +26,7 @@ def greedy_walk(**params) -> tuple[Walk, str]:
 
 
 FREE = expected_tokens(
-    EngineRequest(
-        request_id="r", prompt_token_ids=tuple(PROMPT), params=SamplingParams(temperature=0.0, max_tokens=6)
-    ),
+    EngineRequest(request_id="r", prompt_token_ids=tuple(PROMPT), params=SamplingParams(temperature=0.0, max_tokens=6)),
     0,
     (0,),
 )
@@ -168,8 +167,12 @@ def sequence(tokens: list[int], num_prompt: int, **params):
 def draw(logits: list[float], tokens=(0,), num_prompt=1, **params) -> int:
     rows = RequestRows(1, 64)
     seq = sequence(list(tokens), num_prompt, **params)
-    rows.load(seq)
-    return Sampler(rows, len(logits), reference_ops()).sample(torch.tensor([logits]), [seq]).tokens[0]
+    rows.load(seq, len(tokens) - 1)
+    budget = StepBudget(1, 1, np.ones(1, np.int64))
+    sampler = Sampler(rows, len(logits), reference_ops())
+    arguments = sampler.prepare(make_plan(budget, rows))
+    sampler.fill(arguments)
+    return int(sampler.sample(torch.tensor([logits]), arguments).tokens[0])
 
 
 def support(logits: list[float], **params) -> set[int]:

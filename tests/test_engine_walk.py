@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, SamplingParams, TokenOutput
+from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander, TokenOutput
 from fuseline.engine.run.sampler_reference import _draw, reference_ops
 
 LAYOUTS = {"full": (0,), "window": (6,), "mixed": (0, 6), "two_windows": (0, 5, 13)}
@@ -62,6 +62,7 @@ def check_invariants(engine: Engine) -> None:
 class Walk:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.expander = StepExpander()
         self.requests: dict[str, EngineRequest] = {}
         self.outputs: dict[tuple[str, int], list[TokenOutput]] = {}
         self.counts: list[int] = []
@@ -80,13 +81,13 @@ class Walk:
 
     def step(self) -> None:
         plans = []
-        run = self.engine.runner.execute
-        self.engine.runner.execute = lambda plan: (plans.append(plan), run(plan))[1]
-        outputs = self.engine.step()
-        self.engine.runner.execute = run
+        prepare = self.engine.runner.prepare
+        self.engine.runner.prepare = lambda plan: (plans.append(plan), prepare(plan))[1]
+        outputs = self.expander.expand(self.engine.step())
+        self.engine.runner.prepare = prepare
         limits = self.engine.scheduler.limits
         for plan in plans:
-            assert 0 < plan.num_tokens <= limits.num_tokens and len(plan.sequences) <= limits.num_seqs
+            assert 0 < plan.num_tokens <= limits.num_tokens and len(plan.rows) <= limits.num_seqs
             self.counts.append(plan.num_tokens)
         for output in outputs.outputs:
             self.outputs.setdefault((output.request_id, output.index), []).append(output)
@@ -98,6 +99,7 @@ class Walk:
                 break
             self.step()
         assert not self.engine.has_work and self.engine.kv.usage == 0 and not self.engine._live
+        assert not self.engine.rows.departed and not self.engine.kv.promised and not self.expander._choices
 
     def tokens(self, name: str, index: int = 0) -> list[int]:
         return [token for output in self.outputs[name, index] for token in output.token_ids]
@@ -134,11 +136,13 @@ actions = st.lists(
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("step"), st.integers(1, 6)),
         st.tuples(st.just("reset")),
+        st.tuples(st.just("sleep")),
     ),
     min_size=3, max_size=25,
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_order", "overlapped"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
@@ -150,12 +154,12 @@ actions = st.lists(
     threshold=st.sampled_from([None, 20]),
 )
 def test_tokens_do_not_depend_on_what_happens_around(
-    layout, actions, num_blocks, policy, caching, partial, threshold
+    layout, ahead, actions, num_blocks, policy, caching, partial, threshold
 ) -> None:
     windows = LAYOUTS[layout]
     engine = make_engine(
         windows, num_blocks, threshold, scheduling_policy=policy, enable_prefix_caching=caching,
-        max_num_partial_prefills=partial, max_long_partial_prefills=max(1, partial - 1),
+        max_num_partial_prefills=partial, max_long_partial_prefills=max(1, partial - 1), async_scheduling=ahead,
     )  # fmt: skip
     walk = Walk(engine)
     for action in actions:
@@ -171,6 +175,10 @@ def test_tokens_do_not_depend_on_what_happens_around(
         elif action[0] == "step":
             for _ in range(action[1]):
                 walk.step()
+        elif action[0] == "sleep":
+            engine.pause()
+            assert not engine.scheduler.running
+            engine.resume()
         else:
             engine.reset_prefix_cache()
     walk.finish()

@@ -7,7 +7,7 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from fuseline.api.errors import ApiError, bad_request, to_api_error
+from fuseline.api.output.outbox import Outbox
 from fuseline.api.protocol.common import FieldError
 
 LOG = logging.getLogger("fuseline.http")
@@ -89,49 +90,37 @@ async def stream(request: Request, chunks: AsyncIterator[dict[str, Any]], keep_a
     """
     first = await until_disconnect(request, anext(chunks, None))
     return StreamingResponse(
-        _events(first, chunks, keep_alive), media_type="text/event-stream; charset=utf-8", headers=SSE_HEADERS
+        _writes(first, chunks, keep_alive), media_type="text/event-stream; charset=utf-8", headers=SSE_HEADERS
     )
 
 
-async def _events(
+async def _writes(
     first: dict[str, Any] | None, chunks: AsyncIterator[dict[str, Any]], keep_alive: float
 ) -> AsyncIterator[bytes]:
-    async with aclosing(chunks):
-        try:
-            if first is not None:
-                yield sse(first)
-            async for body in _with_silence(chunks, keep_alive):
-                yield b": keep-alive\n\n" if body is None else sse(body)
-        except Exception as error:
-            yield sse(_failure(error).body())
-    yield b"data: [DONE]\n\n"
-
-
-async def _with_silence(chunks: AsyncIterator[dict[str, Any]], seconds: float) -> AsyncIterator[dict[str, Any] | None]:
-    """The chunks, and None whenever nothing came for `seconds` (0: never)."""
-    if seconds <= 0:
-        async for body in chunks:
-            yield body
-        return
-    pending: asyncio.Task | None = None
+    """What there is to send, one write for all that a step of the engine has brought."""
+    outbox = Outbox(keep_alive)
+    if first is not None:
+        outbox.add(sse(first))
+    filling = asyncio.ensure_future(_fill(outbox, chunks))
     try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(chunks))
-            done, _ = await asyncio.wait((pending,), timeout=seconds)
-            if not done:
-                yield None
-                continue
-            task, pending = pending, None
-            try:
-                body = task.result()
-            except StopAsyncIteration:
-                return
-            yield body
+        await asyncio.sleep(0)  # what came with the first chunk goes with it
+        while written := await outbox.take():
+            yield written
     finally:
-        if pending is not None:
-            pending.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration):
-                await pending
+        outbox.close()
+        filling.cancel()
+        await asyncio.gather(filling, return_exceptions=True)
+
+
+async def _fill(outbox: Outbox, chunks: AsyncIterator[dict[str, Any]]) -> None:
+    try:
+        async with aclosing(chunks):
+            async for body in chunks:
+                outbox.add(sse(body))
+    except Exception as error:
+        outbox.add(sse(_failure(error).body()))
+    outbox.add(b"data: [DONE]\n\n")
+    outbox.close()
 
 
 def _failure(error: Exception) -> ApiError:

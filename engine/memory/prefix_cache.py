@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 
+import numpy as np
+
 
 def root_key(salt: str, variant: int, owner: str = "") -> bytes:
     """Start of a chain.
@@ -22,8 +24,10 @@ def root_key(salt: str, variant: int, owner: str = "") -> bytes:
     return digest.digest()
 
 
-def extend_keys(keys: list[bytes], root: bytes, tokens: array[int], block_size: int, num_blocks: int) -> None:
-    """Grow `keys` in place to the keys of the first `num_blocks` full blocks of `tokens`."""
+def extend_keys(
+    keys: list[bytes], root: bytes, tokens: array[int] | np.ndarray, block_size: int, num_blocks: int
+) -> None:
+    """Grow `keys` in place to the keys of the first `num_blocks` full blocks of `tokens` (32 bit each)."""
     for index in range(len(keys), num_blocks):
         parent = keys[-1] if keys else root
         content = tokens[index * block_size : (index + 1) * block_size].tobytes()

@@ -7,79 +7,117 @@ import torch
 
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.specs import RopeSwitchSpec
+from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.run.request_rows import RequestRows
 from fuseline.engine.schedule.plan import Plan
 
 
 class InputBuilder:
-    """Legend as in GraphInputs. The tensors of one step are overwritten by the next."""
+    """Legend as in GraphInputs. The tensors of one step are overwritten by the next.
+
+    `build` leaves out the token ids: `fill_tokens` puts them in when those of the step before are known.
+    """
 
     def __init__(
-        self,
-        rows: RequestRows,
-        num_groups: int,
-        block_size: int,
-        max_num_tokens: int,
-        rope_switch: RopeSwitchSpec | None,
+        self, rows: RequestRows, kv: KVManager, max_num_tokens: int, rope_switch: RopeSwitchSpec | None
     ) -> None:
         self.rows = rows
-        self.block_size = block_size
+        self.block_size = kv.block_size
+        self.kv = kv
         self.rope_switch = rope_switch
-        num_seqs = rows.tokens.shape[0]
+        num_seqs, num_groups = len(rows.sequences), len(kv.groups)
         self._token_ids = np.zeros(max_num_tokens, np.int64)
+        self._token_rows = np.zeros(0, np.int64)
         self._positions = np.zeros(max_num_tokens, np.int64)
         self._rope_rows = np.zeros(max_num_tokens, np.int64)
         self._slots = np.zeros(num_groups * max_num_tokens, np.int64)
         self._query_start = np.zeros(num_seqs + 1, np.int32)
         self._seq_lens = np.zeros(num_seqs, np.int32)
-        self._tables = np.zeros(0, np.int32)
+        self._tables = TableCopy(kv)
 
-    def build(self, plan: Plan, logits_rows: np.ndarray) -> GraphInputs:
-        num_seqs, num_groups = len(plan.sequences), plan.tables.shape[0]
-        seq_rows = np.fromiter((s.row for s in plan.sequences), np.int64, num_seqs)
-        computed = np.fromiter((s.num_computed for s in plan.sequences), np.int64, num_seqs)
-        counts = np.asarray(plan.counts, np.int64)
+    def build(self, plan: Plan, score_rows: np.ndarray) -> GraphInputs:
+        """`score_rows`: tokens of the step, beside the last ones of sampling sequences, whose logits are wanted."""
+        num_seqs, num_tokens = len(plan.rows), plan.num_tokens
         query_start = self._query_start[: num_seqs + 1]
-        np.cumsum(counts, out=query_start[1:])
-        num_tokens = int(query_start[num_seqs])
+        np.cumsum(plan.counts, out=query_start[1:])
         seq_lens = self._seq_lens[:num_seqs]
-        seq_lens[:] = computed + counts
+        np.add(plan.num_computed, plan.counts, out=seq_lens, casting="unsafe")
 
-        token_rows = np.repeat(seq_rows, counts)
+        self._token_rows = token_rows = np.repeat(plan.rows, plan.counts)
         positions = self._positions[:num_tokens]
         positions[:] = np.arange(num_tokens)
-        positions += np.repeat(computed - query_start[:-1], counts)
-        token_ids = self._token_ids[:num_tokens]
-        token_ids[:] = self.rows.tokens[token_rows, positions]
-        slots = self._slots[: num_groups * num_tokens].reshape(num_groups, num_tokens)
-        slots[:] = plan.tables[:, token_rows, positions // self.block_size]
-        slots *= self.block_size
-        slots += positions % self.block_size
+        positions += np.repeat(plan.num_computed - query_start[:-1], plan.counts)
+        logits_rows = np.concatenate((query_start[plan.sampling + 1] - 1, score_rows), dtype=np.int64)
         return GraphInputs(
-            token_ids=torch.from_numpy(token_ids),
+            token_ids=torch.from_numpy(self._token_ids[:num_tokens]),
             positions=torch.from_numpy(positions),
-            rope_rows=torch.from_numpy(self._fill_rope_rows(plan, positions, counts)),
+            rope_rows=torch.from_numpy(self._fill_rope_rows(plan, positions)),
             query_start=torch.from_numpy(query_start),
             seq_lens=torch.from_numpy(seq_lens),
-            slot_mapping=torch.from_numpy(slots),
-            block_tables=torch.from_numpy(self._fill_tables(plan, seq_rows, int(seq_lens.max()))),
+            slot_mapping=torch.from_numpy(self._fill_slots(token_rows, positions)),
+            block_tables=torch.from_numpy(self._tables.update(plan, int(seq_lens.max()))),
             logits_rows=torch.from_numpy(logits_rows),
         )
 
-    def _fill_rope_rows(self, plan: Plan, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def fill_tokens(self) -> None:
+        num_tokens = len(self._token_rows)
+        self._token_ids[:num_tokens] = self.rows.tokens[self._token_rows, self._positions[:num_tokens]]
+
+    def _fill_slots(self, token_rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        num_groups, num_tokens = len(self.kv.groups), len(positions)
+        slots = self._slots[: num_groups * num_tokens].reshape(num_groups, num_tokens)
+        slots[:] = self.kv.tables[:, token_rows, positions // self.block_size]
+        slots *= self.block_size
+        slots += positions % self.block_size
+        return slots
+
+    def _fill_rope_rows(self, plan: Plan, positions: np.ndarray) -> np.ndarray:
         if self.rope_switch is None:
             return positions
-        variants = np.fromiter((s.variant for s in plan.sequences), np.int64, len(plan.sequences))
         rope_rows = self._rope_rows[: len(positions)]
-        np.add(positions, np.repeat(variants * self.rope_switch.table_rows, counts), out=rope_rows)
+        offsets = self.rows.variant[plan.rows] * self.rope_switch.table_rows
+        np.add(positions, np.repeat(offsets, plan.counts), out=rope_rows)
         return rope_rows
 
-    def _fill_tables(self, plan: Plan, seq_rows: np.ndarray, longest: int) -> np.ndarray:
-        num_groups = plan.tables.shape[0]
-        width = -(-longest // self.block_size)
-        size = num_groups * len(seq_rows) * width
-        if size > len(self._tables):
-            self._tables = np.zeros(2 * size, np.int32)
-        tables = self._tables[:size].reshape(num_groups, len(seq_rows), width)
-        tables[:] = plan.tables[:, seq_rows, :width]
-        return tables
+
+class TableCopy:
+    """The block tables of a step's sequences, side by side. Only what has changed since the last step is copied."""
+
+    def __init__(self, kv: KVManager) -> None:
+        self.kv = kv
+        self._memory = np.zeros(0, np.int32)
+        self._tables = self._memory.reshape(len(kv.groups), 0, 0)  # [G, S, M]
+        self._rows = self._tenancy = self._num_blocks = np.zeros(0, np.int64)  # [S], what was copied
+
+    def update(self, plan: Plan, longest: int) -> np.ndarray:
+        """Tables [G, S, M] of the plan's rows, wide enough for `longest` tokens."""
+        width = self._width(longest)
+        num_blocks = self.kv.num_slots[plan.rows] // self.kv.block_size
+        if self._tables.shape[1:] != (len(plan.rows), width):
+            self._resize(len(plan.rows), width)
+        is_same = (plan.rows == self._rows) & (plan.tenancy == self._tenancy)
+        begins = np.where(is_same, self._num_blocks, 0)
+        num_new = num_blocks - begins
+        grown = np.flatnonzero(num_new == 1)
+        self._tables[:, grown, begins[grown]] = self.kv.tables[:, plan.rows[grown], begins[grown]]
+        for index in np.flatnonzero(num_new > 1).tolist():
+            part = slice(begins[index], num_blocks[index])
+            self._tables[:, index, part] = self.kv.tables[:, plan.rows[index], part]
+        self._rows, self._tenancy, self._num_blocks = plan.rows, plan.tenancy, num_blocks
+        return self._tables
+
+    def _width(self, longest: int) -> int:
+        """Blocks, rounded up so that it seldom changes: to a power of two, from 32 on to a multiple of 32."""
+        blocks = -(-longest // self.kv.block_size)
+        width = 1 << (blocks - 1).bit_length() if blocks <= 32 else -(-blocks // 32) * 32
+        return min(width, self.kv.tables.shape[2])
+
+    def _resize(self, num_rows: int, width: int) -> None:
+        """Nothing is kept. Entries behind a sequence's blocks may be any valid id, so old ones may stay."""
+        num_groups = len(self.kv.groups)
+        size = num_groups * num_rows * width
+        if size > len(self._memory):
+            self._memory = np.zeros(2 * size, np.int32)
+        self._tables = self._memory[:size].reshape(num_groups, num_rows, width)
+        self._rows = np.full(num_rows, -1)
+        self._tenancy = self._num_blocks = np.zeros(num_rows, np.int64)

@@ -1,4 +1,4 @@
-"""Per-row state of the running sequences, in arrays: a step's sampling settings are one gather, not a loop."""
+"""Per-row state of the running sequences, in arrays: what a step does for all of them is a few array operations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,33 @@ MIN_TEMPERATURE = 0.01
 
 INT64_MAX = 2**63 - 1
 
+NUM_STOPS = 8
+"""Ending tokens that the arrays hold for a row; a row with more is looked at one by one."""
+
+
 class RequestRows:
     """Row r holds the sequence whose `row` is r. Legend: R rows (max_num_seqs), L max_model_len."""
 
     def __init__(self, num_rows: int, max_model_len: int) -> None:
+        self.max_model_len = max_model_len
+        self.sequences: list[Sequence | None] = [None] * num_rows
+        self.departed: dict[tuple[int, int], Sequence] = {}
+        """By row and tenancy: sequences that left their row while a step computes a token for them."""
+        self.handle = np.zeros(num_rows, np.int64)
+        self.tenancy = np.zeros(num_rows, np.int64)  # counts the sequences that have had the row
         self.tokens = np.zeros((num_rows, max_model_len + 1), np.int32)  # [R, L + 1]
+        self.prompt_len = np.zeros(num_rows, np.int64)
+        self.num_tokens = np.zeros(num_rows, np.int64)  # with the one that a started step is about to yield
+        self.num_known = np.zeros(num_rows, np.int64)  # without it
+        self.num_computed = np.zeros(num_rows, np.int64)  # what started steps compute
+        self.num_wanted = np.zeros(num_rows, np.int64)  # tokens to compute at most; the last one never needs it
+        self.end = np.zeros(num_rows, np.int64)  # length at which the sequence ends
+        self.stops = np.full((num_rows, NUM_STOPS), -1, np.int64)  # [R, NUM_STOPS], -1: none
+        self.is_plain = np.zeros(num_rows, bool)  # its outputs are a token each and nothing else
+        self.is_parent = np.zeros(num_rows, bool)  # other choices wait for its prompt
+        self.wants_tokens = np.zeros(num_rows, bool)
+        self.wants_scores = np.zeros(num_rows, bool)
+        self.variant = np.zeros(num_rows, np.int64)  # rope table
         self.temperature = np.zeros(num_rows, np.float32)
         self.top_k = np.zeros(num_rows, np.int64)
         self.top_p = np.zeros(num_rows, np.float32)
@@ -25,15 +47,72 @@ class RequestRows:
         self.presence = np.zeros(num_rows, np.float32)
         self.seed = np.zeros(num_rows, np.int64)
         self.num_logprobs = np.zeros(num_rows, np.int64)  # -1: none wanted
-        self.prompt_len = np.zeros(num_rows, np.int64)
         self.logprobs_mode = np.zeros(num_rows, np.int64)
         self.has_history = np.zeros(num_rows, bool)
         self.has_lists = np.zeros(num_rows, bool)
 
-    def load(self, seq: Sequence) -> None:
+    def load(self, seq: Sequence, num_computed: int = 0) -> None:
+        """Give the row `seq.row` to a sequence of whose tokens the first `num_computed` need no computing."""
+        self.sequences[seq.row] = seq
+        self.tenancy[seq.row] += 1
+        self.handle[seq.row] = seq.handle
+        self.tokens[seq.row, : len(seq.stored)] = seq.stored
+        self.num_tokens[seq.row] = self.num_known[seq.row] = len(seq.stored)
+        self.num_computed[seq.row] = num_computed
+        self.variant[seq.row] = seq.variant
+        self.is_parent[seq.row] = bool(seq.children)
+        seq.rows = self
+        self._load_endings(seq)
+        self._load_sampling(seq)
+
+    def leave(self, seq: Sequence) -> None:
+        row = seq.row
+        self.copy_new_tokens(seq)
+        seq.num_pending = int(self.num_tokens[row] - self.num_known[row])
+        if seq.num_pending:
+            self.departed[row, int(self.tenancy[row])] = seq
+        self.sequences[row] = None
+        self.tenancy[row] += 1
+        self.num_tokens[row] = self.num_computed[row] = self.num_wanted[row] = 0
+        seq.row, seq.rows = -1, None
+
+    def append(self, rows: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
+        """One new token for each of the rows."""
+        self.tokens[rows, positions] = tokens
+        self.num_known[rows] = positions + 1
+
+    def copy_new_tokens(self, seq: Sequence) -> None:
+        row, begin, end = seq.row, len(seq.stored), self.num_known[seq.row]
+        seq.stored.frombytes(self.tokens[row, begin:end].tobytes())
+
+    def num_remaining(self, rows: np.ndarray | slice | int = slice(None)) -> np.ndarray:
+        """Tokens that can be computed now; 0 for free rows."""
+        return np.minimum(self.num_tokens[rows], self.num_wanted[rows]) - self.num_computed[rows]
+
+    def note_output(self, seq: Sequence) -> None:
+        """The first output is out: what follows may be plain."""
+        params = seq.params
+        num_stops = len(params.eos_token_ids) + len(params.stop_token_ids)
+        self.is_plain[seq.row] = params.logprobs is None and seq.copies == 1 and num_stops <= NUM_STOPS
+        self.wants_scores[seq.row] = False
+
+    def _load_endings(self, seq: Sequence) -> None:
+        row, params = seq.row, seq.params
+        self.prompt_len[row] = seq.prompt_len
+        self.end[row] = min(seq.prompt_len + params.max_tokens, self.max_model_len)
+        self.num_wanted[row] = max(seq.prompt_len, self.end[row] - 1)
+        stops = (*params.eos_token_ids, *params.stop_token_ids)[:NUM_STOPS]
+        self.stops[row] = -1
+        self.stops[row, : len(stops)] = stops
+        self.is_plain[row] = False
+        self.wants_tokens[row] = params.max_tokens > 0
+        self.wants_scores[row] = seq.prompt_scores is not None
+        if seq.has_output:
+            self.note_output(seq)
+
+    def _load_sampling(self, seq: Sequence) -> None:
         row, params = seq.row, seq.params
         is_greedy = params.temperature == 0
-        self.tokens[row, : seq.num_tokens] = seq.tokens
         self.temperature[row] = 0.0 if is_greedy else max(params.temperature, MIN_TEMPERATURE)
         self.top_k[row] = 0 if is_greedy else min(max(params.top_k, 0), INT64_MAX)
         self.top_p[row] = 1.0 if is_greedy else params.top_p
@@ -43,7 +122,6 @@ class RequestRows:
         self.presence[row] = params.presence_penalty
         self.seed[row] = seq.seed
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self.prompt_len[row] = seq.prompt_len
         self.logprobs_mode[row] = params.logprobs_mode
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)

@@ -1,9 +1,9 @@
-"""Computes a plan: loads new rows, builds the inputs, runs the model, samples."""
+"""Computes a plan: builds the inputs, runs the model, samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,10 +11,11 @@ import torch
 
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.specs import ModelInfo
+from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.request import Sequence
 from fuseline.engine.run.inputs import InputBuilder
 from fuseline.engine.run.request_rows import RequestRows
-from fuseline.engine.run.sampler import RowScores, Sampled, SampleOps, Sampler
+from fuseline.engine.run.sampler import RowScores, SampleArguments, Sampled, SampleOps, Sampler
 from fuseline.engine.schedule.plan import Plan
 
 
@@ -29,63 +30,77 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """Entry i of `sampled` belongs to `sampling[i]`; `scores` rows follow the sequences of `scoring`."""
+class Batch:
+    """A plan made ready. What depends on tokens of the step before is missing until `Runner.fill`."""
 
-    sampling: list[Sequence]
-    sampled: Sampled | None
+    plan: Plan
+    builder: InputBuilder
+    inputs: GraphInputs
+    arguments: SampleArguments
     scoring: list[tuple[Sequence, range]]
-    """Sequence and the positions whose prompt tokens were scored."""
+    """Sequence and the positions whose prompt tokens are scored."""
+    complete: list[Sequence]
+    """Those that want no tokens and have the last of their prompt computed in this step."""
+    departed: dict[int, Sequence] = field(default_factory=dict)
+    """Sampling sequences that have left their row while the batch ran, by index."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Entry i of `sampled` belongs to the i-th sampling sequence of the plan; `scores` rows follow `Batch.scoring`."""
+
+    sampled: Sampled | None
     scores: RowScores | None
 
 
 class Runner:
-    def __init__(
-        self, model: Model, ops: SampleOps, max_num_seqs: int, max_num_tokens: int, max_model_len: int, block_size: int
-    ) -> None:
-        info = model.info
+    """`prepare`, `fill`, `run`; the last may be called from another thread, beside a `prepare` of the next step."""
+
+    def __init__(self, model: Model, ops: SampleOps, rows: RequestRows, kv: KVManager, max_num_tokens: int) -> None:
         self.model = model
-        self.rows = RequestRows(max_num_seqs, max_model_len)
-        num_groups = len(info.cache_groups)
-        self.inputs = InputBuilder(self.rows, num_groups, block_size, max_num_tokens, info.rope_switch)
-        self.sampler = Sampler(self.rows, info.vocab_size, ops)
+        self.rows = rows
+        switch = model.info.rope_switch
+        # Two: the inputs of the next step are built while the last one still reads its own.
+        self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
+        self.sampler = Sampler(rows, model.info.vocab_size, ops)
 
-    def execute(self, plan: Plan) -> StepResult:
-        for seq in plan.started:
-            self.rows.load(seq)
-        sampling, scoring, logits_rows = _wanted_rows(plan)
-        logits = self.model.run(self.inputs.build(plan, logits_rows))
-        sampled = self._sample(logits[: len(sampling)], sampling) if sampling else None
-        scores = self._score(logits[len(sampling) :], scoring) if scoring else None
-        return StepResult(sampling, sampled, scoring, scores)
+    def prepare(self, plan: Plan) -> Batch:
+        self._builders.reverse()
+        builder = self._builders[0]
+        scoring, score_rows = _scored_rows(plan, self.rows)
+        complete = [self.rows.sequences[row] for row in plan.rows[plan.complete].tolist()]
+        inputs, arguments = builder.build(plan, score_rows), self.sampler.prepare(plan)
+        return Batch(plan, builder, inputs, arguments, scoring, complete)
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Sampled:
-        sampled = self.sampler.sample(logits, sequences)
-        rows = np.fromiter((s.row for s in sequences), np.int64, len(sequences))
-        ends = np.fromiter((s.num_tokens for s in sequences), np.int64, len(sequences))
-        self.rows.tokens[rows, ends] = sampled.tokens
-        return sampled
+    def fill(self, batch: Batch) -> None:
+        """All tokens of the sequences are known now."""
+        batch.builder.fill_tokens()
+        self.sampler.fill(batch.arguments)
+
+    def run(self, batch: Batch) -> StepResult:
+        logits = self.model.run(batch.inputs)
+        num_sampling = len(batch.plan.sampling)
+        sampled = self.sampler.sample(logits[:num_sampling], batch.arguments) if num_sampling else None
+        scores = self._score(logits[num_sampling:], batch.scoring) if batch.scoring else None
+        return StepResult(sampled, scores)
 
     def _score(self, logits: torch.Tensor, scoring: list[tuple[Sequence, range]]) -> RowScores:
-        targets = [seq.tokens[position] for seq, positions in scoring for position in positions]
+        targets = [seq.stored[position] for seq, positions in scoring for position in positions]
         return self.sampler.score(logits, targets, max(seq.params.prompt_logprobs or 0 for seq, _ in scoring))
 
 
-def _wanted_rows(plan: Plan) -> tuple[list[Sequence], list[tuple[Sequence, range]], np.ndarray]:
-    """Who samples, who scores which prompt positions, and the rows of logits both read, the sampling ones first."""
-    sampling: list[Sequence] = []
-    sample_rows: list[int] = []
+def _scored_rows(plan: Plan, state: RequestRows) -> tuple[list[tuple[Sequence, range]], np.ndarray]:
+    """Who scores which prompt positions, and the tokens of the step whose logits do it."""
     scoring: list[tuple[Sequence, range]] = []
     score_rows: list[int] = []
-    start = 0
-    for seq, count in zip(plan.sequences, plan.counts, strict=True):
-        end = seq.num_computed + count
-        if end == seq.num_tokens and seq.params.max_tokens > 0:
-            sampling.append(seq)
-            sample_rows.append(start + count - 1)
-        if seq.prompt_scores is not None:
-            positions = range(seq.num_computed + 1, min(end + 1, seq.prompt_len))
-            scoring.append((seq, positions))
-            score_rows.extend(range(start, start + len(positions)))
-        start += count
-    return sampling, [s for s in scoring if len(s[1])], np.array(sample_rows + score_rows, np.int64)
+    if state.wants_scores[plan.rows].any():
+        start = 0
+        counts = zip(plan.rows.tolist(), plan.num_computed.tolist(), plan.counts.tolist(), strict=True)
+        for row, computed, count in counts:
+            seq = state.sequences[row]
+            positions = range(computed + 1, min(computed + count + 1, seq.prompt_len))
+            if seq.prompt_scores is not None and len(positions):
+                scoring.append((seq, positions))
+                score_rows.extend(range(start, start + len(positions)))
+            start += count
+    return scoring, np.array(score_rows, np.int64)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from fuseline.engine.messages import PositionLogprobs
-from fuseline.engine.request import Sequence
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens
+from fuseline.engine.schedule.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,29 @@ def native_ops() -> SampleOps:
 class RowScores:
     """Log-probabilities of R rows: of the token itself, its rank, and the best ones."""
 
-    logprobs: list[float]  # [R]
-    ranks: list[int]  # [R]
+    logprobs: torch.Tensor  # [R] float32
+    ranks: torch.Tensor  # [R] int64
     top_ids: torch.Tensor  # [R, L] int64
     top_logprobs: torch.Tensor  # [R, L] float32
+
+    @staticmethod
+    def make(num_rows: int, num_top: int) -> RowScores:
+        return RowScores(
+            torch.zeros(num_rows, dtype=torch.float32),
+            torch.zeros(num_rows, dtype=torch.int64),
+            torch.zeros((num_rows, num_top), dtype=torch.int64),
+            torch.zeros((num_rows, num_top), dtype=torch.float32),
+        )
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.logprobs, self.ranks, self.top_ids, self.top_logprobs
 
     def position(self, row: int, token: int, count: int) -> PositionLogprobs:
         return PositionLogprobs(
             token_id=token,
-            logprob=self.logprobs[row],
-            rank=self.ranks[row],
+            logprob=float(self.logprobs[row]),
+            rank=int(self.ranks[row]),
             top_ids=tuple(self.top_ids[row, :count].tolist()),
             top_logprobs=tuple(self.top_logprobs[row, :count].tolist()),
         )
@@ -49,9 +62,39 @@ class RowScores:
 
 @dataclass(frozen=True)
 class Sampled:
-    tokens: list[int]  # [R]
-    ok: list[int]  # [R]; 0: the row's logits were not finite
+    tokens: np.ndarray  # [R] int64
+    ok: np.ndarray  # [R] bool; False: the row's logits were not finite
     scores: RowScores
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """Arguments of the `sample` kernel that stay while the same R sequences sample."""
+
+    rows: np.ndarray  # [R] int64
+    tenancy: np.ndarray  # [R] int64
+    num_top: int
+    mode: int
+    values: list[torch.Tensor]  # temperature ... seed, [R] each
+    num_logprobs: torch.Tensor  # [R] int64
+    prompt_len: torch.Tensor  # [R] int64
+    has_history: np.ndarray  # [R] bool
+    has_lists: bool
+    no_items: tuple[torch.Tensor, torch.Tensor]
+    """Starts and items of lists that are all empty."""
+    no_scores: RowScores | None
+    """Stands for outputs that the kernel leaves alone, since nobody wants log-probabilities."""
+
+
+@dataclass
+class SampleArguments:
+    """Inputs of the `sample` kernel for R rows; those that depend on the newest tokens come last, by `Sampler.fill`."""
+
+    settings: RowSettings
+    lengths: np.ndarray  # [R] int64, tokens before the one to sample
+    counter: torch.Tensor  # [R] int64
+    history: tuple[torch.Tensor, torch.Tensor] = ()
+    lists: list[torch.Tensor] = ()
 
 
 class Sampler:
@@ -59,76 +102,87 @@ class Sampler:
         self.rows = rows
         self.vocab_size = vocab_size
         self.ops = ops
+        self._settings: RowSettings | None = None
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Sampled:
-        """logits [R, V] float32, row i for sequences[i]."""
-        rows, num_rows = self.rows, len(sequences)
-        index = np.fromiter((s.row for s in sequences), np.int64, num_rows)
-        modes = rows.logprobs_mode[index]
-        if num_rows and modes.min() != modes.max():
-            raise ValueError("sequences of one server differ in logprobs_mode")
-        num_logprobs = np.minimum(rows.num_logprobs[index], self.vocab_size)
-        out = _Outputs(num_rows, max(0, int(num_logprobs.max(initial=0))))
+    def prepare(self, plan: Plan) -> SampleArguments:
+        """What is known of the sampling sequences before their newest tokens are."""
+        rows, tenancy, old = plan.rows[plan.sampling], plan.tenancy[plan.sampling], self._settings
+        if old is None or not (np.array_equal(rows, old.rows) and np.array_equal(tenancy, old.tenancy)):
+            self._settings = self._gather(rows, tenancy)
+        counter = plan.lengths - self.rows.prompt_len[rows]
+        return SampleArguments(self._settings, plan.lengths, torch.from_numpy(counter))
+
+    def fill(self, arguments: SampleArguments) -> None:
+        """The rest, from all tokens so far."""
+        arguments.history = self._history(arguments)
+        arguments.lists = self._lists(arguments.settings)
+
+    def sample(self, logits: torch.Tensor, arguments: SampleArguments) -> Sampled:
+        """logits [R, V] float32."""
+        settings, num_rows = arguments.settings, len(arguments.lengths)
+        scores = settings.no_scores or RowScores.make(num_rows, settings.num_top)
         # Zeros, because a row that is not ok leaves its token as it is.
         tokens = torch.zeros(num_rows, dtype=torch.int64)
         ok = torch.empty(num_rows, dtype=torch.uint8)
-        counter = np.fromiter((s.num_generated for s in sequences), np.int64, num_rows)
-        per_row = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.repetition, rows.frequency)
-        gathered = [torch.from_numpy(array[index]) for array in (*per_row, rows.presence, rows.seed)]
         self.ops.sample(
-            tokens, *out.tensors, ok, logits, *gathered, torch.from_numpy(counter), torch.from_numpy(num_logprobs),
-            *self._history(index, sequences), torch.from_numpy(rows.prompt_len[index]),
-            *self._lists(index, sequences), None, int(modes[0]),
+            tokens, *scores.tensors, ok, logits, *settings.values, arguments.counter, settings.num_logprobs,
+            *arguments.history, settings.prompt_len, *arguments.lists, None, settings.mode,
         )  # fmt: skip
-        return Sampled(tokens.tolist(), ok.tolist(), out.scores())
+        return Sampled(tokens.numpy(), ok.numpy() != 0, scores)
 
     def score(self, logits: torch.Tensor, targets: list[int], num_top: int) -> RowScores:
         """Raw log-probabilities of given tokens. logits [R, V] float32."""
-        out = _Outputs(len(targets), min(num_top, self.vocab_size))
-        self.ops.row_logprobs(*out.tensors, logits, torch.tensor(targets, dtype=torch.int64))
-        return out.scores()
+        scores = RowScores.make(len(targets), min(num_top, self.vocab_size))
+        self.ops.row_logprobs(*scores.tensors, logits, torch.tensor(targets, dtype=torch.int64))
+        return scores
 
-    def _history(self, index: np.ndarray, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, rows: np.ndarray, tenancy: np.ndarray) -> RowSettings:
+        state = self.rows
+        modes = state.logprobs_mode[rows]
+        if len(rows) and modes.min() != modes.max():
+            raise ValueError("sequences of one server differ in logprobs_mode")
+        num_logprobs = np.minimum(state.num_logprobs[rows], self.vocab_size)
+        values = (state.temperature, state.top_k, state.top_p, state.min_p, state.repetition, state.frequency)
+        return RowSettings(
+            rows=rows,
+            tenancy=tenancy,
+            num_top=max(0, int(num_logprobs.max(initial=0))),
+            mode=int(modes.max(initial=0)),
+            values=[torch.from_numpy(array[rows]) for array in (*values, state.presence, state.seed)],
+            num_logprobs=torch.from_numpy(num_logprobs),
+            prompt_len=torch.from_numpy(state.prompt_len[rows]),
+            has_history=state.has_history[rows],
+            has_lists=bool(state.has_lists[rows].any()),
+            no_items=_ragged([], len(rows)),
+            no_scores=RowScores.make(len(rows), 0) if (num_logprobs < 0).all() else None,
+        )
+
+    def _history(self, arguments: SampleArguments) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of the rows with penalties, one after the other; other rows have none."""
-        wanted = self.rows.has_history[index]
-        if not wanted.any():
-            return _ragged([], len(sequences))
-        empty = np.empty(0, np.int32)
-        parts = [
-            self.rows.tokens[row, : seq.num_tokens] if has else empty
-            for row, seq, has in zip(index, sequences, wanted, strict=True)
-        ]
+        settings = arguments.settings
+        if not settings.has_history.any():
+            return settings.no_items
+        lengths = np.where(settings.has_history, arguments.lengths, 0)
+        parts = [self.rows.tokens[row, :length] for row, length in zip(settings.rows, lengths, strict=True)]
         return _ragged(parts, len(parts))
 
-    def _lists(self, index: np.ndarray, sequences: list[Sequence]) -> list[torch.Tensor]:
+    def _lists(self, settings: RowSettings) -> list[torch.Tensor]:
         """bias_start, bias_ids, bias_values, banned_start, banned_ids, allowed_start, allowed_ids."""
+        if not settings.has_lists:
+            return [*settings.no_items, torch.empty(0), *settings.no_items, *settings.no_items]
         bias: list[list[int]] = []
         values: list[float] = []
         banned: list[list[int]] = []
         allowed: list[list[int]] = []
-        if self.rows.has_lists[index].any():
-            for seq in sequences:
-                bias.append([token for token, _ in seq.params.logit_bias])
-                values += [value for _, value in seq.params.logit_bias]
-                banned.append([token for token in banned_tokens(seq) if 0 <= token < self.vocab_size])
-                allowed.append(list(seq.params.allowed_token_ids))
-        count = len(sequences)
+        for row in settings.rows.tolist():
+            seq = self.rows.sequences[row]
+            bias.append([token for token, _ in seq.params.logit_bias])
+            values += [value for _, value in seq.params.logit_bias]
+            banned.append([token for token in banned_tokens(seq) if 0 <= token < self.vocab_size])
+            allowed.append(list(seq.params.allowed_token_ids))
+        count = len(settings.rows)
         bias_values = torch.tensor(values, dtype=torch.float32)
         return [*_ragged(bias, count), bias_values, *_ragged(banned, count), *_ragged(allowed, count)]
-
-
-class _Outputs:
-    def __init__(self, num_rows: int, num_top: int) -> None:
-        self.tensors = (
-            torch.zeros(num_rows, dtype=torch.float32),
-            torch.zeros(num_rows, dtype=torch.int64),
-            torch.zeros((num_rows, num_top), dtype=torch.int64),
-            torch.zeros((num_rows, num_top), dtype=torch.float32),
-        )
-
-    def scores(self) -> RowScores:
-        logprobs, ranks, top_ids, top_logprobs = self.tensors
-        return RowScores(logprobs.tolist(), ranks.tolist(), top_ids, top_logprobs)
 
 
 def _ragged(parts: list, count: int) -> tuple[torch.Tensor, torch.Tensor]:

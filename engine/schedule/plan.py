@@ -7,21 +7,27 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fuseline.engine.request import Sequence
+from fuseline.engine.run.request_rows import RequestRows
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """`sequences[i]` computes its next `counts[i]` tokens. Tables: [G, rows, M] int32, read by `Sequence.row`."""
+    """The sequence of `rows[i]` computes its next `counts[i]` tokens. Legend: S sequences, N of them sample.
 
-    sequences: list[Sequence]
-    counts: list[int]
+    The arrays are as they were when the plan was made; while it runs, a row may go to another sequence, with another
+    tenancy.
+    """
+
+    rows: np.ndarray  # [S] int64
+    tenancy: np.ndarray  # [S] int64, of the rows
+    counts: np.ndarray  # [S] int64
+    num_computed: np.ndarray  # [S] int64, before the step
+    sampling: np.ndarray  # [N] int64, indices into the sequences
+    lengths: np.ndarray  # [N] int64, tokens of the sampling sequences; the next one goes there
+    complete: np.ndarray  # int64, indices of the sequences that want no tokens and have their last one computed
     started: list[Sequence]
-    """Those that got their row in this step: their per-row state must be loaded first."""
-    tables: np.ndarray
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.counts)
+    """Those that got their row in this step."""
+    num_tokens: int
 
 
 @dataclass
@@ -31,18 +37,24 @@ class StepBudget:
     tokens_left: int
     spare_rows: int
     """Logits rows beyond one for each running sequence."""
-    counts: dict[Sequence, int] = field(default_factory=dict)
+    counts: np.ndarray  # [R] int64, tokens to compute by row
     started: list[Sequence] = field(default_factory=list)
     has_preempted: bool = False
 
     def add(self, seq: Sequence, count: int) -> None:
-        self.counts[seq] = count
+        self.counts[seq.row] = count
         self.tokens_left -= count
         self.spare_rows -= num_extra_rows(seq, count)
 
+    def add_rows(self, rows: np.ndarray) -> None:
+        """One token each."""
+        self.counts[rows] = 1
+        self.tokens_left -= len(rows)
+
     def drop(self, seq: Sequence) -> None:
         """Take a preempted sequence out again; its own row of logits becomes spare."""
-        count = self.counts.pop(seq, 0)
+        count = int(self.counts[seq.row])
+        self.counts[seq.row] = 0
         self.tokens_left += count
         self.spare_rows += num_extra_rows(seq, count) + 1
         if seq in self.started:
@@ -51,3 +63,21 @@ class StepBudget:
 
 def num_extra_rows(seq: Sequence, count: int) -> int:
     return max(0, count - 1) if seq.prompt_scores is not None else 0
+
+
+def make_plan(budget: StepBudget, state: RequestRows) -> Plan:
+    rows = np.flatnonzero(budget.counts)
+    counts, num_computed, num_tokens = budget.counts[rows], state.num_computed[rows], state.num_tokens[rows]
+    is_last, wants_tokens = num_computed + counts == num_tokens, state.wants_tokens[rows]
+    sampling = np.flatnonzero(is_last & wants_tokens)
+    return Plan(
+        rows=rows,
+        tenancy=state.tenancy[rows],
+        counts=counts,
+        num_computed=num_computed,
+        sampling=sampling,
+        lengths=num_tokens[sampling],
+        complete=np.flatnonzero(is_last & ~wants_tokens),
+        started=budget.started,
+        num_tokens=int(counts.sum()),
+    )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.config import SchedulerConfig
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.request import Sequence
-from fuseline.engine.schedule.plan import Plan, StepBudget
+from fuseline.engine.run.request_rows import RequestRows
+from fuseline.engine.schedule.plan import Plan, StepBudget, make_plan
 from fuseline.engine.schedule.queue import WaitingQueue
 
 
@@ -42,8 +45,13 @@ class Limits:
 
 
 class Scheduler:
-    def __init__(self, limits: Limits, kv: KVManager, rope_switch: RopeSwitchSpec | None = None) -> None:
+    """May be asked for the next step while the last one runs: tokens that a started step will yield are counted."""
+
+    def __init__(
+        self, limits: Limits, rows: RequestRows, kv: KVManager, rope_switch: RopeSwitchSpec | None = None
+    ) -> None:
         self.limits = limits
+        self.rows = rows
         self.kv = kv
         self.rope_switch = rope_switch
         self.running: list[Sequence] = []
@@ -69,11 +77,14 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. Empty only when nothing waits or runs."""
         self._switch_ropes()
-        budget = StepBudget(self.limits.num_tokens, self.limits.num_seqs - len(self.running))
+        self.waiting.unpark(self.kv.promised)
+        counts = np.zeros(self.limits.num_seqs, np.int64)
+        budget = StepBudget(self.limits.num_tokens, self.limits.num_seqs - len(self.running), counts)
+        self._continue_streams(budget)
         self._schedule_running(budget)
         if not budget.has_preempted:
             self._admit_waiting(budget)
-        return Plan(list(budget.counts), list(budget.counts.values()), budget.started, self.kv.tables)
+        return make_plan(budget, self.rows)
 
     def preempt_all(self) -> None:
         for seq in list(self.running):
@@ -82,17 +93,33 @@ class Scheduler:
     def _switch_ropes(self) -> None:
         if self.rope_switch is None:
             return
-        for seq in list(self.running):
-            if seq.variant == 0 and seq.num_tokens > self.rope_switch.threshold:
-                self._requeue(seq)
-                seq.switch_rope()
+        rows = self.rows
+        for row in np.flatnonzero((rows.variant == 0) & (rows.num_tokens > self.rope_switch.threshold)):
+            seq = rows.sequences[row]
+            self._requeue(seq)
+            seq.switch_rope()
+
+    def _continue_streams(self, budget: StepBudget) -> None:
+        """What most steps are made of: sequences one token behind, for which there is room."""
+        streams = np.flatnonzero(self.rows.num_remaining() == 1)
+        if len(streams) > budget.tokens_left:
+            return
+        is_full = self.rows.num_computed[streams] == self.kv.num_slots[streams]
+        full = streams[is_full]
+        if self.kv.grow_streams(full, [self.rows.sequences[row] for row in full.tolist()]):
+            budget.add_rows(streams)
+        else:
+            budget.add_rows(streams[~is_full])
 
     def _schedule_running(self, budget: StepBudget) -> None:
+        remaining = self.rows.num_remaining()
+        rows = np.flatnonzero((remaining > 0) & (budget.counts == 0))
+        behind = [(self.rows.sequences[row], int(remaining[row])) for row in rows.tolist()]
         # Sequences one token behind go first, so that a long prompt never makes a stream of tokens wait.
-        for seq in sorted(self.running, key=lambda s: s.num_remaining > 1):
+        for seq, num_remaining in sorted(behind, key=lambda pair: (pair[1] > 1, pair[0].order)):
             if seq.row < 0:
                 continue
-            count = self._chunk(seq, seq.num_remaining, budget)
+            count = self._chunk(seq, num_remaining, budget)
             if count and self._make_room(seq, seq.num_computed + count, budget):
                 budget.add(seq, count)
 
@@ -121,11 +148,18 @@ class Scheduler:
 
     def _admit_waiting(self, budget: StepBudget) -> None:
         passed_over: list[Sequence] = []
-        while self.waiting and budget.tokens_left > 0:
+        while self.waiting.has_next and budget.tokens_left > 0:
             seq = self.waiting.peek()
             if not self._find_seat(seq, budget):
                 break
+            if seq.num_pending:
+                passed_over.append(self.waiting.pop())
+                continue
             hit = self.kv.find_prefix(seq)
+            promise = self.kv.find_promise(seq, hit)
+            if promise is not None:
+                self.waiting.park(promise)
+                continue
             num_remaining = seq.num_tokens - hit * self.kv.block_size
             count = self._chunk(seq, num_remaining, budget)
             if count < num_remaining and self._is_long(seq) and not self._has_long_place(budget):
@@ -139,7 +173,9 @@ class Scheduler:
             self.waiting.push(seq)
 
     def _find_seat(self, seq: Sequence, budget: StepBudget) -> bool:
-        return budget.spare_rows > 0 and bool(self._free_rows) or self._preempt_lower(seq, budget)
+        # Who is parked keeps a seat, so those who pass cannot take it, and no more are parked than can sit down.
+        num_free = min(budget.spare_rows, len(self._free_rows))
+        return num_free > self.waiting.num_parked or self._preempt_lower(seq, budget)
 
     def _preempt_lower(self, seq: Sequence, budget: StepBudget) -> bool:
         """Under the priority policy, preempt the last sequence of a lower priority than `seq`, if there is one."""
@@ -151,23 +187,26 @@ class Scheduler:
         self._preempt(victim, budget)
         return True
 
-    def _partial(self, budget: StepBudget) -> list[Sequence]:
-        return [s for s in self.running if s.num_remaining > max(1, budget.counts.get(s, 0))]
+    def _is_partial(self, budget: StepBudget) -> np.ndarray:
+        """[R] bool: rows whose prompt this step leaves unfinished."""
+        return self.rows.num_remaining() > np.maximum(1, budget.counts)
 
     def _has_partial_place(self, budget: StepBudget) -> bool:
-        return len(self._partial(budget)) < self.limits.num_partial
+        return np.count_nonzero(self._is_partial(budget)) < self.limits.num_partial
 
     def _has_long_place(self, budget: StepBudget) -> bool:
-        return sum(self._is_long(s) for s in self._partial(budget)) < self.limits.num_long_partial
+        is_long = self.rows.num_tokens > self.limits.long_threshold
+        return np.count_nonzero(self._is_partial(budget) & is_long) < self.limits.num_long_partial
 
     def _start(self, seq: Sequence, hit: int, count: int, budget: StepBudget) -> bool:
         num_tokens = hit * self.kv.block_size + count
         while not self.kv.start(seq, hit, num_tokens):
             if not self._preempt_lower(seq, budget):
                 return False
-        self.waiting.remove(seq)
+        self.waiting.pop()
         seq.row = self._free_rows.pop()
         self.running.append(seq)
+        self.rows.load(seq, hit * self.kv.block_size)
         self.kv.load_table(seq)
         self.kv.grow(seq, num_tokens)
         budget.spare_rows -= 1
@@ -196,5 +235,5 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._free_rows.append(seq.row)
-        seq.row = -1
+        self.rows.leave(seq)
         self.kv.free(seq)

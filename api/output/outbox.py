@@ -1,0 +1,51 @@
+"""Events on their way to one client: whatever has gathered since the last write goes with the next."""
+
+from __future__ import annotations
+
+import asyncio
+
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class Outbox:
+    """One side adds, the other takes. Silence of `seconds` (0: any) yields a comment line."""
+
+    def __init__(self, seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: list[bytes] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_closed = False
+        self._seconds = seconds
+        self._last_write = self._loop.time()
+        self._timer = self._loop.call_later(seconds, self._check_silence) if seconds > 0 else None
+
+    def add(self, event: bytes) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def close(self) -> None:
+        """Nothing more will be added."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._wake()
+
+    async def take(self) -> bytes:
+        """All that has been added since the last time; waits for it. Empty once closed and taken."""
+        while not self._events and not self._is_closed:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        self._last_write = self._loop.time()
+        return b"".join(events)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _check_silence(self) -> None:
+        """One timer for the whole answer rather than one for each write."""
+        left = self._last_write + self._seconds - self._loop.time()
+        if left <= 0 and self._waiter is not None and not self._waiter.done():
+            self.add(KEEP_ALIVE)
+        self._timer = self._loop.call_later(left if left > 0 else self._seconds, self._check_silence)

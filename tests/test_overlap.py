@@ -1,0 +1,183 @@
+"""The next step scheduled while one runs: the same answers, one step less to wait for, nothing lost or told twice."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from fake_model import NAN_TOKEN, FakeModel, build_slow_fake, fake_config
+from test_engine_client import collect, greedy, make_request
+from test_engine_walk import Walk, make_engine
+
+from fuseline.engine.client import EngineClient
+from fuseline.engine.engine import Engine
+from fuseline.engine.run.sampler_reference import reference_ops
+
+PROMPT = list(range(1, 15))
+
+REQUESTS = {
+    "plain": {},
+    "penalties": {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "presence_penalty": 0.9, "temperature": 0.0},
+    "bad words": {"bad_words": ((3,), (5, 6), *((a, b) for a in range(10) for b in range(10, 25))), "min_tokens": 6},
+    "bias": {"logit_bias": ((3, 2.0), (4, -5.0)), "allowed_token_ids": tuple(range(30))},
+    "stops": {"stop_token_ids": tuple(range(8)), "min_tokens": 3},
+    "many stops": {"stop_token_ids": tuple(range(1, 20)), "eos_token_ids": (0,)},
+    "one token": {"max_tokens": 1},
+    "no token": {"max_tokens": 0, "prompt_logprobs": 1},
+    "logprobs": {"logprobs": 3, "prompt_logprobs": 2},
+    "choices": {"n": 3, "eos_token_ids": (0, 1, 2)},
+    "copies": {"n": 2, "temperature": 0.0, "stop_token_ids": (5, 7)},
+}
+
+
+def answers(walk: Walk) -> dict:
+    """What each choice was told in all, however it was cut into outputs."""
+    told = {}
+    for place, outputs in walk.outputs.items():
+        last = outputs[-1]
+        told[place] = (
+            [token for output in outputs for token in output.token_ids],
+            [entry for output in outputs for entry in output.logprobs],
+            [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None],
+            (last.finish_reason, last.stop_token_id, last.error),
+        )
+    return told
+
+
+def run_all(ahead: bool, windows=(0,), **config) -> Walk:
+    walk = Walk(make_engine(windows, async_scheduling=ahead, **config))
+    for params in REQUESTS.values():
+        walk.submit(PROMPT, **{"max_tokens": 18, **params})
+        walk.step()
+    walk.submit([3, NAN_TOKEN, 4], max_tokens=5, n=2)
+    walk.finish()
+    return walk
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_blocks": 17, "enable_prefix_caching": False},
+        {"max_num_seqs": 2, "num_blocks": 12},
+        {"rope_threshold": 16},
+        {"windows": (0, 6), "num_blocks": 20},
+        {"max_num_seqs": 12, "max_num_batched_tokens": 64},
+    ],
+    ids=["plain", "few blocks", "two seats", "rope switch", "window", "all at once"],
+)
+def test_answers_are_those_of_steps_in_order(config) -> None:
+    in_order, ahead = run_all(False, **config), run_all(True, **config)
+    expected = answers(in_order)
+    assert answers(ahead) == expected
+    if config.get("num_blocks", 40) < 20:
+        assert ahead.engine.scheduler.num_preemptions > 0, "nothing was preempted"
+    reasons = {told[3][0] for told in expected.values()}
+    assert reasons == {"length", "stop", "error"}
+
+
+class WatchedModel(FakeModel):
+    """Its run ends only when the next step has been prepared, or after a second when it is told of none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_prepared = threading.Semaphore(0)
+        self.num_waited = 0
+
+    def run(self, inputs):
+        logits = super().run(inputs)
+        self.num_waited += self.was_prepared.acquire(timeout=1)
+        return logits
+
+
+def test_the_next_step_is_prepared_while_one_runs() -> None:
+    model = WatchedModel()
+    model.allocate_caches([41])
+    engine = Engine(fake_config(async_scheduling=True), model, [40], reference_ops())
+    walk = Walk(engine)
+    walk.submit(PROMPT, max_tokens=5)
+    prepare = engine.prepare
+    prepared = []
+
+    def watched():
+        batch = prepare()
+        if engine._steps.is_running:
+            prepared.append(batch is not None)
+            model.was_prepared.release()
+        return batch
+
+    engine.prepare = watched
+    walk.finish()
+    assert model.num_waited == 5 and prepared == [True] * 4 + [False], "a known last token needs no further step"
+    walk.check_all((0,))
+
+
+def test_a_sequence_that_ends_by_a_token_costs_one_more_row_and_no_token() -> None:
+    counts = {}
+    for ahead in (False, True):
+        walk = Walk(make_engine(async_scheduling=ahead))
+        walk.submit(PROMPT, max_tokens=20, eos_token_ids=tuple(range(20)))
+        walk.finish()
+        walk.check_all((0,))
+        counts[ahead] = sum(walk.counts)
+    assert counts[True] == counts[False] + 1
+
+
+def test_abort_while_a_step_runs_drops_its_token_and_frees_the_row() -> None:
+    walk = Walk(make_engine(async_scheduling=True, max_num_seqs=1))
+    first = walk.submit(PROMPT, max_tokens=20)
+    for _ in range(4):
+        walk.step()
+    second = walk.submit([9, 8, 7], max_tokens=4)
+    assert walk.engine._steps.is_running
+    walk.engine.abort(first)
+    assert walk.engine.kv.usage == 0
+    walk.finish()
+    assert walk.reason(first) == "abort" and walk.reason(second) == "length"
+    walk.check_all((0,))
+
+
+def test_sleep_reports_what_runs_first() -> None:
+    walk = Walk(make_engine(async_scheduling=True))
+    name = walk.submit(PROMPT, max_tokens=8)
+    for _ in range(3):
+        walk.step()
+    known = len(walk.tokens(name))
+    walk.engine.pause()
+    assert not walk.engine._steps.is_running and walk.engine.has_work
+    walk.step()
+    assert len(walk.tokens(name)) == known + 1 and not walk.engine.has_work
+    walk.engine.resume()
+    walk.finish()
+    walk.check_all((0,))
+
+
+def test_a_fault_of_the_model_reaches_the_engines_loop() -> None:
+    engine = make_engine(async_scheduling=True)
+    walk = Walk(engine)
+    walk.submit(PROMPT, max_tokens=3)
+
+    def run(inputs):
+        raise RuntimeError("the device is gone")
+
+    engine.runner.model.run = run
+    walk.step()
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        walk.step()
+
+
+@pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])
+async def test_a_whole_engine_with_steps_ahead(in_process: bool) -> None:
+    client = EngineClient(fake_config(async_scheduling=True), in_process, build_slow_fake, reference_ops)
+    await client.start()
+    try:
+        stream = client.generate(make_request("r", max_tokens=20))
+        tokens = list((await anext(stream)).token_ids)
+        await client.utility("sleep", "2")
+        await client.utility("wake_up")
+        async for output in stream:
+            tokens += output.token_ids
+        assert tokens == greedy((5, 6, 7), 20)
+        assert await collect(client, make_request("s", prompt=(4, 4))) == {0: greedy((4, 4), 8)}
+    finally:
+        await client.shutdown(5)
