@@ -1,7 +1,7 @@
 """Triton kernels without a card: run by Triton's interpreter, or compiled to machine code from the launches themselves.
 
 Import this before anything imports triton: its standard library is interpreted only if the variable is there by then.
-`TRITON_INTERPRET=0 python triton_interpreter.py <test module> <arch>...` calls the module's `launches()` with every
+`TRITON_INTERPRET=0 python triton_interpreter.py <test module> <arch>...` calls the module's `launches(arch)` with every
 launch turned into a compilation, and prints one JSON line for each.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -28,7 +29,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 def multiply_bf16() -> None:
-    """The interpreter (3.6) keeps bf16 as its bits and multiplies those; here it multiplies the numbers."""
+    """The interpreter (3.7) keeps bf16 as its bits and multiplies those; here it multiplies the numbers."""
     plain = interpreter.InterpreterBuilder.create_dot
 
     def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
@@ -44,7 +45,7 @@ def multiply_bf16() -> None:
 
 
 def count_with_numpy() -> None:
-    """numpy (2.4) makes no int of an array of one; a loop bound of the interpreter is such an array."""
+    """numpy (2.4) makes no int of an array of one; a loop bound of the interpreter (before 3.7) is such an array."""
     plain = interpreter._patch_lang_tensor
 
     def patch(tensor, scope):
@@ -52,6 +53,19 @@ def count_with_numpy() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch
+
+
+def refuse_unknown_arguments() -> None:
+    """The interpreter drops named arguments that a kernel does not have; a card refuses them."""
+    plain = interpreter.GridExecutor.__call__
+
+    def launch(self, *args, **kwargs):
+        unknown = set(kwargs) - set(self.arg_names) - set(OPTIONS)
+        if unknown:
+            raise TypeError(f"{self.fn.__name__} has no argument {sorted(unknown)}")
+        return plain(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch
 
 
 def patch_once() -> None:
@@ -74,13 +88,14 @@ def patch_once() -> None:
 
 
 if triton.knobs.runtime.interpret:
+    refuse_unknown_arguments()
     patch_once()
     multiply_bf16()
     count_with_numpy()
 
 
 def compile_launches(module: str, *archs: int) -> list[dict]:
-    """Compiles what `module.launches()` launches, in a process of its own: one entry a kernel, types and arch."""
+    """Compiles what `module.launches(arch)` launches, in a process of its own: one entry a kernel, types and arch."""
     command = [sys.executable, "-P", __file__, module, *map(str, archs)]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
@@ -110,22 +125,24 @@ def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
 
 
 def _main(module: str, *archs: str) -> None:
-    seen = set()
+    seen, loaded = set(), importlib.import_module(module)
+    for arch in map(int, archs):
 
-    def compile_instead(kernel, *args, grid, warmup, **kwargs):
-        source = _source(kernel, args, kwargs)
-        options = {k: v for k, v in kwargs.items() if k in OPTIONS}
-        for arch in map(int, archs):
+        def compile_instead(kernel, *args, grid, warmup, arch=arch, **kwargs):
+            source = _source(kernel, args, kwargs)
+            options = {k: v for k, v in kwargs.items() if k in OPTIONS}
             key = (source.hash(), str(options), arch)
             if key in seen:
-                continue
+                return
             seen.add(key)
+            began = time.perf_counter()
             done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            entry = {"kernel": kernel.__name__, "arch": arch, "shared": done.metadata.shared}
+            seconds = round(time.perf_counter() - began, 2)
+            entry = {"kernel": kernel.__name__, "arch": arch, "shared": done.metadata.shared, "seconds": seconds}
             print(json.dumps(entry | {"types": source.signature}), flush=True)
 
-    jit.JITFunction.run = compile_instead
-    importlib.import_module(module).launches()
+        jit.JITFunction.run = compile_instead
+        loaded.launches(arch)
 
 
 if __name__ == "__main__":

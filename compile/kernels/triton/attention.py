@@ -190,13 +190,12 @@ def _launch_decode(
     tile = shape.decode
     out, q, *_, seq_lens, query_start, sinks, _, v_scale = tensors
     splits = {
-        "GROUP": shape.group, "IS_ALL": shape.is_all_decode, "SPLIT": SPLIT, "NUM_SPLITS": shape.num_splits,
-        "MAX_FOLDED": shape.max_folded,
+        "IS_ALL": shape.is_all_decode, "SPLIT": SPLIT, "NUM_SPLITS": shape.num_splits, "MAX_FOLDED": shape.max_folded,
     }  # fmt: skip
     grid = (shape.kv_heads * tile.parts, shape.num_seqs, shape.num_workers)
     decode_kernel[grid](
-        *tensors, workspace, *strides, *numbers, q.shape[1], shape.num_slots, HAS_SOFTCAP=numbers[2] > 0, **splits,
-        **shape.constants(), **tile.constants(),
+        *tensors, workspace, *strides, *numbers, q.shape[1], shape.num_slots, GROUP=shape.group,
+        HAS_SOFTCAP=numbers[2] > 0, **splits, **shape.constants(), **tile.constants(),
     )  # fmt: skip
     if shape.workspace_size == 0:
         return
