@@ -114,10 +114,13 @@ def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
     types, constants, attributes = {}, {}, {}
     for i, param in enumerate(kernel.params):
         value = bound[param.name]
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or value is None or is_one:
             types[param.name], constants[(i,)] = "constexpr", value
             continue
         types[param.name] = jit.mangle_type(value)
+        if param.do_not_specialize:
+            continue
         address = value.data_ptr() if hasattr(value, "data_ptr") else value
         if type(address) is int and address % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+BATCH = ["table_stride", "num_slots", "num_seqs", "max_decode"]
+"""Numbers that change from step to step: a kernel compiled anew for a 1 or a multiple of 16 would hold up a step."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def decode_kernel(
     out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, workspace, out_stride_t,
     out_stride_h, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b,
@@ -87,7 +89,7 @@ def decode_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def merge_kernel(
     out, seq_lens, query_start, sinks, v_scale, workspace, out_stride_t, out_stride_h, window, num_slots,
     IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, MAX_FOLDED: tl.constexpr, E: tl.constexpr,
@@ -134,7 +136,7 @@ def merge_kernel(
             tl.store(out + at * out_stride_t + head * out_stride_h + dim, acc.to(out.dtype.element_ty), mask=dim < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def prefill_kernel(
     out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, out_stride_t, out_stride_h,
     q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b, table_stride,
