@@ -18,13 +18,14 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "triton"))
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter, jit
 
-SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}   # bytes a program may have (CUDA programming guide)
+SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have (CUDA programming guide)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
@@ -35,13 +36,31 @@ def multiply_bf16() -> None:
     def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
         if x.dtype.scalar != tl.bfloat16:
             return x
-        wide = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view("float32")
-        return interpreter.TensorHandle(wide, tl.float32)
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(self, a, b, *rest):
         return plain(self, widened(a), widened(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def round_bf16() -> None:
+    """The interpreter (3.7) cuts float32 off where a card rounds to the nearest bf16, and casts the bits of others."""
+    plain = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src: interpreter.TensorHandle, dst_type: tl.dtype) -> interpreter.TensorHandle:
+        to = dst_type.scalar
+        if src.dtype.scalar == tl.bfloat16 and to != tl.bfloat16:
+            wide = (src.data.astype(np.uint32) << 16).view(np.float32)
+            src = interpreter.TensorHandle(wide, tl.float32)
+        if to != tl.bfloat16 or src.dtype.scalar == tl.bfloat16:
+            return plain(self, src, dst_type) if src.dtype.scalar != to else src
+        bits = np.ascontiguousarray(src.data.astype(np.float32)).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest)
+        return interpreter.TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
 
 
 def count_with_numpy() -> None:
@@ -91,6 +110,7 @@ if triton.knobs.runtime.interpret:
     refuse_unknown_arguments()
     patch_once()
     multiply_bf16()
+    round_bf16()
     count_with_numpy()
 
 

@@ -23,8 +23,8 @@ from fuseline.compile.kernels.triton.attention_kernels import decode_kernel, mer
 
 LOG2_E = 1.4426950408889634
 NO_WINDOW = 1 << 30
-SPLIT = 256                 # keys of the shortest split
-GRID_TARGET = 1024          # programs that fill a card: more workers a sequence are launched only below it
+SPLIT = 256  # keys of the shortest split
+GRID_TARGET = 1024  # programs that fill a card: more workers a sequence are launched only below it
 
 
 def paged_attention(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fuseline.compile.kernels.triton.tiles import owner_of_tile
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 BATCH = ["table_stride", "num_slots", "num_seqs", "max_decode"]
 """Numbers that change from step to step: a kernel compiled anew for a 1 or a multiple of 16 would hold up a step."""
@@ -148,7 +150,7 @@ def prefill_kernel(
     """Program (tile of queries, kv head and part). Last tiles first: they see the most keys."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1) // PARTS
-    seq, first_tile = _sequence_of_tile(query_start, tile, num_seqs, TOKENS)
+    seq, first_tile = owner_of_tile(query_start, tile, num_seqs, TOKENS)
     begin = tl.load(query_start + seq)
     num_tokens = tl.load(query_start + seq + 1) - begin
     token = (tile - first_tile) * TOKENS
@@ -228,20 +230,6 @@ def _rows(part, ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
     row = tl.arange(0, ROWS)
     head = part * HEADS + row % HEADS
     return row // HEADS, head, head < GROUP
-
-
-@triton.jit
-def _sequence_of_tile(query_start, tile, num_seqs, TOKENS: tl.constexpr):
-    """(sequence, its first tile): sequence s begins at tile query_start[s] // TOKENS + s, which leaves room for all."""
-    low = 0
-    high = num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start + middle) // TOKENS + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low, tl.load(query_start + low) // TOKENS + low
 
 
 @triton.jit

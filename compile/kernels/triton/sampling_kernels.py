@@ -21,7 +21,7 @@ from fuseline.compile.kernels.triton.sampling_rows import (
     report,
 )  # fmt: skip
 
-CHUNK = tl.constexpr(1024)      # entries or list items a step
+CHUNK = tl.constexpr(1024)  # entries or list items a step
 SCAN_BLOCKS = tl.constexpr(32)  # blocks a program of the scan sums up
 ALL_IDS = tl.constexpr((1 << 31) - 1)
 PROCESSED_LOGPROBS, RAW_LOGITS, PROCESSED_LOGITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # codes.h

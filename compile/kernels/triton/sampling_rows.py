@@ -14,9 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SUB = tl.constexpr(64)      # entries of a block
-TILE = tl.constexpr(32)     # blocks read together
-NOTHING = tl.constexpr(-(1 << 31))   # below the order of any float
+SUB = tl.constexpr(64)  # entries of a block
+TILE = tl.constexpr(32)  # blocks read together
+NOTHING = tl.constexpr(-(1 << 31))  # below the order of any float
 
 
 @triton.jit
