@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from fuseline import _C
 from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
+from fuseline.compile.backends.cuda import CudaExecutable
+from fuseline.compile.backends.cuda_graph import GraphConfig
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable
 from fuseline.compile.backends.steps import StepPlans, lower
@@ -25,24 +28,31 @@ from fuseline.compile.memory import Pages
 from fuseline.compile.model_info import describe, model_limit
 from fuseline.compile.passes.pipeline import stages
 from fuseline.compile.specs import WeightSource
-from fuseline.compile.target import Target
+from fuseline.compile.target import CPU, Target
+
+if TYPE_CHECKING:
+    from fuseline.compile.cuda_model import CudaModel
 
 Progress = Callable[[str, int, int], None]
-Executable = EagerExecutable | PlanExecutable | StepPlans
+Executable = EagerExecutable | PlanExecutable | StepPlans | CudaExecutable
 
 
-def compile_model(config: CompileConfig, target: Target, progress: Progress | None = None) -> CompiledModel:
-    """Raises CaptureError or LoadError, one line each."""
+def compile_model(
+    config: CompileConfig, target: Target, progress: Progress | None = None, graphs: GraphConfig | None = None
+) -> CompiledModel | CudaModel:
+    """Raises CaptureError or LoadError, one line each. `graphs` are those that a card captures."""
     report_progress = progress or (lambda phase, done, total: None)
     _C.set_num_threads(target.num_threads)
     torch.set_num_threads(target.num_threads)
     report_progress("capturing", 0, 1)
-    captured, result = load_optimized(config) or optimize(config, keep=True)
+    captured, result = load_optimized(config, target) or optimize(config, target, keep=True)
     report_progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, captured, result)
     weights = load_weights(requests, captured, config, report_progress)
-    weights |= result.constants
-    executable = _executable(captured.graph, weights, config)
+    weights = on_device(weights | result.constants, target)
+    executable = _executable(captured.graph, weights, config, target)
+    if isinstance(executable, CudaExecutable):
+        return _on_card(config, captured, result, weights, executable, target, graphs)
     model = CompiledModel(config, captured, result, weights, executable)
     if config.level > 1 and executable.num_regions and "cut_regions" not in config.disabled_passes:
         model.compile_regions(RegionUpgrade(captured.graph, _by_target(captured.graph, weights), config))
@@ -53,7 +63,15 @@ def compile_model(config: CompileConfig, target: Target, progress: Progress | No
     return model
 
 
-def optimize(config: CompileConfig, keep: bool = False) -> tuple[CapturedModel, PipelineResult]:
+def _on_card(config, captured, result, weights, executable, target: Target, graphs: GraphConfig | None) -> CudaModel:
+    from fuseline.compile.cuda_model import CudaModel  # needs triton
+
+    return CudaModel(config, captured, result, weights, executable, target.device, graphs or GraphConfig())
+
+
+def optimize(
+    config: CompileConfig, target: Target = CPU, keep: bool = False
+) -> tuple[CapturedModel, PipelineResult]:  # fmt: skip
     """The captured graph after all passes of the level; no weights are read. Raises CaptureError.
 
     `keep`: for the next start, which then runs no pass.
@@ -61,22 +79,41 @@ def optimize(config: CompileConfig, keep: bool = False) -> tuple[CapturedModel, 
     captured = load_or_capture(config)
     limit, switch = model_limit(config, captured.facts), captured.rope_switch
     rope_rows = 2 * switch.table_rows if switch else limit
-    ctx = PassContext(_with_passes_of(config), captured.facts, limit, rope_rows, captured.constants)
-    result = run_passes(captured.graph, stages(config.level), ctx)
+    ctx = PassContext(
+        _with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target
+    )
+    result = run_passes(captured.graph, stages(config.level, target.kind), ctx)
     if keep:
-        save_optimized(config, captured, result)
+        save_optimized(config, target, captured, result)
     return captured, result
 
 
-def _with_passes_of(config: CompileConfig) -> CompileConfig:
+def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:
     """Without the disabled passes that the level has not anyway. Raises ValueError for one that no level has."""
     if unknown := sorted(set(config.disabled_passes) - set(PASSES)):
         raise ValueError(f"there is no pass {unknown[0]!r}; passes: {', '.join(sorted(PASSES))}")
-    present = {graph_pass.__name__ for _, passes in stages(config.level) for graph_pass in passes}
+    present = {graph_pass.__name__ for _, passes in stages(config.level, target.kind) for graph_pass in passes}
     return replace(config, disabled_passes=tuple(name for name in config.disabled_passes if name in present))
 
 
-def _executable(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> Executable:
+def on_device(weights: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
+    """The weights where the target computes; what was one tensor stays one. Each leaves the host as it comes over."""
+    if target.device == "cpu":
+        return weights
+    moved: dict[int, Tensor] = {}
+    for name in list(weights):
+        tensor = weights.pop(name)
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor.to(target.device)
+        weights[name] = moved[id(tensor)]
+    return weights
+
+
+def _executable(
+    graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, target: Target
+) -> Executable:
+    if target.kind == "cuda":
+        return CudaExecutable(graph, _by_target(graph, weights), target)
     if config.level == 0:
         return EagerExecutable(graph, weights)
     return lower(graph, _by_target(graph, weights), config)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 PASSES = (
     "remove_noops", "canonicalize", "merge_equal", "find_norm", "find_rope", "find_moe", "fuse_act_mul", "join_linears",
     "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "choose_kernels", "cut_regions",
+    "fuse_linear_act", "widen_logits",
 )  # fmt: skip
-"""Names of passes, known without importing them; their order is that of passes/pipeline.py."""
+"""Names of passes, known without importing them; their order is that of passes/pipeline.py, a card's own last."""
 NEEDED_PASSES = frozenset({"page_attention"})
 """Without these there is nothing to serve: the caches are theirs."""
 

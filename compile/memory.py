@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 256 << 20
-"""Address space taken at a time. The system supplies pages when they are first written, so what is not used costs nothing."""
+"""Address space taken at a time. Pages are supplied when they are first written: what is not used costs nothing."""
 LARGE_PAGE = 2 << 20
 ALIGNMENT = 128
 """Of tensors in bytes: two cache lines, which are fetched in pairs."""

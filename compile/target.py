@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -14,19 +15,58 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 @dataclass(frozen=True)
 class Target:
     kind: str
-    """cpu."""
+    """cpu or cuda."""
     isa: str
-    """Instruction set of the native kernels."""
+    """Instruction set of the native kernels; of a card sm_90 and the like."""
     num_threads: int
+    tensors: str = ""
+    """The torch device where tensors lie: empty for that of the kind; cpu where a card's kernels are interpreted."""
+
+    @property
+    def device(self) -> str:
+        return self.tensors or self.kind
 
 
-def detect_target(cpu_threads: int = 0) -> Target:
-    """The best device of this machine; `cpu_threads` 0 takes every core this process may use."""
-    import torch  # noqa: F401  fuseline._C links to its libraries
+CPU = Target("cpu", "", 1)
+"""For what asks only which kind of machine a graph is made for."""
+
+
+class DeviceError(ValueError):
+    """A device that is asked for and not there: one line."""
+
+
+def detect_target(cpu_threads: int = 0, device: str = "cpu") -> Target:
+    """The device of this machine: auto takes a card if there is one. Raises DeviceError.
+
+    `cpu_threads` 0 takes every core this process may use.
+    """
+    import torch  # fuseline._C links to its libraries
 
     from fuseline import _C
 
-    return Target("cpu", _C.cpu_isa(), cpu_threads or usable_cpus())
+    threads = cpu_threads or usable_cpus()
+    missing = missing_for_cuda() if device in ("auto", "cuda") else ""
+    if device == "cuda" and missing:
+        raise DeviceError(f"--device cuda: {missing}. Available devices: cpu.")
+    if device == "cpu" or missing:
+        return Target("cpu", _C.cpu_isa(), threads)
+    major, minor = torch.cuda.get_device_capability()
+    return Target("cuda", f"sm_{major}{minor}", threads)
+
+
+def missing_for_cuda() -> str:
+    """What keeps models from running on a card here; empty when nothing does."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no card, or no driver for it"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than sm_80"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return ""
 
 
 def usable_cpus(quota_file: Path = CGROUP_QUOTA) -> int:

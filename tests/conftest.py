@@ -1,4 +1,7 @@
-"""Tests write no cache outside the repository's own folder."""
+"""Tests write no cache outside the repository's own folder, and run Triton's kernels in its interpreter.
+
+Triton's own library is interpreted only if the variable is set before anything, torch's compiler included, imports it.
+"""
 
 from __future__ import annotations
 
@@ -6,3 +9,4 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("FUSELINE_CACHE_ROOT", str(Path(__file__).resolve().parent.parent / ".cache" / "fuseline"))
+os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -141,8 +141,11 @@ def test_enforce_eager_compiles_no_regions(model: str) -> None:
 
 
 def test_the_names_of_passes_are_those_of_the_pipeline() -> None:
-    names = [graph_pass.__name__ for _, passes in pipeline.COMPILED for graph_pass in passes]
-    assert list(PASSES) == [*names, "cut_regions"]
+    cpu, cuda = (
+        [graph_pass.__name__ for _, passes in stages for graph_pass in passes]
+        for stages in (pipeline.COMPILED, pipeline.COMPILED_CUDA)
+    )
+    assert list(PASSES) == [*cpu, "cut_regions", *(name for name in cuda if name not in cpu)]
 
 
 def test_level_text_is_honest(model: str) -> None:

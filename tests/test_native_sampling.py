@@ -23,7 +23,7 @@ def ragged(lists, dtype):
 
 
 class Result:
-    def __init__(self, logits, rows, bitmask=None, mode=RAW, num_top=8):
+    def __init__(self, logits, rows, bitmask=None, mode=RAW, num_top=8, sample=ops.sample):
         rows = [{**DEFAULTS, **row} for row in rows]
         count = len(rows)
         self.tokens = torch.full((count,), -7)
@@ -38,7 +38,7 @@ class Result:
         floats = [column(n, f32) for n in ("top_p", "min_p", "repetition", "frequency", "presence")]
         history = ragged([(*row["prompt"], *row["output"]) for row in rows], i32)
         bias = ragged([list(row["bias"]) for row in rows], i32)
-        ops.sample(
+        sample(
             self.tokens, self.logprobs, self.ranks, self.top_ids, self.top_logprobs, self.ok, logits,
             column("temperature", f32), column("top_k", i32), *floats, column("seed", torch.int64),
             column("counter", torch.int64), column("num_logprobs", i32), *history,

@@ -9,8 +9,6 @@ from triton_interpreter import assert_fits, compile_launches
 
 from fuseline.compile.kernels.triton import attention
 from fuseline.compile.ops.attention import attend
-from fuseline.compile.ops.library import Make
-from fuseline.compile.ops.registry import registry
 
 __all__ = ["triton_interpreter"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,17 +77,6 @@ class Batch:
 
 MIXED = {"lengths": [1, 150, 40, 300, 17, 290], "counts": [1, 150, 1, 37, 2, 3]}
 DECODE = {"lengths": [1, 40, 300, 700], "counts": [1, 1, 1, 1]}
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_it_agrees_with_the_reference_op(dtype):
-    op = registry()["paged_attention"]
-    for args in op.inputs(Make(dtype, torch.Generator().manual_seed(1))):
-        want = op.reference(*args)
-        found = torch.full_like(want, NAN)
-        attention.paged_attention(found, *args)
-        step = torch.finfo(dtype).eps * (op.tolerance if dtype == torch.float32 else 1.0)
-        torch.testing.assert_close(found, want, rtol=step, atol=step)
 
 
 @pytest.mark.parametrize("batch", (MIXED, DECODE), ids=("mixed", "decode"))
@@ -226,15 +213,18 @@ def test_the_reference_of_this_file_is_that_of_the_op():
     torch.testing.assert_close(batch.reference(0, window=7).float(), want.transpose(0, 1))
 
 
-def launches() -> None:
-    """What the compile test compiles: the shapes of Llama, gpt-oss (window and sinks), Gemma and DeepSeek."""
+def launches(arch: int) -> None:
+    """What the compile test compiles: on Hopper the shapes of Llama, gpt-oss (window, sinks, fp8), Gemma and DeepSeek
+    (plain and with its one latent head); on the others what differs there."""
     coded = {"window": 128, "sinks": torch.zeros(64), "k_scale": torch.ones(1)}
-    for heads, kv_heads, key_dim, value_dim, dtype, cache_dtype, options in (
+    shapes = [
         (32, 8, 128, 128, torch.bfloat16, torch.bfloat16, {}),
         (64, 8, 64, 64, torch.bfloat16, torch.uint8, coded),
         (8, 4, 256, 256, torch.float16, torch.float16, {"softcap": 50.0}),
         (16, 16, 192, 128, torch.bfloat16, torch.bfloat16, {}),
-    ):
+        (128, 1, 576, 512, torch.bfloat16, torch.bfloat16, {}),
+    ]
+    for heads, kv_heads, key_dim, value_dim, dtype, cache_dtype, options in shapes[: {80: 2, 90: 5, 100: 1}[arch]]:
         batch = Batch([50, 333], [40, 1], heads, kv_heads, key_dim, value_dim, dtype=dtype)
         batch.k_cache, batch.v_cache = batch.k_cache.to(cache_dtype), batch.v_cache.to(cache_dtype)
         batch.run(**options)
@@ -243,5 +233,5 @@ def launches() -> None:
 @pytest.mark.slow
 def test_every_kernel_compiles():
     entries = compile_launches("test_triton_attention", 80, 90, 100)
-    assert {e["kernel"] for e in entries} == {"_decode_kernel", "_merge_kernel", "_prefill_kernel"}
+    assert {e["kernel"] for e in entries} == {"decode_kernel", "merge_kernel", "prefill_kernel"}
     assert_fits(entries)

@@ -1,7 +1,7 @@
 """Triton kernels without a card: run by Triton's interpreter, or compiled to machine code from the launches themselves.
 
 Import this before anything imports triton: its standard library is interpreted only if the variable is there by then.
-`TRITON_INTERPRET=0 python triton_interpreter.py <test module> <arch>...` calls the module's `launches()` with every
+`TRITON_INTERPRET=0 python triton_interpreter.py <test module> <arch>...` calls the module's `launches(arch)` with every
 launch turned into a compilation, and prints one JSON line for each.
 """
 
@@ -12,30 +12,31 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "triton"))
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter, jit
 
-SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}   # bytes a program may have (CUDA programming guide)
+SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have (CUDA programming guide)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 def multiply_bf16() -> None:
-    """The interpreter (3.6) keeps bf16 as its bits and multiplies those; here it multiplies the numbers."""
+    """The interpreter (3.7) keeps bf16 as its bits and multiplies those; here it multiplies the numbers."""
     plain = interpreter.InterpreterBuilder.create_dot
 
     def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
         if x.dtype.scalar != tl.bfloat16:
             return x
-        wide = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view("float32")
-        return interpreter.TensorHandle(wide, tl.float32)
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(self, a, b, *rest):
         return plain(self, widened(a), widened(b), *rest)
@@ -43,8 +44,27 @@ def multiply_bf16() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def round_bf16() -> None:
+    """The interpreter (3.7) cuts float32 off where a card rounds to the nearest bf16, and casts the bits of others."""
+    plain = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src: interpreter.TensorHandle, dst_type: tl.dtype) -> interpreter.TensorHandle:
+        to = dst_type.scalar
+        if src.dtype.scalar == tl.bfloat16 and to != tl.bfloat16:
+            wide = (src.data.astype(np.uint32) << 16).view(np.float32)
+            src = interpreter.TensorHandle(wide, tl.float32)
+        if to != tl.bfloat16 or src.dtype.scalar == tl.bfloat16:
+            return plain(self, src, dst_type) if src.dtype.scalar != to else src
+        bits = np.ascontiguousarray(src.data.astype(np.float32)).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest)
+        return interpreter.TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
 def count_with_numpy() -> None:
-    """numpy (2.4) makes no int of an array of one; a loop bound of the interpreter is such an array."""
+    """numpy (2.4) makes no int of an array of one; a loop bound of the interpreter (before 3.7) is such an array."""
     plain = interpreter._patch_lang_tensor
 
     def patch(tensor, scope):
@@ -52,6 +72,19 @@ def count_with_numpy() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch
+
+
+def refuse_unknown_arguments() -> None:
+    """The interpreter drops named arguments that a kernel does not have; a card refuses them."""
+    plain = interpreter.GridExecutor.__call__
+
+    def launch(self, *args, **kwargs):
+        unknown = set(kwargs) - set(self.arg_names) - set(OPTIONS)
+        if unknown:
+            raise TypeError(f"{self.fn.__name__} has no argument {sorted(unknown)}")
+        return plain(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch
 
 
 def patch_once() -> None:
@@ -74,13 +107,15 @@ def patch_once() -> None:
 
 
 if triton.knobs.runtime.interpret:
+    refuse_unknown_arguments()
     patch_once()
     multiply_bf16()
+    round_bf16()
     count_with_numpy()
 
 
 def compile_launches(module: str, *archs: int) -> list[dict]:
-    """Compiles what `module.launches()` launches, in a process of its own: one entry a kernel, types and arch."""
+    """Compiles what `module.launches(arch)` launches, in a process of its own: one entry a kernel, types and arch."""
     command = [sys.executable, "-P", __file__, module, *map(str, archs)]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
@@ -99,10 +134,13 @@ def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
     types, constants, attributes = {}, {}, {}
     for i, param in enumerate(kernel.params):
         value = bound[param.name]
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or value is None or is_one:
             types[param.name], constants[(i,)] = "constexpr", value
             continue
         types[param.name] = jit.mangle_type(value)
+        if param.do_not_specialize:
+            continue
         address = value.data_ptr() if hasattr(value, "data_ptr") else value
         if type(address) is int and address % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -110,22 +148,24 @@ def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
 
 
 def _main(module: str, *archs: str) -> None:
-    seen = set()
+    seen, loaded = set(), importlib.import_module(module)
+    for arch in map(int, archs):
 
-    def compile_instead(kernel, *args, grid, warmup, **kwargs):
-        source = _source(kernel, args, kwargs)
-        options = {k: v for k, v in kwargs.items() if k in OPTIONS}
-        for arch in map(int, archs):
+        def compile_instead(kernel, *args, grid, warmup, arch=arch, **kwargs):
+            source = _source(kernel, args, kwargs)
+            options = {k: v for k, v in kwargs.items() if k in OPTIONS}
             key = (source.hash(), str(options), arch)
             if key in seen:
-                continue
+                return
             seen.add(key)
+            began = time.perf_counter()
             done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            entry = {"kernel": kernel.__name__, "arch": arch, "shared": done.metadata.shared}
+            seconds = round(time.perf_counter() - began, 2)
+            entry = {"kernel": kernel.__name__, "arch": arch, "shared": done.metadata.shared, "seconds": seconds}
             print(json.dumps(entry | {"types": source.signature}), flush=True)
 
-    jit.JITFunction.run = compile_instead
-    importlib.import_module(module).launches()
+        jit.JITFunction.run = compile_instead
+        loaded.launches(arch)
 
 
 if __name__ == "__main__":

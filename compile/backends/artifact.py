@@ -38,7 +38,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, decode_fixed, encode, module_of
 from fuseline.compile.graph.runner import PassReport, PipelineResult
 from fuseline.compile.specs import CacheGroup, CacheSpec, RopeSwitchSpec
-from fuseline.compile.target import default_cache_dir
+from fuseline.compile.target import CPU, Target, default_cache_dir
 
 __all__ = ["cache_key", "load_optimized", "load_or_capture", "save_optimized", "write_whole"]
 
@@ -71,9 +71,9 @@ def load_or_capture(config: CompileConfig) -> CapturedModel:
     return captured
 
 
-def load_optimized(config: CompileConfig) -> tuple[CapturedModel, PipelineResult] | None:
+def load_optimized(config: CompileConfig, target: Target = CPU) -> tuple[CapturedModel, PipelineResult] | None:
     """What passes made of this model before, if it is in the cache. Meta values are those of EXAMPLE_TOKENS tokens."""
-    key = optimized_key(config)
+    key = optimized_key(config, target)
     if key is None:
         return None
     return read_cached(
@@ -81,9 +81,9 @@ def load_optimized(config: CompileConfig) -> tuple[CapturedModel, PipelineResult
     )
 
 
-def save_optimized(config: CompileConfig, captured: CapturedModel, result: PipelineResult) -> None:
+def save_optimized(config: CompileConfig, target: Target, captured: CapturedModel, result: PipelineResult) -> None:
     """For load_optimized of the next start."""
-    key = optimized_key(config)
+    key = optimized_key(config, target)
     if key is None:
         return
     graph = cache_path(config, "graphs", cache_key(config) or "")
@@ -133,10 +133,10 @@ def cache_key(config: CompileConfig) -> str | None:
     return _key(config, settings, [path for folder in folders for path in folder.glob("*.py")])
 
 
-def optimized_key(config: CompileConfig) -> str | None:
+def optimized_key(config: CompileConfig, target: Target = CPU) -> str | None:
     """The same for the graph after all passes: any source of the compiler may change it."""
     known = replace(config, **WITHOUT_EFFECT, level=min(config.level, 1))  # all above run the passes of level 1
-    settings = (_C.cpu_isa(), sorted(asdict(known).items()))
+    settings = (_C.cpu_isa(), target.kind, sorted(asdict(known).items()))
     return _key(config, settings, list(Path(fuseline.compile.__file__).parent.rglob("*.py")))
 
 

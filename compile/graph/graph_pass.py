@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.target import CPU, Target
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PassContext:
     """Rows of a rope table: the context length, or twice a table's length where rope depends on the sequence."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Buffers of the model with values, by fqn."""
+    target: Target = CPU
 
 
 @dataclass(frozen=True)

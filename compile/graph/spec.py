@@ -40,7 +40,7 @@ def check_edge(graph: fx.GraphModule, stage: str, layers: list[int], ctx: PassCo
         problems.append(f"attention of layers {found} instead of {layers}")
     # Without choose_kernels torch computes experts by their reference.
     if stage == "lower" and "choose_kernels" not in ctx.config.disabled_passes:
-        problems += _without_kernel(graph)
+        problems += _without_kernel(graph, _finder(ctx))
     if problems:
         raise SpecError(f"after stage {stage}: {problems[0]}" + _more(len(problems) - 1))
 
@@ -74,13 +74,21 @@ def _caches(nodes: tuple[fx.Node, ...]) -> str:
     return " and ".join(str(node.target) for node in nodes)
 
 
-def _without_kernel(graph: fx.GraphModule) -> Iterable[str]:
-    kernels = Kernels(lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
+def _finder(ctx: PassContext) -> Callable[[fx.Node], object]:
+    """What finds the kernel of a node, or None."""
+    if ctx.target.kind == "cuda":
+        from fuseline.compile.kernels.cuda import find_kernel
+
+        return lambda node: find_kernel(node, ctx.target)
+    return Kernels(lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg).find
+
+
+def _without_kernel(graph: fx.GraphModule, find: Callable[[fx.Node], object]) -> Iterable[str]:
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
         space = getattr(node.target, "namespace", "")
-        if space == "fuseline" and kernels.find(node) is None:
+        if space == "fuseline" and find(node) is None:
             yield f"{node.name} has no kernel"
         elif space not in ("fuseline", *TORCH) and node.target is not operator.getitem and _is_tensor(node):
             yield f"{node.name} calls {node.target}, which nothing runs"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
+from fuseline.compile.ops.activation import act_mul
 from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 from fuseline.compile.ops.moe import experts
 
@@ -43,7 +44,7 @@ def linear_inputs(make: Make) -> Iterator[tuple]:
         yield make.normal(1, rows, 75), panels, make.normal(num_out) if bias else None, num_out
 
 
-def experts_inputs(make: Make) -> Iterator[tuple]:
+def experts_panels_inputs(make: Make) -> Iterator[tuple]:
     """4 experts, 2 a token; D = 24, I = 20."""
     x, weights = make.normal(7, 24), make.normal(7, 2).abs()
     ids = torch.stack([make.order(4)[:2] for _ in range(7)])
@@ -103,6 +104,25 @@ def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) 
     return F.linear(x, unpack(panels, num_out), bias)
 
 
+def linear_act_mul_inputs(make: Make) -> Iterator[tuple]:
+    weight = make.normal(2 * 37, 75, scale=0.1)
+    for act in ("silu", "gelu", "gelu_tanh", "relu"):
+        yield make.normal(1, 3, 75), weight, make.normal(74) if act == "gelu" else None, codes.UNARY[act]
+    yield make.normal(19, 75), weight, None, codes.UNARY["silu"]
+
+
+@op(
+    "linear_act_mul(Tensor x, Tensor weight, Tensor? bias, int act) -> Tensor",
+    fake=lambda x, weight, bias, act: x.new_empty(*x.shape[:-1], weight.shape[0] // 2),
+    inputs=linear_act_mul_inputs,
+    tolerance=12.0,
+)
+def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
+    """act(gate) * up of x[..., K] times weight[2I, K], gate above up -> [..., I]; rounded as the three ops are."""
+    gate, up = F.linear(x, weight, bias).chunk(2, -1)
+    return act_mul(gate, up, act)
+
+
 @op(
     "embedding_panels(Tensor ids, Tensor panels, int num_rows) -> Tensor",
     fake=lambda ids, panels, num_rows: panels.new_empty(*ids.shape, panels.shape[1]),
@@ -119,7 +139,7 @@ def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     "experts_panels(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias, int act, int num_hidden, float alpha, float limit) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
-    inputs=experts_inputs,
+    inputs=experts_panels_inputs,
     tolerance=12.0,
     workloads=experts_workloads,
 )

@@ -12,10 +12,24 @@ from fuseline.compile.ops.activation import ACTIVATIONS
 from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 
 
+def experts_inputs(make: Make) -> Iterator[tuple]:
+    """4 experts, 2 a token, one of them with none; D = 24, I = 20; both layouts."""
+    x, weights = make.normal(7, 24), make.normal(7, 2).abs()
+    ids = torch.stack([make.order(3)[:2] for _ in range(7)])
+    first, second = make.normal(4, 40, 24, scale=0.2), make.normal(4, 24, 20, scale=0.2)
+    turned = first.transpose(1, 2).contiguous(), second.transpose(1, 2).contiguous()
+    biases = make.normal(4, 40), make.normal(4, 24)
+    for act in codes.EXPERT_ACTS.values():
+        yield x, ids, weights, first, second, None, None, act, False, 1.702, 7.0
+    yield x, ids, weights, *turned, *biases, codes.EXPERT_ACTS["glu_oss"], True, 1.702, 7.0
+
+
 @op(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias, int act, bool transposed, float alpha, float limit) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
+    inputs=experts_inputs,
+    tolerance=12.0,
 )
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,

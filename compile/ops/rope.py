@@ -36,10 +36,22 @@ def write_cache_inputs(make: Make) -> Iterator[tuple]:
 
 
 def rope_cache_inputs(make: Make) -> Iterator[tuple]:
-    for layout, columns in ((codes.ROPE_HALF, 16), (codes.ROPE_HALF, 8), (codes.ROPE_INTERLEAVED, 8)):
+    """Whole and partial rotation, table lines of the rotated dim and of its half, a token that is not kept."""
+    half, interleaved = codes.ROPE_HALF, codes.ROPE_INTERLEAVED
+    for layout, columns, dim in (
+        (half, 16, 16),
+        (half, 8, 16),
+        (interleaved, 8, 16),
+        (half, 8, 8),
+        (interleaved, 4, 8),
+    ):
         caches = make.normal(6, 2, 16, 16), make.normal(6, 2, 16, 16)
-        new = make.normal(1, 4, 5, 16), make.normal(1, 2, 5, 16), make.normal(1, 2, 5, 16)
-        yield *caches, *new, *tables(make, 16, columns), make.ids(40, 5), make.order(6 * 16)[:5], 16, layout
+        joined = make.normal(1, 5, 4 * 16 + 2 * 16)
+        q, k = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in joined.split((64, 32), -1))
+        slots = make.order(6 * 16)[:5]
+        slots[1] = -1
+        rows = make.ids(40, 5)
+        yield *caches, q, k, make.normal(1, 2, 5, 16), *tables(make, dim, columns), rows, slots, dim, layout
 
 
 def heads(make: Make, shape: ModelShape, tokens: int, *counts: int) -> tuple[Tensor, ...]:

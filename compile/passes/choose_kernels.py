@@ -32,7 +32,7 @@ def choose_kernels(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     ):
         for node in [n for n in graph.graph.nodes if n.target is target]:
             matches += rewrite(node)
-    _widen_output(graph.graph)
+    widen_output(graph.graph)
     return PassResult(matches, True)
 
 
@@ -99,12 +99,14 @@ class _Packer:
         return node
 
 
-def _widen_output(graph: fx.Graph) -> None:
+def widen_output(graph: fx.Graph) -> bool:
+    """Logits in fp32; False when they are so already."""
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     logits: fx.Node = output.args[0]
     if logits.meta["val"].dtype == torch.float32:
-        return
+        return False
     with graph.inserting_before(output):
         wide = graph.call_function(torch.ops.prims.convert_element_type.default, (logits, torch.float32))
     copy_meta(logits, wide, logits.meta["val"].float())
     output.update_arg(0, wide)
+    return True

@@ -10,17 +10,19 @@ from fuseline.compile.passes.find_norm import find_norm
 from fuseline.compile.passes.find_rope import find_rope
 from fuseline.compile.passes.fuse_act_mul import fuse_act_mul
 from fuseline.compile.passes.fuse_add_norm import fuse_add_norm
+from fuseline.compile.passes.fuse_linear_act import fuse_linear_act
 from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.page_attention import page_attention
+from fuseline.compile.passes.widen_logits import widen_logits
 
 SERVE = (page_attention, keep_last_logits)
 
 REFERENCE: Stages = (("serve", SERVE),)
 """Level 0: what serving needs, on reference ops."""
 
-COMPILED: Stages = (
+SHARED: Stages = (
     # One spelling, so that a pattern needs no variants.
     ("clean", (remove_noops, canonicalize, merge_equal)),
     # Transformers' spellings become ops; everything after matches ops.
@@ -28,11 +30,19 @@ COMPILED: Stages = (
     # Joining needs attention and act_mul to tell who consumes a product.
     ("fuse", (join_linears, fuse_add_norm)),
     ("serve", SERVE),
-    # The cache's write exists only now.
-    ("lower", (fuse_rope_cache, choose_kernels)),
 )
+
+# The cache's write exists only now.
+COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, choose_kernels)))
 """Level 1 and up."""
 
+COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, fuse_linear_act, widen_logits)))
+"""The same for a card: weights stay rows, which is what cuBLASLt and our kernels read (kernels/cuda.py)."""
 
-def stages(level: int) -> Stages:
+REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (widen_logits,)))
+
+
+def stages(level: int, kind: str = "cpu") -> Stages:
+    if kind == "cuda":
+        return COMPILED_CUDA if level > 0 else REFERENCE_CUDA
     return COMPILED if level > 0 else REFERENCE

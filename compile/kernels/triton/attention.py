@@ -23,8 +23,8 @@ from fuseline.compile.kernels.triton.attention_kernels import decode_kernel, mer
 
 LOG2_E = 1.4426950408889634
 NO_WINDOW = 1 << 30
-SPLIT = 256                 # keys of the shortest split
-GRID_TARGET = 1024          # programs that fill a card: more workers a sequence are launched only below it
+SPLIT = 256  # keys of the shortest split
+GRID_TARGET = 1024  # programs that fill a card: more workers a sequence are launched only below it
 
 
 def paged_attention(
@@ -189,21 +189,18 @@ def _launch_decode(
 ) -> None:
     tile = shape.decode
     out, q, *_, seq_lens, query_start, sinks, _, v_scale = tensors
-    splits = {
-        "GROUP": shape.group, "IS_ALL": shape.is_all_decode, "SPLIT": SPLIT, "NUM_SPLITS": shape.num_splits,
-        "MAX_FOLDED": shape.max_folded,
-    }  # fmt: skip
+    splits = {"IS_ALL": shape.is_all_decode, "SPLIT": SPLIT, "NUM_SPLITS": shape.num_splits}
     grid = (shape.kv_heads * tile.parts, shape.num_seqs, shape.num_workers)
     decode_kernel[grid](
-        *tensors, workspace, *strides, *numbers, q.shape[1], shape.num_slots, HAS_SOFTCAP=numbers[2] > 0, **splits,
-        **shape.constants(), **tile.constants(),
+        *tensors, workspace, *strides, *numbers, q.shape[1], shape.num_slots, shape.max_folded,
+        GROUP=shape.group, HAS_SOFTCAP=numbers[2] > 0, **splits, **shape.constants(), **tile.constants(),
     )  # fmt: skip
     if shape.workspace_size == 0:
         return
     grid = (shape.kv_heads * shape.group, shape.num_seqs, 1 if shape.is_all_decode else tile.tokens)
     merge_kernel[grid](
         out, seq_lens, query_start, sinks, v_scale, workspace, out.stride(1), out.stride(2), numbers[0],
-        shape.num_slots, **splits, TOKENS=tile.tokens, KEYS=tile.keys, E=shape.value_dim,
+        shape.num_slots, shape.max_folded, **splits, TOKENS=tile.tokens, KEYS=tile.keys, E=shape.value_dim,
         PADDED_E=shape.padded_dims[1], num_warps=1,
     )  # fmt: skip
 

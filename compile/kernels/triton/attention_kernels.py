@@ -11,15 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fuseline.compile.kernels.triton.tiles import owner_of_tile
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+BATCH = ["table_stride", "num_slots", "max_folded", "num_seqs", "max_decode"]
+"""Numbers that change from step to step: a kernel compiled anew for a 1 or a multiple of 16 would hold up a step."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def decode_kernel(
     out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, workspace, out_stride_t,
     out_stride_h, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b,
-    table_stride, window, scale, softcap, num_heads, num_slots, GROUP: tl.constexpr, IS_ALL: tl.constexpr,
-    SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, MAX_FOLDED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    table_stride, window, scale, softcap, num_heads, num_slots, max_folded, GROUP: tl.constexpr,
+    IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +56,7 @@ def decode_kernel(
             mask=is_row[:, None] & (dim < D)[None, :], other=0.0,
         )  # fmt: skip
         slot = at if IS_ALL else (seq * TOKENS + row_token).to(tl.int64)
-        is_whole = num_splits <= MAX_FOLDED
+        is_whole = num_splits <= max_folded
         m = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, PADDED_E], tl.float32)
@@ -66,7 +70,7 @@ def decode_kernel(
                 v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E, PADDED_D, PADDED_E,
             )  # fmt: skip
             line = (slot * num_heads + head) * NUM_SPLITS + i
-            is_kept = is_row & (num_splits > MAX_FOLDED)
+            is_kept = is_row & (num_splits > max_folded)
             stats = workspace + num_slots.to(tl.int64) * num_heads * NUM_SPLITS * E + line * 2
             tl.store(stats, part_m, mask=is_kept)
             tl.store(stats + 1, part_l, mask=is_kept)
@@ -87,10 +91,10 @@ def decode_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "max_folded"])
 def merge_kernel(
     out, seq_lens, query_start, sinks, v_scale, workspace, out_stride_t, out_stride_h, window, num_slots,
-    IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, MAX_FOLDED: tl.constexpr, E: tl.constexpr,
+    max_folded, IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, E: tl.constexpr,
     PADDED_E: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence, first token): folds the splits of rows that the decode kernel left in the workspace."""
@@ -115,7 +119,7 @@ def merge_kernel(
         m = float("-inf")
         mass = 0.0
         acc = tl.zeros([PADDED_E], tl.float32)
-        if num_splits > MAX_FOLDED:
+        if num_splits > max_folded:
             # Eight at a time, so that their loads are under way together.
             for i in range(0, num_splits, 8):
                 for j in tl.static_range(8):
@@ -134,7 +138,7 @@ def merge_kernel(
             tl.store(out + at * out_stride_t + head * out_stride_h + dim, acc.to(out.dtype.element_ty), mask=dim < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def prefill_kernel(
     out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, out_stride_t, out_stride_h,
     q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b, table_stride,
@@ -146,7 +150,7 @@ def prefill_kernel(
     """Program (tile of queries, kv head and part). Last tiles first: they see the most keys."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1) // PARTS
-    seq, first_tile = _sequence_of_tile(query_start, tile, num_seqs, TOKENS)
+    seq, first_tile = owner_of_tile(query_start, tile, num_seqs, TOKENS)
     begin = tl.load(query_start + seq)
     num_tokens = tl.load(query_start + seq + 1) - begin
     token = (tile - first_tile) * TOKENS
@@ -226,20 +230,6 @@ def _rows(part, ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
     row = tl.arange(0, ROWS)
     head = part * HEADS + row % HEADS
     return row // HEADS, head, head < GROUP
-
-
-@triton.jit
-def _sequence_of_tile(query_start, tile, num_seqs, TOKENS: tl.constexpr):
-    """(sequence, its first tile): sequence s begins at tile query_start[s] // TOKENS + s, which leaves room for all."""
-    low = 0
-    high = num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start + middle) // TOKENS + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low, tl.load(query_start + low) // TOKENS + low
 
 
 @triton.jit

@@ -1,0 +1,61 @@
+"""A graph for a card: each op's kernel called in turn, on the current stream, waiting for nothing.
+
+Results come from torch's caching allocator and go back to it after their last use; under graph capture that is the
+graph's own pool. Launching this way costs the host some microseconds an op: steps of few tokens are replayed as one
+CUDA graph instead (cuda_graph.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
+from fuseline.compile.target import Target
+
+
+class CudaExecutable:
+    """`weights` by get_attr target, on the target's device; inputs come by placeholder name, on it too."""
+
+    num_regions = 0
+
+    def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target) -> None:
+        self.kernels = chosen_kernels(graph, target)
+        program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
+        device = torch.device(target.device)
+        # Names are those of the graph that the kernels were chosen for.
+        kernels = {node.name: kernel for node, kernel in self.kernels.items()}
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                node.target = kernels[node.name].run
+                node.args, node.kwargs = (_on_device(args, device) for args in (node.args, node.kwargs))
+        program.recompile()
+        self._program = program
+        self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
+
+    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Logits [1, R, V] float32, of memory that is this call's own."""
+        return self._program(*(values[name] for name in self._inputs))
+
+
+def chosen_kernels(graph: fx.GraphModule, target: Target) -> dict[fx.Node, CudaKernel]:
+    """Of every call. Needs no card. Raises ValueError for an op that nothing computes."""
+    found = {node: find_kernel(node, target) for node in graph.graph.nodes if node.op == "call_function"}
+    for node, kernel in found.items():
+        if kernel is None:
+            raise ValueError(f"no kernel for {node.format_node()} on {target.isa}")
+    return found
+
+
+def count_kernels(graph: fx.GraphModule, target: Target) -> Counter[str]:
+    """How often each kernel is called in a step."""
+    return Counter(kernel.label for kernel in chosen_kernels(graph, target).values())
+
+
+def _on_device(args: object, device: torch.device) -> object:
+    """What a graph captured on a CPU makes, it makes on the device."""
+    return fx.node.map_aggregate(args, lambda arg: device if isinstance(arg, torch.device) else arg)

@@ -1,0 +1,74 @@
+"""A step's inputs on their way to the card: one pinned buffer, one copy, nothing waited for.
+
+The host fills one of two buffers while the copy out of the other may still be under way; a buffer is taken again only
+when its copy of two steps ago is done, which it long is once that step's tokens were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # of each tensor: what kernels are compiled for
+NUM_BUFFERS = 2
+
+
+@dataclass
+class _Buffer:
+    """`done` is recorded behind the copy out of `host`."""
+
+    host: Tensor
+    done: torch.cuda.Event | None = None
+
+
+@dataclass
+class DeviceInputs:
+    """Tensors that `upload` gave are valid until the next one (on the stream they were asked for on)."""
+
+    device: torch.device
+    _buffers: list[_Buffer] = field(default_factory=list)
+    _on_device: Tensor | None = None
+    _turn: int = 0
+
+    def upload(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The CPU tensors, by name, on the device."""
+        places, size = _places(tensors)
+        buffer = self._next(size)
+        for name, (begin, end) in places.items():
+            buffer.host[begin:end].copy_(tensors[name].contiguous().view(-1).view(torch.uint8))
+        self._on_device[:size].copy_(buffer.host[:size], non_blocking=True)
+        if buffer.done is not None:
+            buffer.done.record()
+        return {
+            name: self._on_device[begin:end].view(tensors[name].dtype).view(tensors[name].shape)
+            for name, (begin, end) in places.items()
+        }
+
+    def _next(self, size: int) -> _Buffer:
+        if self._on_device is None or self._on_device.numel() < size:
+            self._grow(2 * size)
+        self._turn = (self._turn + 1) % NUM_BUFFERS
+        buffer = self._buffers[self._turn]
+        if buffer.done is not None:
+            buffer.done.synchronize()
+        return buffer
+
+    def _grow(self, size: int) -> None:
+        is_cuda = self.device.type == "cuda"
+        self._on_device = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._buffers = [
+            _Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda), torch.cuda.Event() if is_cuda else None)
+            for _ in range(NUM_BUFFERS)
+        ]
+
+
+def _places(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], int]:
+    """(begin, end) of each in bytes, and the bytes of all."""
+    places, at = {}, 0
+    for name, tensor in tensors.items():
+        places[name] = (at, at + tensor.nbytes)
+        at += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return places, at

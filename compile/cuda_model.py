@@ -1,0 +1,100 @@
+"""A compiled model on a card: a step is one upload, then a replayed graph or the ops in turn; nothing is waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuseline.compile.backends.cuda_graph import CudaGraphApi, DecodeGraphs, GraphApi, GraphConfig, Inputs, Progress
+from fuseline.compile.backends.device_inputs import DeviceInputs
+from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.kernels.triton.batch import feed_tokens
+from fuseline.compile.model_info import describe
+
+
+class CudaModel:
+    """The counterpart of CompiledModel; logits are on the device, valid until the next run.
+
+    `api` captures graphs: torch.cuda's on a card. Without one (kernels interpreted) none are captured.
+    """
+
+    def __init__(self, config, captured, result, weights, executable, device: str, graphs: GraphConfig) -> None:
+        self.info = describe(config, captured, result, weights, executable)
+        self.report = result
+        self.graphs: DecodeGraphs | None = None
+        self._config = config
+        self._executable = executable
+        self._device = torch.device(device)
+        self._graph_config = graphs
+        self._caches: dict[str, Tensor] = {}
+        self._uploads = DeviceInputs(self._device)
+
+    def allocate_caches(self, num_blocks: Sequence[int]) -> None:
+        """Blocks per cache group. Graphs of other caches are given up."""
+        self.stop_capture()
+        of_layer = {
+            layer: n for group, n in zip(self.info.cache_groups, num_blocks, strict=True) for layer in group.layers
+        }
+        for spec in self.info.cache_specs:
+            for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
+                shape = (of_layer[spec.layer], spec.num_kv_heads, self._config.block_size, dim)
+                cache = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=self._device)
+                self._caches[f"{name}_cache_{spec.layer}"] = cache
+
+    def capture_graphs(self, progress: Progress | None = None, api: GraphApi | None = None) -> None:
+        """Starts to capture graphs for decode steps, in the background; allocate_caches comes first."""
+        api = api or (CudaGraphApi(self._device) if self._device.type == "cuda" else None)
+        sizes = self._graph_config.resolved(self._config.max_num_seqs)
+        if api is None or not sizes:
+            return
+        self.graphs = DecodeGraphs(self._executable, self._caches, sizes, self._graph_inputs, api)
+        self.graphs.start(progress or (lambda phase, done, total: None))
+
+    def stop_capture(self) -> None:
+        if self.graphs is not None:
+            self.graphs.stop.set()
+            self.graphs.wait()
+            self.graphs = None
+
+    def run(self, inputs: GraphInputs, sources: Tensor | None = None, sampled: Tensor | None = None) -> Tensor:
+        """Logits [R, V] float32 of the wanted rows. Never waits for the device.
+
+        `sources` [T] int32 on the host: where it is not negative, the step's token is sampled[sources[t]], a tensor
+        [rows] int64 on the device that the step before wrote; token_ids has anything there.
+        """
+        tensors = dict(vars(inputs)) if sources is None else {**vars(inputs), "sources": sources}
+        step = self._uploads.upload(tensors)
+        if sources is not None:
+            feed_tokens(step["token_ids"], step["sources"], sampled)
+        logits = None
+        if self.graphs is not None and _is_decode(inputs):
+            logits = self.graphs.run(step, inputs.block_tables.shape[2])
+        if logits is None:
+            logits = self._executable.run(self._caches | self._values(step))
+        return logits[0]
+
+    def _values(self, step: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Graph inputs by placeholder name."""
+        positions = step["rope_rows" if self.info.rope_switch else "positions"]
+        values = {name: step[name] for name in ("rope_rows", "query_start", "seq_lens", "logits_rows")}
+        values |= {"token_ids": step["token_ids"][None], "positions": positions[None]}
+        for group in range(step["slot_mapping"].shape[0]):
+            values[f"slots_{group}"] = step["slot_mapping"][group]
+            values[f"block_table_{group}"] = step["block_tables"][group]
+        return values
+
+    def _graph_inputs(self, size: int) -> Inputs:
+        longest = min(self.info.max_model_len, self._graph_config.max_seq_len)
+        width = -(-longest // self._config.block_size)
+        return Inputs.padding(
+            size, len(self.info.cache_groups), width, self.info.rope_switch is not None, str(self._device)
+        )
+
+
+def _is_decode(inputs: GraphInputs) -> bool:
+    """One token a sequence (none is empty), and each one's logits, in this order."""
+    num_tokens = inputs.token_ids.shape[0]
+    return inputs.seq_lens.shape[0] == num_tokens and np.array_equal(inputs.logits_rows.numpy(), np.arange(num_tokens))

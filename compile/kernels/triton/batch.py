@@ -1,0 +1,66 @@
+"""A step's inputs on the card: tokens that never left it, and padding up to the size of a captured graph.
+
+Legend: T tokens of the step, S its sequences, P the padded number of them, G cache groups, M columns of its tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256
+
+
+def feed_tokens(token_ids: Tensor, sources: Tensor, sampled: Tensor) -> None:
+    """token_ids[t] = sampled[sources[t]] where sources[T] is not negative: what the step before gave, unseen by the
+    host. token_ids[T] and sampled int64, sources int32 or int64."""
+    if token_ids.numel():
+        grid = (triton.cdiv(token_ids.numel(), BLOCK),)
+        feed_kernel[grid](token_ids, sources, sampled, token_ids.numel(), SIZE=BLOCK)
+
+
+def pad_decode(padded: Sequence[Tensor], step: Sequence[Tensor], num_padded: int) -> None:
+    """Copies a step of one token a sequence into the inputs of a captured graph, `num_padded` (P) rows of them.
+
+    Both hold token_ids [S], positions [S], rope_rows [S], seq_lens [S], slots [G, S], tables [G, S, M]. Rows behind the
+    step's are sequences without keys whose token is kept nowhere; columns behind the step's are left as they are.
+    """
+    slots, tables = step[4:]
+    pad_kernel[(num_padded,)](
+        *padded, *step, slots.shape[1], tables.shape[2], padded[4].stride(0), slots.stride(0), *padded[5].stride()[:2],
+        *tables.stride()[:2], G=slots.shape[0], SIZE=BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def feed_kernel(token_ids, sources, sampled, num_tokens, SIZE: tl.constexpr):
+    t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    source = tl.load(sources + t, mask=t < num_tokens, other=-1).to(tl.int64)
+    tl.store(token_ids + t, tl.load(sampled + source, mask=source >= 0, other=0), mask=source >= 0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "width", "slots_stride_g", "tables_stride_g", "tables_stride_s"])
+def pad_kernel(
+    to_tokens, to_positions, to_rope_rows, to_lens, to_slots, to_tables, tokens, positions, rope_rows, lens, slots,
+    tables, num_rows, width, to_slots_stride_g, slots_stride_g, to_tables_stride_g, to_tables_stride_s, tables_stride_g,
+    tables_stride_s, G: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Program row."""
+    r = tl.program_id(0)
+    is_real = r < num_rows
+    tl.store(to_tokens + r, tl.load(tokens + r, mask=is_real, other=0))
+    tl.store(to_positions + r, tl.load(positions + r, mask=is_real, other=0))
+    tl.store(to_rope_rows + r, tl.load(rope_rows + r, mask=is_real, other=0))
+    tl.store(to_lens + r, tl.load(lens + r, mask=is_real, other=0))
+    for g in tl.static_range(G):
+        slot = tl.load(slots + g * slots_stride_g + r, mask=is_real, other=-1)
+        tl.store(to_slots + g * to_slots_stride_g + r, slot)
+        line = tables + g * tables_stride_g + r * tables_stride_s
+        to_line = to_tables + g * to_tables_stride_g + r * to_tables_stride_s
+        for first in range(0, width, SIZE):
+            column = first + tl.arange(0, SIZE)
+            there = (column < width) & is_real
+            tl.store(to_line + column, tl.load(line + column, mask=there, other=0), mask=there)

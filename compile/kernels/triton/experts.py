@@ -1,0 +1,82 @@
+"""Mixture of experts on CUDA: pairs of token and expert sorted by expert, then two products over tiles of them.
+
+Which tile belongs to which expert is found on the device; grids follow from the number of pairs alone. An expert's
+weights are read once for each tile of its pairs, in the layout of the checkpoint, transposed or not.
+
+Legend: T tokens, K experts of a token, E experts, D features, I hidden size of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fuseline.compile.kernels.triton.experts_kernels import combine_kernel, down_kernel, gate_up_kernel, sort_kernel
+
+FEATURES = 1024  # of a program that adds the experts of a token up
+SORTED = 1024  # pairs that the sort looks at in one step
+
+
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float,
+) -> Tensor:  # fmt: skip
+    """x[T, D] through the K experts ids[T, K] of each token, weighted, summed in float32 -> [T, D].
+
+    gate_up [E, 2I, D] and down [E, D, I], or transposed [E, D, 2I] and [E, I, D]. An id outside [0, E) adds nothing.
+    """
+    ids, weights = ids.contiguous(), weights.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    (num_tokens, dim), top_k, num_experts = x.shape, ids.shape[1], gate_up.shape[0]
+    hidden_size = down.shape[1 if transposed else 2]
+    num_pairs = num_tokens * top_k
+    order = torch.empty(num_pairs + num_experts + 1, dtype=torch.int32, device=x.device)
+    starts = order[num_pairs:]
+    sort_kernel[(num_experts,)](order, starts, ids, num_pairs, CHUNK=SORTED, num_warps=4)
+
+    tile = Tile.of(num_pairs, num_experts, x.element_size())
+    num_tiles = num_pairs // tile.rows + num_experts
+    shape = {"TOP_K": top_k, "E": num_experts, "D": dim, "HIDDEN": hidden_size, **tile.constants()}
+    hidden = x.new_empty(num_pairs, hidden_size)
+    first, second = (w.transpose(1, 2) if transposed else w for w in (gate_up, down))
+    gate_up_kernel[(num_tiles, triton.cdiv(hidden_size, tile.columns))](
+        hidden, x, order, starts, first, gate_up_bias, *x.stride(), *first.stride(), alpha, limit, ACT=act, **shape
+    )
+    parts = x.new_empty(num_pairs, dim)
+    down_kernel[(num_tiles, triton.cdiv(dim, tile.columns))](
+        parts, hidden, order, starts, second, down_bias, weights, *second.stride(), **shape
+    )
+    combine_kernel[(num_tokens, triton.cdiv(dim, FEATURES))](
+        out, parts, ids, TOP_K=top_k, E=num_experts, D=dim, BLOCK=min(FEATURES, triton.next_power_of_2(dim))
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`rows` pairs times `columns` outputs, `depth` inputs a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    @staticmethod
+    def of(num_pairs: int, num_experts: int, item_size: int) -> Tile:
+        """Low tiles while an expert has few pairs: then the weights' way through memory is all there is."""
+        depth = 128 // item_size
+        if num_pairs <= 32 * num_experts:
+            return Tile(16, 64, 2 * depth, 4, 3)
+        return Tile(64, 64, depth, 4, 3)
+
+    def constants(self) -> dict[str, int]:
+        return {
+            "ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }  # fmt: skip

@@ -1,0 +1,152 @@
+"""The kernels of experts.py, in the order they run. A pair is token * K + k; a row is its place in the sorted order.
+
+Legend: T tokens, K (TOP_K) experts of a token, E experts, D features, I (HIDDEN) hidden size of an expert.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fuseline.compile.kernels.triton.activation import activate, sigmoid
+from fuseline.compile.kernels.triton.lines import rounded
+from fuseline.compile.kernels.triton.tiles import owner_of_tile
+from fuseline.compile.ops import codes
+
+SILU, RELU = tl.constexpr(codes.UNARY["silu"]), tl.constexpr(codes.UNARY["relu"])
+GELU, GELU_TANH = tl.constexpr(codes.UNARY["gelu"]), tl.constexpr(codes.UNARY["gelu_tanh"])
+EXPERT_SILU, EXPERT_GELU = tl.constexpr(codes.EXPERT_ACTS["silu"]), tl.constexpr(codes.EXPERT_ACTS["gelu"])
+EXPERT_GELU_TANH = tl.constexpr(codes.EXPERT_ACTS["gelu_tanh"])
+GLU_OSS = tl.constexpr(codes.EXPERT_ACTS["glu_oss"])
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def sort_kernel(order, starts, ids, num_pairs, CHUNK: tl.constexpr):
+    """Program expert: its pairs, lowest first, to order[starts[expert]...]; the last one writes starts[E] too."""
+    expert = tl.program_id(0)
+    place = tl.sum(tl.zeros([CHUNK], tl.int32), 0)
+    for first in range(0, num_pairs, CHUNK):
+        pair = first + tl.arange(0, CHUNK)
+        id = tl.load(ids + pair, mask=pair < num_pairs, other=-1)
+        place += tl.sum(((id >= 0) & (id < expert)).to(tl.int32), 0)
+    tl.store(starts + expert, place)
+    for first in range(0, num_pairs, CHUNK):
+        pair = first + tl.arange(0, CHUNK)
+        is_here = (tl.load(ids + pair, mask=pair < num_pairs, other=-1) == expert).to(tl.int32)
+        tl.store(order + place + tl.cumsum(is_here, 0) - 1, pair, mask=is_here > 0)
+        place += tl.sum(is_here, 0)
+    if expert == tl.num_programs(0) - 1:
+        tl.store(starts + expert + 1, place)
+
+
+@triton.jit(do_not_specialize=["x_stride_t"])
+def gate_up_kernel(
+    hidden, x, order, starts, weight, bias, x_stride_t, x_stride_d, stride_e, stride_n, stride_k, alpha, limit,
+    ACT: tl.constexpr, TOP_K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, COLUMNS of I): hidden[row] = act(gate) * up of the row's token."""
+    expert, row, there = _rows_of_tile(starts, E, ROWS)
+    if expert < 0:
+        return
+    token = tl.load(order + row, mask=there, other=0) // TOP_K
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    gate_at = 2 * column if ACT == GLU_OSS else column
+    up_at = 2 * column + 1 if ACT == GLU_OSS else column + HIDDEN
+    source = x + token.to(tl.int64)[:, None] * x_stride_t
+    weight += expert.to(tl.int64) * stride_e
+    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, D, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        a = tl.load(source + k[None, :] * x_stride_d, mask=there[:, None] & (k < D)[None, :], other=0.0)
+        is_weight = (k < D)[:, None] & (column < HIDDEN)[None, :]
+        g = tl.load(weight + gate_at[None, :] * stride_n + k[:, None] * stride_k, mask=is_weight, other=0.0)
+        u = tl.load(weight + up_at[None, :] * stride_n + k[:, None] * stride_k, mask=is_weight, other=0.0)
+        gate = tl.dot(a, g, gate, input_precision="ieee")
+        up = tl.dot(a, u, up, input_precision="ieee")
+    dtype: tl.constexpr = hidden.dtype.element_ty
+    gate, up = rounded(gate, dtype), rounded(up, dtype)
+    if bias is not None:
+        bias += expert * 2 * HIDDEN
+        gate = rounded(gate + tl.load(bias + gate_at, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :], dtype)
+        up = rounded(up + tl.load(bias + up_at, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :], dtype)
+    y = _gated(gate, up, alpha, limit, ACT, dtype)
+    to = hidden + row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    tl.store(to, y.to(dtype), mask=there[:, None] & (column < HIDDEN)[None, :])
+
+
+@triton.jit
+def down_kernel(
+    parts, hidden, order, starts, weight, bias, scores, stride_e, stride_n, stride_k, TOP_K: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, COLUMNS of D): parts[pair] = the expert's answer times its score."""
+    expert, row, there = _rows_of_tile(starts, E, ROWS)
+    if expert < 0:
+        return
+    pair = tl.load(order + row, mask=there, other=0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    source = hidden + row.to(tl.int64)[:, None] * HIDDEN
+    weight += expert.to(tl.int64) * stride_e
+    y = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, HIDDEN, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        a = tl.load(source + k[None, :], mask=there[:, None] & (k < HIDDEN)[None, :], other=0.0)
+        w = tl.load(weight + column[None, :] * stride_n + k[:, None] * stride_k,
+                    mask=(k < HIDDEN)[:, None] & (column < D)[None, :], other=0.0)  # fmt: skip
+        y = tl.dot(a, w, y, input_precision="ieee")
+    dtype: tl.constexpr = parts.dtype.element_ty
+    y = rounded(y, dtype)
+    if bias is not None:
+        line = tl.load(bias + expert * D + column, mask=column < D, other=0.0).to(tl.float32)
+        y = rounded(y + line[None, :], dtype)
+    score = rounded(tl.load(scores + pair, mask=there, other=0.0).to(tl.float32), dtype)
+    to = parts + pair.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(to, (y * score[:, None]).to(dtype), mask=there[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    out, parts, ids, TOP_K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program (token, BLOCK features): the sum of its pairs in their order, rounded once."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(TOP_K):
+        id = tl.load(ids + token * TOP_K + k)
+        is_expert = (id >= 0) & (id < E)
+        part = tl.load(parts + (token * TOP_K + k) * D + column, mask=(column < D) & is_expert, other=0.0)
+        total += part.to(tl.float32)
+    tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def _rows_of_tile(starts, E: tl.constexpr, ROWS: tl.constexpr):
+    """(expert, rows [ROWS], which are there) of this program's tile; expert -1 where a tile was left room for only."""
+    tile = tl.program_id(0)
+    expert, first_tile = owner_of_tile(starts, tile, E, ROWS)
+    row = tl.load(starts + expert) + (tile - first_tile) * ROWS + tl.arange(0, ROWS)
+    end = tl.load(starts + expert + 1)
+    has_rows = tl.load(starts + expert) + (tile - first_tile) * ROWS < end
+    return tl.where(has_rows, expert, -1), row, row < end
+
+
+@triton.jit
+def _gated(gate, up, alpha, limit, ACT: tl.constexpr, dtype: tl.constexpr):
+    """float32 of `dtype`'s numbers; each step is rounded as the reference's ops are."""
+    if ACT == GLU_OSS:
+        gate = rounded(tl.minimum(gate, limit), dtype)
+        up = rounded(tl.maximum(tl.minimum(up, limit), -limit), dtype)
+        glow = rounded(gate * rounded(sigmoid(rounded(gate * alpha, dtype)), dtype), dtype)
+        return rounded(up + 1.0, dtype) * glow
+    elif ACT == EXPERT_SILU:
+        return rounded(activate(gate, SILU), dtype) * up
+    elif ACT == EXPERT_GELU:
+        return rounded(activate(gate, GELU), dtype) * up
+    elif ACT == EXPERT_GELU_TANH:
+        return rounded(activate(gate, GELU_TANH), dtype) * up
+    else:
+        return rounded(activate(gate, RELU), dtype) * up

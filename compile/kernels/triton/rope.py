@@ -1,0 +1,94 @@
+"""Rotary embedding and the KV cache's write on CUDA.
+
+Legend: H query heads, K kv heads, T tokens, D head dim, E value dim, R rotary dim, P table rows, C table columns.
+A program takes one token and some heads, so a line of the tables is read once for them. Each product is rounded to the
+dtype before the two are added, as the two multiplications of Transformers are; fusing them would be another number.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fuseline.compile.kernels.triton.rope_kernels import rope_kernel, write_kernel
+
+HEADS = 8  # heads of a program
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
+    """x[1, H, T, D] with the first R of D rotated by lines rows[T] of cos and sin [P, C], C = R or R / 2."""
+    _check(x, cos)
+    out = torch.empty_like(x)
+    if out.numel():
+        rope_kernel[_grid(x)](
+            out, x, cos, sin, rows, None, *_head_strides(out), *_head_strides(x), cos.stride(0), 0, 0, 0, None,
+            H=x.shape[1], B=1, **_shape(x, cos, rotary_dim, layout),
+        )  # fmt: skip
+    return out
+
+
+def write_cache(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """k[1, K, T, D], v[1, K, T, E] to slot = block * block size + offset of caches [N, K, B, D|E]; -1 writes nothing.
+
+    An fp8 cache (float8_e4m3fn, or uint8) holds the numbers divided by k_scale[1], v_scale[1], at most 448.
+    """
+    for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+        _write(cache, new, slots, scale)
+
+
+def rope_cache(
+    k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Tensor,
+    slots: Tensor, rotary_dim: int, layout: int, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Rotated q; rotated k and v go to the caches."""
+    _check(k, cos)
+    if k.numel():
+        cache = _bytes(k_cache)
+        rope_kernel[_grid(k)](
+            cache, k, cos, sin, rows, slots, 0, 0, *_head_strides(k), cos.stride(0), *cache.stride()[:3], k_scale,
+            H=k.shape[1], B=cache.shape[2], **_shape(k, cos, rotary_dim, layout),
+        )  # fmt: skip
+        _write(v_cache, v, slots, v_scale)
+    return rope(q, cos, sin, rows, rotary_dim, layout)
+
+
+def _write(cache: Tensor, new: Tensor, slots: Tensor, scale: Tensor | None) -> None:
+    if new.numel() == 0:
+        return
+    cache, new = _bytes(cache), new if new.stride(3) == 1 else new.contiguous()
+    write_kernel[_grid(new)](
+        cache, new, slots, *_head_strides(new), *cache.stride()[:3], scale, H=new.shape[1], D=new.shape[3],
+        PADDED_D=triton.next_power_of_2(new.shape[3]), B=cache.shape[2], HEADS=HEADS, num_warps=4,
+    )  # fmt: skip
+
+
+def _check(x: Tensor, cos: Tensor) -> None:
+    if x.stride(3) != 1 or cos.stride(1) != 1:
+        raise ValueError("rope needs the last dimension of x and of the tables contiguous")
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return x.shape[2], triton.cdiv(x.shape[1], HEADS)
+
+
+def _head_strides(x: Tensor) -> tuple[int, int]:
+    return x.stride(1), x.stride(2)
+
+
+def _shape(x: Tensor, cos: Tensor, rotary_dim: int, layout: int) -> dict:
+    rest = x.shape[3] - rotary_dim
+    return {
+        "D": x.shape[3], "R": rotary_dim, "C": cos.shape[1], "PADDED_PAIRS": triton.next_power_of_2(rotary_dim // 2),
+        "PADDED_REST": triton.next_power_of_2(rest) if rest else 0, "LAYOUT": layout, "HEADS": HEADS, "num_warps": 4,
+        # A multiplication and an addition made one would round once where two are asked for.
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def _bytes(cache: Tensor) -> Tensor:
+    """An fp8 cache as bytes: they are made by hand, because sm_80 has no such numbers."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache

@@ -1,0 +1,67 @@
+"""Which Triton kernel computes a graph op. One line a kernel; the tests of tests/test_triton_ops.py come from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.kernels.triton import activation, attention, experts, linear, norm, rope, route, rows
+
+OPS = torch.ops.fuseline
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """`run` takes the op's arguments and gives its outputs; what the op mutates is written in place.
+
+    `supports` sees the arguments too, tensors perhaps on meta.
+    """
+
+    run: Callable
+    supports: Callable[..., bool] = lambda *args: True
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
+    sinks: Tensor | None, window: int, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """q[1, H, T, D] over caches [N, K, B, D|E] -> [1, T, H, E]."""
+    out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
+    q = q if q.stride(3) == 1 else q.contiguous()
+    attention.paged_attention(
+        out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap
+    )
+    return out
+
+
+def _norms(x: Tensor, *_: object) -> bool:
+    return norm.supports(x)
+
+
+def _rotates(x: Tensor, cos: Tensor, sin: Tensor, *_: object) -> bool:
+    """Tables of another dtype would widen the result."""
+    return x.dtype == cos.dtype == sin.dtype and x.stride(3) == 1
+
+
+def _rotates_into_cache(k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, *tables: object) -> bool:
+    return _rotates(q, *tables) and _rotates(k, *tables)
+
+
+KERNELS: dict[object, TritonKernel] = {
+    OPS.rms_norm.default: TritonKernel(norm.rms_norm, _norms),
+    OPS.add_rms_norm.default: TritonKernel(norm.add_rms_norm, _norms),
+    OPS.layer_norm.default: TritonKernel(norm.layer_norm, _norms),
+    OPS.add_layer_norm.default: TritonKernel(norm.add_layer_norm, _norms),
+    OPS.act_mul.default: TritonKernel(activation.act_mul),
+    OPS.gather_rows.default: TritonKernel(rows.gather_rows),
+    OPS.rope.default: TritonKernel(rope.rope, _rotates),
+    OPS.write_cache.default: TritonKernel(rope.write_cache),
+    OPS.rope_cache.default: TritonKernel(rope.rope_cache, _rotates_into_cache),
+    OPS.paged_attention.default: TritonKernel(paged_attention),
+    OPS.route_topk.default: TritonKernel(route.route_topk),
+    OPS.experts.default: TritonKernel(experts.experts),
+    OPS.linear_act_mul.default: TritonKernel(linear.linear_act_mul),
+}

@@ -1,0 +1,45 @@
+"""A joined gate and up projection with what consumes it as one op: on a card one pass over the weights.
+
+    gate, up = split(linear(x, [wg; wu], bias)); y = act_mul(gate, up, act)
+->
+    y = linear_act_mul(x, [wg; wu], bias, act)
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from fuseline.compile.graph.edit import replace
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+
+aten = torch.ops.aten
+OPS = torch.ops.fuseline
+
+
+def fuse_linear_act(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    matches = 0
+    for node in [n for n in graph.graph.nodes if n.target is OPS.act_mul.default]:
+        linear = _product_of(node)
+        if linear is not None:
+            x, weight, *bias = linear.args
+            replace(graph.graph, node, OPS.linear_act_mul.default, (x, weight, bias[0] if bias else None, node.args[2]))
+            matches += 1
+    return PassResult(matches, matches > 0)
+
+
+def _product_of(node: fx.Node) -> fx.Node | None:
+    """The linear whose two halves act_mul takes, gate first, if nothing else reads it."""
+    gate, up, _ = node.args
+    for k, part in enumerate((gate, up)):
+        if part.target is not operator.getitem or part.args[1] != k or len(part.users) > 1:
+            return None
+    split = gate.args[0]
+    if split is not up.args[0] or split.target is not aten.split_with_sizes.default or len(split.meta["val"]) != 2:
+        return None
+    linear, sizes = split.args[0], split.args[1]
+    if linear.target is not aten.linear.default or len(linear.users) > 1 or sizes[0] != sizes[1]:
+        return None
+    return linear

@@ -1,0 +1,13 @@
+"""Logits in fp32: output logits -> convert to fp32. For a CPU choose_kernels does it on its way."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.passes.choose_kernels import widen_output
+
+
+def widen_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    is_changed = widen_output(graph.graph)
+    return PassResult(int(is_changed), is_changed)

@@ -1,0 +1,201 @@
+"""A CUDA target without a card: the lowered graph, the model run through Triton's interpreter, graphs, no waiting."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from fake_card import CARD, FakeGraphs, HostSync, no_host_sync
+from paged_driver import greedy
+from test_native_sampling import Result, make_logits
+from zoo import checkpoint, make_prompts, truth
+
+from fuseline.compile.backends.cuda import count_kernels
+from fuseline.compile.backends.cuda_graph import GraphConfig
+from fuseline.compile.backends.device_inputs import ALIGNMENT, DeviceInputs
+from fuseline.compile.compiler import compile_model, optimize
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.kernels.triton.batch import feed_tokens
+from fuseline.compile.kernels.triton.sampling import sample
+from fuseline.compile.target import DeviceError, detect_target
+
+FUSED = "triton.linear_act_mul | torch.linear, triton.act_mul"
+LAYERS = 3
+COMMON = {"triton.paged_attention": LAYERS, "triton.gather_rows": 2, "torch.embedding": 1}
+KERNELS = {
+    "llama": COMMON | {
+        "triton.rms_norm": 1, "triton.add_rms_norm": 6, "triton.rope_cache": 3, FUSED: 3, "torch.linear": 10,
+    },
+    "gpt_oss": COMMON | {
+        "triton.rms_norm": 1, "triton.add_rms_norm": 6, "triton.rope_cache": 3, "triton.route_topk": 3,
+        "triton.experts": 3, "torch.linear": 10,
+    },
+    "gemma3": COMMON | {
+        "triton.rms_norm": 13, "triton.add_rms_norm": 6, "triton.rope_cache": 3, FUSED: 3, "torch.linear": 10,
+    },
+}  # fmt: skip
+"""What computes a step, but for views and single ops of torch."""
+
+
+def build(family: str, dtype: str = "bfloat16", graphs: GraphConfig | None = None, **settings):
+    config = CompileConfig(model=str(checkpoint(family, dtype)), **settings)
+    return compile_model(config, CARD, graphs=graphs)
+
+
+@pytest.mark.parametrize("family", KERNELS)
+def test_kernels_of_a_step_are_the_golden_ones(family: str) -> None:
+    captured, result = optimize(CompileConfig(model=str(checkpoint(family, "bfloat16"))), CARD)
+    found = count_kernels(captured.graph, CARD)
+    ours = {label: count for label, count in found.items() if label.startswith("triton")}
+    golden = KERNELS[family]
+    assert ours == {label: count for label, count in golden.items() if label.startswith("triton")}
+    assert {label: found[label] for label in golden} == golden
+    assert result.stage_ops["lower"]["linear_panels"] == 0, "weights stay rows"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype", "level"), [
+    ("llama", "float32", 0), ("gemma2", "bfloat16", 1), ("gpt_oss", "bfloat16", 1), ("deepseek_v3", "float32", 1),
+])  # fmt: skip
+def test_greedy_tokens_equal_transformers(family: str, dtype: str, level: int) -> None:
+    prompts = make_prompts((3, 9, 20))
+    found = greedy(build(family, dtype, level=level), prompts, 6)
+    assert found == truth(checkpoint(family, dtype), prompts, 6)
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("llama", (2, 4)), ("phi3_longrope", (3,))])
+def test_padded_graphs_give_the_tokens_of_transformers(family: str, sizes: tuple[int, ...]) -> None:
+    model, api, seen = build(family, "float32", GraphConfig(sizes)), FakeGraphs(), []
+    allocate = model.allocate_caches
+
+    def allocate_and_capture(num_blocks) -> None:
+        allocate(num_blocks)
+        model.capture_graphs(lambda *step: seen.append(step), api)
+        model.graphs.wait()
+
+    model.allocate_caches = allocate_and_capture
+    prompts = make_prompts((3, 9, 20))
+    assert greedy(model, prompts, 6) == truth(checkpoint(family, "float32"), prompts, 6)
+    assert api.captured == sorted(sizes, reverse=True), "largest first"
+    assert seen == [("capturing graphs", k, len(sizes)) for k in range(len(sizes) + 1)]
+    assert set(api.replays) == set(sizes)
+
+
+def decode_step(lengths: list[int], width: int = 2) -> GraphInputs:
+    """One token of each sequence, whose blocks are its own."""
+    count = len(lengths)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    tables = torch.arange(1, 1 + count * width, dtype=torch.int32).reshape(1, count, width)
+    positions = seq_lens.long() - 1
+    slots = tables[0].gather(1, positions[:, None] // 16)[:, 0] * 16 + positions % 16
+    return GraphInputs(
+        token_ids=torch.arange(count) + 5, positions=positions, rope_rows=positions,
+        query_start=torch.arange(count + 1, dtype=torch.int32), seq_lens=seq_lens, slot_mapping=slots[None],
+        block_tables=tables, logits_rows=torch.arange(count),
+    )  # fmt: skip
+
+
+def test_padding_changes_neither_logits_nor_caches() -> None:
+    inputs = decode_step([3, 20, 1])
+    found = []
+    for sizes in ((), (3,), (8,)):
+        model = build("llama", graphs=GraphConfig(sizes, enforce_eager=not sizes))
+        model.allocate_caches([8])
+        model.capture_graphs(api=FakeGraphs())
+        if model.graphs:
+            model.graphs.wait()
+        found.append((model.run(inputs).clone(), model.run(inputs).clone(), *model._caches.values()))
+        assert (model.graphs is None) == (not sizes)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_what_a_graph_cannot_do_is_run_op_by_op() -> None:
+    """Too many sequences, too long ones, rows in another order, a capture that failed."""
+    model, api = build("llama", graphs=GraphConfig((2,), max_seq_len=32)), FakeGraphs()
+    model.allocate_caches([16])
+    model.capture_graphs(api=api)
+    model.graphs.wait()
+    turned = dataclasses.replace(decode_step([3, 4]), logits_rows=torch.tensor([1, 0]))
+    for inputs in (decode_step([3, 4, 5]), decode_step([3, 40], width=3), turned):
+        assert model.run(inputs).shape == (inputs.logits_rows.shape[0], model.info.vocab_size)
+    assert not api.replays
+    model.run(decode_step([3]))
+    assert api.replays == [2]
+    model.allocate_caches([16])
+    assert model.graphs is None, "graphs of caches that are gone are gone"
+    model.capture_graphs(api=FakeGraphs(fails=True))
+    model.graphs.wait()
+    assert model.graphs.graphs == {} and model.run(decode_step([3])).shape[0] == 1
+
+
+def test_sizes_of_graphs() -> None:
+    assert GraphConfig().resolved(256) == (1, 2, 4, *range(8, 257, 8)) and len(GraphConfig().resolved(256)) == 35
+    assert GraphConfig((64, 1, 300, 0)).resolved(100) == (1, 64)
+    assert GraphConfig(enforce_eager=True).resolved(100) == ()
+
+
+def test_a_step_waits_for_nothing() -> None:
+    """Prompts, a replayed step whose tokens come from the step before, and sampling with all that a row can ask."""
+    model = build("llama", graphs=GraphConfig((4,)))
+    model.allocate_caches([16])
+    model.capture_graphs(api=FakeGraphs())
+    model.graphs.wait()
+    step, sources = decode_step([3, 20, 1]), torch.tensor([1, -1, 0], dtype=torch.int32)
+    prompt = dataclasses.replace(
+        decode_step([3]), token_ids=torch.tensor([4, 5, 6]), positions=torch.arange(3), rope_rows=torch.arange(3),
+        query_start=torch.tensor([0, 3], dtype=torch.int32), slot_mapping=torch.arange(16, 19)[None],
+        logits_rows=torch.tensor([2]),
+    )  # fmt: skip
+    host = [*vars(step).values(), *vars(prompt).values(), sources]
+    asked = {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition": 1.1, "output": (3,), "bias": {1: 1.0},
+             "banned": (2,), "num_logprobs": 3}  # fmt: skip
+
+    def waiting_for_nothing(*args: object) -> None:
+        with no_host_sync():
+            sample(*args)
+
+    with no_host_sync(host):
+        model.run(prompt)
+        logits = model.run(step, sources, torch.tensor([7, 9]))
+    found = Result(logits.clone(), [asked, {"temperature": 0.0}, {}], sample=waiting_for_nothing)
+    assert found.ok.tolist() == [1, 1, 1]
+
+
+def test_the_fake_card_notices_waiting() -> None:
+    x, host = torch.zeros(3), torch.zeros(3)
+    for wait in (lambda: x.tolist(), lambda: float(x[0]), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool(x.any())):
+        with pytest.raises(HostSync), no_host_sync([host]):
+            wait()
+    with no_host_sync([host]):
+        host.tolist()
+
+
+def test_tokens_of_the_step_before_are_fed_on_the_device() -> None:
+    tokens, sampled = torch.arange(300), torch.arange(1000, 1300)
+    sources = torch.full((300,), -1, dtype=torch.int32)
+    sources[[0, 7, 299]] = torch.tensor([5, 0, 299], dtype=torch.int32)
+    feed_tokens(tokens, sources, sampled)
+    want = torch.arange(300)
+    want[[0, 7, 299]] = torch.tensor([1005, 1000, 1299])
+    assert torch.equal(tokens, want)
+
+
+def test_uploads_are_whole_and_aligned() -> None:
+    uploads = DeviceInputs(torch.device("cpu"))
+    for size in (3, 1, 50, 0):
+        tensors = {"a": torch.randn(size), "b": torch.arange(size)[None], "c": torch.arange(7, dtype=torch.int32)[::2]}
+        found = uploads.upload(tensors)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+        assert all(t.data_ptr() % ALIGNMENT == found["a"].data_ptr() % ALIGNMENT for t in found.values())
+
+
+def test_a_missing_card_is_said_in_words() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    with pytest.raises(DeviceError, match="^--device cuda: .+. Available devices: cpu.$"):
+        detect_target(1, "cuda")
+    assert detect_target(1, "auto").kind == detect_target(1).kind == "cpu"
+    assert make_logits(1, 2).device.type == CARD.device

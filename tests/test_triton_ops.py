@@ -1,0 +1,193 @@
+"""Every Triton kernel of the table against its reference, generated from the registry; edges the registry has not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton_interpreter
+from native_fixtures import FLOATS
+from test_ops import assert_close, cases, copies, outputs
+from triton_interpreter import assert_fits, compile_launches
+
+from fuseline.compile.kernels.triton import linear, norm, rope
+from fuseline.compile.kernels.triton.experts import experts
+from fuseline.compile.kernels.triton.table import KERNELS
+from fuseline.compile.ops import codes
+from fuseline.compile.ops import norm as norm_reference
+from fuseline.compile.ops.library import Make
+from fuseline.compile.ops.moe import experts as experts_reference
+from fuseline.compile.ops.registry import registry
+
+__all__ = ["triton_interpreter"]
+BY_NAME = {target._schema.name.split("::")[1]: kernel for target, kernel in KERNELS.items()}
+
+
+def make(dtype=torch.float32) -> Make:
+    return Make(dtype, torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_kernels_agree_with_their_reference(name, dtype):
+    """Outputs, and all that the arguments hold afterwards."""
+    op = registry()[name]
+    for args in cases(op, dtype):
+        theirs, ours = copies(args), copies(args)
+        expected, found = outputs(op.reference(*theirs)), outputs(BY_NAME[name].run(*ours))
+        assert BY_NAME[name].supports(*args) and len(found) == len(expected)
+        for one, truth in zip(found, expected, strict=True):
+            assert_close(one, truth, op.tolerance)
+        for mine, its in zip(ours, theirs, strict=True):
+            if isinstance(mine, torch.Tensor):
+                assert torch.equal(mine, its), "what is written in place, or nothing"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_outputs_lie_as_the_fakes_say(name):
+    """Views that a graph takes of a result must be possible of the kernel's."""
+    for args in cases(registry()[name], torch.bfloat16):
+        found = outputs(BY_NAME[name].run(*copies(args)))
+        fakes = outputs(
+            getattr(torch.ops.fuseline, name).default(
+                *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args)
+            )
+        )
+        assert [(x.shape, x.dtype, x.stride()) for x in found] == [(x.shape, x.dtype, x.stride()) for x in fakes]
+
+
+@pytest.mark.parametrize("dim", (1, 16, 2050))
+def test_norms_of_any_size_and_layout(dim):
+    """Few features many lines a program and the reverse; transposed and cut views; nothing at all."""
+    m, weight = make(), make().normal(dim)
+    wide = m.normal(3, 5, 2 * dim + 3)
+    for x in (
+        wide[..., :dim],
+        wide[..., :dim].transpose(0, 1),
+        m.normal(2, 3, 4, dim).permute(2, 0, 1, 3),
+        wide[:0, :, :dim],
+    ):
+        assert_close(norm.rms_norm(x, weight, 1e-5, 0), norm_reference.rms_norm(x, weight, 1e-5, 0), 4.0)
+        assert_close(norm.layer_norm(x, weight, None, 1e-5), norm_reference.layer_norm(x, weight, None, 1e-5), 8.0)
+        other = m.normal(*x.shape)
+        pairs = zip(norm.add_rms_norm(x, other, weight, 1e-5, 0),
+                    norm_reference.add_rms_norm(x, other, weight, 1e-5, 0), strict=True)  # fmt: skip
+        for found, want in pairs:
+            assert_close(found, want, 4.0)
+    with pytest.raises(ValueError, match="at most"):
+        norm.rms_norm(torch.empty(1, 2 * norm.WIDEST), None, 1e-5, 0)
+
+
+def test_a_row_of_a_norm_does_not_depend_on_the_others():
+    x, weight = make().normal(9, 77), make().normal(77)
+    whole = norm.rms_norm(x, weight, 1e-5, 0)
+    assert torch.equal(norm.rms_norm(x[4:5], weight, 1e-5, 0), whole[4:5])
+
+
+def test_every_number_becomes_the_nearest_byte_of_fp8():
+    """All bytes, all halves between two, what is too large, too small, or no number."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    between = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat((numbers, between, between.nextafter(numbers[1:]), between.nextafter(numbers[:-1])))
+    x = torch.cat((x, torch.tensor([0.0, -0.0, 448.0, -448.0, 1e-9, float("nan")]), torch.randn(100)))
+    k_cache = v_cache = torch.zeros(1, 1, 1, len(x), dtype=torch.float8_e4m3fn)
+    rope.write_cache(k_cache, v_cache, x[None, None, None], x[None, None, None], torch.tensor([0]))
+    found, want = k_cache.flatten().view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(found, want), (x[found != want], found[found != want], want[found != want])
+    large = torch.tensor([500.0, -1e9, float("inf"), 224.0])[None, None, None]
+    k_cache = torch.zeros(1, 1, 1, 4, dtype=torch.uint8)
+    rope.write_cache(
+        k_cache, k_cache, large, large, torch.tensor([0]), k_scale=torch.tensor([0.5]), v_scale=torch.tensor([0.5])
+    )
+    assert k_cache.view(torch.float8_e4m3fn).float().flatten().tolist() == [448.0, -448.0, 448.0, 448.0]
+
+
+def test_rotated_keys_in_fp8_are_the_rotated_keys_rounded():
+    args = list(registry()["rope_cache"].inputs(make(torch.bfloat16)))[0]
+    k_cache, v_cache, _, k, v, cos, sin, rows, slots, *how = args
+    plain, coded = (k_cache.clone(), v_cache.clone()), [c.to(torch.float8_e4m3fn) for c in (k_cache, v_cache)]
+    for caches in (plain, coded):
+        rope.rope_cache(*caches, *args[2:])
+    for cache, code in zip(plain, coded, strict=True):
+        assert torch.equal(cache.to(torch.float8_e4m3fn).view(torch.uint8), code.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "top_k"), [(1, 5, 3), (20, 5, 3), (130, 3, 2), (40, 1, 1), (0, 4, 2)]
+)
+def test_experts_of_any_number(tokens, num_experts, top_k, dtype):
+    """High and low tiles, experts without a token; as the sum in float32 of what the reference says of each choice."""
+    m = make(dtype)
+    x, first, second = (
+        m.normal(tokens, 40),
+        m.normal(num_experts, 96, 40, scale=0.2),
+        m.normal(num_experts, 40, 48, scale=0.2),
+    )
+    ids = torch.stack([m.order(num_experts)[:top_k] for _ in range(tokens)]) if tokens else torch.zeros(0, top_k).long()
+    weights = m.normal(tokens, top_k).abs()
+    args = (first, second, None, None, codes.EXPERT_ACTS["silu"], False, 0.0, 0.0)
+    want = torch.zeros(x.shape)
+    for k in range(top_k):
+        want += experts_reference(x, ids[:, k : k + 1], weights[:, k : k + 1], *args).float()
+    found = experts(x, ids, weights, *args)
+    assert_close(found, want.to(dtype), 12.0)
+    if tokens == 20:
+        assert torch.equal(experts(x[:3], ids[:3], weights[:3], *args), found[:3]), "as far as tiles are equally high"
+
+
+def test_choices_outside_the_experts_add_nothing():
+    m = make()
+    x, first, second = m.normal(3, 24), m.normal(2, 40, 24), m.normal(2, 24, 20)
+    args = (first, second, None, None, codes.EXPERT_ACTS["silu"], False, 0.0, 0.0)
+    ids, weights = torch.tensor([[0, -1], [2, 1], [-1, 5]]), torch.ones(3, 2)
+    found = experts(x, ids, weights, *args)
+    kept = experts(x[:2], torch.tensor([[0], [1]]), weights[:2, :1], *args)
+    assert torch.equal(found[:2], kept) and not found[2].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("rows", "num_out", "num_in"), [(1, 1, 1), (3, 40, 520), (16, 33, 75), (20, 64, 600)])
+def test_linear_of_few_rows(rows, num_out, num_in, dtype):
+    m = make(dtype)
+    x, weight, bias = m.normal(rows, 2 * num_in)[:, ::2], m.normal(num_out, num_in, scale=0.03), m.normal(num_out)
+    for b in (None, bias):
+        want = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        assert_close(linear.linear(x, weight, b), want.to(dtype), 12.0)
+    assert torch.equal(linear.linear(x[:1], weight), linear.linear(x, weight)[:1])
+
+
+def launches(arch: int) -> None:
+    """Llama 8B's shapes, and those of a mixture of experts as gpt-oss and Mixtral are."""
+    bf16 = Make(torch.bfloat16, torch.Generator().manual_seed(0))
+    x, weight = bf16.normal(3, 4096), bf16.normal(4096)
+    for mode in range(3 if arch == 90 else 1):
+        norm.add_rms_norm(x, x, weight, 1e-5, mode)
+    norm.rms_norm(x.view(1, 3, 32, 128), weight[:128], 1e-5, 0)
+    norm.add_layer_norm(x, x, weight, weight, 1e-5)
+    rotary = list(registry()["rope_cache"].inputs(bf16))
+    for args in rotary if arch == 90 else rotary[:1]:
+        rope.rope_cache(*args)
+        rope.rope_cache(*(c.view(torch.uint8) for c in args[:2]), *args[2:])
+    for name in ("act_mul", "gather_rows", "route_topk"):
+        for args in cases(registry()[name], torch.bfloat16)[: None if arch == 90 else 1]:
+            BY_NAME[name].run(*args)
+    for tokens, act, transposed in ((1, "silu", False), (300, "glu_oss", True))[: 2 if arch == 90 else 1]:
+        tall, wide = torch.empty(8, 2048, 256, dtype=torch.bfloat16), torch.empty(8, 256, 1024, dtype=torch.bfloat16)
+        shapes = (wide.transpose(1, 2)[..., :256], wide.transpose(1, 2)) if transposed else (tall, wide)
+        x = torch.empty(tokens, 256, dtype=torch.bfloat16)
+        ids = torch.zeros(tokens, 2, dtype=torch.int64)
+        experts(x, ids, x[:, :2], *shapes, None, None, codes.EXPERT_ACTS[act], transposed, 1.0, 7.0)
+    joined = torch.empty(28672, 4096, dtype=torch.bfloat16)
+    linear.linear_act_mul(x[:1, :1].expand(1, 4096), joined, None, codes.UNARY["silu"])
+    linear.linear(x[:1, :1].expand(1, 4096), joined, None)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles():
+    entries = compile_launches("test_triton_ops", 80, 90, 100)
+    assert {e["kernel"] for e in entries} == {
+        "rms_norm_kernel", "layer_norm_kernel", "act_mul_kernel", "gather_kernel", "rope_kernel", "write_kernel",
+        "route_kernel", "sort_kernel", "gate_up_kernel", "down_kernel", "combine_kernel", "few_rows_kernel",
+    }  # fmt: skip
+    assert_fits(entries)
