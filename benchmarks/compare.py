@@ -34,6 +34,8 @@ from machine import matrix_rate, read_bandwidth
 BIN = Path(sys.executable).parent
 START_SECONDS = 600
 CONTEXT = 4096
+BUSY = "1 stream, one core busy"
+IDLE_SECONDS = 10.0
 Row = dict[tuple[str, str], list[float]]
 """(load, figure) -> one value per round."""
 
@@ -54,17 +56,17 @@ class Load:
 
 
 def make_load(name: str) -> Load:
-    """A number of streams, 128 in and 128 out, or `prefix`: 16 streams behind 1,500 shared tokens."""
+    """A number of streams, 128 in and 128 out; `busy`: one stream while another process spins on one of the cores;
+    `prefix`: 16 streams behind 1,500 shared tokens."""
     common = ("--ignore-eos", "--disable-tqdm", "--timeout", "900")
     if name == "prefix":
         flags = ("--dataset", "shared-prefix", "--prefix-len", "1500", "--random-input-len", "32")
         flags += ("--num-warmups", "0", "--num-prompts", "16", "--random-output-len", "16", "--max-concurrency", "16")
         return Load("shared prefix", (*flags, *common))
-    lengths = ("--random-input-len", "128", "--random-output-len", "128")
-    num_prompts = max(3, int(name))
-    return Load(
-        f"{name} streams", (*lengths, "--num-prompts", str(num_prompts), "--max-concurrency", name, *common)
-    )
+    streams, output_len = ("1", "32") if name == "busy" else (name, "128")
+    lengths = ("--random-input-len", "128", "--random-output-len", output_len)
+    counts = ("--num-prompts", str(max(3, int(streams))), "--max-concurrency", streams)
+    return Load(BUSY if name == "busy" else f"{name} streams", (*lengths, *counts, *common))
 
 
 def servers(options: argparse.Namespace, port: int) -> list[Server]:
@@ -149,17 +151,52 @@ def figures(result: dict[str, float], is_prefix: bool) -> dict[str, float]:
     return {
         "output token/s": result["output_throughput"],
         "TTFT p50, ms": result["median_ttft_ms"],
+        "TPOT mean, ms": result["mean_tpot_ms"],
         "ITL p50, ms": result["median_itl_ms"],
         "ITL p99, ms": result["p99_itl_ms"],
     }
+
+
+@contextmanager
+def busy_core(is_wanted: bool) -> Iterator[None]:
+    """Another process computes without end on the first of our cores."""
+    if not is_wanted:
+        yield
+        return
+    core = min(os.sched_getaffinity(0))
+    endless = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    spinner = subprocess.Popen([sys.executable, "-c", endless])
+    try:
+        yield
+    finally:
+        spinner.kill()
+        spinner.wait()
+
+
+def idle_share(process: psutil.Process) -> float:
+    """Share of a core, in percent, that the server and its children take while nobody asks them anything."""
+
+    def seconds() -> float:
+        return sum(sum(each.cpu_times()[:2]) for each in [process, *process.children(recursive=True)])
+
+    time.sleep(2)
+    before = seconds()
+    time.sleep(IDLE_SECONDS)
+    return 100 * (seconds() - before) / IDLE_SECONDS
 
 
 def serve_round(server: Server, port: int, loads: Sequence[Load], rows: Row) -> None:
     with running(server, port) as (process, seconds):
         rows["start", "healthy after, s"].append(seconds)
         for load in loads:
-            for name, value in figures(run_load(load, port), load.name == "shared prefix").items():
+            with busy_core(load.name == BUSY):
+                result = run_load(load, port)
+            for name, value in figures(result, load.name == "shared prefix").items():
                 rows[load.name, name].append(value)
+        if rows["1 streams", "TPOT mean, ms"] and rows[BUSY, "TPOT mean, ms"]:
+            alone, beside = rows["1 streams", "TPOT mean, ms"][-1], rows[BUSY, "TPOT mean, ms"][-1]
+            rows[BUSY, "decode, % of the idle machine's"].append(100 * alone / beside)
+        rows["idle", "CPU, % of a core"].append(idle_share(process))
         rows["memory", "resident, MiB"].append(resident_bytes(process) / 2**20)
 
 
