@@ -34,6 +34,7 @@ from fuseline.engine.run.sampler import SampleOps, native_ops
 BLOCK_SIZE = 16
 LONGEST = 131072
 MAX_TOKENS = 4096
+ENDS = (0, 2)
 
 
 class NoModel:
@@ -46,6 +47,7 @@ class NoModel:
             cache_specs=(CacheSpec(0, 1, 1, 1, "float32", 0),), cache_groups=(CacheGroup(0, (0,)),),
         )  # fmt: skip
         self.logits = torch.randn(num_rows, vocab_size)
+        self.logits[:, list(ENDS)] = -100.0
 
     def allocate_caches(self, num_blocks) -> None:
         pass
@@ -133,8 +135,8 @@ def _make_engine(case: Case, vocab_size: int, ops: TimedOps, asynchronous: bool)
 
 
 def _fill(engine: Engine, case: Case) -> None:
-    """All of the running ones share a prompt, so that a long context takes no long preparation; then stops differ."""
-    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, eos_token_ids=(0, 2))
+    """All of the running ones share a prompt, so that a long context takes no long preparation."""
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, eos_token_ids=ENDS)
     for number in range(case.running):
         # Different lengths, so that not all cross the border of a block in the same step.
         prompt = (5,) * (case.context - BLOCK_SIZE + 1 + number % BLOCK_SIZE)

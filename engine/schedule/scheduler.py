@@ -150,11 +150,11 @@ class Scheduler:
         passed_over: list[Sequence] = []
         while self.waiting.has_next and budget.tokens_left > 0:
             seq = self.waiting.peek()
-            if not self._find_seat(seq, budget):
-                break
             if seq.num_pending:
                 passed_over.append(self.waiting.pop())
                 continue
+            if not self._find_seat(seq, budget):
+                break
             hit = self.kv.find_prefix(seq)
             promise = self.kv.find_promise(seq, hit)
             if promise is not None:
