@@ -266,7 +266,7 @@ def print_table(results: dict[str, Row]) -> None:
         ours = statistics.median(results["fuseline"][key])
         theirs = {name: statistics.median(results[name][key]) for name in peers if results[name].get(key)}
         cells = [f"{ours:.1f}", *(f"{theirs[name]:.1f}" if name in theirs else "-" for name in peers)]
-        cells += [f"{ours / theirs[name]:.2f}" if name in theirs else "-" for name in peers]
+        cells += [f"{ours / theirs[name]:.2f}" if theirs.get(name) else "-" for name in peers]
         print(f"| {key[0]} | {key[1]} | " + " | ".join(cells) + " |")
     for key, values in results.get("machine", {}).items():
         print(f"{key[0]}: {key[1]} {statistics.median(values):.1f}")

@@ -17,6 +17,7 @@ from fuseline.compile.backends.cuda_graph import GraphConfig
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable
 from fuseline.compile.backends.steps import StepPlans, lower
+from fuseline.compile.backends.tune import TUNE_LEVEL, tune_linears
 from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.weights import load_weights
@@ -50,6 +51,8 @@ def compile_model(
     requests = weight_requests(captured.graph, captured, result)
     weights = load_weights(requests, captured, config, report_progress)
     weights = on_device(weights | result.constants, target)
+    if config.level >= TUNE_LEVEL and target.kind == "cpu":
+        tune_linears(captured.graph, _by_target(captured.graph, weights), config, report_progress)
     executable = _executable(captured.graph, weights, config, target)
     if isinstance(executable, CudaExecutable):
         return _on_card(config, captured, result, weights, executable, target, graphs)

@@ -10,9 +10,9 @@ __all__ = ["isa"]
 ROWS = (1, 2, 3, 5, 13, 14, 15, 29, 230)
 
 
-def run_linear(x, panels, num_out, bias=None, dtype=None) -> torch.Tensor:
+def run_linear(x, panels, num_out, bias=None, dtype=None, choices=0) -> torch.Tensor:
     out = torch.full((*x.shape[:-1], num_out), float("nan"), dtype=dtype or x.dtype)
-    ops.linear(out, x, panels, bias, num_out)
+    ops.linear(out, x, panels, bias, num_out, choices)
     return out
 
 
@@ -86,7 +86,7 @@ def test_strided_rows_and_leading_dims(isa):
     x = torch.randn(3, 8, 5, 100)[:, 2:7].transpose(1, 2)[..., :90]
     weight = torch.randn(40, 90)
     out = torch.zeros(3, 5, 5, 64)
-    ops.linear(out[..., 8:48], x, pack(weight), None, 40)
+    ops.linear(out[..., 8:48], x, pack(weight), None, 40, 0)
     assert torch.equal(out[..., 8:48], run_linear(x.contiguous(), pack(weight), 40))
     assert out[..., :8].abs().sum() == 0 and out[..., 48:].abs().sum() == 0
 
@@ -108,6 +108,24 @@ def test_joined_weights_give_what_each_gives_alone(isa):
     joined = run_linear(x, pack(a, b), 51)
     assert torch.equal(joined[:, :21], run_linear(x, pack(a), 21))
     assert torch.equal(joined[:, 21:], run_linear(x, pack(b), 30))
+
+
+def every_choice():
+    """The same byte for every range of rows: 0, 1, 2, 4 panels of a tile, 0 to 63 pairs of panels of a chunk."""
+    for group in range(4):
+        for width in (0, 1, 3, 8, 63):
+            yield int.from_bytes(bytes([group | width << 2] * 5), "little")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", (1, 4, 12, 40, 90))
+def test_how_the_work_is_cut_changes_no_bit(isa, rows, dtype):
+    x, weight, bias = make(rows, 1090, 333, dtype, dtype)
+    panels = pack(weight)
+    plain = run_linear(x, panels, 333, bias, torch.float32)
+    for choices in every_choice():
+        cut = with_threads(2, lambda c=choices: run_linear(x, panels, 333, bias, torch.float32, c))
+        assert torch.equal(cut, plain), hex(choices)
 
 
 def test_no_rows(isa):

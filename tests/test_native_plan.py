@@ -117,13 +117,13 @@ def test_torch_ops_name_the_wrong_argument():
 
 def test_panels_must_fit_the_sizes_they_stand_for():
     x, panels, out = torch.zeros(2, 8), torch.zeros(3, 8, 16), torch.zeros(2, 40)
-    ops.linear(out, x, panels, None, 40)
+    ops.linear(out, x, panels, None, 40, 0)
     with pytest.raises((RuntimeError, ValueError), match="linear: argument panels .* with /N = 2 as in num_out"):
-        ops.linear(torch.zeros(2, 30), x, panels, None, 30)
+        ops.linear(torch.zeros(2, 30), x, panels, None, 30, 0)
     with pytest.raises((RuntimeError, ValueError), match="linear: argument out .* with N = 40 as in num_out"):
-        ops.linear(torch.zeros(2, 30), x, panels, None, 40)
+        ops.linear(torch.zeros(2, 30), x, panels, None, 40, 0)
     with pytest.raises((RuntimeError, ValueError), match="linear: argument panels .* with K = 9 as in x"):
-        ops.linear(out, torch.zeros(2, 9), panels, None, 40)
+        ops.linear(out, torch.zeros(2, 9), panels, None, 40, 0)
     with pytest.raises((RuntimeError, ValueError), match="pack_panels: argument panels .* with # = 16"):
         ops.pack_panels(torch.zeros(3, 8, 8), torch.zeros(40, 8), 0)
     with pytest.raises((RuntimeError, ValueError), match="embedding_panels: argument panels .* with /V = 2"):

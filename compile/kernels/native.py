@@ -86,7 +86,7 @@ def _copy(node: fx.Node, value: Callable) -> NativeCall:
 
 def _linear(node: fx.Node, value: Callable) -> NativeCall:
     *tensors, num_out = node.args
-    return NativeCall("linear", tuple(tensors), (num_out,))
+    return NativeCall("linear", tuple(tensors), (num_out, node.meta.get("choices", 0)))
 
 
 def _embedding(node: fx.Node, value: Callable) -> NativeCall:

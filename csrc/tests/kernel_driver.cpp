@@ -160,9 +160,10 @@ void run_linear(DType d) {
         for (DType other : kFloatTypes) {
           const auto panels = [&] { return make(other, {panels_of(num_out), num_k, 16}); };
           call("linear", pack(make(d, {rows, num_out}), make(d, {rows, num_k}), panels(), make(other, {num_out})),
-               {num_out});
-          call("linear", pack(make(other, {rows, 1, num_out}), make(d, {rows, 1, num_k}), panels(), absent()),
-               {num_out});
+               {num_out, 0});
+          for (int64_t choices : {0x0505050505, 0x0f0f0f0f0f})
+            call("linear", pack(make(other, {rows, 1, num_out}), make(d, {rows, 1, num_k}), panels(), absent()),
+                 {num_out, choices});
         }
     }
 }

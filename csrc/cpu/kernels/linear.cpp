@@ -11,12 +11,26 @@ constexpr int64_t kPackDepth = 64;
 constexpr int64_t kPackRows = 8;                    // rows of x packed per chunk
 constexpr int64_t kThinChunkBytes = 128 << 10;      // weights read per chunk when rows are few
 
+// How a product is cut: panels that a tile takes side by side (0: as product.h says) and panels of a chunk (0: as chunk_width
+// finds). `choices` has a byte for each range of rows: up to 1, 6, 14, 64, and more. Of a byte, the low two bits give 0, 1, 2
+// or 4 panels of a tile, the rest pairs of panels of a chunk.
+struct Choice {
+  int group = 0;
+  int64_t width = 0;
+};
+
+Choice choice_for(int64_t choices, int64_t rows) {
+  int range = rows <= 1 ? 0 : rows <= 6 ? 1 : rows <= 14 ? 2 : rows <= 64 ? 3 : 4;
+  int64_t byte = choices >> (8 * range) & 0xff;
+  return {(byte & 3) == 3 ? 4 : static_cast<int>(byte & 3), (byte >> 2) * 2};
+}
+
 struct Linear {
   const Tensor& out;
   const Tensor& x;
   const Tensor& panels;
   const Tensor& bias;
-  int64_t num_k, num_out;
+  int64_t num_k, num_out, choices;
   int64_t num_panels() const { return (num_out + kPanel - 1) / kPanel; }
 };
 
@@ -34,8 +48,8 @@ struct Widened {
     });
   }
   static void multiply(const float* packed, int64_t rows, int64_t num_k, const W* panels, int num_panels, float* wide,
-                       float* c, int64_t ldc) {
-    product(packed, packed_step(rows), rows, num_k, panels, num_panels, wide, c, ldc);
+                       float* c, int64_t ldc, int group) {
+    product(packed, packed_step(rows), rows, num_k, panels, num_panels, wide, c, ldc, group);
   }
 };
 
@@ -49,8 +63,8 @@ struct Dotted {
     pack_dot_row(static_cast<const bf16*>(job.x.data) + row_offset(job.x, row), job.num_k, packed, rows, r);
   }
   static void multiply(const uint32_t* packed, int64_t rows, int64_t num_k, const bf16* panels, int num_panels, float*,
-                       float* c, int64_t ldc) {
-    dot_product(packed, dot_step(rows), rows, num_k, panels, num_panels, c, ldc);
+                       float* c, int64_t ldc, int group) {
+    dot_product(packed, dot_step(rows), rows, num_k, panels, num_panels, c, ldc, group);
   }
 };
 
@@ -78,13 +92,13 @@ void add_bias(float* c, const float* bias, int64_t n) {
 
 template <class How>
 void multiply_chunk(const Linear& job, const typename How::Packed* packed, int64_t row0, int64_t rows, int64_t p0,
-                    int num_panels) {
+                    int num_panels, int group) {
   int64_t width = int64_t{num_panels} * kPanel;
   float* wide = chunk_floats(kWideSize + (rows + 1) * width);
   float* bias = wide + kWideSize;
   float* c = bias + width;
   auto* panels = static_cast<const typename How::Element*>(job.panels.data) + p0 * job.num_k * kPanel;
-  How::multiply(packed, rows, job.num_k, panels, num_panels, wide, c, width);
+  How::multiply(packed, rows, job.num_k, panels, num_panels, wide, c, width, group);
   int64_t n0 = p0 * kPanel, n = job.num_out - n0 < width ? job.num_out - n0 : width;
   if (job.bias.present())
     with_float(job.bias.dtype, [&](auto t) { convert_row(static_cast<decltype(t)*>(job.bias.data) + n0, n, bias); });
@@ -108,10 +122,12 @@ void multiply_block(const Linear& job, int64_t row0, int64_t rows) {
       for (int64_t r = begin; r < end; ++r) pack(r);
     });
   }
-  int64_t width = chunk_width<How>(job, rows), total = job.num_panels();
+  Choice choice = choice_for(job.choices, rows);
+  int64_t width = choice.width ? choice.width : chunk_width<How>(job, rows), total = job.num_panels();
+  if (rows > kTileRows && width > How::kWidest) width = How::kWidest;
   parallel((total + width - 1) / width, [&](int64_t chunk) {
     int64_t p0 = chunk * width, left = total - p0;
-    multiply_chunk<How>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width));
+    multiply_chunk<How>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width), choice.group);
   });
 }
 
@@ -146,9 +162,9 @@ void pack_panel(const Tensor& panels, const Tensor& weight, int64_t first, int64
 
 }  // namespace
 
-// t: out!, x, panels, bias?; i: num_out.
+// t: out!, x, panels, bias?; i: num_out, choices.
 void linear(const Tensor* t, const int64_t* i, const double*) {
-  Linear job{t[0], t[1], t[2], t[3], t[1].sizes[t[1].ndim - 1], i[0]};
+  Linear job{t[0], t[1], t[2], t[3], t[1].sizes[t[1].ndim - 1], i[0], i[1]};
   if constexpr (kHasDot)
     if (job.panels.dtype == DType::bf16 && job.x.dtype == DType::bf16) return multiply<Dotted>(job);
   with_float(job.panels.dtype, [&](auto w) { multiply<Widened<decltype(w)>>(job); });

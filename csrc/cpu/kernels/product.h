@@ -72,12 +72,39 @@ inline void product_block(const float* a, int64_t num_rows, const T* b, int64_t 
   }
 }
 
+// Up to so many rows wait for memory, which is read fastest as one stream: a panel after the other. Of more rows, a dot product
+// takes two panels at once and sends for the next ones meanwhile.
+constexpr int kStreamRows = 6;
+constexpr int kGroupPanels = 2;
+
+// Few rows, panels as they are, `group` at a time over all of k.
+template <int GROUP, class T>
+inline void product_stream(const float* packed, int64_t step, int num_rows, int64_t num_k, const T* panels, int num_panels,
+                           float* c, int64_t ldc) {
+  int64_t panel_step = num_k * kPanel;
+  for (int p = 0; p < num_panels; p += GROUP) {
+    const float* a = packed;
+    int width = num_panels - p < GROUP ? num_panels - p : GROUP;
+    for (int64_t k = 0; k < num_k; k += kDepth, a += step) {
+      int depth = static_cast<int>(num_k - k < kDepth ? num_k - k : kDepth);
+      EvenPanels<T> b{panels + p * panel_step + k * kPanel, panel_step};
+      tile_rows<kPackedRow, GROUP>(num_rows, a, b, width, depth, c + p * kPanel, ldc, k > 0);
+    }
+  }
+}
+
 // c[M][ldc] = rows x panels. More rows than one tile: each block of panels is widened to fp32 once into `wide` of
 // kWideSize floats, at most kMaxPanels panels; fewer: panels are read as they are, as memory speed is what counts then.
 template <class T>
 inline void product(const float* packed, int64_t step, int64_t num_rows, int64_t num_k, const T* panels, int num_panels,
-                    float* wide, float* c, int64_t ldc) {
+                    float* wide, float* c, int64_t ldc, int group = 0) {
   int64_t panel_step = num_k * kPanel;
+  if (group == 0 && num_rows <= kStreamRows) group = 1;
+  if (num_rows <= kTileRows && (group == 1 || group == 2)) {
+    int rows = static_cast<int>(num_rows);
+    if (group == 1) return product_stream<1>(packed, step, rows, num_k, panels, num_panels, c, ldc);
+    return product_stream<2>(packed, step, rows, num_k, panels, num_panels, c, ldc);
+  }
   for (int64_t k = 0; k < num_k; k += kDepth, packed += step) {
     int depth = static_cast<int>(num_k - k < kDepth ? num_k - k : kDepth);
     const T* b = panels + k * kPanel;
@@ -90,34 +117,37 @@ inline void product(const float* packed, int64_t step, int64_t num_rows, int64_t
   }
 }
 
-// Rows up to which a product waits for memory, which is fastest when read as one stream: a panel after the other.
-constexpr int kStreamRows = 6;
-// More rows take so many panels at once, and send for the next ones meanwhile.
-constexpr int kGroupPanels = 2;
-
-// product() of rows packed by pack_dot_row: panels are read as they are, whatever the number of rows.
-inline void dot_product(const uint32_t* packed, int64_t step, int64_t num_rows, int64_t num_k, const bf16* panels,
-                        int num_panels, float* c, int64_t ldc) {
+template <int GROUP>
+inline void dot_stream(const uint32_t* packed, int64_t step, int64_t num_rows, int64_t num_k, const bf16* panels,
+                       int num_panels, float* c, int64_t ldc) {
   int64_t panel_step = num_k * kPanel, num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-  int group = num_rows <= kStreamRows ? 1 : kGroupPanels;
-  for (int p = 0; p < num_panels; p += group) {
-    int width = num_panels - p < group ? num_panels - p : group;
+  for (int p = 0; p < num_panels; p += GROUP) {
+    int width = num_panels - p < GROUP ? num_panels - p : GROUP;
     const uint32_t* a = packed;
     for (int64_t k = 0; k < num_k; k += kDepth, a += step) {
       int depth = static_cast<int>(num_k - k < kDepth ? num_k - k : kDepth);
       EvenPanels<bf16> b{panels + p * panel_step + k * kPanel, panel_step};
-      if (group == 1) {
-        tile_rows<kDotRow, 1>(static_cast<int>(num_rows), a, b, 1, depth, c + p * kPanel, ldc, k > 0);
+      if (num_rows <= kStreamRows) {
+        tile_rows<kDotRow, GROUP>(static_cast<int>(num_rows), a, b, width, depth, c + p * kPanel, ldc, k > 0);
         continue;
       }
-      AheadPanels<bf16> ahead{b, kGroupPanels * panel_step};
+      AheadPanels<bf16> ahead{b, GROUP * panel_step};
       for (int64_t t = 0; t < num_tiles; ++t) {
         int64_t r = num_rows * t / num_tiles;
         int rows = static_cast<int>(num_rows * (t + 1) / num_tiles - r);
-        tile_rows<kDotRow, kGroupPanels>(rows, a + r * kDotRow, ahead, width, depth, c + r * ldc + p * kPanel, ldc, k > 0);
+        tile_rows<kDotRow, GROUP>(rows, a + r * kDotRow, ahead, width, depth, c + r * ldc + p * kPanel, ldc, k > 0);
       }
     }
   }
+}
+
+// product() of rows packed by pack_dot_row: panels are read as they are, whatever the number of rows.
+inline void dot_product(const uint32_t* packed, int64_t step, int64_t num_rows, int64_t num_k, const bf16* panels,
+                        int num_panels, float* c, int64_t ldc, int group = 0) {
+  if (group == 0) group = num_rows <= kStreamRows ? 1 : kGroupPanels;
+  if (group == 1) return dot_stream<1>(packed, step, num_rows, num_k, panels, num_panels, c, ldc);
+  if (group == 2) return dot_stream<2>(packed, step, num_rows, num_k, panels, num_panels, c, ldc);
+  dot_stream<4>(packed, step, num_rows, num_k, panels, num_panels, c, ldc);
 }
 
 }  // namespace

@@ -1,0 +1,161 @@
+"""Level 3: how each matrix product of a model is cut, measured once on this machine and kept in the cache.
+
+A choice says which weights lie side by side in registers and how many a thread claims at once
+(csrc/cpu/kernels/linear.cpp), never in which order an output is summed: any choice gives the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from fuseline import _C
+from fuseline.compile.backends.artifact import cache_path, read_cached, write_cached
+from fuseline.compile.cache import CacheError
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.target import cpu_features
+
+TUNE_LEVEL = 3
+LINEAR = torch.ops.fuseline.linear_panels.default
+ROWS = (1, 4, 12, 48, 256)
+"""Stand for the ranges of rows that the kernel tells apart: up to 1, 6, 14, 64, and more."""
+GROUPS = (1, 2, 3)
+WIDTHS = (1, 2, 4, 8, 16)
+"""Codes of the kernel; 0 leaves either to it."""
+MAX_TENSORS = 16
+"""Weights of one shape that are read in turns, so that none is found in a cache."""
+SLOW_SECONDS = 0.03
+"""A product that takes longer is left to the kernel: measuring it would hold up the start."""
+ROUNDS = 5
+MIN_GAIN = 0.03
+"""Less than this may be noise."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What decides how a product is best cut."""
+
+    num_k: int
+    num_out: int
+    weight_dtype: str
+    dtype: str
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """Calls that are alike: one of their nodes' tensors each."""
+
+    panels: Sequence[Tensor]
+    bias: Tensor | None
+    num_out: int
+    dtype: torch.dtype
+
+
+Measure = Callable[[Product, int, Sequence[int]], list[float]]
+"""(product, rows, choices) -> seconds of each choice."""
+
+
+def tune_linears(
+    graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, progress: Progress,
+    measure: Measure | None = None,
+) -> None:  # fmt: skip
+    """Gives every linear_panels node its choices, meta["choices"]. `weights` by get_attr target."""
+    nodes = _nodes(graph)
+    path = cache_path(config, "tuned", _key(nodes))
+    choices = read_cached(path, lambda body: _parse(body, set(nodes)), "products are measured again")
+    if choices is None:
+        most = config.max_num_batched_tokens
+        choices = {}
+        for done, (shape, alike) in enumerate(nodes.items()):
+            progress("tuning", done, len(nodes))
+            choices[shape] = _choose(_product(alike, weights), most, measure or seconds_of)
+        progress("tuning", len(nodes), len(nodes))
+        write_cached(path, lambda: _body(choices))
+    for shape, alike in nodes.items():
+        for node in alike:
+            node.meta["choices"] = choices[shape]
+
+
+def seconds_of(product: Product, rows: int, choices: Sequence[int]) -> list[float]:
+    """Shortest mean time of a call over all tensors, choices in turns; nothing is measured of a slow product."""
+    x = torch.randn(rows, product.panels[0].shape[1]).to(product.dtype)
+    out = torch.empty(rows, product.num_out, dtype=product.dtype)
+
+    def one_round(choice: int) -> float:
+        begin = time.perf_counter()
+        for panels in product.panels:
+            torch.ops.fuseline_cpu.linear(out, x, panels, product.bias, product.num_out, choice)
+        return (time.perf_counter() - begin) / len(product.panels)
+
+    if one_round(0) > SLOW_SECONDS:
+        return [0.0] * len(choices)
+    return [min(times) for times in zip(*([one_round(c) for c in choices] for _ in range(ROUNDS)), strict=True)]
+
+
+def _nodes(graph: fx.GraphModule) -> dict[Shape, list[fx.Node]]:
+    """In the graph's order."""
+    found: dict[Shape, list[fx.Node]] = defaultdict(list)
+    for node in graph.graph.find_nodes(op="call_function", target=LINEAR):
+        x, panels, bias, num_out = node.args
+        weight = panels.meta["val"]
+        shape = Shape(weight.shape[1], num_out, str(weight.dtype), str(x.meta["val"].dtype), bias is not None)
+        found[shape].append(node)
+    return dict(found)
+
+
+def _product(alike: Sequence[fx.Node], weights: Mapping[str, Tensor]) -> Product:
+    x, _, bias, num_out = alike[0].args
+    panels = [weights[str(node.args[1].target)] for node in alike[:MAX_TENSORS]]
+    return Product(panels, None if bias is None else weights[str(bias.target)], num_out, x.meta["val"].dtype)
+
+
+def _choose(product: Product, most_rows: int, measure: Measure) -> int:
+    """A byte for each range of rows."""
+    found = [_choose_byte(product, rows, measure) if rows <= most_rows else 0 for rows in ROWS]
+    return int.from_bytes(bytes(found), "little")
+
+
+def _choose_byte(product: Product, rows: int, measure: Measure) -> int:
+    """First the panels of a tile, then those of a chunk."""
+    best = _best(product, rows, [0, *GROUPS], measure)
+    return _best(product, rows, [best, *(best | width << 2 for width in WIDTHS)], measure)
+
+
+def _best(product: Product, rows: int, candidates: Sequence[int], measure: Measure) -> int:
+    """The fastest; the first unless another is clearly faster."""
+    seconds = measure(product, rows, [int.from_bytes(bytes([byte] * len(ROWS)), "little") for byte in candidates])
+    fastest = min(range(len(candidates)), key=seconds.__getitem__)
+    return candidates[fastest if seconds[fastest] < (1 - MIN_GAIN) * seconds[0] else 0]
+
+
+def _key(nodes: Mapping[Shape, object]) -> str:
+    """Products, kernels, processor and threads decide."""
+    kernels = hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()
+    parts = (kernels, _C.cpu_isa(), _C.num_threads(), cpu_features(), sorted(nodes))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _body(choices: Mapping[Shape, int]) -> bytes:
+    return json.dumps([[*astuple(shape), choice] for shape, choice in choices.items()]).encode()
+
+
+def _parse(body: bytes, wanted: set[Shape]) -> dict[Shape, int]:
+    """Raises CacheError."""
+    try:
+        choices = {Shape(*fields): int(choice) for *fields, choice in json.loads(body)}
+    except (ValueError, TypeError) as error:
+        raise CacheError("it holds no choices") from error
+    if set(choices) != wanted or not all(0 <= choice < 1 << 8 * len(ROWS) for choice in choices.values()):
+        raise CacheError("it holds other products")
+    return choices
