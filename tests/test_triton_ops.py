@@ -102,6 +102,14 @@ def test_every_number_becomes_the_nearest_byte_of_fp8():
     assert k_cache.view(torch.float8_e4m3fn).float().flatten().tolist() == [448.0, -448.0, 448.0, 448.0]
 
 
+def test_tables_wider_than_what_is_rotated():
+    """OLMo2 rotates bf16 by float32 tables and rounds once."""
+    for args in registry()["rope"].inputs(make(torch.bfloat16)):
+        x, cos, sin, *how = args
+        args = x, cos.float(), sin.float(), *how
+        assert torch.equal(rope.rope(*args), registry()["rope"].reference(*args).to(torch.bfloat16))
+
+
 def test_rotated_keys_in_fp8_are_the_rotated_keys_rounded():
     args = list(registry()["rope_cache"].inputs(make(torch.bfloat16)))[0]
     k_cache, v_cache, _, k, v, cos, sin, rows, slots, *how = args

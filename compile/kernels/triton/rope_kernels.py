@@ -74,9 +74,9 @@ def _line(table, pair, low, high, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _turned(x, c, y, s, sign: tl.constexpr):
-    """x * c + sign * y * s, each of the three rounded to x's dtype."""
-    straight = rounded(x.to(tl.float32) * c.to(tl.float32), x.dtype)
-    return (straight + sign * rounded(y.to(tl.float32) * s.to(tl.float32), x.dtype)).to(x.dtype)
+    """x * c + sign * y * s, the products rounded to the tables' dtype (x's, or float32), the sum to x's."""
+    straight = rounded(x.to(tl.float32) * c.to(tl.float32), c.dtype)
+    return (straight + sign * rounded(y.to(tl.float32) * s.to(tl.float32), c.dtype)).to(x.dtype)
 
 
 @triton.jit
