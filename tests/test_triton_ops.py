@@ -177,6 +177,8 @@ def launches(arch: int) -> None:
     for args in rotary if arch == 90 else rotary[:1]:
         rope.rope_cache(*args)
         rope.rope_cache(*(c.view(torch.uint8) for c in args[:2]), *args[2:])
+        rope.rope(*args[2:3], *args[5:8], *args[9:])
+        rope.write_cache(*args[:2], *args[3:5], args[8])
     for name in ("act_mul", "gather_rows", "route_topk"):
         for args in cases(registry()[name], torch.bfloat16)[: None if arch == 90 else 1]:
             BY_NAME[name].run(*args)
@@ -195,7 +197,7 @@ def launches(arch: int) -> None:
 def test_every_kernel_compiles():
     entries = compile_launches("test_triton_ops", 80, 90, 100)
     assert {e["kernel"] for e in entries} == {
-        "rms_norm_kernel", "layer_norm_kernel", "act_mul_kernel", "gather_kernel", "rope_kernel", "write_kernel",
+        "rms_norm_kernel", "layer_norm_kernel", "act_mul_kernel", "gather_kernel", "rope_kernel", "write_kernel", "rope_cache_kernel",
         "route_kernel", "sort_kernel", "gate_up_kernel", "down_kernel", "combine_kernel", "few_rows_kernel",
     }  # fmt: skip
     assert_fits(entries)
