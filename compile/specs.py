@@ -21,7 +21,8 @@ class CacheSpec:
     """Tokens a query sees, itself included; 0 means all before it."""
 
     def bytes_per_token(self) -> int:
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * {"float32": 4}.get(self.dtype, 2)
+        size = {"float32": 4, "float8_e4m3fn": 1}.get(self.dtype, 2)
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * size
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from fake_card import CARD, FakeGraphs, HostSync, no_host_sync
 from paged_driver import greedy
 from test_native_sampling import Result, make_logits
+from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.backends.cuda import count_kernels
@@ -17,14 +18,16 @@ from fuseline.compile.backends.device_inputs import ALIGNMENT, DeviceInputs
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.kernels.triton import rope
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.kernels.triton.sampling import sample
+from fuseline.compile.kernels.triton.table import KERNELS, TritonKernel
 from fuseline.compile.target import DeviceError, detect_target
 
 FUSED = "triton.linear_act_mul | torch.linear, triton.act_mul"
 LAYERS = 3
 COMMON = {"triton.paged_attention": LAYERS, "triton.gather_rows": 2, "torch.embedding": 1}
-KERNELS = {
+GOLDEN = {
     "llama": COMMON | {
         "triton.rms_norm": 1, "triton.add_rms_norm": 6, "triton.rope_cache": 3, FUSED: 3, "torch.linear": 10,
     },
@@ -44,12 +47,12 @@ def build(family: str, dtype: str = "bfloat16", graphs: GraphConfig | None = Non
     return compile_model(config, CARD, graphs=graphs)
 
 
-@pytest.mark.parametrize("family", KERNELS)
+@pytest.mark.parametrize("family", GOLDEN)
 def test_kernels_of_a_step_are_the_golden_ones(family: str) -> None:
     captured, result = optimize(CompileConfig(model=str(checkpoint(family, "bfloat16"))), CARD)
     found = count_kernels(captured.graph, CARD)
     ours = {label: count for label, count in found.items() if label.startswith("triton")}
-    golden = KERNELS[family]
+    golden = GOLDEN[family]
     assert ours == {label: count for label, count in golden.items() if label.startswith("triton")}
     assert {label: found[label] for label in golden} == golden
     assert result.stage_ops["lower"]["linear_panels"] == 0, "weights stay rows"
@@ -131,6 +134,34 @@ def test_what_a_graph_cannot_do_is_run_op_by_op() -> None:
     assert model.graphs.graphs == {} and model.run(decode_step([3])).shape[0] == 1
 
 
+def rope_cache_rounded(k_cache, v_cache, *args):
+    """rope_cache, then all that the caches hold as fp8 would hold it."""
+    out = rope.rope_cache(k_cache, v_cache, *args)
+    for cache in (k_cache, v_cache):
+        cache.copy_(cache.to(torch.float8_e4m3fn).to(cache.dtype))
+    return out
+
+
+def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(monkeypatch) -> None:
+    """The same logits, from half the bytes."""
+    prompt = dataclasses.replace(
+        decode_step([3]), token_ids=torch.tensor([4, 5, 6]), positions=torch.arange(3), rope_rows=torch.arange(3),
+        query_start=torch.tensor([0, 3], dtype=torch.int32), slot_mapping=torch.arange(16, 19)[None],
+        logits_rows=torch.tensor([2]),
+    )  # fmt: skip
+    coded = build("llama", kv_cache_dtype="fp8")
+    monkeypatch.setitem(KERNELS, torch.ops.fuseline.rope_cache.default, TritonKernel(rope_cache_rounded))
+    rounded = build("llama")
+    for model in (coded, rounded):
+        model.allocate_caches([4])
+    assert torch.equal(coded.run(prompt), rounded.run(prompt))
+    half, whole = coded.info.cache_specs[0], rounded.info.cache_specs[0]
+    assert half.bytes_per_token() * 2 == whole.bytes_per_token()
+    assert coded._caches["k_cache_0"].dtype == torch.float8_e4m3fn and coded._caches["k_cache_0"].float().any()
+    with pytest.raises(ValueError, match="needs a card"):
+        optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16")), kv_cache_dtype="fp8_e4m3"))
+
+
 def test_sizes_of_graphs() -> None:
     assert GraphConfig().resolved(256) == (1, 2, 4, *range(8, 257, 8)) and len(GraphConfig().resolved(256)) == 35
     assert GraphConfig((64, 1, 300, 0)).resolved(100) == (1, 64)
@@ -162,6 +193,30 @@ def test_a_step_waits_for_nothing() -> None:
         logits = model.run(step, sources, torch.tensor([7, 9]))
     found = Result(logits.clone(), [asked, {"temperature": 0.0}, {}], sample=waiting_for_nothing)
     assert found.ok.tolist() == [1, 1, 1]
+
+
+def launches(arch: int) -> None:
+    """A prompt and replayed decode steps of a dense and a routed model, with the dtypes that an engine gives."""
+    for family in ("llama", "gpt_oss"):
+        model = build(family, graphs=GraphConfig((4,)))
+        model.allocate_caches([16] * len(model.info.cache_groups))
+        model.capture_graphs(api=FakeGraphs())
+        model.graphs.wait()
+        groups = len(model.info.cache_groups)
+        for step in (decode_step([3, 20, 1]), decode_step([3] * 5)):
+            step.slot_mapping = step.slot_mapping.expand(groups, -1).contiguous()
+            step.block_tables = step.block_tables.expand(groups, -1, -1).contiguous()
+            model.run(step, torch.zeros(len(step.token_ids), dtype=torch.int32), torch.zeros(9, dtype=torch.int64))
+
+
+@pytest.mark.slow
+def test_all_that_a_step_launches_compiles() -> None:
+    entries = compile_launches("test_cuda_target", 90)
+    assert {entry["kernel"] for entry in entries} >= {
+        "feed_kernel", "pad_kernel", "decode_kernel", "rope_cache_kernel", "few_rows_kernel", "gate_up_kernel",
+        "route_kernel",
+    }  # fmt: skip
+    assert_fits(entries)
 
 
 def test_the_fake_card_notices_waiting() -> None:

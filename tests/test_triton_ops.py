@@ -102,6 +102,14 @@ def test_every_number_becomes_the_nearest_byte_of_fp8():
     assert k_cache.view(torch.float8_e4m3fn).float().flatten().tolist() == [448.0, -448.0, 448.0, 448.0]
 
 
+def test_tables_wider_than_what_is_rotated():
+    """OLMo2 rotates bf16 by float32 tables and rounds once."""
+    for args in registry()["rope"].inputs(make(torch.bfloat16)):
+        x, cos, sin, *how = args
+        args = x, cos.float(), sin.float(), *how
+        assert torch.equal(rope.rope(*args), registry()["rope"].reference(*args).to(torch.bfloat16))
+
+
 def test_rotated_keys_in_fp8_are_the_rotated_keys_rounded():
     args = list(registry()["rope_cache"].inputs(make(torch.bfloat16)))[0]
     k_cache, v_cache, _, k, v, cos, sin, rows, slots, *how = args
@@ -169,6 +177,8 @@ def launches(arch: int) -> None:
     for args in rotary if arch == 90 else rotary[:1]:
         rope.rope_cache(*args)
         rope.rope_cache(*(c.view(torch.uint8) for c in args[:2]), *args[2:])
+        rope.rope(*args[2:3], *args[5:8], *args[9:])
+        rope.write_cache(*args[:2], *args[3:5], args[8])
     for name in ("act_mul", "gather_rows", "route_topk"):
         for args in cases(registry()[name], torch.bfloat16)[: None if arch == 90 else 1]:
             BY_NAME[name].run(*args)
@@ -188,6 +198,7 @@ def test_every_kernel_compiles():
     entries = compile_launches("test_triton_ops", 80, 90, 100)
     assert {e["kernel"] for e in entries} == {
         "rms_norm_kernel", "layer_norm_kernel", "act_mul_kernel", "gather_kernel", "rope_kernel", "write_kernel",
-        "route_kernel", "sort_kernel", "gate_up_kernel", "down_kernel", "combine_kernel", "few_rows_kernel",
+        "rope_cache_kernel", "route_kernel", "sort_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
+        "few_rows_kernel",
     }  # fmt: skip
     assert_fits(entries)

@@ -18,6 +18,7 @@ from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.specs import CacheGroup, CacheSpec
 
 OPS = torch.ops.fuseline
+FP8 = ("fp8", "fp8_e4m3")
 
 
 def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -36,9 +37,16 @@ def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
     if not causal:
         raise ValueError(f"layer {layer}: attention that is not causal cannot be paged")
     key, value = k.meta["val"], v.meta["val"]
-    dtype = ctx.config.kv_cache_dtype
-    dtype = str(key.dtype).removeprefix("torch.") if dtype == "auto" else dtype
-    return CacheSpec(layer, key.shape[1], key.shape[3], value.shape[3], dtype, window)
+    return CacheSpec(layer, key.shape[1], key.shape[3], value.shape[3], _dtype(key.dtype, ctx), window)
+
+
+def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
+    asked = ctx.config.kv_cache_dtype
+    if asked in FP8 and ctx.target.kind != "cuda":
+        raise ValueError(f"a cache of {asked} needs a card")
+    if asked in FP8:
+        return "float8_e4m3fn"
+    return str(of_model).removeprefix("torch.") if asked == "auto" else asked
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fuseline.compile.kernels.triton.rope_kernels import rope_kernel, write_kernel
+from fuseline.compile.kernels.triton.rope_kernels import rope_cache_kernel, rope_kernel, write_kernel
 
 HEADS = 8  # heads of a program
 
@@ -22,8 +22,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, lay
     out = torch.empty_like(x)
     if out.numel():
         rope_kernel[_grid(x)](
-            out, x, cos, sin, rows, None, *_head_strides(out), *_head_strides(x), cos.stride(0), 0, 0, 0, None,
-            H=x.shape[1], B=1, **_shape(x, cos, rotary_dim, layout),
+            out, x, cos, sin, rows, *_head_strides(out), *_head_strides(x), cos.stride(0), H=x.shape[1],
+            **_shape(x, cos, rotary_dim, layout),
         )  # fmt: skip
     return out
 
@@ -45,15 +45,21 @@ def rope_cache(
     slots: Tensor, rotary_dim: int, layout: int, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Rotated q; rotated k and v go to the caches."""
+    _check(q, cos)
     _check(k, cos)
-    if k.numel():
-        cache = _bytes(k_cache)
-        rope_kernel[_grid(k)](
-            cache, k, cos, sin, rows, slots, 0, 0, *_head_strides(k), cos.stride(0), *cache.stride()[:3], k_scale,
-            H=k.shape[1], B=cache.shape[2], **_shape(k, cos, rotary_dim, layout),
-        )  # fmt: skip
-        _write(v_cache, v, slots, v_scale)
-    return rope(q, cos, sin, rows, rotary_dim, layout)
+    out = torch.empty_like(q)
+    if out.numel() == 0:
+        return out
+    k_cache, v_cache, v = _bytes(k_cache), _bytes(v_cache), v if v.stride(3) == 1 else v.contiguous()
+    q_parts, kv_parts = (triton.cdiv(x.shape[1], HEADS) for x in (q, k))
+    strides = [stride for x in (out, q, k, v) for stride in _head_strides(x)]
+    rope_cache_kernel[(q.shape[2], q_parts + 2 * kv_parts)](
+        out, k_cache, v_cache, q, k, v, cos, sin, rows, slots, *strides, cos.stride(0), *k_cache.stride()[:3],
+        *v_cache.stride()[:3], k_scale, v_scale, Q_PARTS=q_parts, KV_PARTS=kv_parts, H=q.shape[1], K=k.shape[1],
+        E=v.shape[3], PADDED_E=triton.next_power_of_2(v.shape[3]), B=k_cache.shape[2],
+        **_shape(q, cos, rotary_dim, layout),
+    )  # fmt: skip
+    return out
 
 
 def _write(cache: Tensor, new: Tensor, slots: Tensor, scale: Tensor | None) -> None:

@@ -13,27 +13,80 @@ INTERLEAVED = tl.constexpr(codes.ROPE_INTERLEAVED)
 
 @triton.jit
 def rope_kernel(
-    out, x, cos, sin, rows, slots, out_stride_h, out_stride_t, x_stride_h, x_stride_t, table_stride, cache_stride_n,
-    cache_stride_h, cache_stride_b, scale, H: tl.constexpr, B: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    out, x, cos, sin, rows, out_stride_h, out_stride_t, x_stride_h, x_stride_t, table_stride, H: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PADDED_PAIRS: tl.constexpr, PADDED_REST: tl.constexpr,
+    LAYOUT: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, HEADS heads)."""
+    t = tl.program_id(0).to(tl.int64)
+    line = tl.load(rows + t).to(tl.int64) * table_stride
+    _rotate(
+        out + t * out_stride_t, out_stride_h, x + t * x_stride_t, x_stride_h, cos + line, sin + line, tl.program_id(1),
+        None, H, D, R, C, PADDED_PAIRS, PADDED_REST, LAYOUT, HEADS,
+    )  # fmt: skip
+
+
+@triton.jit
+def rope_cache_kernel(
+    q_out, k_cache, v_cache, q, k, v, cos, sin, rows, slots, out_stride_h, out_stride_t, q_stride_h, q_stride_t,
+    k_stride_h, k_stride_t, v_stride_h, v_stride_t, table_stride, k_cache_stride_n, k_cache_stride_h, k_cache_stride_b,
+    v_cache_stride_n, v_cache_stride_h, v_cache_stride_b, k_scale, v_scale, Q_PARTS: tl.constexpr,
+    KV_PARTS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr,
+    B: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PADDED_PAIRS: tl.constexpr,
+    PADDED_REST: tl.constexpr, LAYOUT: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, HEADS heads): first those of q, to q_out, then those of k and of v, to the caches."""
+    t = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    line = tl.load(rows + t).to(tl.int64) * table_stride
+    if part < Q_PARTS:
+        _rotate(
+            q_out + t * out_stride_t, out_stride_h, q + t * q_stride_t, q_stride_h, cos + line, sin + line, part, None,
+            H, D, R, C, PADDED_PAIRS, PADDED_REST, LAYOUT, HEADS,
+        )  # fmt: skip
+    else:
+        slot = tl.load(slots + t).to(tl.int64)
+        if slot >= 0:
+            if part < Q_PARTS + KV_PARTS:
+                to = k_cache + slot // B * k_cache_stride_n + slot % B * k_cache_stride_b
+                _rotate(
+                    to, k_cache_stride_h, k + t * k_stride_t, k_stride_h, cos + line, sin + line, part - Q_PARTS,
+                    k_scale, K, D, R, C, PADDED_PAIRS, PADDED_REST, LAYOUT, HEADS,
+                )  # fmt: skip
+            else:
+                to = v_cache + slot // B * v_cache_stride_n + slot % B * v_cache_stride_b
+                _copy(to, v_cache_stride_h, v + t * v_stride_t, v_stride_h, part - Q_PARTS - KV_PARTS, v_scale, K, E,
+                      PADDED_E, HEADS)  # fmt: skip
+
+
+@triton.jit
+def write_kernel(
+    cache, x, slots, x_stride_h, x_stride_t, cache_stride_n, cache_stride_h, cache_stride_b, scale, H: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, B: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, HEADS heads)."""
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot >= 0:
+        to = cache + slot // B * cache_stride_n + slot % B * cache_stride_b
+        _copy(to, cache_stride_h, x + t * x_stride_t, x_stride_h, tl.program_id(1), scale, H, D, PADDED_D, HEADS)
+
+
+@triton.jit
+def _rotate(
+    to, to_stride_h, source, x_stride_h, cos, sin, part, scale, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, PADDED_PAIRS: tl.constexpr, PADDED_REST: tl.constexpr, LAYOUT: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, HEADS heads): to out[1, H, T, D], or with `slots` to out, a cache [N, H, B, D]."""
-    t = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    to = out + t * out_stride_t + head * out_stride_h
-    if slots is not None:
-        slot = tl.load(slots + t).to(tl.int64)
-        if slot < 0:
-            return
-        to = out + slot // B * cache_stride_n + slot % B * cache_stride_b + head.to(tl.int64) * cache_stride_h
-    source = x + t * x_stride_t + head.to(tl.int64) * x_stride_h
+    """Heads `part` * HEADS and on of one token, by one line of the tables."""
+    head = part * HEADS + tl.arange(0, HEADS)[:, None]
+    to += head.to(tl.int64) * to_stride_h
+    source += head.to(tl.int64) * x_stride_h
     pair = tl.arange(0, PADDED_PAIRS)[None, :]
     there = (head < H) & (pair < R // 2)
     low = 2 * pair if LAYOUT == INTERLEAVED else pair
     high = 2 * pair + 1 if LAYOUT == INTERLEAVED else pair + R // 2
-    line = tl.load(rows + t).to(tl.int64) * table_stride
-    low_cos, high_cos = _line(cos + line, pair, low, high, R, C)
-    low_sin, high_sin = _line(sin + line, pair, low, high, R, C)
+    low_cos, high_cos = _line(cos, pair, low, high, R, C)
+    low_sin, high_sin = _line(sin, pair, low, high, R, C)
     a = tl.load(source + low, mask=there, other=0.0)
     b = tl.load(source + high, mask=there, other=0.0)
     _store(to + low, _turned(a, low_cos, b, low_sin, -1.0), there, scale)
@@ -45,21 +98,13 @@ def rope_kernel(
 
 
 @triton.jit
-def write_kernel(
-    cache, x, slots, x_stride_h, x_stride_t, cache_stride_n, cache_stride_h, cache_stride_b, scale, H: tl.constexpr,
-    D: tl.constexpr, PADDED_D: tl.constexpr, B: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Program (token, HEADS heads)."""
-    t = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + t).to(tl.int64)
-    if slot < 0:
-        return
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+def _copy(to, to_stride_h, source, x_stride_h, part, scale, H: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+          HEADS: tl.constexpr):  # fmt: skip
+    head = part * HEADS + tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, PADDED_D)[None, :]
     there = (head < H) & (dim < D)
-    new = tl.load(x + t * x_stride_t + head.to(tl.int64) * x_stride_h + dim, mask=there, other=0.0)
-    to = cache + slot // B * cache_stride_n + slot % B * cache_stride_b + head.to(tl.int64) * cache_stride_h
-    _store(to + dim, new, there, scale)
+    new = tl.load(source + head.to(tl.int64) * x_stride_h + dim, mask=there, other=0.0)
+    _store(to + head.to(tl.int64) * to_stride_h + dim, new, there, scale)
 
 
 @triton.jit
@@ -74,9 +119,9 @@ def _line(table, pair, low, high, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _turned(x, c, y, s, sign: tl.constexpr):
-    """x * c + sign * y * s, each of the three rounded to x's dtype."""
-    straight = rounded(x.to(tl.float32) * c.to(tl.float32), x.dtype)
-    return (straight + sign * rounded(y.to(tl.float32) * s.to(tl.float32), x.dtype)).to(x.dtype)
+    """x * c + sign * y * s, the products rounded to the tables' dtype (x's, or float32), the sum to x's."""
+    straight = rounded(x.to(tl.float32) * c.to(tl.float32), c.dtype)
+    return (straight + sign * rounded(y.to(tl.float32) * s.to(tl.float32), c.dtype)).to(x.dtype)
 
 
 @triton.jit

@@ -1,0 +1,122 @@
+"""Proves the CUDA target on this machine's card, then measures it: one command, one table, under nine minutes.
+
+    python3 tools/gpu_check [--wheels DIR] [--only build,tests,models,measure] [--out table.md]
+
+Needs the repository, a torch for CUDA with its triton, a compiler, and as wheels in DIR what of fuseline's dependencies
+is missing there. Without a card it ends with status 2 and one line. A stage that fails or takes too long is reported
+and the next one runs; status 1 if there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORK = ROOT / "build" / "gpu_check"
+TESTS = ("test_triton_ops.py", "test_triton_attention.py", "test_triton_sampling.py", "test_cuda_target.py")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`seconds` is when it is given up."""
+
+    name: str
+    seconds: int
+
+
+STAGES = (Stage("build", 130), Stage("tests", 150), Stage("models", 70), Stage("measure", 170))
+
+
+def main() -> int:
+    args = _arguments()
+    if missing := missing_card():
+        print(f"gpu_check: error: {missing}", file=sys.stderr)
+        return 2
+    failed, begun = [], time.monotonic()
+    for stage in STAGES:
+        if stage.name not in args.only:
+            continue
+        started = time.monotonic()
+        problem = run(stage, args)
+        print(f"gpu_check: {stage.name}: {problem or 'ok'} ({time.monotonic() - started:.0f} s)", flush=True)
+        failed += [stage.name] if problem else []
+        if problem and stage.name == "build":
+            break
+    print(f"gpu_check: {'failed: ' + ', '.join(failed) if failed else 'all ok'}, {time.monotonic() - begun:.0f} s")
+    return 1 if failed else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--wheels", type=Path, help="directory of wheels to use besides what is installed")
+    parser.add_argument("--only", default=",".join(names), help=f"stages to run, of {','.join(names)}")
+    parser.add_argument("--out", type=Path, default=WORK / "table.md", help="where the table goes besides the screen")
+    args = parser.parse_args()
+    args.only = args.only.split(",")
+    if unknown := set(args.only) - set(names):
+        parser.error(f"there is no stage {sorted(unknown)[0]!r}; stages: {', '.join(names)}")
+    return args
+
+
+def missing_card() -> str:
+    """Why nothing can be checked here; empty when it can."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no card, or no driver for it"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than sm_80"
+    return ""
+
+
+def run(stage: Stage, args: argparse.Namespace) -> str:
+    """What went wrong; empty when nothing did."""
+    try:
+        for command in commands(stage.name, args):
+            subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=stage.seconds)
+    except subprocess.TimeoutExpired:
+        return f"not done after {stage.seconds} s"
+    except (subprocess.CalledProcessError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
+    here, python = Path(__file__).parent, sys.executable
+    if name == "build":
+        return [[python, str(here / "build.py"), str(WORK), *([str(args.wheels.resolve())] if args.wheels else [])]]
+    if name == "tests":
+        files = [str(ROOT / "tests" / file) for file in TESTS]
+        spread = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "load"] if has_xdist() else []
+        return [[python, "-P", "-m", "pytest", "-q", "-p", "on_card", "-k", "not compiles", *spread, *files]]
+    if name == "models":
+        return [[python, "-P", str(here / "models.py")]]
+    return [[python, "-P", str(here / "measure.py"), str(args.out)]]
+
+
+def has_xdist() -> bool:
+    done = subprocess.run([sys.executable, "-c", "import xdist"], env=environment(), capture_output=True)
+    return done.returncode == 0
+
+
+def environment() -> dict[str, str]:
+    paths = [str(WORK / "pkg"), str(WORK / "wheels"), str(Path(__file__).parent), str(ROOT / "tests")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(WORK / "triton"),
+        "FUSELINE_CACHE_ROOT": str(WORK / "cache"),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

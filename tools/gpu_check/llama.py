@@ -1,0 +1,187 @@
+"""Steps of a model of the shape of an 8B Llama with random weights: decode, prompts, host time, graphs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from kernels import sampling_arguments
+from table import Limits, Table, share_of
+from torch import Tensor
+
+from fuseline.compile.backends.cuda import CudaExecutable
+from fuseline.compile.backends.cuda_graph import GraphApi, GraphConfig
+from fuseline.compile.backends.eager import constant_name
+from fuseline.compile.compiler import optimize
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.cuda_model import CudaModel
+from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.kernels.triton.sampling import sample
+from fuseline.compile.target import Target
+
+BLOCK = 16
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "eos_token_id": 2, "bos_token_id": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is measured; a trial without a card takes little."""
+
+    batches: tuple[int, ...] = (1, 32, 128, 256)
+    context: int = 512
+    steps: int = 30
+    prompts: tuple[int, ...] = (2048, 8192)
+    max_seqs: int = 256
+    graphs: GraphConfig = GraphConfig()
+
+
+class Runner:
+    """One model and its caches; sequences own neighbouring blocks."""
+
+    def __init__(self, folder: Path, target: Target, load: Load, shape: dict = LLAMA_8B) -> None:
+        (folder / "config.json").write_text(json.dumps(shape))
+        config = CompileConfig(
+            str(folder), max_num_batched_tokens=max(load.prompts), max_num_seqs=load.max_seqs, dtype="bfloat16"
+        )
+        captured, result = optimize(config, target)
+        weights = random_weights(captured, result, target.device)
+        executable = CudaExecutable(captured.graph, weights, target)
+        self.model = CudaModel(config, captured, result, weights, executable, target.device, load.graphs)
+        self.width = -(-(load.context + load.steps) // BLOCK)
+        blocks = max(load.max_seqs * self.width, -(-max(load.prompts) // BLOCK)) + 1
+        self.model.allocate_caches([blocks])
+        self.device = target.device
+        self.weight_bytes = sum(t.nbytes for name, t in weights.items() if "embed" not in name)
+        self.bytes_per_token = sum(spec.bytes_per_token() for spec in self.model.info.cache_specs)
+
+    def capture(self, api: GraphApi | None = None) -> float:
+        """Seconds until all graphs are there."""
+        started = time.perf_counter()
+        self.model.capture_graphs(api=api)
+        if self.model.graphs is not None:
+            self.model.graphs.wait()
+        return time.perf_counter() - started
+
+    def decode(self, num_seqs: int, context: int, steps: int) -> tuple[float, float]:
+        """(seconds a step, host seconds a step) of `steps` steps that follow each other, tokens staying on the card."""
+        tokens, sources = None, torch.arange(num_seqs, dtype=torch.int32)
+        inputs = [self._step(num_seqs, context + k) for k in range(steps)]
+        for step in inputs[:2]:
+            tokens = self._sampled(self.model.run(step))
+        self._wait()
+        started = time.perf_counter()
+        for step in inputs:
+            tokens = self._sampled(self.model.run(step, sources, tokens))
+        launched = time.perf_counter() - started
+        self._wait()
+        return (time.perf_counter() - started) / steps, launched / steps
+
+    def first_token(self, length: int) -> float:
+        """Seconds from the prompt to its first token on the host."""
+        positions = torch.arange(length)
+        blocks = torch.arange(1, 1 + -(-length // BLOCK), dtype=torch.int32)
+        prompt = GraphInputs(
+            token_ids=positions % self.model.info.vocab_size, positions=positions, rope_rows=positions,
+            query_start=torch.tensor([0, length], dtype=torch.int32),
+            seq_lens=torch.tensor([length], dtype=torch.int32), slot_mapping=positions[None] + BLOCK,
+            block_tables=blocks[None, None], logits_rows=torch.tensor([length - 1]),
+        )  # fmt: skip
+        seconds = []
+        for _ in range(3):
+            self._wait()
+            started = time.perf_counter()
+            self._sampled(self.model.run(prompt)).tolist()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    def _step(self, num_seqs: int, context: int) -> GraphInputs:
+        tables = torch.arange(1, 1 + num_seqs * self.width, dtype=torch.int32).reshape(1, num_seqs, self.width)
+        positions = torch.full((num_seqs,), context)
+        slots = tables[0, :, context // BLOCK].long() * BLOCK + context % BLOCK
+        return GraphInputs(
+            token_ids=positions % 100, positions=positions, rope_rows=positions,
+            query_start=torch.arange(num_seqs + 1, dtype=torch.int32), seq_lens=(positions + 1).int(),
+            slot_mapping=slots[None], block_tables=tables, logits_rows=torch.arange(num_seqs),
+        )  # fmt: skip
+
+    def _sampled(self, logits: Tensor) -> Tensor:
+        arguments = sampling_arguments(logits, 0.0, 0, 1.0)
+        sample(*arguments)
+        return arguments[0]
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def random_weights(captured, result, device: str) -> dict[str, Tensor]:
+    """By get_attr target: numbers where the graph has them, else normal ones made on the device."""
+    numbers = captured.constants | result.constants
+    weights: dict[str, Tensor] = {}
+    for node in captured.graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        like, value = node.meta["val"], numbers.get(constant_name(node))
+        made = torch.empty(tuple(like.shape), dtype=like.dtype, device=device)
+        weights[str(node.target)] = made.copy_(value) if value is not None else made.normal_(std=0.02)
+    return weights
+
+
+def measure_model(runner: Runner, load: Load, limits: Limits, table: Table, api: GraphApi | None = None) -> None:
+    seconds = runner.capture(api)
+    graphs = runner.model.graphs.graphs if runner.model.graphs else {}
+    wanted = len(load.graphs.resolved(load.max_seqs))
+    table.add(f"graphs of {len(graphs)} of {wanted} sizes captured", f"{seconds:.1f} s", "", "15 s for 35")
+    goals = {1: "85 %", 256: "75 %"}
+    for num_seqs in load.batches:
+        step, host = runner.decode(num_seqs, load.context, load.steps)
+        moved = runner.weight_bytes + num_seqs * load.context * runner.bytes_per_token
+        share = f"{share_of(limits.bandwidth, moved, step)} of bandwidth"
+        name = f"decode {num_seqs} x {load.context}"
+        table.add(name, f"{step * 1e3:.2f} ms a step, {num_seqs / step:.0f} token/s", share, goals.get(num_seqs, ""))
+        table.add(f"{name}, host", f"{host * 1e6:.0f} us a step", f"{100 * host / step:.0f} % of the step")
+    for length in load.prompts:
+        step = runner.first_token(length)
+        operations = runner.weight_bytes * length  # two bytes a weight, two operations
+        table.add(f"first token of {length}", f"{step * 1e3:.0f} ms",
+                  f"{share_of(limits.matrix_rate, operations, step)} of matrix rate")  # fmt: skip
+
+
+def against_transformers(runner: Runner, table: Table, folder: Path, num_seqs: int = 64, prompt: int = 128,
+                         generated: int = 64) -> None:  # fmt: skip
+    """Continuous batching of both, all requests at once, greedy."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    step, _ = runner.decode(num_seqs, prompt, min(generated, runner.width * BLOCK - prompt - 1))
+    ours = num_seqs * generated / (runner.first_token(num_seqs * prompt) + step * generated)
+    table.add(f"{num_seqs} x {prompt} in, {generated} out", f"{ours:.0f} token/s")
+    runner.model.stop_capture()
+    torch.set_default_device("cuda")
+    config = replace_attention(AutoConfig.from_pretrained(folder))
+    peer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    torch.set_default_device("cpu")
+    settings = GenerationConfig(max_new_tokens=generated, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [[(7 * k + i) % 1000 + 3 for i in range(prompt)] for k in range(num_seqs)]
+    peer.generate_batch(prompts[:2], generation_config=settings)
+    started = time.perf_counter()
+    outputs = peer.generate_batch(prompts, generation_config=settings)
+    theirs = sum(len(o.generated_tokens) for o in outputs.values()) / (time.perf_counter() - started)
+    table.add("the same by transformers' continuous batching", f"{theirs:.0f} token/s", f"ours {ours / theirs:.1f} x")
+
+
+def replace_attention(config: object) -> object:
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def small(load: Load) -> Load:
+    """For a trial without a card."""
+    return replace(load, batches=(1, 2), context=20, steps=2, prompts=(24,), max_seqs=2, graphs=GraphConfig((2,)))

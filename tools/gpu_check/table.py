@@ -1,0 +1,74 @@
+"""Rows of the one table, and the clock that fills them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+
+class Clock(Protocol):
+    """Seconds that the device takes for a call, between two moments of its own."""
+
+    def __call__(self, call: Callable[[], object], repeats: int = 20) -> float: ...
+
+
+class CardClock:
+    """Median of CUDA events; the L2 cache is filled with something else before each call."""
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, call: Callable[[], object], repeats: int = 20) -> float:
+        for _ in range(3):
+            call()
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for begin, end in pairs:
+            self._flush.zero_()
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+
+
+class HostClock:
+    """For trials without a card."""
+
+    def __call__(self, call: Callable[[], object], repeats: int = 1) -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the card was measured to do in the same run: bytes moved and multiplications-and-additions (2 each), a s."""
+
+    bandwidth: float
+    matrix_rate: float
+
+
+@dataclass
+class Table:
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    def add(self, what: str, value: str, share: str = "", goal: str = "") -> None:
+        self.rows.append((what, value, share, goal))
+        print(f"  {what}: {value} {share}", flush=True)
+
+    def text(self, title: str) -> str:
+        head = [f"## {title}", "", "| what | measured | share of its limit | goal |", "|---|---|---|---|"]
+        return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in self.rows)]) + "\n"
+
+
+def microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us"
+
+
+def share_of(limit: float, needed: float, seconds: float) -> str:
+    return f"{100 * needed / limit / seconds:.0f} %"
