@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from zoo import checkpoint
 
-from fuseline.compile.backends import inductor, region_check
+from fuseline.compile.backends import inductor, region_check, region_worker
 from fuseline.compile.backends.inductor import compile_regions, region_name
 from fuseline.compile.backends.region_check import STEPS, find_fault, is_close, make_tensor
+from fuseline.compile.backends.region_file import seal
 from fuseline.compile.backends.region_worker import rebuild
 from fuseline.compile.backends.steps import step_kinds
 from fuseline.compile.backends.upgrade import _jobs
@@ -223,3 +224,53 @@ def test_a_wrong_library_is_never_adopted(tmp_path: Path, monkeypatch, caplog) -
     values, (graph, _) = json.loads(text), rebuild(json.loads(text))
     assert set(kernels) == {name} and [path.suffix for path in folder.iterdir()] == [".so"]
     assert not find_fault(kernels[name], lambda args: graph(*args), values["inputs"], values["num_outputs"])
+
+
+# caches that do not work
+
+
+def full_disk(handle: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_costs_the_region_only(tmp_path: Path, monkeypatch) -> None:
+    """The worker says why; nothing half-written stays."""
+
+    def compiles(text: str, path: Path, num_threads: int) -> str:
+        seal(path, b"library")
+        return ""
+
+    monkeypatch.setattr(region_worker, "compile_region", compiles)
+    monkeypatch.setattr("fuseline.compile.cache.os.fsync", full_disk)
+    told = region_worker.answer("a", "{}", tmp_path, 1)
+    assert (told["name"], told["fault"]) == ("a", "") and "No space left on device" in told["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_that_cannot_be_kept_is_done_without(fake_worker: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("fuseline.compile.cache.os.fsync", full_disk)
+    folder = tmp_path / "regions"
+    with caplog.at_level(logging.WARNING):
+        assert compile_regions({"a": "slow"}, folder, threading.Event()) == {}
+    assert [r.getMessage() for r in caplog.records] == ["1 of 1 regions stay with eager torch: slower than torch"]
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_reported_once_and_another_taken(tmp_path: Path, caplog) -> None:
+    (tmp_path / "regions").write_text("a file where the folder should be")
+    folder = inductor.region_folder(str(tmp_path))
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0 and folder.parent != tmp_path
+    assert ["are not cached in" in record.getMessage() for record in caplog.records] == [True]
+    folder.rmdir()
+
+
+def test_a_damaged_library_is_reported_once_and_compiled_anew(fake_worker: Path, tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "regions"
+    folder.mkdir(mode=0o700)
+    seal(folder / "a.so", b"library")
+    with (folder / "a.so").open("r+b") as file:
+        file.write(b"X")
+    with caplog.at_level(logging.WARNING):
+        compile_regions({"a": "slow"}, folder, threading.Event())
+    assert fake_worker.read_text().splitlines() == ["a"]
+    assert ["is damaged" in record.getMessage() for record in caplog.records].count(True) == 1

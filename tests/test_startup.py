@@ -11,11 +11,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import zoo
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fuseline.api.bench import startup
 from fuseline.api.cli import main
 from fuseline.compile import cache, compiler
 from fuseline.compile.backends.artifact import load_optimized
+from fuseline.compile.capture import unneeded
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
 
@@ -25,7 +27,7 @@ from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
 compile_model(CompileConfig(model=sys.argv[1], cache_dir=sys.argv[2]), detect_target(1))
-print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers"}))
+print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "triton"}))
 """
 
 
@@ -45,6 +47,51 @@ def python(code: str, *arguments: str) -> str:
 
 def test_a_warm_start_imports_none_of_transformers(started):
     assert python(WARM, started.model, started.cache_dir) == "torch"
+
+
+def test_a_cold_start_imports_no_triton(tmp_path):
+    """Installed or not: without a GPU it would only take memory."""
+    assert python(WARM, str(zoo.checkpoint("qwen2")), str(tmp_path)) == "torch transformers"
+
+
+def test_what_is_hidden_comes_back():
+    import unittest.mock
+
+    with unittest.mock.patch.dict(sys.modules):
+        sys.modules.pop("this", None)
+        with unittest.mock.patch.object(unneeded, "UNNEEDED", ("this", "json")):
+            with unneeded.without_unneeded():
+                with pytest.raises(ModuleNotFoundError):
+                    import this  # noqa: F401
+                import json as known
+            assert known is json and "this" not in sys.modules
+
+
+def test_loading_leaves_no_holes_in_the_heap(tmp_path):
+    """Peak memory of loading: the weights, and little beside."""
+    code = """
+import sys
+from fuseline.compile.capture import weights
+from fuseline.compile.compiler import compile_model
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.target import detect_target
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before, load = [], weights.load_weights
+from fuseline.compile import compiler
+compiler.load_weights = lambda *args: (before.append(peak()), load(*args))[1]
+model = compile_model(CompileConfig(model=sys.argv[1], cache_dir=sys.argv[2]), detect_target(2))
+print((peak() - before[0]) * 1024 - model.info.weight_bytes)
+"""
+    config = LlamaConfig(
+        hidden_size=768, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=12, vocab_size=1024,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    python(code, str(tmp_path / "model"), str(tmp_path / "cache"))  # captures
+    assert int(python(code, str(tmp_path / "model"), str(tmp_path / "cache"))) < 40 << 20
 
 
 def test_the_server_needs_no_torch():

@@ -34,6 +34,7 @@ from fuseline.compile.capture.captured import (
     CapturedModel,
     ModelFacts,
 )
+from fuseline.compile.capture.unneeded import without_unneeded
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, decode_fixed, encode, module_of
 from fuseline.compile.graph.runner import PassReport, PipelineResult
@@ -52,9 +53,10 @@ logger = logging.getLogger(__name__)
 
 
 def capture_model(config: CompileConfig) -> CapturedModel:
-    from fuseline.compile.capture.export import capture_model
+    with without_unneeded():
+        from fuseline.compile.capture.export import capture_model
 
-    return capture_model(config)
+        return capture_model(config)
 
 
 def load_or_capture(config: CompileConfig) -> CapturedModel:

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from fuseline.compile.backends import region_check, region_worker
 from fuseline.compile.backends.region_file import Kernel, RegionFileError, check_file, load_library
 from fuseline.compile.cache import CacheError, read_file, write_file
 from fuseline.compile.target import cpu_features, default_cache_dir
 
 logger = logging.getLogger(__name__)
-WORKER = (sys.executable, "-P", "-m", region_worker.__name__)
+# Named, not imported: they take what only compiling needs (sympy: 36 MiB).
+WORKER = (sys.executable, "-P", "-m", "fuseline.compile.backends.region_worker")
+RECIPE = tuple(Path(__file__).with_name(name) for name in ("region_worker.py", "region_check.py"))
 REGION_SECONDS = 180.0
 """What one region may take; inductor needs 5 to 15 s, several times that on a busy machine."""
 POLL_SECONDS = 0.5
@@ -33,7 +34,7 @@ POLL_SECONDS = 0.5
 
 def region_name(text: str) -> str:
     """Name of a region's artifact: SHA-256 of all that it depends on."""
-    recipe = b"".join(Path(module.__file__).read_bytes() for module in (region_worker, region_check))
+    recipe = b"".join(path.read_bytes() for path in RECIPE)
     parts = [text.encode(), recipe, repr((torch.__version__, cpu_features())).encode()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

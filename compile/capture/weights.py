@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -46,8 +48,12 @@ def load_weights(
     distinct = list(dict.fromkeys(sources.values()))
     loaded: dict[WeightSource, Tensor] = {}
     pages = Pages()
-    with ThreadPoolExecutor(num_readers) as pool:
-        tensors = pool.map(lambda source: _load(source, weights, captured, pages), distinct)
+    # One for each thread: buffers that come and go between small weights tear holes of their size into the heap.
+    readers: SimpleQueue[Reader] = SimpleQueue()
+    with ThreadPoolExecutor(num_readers) as pool, ExitStack() as stack:
+        for _ in range(num_readers):
+            readers.put(stack.enter_context(Reader()))
+        tensors = pool.map(lambda source: _load(source, weights, captured, readers, pages), distinct)
         for done, (source, tensor) in enumerate(zip(distinct, tensors, strict=True)):
             loaded[source] = tensor
             if progress:
@@ -139,17 +145,24 @@ def open_weights(captured: CapturedModel, config: CompileConfig) -> CheckpointWe
 
 
 def _load(
-    source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel, pages: Pages
+    source: WeightSource,
+    weights: CheckpointWeights | DummyWeights,
+    captured: CapturedModel,
+    readers: SimpleQueue[Reader],
+    pages: Pages,
 ) -> Tensor:
     unread, dtype = _gather(source, weights, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
     target = pages.zeros(panels_shape(unread.shape) if source.layout == "panels" else unread.shape, final)
-    with Reader() as reader:
+    reader = readers.get()
+    try:
         for piece in unread.pieces:
             for start, block in reader.blocks(piece):
                 # The model computes with values rounded to its own dtype, whatever is stored before and after.
                 value = block if dtype in (block.dtype, final) else block.to(dtype)
                 _write(target, value, start, source.layout)
+    finally:
+        readers.put(reader)
     return target
 
 
