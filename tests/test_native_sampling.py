@@ -296,3 +296,13 @@ def test_row_logprobs(isa, num_top, vocab):
     values, ids = want.topk(num_top)
     assert torch.equal(top_ids, ids)
     torch.testing.assert_close(top_logprobs.double(), values, rtol=0, atol=3e-6)
+
+
+def test_more_rows_than_a_pool_has_units():
+    rows = 70_001
+    logits, targets = torch.randn(rows, 3), torch.arange(rows) % 3
+    logprobs, ranks = torch.full((rows,), float("nan")), torch.full((rows,), -7)
+    top = torch.empty(rows, 0, dtype=torch.int64), torch.empty(rows, 0)
+    with_threads(3, lambda: ops.row_logprobs(logprobs, ranks, *top, logits, targets))
+    torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
+    assert ranks.min() == 1 and ranks.max() == 3
