@@ -32,9 +32,9 @@ WIDTHS = (1, 2, 4, 8, 16)
 """Codes of the kernel; 0 leaves either to it."""
 MAX_TENSORS = 16
 """Weights of one shape that are read in turns, so that none is found in a cache."""
-SLOW_SECONDS = 0.03
+SLOW_SECONDS = 0.005
 """A product that takes longer is left to the kernel: measuring it would hold up the start."""
-ROUNDS = 5
+ROUNDS = 3
 MIN_GAIN = 0.03
 """Less than this may be noise."""
 
