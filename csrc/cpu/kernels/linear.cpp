@@ -40,7 +40,6 @@ struct Widened {
   using Element = W;
   using Packed = float;
   static constexpr int64_t kBlockRows = 16 * kTileRows;   // rows packed and multiplied together
-  static constexpr int64_t kWidest = kMaxPanels;          // panels of a chunk of more rows than a tile
   static int64_t packed_floats(int64_t rows, int64_t num_k) { return packed_size(rows, num_k); }
   static void pack(const Linear& job, int64_t row, float* packed, int64_t rows, int64_t r) {
     with_float(job.x.dtype, [&](auto t) {
@@ -57,7 +56,6 @@ struct Dotted {
   using Element = bf16;
   using Packed = uint32_t;
   static constexpr int64_t kBlockRows = 32 * kTileRows;
-  static constexpr int64_t kWidest = kMaxPanels;
   static int64_t packed_floats(int64_t rows, int64_t num_k) { return dot_size(rows, num_k); }
   static void pack(const Linear& job, int64_t row, uint32_t* packed, int64_t rows, int64_t r) {
     pack_dot_row(static_cast<const bf16*>(job.x.data) + row_offset(job.x, row), job.num_k, packed, rows, r);
@@ -71,7 +69,7 @@ struct Dotted {
 // Panels per chunk: as many as keep four chunks for each thread, the number that leaves threads the least idle at the end.
 template <class How>
 int64_t chunk_width(const Linear& job, int64_t rows) {
-  int64_t widest = How::kWidest, total = job.num_panels(), threads = num_threads();
+  int64_t widest = kMaxPanels, total = job.num_panels(), threads = num_threads();
   if (rows <= kTileRows) {
     int64_t fit = kThinChunkBytes / (job.num_k * kPanel * static_cast<int64_t>(sizeof(typename How::Element)));
     widest = fit < 4 ? 4 : fit > 32 ? 32 : fit;
@@ -124,7 +122,7 @@ void multiply_block(const Linear& job, int64_t row0, int64_t rows) {
   }
   Choice choice = choice_for(job.choices, rows);
   int64_t width = choice.width ? choice.width : chunk_width<How>(job, rows), total = job.num_panels();
-  if (rows > kTileRows && width > How::kWidest) width = How::kWidest;
+  if (rows > kTileRows && width > kMaxPanels) width = kMaxPanels;
   parallel((total + width - 1) / width, [&](int64_t chunk) {
     int64_t p0 = chunk * width, left = total - p0;
     multiply_chunk<How>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width), choice.group);
