@@ -22,7 +22,7 @@ KINDS = {
     "models": "graph after all passes",
     "weights": "where the checkpoint's tensors go",
     "regions": "compiled region",
-    "tuned": "how matrix products are cut",
+    "tuned": "which kernels are fastest",
 }
 MAX_BYTES = 4 << 30
 """Of all files together; those unused for longest go first."""

@@ -18,6 +18,7 @@ from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable
 from fuseline.compile.backends.steps import StepPlans, lower
 from fuseline.compile.backends.tune import TUNE_LEVEL, tune_linears
+from fuseline.compile.backends.tune_card import tune_kernels
 from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.weights import load_weights
@@ -53,6 +54,8 @@ def compile_model(
     weights = on_device(weights | result.constants, target)
     if config.level >= TUNE_LEVEL and target.kind == "cpu":
         tune_linears(captured.graph, _by_target(captured.graph, weights), config, report_progress)
+    if config.level >= TUNE_LEVEL and target.device == "cuda":
+        tune_kernels(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
     executable = _executable(captured.graph, weights, config, target)
     if isinstance(executable, CudaExecutable):
         return _on_card(config, captured, result, weights, executable, target, graphs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -73,10 +73,10 @@ class CudaModel:
         if self.graphs is not None and _is_decode(inputs):
             logits = self.graphs.run(step, inputs.block_tables.shape[2])
         if logits is None:
-            logits = self._executable.run(self._caches | self._values(step))
+            logits = self._executable.run(self._caches | self._values(step), self._values(vars(inputs)))
         return logits[0]
 
-    def _values(self, step: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Graph inputs by placeholder name."""
         positions = step["rope_rows" if self.info.rope_switch else "positions"]
         values = {name: step[name] for name in ("rope_rows", "query_start", "seq_lens", "logits_rows")}

@@ -12,8 +12,9 @@ import zoo
 from paged_driver import greedy
 from test_levels import NUM_TOKENS, PROMPTS
 
-from fuseline.compile.backends import tune
+from fuseline.compile.backends import tune, tuned
 from fuseline.compile.backends.tune import LINEAR, Product, tune_linears
+from fuseline.compile.cache import CacheError
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
@@ -35,7 +36,7 @@ class Pretended:
         return [0.5 if choice & 0xFF == self.fast else 1.0 for choice in choices]
 
 
-def tuned(config: CompileConfig, measure) -> set[int]:
+def tuned_choices(config: CompileConfig, measure) -> set[int]:
     """Choices that the nodes of the model get."""
     captured, _ = optimize(config)
     weights = {str(node.target): torch.empty(0) for node in captured.graph.graph.nodes if node.op == "get_attr"}
@@ -48,7 +49,7 @@ def stored(config: CompileConfig) -> list[Path]:
 
 
 def test_the_fastest_is_chosen_for_each_range_of_rows(config):
-    assert tuned(config, Pretended(fast=2)) == {0x0202020202}
+    assert tuned_choices(config, Pretended(fast=2)) == {0x0202020202}
 
 
 def test_the_panels_of_a_chunk_are_chosen_after_those_of_a_tile(config):
@@ -56,7 +57,7 @@ def test_the_panels_of_a_chunk_are_chosen_after_those_of_a_tile(config):
         def __call__(self, product, rows, choices):
             return [{2: 0.8, 2 | 8 << 2: 0.5}.get(choice & 0xFF, 1.0) for choice in choices]
 
-    assert tuned(config, Both()) == {int.from_bytes(bytes([2 | 8 << 2] * 5), "little")}
+    assert tuned_choices(config, Both()) == {int.from_bytes(bytes([2 | 8 << 2] * 5), "little")}
 
 
 def test_what_is_hardly_faster_is_not_chosen(config):
@@ -64,35 +65,41 @@ def test_what_is_hardly_faster_is_not_chosen(config):
         def __call__(self, product, rows, choices):
             return [0.98 if choice & 0xFF == 2 else 1.0 for choice in choices]
 
-    assert tuned(config, Hardly()) == {0}
+    assert tuned_choices(config, Hardly()) == {0}
 
 
 def test_rows_beyond_a_step_are_not_measured(config):
-    assert tuned(replace(config, max_num_batched_tokens=40), Pretended(fast=1)) == {0x010101}
+    assert tuned_choices(replace(config, max_num_batched_tokens=40), Pretended(fast=1)) == {0x010101}
 
 
 def test_measured_once(config):
-    first = tuned(config, Pretended(fast=3))
+    first = tuned_choices(config, Pretended(fast=3))
     again = Pretended(fast=1)
-    assert tuned(config, again) == first and again.num_calls == 0
+    assert tuned_choices(config, again) == first and again.num_calls == 0
     assert len(stored(config)) == 1
 
 
 @pytest.mark.parametrize("damage", [b"nonsense", b""])
 def test_a_damaged_file_is_reported_and_measured_again(config, damage, caplog):
-    tuned(config, Pretended(fast=3))
+    tuned_choices(config, Pretended(fast=3))
     stored(config)[0].write_bytes(damage)
     with caplog.at_level(logging.WARNING):
-        assert tuned(config, Pretended(fast=1)) == {0x0101010101}
-    assert "products are measured again" in caplog.text
+        assert tuned_choices(config, Pretended(fast=1)) == {0x0101010101}
+    assert "it is measured again" in caplog.text
 
 
 def test_choices_of_other_products_are_not_used(config):
     shape = next(iter(tune._nodes(optimize(config)[0].graph)))
-    body = tune._body({replace(shape, num_k=shape.num_k + 1): 0})
-    with pytest.raises(tune.CacheError, match="other products"):
-        tune._parse(body, {shape})
-    assert tune._parse(tune._body({shape: 5}), {shape}) == {shape: 5}
+    other = replace(shape, num_k=shape.num_k + 1)
+
+    def parsed(problem, choice):
+        return tuned.parse(tuned.body_of([(problem, choice)]), [shape], lambda _, choice: choice == 5)
+
+    with pytest.raises(CacheError, match="other problems"):
+        parsed(other, 5)
+    with pytest.raises(CacheError, match="no choices"):
+        parsed(shape, 6)
+    assert parsed(shape, 5) == {shape: 5}
 
 
 @pytest.mark.parametrize("fast", [1, 2 | 1 << 2, 3 | 16 << 2])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
+from fuseline.compile.kernels.external import ExternalAttention
 from fuseline.compile.target import Target
 
 
@@ -23,8 +24,13 @@ class CudaExecutable:
 
     num_regions = 0
 
-    def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target) -> None:
-        self.kernels = chosen_kernels(graph, target)
+    def __init__(
+        self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target,
+        external: ExternalAttention | None = None,
+    ) -> None:  # fmt: skip
+        """`external`: None for the libraries that are installed."""
+        self._external = external or ExternalAttention(target)
+        self.kernels = chosen_kernels(graph, target, self._external)
         program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
         device = torch.device(target.device)
         # Names are those of the graph that the kernels were chosen for.
@@ -37,14 +43,20 @@ class CudaExecutable:
         self._program = program
         self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Logits [1, R, V] float32, of memory that is this call's own."""
+    def run(self, values: Mapping[str, Tensor], host: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits [1, R, V] float32, of memory that is this call's own.
+
+        `host`: the step's inputs by placeholder name on the host, for kernels that plan there; without, others compute.
+        """
+        self._external.plan(host)
         return self._program(*(values[name] for name in self._inputs))
 
 
-def chosen_kernels(graph: fx.GraphModule, target: Target) -> dict[fx.Node, CudaKernel]:
+def chosen_kernels(
+    graph: fx.GraphModule, target: Target, external: ExternalAttention | None = None
+) -> dict[fx.Node, CudaKernel]:
     """Of every call. Needs no card. Raises ValueError for an op that nothing computes."""
-    found = {node: find_kernel(node, target) for node in graph.graph.nodes if node.op == "call_function"}
+    found = {node: find_kernel(node, target, external) for node in graph.graph.nodes if node.op == "call_function"}
     for node, kernel in found.items():
         if kernel is None:
             raise ValueError(f"no kernel for {node.format_node()} on {target.isa}")

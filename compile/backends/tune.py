@@ -7,19 +7,17 @@ A choice says which weights lie side by side in registers and how many a thread 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.backends.artifact import cache_path, read_cached, write_cached
-from fuseline.compile.cache import CacheError
+from fuseline.compile.backends.tuned import Progress, measured_once
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import cpu_features
 
@@ -37,8 +35,6 @@ SLOW_SECONDS = 0.005
 ROUNDS = 3
 MIN_GAIN = 0.03
 """Less than this may be noise."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, order=True)
@@ -72,16 +68,11 @@ def tune_linears(
 ) -> None:  # fmt: skip
     """Gives every linear_panels node its choices, meta["choices"]. `weights` by get_attr target."""
     nodes = _nodes(graph)
-    path = cache_path(config, "tuned", _key(nodes))
-    choices = read_cached(path, lambda body: _parse(body, set(nodes)), "products are measured again")
-    if choices is None:
-        most = config.max_num_batched_tokens
-        choices = {}
-        for done, (shape, alike) in enumerate(nodes.items()):
-            progress("tuning", done, len(nodes))
-            choices[shape] = _choose(_product(alike, weights), most, measure or seconds_of)
-        progress("tuning", len(nodes), len(nodes))
-        write_cached(path, lambda: _body(choices))
+    most, measure = config.max_num_batched_tokens, measure or seconds_of
+    choices = measured_once(
+        config, _key(nodes), list(nodes), lambda shape: _choose(_product(nodes[shape], weights), most, measure),
+        lambda _, choice: isinstance(choice, int) and 0 <= choice < 1 << 8 * len(ROWS), progress,
+    )  # fmt: skip
     for shape, alike in nodes.items():
         for node in alike:
             node.meta["choices"] = choices[shape]
@@ -144,18 +135,3 @@ def _key(nodes: Mapping[Shape, object]) -> str:
     kernels = hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()
     parts = (kernels, _C.cpu_isa(), _C.num_threads(), cpu_features(), sorted(nodes))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _body(choices: Mapping[Shape, int]) -> bytes:
-    return json.dumps([[*astuple(shape), choice] for shape, choice in choices.items()]).encode()
-
-
-def _parse(body: bytes, wanted: set[Shape]) -> dict[Shape, int]:
-    """Raises CacheError."""
-    try:
-        choices = {Shape(*fields): int(choice) for *fields, choice in json.loads(body)}
-    except (ValueError, TypeError) as error:
-        raise CacheError("it holds no choices") from error
-    if set(choices) != wanted or not all(0 <= choice < 1 << 8 * len(ROWS) for choice in choices.values()):
-        raise CacheError("it holds other products")
-    return choices

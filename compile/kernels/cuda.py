@@ -1,6 +1,8 @@
 """Which kernel computes a graph op on a card: an installed library's, ours in Triton, or torch's own.
 
 Importing this needs no card and no triton; finding a kernel of ours needs triton, which every torch for CUDA brings.
+An op may have several candidates (choice.py): the first that takes a call is the default, `-O3` measures which is
+fastest for which rows (backends/tune_card.py) and leaves that in the node's meta["choices"].
 """
 
 from __future__ import annotations
@@ -8,15 +10,24 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fuseline.compile.kernels.choice import DECODE, PREFILL, ROWS, Candidate, default_choices, dispatcher
 from fuseline.compile.target import Target
 
+if TYPE_CHECKING:
+    from fuseline.compile.kernels.external import ExternalAttention
+
+aten = torch.ops.aten
 OPS = torch.ops.fuseline
 TORCH = ("aten", "prims")
+FILLING = 2048
+"""Outputs of a linear from which on our kernel of few rows has a program for every processor of a card."""
 
 
 @dataclass(frozen=True)
@@ -24,39 +35,122 @@ class CudaKernel:
     """`run` takes the op's arguments and gives its results."""
 
     label: str
-    """Who computes it: torch.linear (cuBLASLt), triton.rms_norm."""
+    """Who computes it; several labels where rows or phase decide."""
     run: Callable
 
 
-def find_kernel(node: fx.Node, target: Target) -> CudaKernel | None:
-    """By the shapes of the node's arguments; None for an op that nothing computes."""
+def find_kernel(node: fx.Node, target: Target, external: ExternalAttention | None = None) -> CudaKernel | None:
+    """By the shapes of the node's arguments; None for an op that nothing computes. `external`: None for no library."""
     if node.target is operator.getitem:
         return CudaKernel("getitem", operator.getitem)
-    space, _, name = str(getattr(node.target, "_schema", node.target)).partition("(")[0].partition("::")
+    space, name = _name_of(node)
+    if space not in ("fuseline", *TORCH):
+        return CudaKernel(f"python.{getattr(node.target, '__name__', name)}", node.target)
+    found = candidates(node, target, external)
+    if not found:
+        return None
+    choices = node.meta.get("choices") or default_choices(found)
+    return CudaKernel(*dispatcher(found, choices, size_of(node)))
+
+
+def candidates(node: fx.Node, target: Target, external: ExternalAttention | None = None) -> list[Candidate]:
+    """All that can compute an op of torch's or ours, the default first."""
+    args = fx.node.map_aggregate(node.args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
+    if node.target is aten.linear.default:
+        return _linear(*args)
+    space, name = _name_of(node)
     if space in TORCH:
-        return CudaKernel(f"torch.{name}", node.target)
-    if space != "fuseline":
-        return CudaKernel(f"python.{getattr(node.target, '__name__', space)}", node.target)
-    return _ours(node, name)
-
-
-def _ours(node: fx.Node, name: str) -> CudaKernel | None:
+        return [Candidate(f"torch.{name}", node.target)]
     from fuseline.compile.kernels.triton.table import KERNELS
 
-    if node.target is OPS.linear_act_mul.default:
-        return CudaKernel("triton.linear_act_mul | torch.linear, triton.act_mul", linear_act_mul)
     kernel = KERNELS.get(node.target)
-    args = fx.node.map_aggregate(node.args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
     if kernel is None or not kernel.supports(*args):
-        return None
-    return CudaKernel(f"triton.{name}", kernel.run)
+        return []
+    if node.target is OPS.linear_act_mul.default:
+        return _linear_act_mul()
+    if node.target is OPS.experts.default:
+        return _experts(kernel.run, *args)
+    if node.target is OPS.paged_attention.default:
+        table = str(getattr(node.args[3], "target", ""))
+        return _attention(kernel.run, external.candidates(args, table, kernel.run) if external else [])
+    return [Candidate(f"triton.{name}", kernel.run)]
+
+
+def size_of(node: fx.Node) -> Callable[..., tuple[str, int]]:
+    """What gives phase and rows of a call from its arguments."""
+    return attention_size if node.target is OPS.paged_attention.default else linear_size
+
+
+def linear_size(x: Tensor, *_: object) -> tuple[str, int]:
+    """x[..., K]."""
+    return ROWS, x.numel() // x.shape[-1]
+
+
+def attention_size(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: object) -> tuple[str, int]:
+    """q[1, H, T, D], block_table[S, M]; as many sequences as tokens is a step of one token each."""
+    num_tokens = q.shape[2]
+    return (DECODE if num_tokens <= block_table.shape[0] else PREFILL), num_tokens
 
 
 def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
-    """Of few rows in one pass over the weights; of more, cuBLASLt's product and the activation on its own."""
-    from fuseline.compile.kernels.triton import activation, linear
+    """cuBLASLt's product and the activation on its own."""
+    from fuseline.compile.kernels.triton import activation
 
-    if linear.supports(x[..., 0].numel()):
-        return linear.linear_act_mul(x, weight, bias, act)
     gate, up = F.linear(x, weight, bias).chunk(2, -1)
     return activation.act_mul(gate, up, act)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Candidate]:
+    by_torch = Candidate("torch.linear", aten.linear.default)
+    if x.dtype != weight.dtype or not x.dtype.is_floating_point:
+        return [by_torch]
+    from fuseline.compile.kernels.triton import linear
+
+    ours, *others = _few_rows("triton.linear", linear.linear)
+    return [ours, by_torch, *others] if weight.shape[0] >= FILLING else [by_torch, ours, *others]
+
+
+def _linear_act_mul() -> list[Candidate]:
+    from fuseline.compile.kernels.triton import linear
+
+    ours, *others = _few_rows("triton.linear_act_mul", linear.linear_act_mul)
+    return [ours, Candidate("torch.linear, triton.act_mul", linear_act_mul), *others]
+
+
+def _few_rows(label: str, run: Callable) -> list[Candidate]:
+    """The launch that the kernel chooses itself, then the others."""
+    from fuseline.compile.kernels.triton import linear
+
+    tuned = [Candidate(f"{label} {t}", partial(run, tuning=t), linear.ROWS) for t in linear.TUNINGS]
+    return [Candidate(label, run, linear.ROWS), *tuned]
+
+
+def _experts(run: Callable, x: Tensor, *_: object) -> list[Candidate]:
+    from fuseline.compile.kernels.triton import experts
+
+    tiles = experts.tiles(x.element_size())
+    return [Candidate("triton.experts", run), *(Candidate(f"triton.experts {t}", partial(run, tile=t)) for t in tiles)]
+
+
+def _attention(run: Callable, of_libraries: list[Candidate]) -> list[Candidate]:
+    """Libraries come first for prompts, ours for steps of one token a sequence: a row's bits depend on no other there.
+
+    What a library offers for those is used only where it was measured to be faster.
+    """
+    from fuseline.compile.kernels.triton import attention
+
+    label, both = "triton.paged_attention", (DECODE, PREFILL)
+    tuned = [
+        Candidate(f"{label} {tuning}", partial(run, tuning=tuning), phases=(phase,))
+        for phase, tunings in ((DECODE, attention.DECODE_TUNINGS), (PREFILL, attention.PREFILL_TUNINGS))
+        for tuning in tunings
+    ]
+    prompts = [candidate for candidate in of_libraries if candidate.phases == (PREFILL,)]
+    steps = [candidate for candidate in of_libraries if candidate.phases == (DECODE,)]
+    return [*prompts, Candidate(label, run, phases=both), *steps, *tuned]
+
+
+def _name_of(node: fx.Node) -> tuple[str, str]:
+    """(namespace, name) of what the node calls."""
+    space, _, name = str(getattr(node.target, "_schema", node.target)).partition("(")[0].partition("::")
+    return space, name

@@ -28,7 +28,7 @@ def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     specs = [_cache_spec(node, ctx) for node in nodes]
     groups = [CacheGroup(w, tuple(s.layer for s in specs if s.window == w)) for w in windows]
     for node, spec in zip(nodes, specs, strict=True):
-        _rewrite(graph.graph, node, spec, windows.index(spec.window))
+        _rewrite(graph.graph, node, spec, windows.index(spec.window), ctx.config.block_size)
     return PassResult(len(nodes), bool(nodes), (*specs, *groups))
 
 
@@ -49,11 +49,11 @@ def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
     return str(of_model).removeprefix("torch.") if asked == "auto" else asked
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int) -> None:
+def _rewrite(graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int, block_size: int) -> None:
     q, k, v, sinks, layer, scale, window, softcap, _ = node.args
     dtype = getattr(torch, spec.dtype)
     caches = [
-        placeholder(graph, f"{name}_cache_{layer}", _cache(spec, dim, dtype))
+        placeholder(graph, f"{name}_cache_{layer}", _cache(spec, block_size, dim, dtype))
         for name, dim in (("k", spec.key_dim), ("v", spec.value_dim))
     ]
     slots = placeholder(graph, f"slots_{group}", meta_int(2))
@@ -72,5 +72,5 @@ def _rewrite(graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int) -> Non
     graph.erase_node(node)
 
 
-def _cache(spec: CacheSpec, dim: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(2, spec.num_kv_heads, 16, dim, dtype=dtype, device="meta")
+def _cache(spec: CacheSpec, block_size: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(2, spec.num_kv_heads, block_size, dim, dtype=dtype, device="meta")

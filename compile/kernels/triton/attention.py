@@ -13,7 +13,7 @@ Legend: H query heads, K kv heads, G = H / K, T query tokens, S sequences, N blo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -27,10 +27,31 @@ SPLIT = 256  # keys of the shortest split
 GRID_TARGET = 1024  # programs that fill a card: more workers a sequence are launched only below it
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What a launch may choose without changing a bit; 0 leaves it to AttentionShape."""
+
+    num_stages: int = 0
+    rows: int = 0
+    """Of a tile of the prefill kernel, sixteen a warp: a row's keys are summed in the same steps."""
+    grid: int = 0
+    """Programs of the decode kernel that fill a card."""
+
+    def __str__(self) -> str:
+        named = ((self.num_stages, "s"), (self.rows, "r"), (self.grid, "g"))
+        return " ".join(f"{value}{unit}" for value, unit in named if value)
+
+
+DECODE_TUNINGS = (Tuning(4), Tuning(2), Tuning(grid=512), Tuning(grid=4096), Tuning(4, grid=4096))
+PREFILL_TUNINGS = (Tuning(2), Tuning(4), Tuning(rows=64), Tuning(2, rows=64), Tuning(2, rows=256))
+"""Measured by -O3 beside what a launch chooses itself."""
+
+
 def paged_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, workspace: Tensor | None = None,
+    tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """out[1, T, H, E] of q[1, H, T, D] over caches [N, K, B, D|E], as compile/ops/attention.py defines it.
 
@@ -46,7 +67,7 @@ def paged_attention(
     if q.shape[2] == 0 or seq_lens.shape[0] == 0:
         return
     k_cache, v_cache = _readable(k_cache), _readable(v_cache)
-    shape = AttentionShape.of(q, k_cache, v_cache, block_table)
+    shape = replace(AttentionShape.of(q, k_cache, v_cache, block_table), tuning=tuning or Tuning())
     if workspace is None:
         workspace = torch.empty(shape.workspace_size, dtype=torch.float32, device=q.device)
     if workspace.numel() < shape.workspace_size:
@@ -110,6 +131,7 @@ class AttentionShape:
     value_dim: int
     max_keys: int
     item_size: int
+    tuning: Tuning = Tuning()
 
     @staticmethod
     def of(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> AttentionShape:
@@ -128,16 +150,17 @@ class AttentionShape:
     def decode(self) -> Tile:
         widest = max(self.padded_dims) * self.item_size
         rows = min(16 if widest > 512 else 64, max(16, triton.next_power_of_2(self.group)))
-        return Tile.of(self.group, rows, 64 if widest <= 256 else 32, 4, 3 if widest <= 512 else 2)
+        stages = self.tuning.num_stages or (3 if widest <= 512 else 2)
+        return Tile.of(self.group, rows, 64 if widest <= 256 else 32, 4, stages)
 
     @property
     def prefill(self) -> Tile:
-        widest = max(self.padded_dims) * self.item_size
-        if widest <= 256:
-            return Tile.of(self.group, 128, 64, 8, 3)
-        if widest <= 512:
-            return Tile.of(self.group, 64, 64, 4, 2)
-        return Tile.of(self.group, 32 if widest <= 1024 else 16, 32 if widest <= 1024 else 16, 4, 2)
+        widest, tuning = max(self.padded_dims) * self.item_size, self.tuning
+        if widest > 512:
+            size = 32 if widest <= 1024 else 16
+            return Tile.of(self.group, size, size, 4, tuning.num_stages or 2)
+        rows = tuning.rows or (128 if widest <= 256 else 64)
+        return Tile.of(self.group, rows, 64, rows // 16, tuning.num_stages or (3 if widest <= 256 else 2))
 
     @property
     def is_all_decode(self) -> bool:
@@ -158,7 +181,7 @@ class AttentionShape:
     def num_workers(self) -> int:
         """Programs that share the splits of one tile."""
         tiles = self.num_seqs * self.kv_heads * self.decode.parts
-        return min(max(4, GRID_TARGET // tiles), self.most_splits)
+        return min(max(4, (self.tuning.grid or GRID_TARGET) // tiles), self.most_splits)
 
     @property
     def max_folded(self) -> int:

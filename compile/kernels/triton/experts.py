@@ -22,7 +22,7 @@ SORTED = 1024  # pairs that the sort looks at in one step
 
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float,
+    down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float, *, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """x[T, D] through the K experts ids[T, K] of each token, weighted, summed in float32 -> [T, D].
 
@@ -39,7 +39,7 @@ def experts(
     starts = order[num_pairs:]
     sort_kernel[(num_experts,)](order, starts, ids, num_pairs, CHUNK=SORTED, num_warps=4)
 
-    tile = Tile.of(num_pairs, num_experts, x.element_size())
+    tile = tile or Tile.of(num_pairs, num_experts, x.element_size())
     num_tiles = num_pairs // tile.rows + num_experts
     shape = {"TOP_K": top_k, "E": num_experts, "D": dim, "HIDDEN": hidden_size, **tile.constants()}
     hidden = x.new_empty(num_pairs, hidden_size)
@@ -80,3 +80,14 @@ class Tile:
             "ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}x{self.depth} {self.num_warps}w {self.num_stages}s"
+
+
+def tiles(item_size: int) -> tuple[Tile, ...]:
+    """Measured by -O3 beside Tile.of: low ones for few pairs an expert, high ones for many."""
+    depth = 128 // item_size
+    return (
+        Tile(16, 128, depth, 4, 4), Tile(32, 64, depth, 4, 4), Tile(64, 128, depth, 4, 3), Tile(128, 128, depth, 8, 3),
+    )  # fmt: skip

@@ -8,6 +8,8 @@ Legend: M rows, N outputs, K inputs, I = N / 2 where gate and up are one product
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,35 +21,58 @@ ROWS = 16  # of a matrix instruction
 WIDE = 8192  # outputs from which on a program takes 32 of them
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Tuning:
+    """What a launch may choose. An output's sum runs over k in one order whatever is chosen."""
+
+    columns: int
+    """Outputs of a program."""
+    depth: int
+    """Bytes of k that a step of its loop loads of a row."""
+    num_warps: int
+    num_stages: int
+
+    @staticmethod
+    def of(num_out: int, act: int | None) -> Tuning:
+        return Tuning(32 if num_out >= WIDE and act is None else 16, 1024, 4, 3)
+
+    def __str__(self) -> str:
+        return f"{self.columns}x{self.depth} {self.num_warps}w {self.num_stages}s"
+
+
+TUNINGS = (Tuning(16, 512, 4, 5), Tuning(32, 512, 4, 5), Tuning(64, 256, 4, 5), Tuning(16, 1024, 8, 3))
+"""Measured by -O3 beside what a launch chooses itself."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tuning: Tuning | None = None) -> Tensor:
     """x[..., K] times weight[N, K] -> [..., N]; float32 accumulation, the bias added before the one rounding."""
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    _launch(out, x, weight, bias, None)
+    _launch(out, x, weight, bias, None, tuning)
     return out
 
 
-def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
+def linear_act_mul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: int, *, tuning: Tuning | None = None
+) -> Tensor:  # fmt: skip
     """act(gate) * up of a joined product with weight [2I, K], gate above up -> [..., I]; rounded as the three ops."""
     out = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
-    _launch(out, x, weight, bias, act)
+    _launch(out, x, weight, bias, act, tuning)
     return out
 
 
-def supports(num_rows: int) -> bool:
-    return num_rows <= ROWS
-
-
-def _launch(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: int | None) -> None:
+def _launch(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: int | None, tuning: Tuning | None
+) -> None:  # fmt: skip
     x = x.reshape(-1, x.shape[-1])
     num_out, num_in = out.shape[-1], x.shape[-1]
     if out.numel() == 0:
         return
-    columns = 32 if num_out >= WIDE and act is None else 16
-    depth = 1024 // x.element_size()
-    grid = (triton.cdiv(num_out, columns), triton.cdiv(x.shape[0], ROWS))
+    tuning = tuning or Tuning.of(num_out, act)
+    grid = (triton.cdiv(num_out, tuning.columns), triton.cdiv(x.shape[0], ROWS))
     few_rows_kernel[grid](
         out, x, weight, bias, x.shape[0], *x.stride(), *weight.stride(), N=num_out, K=num_in, ACT=act, ROWS=ROWS,
-        COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=3,
+        COLUMNS=tuning.columns, DEPTH=tuning.depth // x.element_size(), num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
     )  # fmt: skip
 
 

@@ -1,0 +1,66 @@
+"""How long a kernel takes on a card."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.kernels.choice import Candidate
+
+FLUSHED = 256 << 20
+"""Bytes written to leave nothing else in the L2 cache."""
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Calls of one op and size, one tuple for each weight that is read in turns. `host`: what is planned by."""
+
+    calls: Sequence[tuple]
+    host: Mapping[str, Tensor] | None = None
+
+
+class Timer(Protocol):
+    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+        """Seconds that the device takes for one call. Raises what the candidate raises."""
+
+
+class CardTimer:
+    """Median of CUDA events around a graph of the calls, which the host cannot hold up; the L2 cache holds nothing of
+    theirs before a replay."""
+
+    def __init__(self) -> None:
+        self._other = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+        self._stream.wait_stream(torch.cuda.current_stream())  # the arguments are made there
+        with torch.cuda.stream(self._stream):
+            if candidate.plan:
+                candidate.plan(arguments.host)
+            candidate.run(*arguments.calls[0])  # compiles and takes workspaces, which a capture must not do
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                for args in arguments.calls:
+                    candidate.run(*args)
+            finally:
+                graph.capture_end()
+            return self._median(graph) / len(arguments.calls)
+
+    def _median(self, graph: torch.cuda.CUDAGraph) -> float:
+        graph.replay()
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+        for begin, end in pairs:
+            self._other.zero_()
+            begin.record()
+            graph.replay()
+            end.record()
+        self._stream.synchronize()
+        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3

@@ -1,0 +1,68 @@
+"""Several kernels for one op: which of them computes a call follows from its phase and its number of rows.
+
+Rows are known only at run time, so an op of several candidates is a function that looks at its arguments' shapes and
+calls the kernel of their range. Shapes are on the host: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ROWS, DECODE, PREFILL = "rows", "decode", "prefill"
+"""Phases: all calls of most ops; of attention, steps of one token a sequence and steps of more."""
+ANY = 1 << 30
+"""More rows than any call has."""
+
+Ranges = Sequence[tuple[int, str]]
+"""(rows up to which, label of the candidate), ascending, ANY last."""
+Choices = Mapping[str, Ranges]
+"""By phase."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute an op."""
+
+    label: str
+    """Who computes it: torch.linear (cuBLASLt), triton.rms_norm. Distinct within a phase of an op."""
+    run: Callable
+    """Takes the op's arguments and gives its results; never waits for the device."""
+    most_rows: int = ANY
+    phases: tuple[str, ...] = (ROWS,)
+    plan: Callable[[Mapping[str, Tensor] | None], None] | None = None
+    """Is given a step's inputs on the host, by placeholder name, before the step's ops; None: there are none."""
+
+
+def default_choices(candidates: Sequence[Candidate]) -> dict[str, list[tuple[int, str]]]:
+    """For every phase and number of rows the first candidate that takes it."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for phase in dict.fromkeys(phase for candidate in candidates for phase in candidate.phases):
+        ranges = found[phase] = []
+        for candidate in candidates:
+            if phase in candidate.phases and (not ranges or candidate.most_rows > ranges[-1][0]):
+                ranges.append((candidate.most_rows, candidate.label))
+    return found
+
+
+def chosen_label(ranges: Ranges, rows: int) -> str:
+    return next(label for most, label in ranges if rows <= most)
+
+
+def dispatcher(
+    candidates: Sequence[Candidate], choices: Choices, size: Callable[..., tuple[str, int]]
+) -> tuple[str, Callable]:
+    """(labels of what may run, the op as a function). `size` gives a call's phase and rows from its arguments."""
+    runs = {(phase, c.label): c.run for c in candidates for phase in c.phases}
+    tables = {phase: [(most, runs[phase, label]) for most, label in ranges] for phase, ranges in choices.items()}
+    labels = dict.fromkeys(label for ranges in choices.values() for _, label in ranges)
+    if len(candidates) == 1:
+        return candidates[0].label, candidates[0].run
+
+    def by_rows(*args):
+        phase, rows = size(*args)
+        return next(run for most, run in tables[phase] if rows <= most)(*args)
+
+    return " | ".join(labels), by_rows
