@@ -52,10 +52,8 @@ def compile_model(
     requests = weight_requests(captured.graph, captured, result)
     weights = load_weights(requests, captured, config, report_progress)
     weights = on_device(weights | result.constants, target)
-    if config.level >= TUNE_LEVEL and target.kind == "cpu":
-        tune_linears(captured.graph, _by_target(captured.graph, weights), config, report_progress)
-    if config.level >= TUNE_LEVEL and target.device == "cuda":
-        tune_kernels(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
+    if config.level >= TUNE_LEVEL:
+        _tune(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
     executable = _executable(captured.graph, weights, config, target)
     if isinstance(executable, CudaExecutable):
         return _on_card(config, captured, result, weights, executable, target, graphs)
@@ -67,6 +65,13 @@ def compile_model(
             model.wait_compiled()
             report_progress("compiling", 1, 1)
     return model
+
+
+def _tune(graph: fx.GraphModule, weights: Mapping[str, Tensor], config, target: Target, progress: Progress) -> None:
+    if target.kind == "cuda":
+        tune_kernels(graph, weights, config, target, progress)
+    else:
+        tune_linears(graph, weights, config, progress)
 
 
 def _on_card(config, captured, result, weights, executable, target: Target, graphs: GraphConfig | None) -> CudaModel:

@@ -69,11 +69,13 @@ class CudaModel:
         step = self._uploads.upload(tensors)
         if sources is not None:
             feed_tokens(step["token_ids"], step["sources"], sampled)
+        if self._executable.has_plans:
+            self._executable.plan(self._values(vars(inputs)))
         logits = None
         if self.graphs is not None and _is_decode(inputs):
             logits = self.graphs.run(step, inputs.block_tables.shape[2])
         if logits is None:
-            logits = self._executable.run(self._caches | self._values(step), self._values(vars(inputs)))
+            logits = self._executable.run(self._caches | self._values(step))
         return logits[0]
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:

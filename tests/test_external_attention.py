@@ -196,7 +196,7 @@ def test_what_is_installed(monkeypatch, caplog):
 
 
 def test_what_was_not_planned_is_computed_by_ours():
-    """Steps of one token, another thread, a step that the host did not tell of, other sequences than planned."""
+    """Another thread's steps, steps of fewer tokens than planned, steps of one token a sequence."""
     layer = dataclasses.replace(LAYER, block_size=16)
     prompt = make_batch(layer, [30, 20], [30, 2], "cpu", "block_table_0")
     single = make_batch(layer, [30, 20], [1, 1], "cpu", "block_table_0")
@@ -218,7 +218,6 @@ def test_what_was_not_planned_is_computed_by_ours():
     assert calls == [32, 2]
     planned.plan(single.host)
     planned.run(*single.args)
-    planned.plan(None)
     planned.run(*prompt.args)
     assert calls == [32, 2, 2, 32]
 

@@ -46,12 +46,28 @@ def test_every_kernel_is_measured(tool) -> None:
     sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16)
     found = tables.Table()
     limits = kernels.measure_limits(sizes, "cpu", tables.HostClock(), found)
-    kernels.measure_kernels(sizes, "cpu", tables.HostClock(), limits, found)
+    kernels.measure_kernels(sizes, CARD, tables.HostClock(), limits, found)
     names = " ".join(row[0] for row in found.rows)
     for name in ("copy", "add_rms_norm", "act_mul", "rope_cache", "attention, decode 2", "prompt of 32", "greedy",
-                 "top_k", "linear of 16 rows, ours", "linear_act_mul of 1 rows", "experts, 16 tokens"):  # fmt: skip
+                 "top_k", "linear of 16 rows, torch.linear", "linear of 16 rows, triton.linear",
+                 "linear_act_mul of 1 rows, triton", "experts, 16 tokens x 2 of 4, triton.experts 64x128"):  # fmt: skip
         assert name in names
+    is_tuning = [" rows, triton.linear " in row[0] for row in found.rows]
+    assert is_tuning.index(True) > max(k for k, row in enumerate(found.rows) if row[0].endswith("triton.experts"))
     assert found.text("a card").count("\n") == 4 + len(found.rows)
+
+
+def test_what_fails_is_marked_and_the_file_holds_what_was_measured(tool, tmp_path) -> None:
+    kernels, _, tables = tool
+    found = tables.Table(tmp_path / "table.md", "a card")
+
+    def broken() -> None:
+        raise RuntimeError("out of resource")
+
+    for case in (kernels.Case("fine", lambda: None, moved=1), kernels.Case("not fine", broken, moved=1)):
+        kernels.measure(case, tables.HostClock(), tables.Limits(1.0, 1.0), found)
+    assert [row[:2] for row in found.rows[1:]] == [("not fine", "FAILED: RuntimeError: out of resource")]
+    assert (tmp_path / "table.md").read_text() == found.text("a card")
 
 
 def test_a_model_is_measured(tool, tmp_path) -> None:

@@ -159,6 +159,14 @@ def test_who_folds_the_splits_changes_no_bit(options, monkeypatch):
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("tuning", (*attention.DECODE_TUNINGS, *attention.PREFILL_TUNINGS), ids=str)
+def test_no_tuning_changes_a_bit(tuning):
+    batch = Batch([900, 1, 270, 150], [1, 1, 2, 140], 4, 1, dtype=torch.bfloat16)
+    for seqs in (None, [0, 1]):
+        for found, plain in zip(batch.run(seqs, tuning=tuning), batch.run(seqs), strict=True):
+            assert torch.equal(found, plain)
+
+
 @pytest.mark.parametrize("options", ({}, {"window": 50}), ids=("plain", "window"))
 def test_a_row_does_not_depend_on_its_batch(options):
     batch = Batch([600, 1, 270, 90, 40], [1, 1, 2, 60, 1], 2, 1, dtype=torch.bfloat16)
@@ -228,6 +236,9 @@ def launches(arch: int) -> None:
         batch = Batch([50, 333], [40, 1], heads, kv_heads, key_dim, value_dim, dtype=dtype)
         batch.k_cache, batch.v_cache = batch.k_cache.to(cache_dtype), batch.v_cache.to(cache_dtype)
         batch.run(**options)
+    plain = Batch([50, 333], [40, 1], *shapes[0][:4], dtype=torch.bfloat16)
+    for tuning in (*attention.DECODE_TUNINGS, *attention.PREFILL_TUNINGS) if arch == 90 else ():
+        plain.run(tuning=tuning)
 
 
 @pytest.mark.slow

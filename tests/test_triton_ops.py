@@ -10,7 +10,7 @@ from test_ops import assert_close, cases, copies, outputs
 from triton_interpreter import assert_fits, compile_launches
 
 from fuseline.compile.kernels.triton import linear, norm, rope
-from fuseline.compile.kernels.triton.experts import experts
+from fuseline.compile.kernels.triton.experts import experts, tiles
 from fuseline.compile.kernels.triton.table import KERNELS
 from fuseline.compile.ops import codes
 from fuseline.compile.ops import norm as norm_reference
@@ -165,6 +165,30 @@ def test_linear_of_few_rows(rows, num_out, num_in, dtype):
     assert torch.equal(linear.linear(x[:1], weight), linear.linear(x, weight)[:1])
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("tuning", linear.TUNINGS, ids=str)
+def test_no_tuning_of_a_linear_changes_what_is_summed(tuning, dtype):
+    """Bit for bit; a card's instruction takes k in the same steps at any depth, the interpreter's product does not."""
+    m = make(dtype)
+    x, weight, bias = m.normal(16, 600), m.normal(2 * 37, 600, scale=0.03), m.normal(74)
+    silu = codes.UNARY["silu"]
+    for run, args in ((linear.linear, (x, weight, bias)), (linear.linear_act_mul, (x, weight, None, silu))):
+        found, plain = run(*args, tuning=tuning), run(*args)
+        is_same = torch.cuda.is_available() or tuning.depth == linear.Tuning.of(74, None).depth
+        assert torch.equal(found, plain) if is_same else assert_close(found, plain, 12.0) is None
+
+
+@pytest.mark.parametrize("tile", tiles(2), ids=str)
+def test_experts_by_any_tile(tile):
+    m = make(torch.bfloat16)
+    x, first, second = m.normal(40, 40), m.normal(3, 96, 40, scale=0.2), m.normal(3, 40, 48, scale=0.2)
+    ids, weights = torch.stack([m.order(3)[:2] for _ in range(40)]), m.normal(40, 2).abs()
+    args = (first, second, None, None, codes.EXPERT_ACTS["silu"], False, 0.0, 0.0)
+    found = experts(x, ids, weights, *args, tile=tile)
+    assert_close(found, experts(x, ids, weights, *args), 12.0)
+    assert torch.equal(experts(x[:3], ids[:3], weights[:3], *args, tile=tile), found[:3])
+
+
 def launches(arch: int) -> None:
     """Llama 8B's shapes, and those of a mixture of experts as gpt-oss and Mixtral are."""
     bf16 = Make(torch.bfloat16, torch.Generator().manual_seed(0))
@@ -191,6 +215,11 @@ def launches(arch: int) -> None:
     joined = torch.empty(28672, 4096, dtype=torch.bfloat16)
     linear.linear_act_mul(x[:1, :1].expand(1, 4096), joined, None, codes.UNARY["silu"])
     linear.linear(x[:1, :1].expand(1, 4096), joined, None)
+    for tuning in linear.TUNINGS if arch == 90 else ():
+        linear.linear_act_mul(x[:1, :1].expand(1, 4096), joined, None, codes.UNARY["silu"], tuning=tuning)
+    for tile in tiles(2) if arch == 90 else ():
+        experts(x[:1], ids[:1], x[:1, :2], tall, tall.view(8, 256, 2048)[..., :1024], *[None] * 2, 0, False, 1.0, 7.0,
+                tile=tile)  # fmt: skip
 
 
 @pytest.mark.slow

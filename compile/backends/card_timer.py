@@ -34,8 +34,8 @@ class CardTimer:
     """Median of CUDA events around a graph of the calls, which the host cannot hold up; the L2 cache holds nothing of
     theirs before a replay."""
 
-    def __init__(self) -> None:
-        self._other = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+    def __init__(self, device: str = "cuda") -> None:
+        self._other = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream()
 
     def __call__(self, candidate: Candidate, arguments: Arguments) -> float:

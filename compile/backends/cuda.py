@@ -43,12 +43,17 @@ class CudaExecutable:
         self._program = program
         self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
 
-    def run(self, values: Mapping[str, Tensor], host: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Logits [1, R, V] float32, of memory that is this call's own.
+    @property
+    def has_plans(self) -> bool:
+        """Whether a step is to be told to `plan` before it runs."""
+        return self._external.has_plans
 
-        `host`: the step's inputs by placeholder name on the host, for kernels that plan there; without, others compute.
-        """
+    def plan(self, host: Mapping[str, Tensor]) -> None:
+        """The inputs of the step that this thread runs next, by placeholder name, on the host."""
         self._external.plan(host)
+
+    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Logits [1, R, V] float32, of memory that is this call's own."""
         return self._program(*(values[name] for name in self._inputs))
 
 

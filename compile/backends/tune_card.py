@@ -69,7 +69,7 @@ def tune_kernels(
     graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, target: Target, progress: Progress,
     timer: Timer | None = None, external: ExternalAttention | None = None,
 ) -> None:  # fmt: skip
-    """Gives every node of several candidates its choices, meta["choices"]. `weights` lie on the card."""
+    """Gives every node of several candidates its choices, meta["choices"]. `weights` by get_attr target."""
     problems = _problems(graph, target, external or ExternalAttention(target))
     tuner = _Tuner(weights, config, target, timer or CardTimer())
     chosen = measured_once(
@@ -178,7 +178,7 @@ class _Tuner:
         return Arguments([batch.args], batch.host)
 
     def _value(self, arg: object) -> object:
-        return self._weights[str(arg.target)] if isinstance(arg, fx.Node) else arg
+        return self._weights[str(arg.target)].to(self._device) if isinstance(arg, fx.Node) else arg
 
     def _randn(self, like: fx.Node, *shape: int) -> Tensor:
         return torch.randn(shape, device=self._device).to(like.meta["val"].dtype)

@@ -32,8 +32,8 @@ class Candidate:
     """Takes the op's arguments and gives its results; never waits for the device."""
     most_rows: int = ANY
     phases: tuple[str, ...] = (ROWS,)
-    plan: Callable[[Mapping[str, Tensor] | None], None] | None = None
-    """Is given a step's inputs on the host, by placeholder name, before the step's ops; None: there are none."""
+    plan: Callable[[Mapping[str, Tensor]], None] | None = None
+    """Is given a step's inputs on the host, by placeholder name, before the step's ops, by the thread that runs it."""
 
 
 def default_choices(candidates: Sequence[Candidate]) -> dict[str, list[tuple[int, str]]]:

@@ -43,7 +43,7 @@ def find_kernel(node: fx.Node, target: Target, external: ExternalAttention | Non
     """By the shapes of the node's arguments; None for an op that nothing computes. `external`: None for no library."""
     if node.target is operator.getitem:
         return CudaKernel("getitem", operator.getitem)
-    space, name = _name_of(node)
+    space, name = _name_of(node.target)
     if space not in ("fuseline", *TORCH):
         return CudaKernel(f"python.{getattr(node.target, '__name__', name)}", node.target)
     found = candidates(node, target, external)
@@ -56,24 +56,43 @@ def find_kernel(node: fx.Node, target: Target, external: ExternalAttention | Non
 def candidates(node: fx.Node, target: Target, external: ExternalAttention | None = None) -> list[Candidate]:
     """All that can compute an op of torch's or ours, the default first."""
     args = fx.node.map_aggregate(node.args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
-    if node.target is aten.linear.default:
+    if node.target is OPS.paged_attention.default and external is not None:
+        return attention_candidates(args, target, external, str(node.args[3].target))
+    return op_candidates(node.target, args, target)
+
+
+def op_candidates(op: Callable, args: tuple, target: Target) -> list[Candidate]:
+    """Without libraries; tensors perhaps on meta."""
+    if op is aten.linear.default:
         return _linear(*args)
-    space, name = _name_of(node)
+    space, name = _name_of(op)
     if space in TORCH:
-        return [Candidate(f"torch.{name}", node.target)]
+        return [Candidate(f"torch.{name}", op)]
     from fuseline.compile.kernels.triton.table import KERNELS
 
-    kernel = KERNELS.get(node.target)
+    kernel = KERNELS.get(op)
     if kernel is None or not kernel.supports(*args):
         return []
-    if node.target is OPS.linear_act_mul.default:
+    if op is OPS.linear_act_mul.default:
         return _linear_act_mul()
-    if node.target is OPS.experts.default:
+    if op is OPS.experts.default:
         return _experts(kernel.run, *args)
-    if node.target is OPS.paged_attention.default:
-        table = str(getattr(node.args[3], "target", ""))
-        return _attention(kernel.run, external.candidates(args, table, kernel.run) if external else [])
+    if op is OPS.paged_attention.default:
+        return _attention(kernel.run)
     return [Candidate(f"triton.{name}", kernel.run)]
+
+
+def attention_candidates(args: tuple, target: Target, external: ExternalAttention, table: str) -> list[Candidate]:
+    """Libraries come first for prompts, ours for steps of one token a sequence: a row's bits depend on no other there.
+
+    What a library offers for those is used only where it was measured to be faster. `table` names the block table
+    among the graph's inputs.
+    """
+    ours = op_candidates(OPS.paged_attention.default, args, target)
+    offered = external.candidates(args, table, ours[0].run) if ours else []
+    prompts = [candidate for candidate in offered if PREFILL in candidate.phases]
+    steps = [candidate for candidate in offered if PREFILL not in candidate.phases]
+    return [*prompts, *ours, *steps]
 
 
 def size_of(node: fx.Node) -> Callable[..., tuple[str, int]]:
@@ -132,25 +151,19 @@ def _experts(run: Callable, x: Tensor, *_: object) -> list[Candidate]:
     return [Candidate("triton.experts", run), *(Candidate(f"triton.experts {t}", partial(run, tile=t)) for t in tiles)]
 
 
-def _attention(run: Callable, of_libraries: list[Candidate]) -> list[Candidate]:
-    """Libraries come first for prompts, ours for steps of one token a sequence: a row's bits depend on no other there.
-
-    What a library offers for those is used only where it was measured to be faster.
-    """
+def _attention(run: Callable) -> list[Candidate]:
     from fuseline.compile.kernels.triton import attention
 
-    label, both = "triton.paged_attention", (DECODE, PREFILL)
+    label = "triton.paged_attention"
     tuned = [
         Candidate(f"{label} {tuning}", partial(run, tuning=tuning), phases=(phase,))
         for phase, tunings in ((DECODE, attention.DECODE_TUNINGS), (PREFILL, attention.PREFILL_TUNINGS))
         for tuning in tunings
     ]
-    prompts = [candidate for candidate in of_libraries if candidate.phases == (PREFILL,)]
-    steps = [candidate for candidate in of_libraries if candidate.phases == (DECODE,)]
-    return [*prompts, Candidate(label, run, phases=both), *steps, *tuned]
+    return [Candidate(label, run, phases=(DECODE, PREFILL)), *tuned]
 
 
-def _name_of(node: fx.Node) -> tuple[str, str]:
-    """(namespace, name) of what the node calls."""
-    space, _, name = str(getattr(node.target, "_schema", node.target)).partition("(")[0].partition("::")
+def _name_of(op: Callable) -> tuple[str, str]:
+    """(namespace, name)."""
+    space, _, name = str(getattr(op, "_schema", op)).partition("(")[0].partition("::")
     return space, name

@@ -80,7 +80,7 @@ class ExternalAttention:
         self._target = target
         self._libraries = installed(target) if libraries is None else libraries
         self._offers: dict[tuple[AttentionLayer, str], list[Candidate]] = {}
-        self._plans: list[Callable[[Mapping[str, Tensor] | None], None]] = []
+        self._plans: list[Callable[[Mapping[str, Tensor]], None]] = []
 
     def candidates(self, args: tuple, table: str, ours: Callable) -> list[Candidate]:
         """For a paged_attention of `args`; `table` is the name of its block table among the graph's inputs."""
@@ -89,7 +89,11 @@ class ExternalAttention:
             self._offers[layer, table] = self._offered(layer, table, ours)
         return self._offers[layer, table]
 
-    def plan(self, host: Mapping[str, Tensor] | None) -> None:
+    @property
+    def has_plans(self) -> bool:
+        return bool(self._plans)
+
+    def plan(self, host: Mapping[str, Tensor]) -> None:
         """Once a step, before its ops: `host` holds the step's inputs by placeholder name, on the host."""
         for plan in self._plans:
             plan(host)

@@ -45,11 +45,9 @@ class PlannedPrefill:
         self._turn = 0
         self._local = threading.local()
 
-    def plan(self, host: Mapping[str, Tensor] | None) -> None:
+    def plan(self, host: Mapping[str, Tensor]) -> None:
         """`host`: query_start [S + 1], seq_lens [S] and the block table [S, M], int32, by placeholder name."""
         self._local.plan = None
-        if host is None:
-            return
         starts, lengths, table = (host[name].numpy() for name in ("query_start", "seq_lens", self._table))
         if starts[-1] <= len(lengths):  # one token a sequence: not for this kernel
             return

@@ -24,7 +24,8 @@ from fuseline.compile.target import detect_target
 
 
 def main(out: Path) -> int:
-    table, sizes, load = Table(), Sizes(), Load()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table, sizes, load = Table(out, title()), Sizes(), Load()
     clock = CardClock()
     problems = []
 
@@ -46,10 +47,8 @@ def main(out: Path) -> int:
             attempt("steps of the model", lambda r=runner: measure_model(r, load, limits, table))
             attempt("transformers", lambda r=runner: against_transformers(r, table, Path(folder)))
         runners.clear()
-    attempt("kernels", lambda: measure_kernels(sizes, "cuda", clock, limits, table))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(table.text(title()))
-    print(table.text(title()))
+    attempt("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table))
+    print(table.text(table.title))
     return 1 if problems else 0
 
 

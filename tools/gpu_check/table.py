@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -55,11 +56,17 @@ class Limits:
 
 @dataclass
 class Table:
+    """In a file at any moment, if there is a `path`: who measures may be stopped."""
+
+    path: Path | None = None
+    title: str = ""
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def add(self, what: str, value: str, share: str = "", goal: str = "") -> None:
         self.rows.append((what, value, share, goal))
         print(f"  {what}: {value} {share}", flush=True)
+        if self.path is not None:
+            self.path.write_text(self.text(self.title))
 
     def text(self, title: str) -> str:
         head = [f"## {title}", "", "| what | measured | share of its limit | goal |", "|---|---|---|---|"]

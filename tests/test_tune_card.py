@@ -1,0 +1,258 @@
+"""Level 3 on a card measures its kernels once, by a clock that tests set, keeps what is fastest, and uses it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import fake_libraries as fakes
+import pytest
+import torch
+import zoo
+from fake_card import CARD
+from paged_driver import greedy
+
+from fuseline.compile.backends import card_timer, tune_card
+from fuseline.compile.backends.card_timer import Arguments, CardTimer
+from fuseline.compile.backends.cuda import count_kernels
+from fuseline.compile.backends.tune_card import Problem, is_choice, tune_kernels
+from fuseline.compile.compiler import compile_model, optimize
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate
+from fuseline.compile.kernels.external import ExternalAttention, Libraries
+
+FLASH_3 = Libraries(flash_attn_3=fakes.flash_attn_with_kvcache)
+NO_LIBRARIES = Libraries()
+OURS = "triton.paged_attention"
+
+
+@pytest.fixture
+def config(tmp_path) -> CompileConfig:
+    return CompileConfig(
+        model=str(zoo.checkpoint("llama", "bfloat16")), level=3, cache_dir=str(tmp_path / "cache"), max_num_seqs=20,
+        max_num_batched_tokens=300,
+    )  # fmt: skip
+
+
+class Clock:
+    """What `seconds` says of (label, rows); 1 where it says nothing. Counts measurements."""
+
+    def __init__(self, seconds: Callable[[str, int], float | None] = lambda label, rows: None) -> None:
+        self.seconds = seconds
+        self.seen: list[tuple[str, int]] = []
+
+    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+        first = arguments.calls[0][0]  # x[..., K], or the queries [1, H, T, D]
+        rows = first.shape[2] if first.dim() == 4 else first.numel() // first.shape[-1]
+        self.seen.append((candidate.label, rows))
+        return self.seconds(candidate.label, rows) or 1.0
+
+
+def choices(config: CompileConfig, clock: Clock, libraries: Libraries = NO_LIBRARIES) -> dict[str, list[dict]]:
+    """By op, in the graph's order."""
+    captured, _ = optimize(config, CARD)
+    constants = [node for node in captured.graph.graph.nodes if node.op == "get_attr"]
+    weights = {
+        str(node.target): torch.zeros(node.meta["val"].shape, dtype=node.meta["val"].dtype) for node in constants
+    }
+    external = ExternalAttention(CARD, libraries)
+    tune_kernels(captured.graph, weights, config, CARD, lambda *_: None, clock, external)
+    found: dict[str, list[dict]] = {}
+    for node in captured.graph.graph.nodes:
+        if "choices" in node.meta:
+            found.setdefault(node.target._schema.name.split("::")[1], []).append(node.meta["choices"])
+    return found
+
+
+def stored(config: CompileConfig) -> list[Path]:
+    return list(Path(config.cache_dir, "tuned").glob("*"))
+
+
+def test_the_fastest_is_chosen_for_each_range_of_rows(config):
+    """Ranges of one winner are one; rows beyond a step are not measured."""
+    clock = Clock(lambda label, rows: 0.5 if label == "triton.linear" and 8 <= rows else None)
+    found = choices(config, clock)
+    want = [[1, "torch.linear"], [16, "triton.linear"], [ANY, "torch.linear"]]
+    assert found["linear"] == [{"rows": want}] * 10
+    assert (
+        found["linear_act_mul"]
+        == [{"rows": [[16, "triton.linear_act_mul"], [ANY, "torch.linear, triton.act_mul"]]}] * 3
+    )
+    assert found["paged_attention"] == [{DECODE: [[ANY, OURS]], PREFILL: [[ANY, OURS]]}] * 3
+    assert {rows for label, rows in clock.seen if label == "torch.linear"} == {1, 8, 16, 32, 64, 128, 256, 300}
+    assert {rows for label, rows in clock.seen if label == OURS} == {1, 8, 16, 20, 300}
+    assert max(rows for label, rows in clock.seen if label.startswith("triton.linear")) == 16
+
+
+def test_steps_and_prompts_of_attention_are_chosen_apart(config):
+    clock = Clock(lambda label, rows: {"flash_attn_3": 0.5 if rows < 10 else 2.0, f"{OURS} 64r": 0.8}.get(label))
+    found = choices(config, clock, FLASH_3)["paged_attention"]
+    want = {DECODE: [[8, "flash_attn_3"], [ANY, OURS]], PREFILL: [[ANY, f"{OURS} 64r"]]}
+    assert found == [want] * 3
+
+
+def test_what_is_hardly_faster_is_not_chosen(config):
+    found = choices(config, Clock(lambda label, rows: 0.98 if label.startswith("triton.linear ") else None))
+    assert found["linear"] == [{"rows": [[ANY, "torch.linear"]]}] * 10
+
+
+def test_measured_once(config):
+    first = choices(config, Clock(lambda label, rows: 0.5 if label == "triton.linear" else None))
+    again = Clock()
+    assert choices(config, again) == first and again.seen == []
+    assert len(stored(config)) == 1
+
+
+def test_other_libraries_are_measured_anew(config):
+    choices(config, Clock())
+    again = Clock()
+    choices(config, again, FLASH_3)
+    assert ("flash_attn_3", 300) in again.seen and len(stored(config)) == 2
+
+
+@pytest.mark.parametrize("damage", [b"nonsense", b""])
+def test_a_damaged_file_is_reported_and_measured_again(config, damage, caplog):
+    choices(config, Clock())
+    stored(config)[0].write_bytes(damage)
+    with caplog.at_level(logging.WARNING):
+        found = choices(config, Clock(lambda label, rows: 0.5 if label == "triton.linear" else None))
+    assert "it is measured again" in caplog.text
+    assert found["linear"][0] == {"rows": [[16, "triton.linear"], [ANY, "torch.linear"]]}
+
+
+def test_a_candidate_that_raises_is_dropped_with_one_line(config, caplog):
+    def broken(label: str, rows: int) -> float | None:
+        if label == "triton.linear" and rows > 1:
+            raise RuntimeError("out of resource: shared memory\nand a trace")
+        return 0.5 if label.startswith("triton.linear") else None
+
+    with caplog.at_level(logging.WARNING):
+        found = choices(replace(config, hf_overrides=(("num_hidden_layers", 1),)), Clock(broken))
+    lines = [record.getMessage() for record in caplog.records]
+    shapes = {line.partition(": ")[0] for line in lines}
+    assert lines and len(lines) == len(shapes), "one for each problem"
+    assert all(line.startswith("triton.linear is not used for aten::linear") for line in lines)
+    assert all(line.endswith("RuntimeError: out of resource: shared memory") for line in lines)
+    ranges = found["linear"][0]["rows"]
+    assert ranges[0] == [1, "triton.linear"] and ranges[1][0] == 16 and ranges[1][1].startswith("triton.linear ")
+
+
+def test_when_all_fail_the_default_stays(config, caplog):
+    def broken(label: str, rows: int) -> None:
+        raise RuntimeError("no")
+
+    with caplog.at_level(logging.CRITICAL):
+        assert choices(config, Clock(broken))["linear"] == [{"rows": [[ANY, "torch.linear"]]}] * 10
+
+
+def test_only_choices_of_this_problem_are_read():
+    of = [Candidate("a", print, 16), Candidate("b", print)]
+    assert is_choice(of, {"rows": [[16, "a"], [ANY, "b"]]}) and is_choice(of, {"rows": [[ANY, "b"]]})
+    for wrong in (
+        [], {}, {"rows": []}, {"rows": [[ANY, "a"]]}, {"rows": [[16, "b"]]}, {"rows": [[ANY, "c"]]},
+        {"rows": [["b", ANY]]}, {"rows": [[ANY, "b"], [16, "a"]]}, {"prefill": [[ANY, "b"]]},
+        {"rows": [[8, "b"], [8, "a"], [ANY, "b"]]},
+    ):  # fmt: skip
+        assert not is_choice(of, wrong), wrong
+
+
+def test_problems_tell_shapes_apart(config):
+    captured, _ = optimize(config, CARD)
+    problems = tune_card._problems(captured.graph, CARD, ExternalAttention(CARD, Libraries()))
+    assert all(isinstance(problem, Problem) for problem in problems)
+    linears = {problem.shapes for problem in problems if problem.op == "aten::linear"}
+    assert len(linears) == 3, "the vocabulary is as wide as q, k and v"
+    assert sum(len(calls.nodes) for calls in problems.values()) == 10 + 3 + 3
+
+
+def test_a_model_runs_what_was_chosen(config, monkeypatch):
+    """The same tokens, by kernels that are not the default; progress is told."""
+    tuning = "triton.linear 32x512 4w 5s"
+    clock = Clock(lambda label, rows: 0.5 if label in (tuning, f"{OURS} 4s") else None)
+    monkeypatch.setattr(tune_card, "CardTimer", lambda: clock)
+    told = []
+    model = compile_model(config, CARD, lambda *progress: told.append(progress))
+    labels = {kernel.label for kernel in model._executable.kernels.values()}
+    assert f"{tuning} | torch.linear" in labels and f"{OURS} 4s" in labels
+    assert [phase for phase, *_ in told].count("tuning") > 1
+    prompts = zoo.make_prompts((3, 9))
+    assert greedy(model, prompts, 3) == zoo.truth(Path(config.model), prompts, 3)
+
+
+def test_the_default_needs_no_measurement(config):
+    captured, _ = optimize(config, CARD)
+    assert count_kernels(captured.graph, CARD)["torch.linear"] > 0 and not stored(config)
+
+
+class FakeCuda:
+    """Of torch.cuda what a timer needs. `done` is what was asked for, in order; a replay takes `seconds` in turn."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.done: list[str] = []
+        self.seconds, self.now = iter(seconds), 0.0
+
+    def graph(self) -> FakeCuda:
+        return self
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self.done.append(f"begin {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        self.done.append("end")
+
+    def replay(self) -> None:
+        self.now += next(self.seconds)
+
+    def wait_stream(self, stream: object) -> None:
+        self.done.append("wait")
+
+    def synchronize(self) -> None:
+        self.done.append("synchronize")
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def record(self) -> None:
+        self.at = self._cuda.now
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.at - self.at) * 1e3
+
+
+def timer_on(cuda: FakeCuda, monkeypatch) -> CardTimer:
+    monkeypatch.setattr(card_timer, "FLUSHED", 16)
+    for name, value in {
+        "Stream": lambda: cuda, "stream": lambda stream: nullcontext(), "current_stream": lambda: None,
+        "CUDAGraph": cuda.graph, "Event": lambda enable_timing: FakeEvent(cuda),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return CardTimer("cpu")
+
+
+def test_the_timer_captures_after_a_first_run_and_takes_the_median(monkeypatch):
+    cuda = FakeCuda([9.0, 3.0, 8.0, 1.0, 4.0, 50.0, 2.0, 6.0])  # the first replay is not measured
+    timer = timer_on(cuda, monkeypatch)
+    candidate = Candidate("x", lambda *args: cuda.done.append(f"run {args}"), plan=lambda host: cuda.done.append(host))
+    assert timer(candidate, Arguments([(1,), (2,)], "planned")) == 4.0 / 2
+    assert cuda.done == [
+        "wait", "planned", "run (1,)", "synchronize", "begin thread_local", "run (1,)", "run (2,)", "end",
+        "synchronize",
+    ]  # fmt: skip
+
+
+def test_a_capture_that_fails_is_ended(monkeypatch):
+    cuda = FakeCuda([])
+    timer = timer_on(cuda, monkeypatch)
+
+    def run(*_: object) -> None:
+        if "synchronize" in cuda.done:
+            raise RuntimeError("not under capture")
+
+    with pytest.raises(RuntimeError, match="not under capture"):
+        timer(Candidate("x", run), Arguments([(1,)]))
+    assert cuda.done[-1] == "end"
