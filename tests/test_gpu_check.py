@@ -81,6 +81,22 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     ]  # fmt: skip
 
 
+def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> None:
+    from fuseline.compile.backends import tune_card
+
+    _, llama, tables = tool
+    import tune
+
+    monkeypatch.setattr(tune_card, "CardTimer", lambda: lambda candidate, _: 0.1 if "4s" in candidate.label else 1.0)
+    monkeypatch.setenv("FUSELINE_CACHE_ROOT", str(tmp_path / "cache"))
+    load, found = llama.small(llama.Load()), tables.Table()
+    tune.compare(tmp_path, CARD, load, found, llama.LLAMA_8B | SHAPE)
+    rows = [f"{what}: {value}" for what, value, *_ in found.rows]
+    assert any(row.startswith("-O3: kernel: 2 x triton.paged_attention 4s") for row in rows)
+    assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 4s") for row in rows)
+    assert sum("decode" in row for row in rows) == 2 * len(load.batches)
+
+
 def test_tensors_are_carried_to_the_card_and_back_as_they_lie(tool) -> None:
     """Views of one storage stay views of one; what is written there is here afterwards."""
     import on_card

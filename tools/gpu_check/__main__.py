@@ -1,6 +1,7 @@
 """Proves the CUDA target on this machine's card, then measures it: one command, one table, under nine minutes.
 
     python3 tools/gpu_check [--wheels DIR] [--only build,tests,models,measure] [--out table.md]
+    python3 tools/gpu_check --only build,tune      what -O3 chooses, which the first command leaves out
 
 Needs the repository, a torch for CUDA with its triton, a compiler, and as wheels in DIR what of fuseline's dependencies
 is missing there. Without a card it ends with status 2 and one line. A stage that fails or takes too long is reported
@@ -31,6 +32,8 @@ class Stage:
 
 
 STAGES = (Stage("build", 130), Stage("tests", 150), Stage("models", 70), Stage("measure", 170))
+ASKED = (Stage("tune", 400),)
+"""Run only when they are named."""
 
 
 def main() -> int:
@@ -39,7 +42,7 @@ def main() -> int:
         print(f"gpu_check: error: {missing}", file=sys.stderr)
         return 2
     failed, begun = [], time.monotonic()
-    for stage in STAGES:
+    for stage in STAGES + ASKED:
         if stage.name not in args.only:
             continue
         started = time.monotonic()
@@ -54,9 +57,10 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
-    names = [stage.name for stage in STAGES]
+    names = [stage.name for stage in STAGES + ASKED]
     parser.add_argument("--wheels", type=Path, help="directory of wheels to use besides what is installed")
-    parser.add_argument("--only", default=",".join(names), help=f"stages to run, of {','.join(names)}")
+    default = ",".join(stage.name for stage in STAGES)
+    parser.add_argument("--only", default=default, help=f"stages to run, of {','.join(names)}")
     parser.add_argument("--out", type=Path, default=WORK / "table.md", help="where the table goes besides the screen")
     args = parser.parse_args()
     args.only = args.only.split(",")
@@ -100,8 +104,8 @@ def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
         files = [str(ROOT / "tests" / file) for file in TESTS]
         spread = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "load"] if has_xdist() else []
         return [[python, "-P", "-m", "pytest", "-q", "-p", "on_card", "-k", "not compiles", *spread, *files]]
-    if name == "models":
-        return [[python, "-P", str(here / "models.py")]]
+    if name in ("models", "tune"):
+        return [[python, "-P", str(here / f"{name}.py")]]
     return [[python, "-P", str(here / "measure.py"), str(args.out)]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from fuseline.compile.backends.cuda import CudaExecutable
 from fuseline.compile.backends.cuda_graph import GraphApi, GraphConfig
 from fuseline.compile.backends.eager import constant_name
+from fuseline.compile.backends.tune_card import tune_kernels
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.cuda_model import CudaModel
@@ -46,14 +48,19 @@ class Load:
 class Runner:
     """One model and its caches; sequences own neighbouring blocks."""
 
-    def __init__(self, folder: Path, target: Target, load: Load, shape: dict = LLAMA_8B) -> None:
+    def __init__(
+        self, folder: Path, target: Target, load: Load, shape: dict = LLAMA_8B, is_tuned: bool = False
+    ) -> None:  # fmt: skip
         (folder / "config.json").write_text(json.dumps(shape))
         config = CompileConfig(
             str(folder), max_num_batched_tokens=max(load.prompts), max_num_seqs=load.max_seqs, dtype="bfloat16"
         )
         captured, result = optimize(config, target)
         weights = random_weights(captured, result, target.device)
+        if is_tuned:
+            tune_kernels(captured.graph, weights, config, target, lambda *_: None)
         executable = CudaExecutable(captured.graph, weights, target)
+        self.kernels = Counter(kernel.label for kernel in executable.kernels.values())
         self.model = CudaModel(config, captured, result, weights, executable, target.device, load.graphs)
         self.width = -(-(load.context + load.steps) // BLOCK)
         blocks = max(load.max_seqs * self.width, -(-max(load.prompts) // BLOCK)) + 1

@@ -1,0 +1,46 @@
+"""What `-O3` chooses for the shape of an 8B Llama, how long that takes, and what decode steps gain by it.
+
+python tune.py
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from llama import LLAMA_8B, Load, Runner
+from table import Table
+
+from fuseline.compile.target import Target, detect_target
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Path(folder), detect_target(device="cuda"), Load(), Table())
+    return 0
+
+
+def compare(folder: Path, target: Target, load: Load, table: Table, shape: dict = LLAMA_8B) -> None:
+    """The same steps by the default kernels and by those that were measured to be fastest."""
+    for name, is_tuned in (("default", False), ("-O3", True)):
+        started = time.perf_counter()
+        runner = Runner(folder, target, load, shape, is_tuned)
+        table.add(f"{name}: built", f"{time.perf_counter() - started:.0f} s")
+        for label, count in sorted(runner.kernels.items()):
+            if label.startswith("triton.") or "linear" in label or "|" in label:
+                table.add(f"{name}: kernel", f"{count} x {label}")
+        runner.capture()
+        for num_seqs in load.batches:
+            seconds, _ = runner.decode(num_seqs, load.context, load.steps)
+            table.add(f"{name}: decode {num_seqs} x {load.context}", f"{seconds * 1e3:.2f} ms a step")
+        runner.model.stop_capture()
+        del runner
+        if target.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
