@@ -50,7 +50,7 @@ SHORT_NAMES = {
 CHOICES: dict[str, tuple[object, ...]] = {
     "dtype": ("auto", "half", "float16", "bfloat16", "float", "float32"),
     "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e5m2", "fp8_e4m3"),
-    "block_size": (8, 16, 32, 64, 128),
+    "block_size": (8, 16, 32, 64, 128, 256),
     "scheduling_policy": ("fcfs", "priority"),
     "load_format": tuple(
         "auto pt safetensors npcache dummy tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split()

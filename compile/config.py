@@ -26,7 +26,7 @@ class CompileConfig:
     level: int = 1
     """0: the captured graph with reference ops, eager. 1: passes, our kernels and the plan. 2: ops without a
     kernel compiled by inductor, in the background. 3: a plan of its own for steps that
-    only decode, and how each product is cut measured once."""
+    only decode, and how each product is cut measured once; on a card, which kernel computes an op."""
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"

@@ -18,6 +18,9 @@ from test_cuda_target import build, decode_step
 from test_ops import assert_close, cases
 from zoo import checkpoint, make_prompts, truth
 
+from fuseline.compile.backends.cuda import chosen_kernels
+from fuseline.compile.compiler import optimize
+from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels import external
 from fuseline.compile.kernels.attention_batch import AttentionLayer, make_batch
 from fuseline.compile.kernels.choice import DECODE, PREFILL
@@ -254,6 +257,16 @@ def test_a_model_over_a_library_gives_the_tokens_of_transformers(name, monkeypat
     assert greedy(model, prompts, 4) == truth(checkpoint("llama", "bfloat16"), prompts, 4)
     if name == "flashinfer":
         assert len(made) == 2 and abs(made[0].num_plans - made[1].num_plans) <= 1 and made[0].num_plans > 1
+
+
+@pytest.mark.parametrize(
+    ("size", "label"), [(256, "flash_attn_2 | triton.paged_attention"), (16, "triton.paged_attention")]
+)
+def test_the_model_s_block_size_decides(size, label, monkeypatch):
+    monkeypatch.setattr(external, "installed", lambda target: Libraries(flash_attn_2=fakes.flash_attn_varlen_func))
+    captured, _ = optimize(CompileConfig(str(checkpoint("llama", "bfloat16")), block_size=size), CARD)
+    kernels = chosen_kernels(captured.graph, CARD, ExternalAttention(CARD))
+    assert [kernel.label for node, kernel in kernels.items() if "paged_attention" in node.name] == [label] * 3
 
 
 def test_planning_waits_for_nothing(monkeypatch):
