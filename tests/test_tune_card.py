@@ -159,6 +159,26 @@ def test_only_choices_of_this_problem_are_read():
         assert not is_choice(of, wrong), wrong
 
 
+@pytest.mark.parametrize("family", ("gpt_oss", "gemma3"))
+def test_what_is_measured_are_calls_of_the_op(family, config):
+    """Experts with biases, sinks, windows, norms between: each default computes what the measurement gives it."""
+    ran = set()
+
+    class Running(Clock):
+        def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+            if " " not in candidate.label and (candidate.label, len(arguments.calls)) not in ran:
+                assert len({tuple(map(id, args)) for args in arguments.calls}) == len(arguments.calls)
+                for args in arguments.calls[:1]:
+                    assert candidate.run(*args).shape[-1] > 0
+                ran.add((candidate.label, len(arguments.calls)))
+            return 1.0
+
+    choices(replace(config, model=str(zoo.checkpoint(family, "bfloat16")), max_num_batched_tokens=20), Running())
+    labels = {label for label, _ in ran}
+    assert {"torch.linear", "triton.linear", OURS} <= labels
+    assert ("triton.experts" if family == "gpt_oss" else "triton.linear_act_mul") in labels
+
+
 def test_problems_tell_shapes_apart(config):
     captured, _ = optimize(config, CARD)
     problems = tune_card._problems(captured.graph, CARD, ExternalAttention(CARD, Libraries()))

@@ -134,12 +134,12 @@ class _Tuner:
         return [*((end, end) for end in ends), (ANY, most)]
 
     def _fastest(self, problem: Problem, calls: Calls, phase: str, end: int, rows: int, default: str) -> str:
-        taking = [
-            c for c in calls.candidates if phase in c.phases and c.most_rows >= end and c.label not in calls.failed
-        ]  # fmt: skip
+        good = [c for c in calls.candidates if phase in c.phases and c.most_rows >= end]
         arguments = self._arguments(calls.nodes, phase, rows)
         seconds: dict[str, float] = {}
-        for candidate in taking:
+        for candidate in good:
+            if candidate.label in calls.failed:
+                continue
             try:
                 seconds[candidate.label] = self._timer(candidate, arguments)
             except Exception as error:
@@ -200,10 +200,8 @@ def _problems(graph: fx.GraphModule, target: Target, external: ExternalAttention
 
 
 def _has_constant_weights(node: fx.Node) -> bool:
-    weights = {OPS.experts.default: slice(3, None), OPS.paged_attention.default: slice(0)}.get(
-        node.target, slice(1, None)
-    )
-    return all(arg.op == "get_attr" for arg in node.args[weights] if isinstance(arg, fx.Node))
+    first = {OPS.experts.default: 3, OPS.paged_attention.default: len(node.args)}.get(node.target, 1)
+    return all(arg.op == "get_attr" for arg in node.args[first:] if isinstance(arg, fx.Node))
 
 
 def _described(node: fx.Node) -> str:
