@@ -26,6 +26,8 @@ class CudaKernel:
     label: str
     """Who computes it: torch.linear (cuBLASLt), triton.rms_norm."""
     run: Callable
+    into: Callable | None = None
+    """As `run`, but the result is written to a tensor that comes first."""
 
 
 def find_kernel(node: fx.Node, target: Target) -> CudaKernel | None:
@@ -49,7 +51,7 @@ def _ours(node: fx.Node, name: str) -> CudaKernel | None:
     args = fx.node.map_aggregate(node.args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
     if kernel is None or not kernel.supports(*args):
         return None
-    return CudaKernel(f"triton.{name}", kernel.run)
+    return CudaKernel(f"triton.{name}", kernel.run, kernel.into)
 
 
 def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
