@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.cuda_graph import CudaGraphApi, DecodeGraphs, GraphApi, GraphConfig, Inputs, Progress
+from fuseline.compile.backends.cuda_graph import CapturedSteps, DecodeGraphs, GraphConfig, Inputs, Progress
 from fuseline.compile.backends.device_inputs import DeviceInputs
+from fuseline.compile.backends.graph_api import CudaGraphApi, GraphApi
+from fuseline.compile.backends.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe
@@ -24,11 +26,12 @@ class CudaModel:
     def __init__(self, config, captured, result, weights, executable, device: str, graphs: GraphConfig) -> None:
         self.info = describe(config, captured, result, weights, executable)
         self.report = result
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: CapturedSteps | None = None
         self._config = config
         self._executable = executable
         self._device = torch.device(device)
         self._graph_config = graphs
+        self._keeps_rows = "keep_last_logits" not in config.disabled_passes
         self._caches: dict[str, Tensor] = {}
         self._uploads = DeviceInputs(self._device)
 
@@ -45,18 +48,31 @@ class CudaModel:
                 self._caches[f"{name}_cache_{spec.layer}"] = cache
 
     def capture_graphs(self, progress: Progress | None = None, api: GraphApi | None = None) -> None:
-        """Starts to capture graphs for decode steps, in the background; allocate_caches comes first."""
+        """Starts to capture steps as graphs, in the background; allocate_caches comes first.
+
+        Raises ValueError for splitting ops that the model has not.
+        """
+        self.stop_capture()
         api = api or (CudaGraphApi(self._device) if self._device.type == "cuda" else None)
-        sizes = self._graph_config.resolved(self._config.max_num_seqs)
-        if api is None or not sizes:
+        config, caches = self._graph_config, self._caches
+        if api is None or not config.enabled:
             return
-        self.graphs = DecodeGraphs(self._executable, self._caches, sizes, self._graph_inputs, api)
+        sizes = config.resolved(self._config.max_num_seqs)
+        decode = DecodeGraphs(self._executable, caches, sizes, self._decode_inputs, api)
+        sizes = config.resolved_mixed(self._config.max_num_batched_tokens)
+        mixed = MixedGraphs(
+            self._executable, caches, sizes, config.splitting_ops, self._token_inputs, self._config.block_size, api
+        )
+        self.graphs = CapturedSteps(decode, mixed, config.num_warmups)
         self.graphs.start(progress or (lambda phase, done, total: None))
 
     def stop_capture(self) -> None:
+        """Drops all graphs and what they hold: their pool goes back to torch's allocator. Steps run op by op until
+        capture_graphs is called again, which has to be after weights or caches have moved. Logits of the last step are
+        not to be read any more.
+        """
         if self.graphs is not None:
-            self.graphs.stop.set()
-            self.graphs.wait()
+            self.graphs.stop()
             self.graphs = None
 
     def run(self, inputs: GraphInputs, sources: Tensor | None = None, sampled: Tensor | None = None) -> Tensor:
@@ -71,12 +87,17 @@ class CudaModel:
             feed_tokens(step["token_ids"], step["sources"], sampled)
         if self._executable.has_plans:
             self._executable.plan(self._values(vars(inputs)))
-        logits = None
-        if self.graphs is not None and _is_decode(inputs):
-            logits = self.graphs.run(step, inputs.block_tables.shape[2])
+        logits = self._replayed(inputs, step)
         if logits is None:
             logits = self._executable.run(self._caches | self._values(step))
-        return logits[0]
+        return logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"])
+
+    def _replayed(self, inputs: GraphInputs, step: dict[str, Tensor]) -> Tensor | None:
+        """Logits [1, R, V] by graphs; None if none fits the step."""
+        if self.graphs is None:
+            return None
+        logits = self.graphs.decode.run(step, inputs.block_tables.shape[2]) if _is_decode(inputs) else None
+        return self.graphs.mixed.run(step, self._values(step)) if logits is None else logits
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Graph inputs by placeholder name."""
@@ -88,12 +109,16 @@ class CudaModel:
             values[f"block_table_{group}"] = step["block_tables"][group]
         return values
 
-    def _graph_inputs(self, size: int) -> Inputs:
+    def _decode_inputs(self, size: int) -> Inputs:
         longest = min(self.info.max_model_len, self._graph_config.max_seq_len)
         width = -(-longest // self._config.block_size)
         return Inputs.padding(
             size, len(self.info.cache_groups), width, self.info.rope_switch is not None, str(self._device)
         )
+
+    def _token_inputs(self, size: int) -> TokenInputs:
+        has_switch = self.info.rope_switch is not None
+        return TokenInputs.padding(size, len(self.info.cache_groups), has_switch, str(self._device))
 
 
 def _is_decode(inputs: GraphInputs) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import triton_interpreter
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuseline.compile.backends.cuda_graph import Graph
+from fuseline.compile.backends.pieces import map_tensors
 from fuseline.compile.target import Target
 
 __all__ = ["CARD", "FakeGraphs", "no_host_sync", "triton_interpreter"]
@@ -27,27 +29,69 @@ class HostSync(AssertionError):
 
 
 class FakeGraphs:
-    """A graph that runs its ops again. `replays` counts by size, `fails` makes capture raise."""
+    """A graph that runs its ops again, over memory that is as wild as a pool's: what nobody owned any more when it was
+    captured is NaN after a replay, and so is memory that a graph takes and does not write.
 
-    def __init__(self, fails: bool = False) -> None:
-        self.replays: list[int] = []
+    `captured` and `replays` are sizes of whole steps, `pieces` and `piece_replays` numbers of pieces. Capture raises
+    for what `fails` says of its results, which are a tensor or, of a piece, a tuple.
+    """
+
+    def __init__(self, fails: Callable[[object], bool] = lambda results: False) -> None:
         self.captured: list[int] = []
+        self.replays: list[int] = []
+        self.pieces = self.piece_replays = 0
         self._fails = fails
+        self._results: list[tuple[weakref.ref, Tensor]] = []
 
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
+    def warm_up(self, run: Callable[[], object]) -> None:
         run()
 
-    def capture(self, run: Callable[[], Tensor]) -> Graph:
-        if self._fails:
+    def capture(self, run: Callable[..., Any], *inputs: object) -> tuple[Callable[[], None], Any]:
+        inputs = tuple(map_tensors(value, self.borrowed) for value in inputs)
+        with Uninitialized():
+            results = run(*inputs)
+        if self._fails(results):
             raise RuntimeError("out of memory")
-        output = run()
-        self.captured.append(output.shape[1])
+        owned = {alias.untyped_storage().data_ptr() for owner, alias in self._results if owner() is not None}
+        lost = [alias for _, alias in self._results if alias.untyped_storage().data_ptr() not in owned]
+        memory = map_tensors(results, self.borrowed)
+        map_tensors(results, lambda tensor: self._results.append((weakref.ref(tensor), self.borrowed(tensor))))
+        is_step = isinstance(results, Tensor)
+        size = results.shape[1] if is_step else 0
+        self.captured += [size] if is_step else []
+        self.pieces += not is_step
 
         def replay() -> None:
-            self.replays.append(output.shape[1])
-            output.copy_(run())
+            self.replays += [size] if is_step else []
+            self.piece_replays += not is_step
+            for tensor in lost:
+                if tensor.is_floating_point():
+                    tensor.fill_(float("nan"))
+            with Uninitialized():
+                again = run(*inputs)
+            for to, found in zip(tensors_of(memory), tensors_of(again), strict=True):
+                to.copy_(found)
 
-        return Graph(replay, output)
+        return replay, results
+
+    def borrowed(self, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    return found
+
+
+class Uninitialized(TorchDispatchMode):
+    """New memory of floats is NaN until it is written."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "empty" in func._schema.name and out.is_floating_point() and out.device.type == "cpu":
+            out.fill_(float("nan"))
+        return out
 
 
 class no_host_sync:

@@ -76,7 +76,7 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
     llama.measure_model(runner, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows] == [
-        "graphs of 1 of 1 sizes captured", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
+        "graphs: 1 of 1 sizes whole, 1 of 1 in pieces", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
         "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
 

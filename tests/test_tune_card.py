@@ -21,7 +21,7 @@ from fuseline.compile.backends.cuda import count_kernels
 from fuseline.compile.backends.tune_card import Problem, is_choice, tune_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate
+from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, dispatcher
 from fuseline.compile.kernels.external import ExternalAttention, Libraries
 
 FLASH_3 = Libraries(flash_attn_3=fakes.flash_attn_with_kvcache)
@@ -177,6 +177,19 @@ def test_what_is_measured_are_calls_of_the_op(family, config):
     labels = {label for label, _ in ran}
     assert {"torch.linear", "triton.linear", OURS} <= labels
     assert ("triton.experts" if family == "gpt_oss" else "triton.linear_act_mul") in labels
+
+
+def test_a_result_is_written_where_it_is_wanted():
+    """By the kernel of the call's rows, which may have to copy it there."""
+    twice = Candidate("twice", lambda x: 2 * x, 16, into=lambda out, x: out.copy_(2 * x))
+    plain = Candidate("plain", lambda x: x)
+    label, run, into = dispatcher([twice, plain], {"rows": [[2, "twice"], [ANY, "plain"]]}, lambda x: ("rows", len(x)))
+    assert label == "twice | plain"
+    for x, want in ((torch.ones(2), 2.0), (torch.ones(3), 1.0)):
+        out = torch.zeros(len(x))
+        into(out, x)
+        assert out.tolist() == run(x).tolist() == [want] * len(x)
+    assert dispatcher([plain, Candidate("b", print)], {"rows": [[ANY, "plain"]]}, len)[2] is None
 
 
 def test_problems_tell_shapes_apart(config):

@@ -1,8 +1,8 @@
 """A graph for a card: each op's kernel called in turn, on the current stream, waiting for nothing.
 
 Results come from torch's caching allocator and go back to it after their last use; under graph capture that is the
-graph's own pool. Launching this way costs the host some microseconds an op: steps of few tokens are replayed as one
-CUDA graph instead (cuda_graph.py).
+graph's own pool. Launching this way costs the host some microseconds an op: steps of few tokens are replayed as CUDA
+graphs instead (cuda_graph.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from fuseline.compile.target import Target
 
 
 class CudaExecutable:
-    """`weights` by get_attr target, on the target's device; inputs come by placeholder name, on it too."""
+    """`weights` by get_attr target, on the target's device; inputs come by placeholder name, on it too.
+
+    `program` is the graph with each op's kernel in its place; `kernels` are by node of the graph that it was made of,
+    whose names are the program's.
+    """
 
     num_regions = 0
 
@@ -33,14 +37,13 @@ class CudaExecutable:
         self.kernels = chosen_kernels(graph, target, self._external)
         program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
         device = torch.device(target.device)
-        # Names are those of the graph that the kernels were chosen for.
         kernels = {node.name: kernel for node, kernel in self.kernels.items()}
         for node in program.graph.nodes:
             if node.op == "call_function":
                 node.target = kernels[node.name].run
                 node.args, node.kwargs = (_on_device(args, device) for args in (node.args, node.kwargs))
         program.recompile()
-        self._program = program
+        self.program = program
         self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
 
     @property
@@ -54,7 +57,7 @@ class CudaExecutable:
 
     def run(self, values: Mapping[str, Tensor]) -> Tensor:
         """Logits [1, R, V] float32, of memory that is this call's own."""
-        return self._program(*(values[name] for name in self._inputs))
+        return self.program(*(values[name] for name in self._inputs))
 
 
 def chosen_kernels(

@@ -1,11 +1,12 @@
-"""Decode steps as CUDA graphs: a step of one token a sequence is one launch, whatever the model.
+"""Steps as CUDA graphs, captured in the background while steps are launched op by op.
 
-A graph is captured for each size of a list and reads its inputs from fixed memory; a step is padded to the next size
-with sequences that have no keys and whose token is kept nowhere. Capture runs in the background, largest size first,
-while steps are launched op by op; it computes nothing, and its trial runs before it see inputs of padding only.
+A step of one token a sequence is one graph, whatever the model. A graph is captured for each size of a list and reads
+its inputs from fixed memory; a step is padded to the next size with sequences that have no keys and whose token is kept
+nowhere. Steps that mix prompts and decoding come after, in pieces (piecewise.py). Largest sizes first: what they leave
+in the pool is room for the smaller ones. Capture computes nothing; its trials see inputs of padding only.
 
-Memory: graphs share one pool, which they use one after the other. A graph's logits are a view of memory that it does
-not hold: the next replay of any graph may write there, as the contract of run() has it.
+Memory: all graphs share one pool, which they use one after the other. A graph's logits are a view of memory that it
+does not hold: the next replay of any graph may write there, as the contract of run() has it.
 """
 
 from __future__ import annotations
@@ -14,48 +15,50 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fuseline.compile.backends.cuda import CudaExecutable
+from fuseline.compile.backends.graph_api import GraphApi, Replay
+from fuseline.compile.backends.piecewise import MixedGraphs
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Up to some hundred tokens a step reads weights for as long as launching it takes, and padding costs next to nothing;
+beyond, products take longer than their launches do."""
 
 
 @dataclass(frozen=True)
 class GraphConfig:
-    """Which graphs are captured. `sizes` empty: 1, 2, 4, then multiples of 8."""
+    """Which steps are captured."""
 
     sizes: tuple[int, ...] = ()
-    enforce_eager: bool = False
+    """Sequences of decode steps (`cudagraph_capture_sizes`). Empty: 1, 2, 4, then multiples of 8."""
+    enabled: bool = True
+    """False (`--enforce-eager`): every step is launched op by op."""
     max_seq_len: int = 8192
-    """Sequences of more tokens are not replayed: the grids of a graph are made for this length."""
+    """Decode steps with a sequence of more tokens are not replayed whole: their grids are made for this length."""
+    num_warmups: int = 1
+    """Trials before each capture (`cudagraph_num_of_warmups`): they compile kernels, and libraries load theirs. Of 0
+    the first graph of whole steps and those in pieces have one all the same."""
+    mixed_sizes: tuple[int, ...] | None = None
+    """Tokens of other steps, captured in pieces. None: those of `sizes`, if there are any, else MIXED_SIZES."""
+    splitting_ops: tuple[str, ...] = ()
+    """Ops at which the pieces end besides attention (`splitting_ops`), with or without the namespace."""
 
     def resolved(self, max_num_seqs: int) -> tuple[int, ...]:
-        """Ascending; a size is at most the sequences of a step."""
-        if self.enforce_eager:
-            return ()
-        sizes = self.sizes or (1, 2, 4, *range(8, max_num_seqs + 1, 8))
-        return tuple(sorted({size for size in sizes if 0 < size <= max_num_seqs}))
+        """Sizes of decode steps, ascending; one is at most the sequences of a step."""
+        return self._ascending(self.sizes or (1, 2, 4, *range(8, max_num_seqs + 1, 8)), max_num_seqs)
 
+    def resolved_mixed(self, max_num_tokens: int) -> tuple[int, ...]:
+        """Sizes of other steps, ascending; one is at most the tokens of a step."""
+        sizes = (self.sizes or MIXED_SIZES) if self.mixed_sizes is None else self.mixed_sizes
+        return self._ascending(sizes, max_num_tokens)
 
-@dataclass(frozen=True)
-class Graph:
-    """`output` holds what the last replay gave."""
-
-    replay: Callable[[], None]
-    output: Tensor
-
-
-class GraphApi(Protocol):
-    """What capture needs of a device; tests have their own."""
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None: ...
-
-    def capture(self, run: Callable[[], Tensor]) -> Graph: ...
+    def _ascending(self, sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+        return tuple(sorted({size for size in sizes if 0 < size <= most})) if self.enabled else ()
 
 
 @dataclass
@@ -95,20 +98,63 @@ class Inputs:
         return values
 
 
+@dataclass(frozen=True)
+class DecodeGraph:
+    """`logits` [1, P, V] holds what the last replay gave."""
+
+    replay: Replay
+    logits: Tensor
+
+
 @dataclass
 class DecodeGraphs:
-    """The graphs of one executable over one set of caches."""
+    """Steps of one token a sequence, by the number of sequences that they are padded to."""
 
     executable: CudaExecutable
     caches: Mapping[str, Tensor]
     sizes: tuple[int, ...]
     make_inputs: Callable[[int], Inputs]
     api: GraphApi
-    graphs: dict[int, Graph] = field(default_factory=dict)
-    stop: threading.Event = field(default_factory=threading.Event)
+    captured: dict[int, DecodeGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._inputs = self.make_inputs(max(self.sizes)) if self.sizes else None
+
+    def run(self, step: Mapping[str, Tensor], width: int) -> Tensor | None:
+        """Logits [1, S, V] on the current stream; None if no graph fits the step yet.
+
+        `step` by name as GraphInputs has it, on the device; `width` is that of its tables.
+        """
+        num_seqs = step["seq_lens"].shape[0]
+        size = next((size for size in self.sizes if size >= num_seqs and size in self.captured), None)
+        if size is None or width > self._inputs.written[5].shape[2]:
+            return None
+        from fuseline.compile.kernels.triton.batch import pad_decode
+
+        names = ("token_ids", "positions", "rope_rows", "seq_lens", "slot_mapping", "block_tables")
+        pad_decode(self._inputs.written, [step[name] for name in names], size)
+        graph = self.captured[size]
+        graph.replay()
+        return graph.logits[:, :num_seqs]
+
+    def capture(self, size: int, num_warmups: int) -> None:
+        for _ in range(num_warmups):
+            self.api.warm_up(lambda: self.executable.run({**self.caches, **self.make_inputs(size).values(size)}))
+        fixed = self._inputs.values(size)
+        replay, logits = self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
+        self.captured[size] = DecodeGraph(replay, self.api.borrowed(logits))
+
+
+@dataclass
+class CapturedSteps:
+    """All graphs of one executable over one set of caches, and the thread that captures them."""
+
+    decode: DecodeGraphs
+    mixed: MixedGraphs
+    num_warmups: int
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, progress: Progress) -> None:
@@ -120,70 +166,23 @@ class DecodeGraphs:
         if self._thread is not None:
             self._thread.join()
 
-    def run(self, step: Mapping[str, Tensor], width: int) -> Tensor | None:
-        """Logits [1, S, V] of a step of one token a sequence, on the current stream; None if no graph fits it yet.
-
-        `step` by name as GraphInputs has it, on the device; `width` is that of its tables.
-        """
-        num_seqs = step["seq_lens"].shape[0]
-        size = next((size for size in self.sizes if size >= num_seqs and size in self.graphs), None)
-        if size is None or width > self._inputs.written[5].shape[2]:
-            return None
-        from fuseline.compile.kernels.triton.batch import pad_decode
-
-        names = ("token_ids", "positions", "rope_rows", "seq_lens", "slot_mapping", "block_tables")
-        pad_decode(self._inputs.written, [step[name] for name in names], size)
-        graph = self.graphs[size]
-        graph.replay()
-        return graph.output[:, :num_seqs]
+    def stop(self) -> None:
+        """Captures nothing more; returns when nothing is under way."""
+        self._stop.set()
+        self.wait()
 
     def _capture_all(self, progress: Progress) -> None:
-        for done, size in enumerate(reversed(self.sizes)):
-            progress("capturing graphs", done, len(self.sizes))
-            if self.stop.is_set():
-                return
-            try:
-                self.graphs[size] = self.capture(size)
-            except Exception as error:  # serving goes on op by op
-                logger.warning("no CUDA graph of %d sequences: %s: %s", size, type(error).__name__, error)
-                return
-        progress("capturing graphs", len(self.sizes), len(self.sizes))
-
-    def capture(self, size: int) -> Graph:
-        trial = self.make_inputs(size).values(size)
-        self.api.warm_up(lambda: self.executable.run({**self.caches, **trial}))
-        fixed = self._inputs.values(size)
-        return self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
-
-
-class CudaGraphApi:
-    """torch.cuda's graphs, on a stream of their own, so that capture and serving do not meet."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Compiles kernels and lets libraries take their workspaces, which capture must not do."""
-        with torch.cuda.stream(self._stream):
-            run()
-        self._stream.synchronize()
-
-    def capture(self, run: Callable[[], Tensor]) -> Graph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            # Not torch.cuda.graph(): it collects garbage and stops the whole device first. Other threads go on.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                output = run()
-            finally:
-                graph.capture_end()
-        return Graph(graph.replay, torch.as_tensor(_Memory(output), device=output.device))
-
-
-class _Memory:
-    """A tensor's memory without its ownership."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        interface = tensor.__cuda_array_interface__
-        self.__cuda_array_interface__ = {**interface, "data": (tensor.data_ptr(), False)}
+        total, done = len(self.decode.sizes) + len(self.mixed.sizes), 0
+        for kind, graphs in (("sequences", self.decode), ("tokens, in pieces", self.mixed)):
+            for size in reversed(graphs.sizes):
+                progress("capturing graphs", done, total)
+                if self._stop.is_set():
+                    return
+                try:
+                    is_first = size == graphs.sizes[-1]
+                    graphs.capture(size, max(self.num_warmups, int(is_first)))
+                except Exception as error:  # serving goes on op by op
+                    logger.warning("no CUDA graph of %d %s: %s: %s", size, kind, type(error).__name__, error)
+                    break
+                done += 1
+        progress("capturing graphs", total, total)

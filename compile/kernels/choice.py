@@ -34,6 +34,8 @@ class Candidate:
     phases: tuple[str, ...] = (ROWS,)
     plan: Callable[[Mapping[str, Tensor]], None] | None = None
     """Is given a step's inputs on the host, by placeholder name, before the step's ops, by the thread that runs it."""
+    into: Callable | None = None
+    """As `run`, but the result is written to a tensor that comes first."""
 
 
 def default_choices(candidates: Sequence[Candidate]) -> dict[str, list[tuple[int, str]]]:
@@ -53,16 +55,30 @@ def chosen_label(ranges: Ranges, rows: int) -> str:
 
 def dispatcher(
     candidates: Sequence[Candidate], choices: Choices, size: Callable[..., tuple[str, int]]
-) -> tuple[str, Callable]:
-    """(labels of what may run, the op as a function). `size` gives a call's phase and rows from its arguments."""
-    runs = {(phase, c.label): c.run for c in candidates for phase in c.phases}
-    tables = {phase: [(most, runs[phase, label]) for most, label in ranges] for phase, ranges in choices.items()}
-    labels = dict.fromkeys(label for ranges in choices.values() for _, label in ranges)
+) -> tuple[str, Callable, Callable | None]:
+    """(labels of what may run, the op as a function, the same into a tensor that comes first where a kernel can).
+
+    `size` gives a call's phase and rows from its arguments.
+    """
     if len(candidates) == 1:
-        return candidates[0].label, candidates[0].run
+        return candidates[0].label, candidates[0].run, candidates[0].into
+    named = {(phase, candidate.label): candidate for candidate in candidates for phase in candidate.phases}
+    tables = {phase: [(most, named[phase, label]) for most, label in ranges] for phase, ranges in choices.items()}
+    labels = dict.fromkeys(label for ranges in choices.values() for _, label in ranges)
+
+    def chosen(args: tuple) -> Candidate:
+        phase, rows = size(*args)
+        return next(candidate for most, candidate in tables[phase] if rows <= most)
 
     def by_rows(*args):
-        phase, rows = size(*args)
-        return next(run for most, run in tables[phase] if rows <= most)(*args)
+        return chosen(args).run(*args)
 
-    return " | ".join(labels), by_rows
+    def into(out: Tensor, *args) -> None:
+        candidate = chosen(args)
+        if candidate.into is None:
+            out.copy_(candidate.run(*args))
+        else:
+            candidate.into(out, *args)
+
+    has_into = any(candidate.into for table in tables.values() for _, candidate in table)
+    return " | ".join(labels), by_rows, into if has_into else None

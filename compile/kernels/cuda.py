@@ -37,6 +37,8 @@ class CudaKernel:
     label: str
     """Who computes it; several labels where rows or phase decide."""
     run: Callable
+    into: Callable | None = None
+    """As `run`, but the result is written to a tensor that comes first."""
 
 
 def find_kernel(node: fx.Node, target: Target, external: ExternalAttention | None = None) -> CudaKernel | None:
@@ -78,8 +80,8 @@ def op_candidates(op: Callable, args: tuple, target: Target) -> list[Candidate]:
     if op is OPS.experts.default:
         return _experts(kernel.run, *args)
     if op is OPS.paged_attention.default:
-        return _attention(kernel.run)
-    return [Candidate(f"triton.{name}", kernel.run)]
+        return _attention(kernel.run, kernel.into)
+    return [Candidate(f"triton.{name}", kernel.run, into=kernel.into)]
 
 
 def attention_candidates(args: tuple, target: Target, external: ExternalAttention, table: str) -> list[Candidate]:
@@ -151,16 +153,16 @@ def _experts(run: Callable, x: Tensor, *_: object) -> list[Candidate]:
     return [Candidate("triton.experts", run), *(Candidate(f"triton.experts {t}", partial(run, tile=t)) for t in tiles)]
 
 
-def _attention(run: Callable) -> list[Candidate]:
+def _attention(run: Callable, into: Callable) -> list[Candidate]:
     from fuseline.compile.kernels.triton import attention
 
     label = "triton.paged_attention"
     tuned = [
-        Candidate(f"{label} {tuning}", partial(run, tuning=tuning), phases=(phase,))
+        Candidate(f"{label} {tuning}", partial(run, tuning=tuning), phases=(phase,), into=partial(into, tuning=tuning))
         for phase, tunings in ((DECODE, attention.DECODE_TUNINGS), (PREFILL, attention.PREFILL_TUNINGS))
         for tuning in tunings
     ]
-    return [Candidate(label, run, phases=(DECODE, PREFILL)), *tuned]
+    return [Candidate(label, run, phases=(DECODE, PREFILL), into=into), *tuned]
 
 
 def _name_of(op: Callable) -> tuple[str, str]:

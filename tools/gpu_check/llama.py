@@ -144,9 +144,13 @@ def random_weights(captured, result, device: str) -> dict[str, Tensor]:
 
 def measure_model(runner: Runner, load: Load, limits: Limits, table: Table, api: GraphApi | None = None) -> None:
     seconds = runner.capture(api)
-    graphs = runner.model.graphs.graphs if runner.model.graphs else {}
-    wanted = len(load.graphs.resolved(load.max_seqs))
-    table.add(f"graphs of {len(graphs)} of {wanted} sizes captured", f"{seconds:.1f} s", "", "15 s for 35")
+    steps = runner.model.graphs
+    if steps is not None:
+        done, wanted = (
+            [len(getattr(part, of)) for part in (steps.decode, steps.mixed)] for of in ("captured", "sizes")
+        )
+        name = f"graphs: {done[0]} of {wanted[0]} sizes whole, {done[1]} of {wanted[1]} in pieces"
+        table.add(name, f"{seconds:.1f} s", "", "15 s for 35")
     goals = {1: "85 %", 256: "75 %"}
     for num_seqs in load.batches:
         step, host = runner.decode(num_seqs, load.context, load.steps)

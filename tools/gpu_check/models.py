@@ -23,7 +23,10 @@ def main() -> int:
         for dtype in ("float32", "bfloat16"):
             path = checkpoint(family, dtype)
             expected = truth(path, PROMPTS, NUM_TOKENS)
-            for mode, config in (("op by op", GraphConfig(enforce_eager=True)), ("graphs", GraphConfig((1, 2, 4)))):
+            for mode, config in (
+                ("op by op", GraphConfig(enabled=False)),
+                ("graphs", GraphConfig((1, 2, 4), mixed_sizes=(8, 16))),
+            ):
                 found = tokens(path, config)
                 wrong += found != expected
                 print(f"{family} {dtype} {mode}: {'ok' if found == expected else 'DIFFERS'}", flush=True)
@@ -39,8 +42,9 @@ def tokens(path, graphs: GraphConfig) -> list[list[int]]:
         model.capture_graphs()
         if model.graphs is not None:
             model.graphs.wait()
-            if set(model.graphs.graphs) != {1, 2, 4}:
-                raise RuntimeError(f"captured {sorted(model.graphs.graphs)} of (1, 2, 4)")
+            for steps in (model.graphs.decode, model.graphs.mixed):
+                if set(steps.captured) != set(steps.sizes):
+                    raise RuntimeError(f"captured {sorted(steps.captured)} of {steps.sizes}")
 
     model.allocate_caches = allocate_and_capture
     return greedy(model, PROMPTS, NUM_TOKENS)

@@ -35,6 +35,17 @@ def pad_decode(padded: Sequence[Tensor], step: Sequence[Tensor], num_padded: int
     )  # fmt: skip
 
 
+def pad_tokens(padded: Sequence[Tensor], step: Sequence[Tensor], num_padded: int) -> None:
+    """Copies a step's tokens into the inputs of captured pieces, `num_padded` (P) of them.
+
+    Both hold token_ids [T], positions [T], rope_rows [T], slots [G, T]. Tokens behind the step's are kept nowhere.
+    """
+    to_slots, slots = padded[3], step[3]
+    pad_tokens_kernel[(triton.cdiv(num_padded, BLOCK),)](
+        *padded, *step, slots.shape[1], num_padded, to_slots.stride(0), slots.stride(0), G=slots.shape[0], SIZE=BLOCK
+    )
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def feed_kernel(token_ids, sources, sampled, num_tokens, SIZE: tl.constexpr):
     t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -64,3 +75,19 @@ def pad_kernel(
             column = first + tl.arange(0, SIZE)
             there = (column < width) & is_real
             tl.store(to_line + column, tl.load(line + column, mask=there, other=0), mask=there)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_padded", "slots_stride_g"])
+def pad_tokens_kernel(
+    to_tokens, to_positions, to_rope_rows, to_slots, tokens, positions, rope_rows, slots, num_tokens, num_padded,
+    to_slots_stride_g, slots_stride_g, G: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Program SIZE tokens."""
+    t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    is_real, there = t < num_tokens, t < num_padded
+    tl.store(to_tokens + t, tl.load(tokens + t, mask=is_real, other=0), mask=there)
+    tl.store(to_positions + t, tl.load(positions + t, mask=is_real, other=0), mask=there)
+    tl.store(to_rope_rows + t, tl.load(rope_rows + t, mask=is_real, other=0), mask=there)
+    for g in tl.static_range(G):
+        slot = tl.load(slots + g * slots_stride_g + t, mask=is_real, other=-1)
+        tl.store(to_slots + g * to_slots_stride_g + t, slot, mask=there)

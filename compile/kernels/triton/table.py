@@ -17,11 +17,12 @@ OPS = torch.ops.fuseline
 class TritonKernel:
     """`run` takes the op's arguments and gives its outputs; what the op mutates is written in place.
 
-    `supports` sees the arguments too, tensors perhaps on meta.
+    `supports` sees the arguments too, tensors perhaps on meta; `into` writes to a result that comes first.
     """
 
     run: Callable
     supports: Callable[..., bool] = lambda *args: True
+    into: Callable | None = None
 
 
 def paged_attention(
@@ -31,11 +32,12 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """q[1, H, T, D] over caches [N, K, B, D|E] -> [1, T, H, E]."""
     out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
-    q = q if q.stride(3) == 1 else q.contiguous()
-    attention.paged_attention(
-        out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, tuning=tuning
-    )
+    _attend(out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, tuning=tuning)
     return out
+
+
+def _attend(out: Tensor, q: Tensor, *rest: object, tuning: attention.Tuning | None = None) -> None:
+    attention.paged_attention(out, q if q.stride(3) == 1 else q.contiguous(), *rest, tuning=tuning)
 
 
 def _norms(x: Tensor, *_: object) -> bool:
@@ -61,7 +63,7 @@ KERNELS: dict[object, TritonKernel] = {
     OPS.rope.default: TritonKernel(rope.rope, _rotates),
     OPS.write_cache.default: TritonKernel(rope.write_cache),
     OPS.rope_cache.default: TritonKernel(rope.rope_cache, _rotates_into_cache),
-    OPS.paged_attention.default: TritonKernel(paged_attention),
+    OPS.paged_attention.default: TritonKernel(paged_attention, into=_attend),
     OPS.route_topk.default: TritonKernel(route.route_topk),
     OPS.experts.default: TritonKernel(experts.experts),
     OPS.linear_act_mul.default: TritonKernel(linear.linear_act_mul),
