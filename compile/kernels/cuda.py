@@ -1,4 +1,4 @@
-"""Which kernel computes a graph op on a card: an installed library's, ours in Triton, or torch's own.
+"""Which kernel computes a graph op on a card: ours in CUDA C++ or Triton, or torch's own.
 
 Importing this needs no card and no triton; finding a kernel of ours needs triton, which every torch for CUDA brings.
 """
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fuseline.compile.kernels import cuda_library
 from fuseline.compile.target import Target
 
 OPS = torch.ops.fuseline
@@ -24,7 +25,7 @@ class CudaKernel:
     """`run` takes the op's arguments and gives its results."""
 
     label: str
-    """Who computes it: torch.linear (cuBLASLt), triton.rms_norm."""
+    """Who computes it: torch.linear (cuBLASLt), triton.rms_norm, cuda.rms_norm."""
     run: Callable
 
 
@@ -32,6 +33,8 @@ def find_kernel(node: fx.Node, target: Target) -> CudaKernel | None:
     """By the shapes of the node's arguments; None for an op that nothing computes."""
     if node.target is operator.getitem:
         return CudaKernel("getitem", operator.getitem)
+    if (kernel := _in_cpp(node, target)) is not None:
+        return kernel
     space, _, name = str(getattr(node.target, "_schema", node.target)).partition("(")[0].partition("::")
     if space in TORCH:
         return CudaKernel(f"torch.{name}", node.target)
@@ -40,14 +43,30 @@ def find_kernel(node: fx.Node, target: Target) -> CudaKernel | None:
     return _ours(node, name)
 
 
+def _in_cpp(node: fx.Node, target: Target) -> CudaKernel | None:
+    """The kernel of csrc/cuda, where its library is there and takes the node's arguments."""
+    library = cuda_library.library_for(target)
+    if library is None:
+        return None
+    from fuseline.compile.kernels.native_cuda import KERNELS
+
+    kernel = KERNELS.get(node.target)
+    if kernel is None or not kernel.supports(*_values(node)):
+        return None
+    return CudaKernel(kernel.label, lambda *args: kernel.run(library, *args))
+
+
+def _values(node: fx.Node) -> tuple:
+    return fx.node.map_aggregate(node.args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
+
+
 def _ours(node: fx.Node, name: str) -> CudaKernel | None:
     from fuseline.compile.kernels.triton.table import KERNELS
 
     if node.target is OPS.linear_act_mul.default:
         return CudaKernel("triton.linear_act_mul | torch.linear, triton.act_mul", linear_act_mul)
     kernel = KERNELS.get(node.target)
-    args = fx.node.map_aggregate(node.args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
-    if kernel is None or not kernel.supports(*args):
+    if kernel is None or not kernel.supports(*_values(node)):
         return None
     return CudaKernel(f"triton.{name}", kernel.run)
 
