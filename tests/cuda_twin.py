@@ -16,7 +16,7 @@ from fuseline.compile.kernels.cuda_library import CudaLibrary
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 sys.path.insert(0, str(CSRC / "cuda"))
-import build as cuda_build  # noqa: E402
+import nvcc as toolkit  # noqa: E402
 
 COMMAND = (
     "g++", "-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
@@ -27,7 +27,7 @@ COMMAND = (
 @functools.cache
 def twin() -> CudaLibrary:
     """Built once for these sources; several processes may."""
-    parts = [*cuda_build.SOURCES, *(CSRC / "cuda").glob("*.h"), CSRC / "tests" / "cuda_emulation.h"]
+    parts = [*toolkit.SOURCES, *(CSRC / "cuda").glob("*.h"), CSRC / "tests" / "cuda_emulation.h"]
     parts += (CSRC / "include" / "fuseline").glob("*.h")
     content = "".join(path.read_text() for path in sorted(parts)) + " ".join(COMMAND)
     folder = ROOT / ".cache" / "cuda_twin" / hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -35,9 +35,9 @@ def twin() -> CudaLibrary:
     if not library.exists():
         own = folder / str(os.getpid())
         own.mkdir(parents=True, exist_ok=True)
-        objects = [own / f"{source.stem}.o" for source in cuda_build.SOURCES]
+        objects = [own / f"{source.stem}.o" for source in toolkit.SOURCES]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(_compile, cuda_build.SOURCES, objects))
+            list(pool.map(_compile, toolkit.SOURCES, objects))
         subprocess.run(["g++", "-shared", *objects, "-o", own / "twin.so"], check=True)
         os.replace(own / "twin.so", library)
     return CudaLibrary(library)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_twin
 import pytest
 import torch
 from fake_card import CARD, FakeGraphs
@@ -52,6 +53,26 @@ def test_every_kernel_is_measured(tool) -> None:
                  "top_k", "linear of 16 rows, ours", "linear_act_mul of 1 rows", "experts, 16 tokens"):  # fmt: skip
         assert name in names
     assert found.text("a card").count("\n") == 4 + len(found.rows)
+
+
+def test_every_kernel_in_cpp_is_measured(tool) -> None:
+    kernels, _, tables = tool
+    import cpp
+
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32)
+    found = tables.Table()
+    cases = cpp.cases(sizes, kernels.Made(sizes, "cpu"), cuda_twin.twin())
+    kernels.measure_cases(cases, tables.HostClock(), tables.Limits(1e9, 1e9), found)
+    names = " ".join(row[0] for row in found.rows)
+    for name in (
+        "add_rms_norm of 1 rows",
+        "act_mul",
+        "rope_cache",
+        "decode 2 x 32",
+        "48 -> 64",
+        "linear_act_mul of 16",
+    ):
+        assert name in names
 
 
 def test_a_model_is_measured(tool, tmp_path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import fuseline
 from fuseline.compile.target import Target
 
 logger = logging.getLogger(__name__)
-TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 5, torch.float8_e4m3fn: 5,
 }  # fmt: skip
@@ -39,23 +39,24 @@ class CudaLibrary:
         library.fuseline_cuda_problem.restype = library.fuseline_cuda_describe.restype = ctypes.c_char_p
         self.problem = library.fuseline_cuda_problem().decode()
         self._describe = library.fuseline_cuda_describe
-        self._functions: dict[str, Callable] = {}
-        self._counts: dict[str, int] = {}
+        self._functions: dict[str, Callable[[int | None, bytes], int]] = {}
+        self._packs: dict[str, Callable[..., bytes]] = {}
         for entry in library.fuseline_cuda_entries():
             if not entry.name:
                 break
-            types = [TYPES[letter] for letter in entry.types.decode()]
-            self._functions[entry.name.decode()] = ctypes.CFUNCTYPE(ctypes.c_int, *types)(entry.function)
-            self._counts[entry.name.decode()] = len(types)
+            name, prototype = entry.name.decode(), ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
+            self._functions[name] = prototype(entry.function)
+            self._packs[name] = struct.Struct(entry.types.decode()).pack
         self._library = library
 
-    def call(self, name: str, device: Tensor, *args: int | float | None) -> None:
-        """Puts a function's kernels on the current stream of `device`'s device, or raises RuntimeError."""
-        # ctypes takes more arguments than a function has.
-        if len(args) + 1 != self._counts[name]:
-            raise TypeError(f"cuda.{name} takes {self._counts[name] - 1} arguments, not {len(args)}")
+    def call(self, name: str, device: Tensor, *args: int | float) -> None:
+        """Puts a function's kernels on the current stream of `device`'s device.
+
+        Raises struct.error for arguments that are not those of the function, RuntimeError for what the device refuses.
+        """
+        packed = self._packs[name](*args)
         stream = torch._C._cuda_getCurrentRawStream(device.device.index) if device.is_cuda else None
-        error = self._functions[name](stream, *args)
+        error = self._functions[name](stream, packed)
         if error:
             raise RuntimeError(f"cuda.{name}: {self._describe(error).decode()}")
 
@@ -81,5 +82,5 @@ def _installed() -> CudaLibrary | None:
     return library
 
 
-def address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

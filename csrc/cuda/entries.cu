@@ -1,28 +1,49 @@
 // The library's one exported name: a table of its functions with their arguments' types, read by
 // compile/kernels/native_cuda.py.
+#include <utility>
+
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
 namespace fuseline::cuda {
 namespace {
 
+// A function takes the stream and its arguments in one array, eight bytes each: a caller packs them faster than it
+// passes them one by one.
 struct Entry {
   const char* name;
-  const void* function;
-  const char* types;  // a letter an argument: p pointer, i int64, f double
+  int (*function)(void* stream, const uint64_t* arguments);
+  const char* types;  // a letter an argument, as Python's struct has them: q pointer or int64, d double
 };
 
 template <class A>
-constexpr char letter() {
-  if (std::is_pointer_v<A>) return 'p';
+A argument(uint64_t bits) {
   static_assert(std::is_pointer_v<A> || std::is_same_v<A, int64_t> || std::is_same_v<A, double>);
-  return std::is_same_v<A, double> ? 'f' : 'i';
+  A value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <auto kFunction, class... A, size_t... kIndex>
+int unpack(void* stream, const uint64_t* arguments, int (*)(void*, A...), std::index_sequence<kIndex...>) {
+  return kFunction(stream, argument<A>(arguments[kIndex])...);
 }
 
 template <class... A>
-Entry entry(const char* name, int (*function)(A...)) {
-  static const char types[] = {letter<A>()..., '\0'};
-  return {name, reinterpret_cast<const void*>(function), types};
+const char* types_of(int (*)(void*, A...)) {
+  static const char types[] = {(std::is_same_v<A, double> ? 'd' : 'q')..., '\0'};
+  return types;
+}
+
+template <class... A>
+constexpr std::index_sequence_for<A...> indices(int (*)(void*, A...)) { return {}; }
+
+template <auto kFunction>
+Entry entry(const char* name) {
+  const auto call = [](void* stream, const uint64_t* arguments) {
+    return unpack<kFunction>(stream, arguments, kFunction, indices(kFunction));
+  };
+  return {name, call, types_of(kFunction)};
 }
 
 #ifdef __CUDACC__
@@ -51,13 +72,13 @@ extern "C" {
 // Ends with an entry without a name.
 __attribute__((visibility("default"))) const Entry* fuseline_cuda_entries() {
   static const Entry entries[] = {
-      entry("linear", linear),
-      entry("linear_act_mul", linear_act_mul),
-      entry("norm", norm),
-      entry("act_mul", act_mul),
-      entry("rope", rope),
-      entry("rope_cache", rope_cache),
-      entry("decode_attention", decode_attention),
+      entry<linear>("linear"),
+      entry<linear_act_mul>("linear_act_mul"),
+      entry<norm>("norm"),
+      entry<act_mul>("act_mul"),
+      entry<rope>("rope"),
+      entry<rope_cache>("rope_cache"),
+      entry<decode_attention>("decode_attention"),
       {nullptr, nullptr, nullptr},
   };
   return entries;

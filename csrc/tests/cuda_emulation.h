@@ -110,6 +110,7 @@ inline float (*exchange(const float* mine, int count))[12] {
 inline void thread_main() {
   Block& b = block();
   b.body(b.arguments);
+  if (!b.fibers[b.current].copies.empty()) give_up("copies under way that nobody waited for");
   b.fibers[b.current].is_done = true;
   b.num_idle = 0;
   if (++b.num_done == b.num_threads) setcontext(&b.outside);
@@ -183,12 +184,13 @@ inline float add_rn(float a, float b) { return a + b; }
 inline float div_rn(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-// Copies are made as late as the waits allow.
+// Copies are made as late as the waits allow; until then there is nothing to read where they go.
 template <class V>
 void copy_async(V* to, const void* from, bool is_there) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % sizeof(V))
     emulated::give_up("a copy off its alignment");
   emulated::Fiber& fiber = emulated::block().fibers[emulated::block().current];
+  std::memset(to, 0xff, sizeof(V));
   fiber.copies.push_back({to, is_there ? from : nullptr, sizeof(V), fiber.num_groups});
 }
 inline void close_group() { ++emulated::block().fibers[emulated::block().current].num_groups; }

@@ -61,13 +61,17 @@ def measure_limits(sizes: Sizes, device: str, clock: Clock, table: Table) -> Lim
 def measure_kernels(sizes: Sizes, device: str, clock: Clock, limits: Limits, table: Table) -> None:
     make = Made(sizes, device)
     for cases in (_lines, _attention, _sampling, _linears, _experts):
-        for case in cases(sizes, make):
-            seconds = clock(case.call)
-            limit, needed = (
-                (limits.bandwidth, case.moved) if case.moved else (limits.matrix_rate, case.operations)
-            )  # fmt: skip
-            of = "bandwidth" if case.moved else "matrix rate"
-            table.add(case.name, microseconds(seconds), f"{share_of(limit, needed, seconds)} of {of}", case.goal)
+        measure_cases(cases(sizes, make), clock, limits, table)
+
+
+def measure_cases(cases: Iterator[Case], clock: Clock, limits: Limits, table: Table) -> None:
+    for case in cases:
+        seconds = clock(case.call)
+        limit, needed = (
+            (limits.bandwidth, case.moved) if case.moved else (limits.matrix_rate, case.operations)
+        )  # fmt: skip
+        of = "bandwidth" if case.moved else "matrix rate"
+        table.add(case.name, microseconds(seconds), f"{share_of(limit, needed, seconds)} of {of}", case.goal)
 
 
 @dataclass(frozen=True)
@@ -90,31 +94,40 @@ def _lines(s: Sizes, make: Made) -> Iterator[Case]:
     joined = make(s.tokens, 2 * s.inner)
     gate, up = joined.split(s.inner, -1)
     yield Case("act_mul", lambda: activation.act_mul(gate, up, SILU), 3 * gate.numel() * 2)
+    args, moved = head_arguments(s, make)
+    yield Case("rope_cache", lambda: rope.rope_cache(*args), moved)
+
+
+def head_arguments(s: Sizes, make: Made) -> tuple[tuple, int]:
+    """Of rope_cache for a prompt, and the bytes it moves."""
     q, k = (
         make(1, s.tokens, s.heads, s.head_dim).transpose(1, 2),
         make(1, s.tokens, s.kv_heads, s.head_dim).transpose(1, 2),
     )
     caches = make(2, s.tokens // 16 + 1, s.kv_heads, 16, s.head_dim)
     tables, at = make(s.tokens, s.head_dim), make.ints(torch.arange(s.tokens), torch.int64)
-    yield Case(
-        "rope_cache", lambda: rope.rope_cache(*caches, q, k, k, tables, tables, at, at, s.head_dim, 0),
-        2 * (q.nbytes + 2 * k.nbytes) + 2 * tables.nbytes,
-    )  # fmt: skip
+    args = (*caches, q, k, k, tables, tables, at, at, s.head_dim, 0)
+    return args, 2 * (q.nbytes + 2 * k.nbytes) + 2 * tables.nbytes
 
 
 def _attention(s: Sizes, make: Made) -> Iterator[Case]:
     for num_seqs in s.decode:
-        blocks = s.context // 16
-        caches = make(2, num_seqs * blocks, s.kv_heads, 16, s.head_dim)
-        table = make.ints(torch.randperm(num_seqs * blocks).reshape(num_seqs, blocks))
-        q = make(1, s.heads, num_seqs, s.head_dim)
-        args = (table, make.ints([s.context] * num_seqs), make.ints(torch.arange(num_seqs + 1)))
+        q, caches, args = decode_arguments(s, make, num_seqs)
         yield _attend(f"attention, decode {num_seqs} x {s.context}", q, caches, args, moved=caches.nbytes, goal="85 %")
     caches = make(2, s.tokens // 16, s.kv_heads, 16, s.head_dim)
     q = make(1, s.tokens, s.heads, s.head_dim).transpose(1, 2)
     args = (make.ints(torch.arange(s.tokens // 16))[None], make.ints([s.tokens]), make.ints([0, s.tokens]))
     operations = 2 * s.tokens * s.tokens * s.heads * s.head_dim
     yield _attend(f"attention, prompt of {s.tokens}", q, caches, args, operations=operations, goal="60 %")
+
+
+def decode_arguments(s: Sizes, make: Made, num_seqs: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(q, caches, (block_table, seq_lens, query_start)) of one token each of sequences of s.context keys."""
+    blocks = s.context // 16
+    caches = make(2, num_seqs * blocks, s.kv_heads, 16, s.head_dim)
+    table = make.ints(torch.randperm(num_seqs * blocks).reshape(num_seqs, blocks))
+    q = make(1, s.heads, num_seqs, s.head_dim)
+    return q, caches, (table, make.ints([s.context] * num_seqs), make.ints(torch.arange(num_seqs + 1)))
 
 
 def _attend(name: str, q: Tensor, caches: Tensor, args: tuple, **needed: object) -> Case:

@@ -27,6 +27,16 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or next((str(p / "nvcc") for p in places if (p / "nvcc").is_file()), None)
 
 
+def is_wanted(flag: str, torch_cuda: str | None, nvcc: str | None) -> bool:
+    """By $FUSELINE_CUDA and what this machine has: torch's version of CUDA, nvcc. Ends with a line if it cannot be."""
+    if flag not in ("", "0", "1"):
+        raise SystemExit(f"FUSELINE_CUDA={flag}: 0, 1 or unset (built where torch is for CUDA and nvcc is installed)")
+    if flag == "1" and nvcc is None:
+        raise SystemExit("FUSELINE_CUDA=1: no nvcc on PATH, in /usr/local/cuda/bin or in the nvidia wheels; install the"
+                         " CUDA toolkit, or unset FUSELINE_CUDA to build without CUDA C++ kernels")  # fmt: skip
+    return flag == "1" or (flag == "" and torch_cuda is not None and nvcc is not None)
+
+
 def known_archs(nvcc: str, archs: Sequence[str] = ARCHS) -> list[str]:
     """Those that this nvcc compiles for; sm_100 came with CUDA 12.8."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
@@ -34,12 +44,13 @@ def known_archs(nvcc: str, archs: Sequence[str] = ARCHS) -> list[str]:
 
 
 def compile_source(nvcc: str, source: Path, target: Path, archs: Sequence[str], flags: Sequence[str] = ()) -> str:
-    """One object of machine code for `archs`, and the last one's for newer cards to translate; what nvcc says.
+    """One object of machine code for `archs`, and for newer cards what they translate themselves; what nvcc says.
 
     Raises RuntimeError with that if it fails.
     """
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    if not archs[-1].endswith("a"):
+        code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     command = [nvcc, "-c", *FLAGS, *code, *flags, str(source), "-o", str(target)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
