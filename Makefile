@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
 SERVE_ARGS ?=
 TEST_ARGS ?=
-SOURCES := pyproject.toml setup.py $(shell find CMakeLists.txt csrc -name '*.cpp' -o -name '*.h' -o -name '*.def' -o -name CMakeLists.txt)
+SOURCES := pyproject.toml setup.py csrc/cuda/nvcc.py $(shell find CMakeLists.txt csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.def' -o -name CMakeLists.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import cuda_twin
 import pytest
 import torch
 from fake_card import CARD, FakeGraphs, HostSync, no_host_sync
@@ -18,6 +19,7 @@ from fuseline.compile.backends.device_inputs import ALIGNMENT, DeviceInputs
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.kernels import cuda_library
 from fuseline.compile.kernels.triton import rope
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.kernels.triton.sampling import sample
@@ -66,6 +68,19 @@ def test_greedy_tokens_equal_transformers(family: str, dtype: str, level: int) -
     prompts = make_prompts((3, 9, 20))
     found = greedy(build(family, dtype, level=level), prompts, 6)
     assert found == truth(checkpoint(family, dtype), prompts, 6)
+
+
+def test_where_there_are_kernels_in_cpp_they_compute_the_step(monkeypatch) -> None:
+    """Those that take the shapes: heads of 16 are Triton's."""
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
+    captured, _ = optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16"))), CARD)
+    found = count_kernels(captured.graph, CARD)
+    assert {label: count for label, count in found.items() if label.partition(".")[0] in ("cuda", "triton")} == {
+        "cuda.rms_norm": 1, "cuda.add_rms_norm": 6, "cuda.rope_cache": 3, "cuda.linear | torch.linear": 10,
+        "cuda.linear_act_mul | torch.linear, cuda.act_mul": 3, "triton.paged_attention": 3, "triton.gather_rows": 2,
+    }  # fmt: skip
+    model, prompts = build("llama"), make_prompts((3, 9, 20))
+    assert greedy(model, prompts, 6) == truth(checkpoint("llama", "bfloat16"), prompts, 6)
 
 
 @pytest.mark.parametrize(("family", "sizes"), [("llama", (2, 4)), ("phi3_longrope", (3,))])

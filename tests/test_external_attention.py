@@ -68,7 +68,7 @@ def kernel(name: str, args: tuple):
     if name == "varlen":
         return external.varlen(fakes.varlen_attn)
     layer = AttentionLayer.of(*args)
-    planned = PlannedPrefill(fakes.BatchPrefillWithPagedKVCacheWrapper, layer, "block_table_0", "cpu", None)
+    planned = PlannedPrefill(fakes.BatchPrefillWithPagedKVCacheWrapper, layer, "block_table_0", "cpu", reference)
     planned.plan(host_of(args))
     return planned.run
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_twin
 import pytest
 import torch
 from fake_card import CARD, FakeGraphs
@@ -64,10 +65,35 @@ def test_what_fails_is_marked_and_the_file_holds_what_was_measured(tool, tmp_pat
     def broken() -> None:
         raise RuntimeError("out of resource")
 
-    for case in (kernels.Case("fine", lambda: None, moved=1), kernels.Case("not fine", broken, moved=1)):
-        kernels.measure(case, tables.HostClock(), tables.Limits(1.0, 1.0), found)
-    assert [row[:2] for row in found.rows[1:]] == [("not fine", "FAILED: RuntimeError: out of resource")]
+    cases = [
+        kernels.Case("no", broken, moved=1), kernels.Case("tuning", broken, moved=1, is_tuning=True),
+        kernels.Case("fine", lambda: None, moved=1),
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError, match="1 failed: no$"):
+        kernels.measure_cases(cases, tables.HostClock(), tables.Limits(1.0, 1.0), found)
+    assert [row[0] for row in found.rows] == ["no", "tuning", "fine"]
+    assert found.rows[0][1] == found.rows[1][1] == "FAILED: RuntimeError: out of resource"
     assert (tmp_path / "table.md").read_text() == found.text("a card")
+
+
+def test_every_kernel_in_cpp_is_measured(tool) -> None:
+    kernels, _, tables = tool
+    import cpp
+
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32)
+    found = tables.Table()
+    cases = cpp.cases(sizes, kernels.Made(sizes, "cpu"), cuda_twin.twin())
+    kernels.measure_cases(cases, tables.HostClock(), tables.Limits(1e9, 1e9), found)
+    names = " ".join(row[0] for row in found.rows)
+    for name in (
+        "add_rms_norm of 1 rows",
+        "act_mul",
+        "rope_cache",
+        "decode 2 x 32",
+        "48 -> 64",
+        "linear_act_mul of 16",
+    ):
+        assert name in names
 
 
 def test_a_model_is_measured(tool, tmp_path) -> None:

@@ -226,7 +226,8 @@ def _shapes(args: tuple) -> tuple:
 def _key(problems: Mapping[Problem, Calls], config: CompileConfig, target: Target) -> str:
     """Problems, kernels, libraries, card and the sizes of steps decide."""
     sources = sorted(Path(kernels.__file__).parent.rglob("*.py"))
-    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (Path(_C.__file__), *sources)]
+    native = sorted(Path(_C.__file__).parent.glob("*.so"))
+    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*native, *sources)]
     card = torch.cuda.get_device_name() if target.device == "cuda" else ""
     packages = ("torch", "triton", "flash_attn", "flash_attn_3", "flashinfer-python")
     sizes = (config.max_num_batched_tokens, config.max_num_seqs)

@@ -1,4 +1,4 @@
-"""Which kernel computes a graph op on a card: an installed library's, ours in Triton, or torch's own.
+"""Which kernel computes a graph op on a card: an installed library's, ours in CUDA C++ or Triton, or torch's own.
 
 Importing this needs no card and no triton; finding a kernel of ours needs triton, which every torch for CUDA brings.
 An op may have several candidates (choice.py): the first that takes a call is the default, `-O3` measures which is
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fuseline.compile.kernels import cuda_library
 from fuseline.compile.kernels.choice import DECODE, PREFILL, ROWS, Candidate, default_choices, dispatcher
 from fuseline.compile.target import Target
 
@@ -35,7 +36,7 @@ class CudaKernel:
     """`run` takes the op's arguments and gives its results."""
 
     label: str
-    """Who computes it; several labels where rows or phase decide."""
+    """Who computes it: torch.linear (cuBLASLt), cuda.rms_norm; several labels where rows or phase decide."""
     run: Callable
     into: Callable | None = None
     """As `run`, but the result is written to a tensor that comes first."""
@@ -65,6 +66,32 @@ def candidates(node: fx.Node, target: Target, external: ExternalAttention | None
 
 def op_candidates(op: Callable, args: tuple, target: Target) -> list[Candidate]:
     """Without libraries; tensors perhaps on meta."""
+    return [*_in_cpp(op, args, target), *_others(op, args)]
+
+
+def _in_cpp(op: Callable, args: tuple, target: Target) -> list[Candidate]:
+    """The kernel of csrc/cuda, where its library is there and takes the arguments."""
+    library = cuda_library.library_for(target)
+    if library is None:
+        return []
+    from fuseline.compile.kernels.native_cuda import FEW_ROWS, KERNELS
+
+    kernel = KERNELS.get(op)
+    if kernel is None or not kernel.supports(*args):
+        return []
+    run = partial(kernel.run, library)
+    label, _, of_many = kernel.label.partition(" | ")
+    if op is OPS.paged_attention.default:
+        return [Candidate(label, run, phases=(DECODE,))]
+    if op is aten.linear.default:
+        return [Candidate(label, run, FEW_ROWS)]
+    if op is OPS.linear_act_mul.default:
+        return [Candidate(label, run, FEW_ROWS), Candidate(of_many, run)]
+    return [Candidate(label, run)]
+
+
+def _others(op: Callable, args: tuple) -> list[Candidate]:
+    """Triton's and torch's."""
     if op is aten.linear.default:
         return _linear(*args)
     space, name = _name_of(op)

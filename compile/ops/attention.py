@@ -48,10 +48,13 @@ def attend(
 
 
 def paged_attention_inputs(make: Make) -> Iterator[tuple]:
-    """Three sequences: a prompt, a continued prompt and one token, over shuffled blocks."""
-    seq_lens, new, block_size = [7, 40, 19], [7, 5, 1], 16
-    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()])
-    for heads, kv_heads, key_dim, value_dim in ((4, 2, 16, 16), (4, 4, 24, 16)):
+    """Three sequences over shuffled blocks: a prompt, a continued prompt and one token; then one token each."""
+    seq_lens, block_size = [7, 40, 19], 16
+    prompts, decode = [7, 5, 1], [1, 1, 1]
+    for new, heads, kv_heads, key_dim, value_dim in (
+        (prompts, 4, 2, 16, 16), (prompts, 4, 4, 24, 16), (decode, 8, 2, 64, 64),
+    ):  # fmt: skip
+        starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()])
         caches = make.normal(9, kv_heads, block_size, key_dim), make.normal(9, kv_heads, block_size, value_dim)
         table = make.order(9).reshape(3, 3).int()
         query = make.normal(1, heads, sum(new), key_dim)

@@ -109,6 +109,7 @@ def linear_act_mul_inputs(make: Make) -> Iterator[tuple]:
     for act in ("silu", "gelu", "gelu_tanh", "relu"):
         yield make.normal(1, 3, 75), weight, make.normal(74) if act == "gelu" else None, codes.UNARY[act]
     yield make.normal(19, 75), weight, None, codes.UNARY["silu"]
+    yield make.normal(2, 80), make.normal(2 * 24, 80, scale=0.1), None, codes.UNARY["silu"]
 
 
 @op(

@@ -20,7 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "build" / "gpu_check"
-TESTS = ("test_triton_ops.py", "test_triton_attention.py", "test_triton_sampling.py", "test_cuda_target.py")
+TESTS = (
+    "test_triton_ops.py", "test_triton_attention.py", "test_triton_sampling.py", "test_cuda_kernels.py",
+    "test_cuda_attention.py", "test_cuda_target.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The native library built with this machine's compiler, beside links to the sources: an importable package.
+"""The native libraries built with this machine's compilers, beside links to the sources: an importable package.
 
 python build.py TARGET [WHEELS]     -> TARGET/pkg/fuseline, TARGET/wheels
 """
@@ -19,7 +19,7 @@ def main(target: Path, wheels: Path | None = None) -> None:
     package.mkdir(parents=True, exist_ok=True)
     build = ["build_ext", "--build-temp", str(target / "temp"), "--build-lib", str(target / "lib")]
     subprocess.run([sys.executable, "setup.py", *build], cwd=ROOT, check=True)
-    for library in (target / "lib" / "fuseline").glob("_C.*"):
+    for library in (target / "lib" / "fuseline").glob("_*.so"):
         link(package / library.name, library)
     link(package / "__init__.py", ROOT / "csrc" / "pkg" / "__init__.py")
     for folder in ("api", "compile", "engine"):

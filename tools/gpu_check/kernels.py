@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -67,24 +67,28 @@ def measure_limits(sizes: Sizes, device: str, clock: Clock, table: Table) -> Lim
 
 def measure_kernels(sizes: Sizes, target: Target, clock: Clock, limits: Limits, table: Table) -> None:
     make = Made(sizes, target.device)
-    for case in chain(_lines(sizes, make), _sampling(sizes, make)):
-        measure(case, clock, limits, table)
     # What may be chosen, then how ours may be launched otherwise: that takes longest, and is read last.
     chosen = [*_attention(sizes, target), *_linears(sizes, make, target), *_experts(sizes, make, target)]
-    for case in sorted(chosen, key=lambda case: case.is_tuning):
-        measure(case, clock, limits, table)
+    chosen.sort(key=lambda case: case.is_tuning)
+    measure_cases(chain(_lines(sizes, make), _sampling(sizes, make), chosen), clock, limits, table)
 
 
-def measure(case: Case, clock: Clock, limits: Limits, table: Table) -> None:
-    """A candidate that fails leaves its mark in the table."""
-    limit, needed = (limits.bandwidth, case.moved) if case.moved else (limits.matrix_rate, case.operations)
-    try:
-        seconds = clock(case.call)
-    except Exception as error:
-        table.add(case.name, f"FAILED: {type(error).__name__}: {str(error)[:100]}")
-        return
-    of = "bandwidth" if case.moved else "matrix rate"
-    table.add(case.name, microseconds(seconds), f"{share_of(limit, needed, seconds)} of {of}", case.goal)
+def measure_cases(cases: Iterable[Case], clock: Clock, limits: Limits, table: Table) -> None:
+    """A case that fails leaves its mark in the table, and the next is measured. Raises RuntimeError in the end, but not
+    for tunings alone."""
+    failed = []
+    for case in cases:
+        limit, needed = (limits.bandwidth, case.moved) if case.moved else (limits.matrix_rate, case.operations)
+        try:
+            seconds = clock(case.call)
+        except Exception as error:
+            table.add(case.name, f"FAILED: {type(error).__name__}: {str(error)[:100]}")
+            failed += [] if case.is_tuning else [case.name]
+            continue
+        of = "bandwidth" if case.moved else "matrix rate"
+        table.add(case.name, microseconds(seconds), f"{share_of(limit, needed, seconds)} of {of}", case.goal)
+    if failed:
+        raise RuntimeError(f"{len(failed)} failed: {', '.join(failed)}")
 
 
 def cases_of(name: str, found: list[Candidate], args: tuple, phase: str = ROWS, **needed: object) -> Iterator[Case]:
@@ -116,16 +120,20 @@ def _lines(s: Sizes, make: Made) -> Iterator[Case]:
     joined = make(s.tokens, 2 * s.inner)
     gate, up = joined.split(s.inner, -1)
     yield Case("act_mul", lambda: activation.act_mul(gate, up, SILU), 3 * gate.numel() * 2)
+    args, moved = head_arguments(s, make)
+    yield Case("rope_cache", lambda: rope.rope_cache(*args), moved)
+
+
+def head_arguments(s: Sizes, make: Made) -> tuple[tuple, int]:
+    """Of rope_cache for a prompt, and the bytes it moves."""
     q, k = (
         make(1, s.tokens, s.heads, s.head_dim).transpose(1, 2),
         make(1, s.tokens, s.kv_heads, s.head_dim).transpose(1, 2),
     )
     caches = make(2, s.tokens // 16 + 1, s.kv_heads, 16, s.head_dim)
     tables, at = make(s.tokens, s.head_dim), make.ints(torch.arange(s.tokens), torch.int64)
-    yield Case(
-        "rope_cache", lambda: rope.rope_cache(*caches, q, k, k, tables, tables, at, at, s.head_dim, 0),
-        2 * (q.nbytes + 2 * k.nbytes) + 2 * tables.nbytes,
-    )  # fmt: skip
+    args = (*caches, q, k, k, tables, tables, at, at, s.head_dim, 0)
+    return args, 2 * (q.nbytes + 2 * k.nbytes) + 2 * tables.nbytes
 
 
 def _attention(s: Sizes, target: Target) -> Iterator[Case]:
@@ -147,6 +155,15 @@ def _attention(s: Sizes, target: Target) -> Iterator[Case]:
     operations = 2 * s.tokens * s.tokens * s.heads * s.head_dim
     name = f"attention, prompt of {s.tokens}"
     yield from cases_of(name, found, batch.args, PREFILL, operations=operations, goal="60 %")
+
+
+def decode_arguments(s: Sizes, make: Made, num_seqs: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(q, caches, (block_table, seq_lens, query_start)) of one token each of sequences of s.context keys."""
+    blocks = s.context // 16
+    caches = make(2, num_seqs * blocks, s.kv_heads, 16, s.head_dim)
+    table = make.ints(torch.randperm(num_seqs * blocks).reshape(num_seqs, blocks))
+    q = make(1, s.heads, num_seqs, s.head_dim)
+    return q, caches, (table, make.ints([s.context] * num_seqs), make.ints(torch.arange(num_seqs + 1)))
 
 
 def _sampling(s: Sizes, make: Made) -> Iterator[Case]:

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import cpp
 import torch
 import triton
-from kernels import Sizes, measure_kernels, measure_limits
+from kernels import Made, Sizes, measure_cases, measure_kernels, measure_limits
 from llama import Load, Runner, against_transformers, measure_model
-from table import CardClock, Table
+from table import CardClock, Limits, Table
 
+from fuseline.compile.kernels.cuda_library import library_for
 from fuseline.compile.target import detect_target
 
 
@@ -48,8 +50,16 @@ def main(out: Path) -> int:
             attempt("transformers", lambda r=runner: against_transformers(r, table, Path(folder)))
         runners.clear()
     attempt("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table))
+    attempt("kernels in C++", lambda: measure_cpp(sizes, clock, limits, table))
     print(table.text(table.title))
     return 1 if problems else 0
+
+
+def measure_cpp(sizes: Sizes, clock: CardClock, limits: Limits, table: Table) -> None:
+    library = library_for(detect_target(device="cuda"))
+    if library is None:
+        raise RuntimeError("not built: nvcc is not installed, or the library does not load")
+    measure_cases(cpp.cases(sizes, Made(sizes, "cuda"), library), clock, limits, table)
 
 
 def title() -> str:

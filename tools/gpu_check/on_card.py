@@ -1,13 +1,20 @@
-"""A pytest plugin that runs the interpreter's tests on a card: a kernel's CPU tensors are carried there and back.
+"""A pytest plugin that runs the tests of kernels on a card: their CPU tensors are carried there and back.
 
 So every edge case of the tests is one of the card's too, unchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import cuda_twin
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
+
+from fuseline.compile.kernels.cuda_library import library_for
+from fuseline.compile.target import Target
 
 
 class Carried:
@@ -36,6 +43,21 @@ class Carried:
 
 
 def pytest_configure() -> None:
+    carry_triton()
+    library = library_for(Target("cuda", "", 1))
+    if library is not None:
+        cuda_twin.run = lambda function, *args, **more: carry(function, library, *args, **more)
+
+
+def carry(function: Callable, library: object, *args: object, **more: object) -> object:
+    """A function of compile/kernels/native_cuda.py with its tensors on the card; its results here."""
+    carried = Carried()
+    found = function(library, *map(carried.there, args), **{key: carried.there(arg) for key, arg in more.items()})
+    carried.back()
+    return tree_map_only(Tensor, Tensor.cpu, found)
+
+
+def carry_triton() -> None:
     launch = jit.JITFunction.run
 
     def run(self, *args, **kwargs):

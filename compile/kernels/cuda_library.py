@@ -1,0 +1,86 @@
+"""The library of CUDA C++ kernels (csrc/cuda): plain C functions, found by name, called with addresses and numbers.
+
+It is a shared object of its own, `_cuda.so` beside `fuseline._C`, and knows no torch: the same file serves every torch,
+and a call costs the host a few microseconds. Functions and the types of their arguments come from the library itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fuseline
+from fuseline.compile.target import Target
+
+logger = logging.getLogger(__name__)
+DTYPES = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 5, torch.float8_e4m3fn: 5,
+}  # fmt: skip
+"""Codes of csrc/include/fuseline/op.h; bytes of a cache are e4m3."""
+
+
+class _Entry(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("types", ctypes.c_char_p)]
+
+
+class CudaLibrary:
+    """`problem` says why it cannot run on the present device; empty when it can."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        library.fuseline_cuda_entries.restype = ctypes.POINTER(_Entry)
+        library.fuseline_cuda_problem.restype = library.fuseline_cuda_describe.restype = ctypes.c_char_p
+        self.problem = library.fuseline_cuda_problem().decode()
+        self._describe = library.fuseline_cuda_describe
+        self._functions: dict[str, Callable[[int | None, bytes], int]] = {}
+        self._packs: dict[str, Callable[..., bytes]] = {}
+        for entry in library.fuseline_cuda_entries():
+            if not entry.name:
+                break
+            name, prototype = entry.name.decode(), ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
+            self._functions[name] = prototype(entry.function)
+            self._packs[name] = struct.Struct(entry.types.decode()).pack
+        self._library = library
+
+    def call(self, name: str, device: Tensor, *args: int | float) -> None:
+        """Puts a function's kernels on the current stream of `device`'s device.
+
+        Raises struct.error for arguments that are not those of the function, RuntimeError for what the device refuses.
+        """
+        packed = self._packs[name](*args)
+        stream = torch._C._cuda_getCurrentRawStream(device.device.index) if device.is_cuda else None
+        error = self._functions[name](stream, packed)
+        if error:
+            raise RuntimeError(f"cuda.{name}: {self._describe(error).decode()}")
+
+
+def library_for(target: Target) -> CudaLibrary | None:
+    """The installed library if the target is a card that it runs on."""
+    return _installed() if target.device == "cuda" else None
+
+
+@functools.cache
+def _installed() -> CudaLibrary | None:
+    path = Path(fuseline.__file__).parent / "_cuda.so"
+    if not path.exists():
+        return None
+    try:
+        library = CudaLibrary(path)
+    except OSError as error:
+        logger.warning("no CUDA C++ kernels: %s", error)
+        return None
+    if library.problem:
+        logger.warning("no CUDA C++ kernels: %s", library.problem)
+        return None
+    return library
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

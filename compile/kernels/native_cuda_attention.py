@@ -1,0 +1,82 @@
+"""Attention of decode steps by csrc/cuda/attention.cu; steps with prompts are Triton's.
+
+Legend: H query heads, K kv heads, T query tokens, S sequences, N blocks of B keys, D key and value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.kernels.cuda_library import DTYPES, CudaLibrary, address
+from fuseline.compile.kernels.triton.table import paged_attention
+
+HEADS = 8  # query heads of a block
+SPLIT = 256  # keys of the shortest split
+GRID_TARGET = 1024  # blocks that fill a card: more workers a sequence are launched only below it
+NO_WINDOW = (1 << 31) - 1
+
+
+def decode_or_triton(
+    lib: CudaLibrary, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """q[1, H, T, D] over caches [N, K, B, D] -> [1, T, H, D]; no more tokens than sequences are a decode step."""
+    if q.shape[2] > seq_lens.shape[0]:
+        return paged_attention(
+            q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap
+        )  # fmt: skip
+    out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
+    decode_attention(
+        lib, out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap
+    )  # fmt: skip
+    return out
+
+
+def decode_attention(
+    lib: CudaLibrary, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, num_workers: int = 0,
+) -> None:  # fmt: skip
+    """out[1, T, H, D]; arguments as triton/attention.py has them. `num_workers` shares the splits of a row (0: chosen),
+    which changes no bit."""
+    _, num_heads, num_tokens, dim = q.shape
+    num_seqs, kv_heads, block_size = seq_lens.shape[0], k_cache.shape[1], k_cache.shape[2]
+    if num_tokens == 0:
+        return
+    if (q.stride(1) | q.stride(2)) % 8 or q.data_ptr() % 16:
+        q = q.contiguous()
+    parts = kv_heads * -(-num_heads // kv_heads // HEADS)
+    # The most splits of a row are a number of the model's; keys that fill a table's line may make fewer.
+    most = min(max(8, 256 // parts), 64, -(-block_table.shape[1] * block_size // SPLIT))
+    workspace = None
+    if most > 1:
+        size = num_tokens * num_heads * most * (dim + 2)
+        workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    workers = num_workers or min(max(4, GRID_TARGET // (num_seqs * parts)), most)
+    lib.call(
+        "decode_attention", q, out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        block_table.data_ptr(), seq_lens.data_ptr(), query_start.data_ptr(), address(sinks), address(k_scale),
+        address(v_scale), address(workspace), num_tokens, num_seqs, num_heads, kv_heads, dim, max(most, 1), workers,
+        out.stride(1), out.stride(2), q.stride(1), q.stride(2), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        block_table.stride(0), block_size.bit_length() - 1, window if window > 0 else NO_WINDOW, scale, softcap,
+        DTYPES[q.dtype], DTYPES[k_cache.dtype],
+    )  # fmt: skip
+
+
+def supports_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
+    sinks: Tensor | None, *_: float,
+) -> bool:  # fmt: skip
+    """Half precision, one size of heads, whole blocks of a power of two keys, up to sixteen query heads a kv head."""
+    dim, block_size, group = q.shape[3], k_cache.shape[2], q.shape[1] // k_cache.shape[1]
+    if q.dtype not in (torch.bfloat16, torch.float16) or (sinks is not None and sinks.dtype != q.dtype):
+        return False
+    if {k_cache.dtype, v_cache.dtype} not in ({q.dtype}, {torch.float8_e4m3fn}):
+        return False
+    integers = {block_table.dtype, seq_lens.dtype, query_start.dtype} == {torch.int32}
+    sizes = dim in (64, 128, 256) and k_cache.shape[3] == v_cache.shape[3] == dim and group <= 2 * HEADS
+    lies_right = q.stride(3) == 1 and all(
+        cache.stride(3) == 1 and all(stride % 8 == 0 for stride in cache.stride()[:3]) for cache in (k_cache, v_cache)
+    )
+    return integers and sizes and lies_right and block_size & (block_size - 1) == 0

@@ -1,0 +1,48 @@
+// Gated activations: act(gate) * up, act(gate) rounded to the dtype first.
+#include "cuda/activate.h"
+#include "cuda/kernels.h"
+#include "cuda/vector.h"
+
+namespace fuseline::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct ActArgs {
+  void* out;
+  const void *gate, *up;
+  int64_t num_lines, dim, out_stride, gate_stride, up_stride;
+  int act;
+};
+
+// Thread: a vector of a line.
+template <class T, int kVector>
+__global__ void __launch_bounds__(kThreads) act_mul_kernel(const ActArgs a) {
+  const int64_t vectors = a.dim / kVector, at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (at >= a.num_lines * vectors) return;
+  const int64_t line = at / vectors, c = at % vectors * kVector;
+  float gate[kVector], up[kVector];
+  load(gate, static_cast<const T*>(a.gate) + line * a.gate_stride + c);
+  load(up, static_cast<const T*>(a.up) + line * a.up_stride + c);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) gate[k] = rounded<T>(activate(gate[k], a.act)) * up[k];
+  store(static_cast<T*>(a.out) + line * a.out_stride + c, gate);
+}
+
+}  // namespace
+
+int act_mul(void* stream, void* out, const void* gate, const void* up, int64_t num_lines, int64_t dim, int64_t
+            out_stride, int64_t gate_stride, int64_t up_stride, int64_t act, int64_t dtype) {
+  const ActArgs a{out, gate, up, num_lines, dim, out_stride, gate_stride, up_stride, static_cast<int>(act)};
+  const auto blocks = [&](int64_t vector) {
+    return dim3(static_cast<unsigned>((num_lines * (dim / vector) + kThreads - 1) / kThreads));
+  };
+  return with_float(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (is_aligned(16, sizeof(T), {out, gate, up}, dim, out_stride, gate_stride, up_stride))
+      return launch(act_mul_kernel<T, kWide<T>>, blocks(kWide<T>), kThreads, stream, a);
+    return launch(act_mul_kernel<T, 1>, blocks(1), kThreads, stream, a);
+  });
+}
+
+}  // namespace fuseline::cuda

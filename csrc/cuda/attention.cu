@@ -1,0 +1,300 @@
+// Attention of single tokens over a paged cache: keys cut into splits, the query heads of a kv head together, so that a
+// key or value is read once for all of them.
+//
+// Scores are q[heads, D] k[keys, D]^T, results v[keys, E]^T p[heads, keys]^T, both as matrix instructions of up to
+// eight heads and sixteen keys. The order of D, of keys and of E within an instruction is free as long as its operands
+// agree: a lane takes eight neighbours of a line as they lie, and the scores' registers are the next product's operand.
+// Keys and values come through a ring in shared memory in which each thread reads only what it asked for itself (see
+// linear.cu).
+//
+// What a row sums, and in which order, follows from its sequence alone: the cuts come from the sequence's keys, warps
+// take a split's tiles in turn, and both are folded from the first to the last. Who works on which split changes no
+// bit.
+//
+// Legend: H query heads, G of them a kv head, D key and value dim, B keys a block; lane = (g = lane / 4, t = lane % 4).
+#include "cuda/attention.h"
+#include "cuda/kernels.h"
+
+namespace fuseline::cuda {
+namespace {
+
+constexpr int kHeads = 8;  // of a tile
+constexpr int kStages = 3;
+
+// Eight numbers of a cache as they lie, and as a product's operand.
+template <class Cache> struct Raw { using Type = uint4; };
+template <> struct Raw<E4m3> { using Type = uint2; };
+
+template <class T>
+FL_DEVICE uint4 operand(uint4 raw) { return raw; }
+template <class T>
+FL_DEVICE uint4 operand(uint2 raw) {
+  const uint2 low = widen(raw.x, T{}), high = widen(raw.y, T{});
+  return {low.x, low.y, high.x, high.y};
+}
+
+// Block (kv head and part of its heads, sequence, worker).
+template <class T, class Cache, int kDim>
+__global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const AttentionArgs a) {
+  constexpr int kWarps = 256 / kDim, kThreads = kWarps * kWarp;
+  constexpr int kKeyLoads = kDim / 32, kValueLoads = kDim / 64, kLoads = 2 * kKeyLoads + 4 * kValueLoads;
+  using Eight = typename Raw<Cache>::Type;
+  union Shared {
+    Eight ring[kStages][kLoads][kThreads];
+    struct { float values[kWarps][kHeads][kDim]; Mass masses[kWarps][kHeads]; } parts;
+    __device__ Shared() {}
+  };
+  __shared__ Shared shared;
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, g = lane / 4, t = lane % 4;
+  const int num_parts = static_cast<int>((a.group + kHeads - 1) / kHeads);
+  const int64_t kv_head = blockIdx.x / num_parts, in_group = blockIdx.x % num_parts * kHeads;
+  const int num_heads = static_cast<int>(a.group - in_group < kHeads ? a.group - in_group : kHeads);
+  const int64_t first_head = kv_head * a.group + in_group;
+  const int64_t seq = blockIdx.y;
+  const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
+  const int32_t* table = a.block_table + seq * a.table_stride;
+  const Cache* keys = static_cast<const Cache*>(a.k_cache) + kv_head * a.k_head + 8 * t;
+  const Cache* values = static_cast<const Cache*>(a.v_cache) + kv_head * a.v_head + 8 * g;
+  const float scale = a.k_scale ? a.scale * *a.k_scale : a.scale;
+
+  for (int token = 0; token < num_tokens; ++token) {
+    const Cut cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits));
+    const int64_t at = begin + token;
+    uint4 q[kKeyLoads];  // heads that are not there are the first: nothing comes of them
+    const int64_t head_of_lane = first_head + (g < num_heads ? g : 0);
+    const T* from = static_cast<const T*>(a.q) + at * a.q_token + head_of_lane * a.q_head + 8 * t;
+#pragma unroll
+    for (int c = 0; c < kKeyLoads; ++c) q[c] = *reinterpret_cast<const uint4*>(from + 32 * c);
+    // A token without keys is the first worker's: it has no splits, and zeros.
+    const int num_splits = cut.num_splits > 0 ? cut.num_splits : 1;
+    for (int i = blockIdx.z; i < num_splits; i += gridDim.z) {
+      const int low = cut.start + i * cut.split, high = low + cut.split < cut.end ? low + cut.split : cut.end;
+      const auto is_seen = [&](int key) { return key >= cut.first && key < high; };
+      // Of a tile's keys, a lane's block; none for a key that is not there.
+      const auto look_up = [&](int base) {
+        const int key = base + lane % kKeys;
+        return is_seen(key) ? table[key >> a.block_shift] : -1;
+      };
+      int fetched = low + warp * kKeys, blocks = look_up(fetched);
+      const auto fetch = [&](int stage) {
+        const int mask = (1 << a.block_shift) - 1;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int key = 8 * n + g, block = shuffle(blocks, key);
+          const Cache* line = keys + (block < 0 ? 0 : block * a.k_block + ((fetched + key) & mask) * a.k_token);
+#pragma unroll
+          for (int c = 0; c < kKeyLoads; ++c)
+            copy_async(&shared.ring[stage][n * kKeyLoads + c][thread], line + 32 * c, block >= 0);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int key = 2 * t + n % 2 + n / 2 * 8, block = shuffle(blocks, key);
+          const Cache* line = values + (block < 0 ? 0 : block * a.v_block + ((fetched + key) & mask) * a.v_token);
+#pragma unroll
+          for (int c = 0; c < kValueLoads; ++c)
+            copy_async(&shared.ring[stage][2 * kKeyLoads + n * kValueLoads + c][thread], line + 64 * c, block >= 0);
+        }
+        close_group();
+        fetched += kWarps * kKeys;
+        blocks = look_up(fetched);
+      };
+#pragma unroll
+      for (int s = 0; s < kStages - 1; ++s) fetch(s);
+
+      // The warp's state. `mass` is that of head g, its sum the lane's share; acc[j]: dims 8 g + 2 (j % 4), and the one
+      // behind, of chunk j / 4, of heads 2 t and 2 t + 1.
+      Mass mass{kNone, 0.0f};
+      float acc[kDim / 16][4] = {};
+      int stage = 0;
+      for (int base = low + warp * kKeys; base < high; base += kWarps * kKeys) {
+        wait_groups<kStages - 2>();
+        fetch(stage == 0 ? kStages - 1 : stage - 1);
+        const auto& ring = shared.ring[stage];
+        float scores[2][4] = {};
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int c = 0; c < kKeyLoads; ++c) {
+            const uint4 k = operand<T>(ring[n * kKeyLoads + c][thread]);
+            mma(scores[n], {q[c].x, 0, q[c].y, 0}, {k.x, k.y}, T{});
+            mma(scores[n], {q[c].z, 0, q[c].w, 0}, {k.z, k.w}, T{});
+          }
+        float top = kNone;
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float x = scores[n][j] * scale;
+            if (a.softcap > 0.0f) x = a.softcap * tanhf(x / a.softcap);
+            scores[n][j] = is_seen(base + 8 * n + 2 * t + j) ? x : kNone;
+            top = fmaxf(top, scores[n][j]);
+          }
+        top = fmaxf(top, shuffle_xor(top, 1));
+        top = fmaxf(fmaxf(top, shuffle_xor(top, 2)), mass.m);
+        const float finite = top == kNone ? 0.0f : top, shrink = exp2f(mass.m - finite);
+        mass.m = top;
+        mass.sum *= shrink;
+        uint32_t p[2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const float x = exp2f(scores[n][0] - finite), y = exp2f(scores[n][1] - finite);
+          mass.sum += x + y;
+          p[n] = pack<T>(x, y);
+        }
+        const float shrinks[2] = {shuffle(shrink, 8 * t), shuffle(shrink, 8 * t + 4)};
+#pragma unroll
+        for (int c = 0; c < kValueLoads; ++c) {
+          uint4 v[4];
+#pragma unroll
+          for (int n = 0; n < 4; ++n) v[n] = operand<T>(ring[2 * kKeyLoads + n * kValueLoads + c][thread]);
+          const uint32_t words[4][4] = {{v[0].x, v[0].y, v[0].z, v[0].w}, {v[1].x, v[1].y, v[1].z, v[1].w},
+                                        {v[2].x, v[2].y, v[2].z, v[2].w}, {v[3].x, v[3].y, v[3].z, v[3].w}};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            float(&sums)[4] = acc[4 * c + j];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) sums[r] *= shrinks[r % 2];
+            mma(sums, {low_halves(words[0][j], words[1][j]), high_halves(words[0][j], words[1][j]),
+                       low_halves(words[2][j], words[3][j]), high_halves(words[2][j], words[3][j])}, p, T{});
+          }
+        }
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+      }
+      mass.sum += shuffle_xor(mass.sum, 1);
+      mass.sum += shuffle_xor(mass.sum, 2);
+      wait_groups<0>();
+      __syncthreads();  // the ring has been read: its room is the parts'
+      if (t == 0) shared.parts.masses[warp][g] = mass;
+#pragma unroll
+      for (int j = 0; j < kDim / 16; ++j)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          shared.parts.values[warp][2 * t + r % 2][64 * (j / 4) + 8 * g + 2 * (j % 4) + r / 2] = acc[j][r];
+      __syncthreads();
+      for (int entry = thread; entry < num_heads * kDim; entry += kThreads) {
+        const int in_tile = entry / kDim, dim = entry % kDim;
+        Mass whole{kNone, 0.0f};
+        float value = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float2 weights = whole.fold(shared.parts.masses[w][in_tile]);
+          value = fmaf(value, weights.x, shared.parts.values[w][in_tile][dim] * weights.y);
+        }
+        const int64_t head = first_head + in_tile;
+        if (num_splits == 1) {
+          finish<T>(a, at, head, dim, whole, value);
+          continue;
+        }
+        const int64_t line = (at * a.num_heads + head) * a.num_splits + i;
+        a.workspace[line * kDim + dim] = value;
+        if (dim == 0) {
+          float* masses = a.workspace + a.num_tokens * a.num_heads * a.num_splits * kDim + 2 * line;
+          masses[0] = whole.m;
+          masses[1] = whole.sum;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Block (head, sequence), a thread for each of D: folds the splits of rows that have several.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
+  constexpr int kAtOnce = 8;  // splits whose loads are under way together
+  const int64_t head = blockIdx.x, seq = blockIdx.y;
+  const int dim = threadIdx.x;
+  const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
+  for (int token = 0; token < num_tokens; ++token) {
+    const int num_splits = Cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits)).num_splits;
+    if (num_splits < 2) continue;
+    const int64_t line = ((begin + token) * a.num_heads + head) * a.num_splits;
+    const float* masses = a.workspace + a.num_tokens * a.num_heads * a.num_splits * kDim + 2 * line;
+    Mass whole{kNone, 0.0f};
+    float value = 0.0f;
+    for (int i = 0; i < num_splits; i += kAtOnce) {
+      Mass parts[kAtOnce];
+      float values[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const bool is_there = i + j < num_splits;
+        parts[j] = is_there ? Mass{masses[2 * (i + j)], masses[2 * (i + j) + 1]} : Mass{kNone, 0.0f};
+        values[j] = is_there ? a.workspace[(line + i + j) * kDim + dim] : 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const float2 weights = whole.fold(parts[j]);
+        value = fmaf(value, weights.x, values[j] * weights.y);
+      }
+    }
+    finish<T>(a, begin + token, head, dim, whole, value);
+  }
+}
+
+template <class T, class Cache, int kDim>
+int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers, void* stream) {
+  const auto parts = (a.group + kHeads - 1) / kHeads * (a.num_heads / a.group);
+  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(num_seqs), static_cast<unsigned>(num_workers));
+  const int error = launch(decode_kernel<T, Cache, kDim>, grid, 256 / kDim * kWarp, stream, a);
+  if (error || !a.workspace) return error;
+  const dim3 rows(static_cast<unsigned>(a.num_heads), static_cast<unsigned>(num_seqs));
+  return launch(merge_kernel<T, kDim>, rows, kDim, stream, a);
+}
+
+}  // namespace
+
+int decode_attention(void* stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
+                     block_table, const void* seq_lens, const void* query_start, const void* sinks, const void* k_scale,
+                     const void* v_scale, void* workspace, int64_t num_tokens, int64_t num_seqs, int64_t num_heads,
+                     int64_t num_kv_heads, int64_t dim, int64_t num_splits, int64_t num_workers, int64_t out_token,
+                     int64_t out_head, int64_t q_head, int64_t q_token, int64_t k_block, int64_t k_head, int64_t
+                     k_token, int64_t v_block, int64_t v_head, int64_t v_token, int64_t table_stride, int64_t
+                     block_shift, int64_t window, double scale, double softcap, int64_t dtype, int64_t cache_dtype) {
+  AttentionArgs a{};
+  a.out = out;
+  a.q = q;
+  a.k_cache = k_cache;
+  a.v_cache = v_cache;
+  a.block_table = static_cast<const int32_t*>(block_table);
+  a.seq_lens = static_cast<const int32_t*>(seq_lens);
+  a.query_start = static_cast<const int32_t*>(query_start);
+  a.sinks = sinks;
+  a.k_scale = static_cast<const float*>(k_scale);
+  a.v_scale = static_cast<const float*>(v_scale);
+  a.workspace = static_cast<float*>(workspace);
+  a.num_tokens = num_tokens;
+  a.num_heads = num_heads;
+  a.group = num_heads / num_kv_heads;
+  a.num_splits = num_splits;
+  a.out_token = out_token;
+  a.out_head = out_head;
+  a.q_head = q_head;
+  a.q_token = q_token;
+  a.k_block = k_block;
+  a.k_head = k_head;
+  a.k_token = k_token;
+  a.v_block = v_block;
+  a.v_head = v_head;
+  a.v_token = v_token;
+  a.table_stride = table_stride;
+  a.block_shift = block_shift;
+  a.window = static_cast<int>(window);
+  a.scale = static_cast<float>(scale) * kLog2e;
+  a.softcap = static_cast<float>(softcap) * kLog2e;
+  return with_half(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto with_dim = [&](auto cache) {
+      using Cache = decltype(cache);
+      switch (dim) {
+        case 64: return launch_decode<T, Cache, 64>(a, num_seqs, num_workers, stream);
+        case 128: return launch_decode<T, Cache, 128>(a, num_seqs, num_workers, stream);
+        case 256: return launch_decode<T, Cache, 256>(a, num_seqs, num_workers, stream);
+        default: return kBadArgument;
+      }
+    };
+    if (cache_dtype == static_cast<int64_t>(DType::u8)) return with_dim(E4m3{});
+    return cache_dtype == dtype ? with_dim(T{}) : kBadArgument;
+  });
+}
+
+}  // namespace fuseline::cuda

@@ -1,0 +1,184 @@
+// What the kernels of this folder ask of a device, in a few functions, so that a compiler for CPUs can stand in for
+// nvcc: the tests run the same sources as threads of a CPU (csrc/tests/cuda_emulation.h). No torch, no library but the
+// runtime.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include "fuseline/op.h"
+
+namespace fuseline::cuda {
+
+// Numbers as they lie in memory. e4m3 has no infinities; its largest number is 448 and 0x7f is NaN.
+struct Bf16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+struct E4m3 { uint8_t bits; };
+
+}  // namespace fuseline::cuda
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "tests/cuda_emulation.h"
+#endif
+
+#define FL_DEVICE __device__ __forceinline__
+
+namespace fuseline::cuda {
+
+constexpr int kWarp = 32;
+constexpr float kLog2e = 1.4426950408889634f;
+
+#ifdef __CUDACC__
+
+using Stream = cudaStream_t;
+constexpr int kBadArgument = cudaErrorInvalidValue;
+
+FL_DEVICE float to_float(Bf16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+FL_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+FL_DEVICE void from_float(float x, Bf16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+FL_DEVICE void from_float(float x, Half& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
+FL_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+FL_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+FL_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+FL_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+
+// Bytes of global memory (a V, 8 or 16) on their way to shared memory; zeros if nothing is there. They have come for
+// the thread that asked once it has waited until no more than so many of its groups are under way. 16 go past L1.
+FL_DEVICE void copy_async(uint4* to, const void* from, bool is_there) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(from), "r"(is_there ? 16 : 0)
+               : "memory");
+}
+FL_DEVICE void copy_async(uint2* to, const void* from, bool is_there) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" :: "r"(address), "l"(from), "r"(is_there ? 8 : 0)
+               : "memory");
+}
+FL_DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+FL_DEVICE void wait_groups() { asm volatile("cp.async.wait_group %0;" :: "n"(kGroups) : "memory"); }
+
+template <class V>
+FL_DEVICE V shuffle(V x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+template <class V>
+FL_DEVICE V shuffle_xor(V x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// Bytes (a3 a2 a1 a0) and (b3 b2 b1 b0) -> (b1 b0 a1 a0) and (b3 b2 a3 a2).
+FL_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+FL_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
+// Four e4m3 numbers as two registers of two. Their bits, moved to where the wider type has its exponent, are the
+// numbers over a power of two.
+FL_DEVICE uint2 widen(uint32_t four, Half) {
+  const auto two = [](uint32_t bytes) {
+    const uint32_t bits = (bytes & 0x80008000u) | (bytes & 0x7f007f00u) >> 1;
+    __half2 x;
+    memcpy(&x, &bits, 4);
+    x = __hmul2(x, __float2half2_rn(256.0f));
+    uint32_t wide;
+    memcpy(&wide, &x, 4);
+    return wide;
+  };
+  return {two(__byte_perm(four, 0, 0x1404)), two(__byte_perm(four, 0, 0x3424))};
+}
+FL_DEVICE uint2 widen(uint32_t four, Bf16) {
+  const auto two = [](uint32_t bytes) {
+    const uint32_t bits = (bytes & 0x80008000u) | (bytes & 0x7f007f00u) >> 4;
+    __nv_bfloat162 x;
+    memcpy(&x, &bits, 4);
+    x = __hmul2(x, __float2bfloat162_rn(1.329227995784916e36f));  // 2^120
+    uint32_t wide;
+    memcpy(&wide, &x, 4);
+    return wide;
+  };
+  return {two(__byte_perm(four, 0, 0x1404)), two(__byte_perm(four, 0, 0x3424))};
+}
+
+// d[16, 8] += a[16, 16] b[16, 8] by a warp. Of lane (g = lane / 4, t = lane % 4): a = rows g, g + 8 at k = 2t, then the
+// same at k = 2t + 8, two neighbouring k's a register; b = k = 2t and 2t + 8 of column g; d = (g, 2t), (g, 2t + 1),
+// (g + 8, 2t), (g + 8, 2t + 1).
+FL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+FL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Puts the kernel on the stream; 0, or the runtime's error code.
+template <class Args>
+int launch(void (*kernel)(Args), dim3 grid, int threads, void* stream, const Args& args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<Stream>(stream);
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+#endif
+
+FL_DEVICE float to_float(float x) { return x; }
+FL_DEVICE void from_float(float x, float& to) { to = x; }
+
+template <class T>
+FL_DEVICE T cast(float x) {
+  T to;
+  from_float(x, to);
+  return to;
+}
+
+// float32 x as T holds it.
+template <class T>
+FL_DEVICE float rounded(float x) { return to_float(cast<T>(x)); }
+
+// Two numbers in one register, the first in its low half.
+template <class T>
+FL_DEVICE uint32_t pack(float first, float second) {
+  return cast<T>(first).bits | static_cast<uint32_t>(cast<T>(second).bits) << 16;
+}
+
+// The bits of an e4m3 number, moved into those of an fp16, are the number over 256; both wider types hold it exactly.
+FL_DEVICE float to_float(E4m3 x) {
+  return 256.0f * to_float(Half{static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)});
+}
+
+// The nearest byte, ties to even, beyond 448 the largest; NaN stays one. From 2^-6 on both kinds of number differ in
+// bias and 20 bits of fraction; below, the byte counts steps of 2^-9, which adding 2^23 rounds to.
+FL_DEVICE void from_float(float x, E4m3& to) {
+  const float size = fabsf(x) > 448.0f ? 448.0f : fabsf(x);
+  const uint32_t bits = float_bits(size) - (120u << 23);
+  uint32_t code = (bits + 0x7ffff + (bits >> 20 & 1)) >> 20;
+  if (size < 0.015625f) code = float_bits(add_rn(mul_rn(size, 512.0f), 8388608.0f)) & 0xf;
+  if (x != x) code = 0x7f;
+  to.bits = static_cast<uint8_t>((code & 0x7f) | (float_bits(x) >> 24 & 0x80));
+}
+
+// Sum of all lanes, the same bits in each.
+FL_DEVICE float warp_sum(float x) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// Calls f with a number of the type that the code says; its result, or kBadArgument.
+template <class F>
+int with_half(int64_t dtype, const F& f) {
+  if (dtype == static_cast<int64_t>(DType::bf16)) return f(Bf16{});
+  if (dtype == static_cast<int64_t>(DType::f16)) return f(Half{});
+  return kBadArgument;
+}
+template <class F>
+int with_float(int64_t dtype, const F& f) {
+  return dtype == static_cast<int64_t>(DType::f32) ? f(float{}) : with_half(dtype, f);
+}
+
+}  // namespace fuseline::cuda

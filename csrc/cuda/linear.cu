@@ -1,0 +1,156 @@
+// Linears of up to 16 rows: the weights' way through memory is all the work, so it is one pass over them.
+//
+// A warp multiplies a tile of 16 lines of the weight with the x of all rows by matrix instructions. The order of k
+// within an instruction is free as long as both operands agree, so a lane takes eight neighbours of a line and of x
+// (128 bits) as its share of two instructions, and nothing is turned around. Weights come through a ring in shared
+// memory in which each thread reads only what it asked for itself: no barriers, and so many bytes under way as the ring
+// holds, whatever the compiler does. The warps of a block take turns along K and their sums are added in order. Nothing
+// of this depends on the number of rows: a row's bits are its own.
+//
+// Legend: M rows, N outputs, K inputs; lane = (g = lane / 4, t = lane % 4).
+#include "cuda/activate.h"
+#include "cuda/kernels.h"
+
+namespace fuseline::cuda {
+namespace {
+
+constexpr int kDepth = 32;          // k of a matrix instruction's two halves: what a warp loads at once of a line
+constexpr int kStages = 3;          // of the ring
+constexpr int kStageBytes = 16384;  // of a block; three stages are what a block gets without asking, four blocks fit
+constexpr int64_t kWideOutputs = 4096, kManyTiles = 256;
+
+struct LinearArgs {
+  void* out;
+  const void *x, *weight, *bias;
+  int64_t x_stride, weight_stride;
+  int64_t num_rows, num_out, num_in;
+  int64_t upper;  // the tile's upper eight lines lie so many lines behind its lower ones
+  int act;
+};
+
+// Block: tile of outputs, eight a half. kHalves 1: the lower half alone, for narrow products. kTiles: eights of rows.
+template <class T, int kHalves, int kTiles, int kWarps, bool kIsGated>
+__global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArgs a) {
+  constexpr int kThreads = kWarps * kWarp, kOutputs = kIsGated ? 8 : 8 * kHalves;
+  constexpr int kUnroll = kStageBytes / (16 * kThreads * kHalves), kStep = kDepth * kUnroll;
+  __shared__ uint4 ring[kStages][kHalves * kUnroll][kThreads];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int64_t output = static_cast<int64_t>(blockIdx.x) * kOutputs + g;
+  // Lines and rows that are not there are the first one's: what comes of them is written nowhere.
+  const auto line = [&](int64_t n) {
+    const bool is_there = n < a.num_out + (kIsGated ? a.upper : 0);
+    return static_cast<const uint16_t*>(a.weight) + (is_there ? n * a.weight_stride : 0) + 8 * t;
+  };
+  const uint16_t* lines[2] = {line(output), line(output + a.upper)};
+  const uint16_t* rows[kTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+    rows[i] = static_cast<const uint16_t*>(a.x) + (8 * i + g < a.num_rows ? (8 * i + g) * a.x_stride : 0) + 8 * t;
+
+  const auto fetch = [&](int64_t k, int stage) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        const int64_t at = k + u * kDepth;
+        const bool is_there = at + 8 * t < a.num_in;
+        copy_async(&ring[stage][u * kHalves + h][threadIdx.x], lines[h] + (is_there ? at : 0), is_there);
+      }
+    close_group();
+  };
+  const int64_t begin = warp * kStep, stride = kWarps * kStep;
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) fetch(begin + s * stride, s);
+
+  float sum[kTiles][4] = {};
+  int stage = 0;
+  for (int64_t k = begin; k < a.num_in; k += stride) {
+    uint4 in[kUnroll][kTiles];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const int64_t at = k + u * kDepth;
+        in[u][i] = at + 8 * t < a.num_in ? *reinterpret_cast<const uint4*>(rows[i] + at) : uint4{0, 0, 0, 0};
+      }
+    wait_groups<kStages - 2>();
+    // The stage before this one has been read: its room is the next one's.
+    fetch(k + (kStages - 1) * stride, stage == 0 ? kStages - 1 : stage - 1);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint4 low = ring[stage][u * kHalves][threadIdx.x];
+      const uint4 high = kHalves == 2 ? ring[stage][u * kHalves + kHalves - 1][threadIdx.x] : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        mma(sum[i], {low.x, high.x, low.y, high.y}, {in[u][i].x, in[u][i].y}, T{});
+        mma(sum[i], {low.z, high.z, low.w, high.w}, {in[u][i].z, in[u][i].w}, T{});
+      }
+    }
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+  wait_groups<0>();
+  __syncthreads();
+  auto sums = reinterpret_cast<float(*)[kTiles][4][kWarp]>(ring);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[warp][i][j][lane] = sum[i][j];
+  __syncthreads();
+
+  // An entry: row 8 i + 2 t + j of the outputs that lane (g, t) had, lower and upper half.
+  T* out = static_cast<T*>(a.out);
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int entry = threadIdx.x; entry < kTiles * 2 * kWarp; entry += kThreads) {
+    const int of = entry % kWarp, j = entry / kWarp % 2, i = entry / kWarp / 2;
+    const int64_t row = 8 * i + 2 * (of % 4) + j, n = static_cast<int64_t>(blockIdx.x) * kOutputs + of / 4;
+    if (row >= a.num_rows || n >= a.num_out) continue;
+    const bool has_upper = kHalves == 2 && (kIsGated || n + a.upper < a.num_out);
+    float lower = 0.0f, upper = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      lower += sums[w][i][j][of];
+      if (kHalves == 2) upper += sums[w][i][j + 2][of];
+    }
+    if (bias) lower += to_float(bias[n]);
+    if (bias && has_upper) upper += to_float(bias[n + a.upper]);
+    if (kIsGated) lower = rounded<T>(activate(rounded<T>(lower), a.act)) * rounded<T>(upper);
+    out[row * a.num_out + n] = cast<T>(lower);
+    if (!kIsGated && has_upper) out[row * a.num_out + n + a.upper] = cast<T>(upper);
+  }
+}
+
+template <class T, int kHalves, int kWarps, bool kIsGated>
+int launch_tiles(const LinearArgs& a, void* stream) {
+  constexpr int kOutputs = kIsGated ? 8 : 8 * kHalves;
+  const dim3 grid(static_cast<unsigned>((a.num_out + kOutputs - 1) / kOutputs));
+  return a.num_rows > 8 ? launch(few_rows_kernel<T, kHalves, 2, kWarps, kIsGated>, grid, kWarps * kWarp, stream, a)
+                        : launch(few_rows_kernel<T, kHalves, 1, kWarps, kIsGated>, grid, kWarps * kWarp, stream, a);
+}
+
+}  // namespace
+
+// Tiles and warps follow from the product's size alone: enough bytes under way for every multiprocessor of a large
+// card.
+int linear(void* stream, void* out, const void* x, const void* weight, const void* bias, int64_t x_stride, int64_t
+           weight_stride, int64_t num_rows, int64_t num_out, int64_t num_in, int64_t dtype) {
+  const LinearArgs a{out, x, weight, bias, x_stride, weight_stride, num_rows, num_out, num_in, 8, 0};
+  return with_half(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (num_out >= kWideOutputs) return launch_tiles<T, 2, 8, false>(a, stream);
+    return num_out >= 8 * kManyTiles ? launch_tiles<T, 1, 8, false>(a, stream)
+                                     : launch_tiles<T, 1, 16, false>(a, stream);
+  });
+}
+
+int linear_act_mul(void* stream, void* out, const void* x, const void* weight, const void* bias, int64_t x_stride,
+                   int64_t weight_stride, int64_t num_rows, int64_t num_out, int64_t num_in, int64_t act, int64_t dtype)
+                   {
+  const LinearArgs a{out,      x,       weight, bias,    x_stride,        weight_stride,
+                     num_rows, num_out, num_in, num_out, static_cast<int>(act)};
+  return with_half(dtype, [&](auto type) {
+    using T = decltype(type);
+    return num_out >= 8 * kManyTiles ? launch_tiles<T, 2, 8, true>(a, stream) : launch_tiles<T, 2, 16, true>(a, stream);
+  });
+}
+
+}  // namespace fuseline::cuda

@@ -1,0 +1,198 @@
+// Rotary embedding and the write into the paged cache, in one launch: a thread rotates one vector of pairs of a head,
+// or copies one of v. Each product is rounded to the tables' dtype before the two are added, as Transformers' two
+// multiplications are.
+//
+// Legend: H query heads, K kv heads, T tokens, D head dim, E value dim, R rotary dim, C table columns (R or R / 2), B
+// keys a block.
+#include "cuda/kernels.h"
+#include "cuda/vector.h"
+#include "fuseline/codes.h"
+
+namespace fuseline::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Heads of one kind: `to` of head h and token t lies at h * to_head + (t * to_token, or the place of the token's slot).
+struct Heads {
+  const void* from;
+  void* to;
+  int64_t num_heads, dim, head, token, to_head, to_token, to_block;
+  const float* scale;  // an e4m3 cache holds the numbers over this; absent: 1
+};
+
+struct RopeArgs {
+  Heads q, k, v;  // without heads: not there
+  const void *cos, *sin;
+  const int64_t *rows, *slots;
+  int64_t num_tokens, table_stride, rotary_dim, columns, block_size;
+  int layout;
+};
+
+template <int kCount, class T, class To>
+FL_DEVICE void store_scaled(To* to, const float (&x)[kCount], const float* scale) {
+  if constexpr (sizeof(To) == 1) {
+    float y[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) y[k] = scale ? div_rn(x[k], *scale) : x[k];
+    store(to, y);
+  } else {
+    store(to, x);
+  }
+}
+
+// Vector `at` of one head: pairs first, then the numbers behind the rotary dim.
+template <class T, class Table, class To, int kVector>
+FL_DEVICE void rotate(const RopeArgs& a, const T* from, To* to, int64_t row, int64_t at, int64_t dim,
+                      const float* scale) {
+  const int64_t half = a.rotary_dim / 2;
+  const bool is_interleaved = a.layout == kRopeInterleaved;
+  if (at * kVector >= half) {
+    const int64_t c = a.rotary_dim + at * kVector - half;
+    float x[kVector];
+    if (c >= dim) return;
+    load(x, from + c);
+    store_scaled<kVector, T>(to + c, x, scale);
+    return;
+  }
+  // Of pair j: its two places, and theirs in the tables' line.
+  const int64_t j = at * kVector, low = is_interleaved ? 2 * j : j, high = is_interleaved ? 2 * j + 1 : j + half;
+  const bool is_halved = a.columns != a.rotary_dim;
+  const Table* cos = static_cast<const Table*>(a.cos) + row * a.table_stride;
+  const Table* sin = static_cast<const Table*>(a.sin) + row * a.table_stride;
+  float x[kVector], y[kVector], c0[kVector], s0[kVector], c1[kVector], s1[kVector];
+  load(x, from + low);
+  load(y, from + high);
+  load(c0, cos + (is_halved ? j : low));
+  load(s0, sin + (is_halved ? j : low));
+  load(c1, cos + (is_halved ? j : high));
+  load(s1, sin + (is_halved ? j : high));
+  float turned_x[kVector], turned_y[kVector];
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    turned_x[k] = rounded<T>(add_rn(rounded<Table>(mul_rn(x[k], c0[k])), -rounded<Table>(mul_rn(y[k], s0[k]))));
+    turned_y[k] = rounded<T>(add_rn(rounded<Table>(mul_rn(y[k], c1[k])), rounded<Table>(mul_rn(x[k], s1[k]))));
+  }
+  store_scaled<kVector, T>(to + low, turned_x, scale);
+  store_scaled<kVector, T>(to + high, turned_y, scale);
+}
+
+// Block (vectors of all heads, token).
+template <class T, class Table, class Cache, int kVector>
+__global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
+  const int64_t token = blockIdx.x;
+  int64_t at = blockIdx.y * static_cast<int64_t>(kThreads) + threadIdx.x;
+  const int64_t pairs = a.rotary_dim / 2;
+  const auto vectors = [&](const Heads& heads) { return (heads.dim - pairs) / kVector; };
+  const int64_t q_vectors = a.q.num_heads * vectors(a.q), k_vectors = a.k.num_heads * vectors(a.k);
+  if (at < q_vectors) {
+    const int64_t head = at / vectors(a.q);
+    rotate<T, Table, T, kVector>(a, static_cast<const T*>(a.q.from) + head * a.q.head + token * a.q.token,
+                                 static_cast<T*>(a.q.to) + head * a.q.to_head + token * a.q.to_token, a.rows[token],
+                                 at % vectors(a.q), a.q.dim, nullptr);
+    return;
+  }
+  at -= q_vectors;
+  if (!a.slots) return;
+  const int64_t slot = a.slots[token];
+  if (slot < 0) return;
+  const int64_t block = slot / a.block_size, offset = slot % a.block_size;
+  const auto place = [&](const Heads& heads, int64_t head) {
+    return static_cast<Cache*>(heads.to) + block * heads.to_block + head * heads.to_head + offset * heads.to_token;
+  };
+  if (at < k_vectors) {
+    const int64_t head = at / vectors(a.k);
+    rotate<T, Table, Cache, kVector>(a, static_cast<const T*>(a.k.from) + head * a.k.head + token * a.k.token,
+                                     place(a.k, head), pairs ? a.rows[token] : 0, at % vectors(a.k), a.k.dim,
+                                     a.k.scale);
+    return;
+  }
+  at -= k_vectors;
+  const int64_t of_head = a.v.dim / kVector, head = at / of_head, c = at % of_head * kVector;
+  if (head >= a.v.num_heads) return;
+  float x[kVector];
+  load(x, static_cast<const T*>(a.v.from) + head * a.v.head + token * a.v.token + c);
+  store_scaled<kVector, T>(place(a.v, head) + c, x, a.v.scale);
+}
+
+template <class T, class Table, class Cache>
+int launch_rope(const RopeArgs& a, void* stream) {
+  const int64_t pairs = a.rotary_dim / 2;
+  constexpr int64_t kVector = 4;
+  const auto is_wide_of = [&](const Heads& h, int64_t to_size) {
+    return !h.num_heads || (is_aligned(kVector * sizeof(T), sizeof(T), {h.from}, h.dim, h.head, h.token) &&
+                            is_aligned(kVector * to_size, to_size, {h.to}, h.to_head, h.to_token, h.to_block));
+  };
+  const bool is_wide =
+      (a.layout == kRopeHalf || pairs == 0) && pairs % kVector == 0 && is_wide_of(a.q, sizeof(T)) &&
+      is_wide_of(a.k, sizeof(Cache)) && is_wide_of(a.v, sizeof(Cache)) &&
+      is_aligned(kVector * sizeof(Table), sizeof(Table), {a.cos, a.sin}, a.table_stride);
+  const auto grid = [&](int64_t vector) {
+    const int64_t numbers =
+        a.q.num_heads * (a.q.dim - pairs) + a.k.num_heads * (a.k.dim - pairs) + a.v.num_heads * a.v.dim;
+    const int64_t vectors = numbers / vector;
+    return dim3(static_cast<unsigned>(a.num_tokens), static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
+  };
+  if (is_wide) return launch(rope_kernel<T, Table, Cache, kVector>, grid(kVector), kThreads, stream, a);
+  return launch(rope_kernel<T, Table, Cache, 1>, grid(1), kThreads, stream, a);
+}
+
+int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cache_dtype, void* stream) {
+  return with_float(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto with_table = [&](auto table) {
+      using Table = decltype(table);
+      if (cache_dtype == static_cast<int64_t>(DType::u8)) return launch_rope<T, Table, E4m3>(a, stream);
+      return cache_dtype == dtype ? launch_rope<T, Table, T>(a, stream) : kBadArgument;
+    };
+    if (table_dtype == dtype) return with_table(T{});
+    return table_dtype == static_cast<int64_t>(DType::f32) ? with_table(float{}) : kBadArgument;
+  });
+}
+
+}  // namespace
+
+int rope(void* stream, void* out, const void* x, const void* cos, const void* sin, const void* rows, int64_t num_heads,
+         int64_t num_tokens, int64_t dim, int64_t x_head, int64_t x_token, int64_t out_head, int64_t out_token, int64_t
+         table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype) {
+  RopeArgs a{};
+  a.q = {x, out, num_heads, dim, x_head, x_token, out_head, out_token, 0, nullptr};
+  a.cos = cos;
+  a.sin = sin;
+  a.rows = static_cast<const int64_t*>(rows);
+  a.num_tokens = num_tokens;
+  a.table_stride = table_stride;
+  a.rotary_dim = rotary_dim;
+  a.columns = columns;
+  a.layout = static_cast<int>(layout);
+  return dispatch(a, dtype, table_dtype, dtype, stream);
+}
+
+int rope_cache(void* stream, void* q_out, void* k_cache, void* v_cache, const void* q, const void* k, const void* v,
+               const void* cos, const void* sin, const void* rows, const void* slots, const void* k_scale, const void*
+               v_scale, int64_t num_heads, int64_t num_kv_heads, int64_t num_tokens, int64_t dim, int64_t value_dim,
+               int64_t q_head, int64_t q_token, int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token,
+               int64_t out_head, int64_t out_token, int64_t k_cache_block, int64_t k_cache_head, int64_t k_cache_token,
+               int64_t v_cache_block, int64_t v_cache_head, int64_t v_cache_token, int64_t block_size, int64_t
+               table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype,
+               int64_t cache_dtype) {
+  RopeArgs a{};
+  if (q) a.q = {q, q_out, num_heads, dim, q_head, q_token, out_head, out_token, 0, nullptr};
+  a.k = {k, k_cache, num_kv_heads, dim, k_head, k_token, k_cache_head, k_cache_token, k_cache_block,
+         static_cast<const float*>(k_scale)};
+  a.v = {v, v_cache, num_kv_heads, value_dim, v_head, v_token, v_cache_head, v_cache_token, v_cache_block,
+         static_cast<const float*>(v_scale)};
+  a.cos = cos;
+  a.sin = sin;
+  a.rows = static_cast<const int64_t*>(rows);
+  a.slots = static_cast<const int64_t*>(slots);
+  a.num_tokens = num_tokens;
+  a.table_stride = table_stride;
+  a.rotary_dim = rotary_dim;
+  a.columns = columns;
+  a.block_size = block_size;
+  a.layout = static_cast<int>(layout);
+  return dispatch(a, dtype, table_dtype, cache_dtype, stream);
+}
+
+}  // namespace fuseline::cuda

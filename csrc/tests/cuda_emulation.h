@@ -1,0 +1,275 @@
+// CUDA for the tests of csrc/cuda on a CPU: g++ compiles the .cu files with this in place of the toolkit's headers.
+//
+// A block's threads are fibers of one thread of the CPU, run in turn; one that waits (at __syncthreads, or for its warp
+// in a shuffle or a matrix instruction) lets the next one run. Blocks come one after the other, so __shared__ is
+// static. Threads that wait for each other for good are a bug of the kernel: the process ends with a line that says so.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct uint4 { uint32_t x, y, z, w; };
+struct uint2 { uint32_t x, y; };
+struct float2 { float x, y; };
+
+namespace emulated {
+
+constexpr int kWarp = 32, kMaxThreads = 1024, kStack = 128 << 10;
+
+struct Barrier { int arrived; unsigned generation; };
+
+struct Copy { void* to; const void* from; size_t num_bytes; int group; };
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf place;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool is_started, is_done;
+  unsigned num_exchanges;
+  std::deque<Copy> copies;
+  int num_groups;
+};
+
+struct Block {
+  std::vector<Fiber> fibers{kMaxThreads};
+  dim3 grid, threads, index;
+  int num_threads, current, num_done, num_idle;
+  ucontext_t outside;
+  Barrier all, warps[kMaxThreads / kWarp];
+  // What the lanes of a warp show each other, of this exchange and of the one that some may still read.
+  float shown[kMaxThreads / kWarp][2][kWarp][12];
+  void (*body)(const void*);
+  const void* arguments;
+};
+
+inline Block& block() {
+  static Block only;
+  return only;
+}
+
+[[noreturn]] inline void give_up(const char* why) {
+  const dim3 at = block().index;
+  std::fprintf(stderr, "emulated: block (%u, %u, %u), thread %d: %s\n", at.x, at.y, at.z, block().current, why);
+  std::abort();
+}
+
+inline void give_way() {
+  Block& b = block();
+  if (++b.num_idle > 4 * b.num_threads) give_up("threads wait for each other");
+  Fiber& from = b.fibers[b.current];
+  do b.current = (b.current + 1) % b.num_threads;
+  while (b.fibers[b.current].is_done);
+  Fiber& to = b.fibers[b.current];
+  if (&to == &from || _setjmp(from.place)) return;
+  if (to.is_started) _longjmp(to.place, 1);
+  to.is_started = true;
+  setcontext(&to.start);
+}
+
+inline void wait(Barrier& barrier, int count) {
+  const unsigned mine = barrier.generation;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    block().num_idle = 0;
+    return;
+  }
+  while (barrier.generation == mine) give_way();
+}
+
+// Shows the lanes of the warp this one's numbers; theirs by lane.
+inline float (*exchange(const float* mine, int count))[12] {
+  Block& b = block();
+  const int warp = b.current / kWarp;
+  const unsigned parity = b.fibers[b.current].num_exchanges++ % 2;
+  std::memcpy(b.shown[warp][parity][b.current % kWarp], mine, count * sizeof(float));
+  wait(b.warps[warp], kWarp);
+  return b.shown[warp][parity];
+}
+
+inline void thread_main() {
+  Block& b = block();
+  b.body(b.arguments);
+  if (!b.fibers[b.current].copies.empty()) give_up("copies under way that nobody waited for");
+  b.fibers[b.current].is_done = true;
+  b.num_idle = 0;
+  if (++b.num_done == b.num_threads) setcontext(&b.outside);
+  give_way();
+}
+
+inline void run_block(dim3 index) {
+  Block& b = block();
+  b.index = index;
+  b.current = b.num_done = b.num_idle = 0;
+  b.all = {};
+  for (Barrier& warp : b.warps) warp = {};
+  for (int k = 0; k < b.num_threads; ++k) {
+    Fiber& fiber = b.fibers[k];
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, thread_main, 0);
+    fiber.is_started = fiber.is_done = false;
+    fiber.num_exchanges = fiber.num_groups = 0;
+    fiber.copies.clear();
+  }
+  b.fibers[0].is_started = true;
+  swapcontext(&b.outside, &b.fibers[0].start);
+}
+
+inline dim3 thread_index() { return dim3(block().current); }
+
+}  // namespace emulated
+
+#define threadIdx (emulated::thread_index())
+#define blockIdx (emulated::block().index)
+#define blockDim (emulated::block().threads)
+#define gridDim (emulated::block().grid)
+
+inline void __syncthreads() { emulated::wait(emulated::block().all, emulated::block().num_threads); }
+
+namespace fuseline::cuda {
+
+constexpr int kBadArgument = 1;
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline float to_float(Bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Half x) {
+  _Float16 number;
+  std::memcpy(&number, &x, 2);
+  return number;
+}
+inline void from_float(float x, Bf16& to) {
+  const uint32_t bits = float_bits(x);
+  to.bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void from_float(float x, Half& to) {
+  const _Float16 number = static_cast<_Float16>(x);
+  std::memcpy(&to, &number, 2);
+}
+
+inline float mul_rn(float a, float b) { return a * b; }
+inline float add_rn(float a, float b) { return a + b; }
+inline float div_rn(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+// Copies are made as late as the waits allow; until then there is nothing to read where they go.
+template <class V>
+void copy_async(V* to, const void* from, bool is_there) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % sizeof(V))
+    emulated::give_up("a copy off its alignment");
+  emulated::Fiber& fiber = emulated::block().fibers[emulated::block().current];
+  std::memset(to, 0xff, sizeof(V));
+  fiber.copies.push_back({to, is_there ? from : nullptr, sizeof(V), fiber.num_groups});
+}
+inline void close_group() { ++emulated::block().fibers[emulated::block().current].num_groups; }
+template <int kGroups>
+void wait_groups() {
+  emulated::Fiber& fiber = emulated::block().fibers[emulated::block().current];
+  while (!fiber.copies.empty() && fiber.copies.front().group + kGroups < fiber.num_groups) {
+    const emulated::Copy copy = fiber.copies.front();
+    fiber.copies.pop_front();
+    if (copy.from) std::memcpy(copy.to, copy.from, copy.num_bytes);
+    else std::memset(copy.to, 0, copy.num_bytes);
+  }
+}
+
+template <class V>
+V shuffle(V x, int lane) {
+  static_assert(sizeof(V) == 4);
+  float word;
+  std::memcpy(&word, &x, 4);
+  std::memcpy(&x, emulated::exchange(&word, 1)[lane], 4);
+  return x;
+}
+template <class V>
+V shuffle_xor(V x, int mask) { return shuffle(x, emulated::block().current % emulated::kWarp ^ mask); }
+
+inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
+inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000); }
+
+template <class T>
+uint2 widen(uint32_t four, T) {
+  uint16_t wide[4];
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t byte = four >> 8 * k & 0xff;
+    const float half = to_float(Half{static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7f) << 7)});
+    T number;
+    from_float(256.0f * half, number);
+    wide[k] = number.bits;
+  }
+  return {wide[0] | static_cast<uint32_t>(wide[1]) << 16, wide[2] | static_cast<uint32_t>(wide[3]) << 16};
+}
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
+  float mine[12];
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  for (int k = 0; k < 12; ++k) mine[k] = to_float(T{static_cast<uint16_t>(words[k / 2] >> 16 * (k % 2))});
+  const auto shown = emulated::exchange(mine, 12);
+  const int lane = emulated::block().current % emulated::kWarp;
+  for (int k = 0; k < 4; ++k) {
+    const int upper = k / 2, column = 2 * (lane % 4) + k % 2;
+    for (int t = 0; t < 4; ++t) {
+      const float* row = shown[lane / 4 * 4 + t];
+      const float* other = shown[column * 4 + t] + 8;
+      for (int j = 0; j < 4; ++j) d[k] += row[4 * (j / 2) + 2 * upper + j % 2] * other[j];
+    }
+  }
+}
+
+template <class Args>
+int launch(void (*kernel)(Args), dim3 grid, int threads, void*, const Args& args) {
+  static std::mutex one_at_a_time;
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  struct Call { void (*kernel)(Args); const Args& args; } call{kernel, args};
+  emulated::Block& b = emulated::block();
+  if (threads % emulated::kWarp || threads > emulated::kMaxThreads || !grid.x || !grid.y || !grid.z || grid.y > 65535 ||
+      grid.z > 65535)
+    return kBadArgument;
+  b.grid = grid;
+  b.threads = dim3(threads);
+  b.num_threads = threads;
+  b.arguments = &call;
+  b.body = [](const void* given) {
+    const Call& call = *static_cast<const Call*>(given);
+    call.kernel(call.args);
+  };
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) emulated::run_block(dim3(x, y, z));
+  return 0;
+}
+
+}  // namespace fuseline::cuda

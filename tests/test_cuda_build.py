@@ -1,0 +1,58 @@
+"""The CUDA kernels compiled by nvcc for every architecture: registers and shared memory within bounds, no spills."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from cuda_twin import toolkit
+
+NVCC = toolkit.find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+SHARED_LIMIT = 48 << 10  # bytes of a block that asks for none
+REGISTERS = {"few_rows_kernel": 80, "norm_kernel": 80, "act_mul_kernel": 64, "rope_kernel": 40, "merge_kernel": 64,
+             "decode_kernel": 224, "probe_kernel": 32}  # fmt: skip
+"""Of a thread, at most: three blocks of few_rows_kernel, whose ring fills a third of it, fit a multiprocessor."""
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?(?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", toolkit.SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_for_every_card(source, tmp_path) -> None:
+    archs = toolkit.known_archs(NVCC)
+    said = toolkit.compile_source(NVCC, source, tmp_path / "kernels.o", archs, ["-Xptxas=-v", "-Werror=all-warnings"])
+    found = [match.groupdict() for match in ENTRY.finditer(said)]
+    assert {entry["arch"] for entry in found} == {f"sm_{arch}" for arch in archs}
+    for entry in found:
+        kernel = next(name for name in REGISTERS if name in entry["name"])
+        shared = re.search(r"(\d+) bytes smem", entry["rest"])
+        assert (entry["stores"], entry["loads"]) == ("0", "0"), entry
+        assert int(entry["registers"]) <= REGISTERS[kernel], entry
+        assert shared is None or int(shared[1]) <= SHARED_LIMIT, entry
+
+
+def test_a_source_that_does_not_compile_is_said_in_words(tmp_path) -> None:
+    source = tmp_path / "broken.cu"
+    source.write_text("not a program\n")
+    with pytest.raises(RuntimeError, match="^broken.cu: "):
+        toolkit.compile_source(NVCC or "false", source, tmp_path / "x.o", ["80"])
+
+
+@pytest.mark.parametrize(("flag", "torch_cuda", "nvcc", "wanted"), [
+    ("0", "13.0", "nvcc", False), ("1", None, "nvcc", True), ("", "13.0", "nvcc", True), ("", None, "nvcc", False),
+    ("", "13.0", None, False),
+])  # fmt: skip
+def test_when_the_kernels_are_built(flag, torch_cuda, nvcc, wanted) -> None:
+    """As FUSELINE_CUDA says; else where torch is built for CUDA and there is an nvcc."""
+    assert toolkit.is_wanted(flag, torch_cuda, nvcc) is wanted
+
+
+def test_what_cannot_be_built_is_said_in_one_line() -> None:
+    for flag, line in (("1", "FUSELINE_CUDA=1: no nvcc"), ("yes", "FUSELINE_CUDA=yes: 0, 1 or unset")):
+        with pytest.raises(SystemExit, match=line):
+            toolkit.is_wanted(flag, "13.0", None)

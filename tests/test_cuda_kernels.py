@@ -1,0 +1,223 @@
+"""Every CUDA C++ kernel of the table against its reference, by its twin on the CPU; edges the registry has not."""
+
+from __future__ import annotations
+
+import struct
+
+import cuda_twin
+import pytest
+import torch
+import torch.nn.functional as F
+import triton_interpreter
+from native_fixtures import FLOATS
+from test_ops import assert_close, cases, copies, outputs
+
+from fuseline.compile.kernels import native_cuda
+from fuseline.compile.kernels.native_cuda import KERNELS
+from fuseline.compile.ops import codes
+from fuseline.compile.ops import norm as norm_reference
+from fuseline.compile.ops.library import Make
+from fuseline.compile.ops.linear import linear_act_mul as linear_act_mul_reference
+from fuseline.compile.ops.registry import registry
+
+__all__ = ["triton_interpreter"]
+BY_NAME = {
+    target._schema.name.split("::")[1]: kernel for target, kernel in KERNELS.items() if "fuseline" in str(target)
+}  # fmt: skip
+HALF = (torch.bfloat16, torch.float16)
+ALIKE = {"linear_act_mul", "paged_attention"}
+"""Ops of which only half precision is taken."""
+
+
+def make(dtype=torch.float32) -> Make:
+    return Make(dtype, torch.Generator().manual_seed(3))
+
+
+def taken(name: str, dtype: torch.dtype) -> list[tuple]:
+    return [args for args in cases(registry()[name], dtype) if BY_NAME[name].supports(*args)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_kernels_agree_with_their_reference(name, dtype):
+    """Outputs, and all that the arguments hold afterwards."""
+    op, found_cases = registry()[name], taken(name, dtype)
+    assert bool(found_cases) == (dtype in HALF or name not in ALIKE)
+    for args in found_cases:
+        theirs, ours = copies(args), copies(args)
+        expected, found = outputs(op.reference(*theirs)), outputs(cuda_twin.run(BY_NAME[name].run, *ours))
+        for one, truth in zip(found, expected, strict=True):
+            assert_close(one, truth, op.tolerance)
+        for mine, its in zip(ours, theirs, strict=True):
+            if isinstance(mine, torch.Tensor):
+                assert torch.equal(mine, its), "what is written in place, or nothing"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_outputs_lie_as_the_fakes_say(name):
+    for args in taken(name, torch.bfloat16):
+        found = outputs(cuda_twin.run(BY_NAME[name].run, *copies(args)))
+        fakes = outputs(
+            getattr(torch.ops.fuseline, name).default(
+                *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args)
+            )
+        )
+        assert [(x.shape, x.dtype, x.stride()) for x in found] == [(x.shape, x.dtype, x.stride()) for x in fakes]
+
+
+PRODUCTS = [(1, 8), (33, 40), (100, 520), (2050, 1032), (4104, 264)]
+"""(N, K): one block and many, narrow and wide tiles, whole and cut, K of less than a load and of several turns."""
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("num_out", "num_in"), PRODUCTS)
+def test_linear(num_out, num_in, dtype):
+    m = make(dtype)
+    weight, bias = m.normal(num_out, num_in, scale=0.05), m.normal(num_out)
+    for rows in (1, 7, 16):
+        x = m.normal(rows, 2 * num_in)[:, num_in:]
+        for b in (None, bias):
+            want = F.linear(x.double(), weight.double(), None if b is None else b.double())
+            assert_close(cuda_twin.run(native_cuda.linear, x, weight, b), want.to(dtype), 12.0)
+
+
+@pytest.mark.parametrize("act", (1, 2, 3, 4))
+@pytest.mark.parametrize(("num_out", "num_in"), [(1, 8), (37, 520), (2052, 264)])
+def test_linear_act_mul(num_out, num_in, act):
+    m = make(torch.bfloat16)
+    weight, bias = m.normal(2 * num_out, num_in, scale=0.05), m.normal(2 * num_out)
+    for rows in (1, 9):
+        x = m.normal(rows, num_in)
+        for b in (None, bias):
+            found = cuda_twin.run(native_cuda.linear_act_mul, x, weight, b, act)
+            want = linear_act_mul_reference(x.float(), weight.float(), None if b is None else b.float(), act)
+            # The two products are rounded before they are multiplied.
+            torch.testing.assert_close(found.float(), want, rtol=0.02, atol=0.02)
+
+
+def test_a_row_of_a_product_does_not_depend_on_the_others():
+    m = make(torch.bfloat16)
+    for num_out in (24, 2056, 4096):
+        x, weight = m.normal(16, 1288), m.normal(num_out, 1288)
+        whole = cuda_twin.run(native_cuda.linear, x, weight)
+        gated = cuda_twin.run(native_cuda.linear_act_mul, x, weight, None, 1)
+        for rows in (slice(0, 1), slice(3, 5), slice(11, 16)):
+            assert torch.equal(cuda_twin.run(native_cuda.linear, x[rows], weight), whole[rows])
+            assert torch.equal(cuda_twin.run(native_cuda.linear_act_mul, x[rows], weight, None, 1), gated[rows])
+
+
+def test_products_that_are_not_taken_are_torchs():
+    m = make(torch.bfloat16)
+    weight = m.normal(24, 64)
+    for x in (m.normal(17, 64), m.normal(3, 65)[:, 1:], m.normal(0, 64), m.normal(2, 128)[:, ::2]):
+        assert_close(cuda_twin.run(native_cuda.linear, x, weight), F.linear(x, weight), 12.0)
+        assert_close(
+            cuda_twin.run(native_cuda.linear_act_mul, x, weight, None, 1),
+            linear_act_mul_reference(x, weight, None, 1), 12.0,
+        )  # fmt: skip
+    supports = KERNELS[torch.ops.aten.linear.default].supports
+    x = m.normal(1, 64)
+    assert supports(x, weight) and supports(x, weight, weight[:, 0].contiguous())
+    for other in (weight.float(), weight.T, weight[:, :60], m.normal(24, 68)[:, :64]):
+        assert not supports(x, other)
+    assert not supports(x, weight, torch.zeros(24)) and not supports(x.float(), weight.float())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dim", (1, 24, 1032, 2050, 9000, 20000))
+def test_norms_of_any_size_and_layout(dim, dtype):
+    """A warp or a block a line, more than it holds, vectors and single numbers; transposed and cut views; nothing."""
+    m = make(dtype)
+    weight, bias, wide = m.normal(dim), m.normal(dim), m.normal(3, 5, 2 * dim + 8)
+    for x in (
+        wide[..., :dim],
+        wide[..., 1 : dim + 1].transpose(0, 1),
+        m.normal(2, 3, 1, dim).permute(2, 0, 1, 3),
+        wide[:0, :, :dim],
+    ):
+        other = m.normal(*x.shape)
+        rms, layer = (weight, 1e-5, codes.NORM_ONE_PLUS), (weight, bias, 1e-5)
+        for kernel, reference, args in (
+            (native_cuda.rms_norm, norm_reference.rms_norm, (x, *rms)),
+            (native_cuda.add_rms_norm, norm_reference.add_rms_norm, (x, other, *rms)),
+            (native_cuda.layer_norm, norm_reference.layer_norm, (x, *layer)),
+            (native_cuda.add_layer_norm, norm_reference.add_layer_norm, (x, other, *layer)),
+        ):
+            for found, want in zip(outputs(cuda_twin.run(kernel, *args)), outputs(reference(*args)), strict=True):
+                assert_close(found, want, 16.0)
+
+
+def test_a_row_of_a_norm_does_not_depend_on_the_others():
+    for dim in (64, 4096):
+        x, weight = make().normal(9, dim), make().normal(dim)
+        whole = cuda_twin.run(native_cuda.rms_norm, x, weight, 1e-5, 0)
+        assert torch.equal(cuda_twin.run(native_cuda.rms_norm, x[4:5], weight, 1e-5, 0), whole[4:5])
+
+
+def test_gated_activations_of_any_layout():
+    m = make(torch.bfloat16)
+    joined, turned = m.normal(1, 5, 2 * 48), m.normal(4, 3, 2 * 40).transpose(0, 1)
+    for gate, up in (
+        (joined[..., :48], joined[..., 48:]),
+        (joined[..., 1:40], joined[..., 50:89]),
+        turned.chunk(2, -1),
+    ):
+        found = cuda_twin.run(native_cuda.act_mul, gate, up, codes.UNARY["silu"])
+        assert_close(found, F.silu(gate) * up, 1.0)
+
+
+@pytest.mark.parametrize("dim", (64, 80))
+def test_rope_of_whole_heads(dim):
+    """Vectors of pairs, of a joined product's heads, by tables of whole and half lines and of float32."""
+    m = make(torch.bfloat16)
+    joined = m.normal(1, 5, 6 * dim).unflatten(-1, (6, dim)).transpose(1, 2)
+    angles = m.normal(40, dim // 2).float()
+    for rotary_dim, table in ((dim, angles), (dim, torch.cat((angles, angles), -1)), (dim // 2, angles[:, : dim // 4])):
+        for dtype in (torch.bfloat16, torch.float32):
+            args = (table.cos().to(dtype), table.sin().to(dtype), m.ids(40, 5), rotary_dim, codes.ROPE_HALF)
+            want = registry()["rope"].reference(joined[:, :4], *args).to(torch.bfloat16)
+            assert torch.equal(cuda_twin.run(native_cuda.rope, joined[:, :4], *args), want)
+            caches = [torch.zeros(3, 1, 16, dim, dtype=torch.bfloat16) for _ in range(4)]
+            q, k, v, slots = joined[:, :4], joined[:, 4:5], joined[:, 5:], torch.tensor([0, 47, -1, 16, 5])
+            found = cuda_twin.run(native_cuda.rope_cache, *caches[:2], q, k, v, *args[:3], slots, *args[3:])
+            rotated = registry()["rope"].reference(k, *args).to(torch.bfloat16)
+            registry()["write_cache"].reference(*caches[2:], rotated, v, slots)
+            assert torch.equal(found, want)
+            assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+
+
+def test_every_number_becomes_the_nearest_byte_of_fp8():
+    """All bytes, all halves between two, what is too large, too small, or no number."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    between = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat((numbers, between, between.nextafter(numbers[1:]), between.nextafter(numbers[:-1])))
+    x = torch.cat((x, torch.tensor([0.0, -0.0, 448.0, -448.0, 1e-9, float("nan")]), torch.randn(100)))
+    caches = [torch.zeros(1, 1, 1, len(x), dtype=torch.float8_e4m3fn) for _ in "kv"]
+    cuda_twin.run(native_cuda.write_cache, *caches, x[None, None, None], x[None, None, None], torch.tensor([0]))
+    want = x.to(torch.float8_e4m3fn).view(torch.uint8)
+    for cache in caches:
+        assert torch.equal(cache.flatten().view(torch.uint8), want)
+    large = torch.tensor([500.0, -1e9, float("inf"), 224.0])[None, None, None]
+    caches = [torch.zeros(1, 1, 1, 4, dtype=torch.uint8) for _ in "kv"]
+    half = torch.tensor([0.5])
+    cuda_twin.run(native_cuda.write_cache, *caches, large, large, torch.tensor([0]), k_scale=half, v_scale=half)
+    for cache in caches:
+        assert cache.view(torch.float8_e4m3fn).float().flatten().tolist() == [448.0, -448.0, 448.0, 448.0]
+
+
+def test_rotated_keys_in_fp8_are_the_rotated_keys_rounded():
+    for args in taken("rope_cache", torch.bfloat16):
+        plain, coded = copies(args)[:2], [c.to(torch.float8_e4m3fn) for c in args[:2]]
+        for caches in (plain, coded):
+            cuda_twin.run(native_cuda.rope_cache, *caches, *args[2:])
+        for cache, code in zip(plain, coded, strict=True):
+            assert torch.equal(cache.to(torch.float8_e4m3fn).view(torch.uint8), code.view(torch.uint8))
+
+
+def test_a_call_of_the_wrong_length_or_dtype_is_refused():
+    lib, x = cuda_twin.twin(), torch.zeros(8)
+    with pytest.raises(struct.error, match="pack expected 10 items"):
+        lib.call("act_mul", x, 1)
+    with pytest.raises(RuntimeError, match="cuda.act_mul: "):
+        lib.call("act_mul", x, *[x.data_ptr()] * 3, 1, 8, 8, 8, 8, 1, 99)
