@@ -22,11 +22,12 @@ SORTED = 1024  # pairs that the sort looks at in one step
 
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float,
+    down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float, *, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """x[T, D] through the K experts ids[T, K] of each token, weighted, summed in float32 -> [T, D].
 
     gate_up [E, 2I, D] and down [E, D, I], or transposed [E, D, 2I] and [E, I, D]. An id outside [0, E) adds nothing.
+    A row's bits depend on the `tile`, which follows from the number of pairs unless it is given, and on nothing else.
     """
     ids, weights = ids.contiguous(), weights.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -39,7 +40,7 @@ def experts(
     starts = order[num_pairs:]
     sort_kernel[(num_experts,)](order, starts, ids, num_pairs, CHUNK=SORTED, num_warps=4)
 
-    tile = Tile.of(num_pairs, num_experts, x.element_size())
+    tile = tile or Tile.of(num_pairs, num_experts, x.element_size())
     num_tiles = num_pairs // tile.rows + num_experts
     shape = {"TOP_K": top_k, "E": num_experts, "D": dim, "HIDDEN": hidden_size, **tile.constants()}
     hidden = x.new_empty(num_pairs, hidden_size)
@@ -57,6 +58,11 @@ def experts(
     return out
 
 
+def experts_invariant(x: Tensor, *args: object) -> Tensor:
+    """`experts` with one tile for any number of pairs."""
+    return experts(x, *args, tile=Tile.high(x.element_size()))
+
+
 @dataclass(frozen=True)
 class Tile:
     """`rows` pairs times `columns` outputs, `depth` inputs a step."""
@@ -70,10 +76,12 @@ class Tile:
     @staticmethod
     def of(num_pairs: int, num_experts: int, item_size: int) -> Tile:
         """Low tiles while an expert has few pairs: then the weights' way through memory is all there is."""
-        depth = 128 // item_size
-        if num_pairs <= 32 * num_experts:
-            return Tile(16, 64, 2 * depth, 4, 3)
-        return Tile(64, 64, depth, 4, 3)
+        low = Tile(16, 64, 256 // item_size, 4, 3)
+        return low if num_pairs <= 32 * num_experts else Tile.high(item_size)
+
+    @staticmethod
+    def high(item_size: int) -> Tile:
+        return Tile(64, 64, 128 // item_size, 4, 3)
 
     def constants(self) -> dict[str, int]:
         return {
