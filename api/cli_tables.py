@@ -9,7 +9,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model served_model_name task tokenizer skip_tokenizer_init trust_remote_code load_format "
         "hf_overrides dtype max_model_len generation_config override_generation_config device seed"
     ).split(),
-    "compiler": "compilation_config enforce_eager wait_compiled disabled_passes cpu_threads cache_dir".split(),
+    "compiler": (
+        "compilation_config enforce_eager batch_invariant wait_compiled disabled_passes cpu_threads cache_dir"
+    ).split(),
     "memory and scheduling": (
         "kv_cache_dtype block_size enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes "
         "num_gpu_blocks_override swap_space max_num_batched_tokens max_num_seqs max_num_queued_reqs "

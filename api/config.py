@@ -158,6 +158,8 @@ class Environment:
     """1 mounts the development routes."""
     allow_long_max_model_len: str = ""
     """1 allows --max-model-len above the model's own limit."""
+    batch_invariant: str = ""
+    """1 is --batch-invariant."""
     cpu_kvcache_space: str = ""
     """Size of the KV cache in GiB; --kv-cache-memory-bytes wins."""
     logging_level: str = ""

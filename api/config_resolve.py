@@ -117,6 +117,8 @@ def _items(value: object, key: str) -> JsonObject:
 def _with_environment(given: dict[str, object], environment: Environment) -> dict[str, object]:
     """Flag > environment > default."""
     found: dict[str, object] = {"dev_mode": environment.server_dev_mode == "1"}
+    if environment.batch_invariant == "1":
+        found["batch_invariant"] = True
     if environment.api_key:
         found["api_key"] = (environment.api_key,)
     if environment.cache_root:

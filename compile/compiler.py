@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.cuda_graph import GraphConfig
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable
 from fuseline.compile.backends.steps import StepPlans, lower
@@ -22,9 +21,9 @@ from fuseline.compile.backends.tune_card import tune_kernels
 from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.weights import load_weights
-from fuseline.compile.config import PASSES, CompileConfig
+from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
 from fuseline.compile.graph.graph_pass import PassContext
-from fuseline.compile.graph.runner import PipelineResult, run_passes
+from fuseline.compile.graph.runner import PipelineResult, Stages, run_passes
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.memory import Pages
 from fuseline.compile.model_info import describe, model_limit
@@ -93,7 +92,7 @@ def optimize(
     ctx = PassContext(
         _with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target
     )
-    result = run_passes(captured.graph, stages(config.level, target.kind), ctx)
+    result = run_passes(captured.graph, _stages(config, target), ctx)
     if keep:
         save_optimized(config, target, captured, result)
     return captured, result
@@ -103,8 +102,12 @@ def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:
     """Without the disabled passes that the level has not anyway. Raises ValueError for one that no level has."""
     if unknown := sorted(set(config.disabled_passes) - set(PASSES)):
         raise ValueError(f"there is no pass {unknown[0]!r}; passes: {', '.join(sorted(PASSES))}")
-    present = {graph_pass.__name__ for _, passes in stages(config.level, target.kind) for graph_pass in passes}
+    present = {graph_pass.__name__ for _, passes in _stages(config, target) for graph_pass in passes}
     return replace(config, disabled_passes=tuple(name for name in config.disabled_passes if name in present))
+
+
+def _stages(config: CompileConfig, target: Target) -> Stages:
+    return stages(config.level, target.kind, config.batch_invariant)
 
 
 def on_device(weights: dict[str, Tensor], target: Target) -> dict[str, Tensor]:

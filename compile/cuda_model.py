@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.cuda_graph import CapturedSteps, DecodeGraphs, GraphConfig, Inputs, Progress
+from fuseline.compile.backends.cuda_graph import CapturedSteps, DecodeGraphs, Inputs, Progress
 from fuseline.compile.backends.device_inputs import DeviceInputs
 from fuseline.compile.backends.graph_api import CudaGraphApi, GraphApi
 from fuseline.compile.backends.piecewise import MixedGraphs, TokenInputs
+from fuseline.compile.config import GraphConfig
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe

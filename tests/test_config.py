@@ -141,11 +141,20 @@ def test_enforce_eager_compiles_no_regions(model: str) -> None:
 
 
 def test_the_names_of_passes_are_those_of_the_pipeline() -> None:
-    cpu, cuda = (
+    cpu, *cuda = (
         [graph_pass.__name__ for _, passes in stages for graph_pass in passes]
-        for stages in (pipeline.COMPILED, pipeline.COMPILED_CUDA)
+        for stages in (pipeline.COMPILED, pipeline.COMPILED_CUDA, pipeline.INVARIANT_CUDA)
     )
-    assert list(PASSES) == [*cpu, "cut_regions", *(name for name in cuda if name not in cpu)]
+    only_cuda = dict.fromkeys(name for names in cuda for name in names if name not in cpu)
+    assert list(PASSES) == [*cpu, "cut_regions", *only_cuda]
+
+
+def test_batch_invariance_can_be_asked_for_by_flag_or_variable(model: str) -> None:
+    assert not resolve({"model": model}).engine.compile.batch_invariant
+    assert resolve({"model": model, "batch_invariant": True}).engine.compile.batch_invariant
+    asked = read_environment({"VLLM_BATCH_INVARIANT": "1"})
+    assert resolve({"model": model}, asked).engine.compile.batch_invariant
+    assert not resolve({"model": model, "batch_invariant": False}, asked).engine.compile.batch_invariant
 
 
 def test_level_text_is_honest(model: str) -> None:

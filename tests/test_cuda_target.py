@@ -14,10 +14,9 @@ from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.backends.cuda import count_kernels
-from fuseline.compile.backends.cuda_graph import GraphConfig
 from fuseline.compile.backends.device_inputs import ALIGNMENT, DeviceInputs
 from fuseline.compile.compiler import compile_model, optimize
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels import cuda_library
 from fuseline.compile.kernels.triton import rope

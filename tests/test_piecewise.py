@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from fake_card import CARD, FakeGraphs, no_host_sync
 from paged_driver import greedy
+from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda_graph import MIXED_SIZES, GraphConfig
 from fuseline.compile.backends.pieces import Piece, SplitOp, cut
 from fuseline.compile.compiler import compile_model
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import MIXED_SIZES, CompileConfig, GraphConfig
 from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.batch import pad_tokens
@@ -194,3 +196,36 @@ def test_sizes_of_mixed_steps() -> None:
     assert GraphConfig((8,), mixed_sizes=(64, 16)).resolved_mixed(2048) == (16, 64)
     assert GraphConfig((8,), mixed_sizes=()).resolved_mixed(2048) == ()
     assert GraphConfig(enabled=False).resolved_mixed(2048) == ()
+
+
+def launches(arch: int) -> None:
+    """Graphs of many sizes, odd ones among them, then steps of as many shapes, with one and two groups of layers."""
+    steps = (
+        ([1], [7]), ([1] * 3, [7, 20, 3]), ([3, 1], [9, 20]), ([7, 7, 1, 1], [9, 20, 3, 4]), ([60], [60]),
+        ([1] * 40, [3] * 40), ([70], [70]),
+    )  # fmt: skip
+    for family in ("llama", "gpt_oss"):
+        model = build(family, GraphConfig((1, 2, 3, 8, 16, 24), mixed_sizes=(5, 16, 48)), "bfloat16")
+        groups = len(model.info.cache_groups)
+        capture(model, FakeGraphs(), 200)
+        for counts, lengths in steps:
+            step = mixed_step(counts, lengths, groups, width=5)
+            model.run(step, torch.full((sum(counts),), -1).int(), torch.zeros(9, dtype=torch.int64))
+
+
+@pytest.mark.slow
+def test_no_size_has_a_kernel_of_its_own() -> None:
+    """What is compiled in the middle of serving holds it up, and 35 times over it is most of the capture."""
+    entries = compile_launches("test_piecewise", 90)
+    found = Counter(entry["kernel"] for entry in entries)
+    assert {name for name, count in found.items() if count == 1} == {
+        "act_mul_kernel", "gather_kernel", "few_rows_kernel", "feed_kernel", "route_kernel", "sort_kernel",
+        "combine_kernel",
+    }  # fmt: skip
+    assert {name: count for name, count in found.items() if count > 1} == {
+        "pad_kernel": 2, "pad_tokens_kernel": 2,  # of one group of layers and of two
+        "rope_cache_kernel": 2, "rms_norm_kernel": 4,  # of either model, with and without a sum
+        "gate_up_kernel": 2, "down_kernel": 2,  # of few and of many pairs an expert
+        "decode_kernel": 6, "prefill_kernel": 3,  # with sinks and a window or without, for decoding only or not
+    }  # fmt: skip
+    assert_fits(entries)

@@ -25,40 +25,6 @@ from fuseline.compile.backends.piecewise import MixedGraphs
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
-MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-"""Up to some hundred tokens a step reads weights for as long as launching it takes, and padding costs next to nothing;
-beyond, products take longer than their launches do."""
-
-
-@dataclass(frozen=True)
-class GraphConfig:
-    """Which steps are captured."""
-
-    sizes: tuple[int, ...] = ()
-    """Sequences of decode steps (`cudagraph_capture_sizes`). Empty: 1, 2, 4, then multiples of 8."""
-    enabled: bool = True
-    """False (`--enforce-eager`): every step is launched op by op."""
-    max_seq_len: int = 8192
-    """Decode steps with a sequence of more tokens are not replayed whole: their grids are made for this length."""
-    num_warmups: int = 1
-    """Trials before each capture (`cudagraph_num_of_warmups`): they compile kernels, and libraries load theirs. Of 0
-    the first graph of whole steps and those in pieces have one all the same."""
-    mixed_sizes: tuple[int, ...] | None = None
-    """Tokens of other steps, captured in pieces. None: those of `sizes`, if there are any, else MIXED_SIZES."""
-    splitting_ops: tuple[str, ...] = ()
-    """Ops at which the pieces end besides attention (`splitting_ops`), with or without the namespace."""
-
-    def resolved(self, max_num_seqs: int) -> tuple[int, ...]:
-        """Sizes of decode steps, ascending; one is at most the sequences of a step."""
-        return self._ascending(self.sizes or (1, 2, 4, *range(8, max_num_seqs + 1, 8)), max_num_seqs)
-
-    def resolved_mixed(self, max_num_tokens: int) -> tuple[int, ...]:
-        """Sizes of other steps, ascending; one is at most the tokens of a step."""
-        sizes = (self.sizes or MIXED_SIZES) if self.mixed_sizes is None else self.mixed_sizes
-        return self._ascending(sizes, max_num_tokens)
-
-    def _ascending(self, sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
-        return tuple(sorted({size for size in sizes if 0 < size <= most})) if self.enabled else ()
 
 
 @dataclass

@@ -20,9 +20,9 @@ from torch import fx
 from fuseline.compile.backends.cuda import CudaExecutable
 from fuseline.compile.kernels.cuda import CudaKernel
 
-ATTENTION = "paged_attention"
+ATTENTION = ("paged_attention", "paged_attention_invariant")
 ATTENTION_ELSEWHERE = ("unified_attention", "unified_attention_with_output")
-"""What other engines call it; as a splitting op it is ours."""
+"""What other engines call it."""
 CUT = ("placeholder", "get_attr", "call_function", "output")
 Values = dict[str, Any]
 """By name of the graph's nodes: tensors, tuples of them, sizes."""
@@ -75,9 +75,10 @@ def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts
         return None
     names = {node.name: _op_name(node.target) for node in executable.kernels}
     kernels = {node.name: kernel for node, kernel in executable.kernels.items()}
-    splitting = {ATTENTION, *map(_asked_name, splitting_ops)}
+    splitting = {name.replace("::", ".").rpartition(".")[2] for name in splitting_ops}.difference(ATTENTION_ELSEWHERE)
     if unknown := sorted(splitting - set(names.values())):
         raise ValueError(f"splitting_ops: the model has no op {unknown[0]!r}")
+    splitting.update(ATTENTION)
 
     tail = _tail(nodes)
     make_piece = partial(_piece, program)
@@ -90,17 +91,11 @@ def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts
         # A piece first in any case: it has the memory for what the op gives.
         parts += [make_piece(run)] if run or not parts else []
         args = tuple(_constant(program, arg) for arg in node.args)
-        parts.append(SplitOp(node.name, kernels[node.name], args, names[node.name] == ATTENTION))
+        parts.append(SplitOp(node.name, kernels[node.name], args, names[node.name] in ATTENTION))
         run = []
     parts += [make_piece(run)] if run else []
     logits = nodes[-1].args[0]
     return Cuts(tuple(parts), make_piece([n for n in nodes if n in tail], (logits,)))
-
-
-def _asked_name(name: str) -> str:
-    """vllm.unified_attention, fuseline::experts, experts -> the op's name."""
-    short = name.replace("::", ".").rpartition(".")[2]
-    return ATTENTION if short in ATTENTION_ELSEWHERE else short
 
 
 def _op_name(target: object) -> str:

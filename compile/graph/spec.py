@@ -19,6 +19,7 @@ from fuseline.compile.kernels.native import Kernels
 
 OPS = torch.ops.fuseline
 WRITES = (OPS.write_cache.default, OPS.rope_cache.default)
+READS = (OPS.paged_attention.default, OPS.paged_attention_invariant.default)
 TORCH = ("aten", "prims")
 
 
@@ -61,7 +62,7 @@ def _unpaged(graph: fx.GraphModule, layers: list[int]) -> Iterable[str]:
     for node in graph.graph.nodes:
         if node.target in WRITES:
             written.add(_caches(node.args[:2]))
-        elif node.target is OPS.paged_attention.default:
+        elif node.target in READS:
             read.append(_caches(node.args[1:3]))
             if read[-1] not in written:
                 yield f"{node.name} reads {read[-1]} before it is written"

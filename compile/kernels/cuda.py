@@ -152,9 +152,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Candi
     by_torch = Candidate("torch.linear", aten.linear.default)
     if x.dtype != weight.dtype or not x.dtype.is_floating_point:
         return [by_torch]
-    from fuseline.compile.kernels.triton import linear
+    from fuseline.compile.kernels.triton import linear, matmul
 
     ours, *others = _few_rows("triton.linear", linear.linear)
+    if x.dtype.itemsize == 2:
+        tiled = [Candidate(f"triton.matmul {tile}", partial(matmul.matmul, tile=tile)) for tile in matmul.TILES]
+        others += [Candidate("triton.matmul", matmul.matmul), *tiled]
     return [ours, by_torch, *others] if weight.shape[0] >= FILLING else [by_torch, ours, *others]
 
 

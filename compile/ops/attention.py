@@ -112,6 +112,27 @@ def paged_attention(
 
 
 @op(
+    "paged_attention_invariant(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor query_start, Tensor? sinks, int window, float scale, float softcap, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> Tensor",
+    fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]),
+    inputs=paged_attention_inputs,
+    tolerance=6.0,
+)
+def paged_attention_invariant(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`paged_attention`; a kernel of it sums a token's keys in one order, in whatever chunk and batch the token comes.
+
+    Of a cache of float8_e4m3fn, k_scale[1] and v_scale[1] (float32; none: 1) times the stored number is the value.
+    """
+    caches = (c if s is None else c.float() * s for c, s in ((k_cache, k_scale), (v_cache, v_scale)))
+    return paged_attention(q, *caches, block_table, seq_lens, query_start, sinks, window, scale, softcap)
+
+
+@op(
     "gather_rows(Tensor x, Tensor rows) -> Tensor",
     fake=lambda x, rows: x.new_empty(rows.shape[0], x.shape[1]),
     inputs=lambda make: [(make.normal(9, 33), make.ids(9, 4))],

@@ -104,6 +104,23 @@ def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) 
     return F.linear(x, unpack(panels, num_out), bias)
 
 
+def linear_invariant_inputs(make: Make) -> Iterator[tuple]:
+    for rows, num_out, num_in, bias in ((1, 33, 75, False), (3, 33, 75, True), (70, 130, 64, True)):
+        weight = make.normal(num_out, num_in, scale=0.1)
+        yield make.normal(1, rows, num_in), weight, make.normal(num_out) if bias else None
+
+
+@op(
+    "linear_invariant(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    inputs=linear_invariant_inputs,
+    tolerance=12.0,
+)
+def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x[..., K] times weight[N, K] -> [..., N]; a kernel of it sums a row in one order, whatever the number of rows."""
+    return F.linear(x, weight, bias)
+
+
 def linear_act_mul_inputs(make: Make) -> Iterator[tuple]:
     weight = make.normal(2 * 37, 75, scale=0.1)
     for act in ("silu", "gelu", "gelu_tanh", "relu"):

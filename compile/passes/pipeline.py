@@ -14,6 +14,7 @@ from fuseline.compile.passes.fuse_linear_act import fuse_linear_act
 from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
+from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
 from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.passes.widen_logits import widen_logits
 
@@ -39,10 +40,16 @@ COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, choose_kernels)))
 COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, fuse_linear_act, widen_logits)))
 """The same for a card: weights stay rows, which is what cuBLASLt and our kernels read (kernels/cuda.py)."""
 
+INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant, widen_logits)))
+"""With products of one order of summation in place of the fastest ones."""
+
 REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (widen_logits,)))
 
 
-def stages(level: int, kind: str = "cpu") -> Stages:
+def stages(level: int, kind: str = "cpu", batch_invariant: bool = False) -> Stages:
+    """`batch_invariant` makes a difference on a card only, from level 1 on."""
+    if kind == "cuda" and level > 0:
+        return INVARIANT_CUDA if batch_invariant else COMPILED_CUDA
     if kind == "cuda":
-        return COMPILED_CUDA if level > 0 else REFERENCE_CUDA
+        return REFERENCE_CUDA
     return COMPILED if level > 0 else REFERENCE

@@ -7,6 +7,9 @@ splits, and the rest to the prefill kernel; which is which is decided on the dev
 What a row of the decode kernel sums, and in which order, follows from its sequence alone: the cuts between splits come
 from the sequence's keys, the splits are folded from the first to the last, and it is the same fold whether one program
 does it in registers or the merge kernel from the workspace. The other sequences of the batch never change its bits.
+A row of the prefill kernel sums its keys from the first to the last, a block of KEYS at a time, and blocks that it does
+not see leave it as it is: its bits are the same in any tile. The two kernels' orders differ, so that a token's bits
+depend on how many of its sequence come with it, unless all go to the prefill kernel.
 
 Legend: H query heads, K kv heads, G = H / K, T query tokens, S sequences, N blocks of B keys, D key dim, E value dim.
 """
@@ -51,7 +54,7 @@ def paged_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, workspace: Tensor | None = None,
-    tuning: Tuning | None = None,
+    is_one_kernel: bool = False, tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """out[1, T, H, E] of q[1, H, T, D] over caches [N, K, B, D|E], as compile/ops/attention.py defines it.
 
@@ -61,17 +64,13 @@ def paged_attention(
 
     `workspace` holds the splits' partial sums: float32, `workspace_size` elements. Who plans memory passes one for all
     layers; without it one is taken from torch's allocator, which under graph capture is the graph's own pool, reused
-    from layer to layer. Nothing waits for the device.
+    from layer to layer. Nothing waits for the device. `is_one_kernel`: the prefill kernel takes every sequence.
     """
     _check(q, k_cache, v_cache)
     if q.shape[2] == 0 or seq_lens.shape[0] == 0:
         return
     k_cache, v_cache = _readable(k_cache), _readable(v_cache)
     shape = replace(AttentionShape.of(q, k_cache, v_cache, block_table), tuning=tuning or Tuning())
-    if workspace is None:
-        workspace = torch.empty(shape.workspace_size, dtype=torch.float32, device=q.device)
-    if workspace.numel() < shape.workspace_size:
-        raise ValueError(f"workspace has {workspace.numel()} elements; this attention needs {shape.workspace_size}")
     window = window if window > 0 else NO_WINDOW
     tensors = (out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale)
     strides = (
@@ -79,12 +78,13 @@ def paged_attention(
         block_table.stride(0),
     )  # fmt: skip
     numbers = (window, scale * LOG2_E, softcap)
-    _launch_decode(shape, tensors, workspace, strides, numbers)
-    if not shape.is_all_decode:
-        tile = shape.prefill
+    if not is_one_kernel:
+        _launch_decode(shape, tensors, workspace, strides, numbers)
+    if is_one_kernel or not shape.is_all_decode:
+        tile, most = shape.prefill, 0 if is_one_kernel else shape.decode.tokens
         grid = (shape.num_tokens // tile.tokens + shape.num_seqs, shape.kv_heads * tile.parts)
         prefill_kernel[grid](
-            *tensors, *strides, *numbers, shape.num_seqs, shape.decode.tokens, GROUP=shape.group,
+            *tensors, *strides, *numbers, shape.num_seqs, most, GROUP=shape.group,
             IS_WINDOWED=window < NO_WINDOW, HAS_SOFTCAP=softcap > 0, **shape.constants(), **tile.constants(),
         )  # fmt: skip
 
@@ -208,9 +208,13 @@ class AttentionShape:
 
 
 def _launch_decode(
-    shape: AttentionShape, tensors: tuple, workspace: Tensor, strides: tuple, numbers: tuple[int, float, float]
+    shape: AttentionShape, tensors: tuple, workspace: Tensor | None, strides: tuple, numbers: tuple[int, float, float]
 ) -> None:
     tile = shape.decode
+    if workspace is None:
+        workspace = torch.empty(shape.workspace_size, dtype=torch.float32, device=tensors[0].device)
+    if workspace.numel() < shape.workspace_size:
+        raise ValueError(f"workspace has {workspace.numel()} elements; this attention needs {shape.workspace_size}")
     out, q, *_, seq_lens, query_start, sinks, _, v_scale = tensors
     splits = {"IS_ALL": shape.is_all_decode, "SPLIT": SPLIT, "NUM_SPLITS": shape.num_splits}
     grid = (shape.kv_heads * tile.parts, shape.num_seqs, shape.num_workers)

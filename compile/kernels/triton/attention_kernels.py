@@ -14,8 +14,9 @@ import triton.language as tl
 from fuseline.compile.kernels.triton.tiles import owner_of_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-BATCH = ["table_stride", "num_slots", "max_folded", "num_seqs", "max_decode"]
-"""Numbers that change from step to step: a kernel compiled anew for a 1 or a multiple of 16 would hold up a step."""
+BATCH = ["table_stride", "num_slots", "max_folded", "num_seqs", "max_decode", "block_table"]
+"""What changes from step to step: a kernel compiled anew for a 1 or a multiple of 16 would hold up a step. A group's
+table begins wherever the one before it ends."""
 
 
 @triton.jit(do_not_specialize=BATCH)

@@ -27,6 +27,7 @@ def experts(
     """x[T, D] through the K experts ids[T, K] of each token, weighted, summed in float32 -> [T, D].
 
     gate_up [E, 2I, D] and down [E, D, I], or transposed [E, D, 2I] and [E, I, D]. An id outside [0, E) adds nothing.
+    A row's bits depend on the `tile`, which follows from the number of pairs unless it is given, and on nothing else.
     """
     ids, weights = ids.contiguous(), weights.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -57,6 +58,11 @@ def experts(
     return out
 
 
+def experts_invariant(x: Tensor, *args: object) -> Tensor:
+    """`experts` with one tile for any number of pairs."""
+    return experts(x, *args, tile=Tile.high(x.element_size()))
+
+
 @dataclass(frozen=True)
 class Tile:
     """`rows` pairs times `columns` outputs, `depth` inputs a step."""
@@ -70,10 +76,12 @@ class Tile:
     @staticmethod
     def of(num_pairs: int, num_experts: int, item_size: int) -> Tile:
         """Low tiles while an expert has few pairs: then the weights' way through memory is all there is."""
-        depth = 128 // item_size
-        if num_pairs <= 32 * num_experts:
-            return Tile(16, 64, 2 * depth, 4, 3)
-        return Tile(64, 64, depth, 4, 3)
+        low = Tile(16, 64, 256 // item_size, 4, 3)
+        return low if num_pairs <= 32 * num_experts else Tile.high(item_size)
+
+    @staticmethod
+    def high(item_size: int) -> Tile:
+        return Tile(64, 64, 128 // item_size, 4, 3)
 
     def constants(self) -> dict[str, int]:
         return {

@@ -20,7 +20,7 @@ EXPERT_GELU_TANH = tl.constexpr(codes.EXPERT_ACTS["gelu_tanh"])
 GLU_OSS = tl.constexpr(codes.EXPERT_ACTS["glu_oss"])
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "starts"])
 def sort_kernel(order, starts, ids, num_pairs, CHUNK: tl.constexpr):
     """Program expert: its pairs, lowest first, to order[starts[expert]...]; the last one writes starts[E] too."""
     expert = tl.program_id(0)
@@ -39,7 +39,7 @@ def sort_kernel(order, starts, ids, num_pairs, CHUNK: tl.constexpr):
         tl.store(starts + expert + 1, place)
 
 
-@triton.jit(do_not_specialize=["x_stride_t"])
+@triton.jit(do_not_specialize=["x_stride_t", "starts"])
 def gate_up_kernel(
     hidden, x, order, starts, weight, bias, x_stride_t, x_stride_d, stride_e, stride_n, stride_k, alpha, limit,
     ACT: tl.constexpr, TOP_K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
@@ -76,7 +76,7 @@ def gate_up_kernel(
     tl.store(to, y.to(dtype), mask=there[:, None] & (column < HIDDEN)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts"])
 def down_kernel(
     parts, hidden, order, starts, weight, bias, scores, stride_e, stride_n, stride_k, TOP_K: tl.constexpr,
     E: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

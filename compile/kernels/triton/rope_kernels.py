@@ -26,7 +26,7 @@ def rope_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def rope_cache_kernel(
     q_out, k_cache, v_cache, q, k, v, cos, sin, rows, slots, out_stride_h, out_stride_t, q_stride_h, q_stride_t,
     k_stride_h, k_stride_t, v_stride_h, v_stride_t, table_stride, k_cache_stride_n, k_cache_stride_h, k_cache_stride_b,
@@ -59,7 +59,7 @@ def rope_cache_kernel(
                       PADDED_E, HEADS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def write_kernel(
     cache, x, slots, x_stride_h, x_stride_t, cache_stride_n, cache_stride_h, cache_stride_b, scale, H: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, B: tl.constexpr, HEADS: tl.constexpr,

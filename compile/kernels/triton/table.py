@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuseline.compile.kernels.triton import activation, attention, experts, linear, norm, rope, route, rows
+from fuseline.compile.kernels.triton import activation, attention, experts, linear, matmul, norm, rope, route, rows
 
 OPS = torch.ops.fuseline
 
@@ -40,6 +40,20 @@ def _attend(out: Tensor, q: Tensor, *rest: object, tuning: attention.Tuning | No
     attention.paged_attention(out, q if q.stride(3) == 1 else q.contiguous(), *rest, tuning=tuning)
 
 
+def paged_attention_invariant(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As paged_attention; of fp8 caches, scales times what is stored."""
+    out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
+    attention.paged_attention(
+        out, q if q.stride(3) == 1 else q.contiguous(), k_cache, v_cache, block_table, seq_lens, query_start, sinks,
+        window, scale, softcap, k_scale=k_scale, v_scale=v_scale, is_one_kernel=True,
+    )  # fmt: skip
+    return out
+
+
 def _norms(x: Tensor, *_: object) -> bool:
     return norm.supports(x)
 
@@ -64,7 +78,10 @@ KERNELS: dict[object, TritonKernel] = {
     OPS.write_cache.default: TritonKernel(rope.write_cache),
     OPS.rope_cache.default: TritonKernel(rope.rope_cache, _rotates_into_cache),
     OPS.paged_attention.default: TritonKernel(paged_attention, into=_attend),
+    OPS.paged_attention_invariant.default: TritonKernel(paged_attention_invariant),
     OPS.route_topk.default: TritonKernel(route.route_topk),
     OPS.experts.default: TritonKernel(experts.experts),
+    OPS.experts_invariant.default: TritonKernel(experts.experts_invariant),
     OPS.linear_act_mul.default: TritonKernel(linear.linear_act_mul),
+    OPS.linear_invariant.default: TritonKernel(matmul.matmul),
 }
