@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fake_card import CARD, FakeGraphs
+
+from fuseline.compile.config import GraphConfig
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_check"
 SHAPE = {
@@ -49,7 +52,8 @@ def test_every_kernel_is_measured(tool) -> None:
     kernels.measure_kernels(sizes, "cpu", tables.HostClock(), limits, found)
     names = " ".join(row[0] for row in found.rows)
     for name in ("copy", "add_rms_norm", "act_mul", "rope_cache", "attention, decode 2", "prompt of 32", "greedy",
-                 "top_k", "linear of 16 rows, ours", "linear_act_mul of 1 rows", "experts, 16 tokens"):  # fmt: skip
+                 "top_k", "linear of 16 rows, ours", "linear_act_mul of 1 rows", "experts, 16 tokens",
+                 "linear, 64 x 48 -> 64, invariant", "decode 2 x 32, invariant"):  # fmt: skip
         assert name in names
     assert found.text("a card").count("\n") == 4 + len(found.rows)
 
@@ -63,6 +67,20 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
         "graphs: 1 of 1 sizes whole, 1 of 1 in pieces", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
         "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
+
+
+def test_mixed_steps_are_measured(tool, tmp_path) -> None:
+    _, llama, tables = tool
+    from mixed import measure_mixed
+
+    load, found, api = llama.small(llama.Load()), tables.Table(), FakeGraphs()
+    runner = llama.Runner(
+        tmp_path, CARD, replace(load, graphs=GraphConfig((1,), mixed_sizes=(8,))), llama.LLAMA_8B | SHAPE
+    )
+    runner.capture(api)
+    measure_mixed(runner, 1, (3,), 5, found)
+    assert [row[0] for row in found.rows] == [f"step of 1 + 3 tokens, {name}" for name in ("in pieces", "op by op")]
+    assert api.piece_replays == 11 * (SHAPE["num_hidden_layers"] + 1) and runner.model.graphs is not None
 
 
 def test_tensors_are_carried_to_the_card_and_back_as_they_lie(tool) -> None:

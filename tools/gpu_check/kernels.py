@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from table import Clock, Limits, Table, microseconds, share_of
 from torch import Tensor
 
-from fuseline.compile.kernels.triton import activation, attention, linear, norm, rope, sampling
+from fuseline.compile.kernels.triton import activation, attention, linear, matmul, norm, rope, sampling
 from fuseline.compile.kernels.triton.experts import experts
 from fuseline.compile.ops import codes
 
@@ -60,7 +60,7 @@ def measure_limits(sizes: Sizes, device: str, clock: Clock, table: Table) -> Lim
 
 def measure_kernels(sizes: Sizes, device: str, clock: Clock, limits: Limits, table: Table) -> None:
     make = Made(sizes, device)
-    for cases in (_lines, _attention, _sampling, _linears, _experts):
+    for cases in (_lines, _attention, _sampling, _linears, _experts, _invariant):
         for case in cases(sizes, make):
             seconds = clock(case.call)
             limit, needed = (
@@ -183,3 +183,26 @@ def _experts(s: Sizes, make: Made) -> Iterator[Case]:
             lambda x=x, i=ids, w=scores: experts(x, i, w, first, second, None, None, 0, False, 0.0, 0.0),
             **needed,
         )
+
+
+def _invariant(s: Sizes, make: Made) -> Iterator[Case]:
+    """What --batch-invariant costs, and tiles of the same kernel that are made for many rows."""
+    for num_out, num_in in ((2 * s.inner, s.hidden), (s.hidden, s.inner)):
+        weight = make(num_out, num_in)
+        for rows in (1, 64, s.tokens):
+            x, name = make(rows, num_in), f"linear, {rows} x {num_in} -> {num_out}"
+            needed = {"moved": weight.nbytes} if rows <= 64 else {"operations": 2 * rows * num_out * num_in}
+            yield Case(f"{name}, torch", lambda x=x, w=weight: F.linear(x, w), **needed)
+            yield Case(f"{name}, invariant", lambda x=x, w=weight: matmul.matmul(x, w), **needed)
+            for tile in matmul.TILES if rows > 64 else ():
+                yield Case(f"{name}, tile {tile}", lambda x=x, w=weight, t=tile: matmul.matmul(x, w, tile=t), **needed)
+    num_seqs, blocks = s.decode[-1], s.context // 16
+    caches = make(2, num_seqs * blocks, s.kv_heads, 16, s.head_dim)
+    table = make.ints(torch.randperm(num_seqs * blocks).reshape(num_seqs, blocks))
+    q = make(1, s.heads, num_seqs, s.head_dim)
+    out = q.new_empty(1, num_seqs, s.heads, s.head_dim)
+    args = (table, make.ints([s.context] * num_seqs), make.ints(torch.arange(num_seqs + 1)), None, 0, 0.1, 0.0)
+    yield Case(
+        f"attention, decode {num_seqs} x {s.context}, invariant",
+        lambda: attention.paged_attention(out, q, *caches, *args, is_one_kernel=True), moved=caches.nbytes,
+    )  # fmt: skip
