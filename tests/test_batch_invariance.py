@@ -22,8 +22,10 @@ from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.kernels.triton.experts import experts_invariant
 from fuseline.compile.kernels.triton.matmul import TILES, Tile, matmul
+from fuseline.compile.kernels.triton.table import paged_attention_invariant
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make
+from fuseline.compile.ops.registry import registry
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
 
 ROWS = (1, 3, 17, 64)
@@ -85,6 +87,16 @@ def test_a_token_of_attention_does_not_depend_on_its_chunk(window: int) -> None:
             part.table = torch.cat((whole.table, whole.table))
             found = part.run(window=window, is_one_kernel=True)[1]
             assert torch.equal(found, want[end - count : end]), (dtype, end, count)
+
+
+def test_scales_of_a_coded_cache_are_multiplied() -> None:
+    op = registry()["paged_attention_invariant"]
+    q, k_cache, v_cache, *rest = next(iter(op.inputs(make(torch.float32))))
+    coded = [cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache)]
+    scales = torch.tensor([0.5]), torch.tensor([3.0])
+    found = paged_attention_invariant(q, *coded, *rest, *scales)
+    torch.testing.assert_close(found, op.reference(q, *coded, *rest, *scales), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, paged_attention_invariant(q, *coded, *rest))
 
 
 class Products(nn.Module):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cuda_twin
 import pytest
 import torch
 from fake_card import CARD, FakeGraphs
+
+from fuseline.compile.config import GraphConfig
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_check"
 SHAPE = {
@@ -51,7 +54,8 @@ def test_every_kernel_is_measured(tool) -> None:
     names = " ".join(row[0] for row in found.rows)
     for name in ("copy", "add_rms_norm", "act_mul", "rope_cache", "attention, decode 2", "prompt of 32", "greedy",
                  "top_k", "linear of 16 rows, torch.linear", "linear of 16 rows, triton.linear",
-                 "linear_act_mul of 1 rows, triton", "experts, 16 tokens x 2 of 4, triton.experts 64x128"):  # fmt: skip
+                 "linear_act_mul of 1 rows, triton", "experts, 16 tokens x 2 of 4, triton.experts 64x128",
+                 "linear, 64 x 48 -> 64, invariant", "decode 2 x 32, invariant"):  # fmt: skip
         assert name in names
     is_tuning = [" rows, triton.linear " in row[0] for row in found.rows]
     assert is_tuning.index(True) > max(k for k, row in enumerate(found.rows) if row[0].endswith("triton.experts"))
@@ -121,6 +125,18 @@ def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> No
     assert any(row.startswith("-O3: kernel: 2 x triton.paged_attention 4s") for row in rows)
     assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 4s") for row in rows)
     assert sum("decode" in row for row in rows) == 2 * len(load.batches)
+def test_mixed_steps_are_measured(tool, tmp_path) -> None:
+    _, llama, tables = tool
+    from mixed import measure_mixed
+
+    load, found, api = llama.small(llama.Load()), tables.Table(), FakeGraphs()
+    runner = llama.Runner(
+        tmp_path, CARD, replace(load, graphs=GraphConfig((1,), mixed_sizes=(8,))), llama.LLAMA_8B | SHAPE
+    )
+    runner.capture(api)
+    measure_mixed(runner, 1, (3,), 5, found)
+    assert [row[0] for row in found.rows] == [f"step of 1 + 3 tokens, {name}" for name in ("in pieces", "op by op")]
+    assert api.piece_replays == 11 * (SHAPE["num_hidden_layers"] + 1) and runner.model.graphs is not None
 
 
 def test_tensors_are_carried_to_the_card_and_back_as_they_lie(tool) -> None:

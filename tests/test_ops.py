@@ -18,7 +18,8 @@ from fuseline.compile.ops.registry import registry
 
 __all__ = ["isa"]
 DENSE = {"attention"}  # as captured; a pass replaces it before a kernel is chosen
-CUDA_ONLY = {"experts", "linear_act_mul"}  # for a CPU passes replace the one and make none of the other
+# For a CPU passes replace the first and make none of the others.
+CUDA_ONLY = {"experts", "linear_act_mul", "linear_invariant", "experts_invariant", "paged_attention_invariant"}
 
 
 def name_of(op: Op) -> str:

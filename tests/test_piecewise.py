@@ -214,7 +214,7 @@ def launches(arch: int) -> None:
 
 
 @pytest.mark.slow
-def test_no_size_has_a_kernel_of_its_own() -> None:
+def test_no_size_compiles_a_kernel_of_its_own() -> None:
     """What is compiled in the middle of serving holds it up, and 35 times over it is most of the capture."""
     entries = compile_launches("test_piecewise", 90)
     found = Counter(entry["kernel"] for entry in entries)

@@ -123,7 +123,7 @@ class MixedGraphs:
             else:
                 found = values[part.name] = part.kernel.run(*part.with_values(values))
                 results[part.name] = map_tensors(found, _shape_of)
-            values = {name: value for name, value in values.items() if last.get(name, -1) > at}
+            values = _still_read(values, last, at)
         self._cuts.tail.run(*(values[name] for name in self._cuts.tail.inputs))
         return results
 
@@ -141,7 +141,7 @@ class _Capture:
         launches, last = [], self._cuts.last_uses()
         for at, part in enumerate(self._cuts.parts):
             launches.append(self._captured(at, part) if isinstance(part, Piece) else self._launched(part))
-            self._owned = {name: value for name, value in self._owned.items() if last.get(name, -1) > at}
+            self._owned = _still_read(self._owned, last, at)
         tail, lent = self._cuts.tail, self._lent
         return MixedGraph(
             tuple(launches), lambda step: tail.run(*(lent[n] if n in lent else step[n] for n in tail.inputs))[0]
@@ -180,6 +180,11 @@ class _Capture:
                 _write(op.kernel, out, filled)
 
         return launch
+
+
+def _still_read(values: Values, last_uses: Mapping[str, int], at: int) -> Values:
+    """Those that a part behind the one at `at` reads."""
+    return {name: value for name, value in values.items() if last_uses.get(name, -1) > at}
 
 
 def _write(kernel: CudaKernel, out: object, args: list) -> None:

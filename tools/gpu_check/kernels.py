@@ -15,7 +15,7 @@ from fuseline.compile.kernels.attention_batch import AttentionLayer, make_batch
 from fuseline.compile.kernels.choice import DECODE, PREFILL, ROWS, Candidate
 from fuseline.compile.kernels.cuda import OPS, aten, attention_candidates, op_candidates
 from fuseline.compile.kernels.external import ExternalAttention
-from fuseline.compile.kernels.triton import activation, norm, rope, sampling
+from fuseline.compile.kernels.triton import activation, attention, matmul, norm, rope, sampling
 from fuseline.compile.ops import codes
 from fuseline.compile.target import Target
 
@@ -69,6 +69,7 @@ def measure_kernels(sizes: Sizes, target: Target, clock: Clock, limits: Limits, 
     make = Made(sizes, target.device)
     # What may be chosen, then how ours may be launched otherwise: that takes longest, and is read last.
     chosen = [*_attention(sizes, target), *_linears(sizes, make, target), *_experts(sizes, make, target)]
+    chosen += _invariant(sizes, make)
     chosen.sort(key=lambda case: case.is_tuning)
     measure_cases(chain(_lines(sizes, make), _sampling(sizes, make), chosen), clock, limits, table)
 
@@ -216,3 +217,25 @@ def _experts(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
         needed = {"moved": used} if tokens <= 64 else {"operations": 6 * 2 * tokens * s.hidden * s.inner}
         found = op_candidates(OPS.experts.default, args, target)
         yield from cases_of(f"experts, {tokens} tokens x 2 of {s.num_experts}", found, args, **needed)
+
+
+def _invariant(s: Sizes, make: Made) -> Iterator[Case]:
+    """What --batch-invariant costs."""
+    for num_out, num_in in ((2 * s.inner, s.hidden), (s.hidden, s.inner)):
+        weight = make(num_out, num_in)
+        for rows in (1, 64, s.tokens):
+            x = make(rows, num_in)
+            needed = {"moved": weight.nbytes} if rows <= 64 else {"operations": 2 * rows * num_out * num_in}
+            yield Case(
+                f"linear, {rows} x {num_in} -> {num_out}, invariant", partial(matmul.matmul, x, weight), **needed
+            )
+    num_seqs, blocks = s.decode[-1], s.context // 16
+    caches = make(2, num_seqs * blocks, s.kv_heads, 16, s.head_dim)
+    table = make.ints(torch.randperm(num_seqs * blocks).reshape(num_seqs, blocks))
+    q = make(1, s.heads, num_seqs, s.head_dim)
+    out = q.new_empty(1, num_seqs, s.heads, s.head_dim)
+    args = (table, make.ints([s.context] * num_seqs), make.ints(torch.arange(num_seqs + 1)), None, 0, 0.1, 0.0)
+    yield Case(
+        f"attention, decode {num_seqs} x {s.context}, invariant",
+        partial(attention.paged_attention, out, q, *caches, *args, is_one_kernel=True), moved=caches.nbytes,
+    )  # fmt: skip

@@ -83,12 +83,12 @@ class Runner:
         inputs = [self._step(num_seqs, context + k) for k in range(steps)]
         for step in inputs[:2]:
             tokens = self._sampled(self.model.run(step))
-        self._wait()
+        self.wait()
         started = time.perf_counter()
         for step in inputs:
             tokens = self._sampled(self.model.run(step, sources, tokens))
         launched = time.perf_counter() - started
-        self._wait()
+        self.wait()
         return (time.perf_counter() - started) / steps, launched / steps
 
     def first_token(self, length: int) -> float:
@@ -103,7 +103,7 @@ class Runner:
         )  # fmt: skip
         seconds = []
         for _ in range(3):
-            self._wait()
+            self.wait()
             started = time.perf_counter()
             self._sampled(self.model.run(prompt)).tolist()
             seconds.append(time.perf_counter() - started)
@@ -124,7 +124,7 @@ class Runner:
         sample(*arguments)
         return arguments[0]
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 

@@ -19,6 +19,7 @@ import torch
 import triton
 from kernels import Made, Sizes, measure_cases, measure_kernels, measure_limits
 from llama import Load, Runner, against_transformers, measure_model
+from mixed import measure_mixed
 from table import CardClock, Limits, Table
 
 from fuseline.compile.kernels.cuda_library import library_for
@@ -47,6 +48,7 @@ def main(out: Path) -> int:
         attempt("model", lambda: runners.append(Runner(Path(folder), detect_target(device="cuda"), load)))
         for runner in runners:
             attempt("steps of the model", lambda r=runner: measure_model(r, load, limits, table))
+            attempt("mixed steps", lambda r=runner: measure_mixed(r, 32, (64, 224, 480), load.context, table))
             attempt("transformers", lambda r=runner: against_transformers(r, table, Path(folder)))
         runners.clear()
     attempt("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table))
