@@ -1,11 +1,12 @@
 """What it costs that a row's bits do not depend on its batch: our kernels in turns with what is fastest without it.
 
-    python benchmarks/sameness.py 135m,0.5b
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/sameness.py 135m,0.5b
 
 Of every product of a step: ours; oneDNN's bf16 product on weights in its own packed layout, which picks its way by the
-number of rows; ours with k cut in two for two threads, that is a product of half the k and twice the outputs and one
-addition. Weights are read from memory, as in a model: copies take turns. `cost` is the time of a step's products over
-what it would be if each were computed by the fastest of the three.
+number of rows; ours with k cut in two for two threads, that is a product of half the k and twice the outputs (the
+addition behind it is left out). Weights are read from memory, as in a model: copies take turns. `cost` is the time of a
+step's products over what it would be if each were computed by the fastest of the three. GLIBC_TUNABLES gives all of
+them large pages, which ours have in a model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fuseline.compile.target import detect_target
 LAYERS = {"135m": 30, "0.5b": 24}
 ROWS = (1, 4, 16, 64, 256, 1024)
 COPIED_BYTES = 128 << 20
+PAUSE_SECONDS = 0.05
 WAYS = ("ours", "oneDNN", "k in two")
 
 
@@ -59,10 +61,7 @@ def ways(product: Product, weight: Tensor, x: Tensor) -> dict[str, Callable[[], 
     return {
         "ours": lambda: linear(out, x, panels, None, n, 0),
         "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
-        "k in two": lambda: (
-            linear(halves, half_x, cut, None, 2 * n, 0),
-            torch.add(halves[:, :n], halves[:, n:], out=out),
-        ),
+        "k in two": lambda: linear(halves, half_x, cut, None, 2 * n, 0),
     }
 
 
@@ -74,13 +73,17 @@ def seconds(product: Product, rows: int, rounds: int) -> dict[str, float]:
         ways(product, torch.randn(product.num_out, product.num_in, dtype=torch.bfloat16), x) for _ in range(copies)
     ]
     times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for way in WAYS:
-            begin = time.perf_counter()
-            for copy in calls:
-                copy[way]()
-            times[way].append((time.perf_counter() - begin) / copies)
-    return {way: statistics.median(of_way[1:]) for way, of_way in times.items()}
+            # The threads of the way before spin for a while: they would be timed too.
+            time.sleep(PAUSE_SECONDS)
+            for is_timed in (False, True):
+                begin = time.perf_counter()
+                for copy in calls:
+                    copy[way]()
+                if is_timed:
+                    times[way].append((time.perf_counter() - begin) / copies)
+    return {way: statistics.median(of_way) for way, of_way in times.items()}
 
 
 def main() -> None:
