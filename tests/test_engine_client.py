@@ -17,13 +17,13 @@ from fake_model import KILL_TOKEN, build_broken, build_fake, build_slow_fake, fa
 
 from fuseline.engine.client import EngineClient, EngineDeadError, EngineStartError
 from fuseline.engine.messages import EngineRequest, SamplingParams
-from fuseline.engine.run.sampler_reference import reference_ops
+from fuseline.engine.run.sampler_reference import reference_device
 
 MODES = pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])
 
 
 def make_client(in_process: bool, build=build_fake) -> EngineClient:
-    return EngineClient(fake_config(), in_process, build, reference_ops)
+    return EngineClient(fake_config(), in_process, build, reference_device)
 
 
 @contextlib.asynccontextmanager

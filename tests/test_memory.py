@@ -13,7 +13,7 @@ from fuseline.engine.memory.block_pool import BlockPool
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.free_memory import free_memory
 from fuseline.engine.memory.prefix_cache import extend_keys, root_key
-from fuseline.engine.memory.sizing import SizingError, size_cache
+from fuseline.engine.memory.sizing import Memory, SizingError, room_on_host, size_cache
 
 MIB = 1 << 20
 
@@ -85,7 +85,9 @@ def test_window_hit_needs_only_the_visible_blocks() -> None:
 def sized(cache: CacheConfig, windows=(0,), free=100 * MIB, max_model_len=64, max_num_seqs=4):
     info = FakeModel(windows).info
     scheduler = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=max_num_seqs)
-    return size_cache(info, cache, scheduler, max_model_len, free, free)
+    memory = Memory(free, free)
+    room = room_on_host(info, cache.gpu_memory_utilization, memory, memory)
+    return size_cache(info, cache, scheduler, max_model_len, room)
 
 
 def test_sizes_from_memory_flags() -> None:

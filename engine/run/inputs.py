@@ -15,7 +15,7 @@ from fuseline.engine.schedule.plan import Plan
 class InputBuilder:
     """Legend as in GraphInputs. The tensors of one step are overwritten by the next.
 
-    `build` leaves out the token ids: `fill_tokens` puts them in when those of the step before are known.
+    `build` leaves out the token ids: `fill_tokens` puts in those that are known when the step is launched.
     """
 
     def __init__(
@@ -59,9 +59,18 @@ class InputBuilder:
             logits_rows=torch.from_numpy(logits_rows),
         )
 
-    def fill_tokens(self) -> None:
+    def fill_tokens(self, sampled_at: np.ndarray) -> torch.Tensor | None:
+        """Sources [T] int32 as CudaModel.run takes them; None when all tokens are known.
+
+        sampled_at [rows]: where the step before samples for a row.
+        """
         num_tokens = len(self._token_rows)
-        self._token_ids[:num_tokens] = self.rows.tokens[self._token_rows, self._positions[:num_tokens]]
+        rows, positions = self._token_rows, self._positions[:num_tokens]
+        self._token_ids[:num_tokens] = self.rows.tokens[rows, positions]
+        is_unknown = positions >= self.rows.num_known[rows]
+        if not is_unknown.any():
+            return None
+        return torch.from_numpy(np.where(is_unknown, sampled_at[rows], -1).astype(np.int32))
 
     def _fill_slots(self, token_rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         num_groups, num_tokens = len(self.kv.groups), len(positions)

@@ -13,10 +13,10 @@ from table import Limits, Table, share_of
 from torch import Tensor
 
 from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.cuda_graph import GraphApi, GraphConfig
+from fuseline.compile.backends.cuda_graph import GraphApi
 from fuseline.compile.backends.eager import constant_name
 from fuseline.compile.compiler import optimize
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.sampling import sample

@@ -7,9 +7,8 @@ import sys
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda_graph import GraphConfig
 from fuseline.compile.compiler import compile_model
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.target import detect_target
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss", "deepseek_v3", "phi3_longrope")
