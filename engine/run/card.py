@@ -53,17 +53,15 @@ class CudaDevice:
     def room(self, info: ModelInfo, share: float, before: Memory, steps: StepMemory) -> Room:
         return room_on_card(info, share, before, self.memory(), steps)
 
-    def rehearse(self, runs: Sequence[Callable[[], None]], progress: Progress) -> int:
+    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
         # What torch takes from the card counts, not what tensors fill: it cannot give the gaps between them away.
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_reserved(self._device)
-        for done, run in enumerate(runs):
-            progress("warming up", done, len(runs))
+        for run in runs:
             run()
             torch.cuda.synchronize(self._device)
-        progress("warming up", len(runs), len(runs))
         taken = torch.cuda.max_memory_reserved(self._device) - before
         torch.cuda.empty_cache()
         return taken

@@ -54,7 +54,7 @@ class Device(Protocol):
         `share` is that of --gpu-memory-utilization.
         """
 
-    def rehearse(self, runs: Sequence[Callable[[], None]], progress: Progress) -> int:
+    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
         """Bytes that the runs take at most, beside what is in use. 0, and nothing run, where nothing is gained by it.
 
         Kernels are compiled and libraries loaded this way before the first request comes.
@@ -98,7 +98,7 @@ class HostDevice:
     def room(self, info: ModelInfo, share: float, before: Memory, steps: StepMemory) -> Room:
         return room_on_host(info, share, before, self.memory())
 
-    def rehearse(self, runs: Sequence[Callable[[], None]], progress: Progress) -> int:
+    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
         return 0
 
     def capture_graphs(self, model: object, progress: Progress) -> None:

@@ -24,9 +24,11 @@ def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progre
     """Leaves the model with caches of one block. Nothing is run where the device gains nothing by it."""
     trial = _Trial(device, model, config)
     num_seqs = config.scheduler.max_num_seqs
-    decode = device.rehearse([trial.allocate_caches, trial.step([1] * num_seqs)], progress)
     steps = [trial.step(counts) for counts in trial_steps(config, trial.max_model_len)]
-    peak = device.rehearse([*steps, *trial.sampling_steps()], progress)
+    first = [trial.allocate_caches, trial.step([1] * num_seqs)]
+    runs = _told([*first, *steps, *trial.sampling_steps()], progress)
+    decode = device.rehearse(runs[: len(first)])
+    peak = device.rehearse(runs[len(first) :])
     num_graphs = len(config.graphs.resolved(num_seqs))
     # The graphs' pool, and trial runs on the stream that captures, whose memory other streams do not get.
     return StepMemory(peak, 2 * decode + num_graphs * GRAPH_BYTES if num_graphs else 0)
@@ -40,6 +42,17 @@ def trial_steps(config: EngineConfig, max_model_len: int) -> list[list[int]]:
     longest = min(num_tokens, max_model_len)
     few = [count for count in FEW_ROWS if count < num_seqs]
     return [spread, [longest], [max(1, longest - 1)], [1] * num_seqs, *([1] * count for count in few)]
+
+
+def _told(runs: list[Callable[[], None]], progress: Progress) -> list[Callable[[], None]]:
+    def tell(done: int, run: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            run()
+            progress("warming up", done, len(runs))
+
+        return call
+
+    return [tell(done, run) for done, run in enumerate(runs, 1)]
 
 
 class _Trial:
