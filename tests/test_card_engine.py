@@ -137,4 +137,7 @@ def test_a_card_is_started_warm_sized_and_captured() -> None:
     assert table["device"] == "fake card" and table["a step at most"] == "1.0 MiB"
     assert table["kept for graphs"] == f"{2 + 2 * 8:.1f} MiB"
     assert model._caches["k_cache_0"].shape[0] == ready.num_blocks + 1
-    assert not service.engine.has_work
+    walk = Walk(service.engine)
+    walk.submit(PROMPTS[0], **GREEDY)
+    walk.finish()
+    assert [walk.tokens("r0")] == truth(checkpoint(FAMILY), PROMPTS[:1], NUM_TOKENS)
