@@ -127,9 +127,9 @@ def graph_config(levels: Mapping[str, object], given: Mapping[str, object]) -> G
     """Which graphs a card captures."""
     return GraphConfig(
         sizes=tuple(levels.get("cudagraph_capture_sizes") or ()),
-        enforce_eager=bool(given.get("enforce_eager")),
+        enabled=not given.get("enforce_eager"),
         max_seq_len=int(given.get("max_seq_len_to_capture", GraphConfig.max_seq_len)),
-        num_trials=max(1, int(levels.get("cudagraph_num_of_warmups") or 0)),
+        num_warmups=max(1, int(levels.get("cudagraph_num_of_warmups") or 0)),
     )
 
 

@@ -62,15 +62,16 @@ class GraphConfig:
     """Which CUDA graphs are captured. `sizes` empty: 1, 2, 4, then multiples of 8."""
 
     sizes: tuple[int, ...] = ()
-    enforce_eager: bool = False
+    enabled: bool = True
+    """False: every step is launched op by op."""
     max_seq_len: int = 8192
     """Sequences of more tokens are not replayed: the grids of a graph are made for this length."""
-    num_trials: int = 1
+    num_warmups: int = 1
     """Runs before a capture. There is always one: it compiles kernels, which a capture must not."""
 
     def resolved(self, max_num_seqs: int) -> tuple[int, ...]:
         """Ascending; a size is at most the sequences of a step."""
-        if self.enforce_eager:
+        if not self.enabled:
             return ()
         sizes = self.sizes or (1, 2, 4, *range(8, max_num_seqs + 1, 8))
         return tuple(sorted({size for size in sizes if 0 < size <= max_num_seqs}))

@@ -52,7 +52,7 @@ class CudaModel:
         if api is None or not sizes:
             return
         self.graphs = DecodeGraphs(
-            self._executable, self._caches, sizes, self._graph_inputs, api, self._graph_config.num_trials
+            self._executable, self._caches, sizes, self._graph_inputs, api, self._graph_config.num_warmups
         )
         self.graphs.start(progress or (lambda phase, done, total: None))
 

@@ -146,6 +146,9 @@ class _Asleep:
     def __init__(self, model: Model) -> None:
         self.info = model.info
 
+    def stop_capture(self) -> None:
+        """Nothing is captured in its sleep."""
+
 
 def serve(config: EngineConfig, build_model: BuildModel, find_device: FindDevice, inbox: Inbox, send: Send) -> None:
     """A whole engine's life. A failed start is told in one line; a fault later on raises."""

@@ -14,7 +14,7 @@ from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.target import detect_target
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineReady, Progress
+from fuseline.engine.messages import EngineReady, Progress, Shutdown
 from fuseline.engine.run.device import HostDevice, native_ops
 from fuseline.engine.run.warm_up import trial_steps
 from fuseline.engine.service import EngineService
@@ -141,3 +141,15 @@ def test_a_card_is_started_warm_sized_and_captured() -> None:
     walk.submit(PROMPTS[0], **GREEDY)
     walk.finish()
     assert [walk.tokens("r0")] == truth(checkpoint(FAMILY), PROMPTS[:1], NUM_TOKENS)
+    service._sleep("1")
+    assert model.graphs is None, "graphs read caches that are gone"
+    service._wake_up("")
+    model.graphs.wait()
+    assert device.graphs.captured == [2, 1, 2, 1]
+    service._sleep("2")
+    service.run(ShutDown())
+
+
+class ShutDown:
+    def receive(self, wait: bool) -> Shutdown:
+        return Shutdown()

@@ -240,10 +240,10 @@ def test_config_dict_is_json_with_every_field(model: str) -> None:
 def test_settings_of_graphs_reach_the_engine(model: str) -> None:
     levels = {"cudagraph_capture_sizes": [4, 1], "cudagraph_num_of_warmups": 3}
     given = {"model": model, "max_seq_len_to_capture": 100, "enforce_eager": True, "compilation_config": levels}
-    assert resolve(given).engine.graphs == GraphConfig((4, 1), True, 100, 3)
+    assert resolve(given).engine.graphs == GraphConfig((4, 1), False, 100, 3)
     assert resolve({"model": model}).engine.graphs == GraphConfig()
     none = resolve({"model": model, "compilation_config": {"cudagraph_num_of_warmups": 0}})
-    assert none.engine.graphs.num_trials == 1, "a capture must not compile"
+    assert none.engine.graphs.num_warmups == 1, "a capture must not compile"
 
 
 def test_a_card_takes_what_a_cpu_refuses(model: str, monkeypatch) -> None:

@@ -103,7 +103,7 @@ def test_padding_changes_neither_logits_nor_caches() -> None:
     inputs = decode_step([3, 20, 1])
     found = []
     for sizes in ((), (3,), (8,)):
-        model = build("llama", graphs=GraphConfig(sizes, enforce_eager=not sizes))
+        model = build("llama", graphs=GraphConfig(sizes, enabled=bool(sizes)))
         model.allocate_caches([8])
         model.capture_graphs(api=FakeGraphs())
         if model.graphs:
@@ -164,7 +164,7 @@ def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(monkeypatch) -> None:
 def test_sizes_of_graphs() -> None:
     assert GraphConfig().resolved(256) == (1, 2, 4, *range(8, 257, 8)) and len(GraphConfig().resolved(256)) == 35
     assert GraphConfig((64, 1, 300, 0)).resolved(100) == (1, 64)
-    assert GraphConfig(enforce_eager=True).resolved(100) == ()
+    assert GraphConfig(enabled=False).resolved(100) == ()
 
 
 def test_a_step_waits_for_nothing() -> None:

@@ -87,7 +87,7 @@ class DecodeGraphs:
     sizes: tuple[int, ...]
     make_inputs: Callable[[int], Inputs]
     api: GraphApi
-    num_trials: int = 1
+    num_warmups: int = 1
     graphs: dict[int, Graph] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -135,7 +135,7 @@ class DecodeGraphs:
 
     def capture(self, size: int) -> Graph:
         trial = self.make_inputs(size).values(size)
-        for _ in range(self.num_trials):
+        for _ in range(self.num_warmups):
             self.api.warm_up(lambda: self.executable.run({**self.caches, **trial}))
         fixed = self._inputs.values(size)
         return self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
