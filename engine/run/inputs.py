@@ -59,17 +59,14 @@ class InputBuilder:
             logits_rows=torch.from_numpy(logits_rows),
         )
 
-    def fill_tokens(self, sampled_at: np.ndarray) -> torch.Tensor | None:
-        """Sources [T] int32 as CudaModel.run takes them; None when all tokens are known.
-
-        sampled_at [rows]: where the step before samples for a row.
-        """
+    def fill_tokens(self) -> None:
         num_tokens = len(self._token_rows)
-        rows, positions = self._token_rows, self._positions[:num_tokens]
-        self._token_ids[:num_tokens] = self.rows.tokens[rows, positions]
+        self._token_ids[:num_tokens] = self.rows.tokens[self._token_rows, self._positions[:num_tokens]]
+
+    def sources(self, sampled_at: np.ndarray) -> torch.Tensor:
+        """[T] int32, as CudaModel.run takes them. sampled_at [rows]: where the step before samples for a row."""
+        rows, positions = self._token_rows, self._positions[: len(self._token_rows)]
         is_unknown = positions >= self.rows.num_known[rows]
-        if not is_unknown.any():
-            return None
         return torch.from_numpy(np.where(is_unknown, sampled_at[rows], -1).astype(np.int32))
 
     def _fill_slots(self, token_rows: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ class Runner:
         # Two: the inputs of the next step are built while the last one still reads its own.
         self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
         self.sampler = Sampler(rows, model.info.vocab_size)
-        self._sampled_at = np.zeros(len(rows.sequences), np.int64)  # by row, in the step filled last
+        self._sampling_rows = np.zeros(0, np.int64)  # of the step filled last
         self._sampled: torch.Tensor | None = None  # tokens of the step launched last, on the device
 
     def prepare(self, plan: Plan) -> Batch:
@@ -77,17 +77,26 @@ class Runner:
             arguments.targets = torch.tensor(targets, dtype=torch.int64)
             most = max(seq.params.prompt_logprobs or 0 for seq, _ in scoring)
             arguments.num_prompt_top = min(most, self.model.info.vocab_size)
-        reads_tokens = bool((self.rows.reads_tokens[rows] & (self.rows.num_known[rows] < plan.lengths)).any())
+        is_reader = self.rows.reads_tokens[rows]
+        reads_tokens = bool(is_reader.any() and (is_reader & self._is_unknown(plan)).any())
         return Batch(plan, builder, inputs, arguments, scoring, complete, reads_tokens)
 
     def fill(self, batch: Batch) -> None:
         """What is known of the tokens, and where the rest will come from; the next batch is filled after this one."""
-        plan = batch.plan
-        rows = plan.rows[plan.sampling]
-        batch.sources = batch.builder.fill_tokens(self._sampled_at)
-        is_unknown = self.rows.num_known[rows] < plan.lengths
-        self.sampler.fill(plan, batch.arguments, np.where(is_unknown, self._sampled_at[rows], -1))
-        self._sampled_at[rows] = np.arange(len(rows))
+        plan, sources = batch.plan, None
+        rows, is_unknown = plan.rows[plan.sampling], self._is_unknown(plan)
+        batch.builder.fill_tokens()
+        if is_unknown.any():
+            sampled_at = np.zeros(len(self.rows.sequences), np.int64)
+            sampled_at[self._sampling_rows] = np.arange(len(self._sampling_rows))
+            batch.sources = batch.builder.sources(sampled_at)
+            sources = np.where(is_unknown, sampled_at[rows], -1)
+        self.sampler.fill(plan, batch.arguments, sources)
+        self._sampling_rows = rows
+
+    def _is_unknown(self, plan: Plan) -> np.ndarray:
+        """[N] bool: sampling sequences whose newest token, computed in this step, still comes from the last one."""
+        return self.rows.num_known[plan.rows[plan.sampling]] < plan.lengths
 
     def run(self, batch: Batch) -> Launched:
         if batch.sources is None:

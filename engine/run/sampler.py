@@ -21,11 +21,13 @@ class RowSettings:
     tenancy: np.ndarray  # [R] int64
     num_top: int
     mode: int
-    values: dict[str, Tensor]  # [R] each
+    inputs: dict[str, Tensor]
+    """Of the kernel, with lists that are all empty."""
     has_history: np.ndarray  # [R] bool
+    has_any_history: bool
     has_lists: bool
-    no_items: tuple[Tensor, Tensor]
-    """Starts and items of lists that are all empty."""
+    no_scores: dict[str, Tensor] | None
+    """As SampleArguments has it."""
 
 
 class Sampler:
@@ -40,15 +42,19 @@ class Sampler:
         if old is None or not (np.array_equal(rows, old.rows) and np.array_equal(tenancy, old.tenancy)):
             self._settings = old = self._gather(rows, tenancy)
         counter = torch.from_numpy(plan.lengths - self.rows.prompt_len[rows])
-        return SampleArguments(len(rows), old.num_top, old.mode, {**old.values, "counter": counter})
+        inputs = {**old.inputs, "counter": counter}
+        return SampleArguments(len(rows), old.num_top, old.mode, inputs, no_scores=old.no_scores)
 
-    def fill(self, plan: Plan, arguments: SampleArguments, sources: np.ndarray) -> None:
+    def fill(self, plan: Plan, arguments: SampleArguments, sources: np.ndarray | None) -> None:
         """The rest, for the plan prepared last. sources [R] int64: row of the step before whose token is the newest of
-        this one's and not known yet, or -1."""
-        arguments.inputs |= self._lists(plan)
+        this one's and not known yet, or -1; None when all are known."""
+        settings = self._settings
+        if settings.has_lists:
+            arguments.inputs |= self._lists(plan)
+        if not settings.has_any_history:
+            return
         arguments.inputs |= self._history(plan)
-        is_unknown = self._settings.has_history & (sources >= 0)
-        if is_unknown.any():
+        if sources is not None and (is_unknown := settings.has_history & (sources >= 0)).any():
             places = arguments.inputs["history_start"].numpy()[1:][is_unknown] - 1
             arguments.unknown = {"places": torch.from_numpy(places), "rows": torch.from_numpy(sources[is_unknown])}
 
@@ -59,51 +65,51 @@ class Sampler:
             raise ValueError("sequences of one server differ in logprobs_mode")
         num_logprobs = np.minimum(state.num_logprobs[rows], self.vocab_size)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition", "frequency", "presence", "seed", "prompt_len")
-        values = {name: torch.from_numpy(getattr(state, name)[rows]) for name in names}
+        inputs = {name: torch.from_numpy(getattr(state, name)[rows]) for name in names}
+        inputs |= {"num_logprobs": torch.from_numpy(num_logprobs), "bias_values": torch.empty(0)}
+        starts, none = torch.zeros(len(rows) + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        inputs |= {"history_start": starts, "history": none}
+        for name in ("bias", "banned", "allowed"):
+            inputs |= {f"{name}_start": starts, f"{name}_ids": none}
+        has_history = state.has_history[rows]
         return RowSettings(
             rows=rows,
             tenancy=tenancy,
             num_top=max(0, int(num_logprobs.max(initial=0))),
             mode=int(modes.max(initial=0)),
-            values={**values, "num_logprobs": torch.from_numpy(num_logprobs)},
-            has_history=state.has_history[rows],
+            inputs=inputs,
+            has_history=has_history,
+            has_any_history=bool(has_history.any()),
             has_lists=bool(state.has_lists[rows].any()),
-            no_items=_ragged([], len(rows)),
+            no_scores={} if (num_logprobs < 0).all() else None,
         )
 
     def _history(self, plan: Plan) -> dict[str, Tensor]:
         """Tokens of the rows with penalties, one after the other; other rows have none."""
-        settings = self._settings
-        start, items = settings.no_items
-        if settings.has_history.any():
-            lengths = np.where(settings.has_history, plan.lengths, 0)
-            parts = [self.rows.tokens[row, :length] for row, length in zip(settings.rows, lengths, strict=True)]
-            start, items = _ragged(parts, len(parts))
+        lengths = np.where(self._settings.has_history, plan.lengths, 0)
+        parts = [self.rows.tokens[row, :length] for row, length in zip(self._settings.rows, lengths, strict=True)]
+        start, items = _ragged(parts)
         return {"history_start": start, "history": items}
 
     def _lists(self, plan: Plan) -> dict[str, Tensor]:
-        settings, count = self._settings, len(plan.sampling)
         bias: list[list[int]] = []
         values: list[float] = []
         banned: list[list[int]] = []
         allowed: list[list[int]] = []
-        if settings.has_lists:
-            for row, length in zip(settings.rows.tolist(), plan.lengths.tolist(), strict=True):
-                seq = self.rows.sequences[row]
-                bias.append([token for token, _ in seq.params.logit_bias])
-                values += [value for _, value in seq.params.logit_bias]
-                banned.append([token for token in banned_tokens(seq, length) if 0 <= token < self.vocab_size])
-                allowed.append(list(seq.params.allowed_token_ids))
+        for row, length in zip(self._settings.rows.tolist(), plan.lengths.tolist(), strict=True):
+            seq = self.rows.sequences[row]
+            bias.append([token for token, _ in seq.params.logit_bias])
+            values += [value for _, value in seq.params.logit_bias]
+            banned.append([token for token in banned_tokens(seq, length) if 0 <= token < self.vocab_size])
+            allowed.append(list(seq.params.allowed_token_ids))
         found: dict[str, Tensor] = {"bias_values": torch.tensor(values, dtype=torch.float32)}
         for name, parts in (("bias", bias), ("banned", banned), ("allowed", allowed)):
-            found[f"{name}_start"], found[f"{name}_ids"] = _ragged(parts, count) if parts else settings.no_items
+            found[f"{name}_start"], found[f"{name}_ids"] = _ragged(parts)
         return found
 
 
-def _ragged(parts: list, count: int) -> tuple[Tensor, Tensor]:
-    """Row starts [count + 1] and the rows' items one after the other, int64. No parts: every row is empty."""
-    starts = np.zeros(count + 1, np.int64)
-    if not parts:
-        return torch.from_numpy(starts), torch.empty(0, dtype=torch.int64)
+def _ragged(parts: list) -> tuple[Tensor, Tensor]:
+    """Row starts [R + 1] and the items of R rows one after the other, int64. There is a row at least."""
+    starts = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=starts[1:])
     return torch.from_numpy(starts), torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ INPUTS = (
     "allowed_start", "allowed_ids",
 )  # fmt: skip
 """Of the `sample` kernel, in its order."""
+SCORES = ("logprobs", "ranks", "top_ids", "top_logprobs")
+NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
@@ -33,7 +36,10 @@ class SampleArguments:
     unknown: dict[str, Tensor] = field(default_factory=dict)
     """places, rows [K] int64: history[places] are tokens that the step before gave for these rows of its own and the
     host has not seen yet. Empty when it has seen all."""
-    targets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    no_scores: dict[str, Tensor] | None = None
+    """None: a row wants log-probabilities. Else what stands for those outputs on the device, since the kernel leaves
+    them alone: made by the first launch of the same rows, and kept."""
+    targets: Tensor = NO_TARGETS
     """[P] prompt tokens, whose logits come behind those of the R rows."""
     num_prompt_top: int = 0
 
@@ -56,14 +62,6 @@ class RowScores:
             f"{prefix}top_logprobs": ((num_rows, num_top), torch.float32),
         }
 
-    @staticmethod
-    def among(tensors: dict[str, Tensor], prefix: str = "") -> RowScores:
-        return RowScores(*(tensors[prefix + name] for name in ("logprobs", "ranks", "top_ids", "top_logprobs")))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.logprobs, self.ranks, self.top_ids, self.top_logprobs
-
     def position(self, row: int, token: int, count: int) -> PositionLogprobs:
         return PositionLogprobs(
             token_id=token,
@@ -78,7 +76,7 @@ class RowScores:
 class Sampled:
     tokens: np.ndarray  # [R] int64
     ok: np.ndarray  # [R] bool; False: the row's logits were not finite
-    scores: RowScores
+    scores: RowScores | None  # None: nobody wants any
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,10 @@ class Launched:
         found, arguments = self.results.read(), self.arguments
         sampled = scores = None
         if arguments.num_rows:
-            sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy() != 0, RowScores.among(found))
+            scores_of_tokens = RowScores(*itemgetter(*SCORES)(found)) if arguments.no_scores is None else None
+            sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy() != 0, scores_of_tokens)
         if len(arguments.targets):
-            scores = RowScores.among(found, "prompt_")
+            scores = RowScores(*(found[f"prompt_{name}"] for name in SCORES))
         return StepResult(sampled, scores)
 
 
@@ -116,7 +115,8 @@ def launch_sampling(device: Device, logits: Tensor, arguments: SampleArguments, 
     """logits [R + P, V] float32. `before`: the tokens of the step before, on the device, if some are unknown."""
     num_rows, num_targets = arguments.num_rows, len(arguments.targets)
     layout = {"tokens": ((num_rows,), torch.int64), "ok": ((num_rows,), torch.uint8)}
-    layout |= RowScores.layout("", num_rows, arguments.num_top)
+    if arguments.no_scores is None:
+        layout |= RowScores.layout("", num_rows, arguments.num_top)
     if num_targets:
         layout |= RowScores.layout("prompt_", num_targets, arguments.num_prompt_top)
     # A row that is not ok leaves its token as it is: a zero.
@@ -125,11 +125,21 @@ def launch_sampling(device: Device, logits: Tensor, arguments: SampleArguments, 
     if arguments.unknown:
         given["history"].index_copy_(0, given["places"], before.index_select(0, given["rows"]))
     if num_rows:
+        scores = _score_outputs(device, out, arguments)
         device.ops.sample(
-            out["tokens"], *RowScores.among(out).tensors, out["ok"], logits[:num_rows],
-            *(given[name] for name in INPUTS), None, arguments.mode,
+            out["tokens"], *itemgetter(*SCORES)(scores), out["ok"], logits[:num_rows], *itemgetter(*INPUTS)(given),
+            None, arguments.mode,
         )  # fmt: skip
     if num_targets:
-        device.ops.row_logprobs(*RowScores.among(out, "prompt_").tensors, logits[num_rows:], given["targets"])
+        scores = [out[f"prompt_{name}"] for name in SCORES]
+        device.ops.row_logprobs(*scores, logits[num_rows:], given["targets"])
     results.send()
     return Launched(arguments, results)
+
+
+def _score_outputs(device: Device, out: dict[str, Tensor], arguments: SampleArguments) -> dict[str, Tensor]:
+    if arguments.no_scores is None:
+        return out
+    if not arguments.no_scores:
+        arguments.no_scores |= device.results(RowScores.layout("", arguments.num_rows, 0)).tensors
+    return arguments.no_scores
