@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.cuda_graph import GraphConfig
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
 from fuseline.compile.backends.plan import PlanExecutable
 from fuseline.compile.backends.steps import StepPlans, lower
@@ -21,7 +20,7 @@ from fuseline.compile.backends.tune import TUNE_LEVEL, tune_linears
 from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.weights import load_weights
-from fuseline.compile.config import PASSES, CompileConfig
+from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, run_passes
 from fuseline.compile.graph_inputs import GraphInputs

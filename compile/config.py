@@ -30,7 +30,7 @@ class CompileConfig:
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"
-    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16."""
+    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16; on a card also fp8 (e4m3)."""
     max_model_len: int = 0
     """Context length in tokens; 0 takes the model's own limit."""
     block_size: int = 16
@@ -55,3 +55,23 @@ class CompileConfig:
     """Seed of dummy weights."""
     trust_remote_code: bool = False
     """Allow Python code that lies in the checkpoint directory."""
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """Which CUDA graphs are captured. `sizes` empty: 1, 2, 4, then multiples of 8."""
+
+    sizes: tuple[int, ...] = ()
+    enabled: bool = True
+    """False: every step is launched op by op."""
+    max_seq_len: int = 8192
+    """Sequences of more tokens are not replayed: the grids of a graph are made for this length."""
+    num_warmups: int = 1
+    """Runs before a capture. There is always one: it compiles kernels, which a capture must not."""
+
+    def resolved(self, max_num_seqs: int) -> tuple[int, ...]:
+        """Ascending; a size is at most the sequences of a step."""
+        if not self.enabled:
+            return ()
+        sizes = self.sizes or (1, 2, 4, *range(8, max_num_seqs + 1, 8))
+        return tuple(sorted({size for size in sizes if 0 < size <= max_num_seqs}))

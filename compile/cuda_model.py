@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.cuda_graph import CudaGraphApi, DecodeGraphs, GraphApi, GraphConfig, Inputs, Progress
+from fuseline.compile.backends.cuda_graph import CudaGraphApi, DecodeGraphs, GraphApi, Inputs, Progress
 from fuseline.compile.backends.device_inputs import DeviceInputs
+from fuseline.compile.config import GraphConfig
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe
@@ -50,7 +51,9 @@ class CudaModel:
         sizes = self._graph_config.resolved(self._config.max_num_seqs)
         if api is None or not sizes:
             return
-        self.graphs = DecodeGraphs(self._executable, self._caches, sizes, self._graph_inputs, api)
+        self.graphs = DecodeGraphs(
+            self._executable, self._caches, sizes, self._graph_inputs, api, self._graph_config.num_warmups
+        )
         self.graphs.start(progress or (lambda phase, done, total: None))
 
     def stop_capture(self) -> None:

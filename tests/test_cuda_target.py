@@ -6,17 +6,16 @@ import dataclasses
 
 import pytest
 import torch
-from fake_card import CARD, FakeGraphs, HostSync, no_host_sync
+from fake_card import CARD, FakeGraphs, HostSync, no_host_sync, waiting_for_nothing
 from paged_driver import greedy
 from test_native_sampling import Result, make_logits
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.backends.cuda import count_kernels
-from fuseline.compile.backends.cuda_graph import GraphConfig
 from fuseline.compile.backends.device_inputs import ALIGNMENT, DeviceInputs
 from fuseline.compile.compiler import compile_model, optimize
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton import rope
 from fuseline.compile.kernels.triton.batch import feed_tokens
@@ -104,7 +103,7 @@ def test_padding_changes_neither_logits_nor_caches() -> None:
     inputs = decode_step([3, 20, 1])
     found = []
     for sizes in ((), (3,), (8,)):
-        model = build("llama", graphs=GraphConfig(sizes, enforce_eager=not sizes))
+        model = build("llama", graphs=GraphConfig(sizes, enabled=bool(sizes)))
         model.allocate_caches([8])
         model.capture_graphs(api=FakeGraphs())
         if model.graphs:
@@ -165,7 +164,7 @@ def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(monkeypatch) -> None:
 def test_sizes_of_graphs() -> None:
     assert GraphConfig().resolved(256) == (1, 2, 4, *range(8, 257, 8)) and len(GraphConfig().resolved(256)) == 35
     assert GraphConfig((64, 1, 300, 0)).resolved(100) == (1, 64)
-    assert GraphConfig(enforce_eager=True).resolved(100) == ()
+    assert GraphConfig(enabled=False).resolved(100) == ()
 
 
 def test_a_step_waits_for_nothing() -> None:
@@ -184,14 +183,10 @@ def test_a_step_waits_for_nothing() -> None:
     asked = {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition": 1.1, "output": (3,), "bias": {1: 1.0},
              "banned": (2,), "num_logprobs": 3}  # fmt: skip
 
-    def waiting_for_nothing(*args: object) -> None:
-        with no_host_sync():
-            sample(*args)
-
     with no_host_sync(host):
         model.run(prompt)
         logits = model.run(step, sources, torch.tensor([7, 9]))
-    found = Result(logits.clone(), [asked, {"temperature": 0.0}, {}], sample=waiting_for_nothing)
+    found = Result(logits.clone(), [asked, {"temperature": 0.0}, {}], sample=waiting_for_nothing(sample))
     assert found.ok.tolist() == [1, 1, 1]
 
 

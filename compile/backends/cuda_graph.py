@@ -26,23 +26,6 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class GraphConfig:
-    """Which graphs are captured. `sizes` empty: 1, 2, 4, then multiples of 8."""
-
-    sizes: tuple[int, ...] = ()
-    enforce_eager: bool = False
-    max_seq_len: int = 8192
-    """Sequences of more tokens are not replayed: the grids of a graph are made for this length."""
-
-    def resolved(self, max_num_seqs: int) -> tuple[int, ...]:
-        """Ascending; a size is at most the sequences of a step."""
-        if self.enforce_eager:
-            return ()
-        sizes = self.sizes or (1, 2, 4, *range(8, max_num_seqs + 1, 8))
-        return tuple(sorted({size for size in sizes if 0 < size <= max_num_seqs}))
-
-
-@dataclass(frozen=True)
 class Graph:
     """`output` holds what the last replay gave."""
 
@@ -104,6 +87,7 @@ class DecodeGraphs:
     sizes: tuple[int, ...]
     make_inputs: Callable[[int], Inputs]
     api: GraphApi
+    num_warmups: int = 1
     graphs: dict[int, Graph] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -151,7 +135,8 @@ class DecodeGraphs:
 
     def capture(self, size: int) -> Graph:
         trial = self.make_inputs(size).values(size)
-        self.api.warm_up(lambda: self.executable.run({**self.caches, **trial}))
+        for _ in range(self.num_warmups):
+            self.api.warm_up(lambda: self.executable.run({**self.caches, **trial}))
         fixed = self._inputs.values(size)
         return self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
 

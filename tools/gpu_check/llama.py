@@ -13,10 +13,10 @@ from table import Limits, Table, share_of
 from torch import Tensor
 
 from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.cuda_graph import GraphApi, GraphConfig
+from fuseline.compile.backends.cuda_graph import GraphApi
 from fuseline.compile.backends.eager import constant_name
 from fuseline.compile.compiler import optimize
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.sampling import sample
@@ -56,8 +56,8 @@ class Runner:
         executable = CudaExecutable(captured.graph, weights, target)
         self.model = CudaModel(config, captured, result, weights, executable, target.device, load.graphs)
         self.width = -(-(load.context + load.steps) // BLOCK)
-        blocks = max(load.max_seqs * self.width, -(-max(load.prompts) // BLOCK)) + 1
-        self.model.allocate_caches([blocks])
+        self.num_blocks = max(load.max_seqs * self.width, -(-max(load.prompts) // BLOCK)) + 1
+        self.model.allocate_caches([self.num_blocks])
         self.device = target.device
         self.weight_bytes = sum(t.nbytes for name, t in weights.items() if "embed" not in name)
         self.bytes_per_token = sum(spec.bytes_per_token() for spec in self.model.info.cache_specs)

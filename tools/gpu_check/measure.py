@@ -18,9 +18,11 @@ import torch
 import triton
 from kernels import Sizes, measure_kernels, measure_limits
 from llama import Load, Runner, against_transformers, measure_model
+from serving import Batch, measure_serving
 from table import CardClock, Table
 
 from fuseline.compile.target import detect_target
+from fuseline.engine.run.card import CudaDevice
 
 
 def main(out: Path) -> int:
@@ -41,9 +43,11 @@ def main(out: Path) -> int:
     limits = measure_limits(sizes, "cuda", clock, table)
     with tempfile.TemporaryDirectory() as folder:
         runners: list[Runner] = []
-        attempt("model", lambda: runners.append(Runner(Path(folder), detect_target(device="cuda"), load)))
+        target = detect_target(device="cuda")
+        attempt("model", lambda: runners.append(Runner(Path(folder), target, load)))
         for runner in runners:
             attempt("steps of the model", lambda r=runner: measure_model(r, load, limits, table))
+            attempt("engine", lambda r=runner: measure_serving(r, CudaDevice(target), Batch(), table))
             attempt("transformers", lambda r=runner: against_transformers(r, table, Path(folder)))
         runners.clear()
     attempt("kernels", lambda: measure_kernels(sizes, "cuda", clock, limits, table))
