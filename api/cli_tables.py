@@ -15,8 +15,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "memory and scheduling": (
         "kv_cache_dtype block_size enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes "
         "num_gpu_blocks_override swap_space max_num_batched_tokens max_num_seqs max_num_queued_reqs "
-        "scheduling_policy async_scheduling enable_chunked_prefill max_num_partial_prefills max_long_partial_prefills "
-        "long_prefill_token_threshold"
+        "scheduling_policy async_scheduling enable_chunked_prefill chunked_prefill_size max_num_partial_prefills "
+        "max_long_partial_prefills long_prefill_token_threshold"
     ).split(),
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "

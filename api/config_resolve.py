@@ -21,6 +21,7 @@ JSON_OBJECTS = (
     "hf_overrides", "override_generation_config", "compilation_config", "default_chat_template_kwargs",
     "additional_config", "override_neuron_config", "tokenizer_pool_extra_config",
 )  # fmt: skip
+CPU_PREFILL_SIZE = 256
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 CONTEXT_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx",
@@ -38,7 +39,7 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     model = str(given.get("model") or "demo")
     checkpoint = find_checkpoint(model)
     given |= level_values(levels, given) | {"graphs": graph_config(levels, given)}
-    given |= _context_values(checkpoint, given, environment or Environment())
+    given |= _prefill_values(given) | _context_values(checkpoint, given, environment or Environment())
     engine = _engine(given, checkpoint)
     own = _fields_of(ServerConfig, given) | {
         "engine": engine,
@@ -162,6 +163,14 @@ def _context_values(checkpoint: str, given: dict[str, object], environment: Envi
     if given.get("enable_chunked_prefill", True) is False and "max_num_batched_tokens" not in given:
         values["max_num_batched_tokens"] = max(asked or limit, 2048)
     return values
+
+
+def _prefill_values(given: Mapping[str, object]) -> dict[str, object]:
+    """A CPU computes prompts in short steps: they take no longer in all, and streams and later prompts wait less."""
+    decided = {"chunked_prefill_size", "max_num_batched_tokens"} & set(given)
+    is_whole = decided or given.get("enable_chunked_prefill", True) is False
+    is_cpu = likely_kind(str(given.get("device", "auto"))) == "cpu"
+    return {"chunked_prefill_size": CPU_PREFILL_SIZE} if is_cpu and not is_whole else {}
 
 
 def context_limit(checkpoint: str, overrides: Mapping[str, object]) -> tuple[int, str]:
