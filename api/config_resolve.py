@@ -21,7 +21,7 @@ JSON_OBJECTS = (
     "hf_overrides", "override_generation_config", "compilation_config", "default_chat_template_kwargs",
     "additional_config", "override_neuron_config", "tokenizer_pool_extra_config",
 )  # fmt: skip
-CPU_PREFILL_SIZE = 256
+CPU_PREFILL_SIZE = 128
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 CONTEXT_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx",

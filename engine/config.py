@@ -41,7 +41,7 @@ class SchedulerConfig:
     """Split long prompts over several steps."""
     chunked_prefill_size: int = 0
     """Most prompt tokens of a step beside the streams', which never wait longer than these take. 0 leaves it to
-    max-num-batched-tokens; default 256 on a CPU unless that flag is given."""
+    max-num-batched-tokens; default 128 on a CPU unless that flag is given."""
     max_num_partial_prefills: int = 1
     """Prompts that may be partly computed at the same time."""
     max_long_partial_prefills: int = 1

@@ -24,6 +24,7 @@ def model(tmp_path: Path) -> str:
 BROKEN = {
     "below --max-num-seqs": {"max_num_batched_tokens": 100},
     "must fit one step": {"enable_chunked_prefill": False, "max_num_batched_tokens": 500, "max_model_len": 4000},
+    "--chunked-prefill-size 64 needs": {"chunked_prefill_size": 64, "enable_chunked_prefill": False},
     "needs chunked prefill": {"max_num_partial_prefills": 2, "enable_chunked_prefill": False},
     "above --max-num-partial-prefills": {"max_long_partial_prefills": 2},
     "above --max-model-len": {"long_prefill_token_threshold": 4001, "max_model_len": 4000},
@@ -196,6 +197,26 @@ def test_context_limit(tmp_path: Path, config: dict, limit: int) -> None:
 def test_unchunked_budget_grows_to_the_context(model: str) -> None:
     config = resolve({"model": model, "enable_chunked_prefill": False})
     assert config.engine.scheduler.max_num_batched_tokens == config.engine.compile.max_num_batched_tokens == 4096
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({}, 128),
+        ({"max_num_batched_tokens": 3000}, 0),
+        ({"max_num_batched_tokens": 3000, "chunked_prefill_size": 70}, 70),
+        ({"chunked_prefill_size": 0}, 0),
+        ({"enable_chunked_prefill": False}, 0),
+    ],
+)
+def test_prompts_take_short_steps_on_a_cpu(model: str, given: dict, size: int) -> None:
+    assert resolve({"model": model, "device": "cpu", **given}).engine.scheduler.chunked_prefill_size == size
+
+
+def test_prompts_take_whole_steps_on_a_card(model: str, monkeypatch) -> None:
+    for module in ("config_check", "config_resolve"):
+        monkeypatch.setattr(f"fuseline.api.{module}.likely_kind", lambda device: "cuda")
+    assert resolve({"model": model, "device": "cuda"}).engine.scheduler.chunked_prefill_size == 0
 
 
 def test_lookup_of_models(tmp_path: Path, monkeypatch) -> None:
