@@ -10,13 +10,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "hf_overrides dtype max_model_len generation_config override_generation_config device seed"
     ).split(),
     "compiler": (
-        "compilation_config enforce_eager batch_invariant wait_compiled disabled_passes cpu_threads cache_dir"
+        "compilation_config enforce_eager batch_invariant max_seq_len_to_capture wait_compiled disabled_passes "
+        "cpu_threads cache_dir"
     ).split(),
     "memory and scheduling": (
         "kv_cache_dtype block_size enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes "
         "num_gpu_blocks_override swap_space max_num_batched_tokens max_num_seqs max_num_queued_reqs "
-        "scheduling_policy async_scheduling enable_chunked_prefill max_num_partial_prefills max_long_partial_prefills "
-        "long_prefill_token_threshold"
+        "scheduling_policy async_scheduling enable_chunked_prefill chunked_prefill_size max_num_partial_prefills "
+        "max_long_partial_prefills long_prefill_token_threshold"
     ).split(),
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "
@@ -34,7 +35,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Help groups in order; every field that is a flag is in exactly one (a test checks it)."""
 
 NOT_FLAGS = frozenset(
-    "engine compile cache scheduler level recorded dev_mode logging_level logging_config_path".split()
+    "engine compile cache scheduler graphs level recorded dev_mode logging_level logging_config_path".split()
 )
 """Fields without a flag: nested configs, what -O decides, what the environment sets."""
 
@@ -70,7 +71,7 @@ REPEATABLE = frozenset({"api_key", "middleware"})
 SECRETS = frozenset({"api_key"})
 
 LATER_CHOICES: dict[str, dict[str, str]] = {
-    "kv_cache_dtype": dict.fromkeys(("fp8", "fp8_e5m2", "fp8_e4m3"), "use float32, bfloat16, float16 or auto"),
+    "kv_cache_dtype": {"fp8_e5m2": "use fp8, bfloat16, float16, float32 or auto"},
     "load_format": dict.fromkeys(
         "npcache tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split(),
         "use auto, safetensors, pt or dummy",
@@ -79,8 +80,18 @@ LATER_CHOICES: dict[str, dict[str, str]] = {
 }
 """field -> choice -> cure, for choices that exist by specification but not yet here."""
 
+CARD_CHOICES: dict[str, dict[str, str]] = {
+    "kv_cache_dtype": dict.fromkeys(("fp8", "fp8_e4m3"), "use float32, bfloat16, float16 or auto"),
+}
+"""field -> choice -> cure, for choices that a CPU does not have."""
+
+CARD_ONLY: dict[str, str] = {
+    "max_seq_len_to_capture": "no device graphs are captured on a CPU",
+    "swap_space": "on a CPU there is nothing to swap to",
+}
+"""field -> why it does nothing on a CPU."""
+
 MISSING_DEVICES = {
-    "cuda": "no CUDA build of the kernels",
     "neuron": "no Neuron runtime found (neuronx-distributed is not installed)",
     "openvino": "no OpenVINO runtime found",
     "tpu": "no TPU runtime found (torch_xla is not installed)",
@@ -110,7 +121,6 @@ RECORDED: dict[str, Recorded] = {
     "num_scheduler_steps": Recorded(1, "every step is scheduled", minimum=1),
     "multi_step_stream_outputs": Recorded(True, "every step is streamed"),
     "disable_async_output_proc": Recorded(False, "output is processed in another process"),
-    "max_seq_len_to_capture": Recorded(8192, "no device graphs are captured on a CPU", minimum=1),
     "disable_custom_all_reduce": Recorded(False, "there is one worker"),
     "override_neuron_config": Recorded((), "only for Neuron"),
     "additional_config": Recorded((), "this platform has no extras"),

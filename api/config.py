@@ -43,8 +43,6 @@ class ServerConfig:
     """Load no tokenizer: only token-id prompts, answers carry ids."""
     task: Literal["auto", "generate", "embedding", "embed", "classify", "score", "reward", "transcription"] = "auto"
     """What the server does with the model."""
-    device: Literal["auto", "cuda", "neuron", "cpu", "openvino", "tpu", "xpu", "hpu"] = "auto"
-    """Where to run; auto takes the best present."""
     generation_config: str = ""
     """Sampling defaults: empty takes none, auto reads generation_config.json of the model, else of that directory."""
     override_generation_config: JsonObject = ()
@@ -53,6 +51,8 @@ class ServerConfig:
     """Compilation level 0 to 3, or JSON with the keys listed in docs/FLAGS.md; -O3 is short for level 3."""
     enforce_eager: bool = False
     """No compiled regions (level 1 at most) and no device graphs."""
+    max_seq_len_to_capture: int = 8192
+    """Longest sequence, in tokens, of a step that a card replays as a graph."""
 
     host: str = "127.0.0.1"
     """Address to listen on; give 0.0.0.0 to be reached from outside."""

@@ -9,28 +9,41 @@ from collections.abc import Callable, Mapping
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.compile.target import DeviceError, likely_kind
 
 MINIMA: dict[str, float] = {
     "max_model_len": 0, "cpu_threads": 0, "max_num_batched_tokens": 1, "max_num_seqs": 1, "max_num_queued_reqs": 0,
     "max_num_partial_prefills": 1, "max_long_partial_prefills": 1, "long_prefill_token_threshold": 0, "swap_space": 0,
-    "kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1, "max_logprobs": -1, "stream_interval": 1, "port": 0,
-    "shutdown_timeout": 0, "sse_keep_alive_interval": 0, "max_log_len": 0,
+    "chunked_prefill_size": 0, "kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1, "max_logprobs": -1,
+    "stream_interval": 1, "port": 0, "max_seq_len_to_capture": 1, "shutdown_timeout": 0, "sse_keep_alive_interval": 0,
+    "max_log_len": 0,
 }  # fmt: skip
 
 
 def refuse_unavailable(given: Mapping[str, object]) -> None:
-    """Refuse what exists by specification only, before anything is looked up on disk."""
+    """Refuse what exists by specification only, or not on this machine, before anything is looked up on disk."""
+    kind = _find_kind(str(given.get("device", "auto")))
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
         if name in tables.LATER and not _is_neutral(tables.LATER[name], value):
             raise ConfigError(f"{flag} is not supported yet ({tables.LATER[name].part})")
         if cure := tables.LATER_CHOICES.get(name, {}).get(str(value)):
             raise ConfigError(f"{flag} {value} is not supported yet; {cure}")
+        if kind == "cpu" and (cure := tables.CARD_CHOICES.get(name, {}).get(str(value))):
+            raise ConfigError(f"{flag} {value} needs a card (--device cuda); on a CPU {cure}")
         if name in tables.RECORDED:
             _check_recorded(flag, tables.RECORDED[name], value)
-    device = str(given.get("device", "auto"))
+
+
+def _find_kind(device: str) -> str:
+    """cpu or cuda."""
     if device in tables.MISSING_DEVICES:
-        raise ConfigError(f"--device {device}: {tables.MISSING_DEVICES[device]}. Available devices: cpu.")
+        present = ", ".join(dict.fromkeys((likely_kind("auto"), "cpu")))
+        raise ConfigError(f"--device {device}: {tables.MISSING_DEVICES[device]}. Available devices: {present}.")
+    try:
+        return likely_kind(device)
+    except DeviceError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _is_neutral(later: tables.Later, value: object) -> bool:
@@ -82,6 +95,8 @@ def _token_budget(config: ServerConfig) -> None:
     if not scheduler.enable_chunked_prefill and budget < length:
         message = f"--max-num-batched-tokens {budget} is below --max-model-len {length}"
         raise ConfigError(message + "; without chunked prefill a prompt must fit one step")
+    if scheduler.chunked_prefill_size and not scheduler.enable_chunked_prefill:
+        raise ConfigError(f"--chunked-prefill-size {scheduler.chunked_prefill_size} needs chunked prefill")
 
 
 def _partial_prefills(config: ServerConfig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fuseline.api.config import HIGHEST_LEVEL, ConfigError
-from fuseline.compile.config import NEEDED_PASSES, PASSES
+from fuseline.compile.config import NEEDED_PASSES, PASSES, GraphConfig
 
 LEVELS = (0, 1, 2, 3)
 BACKENDS = ("inductor", "eager")
@@ -19,11 +19,12 @@ CUSTOM_OPS = {
 
 @dataclass(frozen=True)
 class LevelKey:
-    """One key. `words` says what its value must be, `effect` what it does; empty where it does nothing here."""
+    """One key. `words` says what its value must be, `effect` what it does; empty where it does nothing."""
 
     is_valid: Callable[[object], bool]
     words: str
     effect: str = ""
+    is_for_cards: bool = False
 
 
 def _is_level(value: object) -> bool:
@@ -51,14 +52,21 @@ KEYS: dict[str, LevelKey] = {
     "backend": LevelKey(lambda value: value in BACKENDS, "is inductor or eager", "eager compiles no regions"),
     "cache_dir": LevelKey(lambda value: isinstance(value, str), "is a directory", "as --cache-dir"),
     "compile_sizes": LevelKey(_is_sizes, "is a list of numbers above 0"),
-    "cudagraph_capture_sizes": LevelKey(_is_sizes, "is a list of numbers above 0"),
-    "cudagraph_num_of_warmups": LevelKey(_is_count, "is a number, 0 or more"),
+    "cudagraph_capture_sizes": LevelKey(
+        _is_sizes, "is a list of numbers above 0", "on a card: sequences of the decode steps that are captured", True
+    ),
+    "cudagraph_num_of_warmups": LevelKey(
+        _is_count, "is a number, 0 or more", "on a card: runs before each capture, one at least", True
+    ),
     "custom_ops": LevelKey(
         _is_names, "is a list of all, none, +NAME and -NAME",
         f"which ops are ours and which stay as the model spells them: {', '.join(sorted(CUSTOM_OPS))}",
     ),
     "pass_config": LevelKey(_is_switches, "maps names of passes to true or false", "false leaves a pass out"),
-    "splitting_ops": LevelKey(_is_names, "is a list of names"),
+    "splitting_ops": LevelKey(
+        _is_names, "is a list of names", "ops beside attention at which a card's graphs of mixed steps end",
+        is_for_cards=True,
+    ),
     "use_inductor": LevelKey(lambda value: isinstance(value, bool), "is true or false", "false compiles no regions"),
 }  # fmt: skip
 """By name. null stands for a key's default, but for that of the level."""
@@ -118,9 +126,24 @@ def level_values(levels: Mapping[str, object], given: Mapping[str, object]) -> d
     return values
 
 
-def without_effect(levels: Mapping[str, object]) -> list[str]:
-    """Keys that were given and do nothing on this device."""
-    return sorted(name for name, value in levels.items() if value is not None and not KEYS[name].effect)
+def graph_config(levels: Mapping[str, object], given: Mapping[str, object]) -> GraphConfig:
+    """Which graphs a card captures."""
+    return GraphConfig(
+        sizes=tuple(levels.get("cudagraph_capture_sizes") or ()),
+        enabled=not given.get("enforce_eager"),
+        max_seq_len=int(given.get("max_seq_len_to_capture", GraphConfig.max_seq_len)),
+        num_warmups=max(1, int(levels.get("cudagraph_num_of_warmups") or 0)),
+        splitting_ops=tuple(levels.get("splitting_ops") or ()),
+    )
+
+
+def without_effect(levels: Mapping[str, object], kind: str) -> list[str]:
+    """Keys that were given and do nothing on this kind of machine."""
+
+    def has_effect(key: LevelKey) -> bool:
+        return bool(key.effect) and (kind == "cuda" or not key.is_for_cards)
+
+    return sorted(name for name, value in levels.items() if value is not None and not has_effect(KEYS[name]))
 
 
 def _off(switches: Mapping[str, bool]) -> list[str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, Environment, JsonObject, ServerConfig, find_checkpoint
 from fuseline.api.config_check import check, refuse_unavailable
-from fuseline.api.config_levels import level_values
+from fuseline.api.config_levels import graph_config, level_values
 from fuseline.api.config_levels import without_effect as idle_keys
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.target import likely_kind
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
 CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, CompileConfig)
@@ -20,6 +21,7 @@ JSON_OBJECTS = (
     "hf_overrides", "override_generation_config", "compilation_config", "default_chat_template_kwargs",
     "additional_config", "override_neuron_config", "tokenizer_pool_extra_config",
 )  # fmt: skip
+CPU_PREFILL_SIZE = 128
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 CONTEXT_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx",
@@ -36,8 +38,8 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     levels = dict(_items(given.get("compilation_config", 2), "level"))
     model = str(given.get("model") or "demo")
     checkpoint = find_checkpoint(model)
-    given |= level_values(levels, given)
-    given |= _context_values(checkpoint, given, environment or Environment())
+    given |= level_values(levels, given) | {"graphs": graph_config(levels, given)}
+    given |= _prefill_values(given) | _context_values(checkpoint, given, environment or Environment())
     engine = _engine(given, checkpoint)
     own = _fields_of(ServerConfig, given) | {
         "engine": engine,
@@ -60,9 +62,15 @@ def without_effect(config: ServerConfig) -> list[str]:
         for name, value in config.recorded
         if value != tables.RECORDED[name].default
     ]
-    if config.engine.cache.swap_space != CacheConfig.swap_space:
-        lines.append("--swap-space has no effect: on a CPU there is nothing to swap to")
-    if idle := idle_keys(dict(config.compilation_config)):
+    kind, shown = likely_kind(config.engine.device), config_dict(config)
+    if kind == "cpu":
+        defaults = {item.name: item.default for part in CONFIGS for item in fields(part)}
+        lines += [
+            f"--{name.replace('_', '-')} has no effect: {why}"
+            for name, why in tables.CARD_ONLY.items()
+            if shown[name] != defaults[name]
+        ]
+    if idle := idle_keys(dict(config.compilation_config), kind):
         lines.append(f"--compilation-config: no effect on this device: {', '.join(idle)}")
     return lines
 
@@ -74,7 +82,7 @@ def config_dict(config: ServerConfig) -> dict[str, object]:
     for part in (compile_config, engine.scheduler, engine.cache, engine, config):
         flat |= {item.name: getattr(part, item.name) for item in fields(part)}
     flat |= dict(config.recorded)
-    for name in ("engine", "compile", "cache", "scheduler", "recorded"):
+    for name in ("engine", "compile", "cache", "scheduler", "graphs", "recorded"):
         del flat[name]
     flat["model"], flat["model_path"] = config.model, compile_config.model
     for name in tables.SECRETS:
@@ -157,6 +165,14 @@ def _context_values(checkpoint: str, given: dict[str, object], environment: Envi
     if given.get("enable_chunked_prefill", True) is False and "max_num_batched_tokens" not in given:
         values["max_num_batched_tokens"] = max(asked or limit, 2048)
     return values
+
+
+def _prefill_values(given: Mapping[str, object]) -> dict[str, object]:
+    """A CPU computes prompts in short steps: they take no longer in all, and streams and later prompts wait less."""
+    decided = {"chunked_prefill_size", "max_num_batched_tokens"} & set(given)
+    is_whole = decided or given.get("enable_chunked_prefill", True) is False
+    is_cpu = likely_kind(str(given.get("device", "auto"))) == "cpu"
+    return {"chunked_prefill_size": CPU_PREFILL_SIZE} if is_cpu and not is_whole else {}
 
 
 def context_limit(checkpoint: str, overrides: Mapping[str, object]) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from fuseline.engine.messages import EngineReady
 
 
 class StartupProgress:
-    """Callback of `EngineClient.start`: one tqdm bar for each phase, closed when the next begins."""
+    """Callback of `EngineClient.start`: one tqdm bar for each phase, closed when it is complete or the next begins."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
@@ -26,6 +26,8 @@ class StartupProgress:
             self._bar = tqdm(total=total, desc=phase, file=self._out, ascii=" =", dynamic_ncols=True)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
 
     def close(self) -> None:
         if self._bar is not None:

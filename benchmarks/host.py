@@ -29,7 +29,7 @@ from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
 from fuseline.engine.messages import EngineRequest, SamplingParams
 from fuseline.engine.process import ANSWERS, open_socket
-from fuseline.engine.run.sampler import SampleOps, native_ops
+from fuseline.engine.run.device import HostDevice, SampleOps, native_ops
 
 BLOCK_SIZE = 16
 LONGEST = 131072
@@ -131,7 +131,7 @@ def _make_engine(case: Case, vocab_size: int, ops: TimedOps, asynchronous: bool)
         CacheConfig(block_size=BLOCK_SIZE, num_gpu_blocks_override=num_blocks),
         SchedulerConfig(**scheduler),
     )
-    return Engine(config, model, [num_blocks], ops.ops)
+    return Engine(config, model, [num_blocks], HostDevice(ops.ops))
 
 
 def _fill(engine: Engine, case: Case) -> None:

@@ -33,7 +33,7 @@ class CompileConfig:
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"
-    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16."""
+    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16; on a card also fp8 (e4m3)."""
     max_model_len: int = 0
     """Context length in tokens; 0 takes the model's own limit."""
     block_size: int = 16

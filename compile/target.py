@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,6 +68,35 @@ def missing_for_cuda() -> str:
         return f"{torch.cuda.get_device_name()} is older than sm_80"
     if find_spec("triton") is None:
         return "triton is not installed"
+    return ""
+
+
+def likely_kind(device: str) -> str:
+    """The kind of machine that `device` will be, told without importing torch: that takes a second.
+
+    Wrong only where there is a driver and no card that it can use. Raises DeviceError where there can be none.
+    """
+    if device == "cpu":
+        return "cpu"
+    missing = _missing_at_first_sight()
+    if missing and device == "cuda":
+        raise DeviceError(f"--device cuda: {missing}. Available devices: cpu.")
+    return "cpu" if missing else "cuda"
+
+
+def _missing_at_first_sight() -> str:
+    """As missing_for_cuda, as far as files and the driver's library tell."""
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return "torch is not installed"
+    text = Path(torch.origin).with_name("version.py").read_text()
+    if re.search(r"^cuda\b.*= None$", text, re.MULTILINE):
+        version = re.search(r"^__version__ = '(.*)'", text, re.MULTILINE)
+        return f"torch {version[1] if version else ''} is built without CUDA"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no card, or no driver for it"
     return ""
 
 

@@ -7,25 +7,34 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fuseline.engine.config import EngineConfig
+    from fuseline.engine.run.device import Device
     from fuseline.engine.run.runner import Model
-    from fuseline.engine.run.sampler import SampleOps
 
 ProgressFn = Callable[[str, int, int], None]
 BuildModel = Callable[["EngineConfig", ProgressFn], "Model"]
 """Must be importable by name: it is sent to the engine's process."""
-BuildOps = Callable[[], "SampleOps"]
+FindDevice = Callable[["EngineConfig"], "Device"]
+"""Likewise. Called before the model is built."""
 
 
 def build_compiled_model(config: EngineConfig, progress: ProgressFn) -> Model:
-    """The checkpoint of the configuration, compiled for this machine."""
+    """The checkpoint of the configuration, compiled for the device of the configuration."""
     from fuseline.compile.compiler import compile_model
     from fuseline.compile.target import detect_target
 
-    return compile_model(config.compile, detect_target(config.compile.cpu_threads), progress)
+    target = detect_target(config.compile.cpu_threads, config.device)
+    return compile_model(config.compile, target, progress, config.graphs)
 
 
-def build_native_ops() -> SampleOps:
-    """Sampling by our kernels."""
-    from fuseline.engine.run.sampler import native_ops
+def find_device(config: EngineConfig) -> Device:
+    """The device of the configuration, with our kernels. Raises DeviceError."""
+    from fuseline.compile.target import detect_target
 
-    return native_ops()
+    target = detect_target(config.compile.cpu_threads, config.device)
+    if target.kind == "cuda":
+        from fuseline.engine.run.card import CudaDevice
+
+        return CudaDevice(target)
+    from fuseline.engine.run.device import HostDevice, native_ops
+
+    return HostDevice(native_ops(), f"cpu ({target.isa}, {target.num_threads} threads)")

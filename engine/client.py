@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from fuseline.engine.build import BuildModel, BuildOps, build_compiled_model, build_native_ops
+from fuseline.engine.build import BuildModel, FindDevice, build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import (
     AbortRequests,
@@ -47,14 +47,14 @@ class EngineClient:
         config: EngineConfig,
         in_process: bool = True,
         build_model: BuildModel = build_compiled_model,
-        build_ops: BuildOps = build_native_ops,
+        find_device: FindDevice = find_device,
     ) -> None:
         """`in_process`: an own process for the engine; False runs it in a thread of this one."""
         self.ready: EngineReady | None = None
         self.is_alive = False
         self.on_step: list[Callable[[StepOutputs], None]] = []
         self.on_death: list[Callable[[], None]] = []
-        self._setup = EngineSetup(config, build_model, build_ops)
+        self._setup = EngineSetup(config, build_model, find_device)
         self._make_transport = ProcessTransport if in_process else ThreadTransport
         self._transport: Transport | None = None
         self._mailboxes: dict[str, _Mailbox] = {}

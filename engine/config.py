@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, GraphConfig
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class CacheConfig:
     enable_prefix_caching: bool = True
     """Reuse the KV of shared prefixes, a block at a time."""
     gpu_memory_utilization: float = 0.9
-    """Fraction of the device's memory (on CPU: of the free memory) this server may fill with weights, arena and KV."""
+    """Fraction of the device's memory (on CPU: of the free memory) this server may fill with weights, KV and what steps
+    need."""
     kv_cache_memory_bytes: int | None = None
     """Exact size of the KV cache in bytes; overrides the fraction."""
     num_gpu_blocks_override: int | None = None
@@ -32,11 +34,14 @@ class SchedulerConfig:
     max_num_queued_reqs: int = 0
     """Requests that may wait before new ones get 429; 0 means 4 x max-num-seqs."""
     async_scheduling: bool = False
-    """Schedule the next step while the last one runs; tokens are the same."""
+    """Schedule the next step while the last one runs; tokens are the same. A card always works so."""
     scheduling_policy: str = "fcfs"
     """fcfs, or priority (lower value first, ties by arrival)."""
     enable_chunked_prefill: bool = True
     """Split long prompts over several steps."""
+    chunked_prefill_size: int = 0
+    """Most prompt tokens of a step beside the streams', which never wait longer than these take. 0 leaves it to
+    max-num-batched-tokens; default 128 on a CPU unless that flag is given."""
     max_num_partial_prefills: int = 1
     """Prompts that may be partly computed at the same time."""
     max_long_partial_prefills: int = 1
@@ -52,6 +57,9 @@ class EngineConfig:
     compile: CompileConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    device: Literal["auto", "cuda", "neuron", "cpu", "openvino", "tpu", "xpu", "hpu"] = "auto"
+    """Where to run; auto takes the best present."""
+    graphs: GraphConfig = field(default_factory=GraphConfig)
     max_logprobs: int = 20
     """Most log-probabilities a request may ask for at a position; -1 allows the whole vocabulary."""
     seed: int = 0

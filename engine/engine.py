@@ -15,10 +15,11 @@ from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.messages import EngineRequest, PositionLogprobs, StepOutputs, TokenOutput
 from fuseline.engine.outputs import Ending, Report, find_ending, goes_on_plainly, make_outputs
 from fuseline.engine.request import Sequence, make_sequences
+from fuseline.engine.run.device import Device
 from fuseline.engine.run.request_rows import RequestRows
-from fuseline.engine.run.runner import Batch, Model, Runner, StepResult
-from fuseline.engine.run.sampler import Sampled, SampleOps
-from fuseline.engine.schedule.overlap import InOrder, Overlapped
+from fuseline.engine.run.runner import Batch, Model, Runner
+from fuseline.engine.run.sampling import Launched, Sampled, StepResult
+from fuseline.engine.schedule.overlap import order_of_stages
 from fuseline.engine.schedule.plan import Plan
 from fuseline.engine.schedule.scheduler import Limits, Scheduler
 from fuseline.engine.stats import make_stats
@@ -29,7 +30,7 @@ logger = logging.getLogger("fuseline.engine")
 class Engine:
     """Not thread-safe: one loop calls everything. `num_blocks`: usable blocks per cache group."""
 
-    def __init__(self, config: EngineConfig, model: Model, num_blocks: Seq[int], ops: SampleOps) -> None:
+    def __init__(self, config: EngineConfig, model: Model, num_blocks: Seq[int], device: Device) -> None:
         info = model.info
         scheduler = config.scheduler
         self.config = config
@@ -40,9 +41,9 @@ class Engine:
         self.rows = RequestRows(limits.num_seqs, self.max_model_len)
         self.kv = KVManager(windows, num_blocks, config.cache.block_size, limits.num_seqs, self.max_model_len)
         self.scheduler = Scheduler(limits, self.rows, self.kv, info.rope_switch)
-        self.runner = Runner(model, ops, self.rows, self.kv, limits.num_tokens)
+        self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens)
         self.is_asleep = False
-        self._steps = Overlapped() if scheduler.async_scheduling else InOrder()
+        self._steps = order_of_stages(device.is_queue, scheduler.async_scheduling)
         self._live: dict[str, list[Sequence]] = {}  # the unfinished choices of each request
         self._report = Report()
         self._num_added = 0
@@ -71,14 +72,19 @@ class Engine:
         self.runner.fill(batch)
         rows.num_computed[plan.rows] += plan.counts
         rows.num_tokens[plan.rows[plan.sampling]] += 1
-        self._remember(plan)
+
+    def compute(self, batch: Batch) -> Launched:
+        return self.runner.run(batch)
+
+    def remember(self, batch: Batch) -> None:
+        plan, rows, size = batch.plan, self.rows, self.kv.block_size
+        is_filled = plan.num_computed // size != (plan.num_computed + plan.counts) // size
+        for row in plan.rows[is_filled].tolist():
+            self.kv.remember(rows.sequences[row])
         for row in plan.rows[rows.is_parent[plan.rows]].tolist():
             seq = rows.sequences[row]
             if seq.num_computed >= seq.prompt_len:
                 self._release_children(seq)
-
-    def compute(self, batch: Batch) -> StepResult:
-        return self.runner.run(batch)
 
     def store(self, batch: Batch, result: StepResult) -> None:
         plan, sampled = batch.plan, result.sampled
@@ -183,13 +189,6 @@ class Engine:
                 seq.was_scheduled = True
                 arrival = seq.request.arrival_time
                 seq.queue_seconds = max(0.0, time.time() - arrival) if arrival else 0.0
-
-    def _remember(self, plan: Plan) -> None:
-        """The blocks that this step fills can be found by later ones."""
-        size = self.kv.block_size
-        is_filled = plan.num_computed // size != (plan.num_computed + plan.counts) // size
-        for row in plan.rows[is_filled].tolist():
-            self.kv.remember(self.rows.sequences[row])
 
     def _store_prompt_scores(self, batch: Batch, result: StepResult) -> None:
         row = 0

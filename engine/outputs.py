@@ -11,7 +11,7 @@ import numpy as np
 from fuseline.engine.messages import PlainTokens, PositionLogprobs, StepOutputs, StepStats, TokenOutput
 from fuseline.engine.request import Sequence
 from fuseline.engine.run.request_rows import RequestRows
-from fuseline.engine.run.sampler import Sampled
+from fuseline.engine.run.sampling import Sampled
 from fuseline.engine.schedule.plan import Plan
 
 

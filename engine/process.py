@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 import msgspec
 import zmq
 
-from fuseline.engine.build import BuildModel, BuildOps
+from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import FromEngine, ToEngine
 
@@ -22,7 +22,7 @@ LINGER_MS = 1000
 """How long the last messages (why a start failed) may wait to be taken."""
 
 
-def run_engine_process(folder: str, config: EngineConfig, build_model: BuildModel, build_ops: BuildOps) -> None:
+def run_engine_process(folder: str, config: EngineConfig, build_model: BuildModel, find_device: FindDevice) -> None:
     """Entry of the process. Exits 0 on shutdown or after a failed start, 1 on a fault."""
     # The parent decides when this process ends: a Ctrl-C or SIGTERM to the whole group must not cut requests off.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -31,16 +31,35 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
     context = zmq.Context()
     requests = open_socket(context, zmq.PULL, folder, REQUESTS)
     answers = open_socket(context, zmq.PUSH, folder, ANSWERS)
-    encoder = msgspec.msgpack.Encoder()
+    outbox = ZmqOutbox(answers)
     try:
         from fuseline.engine.service import serve  # torch: not for those who only talk to an engine
 
-        serve(config, build_model, build_ops, ZmqInbox(requests), lambda m: answers.send(encoder.encode(m)))
+        serve(config, build_model, find_device, ZmqInbox(requests), outbox.send)
     except Exception:
         logging.getLogger("fuseline.engine").exception("the engine died")
         sys.exit(1)
     finally:
+        outbox.close()
         context.destroy(linger=LINGER_MS)
+
+
+class ZmqOutbox:
+    """Messages to the client from any thread; what comes after `close` is dropped."""
+
+    def __init__(self, socket: zmq.Socket) -> None:
+        self._socket = socket
+        self._encoder = msgspec.msgpack.Encoder()
+        self._lock = threading.Lock()
+
+    def send(self, message: FromEngine) -> None:
+        with self._lock:
+            if not self._socket.closed:
+                self._socket.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        with self._lock:
+            self._socket.close(linger=LINGER_MS)
 
 
 class ZmqInbox:

@@ -7,10 +7,9 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from fuseline.engine.build import BuildModel, BuildOps
+from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.engine import Engine
-from fuseline.engine.memory.free_memory import free_memory
 from fuseline.engine.memory.sizing import CacheSize, size_cache
 from fuseline.engine.messages import (
     AbortRequests,
@@ -25,10 +24,12 @@ from fuseline.engine.messages import (
     UtilityResult,
 )
 from fuseline.engine.run.runner import Model
+from fuseline.engine.run.warm_up import warm_up
 
 logger = logging.getLogger("fuseline.engine")
 
 Send = Callable[[FromEngine], None]
+"""From any thread."""
 
 
 class Inbox(Protocol):
@@ -37,25 +38,32 @@ class Inbox(Protocol):
 
 
 class EngineService:
-    def __init__(self, config: EngineConfig, build_model: BuildModel, build_ops: BuildOps, send: Send) -> None:
+    def __init__(self, config: EngineConfig, build_model: BuildModel, find_device: FindDevice, send: Send) -> None:
         self.config = config
         self.build_model = build_model
         self.send = send
-        free_before = free_memory()
+        self.device = find_device(config)
+        before = self.device.memory()
         model = self._build()
         info = model.info
+        steps = warm_up(self.device, model, config, self._tell_progress)
+        room = self.device.room(info, config.cache.gpu_memory_utilization, before, steps)
         max_model_len = config.compile.max_model_len or info.max_model_len
-        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, free_before, free_memory())
-        model.allocate_caches(self._cache_blocks())
-        self.engine = Engine(config, model, self.size.num_blocks, build_ops())
+        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, room)
+        self._open(model)
+        self.engine = Engine(config, model, self.size.num_blocks, self.device)
         self.sleep_level = 0
-        send(_ready(config, self.engine, self.size))
+        send(_ready(config, self.engine, self.size, self.device.name))
 
     def run(self, inbox: Inbox) -> None:
         """Serve until told to shut down. Without work it blocks on the inbox."""
-        while self._take_messages(inbox):
-            if self.engine.has_work:
-                self.send(self.engine.step())
+        try:
+            while self._take_messages(inbox):
+                if self.engine.has_work:
+                    self.send(self.engine.step())
+        finally:
+            # A thread that still captures would outlive the interpreter.
+            self.device.stop_capture(self.engine.runner.model)
 
     def _take_messages(self, inbox: Inbox) -> bool:
         """Handle what has come in; wait for it when there is nothing else to do. False on shutdown."""
@@ -115,16 +123,21 @@ class EngineService:
         if self.sleep_level == 2:
             runner.model = self._build()
         if self.sleep_level >= 1:
-            runner.model.allocate_caches(self._cache_blocks())
+            self._open(runner.model)
         self.sleep_level = 0
         self.engine.resume()
         return "true"
 
     def _build(self) -> Model:
-        return self.build_model(self.config, lambda *progress: self.send(Progress(*progress)))
+        return self.build_model(self.config, self._tell_progress)
 
-    def _cache_blocks(self) -> list[int]:
-        return [count + 1 for count in self.size.num_blocks]
+    def _open(self, model: Model) -> None:
+        """Give the model its caches; it may be served then."""
+        model.allocate_caches([count + 1 for count in self.size.num_blocks])
+        self.device.capture_graphs(model, self._tell_progress)
+
+    def _tell_progress(self, phase: str, done: int, total: int) -> None:
+        self.send(Progress(phase, done, total))
 
 
 class _Asleep:
@@ -133,11 +146,14 @@ class _Asleep:
     def __init__(self, model: Model) -> None:
         self.info = model.info
 
+    def stop_capture(self) -> None:
+        """Nothing is captured in its sleep."""
 
-def serve(config: EngineConfig, build_model: BuildModel, build_ops: BuildOps, inbox: Inbox, send: Send) -> None:
+
+def serve(config: EngineConfig, build_model: BuildModel, find_device: FindDevice, inbox: Inbox, send: Send) -> None:
     """A whole engine's life. A failed start is told in one line; a fault later on raises."""
     try:
-        service = EngineService(config, build_model, build_ops, send)
+        service = EngineService(config, build_model, find_device, send)
     except Exception as error:
         logger.debug("engine start failed", exc_info=True)
         send(EngineFailed(_one_line(error)))
@@ -151,7 +167,7 @@ def _one_line(error: Exception) -> str:
     return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 
-def _ready(config: EngineConfig, engine: Engine, size: CacheSize) -> EngineReady:
+def _ready(config: EngineConfig, engine: Engine, size: CacheSize, device: str) -> EngineReady:
     info = engine.runner.model.info
     kv_dtype = info.cache_specs[0].dtype if info.cache_specs else info.dtype
     return EngineReady(
@@ -163,5 +179,5 @@ def _ready(config: EngineConfig, engine: Engine, size: CacheSize) -> EngineReady
         kv_cache_dtype=kv_dtype,
         eos_token_ids=info.eos_token_ids,
         architecture=info.architecture,
-        table=size.table,
+        table=(("device", device), *size.table),
     )

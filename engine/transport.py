@@ -18,7 +18,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from fuseline.engine.build import BuildModel, BuildOps
+from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import FromEngine, Shutdown, ToEngine
 from fuseline.engine.process import ANSWERS, REQUESTS, answer_decoder, open_socket, run_engine_process
@@ -28,7 +28,7 @@ from fuseline.engine.process import ANSWERS, REQUESTS, answer_decoder, open_sock
 class EngineSetup:
     config: EngineConfig
     build_model: BuildModel
-    build_ops: BuildOps
+    find_device: FindDevice
 
 
 class Transport(Protocol):
@@ -55,7 +55,7 @@ class ProcessTransport:
         self._encoder = msgspec.msgpack.Encoder()
         self._is_open = True
         self._ended = asyncio.Event()
-        arguments = (self._folder, setup.config, setup.build_model, setup.build_ops)
+        arguments = (self._folder, setup.config, setup.build_model, setup.find_device)
         spawn = multiprocessing.get_context("spawn")
         self.process = spawn.Process(target=run_engine_process, args=arguments, name="fuseline-engine", daemon=True)
         self.process.start()
@@ -128,7 +128,7 @@ class ThreadTransport:
         from fuseline.engine.service import serve  # torch: not for those who only talk to an engine
 
         try:
-            serve(setup.config, setup.build_model, setup.build_ops, self._inbox, self._post)
+            serve(setup.config, setup.build_model, setup.find_device, self._inbox, self._post)
         except Exception:
             logging.getLogger("fuseline.engine").exception("the engine died")
         self._in_loop(self._end)

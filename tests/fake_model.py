@@ -14,10 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fuseline.compile.backends.device_inputs import Layout
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from fuseline.engine.run.device import HostDevice, HostResults, SampleOps
+from fuseline.engine.run.sampler_reference import reference_device
 
 VOCAB_SIZE = 48
 BLOCK_SIZE = 4
@@ -73,7 +76,11 @@ class FakeModel:
         # Per slot: token, position, rope variant.
         self.caches = [np.full((n * self.block_size, 3), -1, np.int64) for n in num_blocks]
 
-    def run(self, inputs: GraphInputs) -> torch.Tensor:
+    def run(
+        self, inputs: GraphInputs, sources: torch.Tensor | None = None, sampled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if sources is not None:
+            inputs.token_ids[sources >= 0] = sampled[sources[sources >= 0].long()]
         time.sleep(self.step_seconds)
         self.num_runs += 1
         self._write(inputs)
@@ -111,6 +118,38 @@ class FakeModel:
             variants |= set(entries[:, 2].tolist())
         assert len(variants) == 1, "keys of two rope tables are mixed"
         return _logits(views, variants.pop())
+
+
+class QueueResults(HostResults):
+    """Written at once, as no one can tell before reading them."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], log: list[tuple[str, int]]) -> None:
+        super().__init__(tensors)
+        self.log, self.number = log, sum(kind == "sent" for kind, _ in log)
+
+    def send(self) -> None:
+        self.log.append(("sent", self.number))
+
+    def read(self) -> dict[str, torch.Tensor]:
+        self.log.append(("read", self.number))
+        return {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+
+class FakeQueue(HostDevice):
+    """A device that the host is ahead of. `log`: ("sent" | "read", number of the step)."""
+
+    is_queue = True
+
+    def __init__(self, ops: SampleOps | None = None) -> None:
+        super().__init__(ops or reference_device().ops, "fake queue")
+        self.log: list[tuple[str, int]] = []
+
+    def results(self, layout: Layout) -> QueueResults:
+        return QueueResults(super().results(layout).tensors, self.log)
+
+
+def find_queue(config: EngineConfig) -> FakeQueue:
+    return FakeQueue()
 
 
 def fake_config(**settings: object) -> EngineConfig:

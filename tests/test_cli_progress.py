@@ -18,8 +18,9 @@ def test_a_bar_per_phase() -> None:
     for phase, total in (("loading", 3), ("compiling", 2)):
         for done in range(total + 1):
             progress(phase, done, total)
-    progress.close()
     text = out.getvalue()
+    progress.close()
+    assert out.getvalue() == text and text.endswith("\n"), "what is logged next begins a line"
     assert "loading: 100%" in text and "3/3" in text and "compiling: 100%" in text and "2/2" in text
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fuseline.api import config_levels
+from fuseline.api import config_check, config_levels, config_resolve
 from fuseline.api.config import ConfigError, Environment, ServerConfig, demo_dir, find_checkpoint, read_environment
 from fuseline.api.config_resolve import config_dict, context_limit, resolve, without_effect
-from fuseline.compile.config import PASSES
+from fuseline.compile.config import PASSES, GraphConfig
 from fuseline.compile.passes import pipeline
 
 
@@ -24,6 +24,7 @@ def model(tmp_path: Path) -> str:
 BROKEN = {
     "below --max-num-seqs": {"max_num_batched_tokens": 100},
     "must fit one step": {"enable_chunked_prefill": False, "max_num_batched_tokens": 500, "max_model_len": 4000},
+    "--chunked-prefill-size 64 needs": {"chunked_prefill_size": 64, "enable_chunked_prefill": False},
     "needs chunked prefill": {"max_num_partial_prefills": 2, "enable_chunked_prefill": False},
     "above --max-num-partial-prefills": {"max_long_partial_prefills": 2},
     "above --max-model-len": {"long_prefill_token_threshold": 4001, "max_model_len": 4000},
@@ -207,6 +208,26 @@ def test_unchunked_budget_grows_to_the_context(model: str) -> None:
     assert config.engine.scheduler.max_num_batched_tokens == config.engine.compile.max_num_batched_tokens == 4096
 
 
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({}, 128),
+        ({"max_num_batched_tokens": 3000}, 0),
+        ({"max_num_batched_tokens": 3000, "chunked_prefill_size": 70}, 70),
+        ({"chunked_prefill_size": 0}, 0),
+        ({"enable_chunked_prefill": False}, 0),
+    ],
+)
+def test_prompts_take_short_steps_on_a_cpu(model: str, given: dict, size: int) -> None:
+    assert resolve({"model": model, "device": "cpu", **given}).engine.scheduler.chunked_prefill_size == size
+
+
+def test_prompts_take_whole_steps_on_a_card(model: str, monkeypatch) -> None:
+    for module in ("config_check", "config_resolve"):
+        monkeypatch.setattr(f"fuseline.api.{module}.likely_kind", lambda device: "cuda")
+    assert resolve({"model": model, "device": "cuda"}).engine.scheduler.chunked_prefill_size == 0
+
+
 def test_lookup_of_models(tmp_path: Path, monkeypatch) -> None:
     assert find_checkpoint(str(tmp_path)) == str(tmp_path)
     file = tmp_path / "model.gguf"
@@ -244,6 +265,33 @@ def test_config_dict_is_json_with_every_field(model: str) -> None:
     assert shown["additional_config"] == {"a": 1} and shown["block_size"] == 16
     assert "secret" not in json.dumps(shown)
     assert "secret" not in repr(config)
+
+
+def test_settings_of_graphs_reach_the_engine(model: str) -> None:
+    levels = {"cudagraph_capture_sizes": [4, 1], "cudagraph_num_of_warmups": 3}
+    given = {"model": model, "max_seq_len_to_capture": 100, "enforce_eager": True, "compilation_config": levels}
+    assert resolve(given).engine.graphs == GraphConfig((4, 1), False, 100, 3)
+    assert resolve({"model": model}).engine.graphs == GraphConfig()
+    none = resolve({"model": model, "compilation_config": {"cudagraph_num_of_warmups": 0}})
+    assert none.engine.graphs.num_warmups == 1, "a capture must not compile"
+
+
+def test_a_card_takes_what_a_cpu_refuses(model: str, monkeypatch) -> None:
+    given = {"model": model, "kv_cache_dtype": "fp8", "swap_space": 1.0, "max_seq_len_to_capture": 9,
+             "compilation_config": {"cudagraph_capture_sizes": [1]}}  # fmt: skip
+    with pytest.raises(ConfigError, match="^--kv-cache-dtype fp8 needs a card .* on a CPU use float32"):
+        resolve(given)
+    lines = without_effect(resolve({**given, "kv_cache_dtype": "auto"}))
+    assert [line.split()[0] for line in lines] == [
+        "--max-seq-len-to-capture", "--swap-space", "--compilation-config:",
+    ]  # fmt: skip
+    for module in (config_check, config_resolve):
+        monkeypatch.setattr(module, "likely_kind", lambda device: "cuda")
+    config = resolve({**given, "device": "cuda"})
+    assert config.engine.compile.kv_cache_dtype == "fp8" and config.engine.device == "cuda"
+    assert without_effect(config) == []
+    with pytest.raises(ConfigError, match="Available devices: cuda, cpu.$"):
+        resolve({**given, "device": "tpu"})
 
 
 def test_flags_without_effect_are_named(model: str) -> None:

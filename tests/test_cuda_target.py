@@ -7,7 +7,7 @@ import dataclasses
 import cuda_twin
 import pytest
 import torch
-from fake_card import CARD, FakeGraphs, HostSync, no_host_sync
+from fake_card import CARD, FakeGraphs, HostSync, no_host_sync, waiting_for_nothing
 from paged_driver import greedy
 from test_native_sampling import Result, make_logits
 from triton_interpreter import assert_fits, compile_launches
@@ -198,14 +198,10 @@ def test_a_step_waits_for_nothing() -> None:
     asked = {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition": 1.1, "output": (3,), "bias": {1: 1.0},
              "banned": (2,), "num_logprobs": 3}  # fmt: skip
 
-    def waiting_for_nothing(*args: object) -> None:
-        with no_host_sync():
-            sample(*args)
-
     with no_host_sync(host):
         model.run(prompt)
         logits = model.run(step, sources, torch.tensor([7, 9]))
-    found = Result(logits.clone(), [asked, {"temperature": 0.0}, {}], sample=waiting_for_nothing)
+    found = Result(logits.clone(), [asked, {"temperature": 0.0}, {}], sample=waiting_for_nothing(sample))
     assert found.ok.tolist() == [1, 1, 1]
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,14 +17,16 @@ import pytest
 from fake_model import KILL_TOKEN, build_broken, build_fake, build_slow_fake, fake_config, next_logits
 
 from fuseline.engine.client import EngineClient, EngineDeadError, EngineStartError
+from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import EngineRequest, SamplingParams
-from fuseline.engine.run.sampler_reference import reference_ops
+from fuseline.engine.run.device import HostDevice
+from fuseline.engine.run.sampler_reference import reference_device
 
 MODES = pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])
 
 
 def make_client(in_process: bool, build=build_fake) -> EngineClient:
-    return EngineClient(fake_config(), in_process, build, reference_ops)
+    return EngineClient(fake_config(), in_process, build, reference_device)
 
 
 @contextlib.asynccontextmanager
@@ -73,6 +76,40 @@ async def test_streams_of_several_requests(in_process: bool) -> None:
             expected = greedy(request.prompt_token_ids, 8)
             assert tokens == {index: expected for index in range(request.params.n)}
         assert client.stats().num_running == 0 and client.num_in_flight == 0
+
+
+NUM_GRAPHS = 300
+
+
+class Capturing(HostDevice):
+    """Tells of its progress from a thread of its own while requests are served."""
+
+    def capture_graphs(self, model, progress) -> None:
+        def tell() -> None:
+            for done in range(NUM_GRAPHS + 1):
+                progress("capturing graphs", done, NUM_GRAPHS)
+                time.sleep(0.001)
+
+        threading.Thread(target=tell).start()
+
+
+def find_capturing(config: EngineConfig) -> HostDevice:
+    return Capturing(reference_device().ops)
+
+
+@MODES
+async def test_progress_from_a_thread_beside_serving(in_process: bool) -> None:
+    client, seen = EngineClient(fake_config(), in_process, build_fake, find_capturing), []
+    await client.start(lambda *progress: seen.append(progress))
+    try:
+        served = 0
+        while ("capturing graphs", NUM_GRAPHS, NUM_GRAPHS) not in seen:
+            assert await collect(client, make_request(f"r{served}", prompt=(4, 4))) == {0: greedy((4, 4), 8)}
+            served += 1
+        assert [done for phase, done, _ in seen if phase == "capturing graphs"] == list(range(NUM_GRAPHS + 1))
+        assert served > 1
+    finally:
+        await client.shutdown(5)
 
 
 @MODES

@@ -12,7 +12,8 @@ from fuseline.engine.messages import EngineRequest, SamplingParams
 from fuseline.engine.request import make_sequences
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens
 from fuseline.engine.run.sampler import Sampler
-from fuseline.engine.run.sampler_reference import reference_ops
+from fuseline.engine.run.sampler_reference import reference_device
+from fuseline.engine.run.sampling import launch_sampling
 from fuseline.engine.schedule.plan import StepBudget, make_plan
 
 PROMPT = list(range(1, 15))
@@ -169,10 +170,10 @@ def draw(logits: list[float], tokens=(0,), num_prompt=1, **params) -> int:
     seq = sequence(list(tokens), num_prompt, **params)
     rows.load(seq, len(tokens) - 1)
     budget = StepBudget(1, 1, np.ones(1, np.int64))
-    sampler = Sampler(rows, len(logits), reference_ops())
-    arguments = sampler.prepare(make_plan(budget, rows))
-    sampler.fill(arguments)
-    return int(sampler.sample(torch.tensor([logits]), arguments).tokens[0])
+    sampler, plan = Sampler(rows, len(logits)), make_plan(budget, rows)
+    arguments = sampler.prepare(plan)
+    sampler.fill(plan, arguments, None)
+    return int(launch_sampling(reference_device(), torch.tensor([logits]), arguments, None).tokens[0])
 
 
 def support(logits: list[float], **params) -> set[int]:
@@ -209,6 +210,6 @@ def test_tiny_temperature_is_raised() -> None:
 
 def test_bad_words_ban_the_last_token_after_their_beginning() -> None:
     words = ((4,), (5, 6), (1, 7))
-    assert banned_tokens(sequence([1, 2], 2, bad_words=words)) == [4]
-    assert banned_tokens(sequence([1, 5], 1, bad_words=words)) == [4, 6]
-    assert banned_tokens(sequence([2, 1], 2, bad_words=words)) == [4], "the prompt is not output"
+    assert banned_tokens(sequence([1, 2], 2, bad_words=words), 2) == [4]
+    assert banned_tokens(sequence([1, 5], 1, bad_words=words), 2) == [4, 6]
+    assert banned_tokens(sequence([2, 1], 2, bad_words=words), 2) == [4], "the prompt is not output"

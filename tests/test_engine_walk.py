@@ -5,23 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fake_model import BLOCK_SIZE, FakeModel, fake_config, next_logits
+from fake_model import BLOCK_SIZE, FakeModel, FakeQueue, fake_config, next_logits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.engine import Engine
 from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander, TokenOutput
-from fuseline.engine.run.sampler_reference import _draw, reference_ops
+from fuseline.engine.run.sampler_reference import _draw, reference_device
 
+ORDERS = ("in_order", "overlapped", "queued")
 LAYOUTS = {"full": (0,), "window": (6,), "mixed": (0, 6), "two_windows": (0, 5, 13)}
 
 
-def make_engine(windows=(0,), num_blocks=40, rope_threshold=None, **config) -> Engine:
+def make_engine(windows=(0,), num_blocks=40, rope_threshold=None, order="in_order", **config) -> Engine:
     switch = RopeSwitchSpec(rope_threshold, 64) if rope_threshold else None
     model = FakeModel(windows, rope_switch=switch)
     model.allocate_caches([num_blocks + 1] * len(windows))
-    return Engine(fake_config(**config), model, [num_blocks] * len(windows), reference_ops())
+    config = fake_config(async_scheduling=order == "overlapped", **config)
+    device = FakeQueue() if order == "queued" else reference_device()
+    return Engine(config, model, [num_blocks] * len(windows), device)
 
 
 def expected_tokens(request: EngineRequest, index: int, windows, threshold=None) -> list[int]:
@@ -142,7 +145,7 @@ actions = st.lists(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["in_order", "overlapped"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
@@ -154,12 +157,12 @@ actions = st.lists(
     threshold=st.sampled_from([None, 20]),
 )
 def test_tokens_do_not_depend_on_what_happens_around(
-    layout, ahead, actions, num_blocks, policy, caching, partial, threshold
+    layout, order, actions, num_blocks, policy, caching, partial, threshold
 ) -> None:
     windows = LAYOUTS[layout]
     engine = make_engine(
         windows, num_blocks, threshold, scheduling_policy=policy, enable_prefix_caching=caching,
-        max_num_partial_prefills=partial, max_long_partial_prefills=max(1, partial - 1), async_scheduling=ahead,
+        max_num_partial_prefills=partial, max_long_partial_prefills=max(1, partial - 1), order=order,
     )  # fmt: skip
     walk = Walk(engine)
     for action in actions:

@@ -10,7 +10,7 @@ from pathlib import Path
 import cuda_twin
 import pytest
 import torch
-from fake_card import CARD, FakeGraphs
+from fake_card import CARD, FakeCard, FakeGraphs
 
 from fuseline.compile.config import GraphConfig
 
@@ -27,9 +27,10 @@ def tool(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOL))
     import kernels
     import llama
+    import serving
     import table
 
-    return kernels, llama, table
+    return kernels, llama, serving, table
 
 
 def test_without_a_card_it_ends_with_one_line() -> None:
@@ -46,7 +47,7 @@ def test_an_unknown_stage_is_named() -> None:
 
 
 def test_every_kernel_is_measured(tool) -> None:
-    kernels, _, tables = tool
+    kernels, _, _, tables = tool
     sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16)
     found = tables.Table()
     limits = kernels.measure_limits(sizes, "cpu", tables.HostClock(), found)
@@ -101,7 +102,7 @@ def test_every_kernel_in_cpp_is_measured(tool) -> None:
 
 
 def test_a_model_is_measured(tool, tmp_path) -> None:
-    _, llama, tables = tool
+    _, llama, serving, tables = tool
     load, found = llama.small(llama.Load()), tables.Table()
     runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
     llama.measure_model(runner, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
@@ -109,6 +110,9 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
         "graphs: 1 of 1 sizes whole, 1 of 1 in pieces", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
         "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
+    serving.measure_serving(runner, FakeCard(runner.model), serving.Batch(2, 6, 5, 8), found)
+    names = [row[0] for row in found.rows[-3:]]
+    assert names == ["engine, 2 x 6 in, 5 out", "engine, a decode step", "engine, card idle between decode steps"]
 
 
 def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from fake_model import FakeModel, fake_config
 
 from fuseline.engine.engine import Engine
 from fuseline.engine.messages import EngineRequest, PlainTokens, SamplingParams, StepExpander
-from fuseline.engine.run.sampler import SampleOps
+from fuseline.engine.run.device import HostDevice, SampleOps
 
 LONGEST = 4096
 
@@ -32,7 +32,7 @@ def make_engine(num_running: int, num_waiting: int, context: int, ahead: bool) -
         max_model_len=LONGEST, max_num_seqs=num_running, max_num_batched_tokens=num_running * LONGEST,
         async_scheduling=ahead,
     )  # fmt: skip
-    engine = Engine(config, model, [num_blocks], SampleOps(always_seven, always_seven))
+    engine = Engine(config, model, [num_blocks], HostDevice(SampleOps(always_seven, always_seven)))
     for number in range(num_running + num_waiting):
         params = SamplingParams(max_tokens=100, temperature=0.0, eos_token_ids=(0,))
         # All of a length, so that their blocks get full in the same steps.

@@ -13,7 +13,7 @@ from fuseline.engine.memory.block_pool import BlockPool
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.free_memory import free_memory
 from fuseline.engine.memory.prefix_cache import extend_keys, root_key
-from fuseline.engine.memory.sizing import SizingError, size_cache
+from fuseline.engine.memory.sizing import Memory, SizingError, StepMemory, room_on_card, room_on_host, size_cache
 
 MIB = 1 << 20
 
@@ -85,7 +85,9 @@ def test_window_hit_needs_only_the_visible_blocks() -> None:
 def sized(cache: CacheConfig, windows=(0,), free=100 * MIB, max_model_len=64, max_num_seqs=4):
     info = FakeModel(windows).info
     scheduler = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=max_num_seqs)
-    return size_cache(info, cache, scheduler, max_model_len, free, free)
+    memory = Memory(free, free)
+    room = room_on_host(info, cache.gpu_memory_utilization, memory, memory)
+    return size_cache(info, cache, scheduler, max_model_len, room)
 
 
 def test_sizes_from_memory_flags() -> None:
@@ -97,6 +99,20 @@ def test_sizes_from_memory_flags() -> None:
     assert whole.num_blocks == (64,) and whole.num_bytes == 65 * 128
     # Window 6 and steps of 16 tokens: at most 7 blocks a sequence.
     assert sized(CacheConfig(block_size=4), windows=(0, 6)).num_blocks == (64, 28)
+
+
+def test_room_on_a_card() -> None:
+    """The share is of the whole card; what is gone since before is ours; what others hold cannot be had."""
+    info, steps = FakeModel().info, StepMemory(peak=5, graphs=3)
+
+    def room(share: float, before: int, now: int) -> int:
+        return room_on_card(info, share, Memory(before, 100), Memory(now, 100), steps).num_bytes
+
+    assert room(0.9, before=98, now=60) == 90 - 38 - 8
+    assert room(0.9, before=50, now=12) == 12 - 8, "others leave less than the share"
+    assert room(0.3, before=98, now=60) == 0
+    table = room_on_card(info, 0.9, Memory(98, 100), Memory(60, 100), steps)
+    assert dict(table.rows) == {"weights": 0, "a step at most": 5, "kept for graphs": 3} and table.free == 52
 
 
 def test_too_small_cache_names_the_flags() -> None:

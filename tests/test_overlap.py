@@ -1,19 +1,22 @@
-"""The next step scheduled while one runs: the same answers, one step less to wait for, nothing lost or told twice."""
+"""The next step scheduled, or launched, while one runs: the same answers, nothing lost or told twice, and on a device
+that is a queue the tokens of the step before are all that is ever waited for."""
 
 from __future__ import annotations
 
 import threading
 
 import pytest
-from fake_model import NAN_TOKEN, FakeModel, build_slow_fake, fake_config
+from fake_model import NAN_TOKEN, FakeModel, FakeQueue, build_slow_fake, fake_config, find_queue
 from test_engine_client import collect, greedy, make_request
 from test_engine_walk import Walk, make_engine
 
 from fuseline.engine.client import EngineClient
 from fuseline.engine.engine import Engine
-from fuseline.engine.run.sampler_reference import reference_ops
+from fuseline.engine.run.device import SampleOps
+from fuseline.engine.run.sampler_reference import reference_device
 
 PROMPT = list(range(1, 15))
+AHEAD = pytest.mark.parametrize("order", ["overlapped", "queued"])
 
 REQUESTS = {
     "plain": {},
@@ -44,8 +47,8 @@ def answers(walk: Walk) -> dict:
     return told
 
 
-def run_all(ahead: bool, windows=(0,), **config) -> Walk:
-    walk = Walk(make_engine(windows, async_scheduling=ahead, **config))
+def run_all(order: str, windows=(0,), **config) -> Walk:
+    walk = Walk(make_engine(windows, order=order, **config))
     for params in REQUESTS.values():
         walk.submit(PROMPT, **{"max_tokens": 18, **params})
         walk.step()
@@ -54,6 +57,7 @@ def run_all(ahead: bool, windows=(0,), **config) -> Walk:
     return walk
 
 
+@AHEAD
 @pytest.mark.parametrize(
     "config",
     [
@@ -66,8 +70,8 @@ def run_all(ahead: bool, windows=(0,), **config) -> Walk:
     ],
     ids=["plain", "few blocks", "two seats", "rope switch", "window", "all at once"],
 )
-def test_answers_are_those_of_steps_in_order(config) -> None:
-    in_order, ahead = run_all(False, **config), run_all(True, **config)
+def test_answers_are_those_of_steps_in_order(config, order: str) -> None:
+    in_order, ahead = run_all("in_order", **config), run_all(order, **config)
     expected = answers(in_order)
     assert answers(ahead) == expected
     if config.get("num_blocks", 40) < 20:
@@ -93,7 +97,7 @@ class WatchedModel(FakeModel):
 def test_the_next_step_is_prepared_while_one_runs() -> None:
     model = WatchedModel()
     model.allocate_caches([41])
-    engine = Engine(fake_config(async_scheduling=True), model, [40], reference_ops())
+    engine = Engine(fake_config(async_scheduling=True), model, [40], reference_device())
     walk = Walk(engine)
     walk.submit(PROMPT, max_tokens=5)
     prepare = engine.prepare
@@ -112,19 +116,21 @@ def test_the_next_step_is_prepared_while_one_runs() -> None:
     walk.check_all((0,))
 
 
-def test_a_sequence_that_ends_by_a_token_costs_one_more_row_and_no_token() -> None:
+@AHEAD
+def test_a_sequence_that_ends_by_a_token_costs_one_more_row_and_no_token(order: str) -> None:
     counts = {}
-    for ahead in (False, True):
-        walk = Walk(make_engine(async_scheduling=ahead))
+    for how in ("in_order", order):
+        walk = Walk(make_engine(order=how))
         walk.submit(PROMPT, max_tokens=20, eos_token_ids=tuple(range(20)))
         walk.finish()
         walk.check_all((0,))
-        counts[ahead] = sum(walk.counts)
-    assert counts[True] == counts[False] + 1
+        counts[how] = sum(walk.counts)
+    assert counts[order] == counts["in_order"] + 1
 
 
-def test_abort_while_a_step_runs_drops_its_token_and_frees_the_row() -> None:
-    walk = Walk(make_engine(async_scheduling=True, max_num_seqs=1))
+@AHEAD
+def test_abort_while_a_step_runs_drops_its_token_and_frees_the_row(order: str) -> None:
+    walk = Walk(make_engine(order=order, max_num_seqs=1))
     first = walk.submit(PROMPT, max_tokens=20)
     for _ in range(4):
         walk.step()
@@ -137,8 +143,9 @@ def test_abort_while_a_step_runs_drops_its_token_and_frees_the_row() -> None:
     walk.check_all((0,))
 
 
-def test_sleep_reports_what_runs_first() -> None:
-    walk = Walk(make_engine(async_scheduling=True))
+@AHEAD
+def test_sleep_reports_what_runs_first(order: str) -> None:
+    walk = Walk(make_engine(order=order))
     name = walk.submit(PROMPT, max_tokens=8)
     for _ in range(3):
         walk.step()
@@ -153,7 +160,7 @@ def test_sleep_reports_what_runs_first() -> None:
 
 
 def test_a_fault_of_the_model_reaches_the_engines_loop() -> None:
-    engine = make_engine(async_scheduling=True)
+    engine = make_engine(order="overlapped")
     walk = Walk(engine)
     walk.submit(PROMPT, max_tokens=3)
 
@@ -166,9 +173,68 @@ def test_a_fault_of_the_model_reaches_the_engines_loop() -> None:
         walk.step()
 
 
+def schedule(log: list[tuple[str, int]]) -> list[str]:
+    return [f"{kind} {number}" for kind, number in log]
+
+
+def test_a_queue_is_never_waited_for_but_for_the_step_before() -> None:
+    """Prompts in chunks that sample nothing, penalties, stops, log-probabilities, preemption: always one step ahead."""
+    device = FakeQueue()
+    engine = make_engine(num_blocks=17, enable_prefix_caching=False)
+    engine = Engine(engine.config, engine.runner.model, engine.num_blocks, device)
+    walk = Walk(engine)
+    for name, params in REQUESTS.items():
+        if name != "bad words":
+            walk.submit([*PROMPT, *range(15, 15 + len(name))], **{"max_tokens": 12, **params})
+    waits = []
+    while engine.has_work:
+        begun = len(device.log)
+        walk.step()
+        waits.append(schedule(device.log[begun:]))
+    last = len(waits) - 1
+    assert waits[0] == ["sent 0"] and waits[last] == [f"read {last - 1}"]
+    assert waits[1:last] == [[f"sent {n}", f"read {n - 1}"] for n in range(1, last)]
+    assert engine.scheduler.num_preemptions > 0
+    walk.finish()
+
+
+def test_a_step_that_reads_its_tokens_on_the_host_is_launched_once_they_are_there() -> None:
+    """Bad words of several tokens; one token long, they need to know nothing."""
+    for words, is_late in ((((5, 6),), True), (((5,),), False)):
+        engine = make_engine(order="queued")
+        walk = Walk(engine)
+        walk.submit(PROMPT, max_tokens=4, temperature=0.0, bad_words=words)
+        walk.finish()
+        late = schedule(engine.runner.device.log)
+        assert late == ["sent 0", *(f"{kind} {n}" for n in range(3) for kind, n in (
+            (("read", n), ("sent", n + 1)) if is_late else (("sent", n + 1), ("read", n)))), "read 3"]  # fmt: skip
+
+
+def test_history_is_completed_on_the_device() -> None:
+    """Of a step that was launched before its newest tokens were known, each row with penalties sees its own."""
+    seen = []
+    reference = FakeQueue().ops
+
+    def sample(*arguments) -> None:
+        start, history = arguments[17], arguments[18]
+        seen.append([history[a:b].tolist() for a, b in zip(start, start[1:], strict=False)])
+        reference.sample(*arguments)
+
+    device = FakeQueue(SampleOps(sample, reference.row_logprobs))
+    plain = make_engine()
+    walk = Walk(Engine(plain.config, plain.runner.model, plain.num_blocks, device))
+    walk.submit([1, 2], max_tokens=4, frequency_penalty=0.5, temperature=0.0)
+    walk.submit([3, 4], max_tokens=4)
+    walk.submit([5], max_tokens=4, repetition_penalty=1.5)
+    walk.finish()
+    first, third = ([*walk.requests[name].prompt_token_ids, *walk.tokens(name)] for name in ("r0", "r2"))
+    assert seen == [[first[: 2 + n], [], third[: 1 + n]] for n in range(4)]
+
+
 @pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])
-async def test_a_whole_engine_with_steps_ahead(in_process: bool) -> None:
-    client = EngineClient(fake_config(async_scheduling=True), in_process, build_slow_fake, reference_ops)
+@pytest.mark.parametrize("find_device", [reference_device, find_queue])
+async def test_a_whole_engine_with_steps_ahead(in_process: bool, find_device) -> None:
+    client = EngineClient(fake_config(async_scheduling=True), in_process, build_slow_fake, find_device)
     await client.start()
     try:
         stream = client.generate(make_request("r", max_tokens=20))

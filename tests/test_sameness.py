@@ -26,10 +26,10 @@ from fuseline.api.llm_values import RequestOutput
 from fuseline.compile.compiler import CompiledModel, compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
-from fuseline.engine.build import build_native_ops
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
 from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.run.device import HostDevice, native_ops
 
 NUM_REQUESTS, NUM_TOKENS, NUM_BLOCKS = 64, 10, 1024
 LENGTHS = (9, 15, 28, 40, 3, 62, 33, 1)
@@ -84,7 +84,7 @@ def make_engine(model: CompiledModel, num_blocks: int = NUM_BLOCKS, caching: boo
     config = EngineConfig(
         CompileConfig(model=""), CacheConfig(enable_prefix_caching=caching), SchedulerConfig(**scheduler)
     )
-    return Engine(config, model, counts, build_native_ops())
+    return Engine(config, model, counts, HostDevice(native_ops()))
 
 
 def run(engine: Engine, asked: Sequence[EngineRequest], arrivals: Sequence[int] = ()) -> dict[str, tuple]:

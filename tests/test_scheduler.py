@@ -72,6 +72,20 @@ def test_long_prompt_does_not_stop_a_stream() -> None:
     assert max(walk.counts) == 16
 
 
+def test_prompts_take_a_share_of_a_step_beside_the_streams() -> None:
+    walk = Walk(make_engine(chunked_prefill_size=4))
+    walk.submit([5], max_tokens=20)
+    walk.step()
+    for token in (6, 7, 8):
+        walk.submit([token] * 6, max_tokens=3)
+    for _ in range(5):
+        walk.step()
+    # Beside one stream, then beside two and three; two tokens are left for the last.
+    assert walk.counts[1:6] == [1 + 4, 1 + 4, 2 + 4, 3 + 4, 4 + 2]
+    walk.finish()
+    walk.check_all((0,))
+
+
 def test_short_prompt_overtakes_a_long_one() -> None:
     settings = {"max_num_partial_prefills": 2, "max_long_partial_prefills": 1, "long_prefill_token_threshold": 4}
     walk = Walk(make_engine(**settings))

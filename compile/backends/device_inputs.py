@@ -6,7 +6,8 @@ when its copy of two steps ago is done, which it long is once that step's tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 ALIGNMENT = 16  # of each tensor: what kernels are compiled for
 NUM_BUFFERS = 2
+Layout = Mapping[str, tuple[Sequence[int], torch.dtype]]
+"""Shape and dtype of tensors by name, which lie one after the other in one piece of memory."""
 
 
 @dataclass
@@ -35,17 +38,15 @@ class DeviceInputs:
 
     def upload(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The CPU tensors, by name, on the device."""
-        places, size = _places(tensors)
+        layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        size = num_bytes(layout)
         buffer = self._next(size)
-        for name, (begin, end) in places.items():
-            buffer.host[begin:end].copy_(tensors[name].contiguous().view(-1).view(torch.uint8))
+        for name, place in views(buffer.host, layout).items():
+            place.copy_(tensors[name])
         self._on_device[:size].copy_(buffer.host[:size], non_blocking=True)
         if buffer.done is not None:
             buffer.done.record()
-        return {
-            name: self._on_device[begin:end].view(tensors[name].dtype).view(tensors[name].shape)
-            for name, (begin, end) in places.items()
-        }
+        return views(self._on_device, layout)
 
     def _next(self, size: int) -> _Buffer:
         if self._on_device is None or self._on_device.numel() < size:
@@ -65,10 +66,18 @@ class DeviceInputs:
         ]
 
 
-def _places(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], int]:
-    """(begin, end) of each in bytes, and the bytes of all."""
-    places, at = {}, 0
-    for name, tensor in tensors.items():
-        places[name] = (at, at + tensor.nbytes)
-        at += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return places, at
+def num_bytes(layout: Layout) -> int:
+    return sum(_padded_bytes(*entry) for entry in layout.values())
+
+
+def views(memory: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The tensors, in `memory` [bytes] uint8."""
+    found, at = {}, 0
+    for name, (shape, dtype) in layout.items():
+        found[name] = memory[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        at += _padded_bytes(shape, dtype)
+    return found
+
+
+def _padded_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT

@@ -124,6 +124,16 @@ FL_INLINE vf pair_high(vu w) { return (vf)(w & 0xffff0000u); }
 #if defined(__AVX512BF16__)
 constexpr bool kHasDot = true;
 FL_INLINE vf dot_pairs(vf acc, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+// 32 numbers of two rows each, side by side: pairs (a[l], b[l]), 16 in a vector.
+FL_INLINE void pair_rows(const bf16* a, const bf16* b, vu* pairs) {
+  alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b), places = _mm512_load_si512(kFirst);
+  pairs[0] = (vu)_mm512_permutex2var_epi16(x, places, y);
+  pairs[1] = (vu)_mm512_permutex2var_epi16(x, _mm512_add_epi16(places, _mm512_set1_epi16(16)), y);
+}
+// Numbers of two vectors, one behind the other, rounded to nearest even; tiny ones become 0.
+FL_INLINE vu narrow_pairs(vf a, vf b) { return (vu)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
 #else
 constexpr bool kHasDot = false;
 FL_INLINE vf dot_pairs(vf acc, vu a, vu b) {

@@ -15,6 +15,32 @@ class SizingError(ValueError):
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Of a device, in bytes."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What is to stay free on a card beside weights and caches, in bytes."""
+
+    peak: int
+    """What a step takes at most, sampling included."""
+    graphs: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory for the KV cache once the model is loaded, in bytes; what else there is of it for the start-up table."""
+
+    num_bytes: int
+    free: int
+    rows: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class CacheSize:
     num_blocks: tuple[int, ...]
     """Usable blocks per cache group; the caches get one more, the null block."""
@@ -32,12 +58,27 @@ class _Group:
     """More than this can never be in use; the rest would only hold old prefixes."""
 
 
+def room_on_host(info: ModelInfo, share: float, before: Memory, now: Memory) -> Room:
+    """`share` of the memory that was free before the model was loaded."""
+    left = int(share * before.free) - info.weight_bytes - info.arena_bytes
+    rows = ("weights", info.weight_bytes), ("arena", info.arena_bytes)
+    return Room(max(0, min(left, int(share * now.free))), now.free, rows)
+
+
+def room_on_card(info: ModelInfo, share: float, before: Memory, now: Memory, steps: StepMemory) -> Room:
+    """`share` of the card's memory, others' use of it apart: whatever is gone since `before` is this server's."""
+    needed = steps.peak + steps.graphs
+    left = int(share * before.total) - (before.free - now.free) - needed
+    rows = ("weights", info.weight_bytes), ("a step at most", steps.peak), ("kept for graphs", steps.graphs)
+    return Room(max(0, min(left, now.free - needed)), now.free - needed, rows)
+
+
 def size_cache(
-    info: ModelInfo, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int, free_before: int, free_now: int
-) -> CacheSize:
-    """Blocks per group. `free_before` and `free_now`: free bytes before and after the model was loaded."""
+    info: ModelInfo, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int, room: Room
+) -> CacheSize:  # fmt: skip
+    """Blocks per group."""
     groups = [_group(info, index, cache, scheduler, max_model_len) for index in range(len(info.cache_groups))]
-    budget = _budget(info, cache, free_before, free_now)
+    budget = room.num_bytes if cache.kv_cache_memory_bytes is None else cache.kv_cache_memory_bytes
     if cache.num_gpu_blocks_override is not None:
         count = cache.num_gpu_blocks_override
         num_blocks = tuple(count for _ in groups)
@@ -47,7 +88,7 @@ def size_cache(
     if any(count < group.min_blocks for group in groups):
         raise SizingError(_too_small(groups, count, budget, cache, max_model_len))
     num_bytes = sum((n + 1) * g.block_bytes for n, g in zip(num_blocks, groups, strict=True))
-    rows = _table(info, cache, num_blocks, num_bytes, max_model_len, free_now)
+    rows = _table(cache, num_blocks, num_bytes, max_model_len, room)
     return CacheSize(num_blocks, num_bytes, rows)
 
 
@@ -60,13 +101,6 @@ def _group(info: ModelInfo, index: int, cache: CacheConfig, scheduler: Scheduler
         length = min(length, -(-seen // cache.block_size) + 1)
     block_bytes = cache.block_size * sum(specs[layer].bytes_per_token() for layer in group.layers)
     return _Group(block_bytes, length, length * scheduler.max_num_seqs)
-
-
-def _budget(info: ModelInfo, cache: CacheConfig, free_before: int, free_now: int) -> int:
-    if cache.kv_cache_memory_bytes is not None:
-        return cache.kv_cache_memory_bytes
-    share = int(cache.gpu_memory_utilization * free_before) - info.weight_bytes - info.arena_bytes
-    return max(0, min(share, int(cache.gpu_memory_utilization * free_now)))
 
 
 def _largest_count(groups: list[_Group], budget: int) -> int:
@@ -95,16 +129,15 @@ def _too_small(groups: list[_Group], count: int, budget: int, cache: CacheConfig
 
 
 def _table(
-    info: ModelInfo, cache: CacheConfig, num_blocks: tuple[int, ...], num_bytes: int, max_model_len: int, free: int
+    cache: CacheConfig, num_blocks: tuple[int, ...], num_bytes: int, max_model_len: int, room: Room
 ) -> tuple[tuple[str, str], ...]:
     blocks = " + ".join(str(count) for count in num_blocks)
     tokens = max(num_blocks) * cache.block_size
     return (
-        ("weights", _gib(info.weight_bytes)),
-        ("arena", _gib(info.arena_bytes)),
+        *((label, _gib(num)) for label, num in room.rows),
         ("KV cache", f"{_gib(num_bytes)}: {blocks} blocks of {cache.block_size} tokens"),
         ("KV capacity", f"{tokens} tokens, {tokens / max_model_len:.1f} sequences of {max_model_len}"),
-        ("free memory left", _gib(max(0, free - num_bytes))),
+        ("free memory left", _gib(max(0, room.free - num_bytes))),
     )
 
 

@@ -15,7 +15,7 @@ from fuseline.engine.schedule.plan import Plan
 class InputBuilder:
     """Legend as in GraphInputs. The tensors of one step are overwritten by the next.
 
-    `build` leaves out the token ids: `fill_tokens` puts them in when those of the step before are known.
+    `build` leaves out the token ids: `fill_tokens` puts in those that are known when the step is launched.
     """
 
     def __init__(
@@ -62,6 +62,12 @@ class InputBuilder:
     def fill_tokens(self) -> None:
         num_tokens = len(self._token_rows)
         self._token_ids[:num_tokens] = self.rows.tokens[self._token_rows, self._positions[:num_tokens]]
+
+    def sources(self, sampled_at: np.ndarray) -> torch.Tensor:
+        """[T] int32, as CudaModel.run takes them. sampled_at [rows]: where the step before samples for a row."""
+        rows, positions = self._token_rows, self._positions[: len(self._token_rows)]
+        is_unknown = positions >= self.rows.num_known[rows]
+        return torch.from_numpy(np.where(is_unknown, sampled_at[rows], -1).astype(np.int32))
 
     def _fill_slots(self, token_rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         num_groups, num_tokens = len(self.kv.groups), len(positions)

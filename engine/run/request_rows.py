@@ -49,6 +49,7 @@ class RequestRows:
         self.num_logprobs = np.zeros(num_rows, np.int64)  # -1: none wanted
         self.logprobs_mode = np.zeros(num_rows, np.int64)
         self.has_history = np.zeros(num_rows, bool)
+        self.reads_tokens = np.zeros(num_rows, bool)  # what it may sample depends on the newest tokens, on the host
         self.has_lists = np.zeros(num_rows, bool)
 
     def load(self, seq: Sequence, num_computed: int = 0) -> None:
@@ -125,16 +126,18 @@ class RequestRows:
         self.logprobs_mode[row] = params.logprobs_mode
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)
+        self.reads_tokens[row] = any(len(word) > 1 for word in params.bad_words)
         self.has_lists[row] = bool(
             params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens > 0
         )
 
 
-def banned_tokens(seq: Sequence) -> list[int]:
-    """Tokens that may not come next: bad words one token short of complete, and what ends a sequence too early."""
+def banned_tokens(seq: Sequence, num_tokens: int) -> list[int]:
+    """Tokens that may not come after `num_tokens` of them: bad words one token short of complete, and what ends a
+    sequence too early. All tokens are known where a bad word has several."""
     params = seq.params
     banned = [word[-1] for word in params.bad_words if _ends_with(seq, word[:-1])]
-    if seq.num_generated < params.min_tokens:
+    if num_tokens - seq.prompt_len < params.min_tokens:
         banned += [*params.eos_token_ids, *params.masked_eos_token_ids, *params.stop_token_ids]
     return banned
 

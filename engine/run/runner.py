@@ -1,4 +1,4 @@
-"""Computes a plan: builds the inputs, runs the model, samples."""
+"""Computes a plan: builds the inputs, launches the model and sampling."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.request import Sequence
+from fuseline.engine.run.device import Device
 from fuseline.engine.run.inputs import InputBuilder
 from fuseline.engine.run.request_rows import RequestRows
-from fuseline.engine.run.sampler import RowScores, SampleArguments, Sampled, SampleOps, Sampler
+from fuseline.engine.run.sampler import Sampler
+from fuseline.engine.run.sampling import Launched, SampleArguments, launch_sampling
 from fuseline.engine.schedule.plan import Plan
 
 
@@ -26,10 +28,11 @@ class Model(Protocol):
 
     def allocate_caches(self, num_blocks: Seq[int]) -> None: ...
 
-    def run(self, inputs: GraphInputs) -> torch.Tensor: ...
+    def run(self, inputs: GraphInputs) -> torch.Tensor:
+        """Logits. On a device that is a queue also (inputs, sources, sampled), as CudaModel.run takes them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """A plan made ready. What depends on tokens of the step before is missing until `Runner.fill`."""
 
@@ -41,52 +44,68 @@ class Batch:
     """Sequence and the positions whose prompt tokens are scored."""
     complete: list[Sequence]
     """Those that want no tokens and have the last of their prompt computed in this step."""
+    reads_tokens: bool
+    """The host must know the tokens of the step before to launch this one."""
+    sources: torch.Tensor | None = None
+    """[T] int32, of tokens that the host does not know yet: the row of the step before that gives each, else -1."""
     departed: dict[int, Sequence] = field(default_factory=dict)
     """Sampling sequences that have left their row while the batch ran, by index."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Entry i of `sampled` belongs to the i-th sampling sequence of the plan; `scores` rows follow `Batch.scoring`."""
-
-    sampled: Sampled | None
-    scores: RowScores | None
 
 
 class Runner:
     """`prepare`, `fill`, `run`; the last may be called from another thread, beside a `prepare` of the next step."""
 
-    def __init__(self, model: Model, ops: SampleOps, rows: RequestRows, kv: KVManager, max_num_tokens: int) -> None:
+    def __init__(self, model: Model, device: Device, rows: RequestRows, kv: KVManager, max_num_tokens: int) -> None:
         self.model = model
+        self.device = device
         self.rows = rows
         switch = model.info.rope_switch
         # Two: the inputs of the next step are built while the last one still reads its own.
         self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
-        self.sampler = Sampler(rows, model.info.vocab_size, ops)
+        self.sampler = Sampler(rows, model.info.vocab_size)
+        self._sampling_rows = np.zeros(0, np.int64)  # of the step filled last
+        self._sampled: torch.Tensor | None = None  # tokens of the step launched last, on the device
 
     def prepare(self, plan: Plan) -> Batch:
         self._builders.reverse()
-        builder = self._builders[0]
+        builder, rows = self._builders[0], plan.rows[plan.sampling]
         scoring, score_rows = _scored_rows(plan, self.rows)
         complete = [self.rows.sequences[row] for row in plan.rows[plan.complete].tolist()]
         inputs, arguments = builder.build(plan, score_rows), self.sampler.prepare(plan)
-        return Batch(plan, builder, inputs, arguments, scoring, complete)
+        if scoring:
+            targets = [seq.stored[position] for seq, positions in scoring for position in positions]
+            arguments.targets = torch.tensor(targets, dtype=torch.int64)
+            most = max(seq.params.prompt_logprobs or 0 for seq, _ in scoring)
+            arguments.num_prompt_top = min(most, self.model.info.vocab_size)
+        is_reader = self.rows.reads_tokens[rows]
+        reads_tokens = bool(is_reader.any() and (is_reader & self._is_unknown(plan)).any())
+        return Batch(plan, builder, inputs, arguments, scoring, complete, reads_tokens)
 
     def fill(self, batch: Batch) -> None:
-        """All tokens of the sequences are known now."""
+        """What is known of the tokens, and where the rest will come from; the next batch is filled after this one."""
+        plan, sources = batch.plan, None
+        rows, is_unknown = plan.rows[plan.sampling], self._is_unknown(plan)
         batch.builder.fill_tokens()
-        self.sampler.fill(batch.arguments)
+        if is_unknown.any():
+            sampled_at = np.zeros(len(self.rows.sequences), np.int64)
+            sampled_at[self._sampling_rows] = np.arange(len(self._sampling_rows))
+            batch.sources = batch.builder.sources(sampled_at)
+            sources = np.where(is_unknown, sampled_at[rows], -1)
+        self.sampler.fill(plan, batch.arguments, sources)
+        self._sampling_rows = rows
 
-    def run(self, batch: Batch) -> StepResult:
-        logits = self.model.run(batch.inputs)
-        num_sampling = len(batch.plan.sampling)
-        sampled = self.sampler.sample(logits[:num_sampling], batch.arguments) if num_sampling else None
-        scores = self._score(logits[num_sampling:], batch.scoring) if batch.scoring else None
-        return StepResult(sampled, scores)
+    def _is_unknown(self, plan: Plan) -> np.ndarray:
+        """[N] bool: sampling sequences whose newest token, computed in this step, still comes from the last one."""
+        return self.rows.num_known[plan.rows[plan.sampling]] < plan.lengths
 
-    def _score(self, logits: torch.Tensor, scoring: list[tuple[Sequence, range]]) -> RowScores:
-        targets = [seq.stored[position] for seq, positions in scoring for position in positions]
-        return self.sampler.score(logits, targets, max(seq.params.prompt_logprobs or 0 for seq, _ in scoring))
+    def run(self, batch: Batch) -> Launched:
+        if batch.sources is None:
+            logits = self.model.run(batch.inputs)
+        else:
+            logits = self.model.run(batch.inputs, batch.sources, self._sampled)
+        launched = launch_sampling(self.device, logits, batch.arguments, self._sampled)
+        self._sampled = launched.tokens
+        return launched
 
 
 def _scored_rows(plan: Plan, state: RequestRows) -> tuple[list[tuple[Sequence, range]], np.ndarray]:

@@ -9,13 +9,14 @@ import hashlib
 
 import torch
 
-from fuseline.engine.run.sampler import SampleOps
+from fuseline.engine.config import EngineConfig
+from fuseline.engine.run.device import HostDevice, SampleOps
 
 RAW_LOGPROBS, PROCESSED_LOGPROBS, RAW_LOGITS = 0, 1, 2
 
 
-def reference_ops() -> SampleOps:
-    return SampleOps(sample, row_logprobs)
+def reference_device(config: EngineConfig | None = None) -> HostDevice:
+    return HostDevice(SampleOps(sample, row_logprobs))
 
 
 def sample(

@@ -20,6 +20,8 @@ class Limits:
     """The scheduler's configuration with its automatic values resolved."""
 
     num_tokens: int
+    num_prefill_tokens: int
+    """What is left for those that are more than one token behind."""
     num_seqs: int
     num_partial: int
     num_long_partial: int
@@ -35,6 +37,7 @@ class Limits:
             threshold = max(1, int(0.04 * max_model_len))
         return Limits(
             num_tokens=config.max_num_batched_tokens,
+            num_prefill_tokens=config.chunked_prefill_size or config.max_num_batched_tokens,
             num_seqs=config.max_num_seqs,
             num_partial=config.max_num_partial_prefills,
             num_long_partial=config.max_long_partial_prefills,
@@ -81,6 +84,7 @@ class Scheduler:
         counts = np.zeros(self.limits.num_seqs, np.int64)
         budget = StepBudget(self.limits.num_tokens, self.limits.num_seqs - len(self.running), counts)
         self._continue_streams(budget)
+        budget.tokens_left = min(budget.tokens_left, self.limits.num_prefill_tokens)
         self._schedule_running(budget)
         if not budget.has_preempted:
             self._admit_waiting(budget)

@@ -63,8 +63,8 @@ class Runner:
         self.kernels = Counter(kernel.label for kernel in executable.kernels.values())
         self.model = CudaModel(config, captured, result, weights, executable, target.device, load.graphs)
         self.width = -(-(load.context + load.steps) // BLOCK)
-        blocks = max(load.max_seqs * self.width, -(-max(load.prompts) // BLOCK)) + 1
-        self.model.allocate_caches([blocks])
+        self.num_blocks = max(load.max_seqs * self.width, -(-max(load.prompts) // BLOCK)) + 1
+        self.model.allocate_caches([self.num_blocks])
         self.device = target.device
         self.weight_bytes = sum(t.nbytes for name, t in weights.items() if "embed" not in name)
         self.bytes_per_token = sum(spec.bytes_per_token() for spec in self.model.info.cache_specs)

@@ -20,10 +20,12 @@ import triton
 from kernels import Made, Sizes, measure_cases, measure_kernels, measure_limits
 from llama import Load, Runner, against_transformers, measure_model
 from mixed import measure_mixed
+from serving import Batch, measure_serving
 from table import CardClock, Limits, Table
 
 from fuseline.compile.kernels.cuda_library import library_for
 from fuseline.compile.target import detect_target
+from fuseline.engine.run.card import CudaDevice
 
 
 def main(out: Path) -> int:
@@ -45,10 +47,12 @@ def main(out: Path) -> int:
     limits = measure_limits(sizes, "cuda", clock, table)
     with tempfile.TemporaryDirectory() as folder:
         runners: list[Runner] = []
-        attempt("model", lambda: runners.append(Runner(Path(folder), detect_target(device="cuda"), load)))
+        target = detect_target(device="cuda")
+        attempt("model", lambda: runners.append(Runner(Path(folder), target, load)))
         for runner in runners:
             attempt("steps of the model", lambda r=runner: measure_model(r, load, limits, table))
             attempt("mixed steps", lambda r=runner: measure_mixed(r, 32, (64, 224, 480), load.context, table))
+            attempt("engine", lambda r=runner: measure_serving(r, CudaDevice(target), Batch(), table))
             attempt("transformers", lambda r=runner: against_transformers(r, table, Path(folder)))
         runners.clear()
     attempt("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table))

@@ -1,4 +1,4 @@
-"""Greedy tokens of tiny trained models on the card, op by op and replayed, against Transformers on the CPU."""
+"""Greedy tokens of tiny trained models on the card, op by op, replayed and served, against Transformers on the CPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from zoo import checkpoint, make_prompts, truth
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.target import detect_target
+from fuseline.engine.build import build_compiled_model, find_device
+from fuseline.engine.config import EngineConfig, SchedulerConfig
+from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander
+from fuseline.engine.service import EngineService
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss", "deepseek_v3", "phi3_longrope")
 PROMPTS = make_prompts((3, 9, 20, 33))
@@ -26,10 +30,15 @@ def main() -> int:
                 ("op by op", GraphConfig(enabled=False)),
                 ("graphs", GraphConfig((1, 2, 4), mixed_sizes=(8, 16))),
             ):
-                found = tokens(path, config)
-                wrong += found != expected
-                print(f"{family} {dtype} {mode}: {'ok' if found == expected else 'DIFFERS'}", flush=True)
+                wrong += tell(f"{family} {dtype} {mode}", tokens(path, config) == expected)
+        wrong += tell(f"{family} {dtype} served", served_tokens(path) == expected)
     return 1 if wrong else 0
+
+
+def tell(what: str, is_right: bool) -> bool:
+    """Whether it is wrong."""
+    print(f"{what}: {'ok' if is_right else 'DIFFERS'}", flush=True)
+    return not is_right
 
 
 def tokens(path, graphs: GraphConfig) -> list[list[int]]:
@@ -47,6 +56,25 @@ def tokens(path, graphs: GraphConfig) -> list[list[int]]:
 
     model.allocate_caches = allocate_and_capture
     return greedy(model, PROMPTS, NUM_TOKENS)
+
+
+def served_tokens(path) -> list[list[int]]:
+    """Through an engine that was started as a server's is: warmed up, caches sized, graphs captured meanwhile."""
+    config = EngineConfig(
+        CompileConfig(model=str(path), max_num_batched_tokens=32, max_num_seqs=4),
+        scheduler=SchedulerConfig(max_num_batched_tokens=32, max_num_seqs=4), device="cuda",
+    )  # fmt: skip
+    service = EngineService(config, build_compiled_model, find_device, lambda message: None)
+    engine, expander = service.engine, StepExpander()
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
+    for k, prompt in enumerate(PROMPTS):
+        engine.add(EngineRequest(request_id=str(k), prompt_token_ids=tuple(prompt), params=params))
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    while engine.has_work:
+        for output in expander.expand(engine.step()).outputs:
+            found[int(output.request_id)] += output.token_ids
+    service.device.stop_capture(engine.runner.model)
+    return found
 
 
 if __name__ == "__main__":

@@ -4,42 +4,12 @@
 // absolute positions; within a segment the softmax is online, segments are merged in order. So a row's result depends
 // on its own query and keys alone, not on the rows beside it, the chunking, or who computed which segment.
 #include "cpu/parallel.h"
-#include "keys.h"
-#include "views.h"
+#include "tiles.h"
 
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int kKeys = 64;                    // keys of a tile
-constexpr int kTilePanels = kKeys / kPanel;
-constexpr int kRowSize = kKeys + 16;         // words from row to row of queries and probabilities
-constexpr int64_t kSegment = 256;
-constexpr int64_t kMaxGrain = 16;            // tasks that a thread claims together
-constexpr int64_t kMaxRows = 64;             // rows of a task: key and value tiles are read once for all of them
-
-struct Attention {
-  const Tensor &out, &q, &k_cache, &v_cache, &block_table, &seq_lens, &query_start, &sinks;
-  int64_t window;
-  float scale, softcap;
-  int64_t num_seqs = 0, group = 0, block_size = 0, key_dim = 0, value_dim = 0, padded_dim = 0;
-  int64_t heads_per_task = 0, tokens_per_task = 0;
-
-  int64_t parts() const { return (group + heads_per_task - 1) / heads_per_task; }
-  int64_t tasks_of(int64_t tokens) const {
-    return k_cache.sizes[1] * parts() * ((tokens + tokens_per_task - 1) / tokens_per_task);
-  }
-  // Floats of a partial result of `rows` rows: sums [rows][padded_dim], then maxima and weights [rows].
-  int64_t partial_size(int64_t rows) const { return rows * (padded_dim + 2); }
-};
-
-// Tokens [token, token + num_tokens) of the batch, the first at `position` in its sequence, times heads of one kv head.
-struct Task {
-  int64_t seq, kv_head, head, num_heads, token, num_tokens, position;
-  int64_t rows() const { return num_tokens * num_heads; }
-  int64_t position_of(int64_t row) const { return position + row / num_heads; }
-  int64_t end() const { return position + num_tokens; }   // keys seen by the last token
-};
-
+// A task's result over some of its keys.
 struct Partial {
   float *sum, *max, *weight;
 };
@@ -48,41 +18,32 @@ Partial partial_at(const Attention& job, int64_t rows, float* p) {
   return {p, p + rows * job.padded_dim, p + rows * (job.padded_dim + 1)};
 }
 
-int64_t first_key(const Attention& job, int64_t position) {
-  return job.window > 0 && position >= job.window ? position - job.window + 1 : 0;
-}
-
-// starts[s] is the first task of sequence s.
-Task task_at(const Attention& job, const int64_t* starts, int64_t index) {
-  int64_t lo = 0, hi = job.num_seqs;
-  while (hi - lo > 1) {
-    int64_t mid = (lo + hi) / 2;
-    (starts[mid] <= index ? lo : hi) = mid;
-  }
-  index -= starts[lo];
-  int64_t part = index % job.parts(), kv_head = index / job.parts() % job.k_cache.sizes[1];
-  int64_t first = index / job.parts() / job.k_cache.sizes[1] * job.tokens_per_task;
-  int64_t begin = int_at(job.query_start, lo), tokens = int_at(job.query_start, lo + 1) - begin;
-  int64_t head = part * job.heads_per_task, left = tokens - first;
-  return {lo, kv_head, kv_head * job.group + head,
-          job.group - head < job.heads_per_task ? job.group - head : job.heads_per_task, begin + first,
-          left < job.tokens_per_task ? left : job.tokens_per_task, int_at(job.seq_lens, lo) - tokens + first};
-}
-
-// Queries as [ceil(D / kDepth)][rows][kRowSize] words: fp32, or pairs of bf16 where a dot instruction takes them.
+// How numbers are multiplied. Queries are [ceil(D / kDepth)][rows][kRowSize] words and probabilities [rows][kRowSize]: fp32,
+// or pairs of bf16 where a dot instruction takes them.
 struct Widened {
   using Word = float;
+  using Value = float;
+  static constexpr bool kIsDot = false;
   static constexpr int64_t kDepth = kKeys;
   template <class Q>
   static void pack(const Q* x, int64_t n, float* row) { convert_row(x, n, row); }
+  FL_INLINE static void store_probabilities(const vf* x, float* row) {
+    for (int v = 0; v < kKeys / kLanes; ++v) store(row + v * kLanes, x[v]);
+  }
 };
 
 struct Dotted {
   using Word = uint32_t;
+  using Value = bf16;
+  static constexpr bool kIsDot = true;
   static constexpr int64_t kDepth = 2 * kKeys;
   static void pack(const bf16* x, int64_t n, uint32_t* row) {
     if (n % 2) row[n / 2] = 0;
     __builtin_memcpy(row, x, n * sizeof(bf16));
+  }
+  template <class V>
+  FL_INLINE static void store_probabilities(const V* x, float* row) {
+    for (int v = 0; v < kKeys / kLanes; v += 2) store(row + v / 2 * kLanes, (vf)narrow_pairs(x[v], x[v + 1]));
   }
 };
 
@@ -98,48 +59,7 @@ void pack_queries(const Attention& job, const Task& task, typename How::Word* pa
   }
 }
 
-// body(block of the cache, first key in it, number of keys, n) for keys [lo, hi), n counting from 0 on.
-template <class T, class F>
-FL_INLINE void for_blocks(const Attention& job, const Tensor& cache, const Task& task, int64_t lo, int64_t hi,
-                          const F& body) {
-  const int32_t* table = static_cast<const int32_t*>(job.block_table.data) + task.seq * job.block_table.strides[0];
-  const T* heads = static_cast<const T*>(cache.data) + task.kv_head * cache.strides[1];
-  int64_t place = lo / job.block_size, within = lo - place * job.block_size;
-  for (int64_t n = 0; n < hi - lo; ++place, within = 0) {
-    int64_t left = job.block_size - within, count = hi - lo - n < left ? hi - lo - n : left;
-    body(heads + table[place * job.block_table.strides[1]] * cache.strides[0], within, count, n);
-    n += count;
-  }
-}
-
-// panels[0, ...) = the panels of keys [lo, hi), from the one that holds lo on. Their other lanes are whatever the cache has.
-template <class T>
-void find_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi, const T** panels) {
-  lo -= lo % kPanel;
-  for_blocks<T>(job, job.k_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
-    for (int64_t i = 0; i < count; i += kPanel) panels[(n + i) / kPanel] = block + (within + i) * job.key_dim;
-  });
-}
-
-// The same panels put together from blocks that are no multiple of one.
-template <class T>
-void copy_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi, T* panels) {
-  for_blocks<T>(job, job.k_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
-    for (int64_t i = 0, key = lo % kPanel + n; i < count; ++i, ++key)
-      copy_key(block, job.block_size, job.key_dim, within + i, panels + key / kPanel * kPanel * job.key_dim,
-               key % kPanel);
-  });
-}
-
-// rows[0, hi - lo) = where the values of keys [lo, hi) lie.
-template <class T>
-void find_values(const Attention& job, const Task& task, int64_t lo, int64_t hi, const T** rows) {
-  for_blocks<T>(job, job.v_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
-    for (int64_t i = 0; i < count; ++i) rows[n + i] = block + (within + i) * job.v_cache.strides[2];
-  });
-}
-
-// Values of `count` keys as panels [padded_dim / 16][kKeys][16].
+// Values of `count` keys as panels [padded_dim / 16][kKeys][16],
 template <class T>
 void widen_values(const Attention& job, const T* const* rows, int64_t count, float* values) {
   int64_t whole = job.value_dim / kPanel * kPanel;
@@ -151,74 +71,33 @@ void widen_values(const Attention& job, const T* const* rows, int64_t count, flo
   }
 }
 
-// Where the keys [lo, hi) of a tile and their values are; what is beyond them is a place that may be read.
+// or in pairs of keys, [padded_dim / 16][kKeys / 2][16][2]. Of an odd number of keys, rows[count] is one that can be read.
 template <class T>
-struct Places {
-  int64_t seq = -1, kv_head = 0, lo = 0, hi = 0;
-  const T *panels[kTilePanels], *values[kKeys];
-
-  bool is_at(const Task& task, int64_t first, int64_t end) const {
-    return seq == task.seq && kv_head == task.kv_head && lo == first && hi == end;
-  }
-};
-
-template <class T>
-void find_tile(const Attention& job, const Task& task, int64_t lo, int64_t hi, Places<T>& tile) {
-  tile.seq = task.seq, tile.kv_head = task.kv_head, tile.lo = lo, tile.hi = hi;
-  find_values(job, task, lo, hi, tile.values);
-  for (int64_t i = hi - lo; i < kKeys; ++i) tile.values[i] = tile.values[0];
-  if (key_lanes(job.block_size) != kPanel) return;
-  find_panels(job, task, lo, hi, tile.panels);
-  for (int64_t p = (hi - 1) / kPanel - lo / kPanel + 1; p < kTilePanels; ++p) tile.panels[p] = tile.panels[0];
-}
-
-// What is to be sent for while a tile that ends at `hi` is worked on: the task's next tile or the first of the `next` task.
-// Blocks lie apart, so no hardware foresees them. False where there is nothing to name.
-template <class T>
-bool find_next_tile(const Attention& job, const Task& task, const Task* next, int64_t hi, Places<T>& tile) {
-  if (hi >= task.end() && next == nullptr) return false;
-  const Task& after = hi < task.end() ? task : *next;
-  int64_t lo = hi < task.end() ? hi : first_key(job, after.position), end = (lo / kKeys + 1) * kKeys;
-  find_tile(job, after, lo, end < after.end() ? end : after.end(), tile);
-  return true;
-}
-
-// Sends for a tile's keys, and for its values from `first_value` on, a slice each time it is called: more requests at once
-// than a core can have under way would hold it up.
-template <class T>
-class Fetch {
- public:
-  Fetch(const Attention& job, const Places<T>& tile, int64_t first_value, int64_t num_calls) : tile_(tile), at_(0) {
-    if (tile.lo == tile.hi) return;
-    num_panels_ = key_lanes(job.block_size) == kPanel ? (tile.hi - 1) / kPanel - tile.lo / kPanel + 1 : 0;
-    panel_bytes_ = job.key_dim * kPanel * static_cast<int64_t>(sizeof(T));
-    value_bytes_ = job.value_dim * static_cast<int64_t>(sizeof(T));
-    first_value_ = first_value;
-    int64_t num_values = tile.hi - tile.lo > first_value ? tile.hi - tile.lo - first_value : 0;
-    end_ = num_panels_ + num_values;
-    slice_ = (num_panels_ * panel_bytes_ + num_values * value_bytes_) / num_calls + 64;
-  }
-  FL_INLINE void operator()() {
-    for (int64_t left = slice_; at_ < end_; ++at_, done_ = 0) {
-      bool is_panel = at_ < num_panels_;
-      const T* from = is_panel ? tile_.panels[at_] : tile_.values[first_value_ + at_ - num_panels_];
-      for (int64_t bytes = is_panel ? panel_bytes_ : value_bytes_; done_ < bytes; done_ += 64, left -= 64) {
-        if (left <= 0) return;
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + done_, 0, 2);
+void pair_values(const Attention& job, const T* const* rows, int64_t count, T* values) {
+  int64_t whole = job.value_dim / (2 * kPanel) * 2 * kPanel;
+  for (int64_t key = 0; key < count; key += 2) {
+    T last[2][2 * kPanel] = {};
+    for (int64_t e = 0; e < job.padded_dim; e += 2 * kPanel) {
+      const T *a = rows[key] + e, *b = rows[key + 1] + e;
+      if (e == whole) {
+        __builtin_memcpy(last[0], a, (job.value_dim - whole) * sizeof(T));
+        __builtin_memcpy(last[1], b, (job.value_dim - whole) * sizeof(T));
+        a = last[0], b = last[1];
       }
+      vu pairs[2];
+      pair_rows(a, b, pairs);
+      T* to = values + e * kKeys + key * kPanel;
+      for (int p = 0; p < 2; ++p) __builtin_memcpy(to + p * kPanel * kKeys, &pairs[p], sizeof pairs[p]);
     }
   }
-
- private:
-  const Places<T>& tile_;
-  int64_t at_, done_ = 0, end_ = 0, num_panels_ = 0, panel_bytes_ = 0, value_bytes_ = 0, first_value_ = 0, slice_ = 0;
-};
+}
 
 void fill(float* x, int64_t lo, int64_t hi, float value) {
   for (int64_t i = lo; i < hi; ++i) x[i] = value;
 }
 
 // Scores of one row -> probabilities relative to the row's new maximum, 0 for keys outside [lo, hi). Rescales the sums.
+template <class How>
 void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* sum, float& max, float& weight) {
   if (lo >= hi) return fill(s, 0, kKeys, 0.0f);
   constexpr int kVecs = kKeys / kLanes;
@@ -244,9 +123,9 @@ void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* 
   for (int v = 0; v < kVecs; ++v) {
     x[v] = vexp_down(x[v] - new_max);
     if (!is_full) x[v] = select(is_seen[v], x[v], zero());
-    store(s + v * kLanes, x[v]);
     total += x[v];
   }
+  How::store_probabilities(x, s);
   if (max == new_max) {   // exp(0) is 1 to the bit
     weight += hsum(total);
     return;
@@ -295,19 +174,29 @@ void score_tile(const Attention& job, int64_t rows, const Places<T>& tile, int n
   }
 }
 
-// sums [rows][padded_dim] += probabilities x values. Few rows read the values as they lie; for more, they are widened once.
+// sums [rows][padded_dim] += probabilities x values. Few rows read the values as they lie; for more, they are put into panels
+// once. `first` and num_keys count words of probabilities and keys from the tile's first on.
 template <class How, class T>
-void sum_tile(const Attention& job, int64_t rows, const float* scores, const Places<T>& tile, const Places<T>& next,
+void sum_tile(const Attention& job, int64_t rows, int64_t first, const Places<T>& tile, const Places<T>& next,
               int num_keys, const TaskScratch<How, T>& s, float* sum) {
+  using Word = typename How::Word;
+  using Value = typename How::Value;
+  const Word* scores = reinterpret_cast<const Word*>(s.scores) + first / (How::kIsDot ? 2 : 1);
   int num_panels = static_cast<int>(job.padded_dim / kPanel);
   if (rows <= kTileRows && job.padded_dim == job.value_dim)
     return key_rows<kRowSize>(static_cast<int>(rows), scores, tile.values, next.values, num_panels, num_keys, sum,
                               job.padded_dim);
-  widen_values(job, tile.values, num_keys, s.values);
+  Value* values = reinterpret_cast<Value*>(s.values);
+  if constexpr (How::kIsDot)
+    pair_values(job, tile.values, num_keys, values);
+  else
+    widen_values(job, tile.values, num_keys, values);
+  // Whole pairs, because an odd last key would lie by itself in a panel.
+  int num_k = How::kIsDot ? num_keys + num_keys % 2 : num_keys;
   for (int64_t r = 0; r < rows; r += kTileRows) {
     int n = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-    tile_rows<kRowSize>(n, scores + r * kRowSize, EvenPanels<float>{s.values, int64_t{kKeys} * kPanel}, num_panels,
-                        num_keys, sum + r * job.padded_dim, job.padded_dim, true);
+    tile_rows<kRowSize>(n, scores + r * kRowSize, EvenPanels<Value>{values, int64_t{kKeys} * kPanel}, num_panels, num_k,
+                        sum + r * job.padded_dim, job.padded_dim, true);
   }
 }
 
@@ -333,9 +222,9 @@ void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, 
     int64_t position = task.position_of(r), first = first_key(job, position);
     int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
     fetch();
-    softmax_row(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
+    softmax_row<How>(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
   }
-  sum_tile(job, rows, s.scores + (lo - base), tile, has_next ? next : tile, static_cast<int>(hi - lo), s, p.sum);
+  sum_tile(job, rows, lo - base, tile, has_next ? next : tile, static_cast<int>(hi - lo), s, p.sum);
 }
 
 // The keys of [segment, segment + 1) * kSegment that any row of the task sees; s.queries must be packed.
@@ -345,7 +234,7 @@ void run_segment(const Attention& job, const Task& task, int64_t segment, const 
   fill(p.sum, 0, rows * job.padded_dim, 0.0f);
   fill(p.max, 0, rows, -kInfinity);
   fill(p.weight, 0, rows, 0.0f);
-  int64_t first = first_key(job, task.position), begin = segment * kSegment, end = begin + kSegment;
+  int64_t first = first_read(job, task.position), begin = segment * kSegment, end = begin + kSegment;
   if (begin < first) begin = first / kKeys * kKeys;
   if (end > task.end()) end = task.end();
   for (int64_t base = begin; base < end; base += kKeys)
@@ -456,6 +345,8 @@ int64_t tokens_of(const Attention& job, int64_t seq) {
 
 template <class How, class T>
 void run_all(Attention& job) {
+  constexpr int64_t kStep = How::kIsDot ? 2 * kPanel : kPanel;
+  job.padded_dim = (job.value_dim + kStep - 1) / kStep * kStep;
   plan_tasks(job);
   int64_t longest = 1, num_tasks = 0;
   for (int64_t s = 0; s < job.num_seqs; ++s) {
@@ -495,7 +386,6 @@ void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
   job.block_size = job.k_cache.sizes[2];
   job.key_dim = job.k_cache.sizes[3];
   job.value_dim = job.v_cache.sizes[3];
-  job.padded_dim = (job.value_dim + kPanel - 1) / kPanel * kPanel;
   if constexpr (kHasDot)
     if (job.k_cache.dtype == DType::bf16 && job.q.dtype == DType::bf16) return run_all<Dotted, bf16>(job);
   with_float(job.k_cache.dtype, [&](auto p) { run_all<Widened, decltype(p)>(job); });

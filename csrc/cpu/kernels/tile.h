@@ -172,21 +172,44 @@ FL_INLINE void key_tile(const float* a, const T* const* rows, const T* const* ne
   store_tile(acc, c, ldc);
 }
 
-template <int ROWS, int LDA, class T>
-[[gnu::noinline]] void key_strip(const float* a, const T* const* rows, const T* const* next, int num_panels, int num_k,
+// The same of bf16, a: words of two k: rows k and k + 1 are put together in pairs as they are read. num_k may be odd:
+// rows[num_k] is then a row that can be read, and its half of the word 0.
+template <int ROWS, int PANELS, int LDA>
+FL_INLINE void key_tile(const uint32_t* a, const bf16* const* rows, const bf16* const* next, int num_k, float* c,
+                        int64_t ldc, int64_t offset) {
+  static_assert(PANELS % 2 == 0 && kPanelVecs == 1);
+  vf acc[ROWS][PANELS];
+  load_tile(acc, c, ldc, true);
+  for (int k = 0; k < num_k; k += 2) {
+    vu y[PANELS];
+    for (int i = 0; i < 2; ++i)
+      for (int e = 0; e < PANELS * kPanel; e += 32) __builtin_prefetch(next[k + i] + offset + e, 0, 2);
+    for (int p = 0; p < PANELS; p += 2)
+      pair_rows(rows[k] + offset + p * kPanel, rows[k + 1] + offset + p * kPanel, y + p);
+    for (int r = 0; r < ROWS; ++r) {
+      vu x = a[r * LDA + k / 2] - vu{};
+      for (int p = 0; p < PANELS; ++p) acc[r][p] = dot_pairs(acc[r][p], y[p], x);
+    }
+  }
+  store_tile(acc, c, ldc);
+}
+
+template <int ROWS, int LDA, class A, class T>
+[[gnu::noinline]] void key_strip(const A* a, const T* const* rows, const T* const* next, int num_panels, int num_k,
                                  float* c, int64_t ldc) {
-  constexpr int kStep = tile_panels(ROWS);
+  constexpr int kStep = tile_panels(ROWS), kLeast = __is_same(A, uint32_t) ? 2 : 1;
   int p = 0;
   for (; p + kStep <= num_panels; p += kStep)
     key_tile<ROWS, kStep, LDA>(a, rows, next, num_k, c + p * kPanel, ldc, p * kPanel);
-  for (; p < num_panels; ++p) key_tile<ROWS, 1, LDA>(a, rows, next, num_k, c + p * kPanel, ldc, p * kPanel);
+  for (; p < num_panels; p += kLeast)
+    key_tile<ROWS, kLeast, LDA>(a, rows, next, num_k, c + p * kPanel, ldc, p * kPanel);
 }
 
-template <int LDA, class T, int ROWS = kTileRows>
-FL_INLINE void key_rows(int num_rows, const float* a, const T* const* rows, const T* const* next, int num_panels,
-                        int num_k, float* c, int64_t ldc) {
+template <int LDA, class A, class T, int ROWS = kTileRows>
+FL_INLINE void key_rows(int num_rows, const A* a, const T* const* rows, const T* const* next, int num_panels, int num_k,
+                        float* c, int64_t ldc) {
   if (num_rows == ROWS) return key_strip<ROWS, LDA>(a, rows, next, num_panels, num_k, c, ldc);
-  if constexpr (ROWS > 1) key_rows<LDA, T, ROWS - 1>(num_rows, a, rows, next, num_panels, num_k, c, ldc);
+  if constexpr (ROWS > 1) key_rows<LDA, A, T, ROWS - 1>(num_rows, a, rows, next, num_panels, num_k, c, ldc);
 }
 
 }  // namespace

@@ -1,0 +1,168 @@
+// What a task of attention reads: the keys and values of its tiles, wherever their blocks lie in the cache.
+#pragma once
+#include "keys.h"
+#include "views.h"
+
+namespace fuseline::FL_ISA {
+namespace {
+
+constexpr int kKeys = 64;                    // keys of a tile
+constexpr int kTilePanels = kKeys / kPanel;
+constexpr int kRowSize = kKeys + 16;         // words from row to row of queries and probabilities
+constexpr int64_t kSegment = 256;
+constexpr int64_t kMaxGrain = 16;            // tasks that a thread claims together
+constexpr int64_t kMaxRows = 64;             // rows of a task: key and value tiles are read once for all of them
+
+struct Attention {
+  const Tensor &out, &q, &k_cache, &v_cache, &block_table, &seq_lens, &query_start, &sinks;
+  int64_t window;
+  float scale, softcap;
+  int64_t num_seqs = 0, group = 0, block_size = 0, key_dim = 0, value_dim = 0, padded_dim = 0;
+  int64_t heads_per_task = 0, tokens_per_task = 0;
+
+  int64_t parts() const { return (group + heads_per_task - 1) / heads_per_task; }
+  int64_t tasks_of(int64_t tokens) const {
+    return k_cache.sizes[1] * parts() * ((tokens + tokens_per_task - 1) / tokens_per_task);
+  }
+  // Floats of a partial result of `rows` rows: sums [rows][padded_dim], then maxima and weights [rows].
+  int64_t partial_size(int64_t rows) const { return rows * (padded_dim + 2); }
+};
+
+// Tokens [token, token + num_tokens) of the batch, the first at `position` in its sequence, times heads of one kv head.
+struct Task {
+  int64_t seq, kv_head, head, num_heads, token, num_tokens, position;
+  int64_t rows() const { return num_tokens * num_heads; }
+  int64_t position_of(int64_t row) const { return position + row / num_heads; }
+  int64_t end() const { return position + num_tokens; }   // keys seen by the last token
+};
+
+int64_t first_key(const Attention& job, int64_t position) {
+  return job.window > 0 && position >= job.window ? position - job.window + 1 : 0;
+}
+
+// The first key read for a row: pairs of keys begin at even ones, or a sum would depend on the rows beside it.
+int64_t first_read(const Attention& job, int64_t position) { return first_key(job, position) & ~int64_t{1}; }
+
+// starts[s] is the first task of sequence s.
+Task task_at(const Attention& job, const int64_t* starts, int64_t index) {
+  int64_t lo = 0, hi = job.num_seqs;
+  while (hi - lo > 1) {
+    int64_t mid = (lo + hi) / 2;
+    (starts[mid] <= index ? lo : hi) = mid;
+  }
+  index -= starts[lo];
+  int64_t part = index % job.parts(), kv_head = index / job.parts() % job.k_cache.sizes[1];
+  int64_t first = index / job.parts() / job.k_cache.sizes[1] * job.tokens_per_task;
+  int64_t begin = int_at(job.query_start, lo), tokens = int_at(job.query_start, lo + 1) - begin;
+  int64_t head = part * job.heads_per_task, left = tokens - first;
+  return {lo, kv_head, kv_head * job.group + head,
+          job.group - head < job.heads_per_task ? job.group - head : job.heads_per_task, begin + first,
+          left < job.tokens_per_task ? left : job.tokens_per_task, int_at(job.seq_lens, lo) - tokens + first};
+}
+
+// body(block of the cache, first key in it, number of keys, n) for keys [lo, hi), n counting from 0 on.
+template <class T, class F>
+FL_INLINE void for_blocks(const Attention& job, const Tensor& cache, const Task& task, int64_t lo, int64_t hi,
+                          const F& body) {
+  const int32_t* table = static_cast<const int32_t*>(job.block_table.data) + task.seq * job.block_table.strides[0];
+  const T* heads = static_cast<const T*>(cache.data) + task.kv_head * cache.strides[1];
+  int64_t place = lo / job.block_size, within = lo - place * job.block_size;
+  for (int64_t n = 0; n < hi - lo; ++place, within = 0) {
+    int64_t left = job.block_size - within, count = hi - lo - n < left ? hi - lo - n : left;
+    body(heads + table[place * job.block_table.strides[1]] * cache.strides[0], within, count, n);
+    n += count;
+  }
+}
+
+// panels[0, ...) = the panels of keys [lo, hi), from the one that holds lo on. Their other lanes are whatever the cache has.
+template <class T>
+void find_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi, const T** panels) {
+  lo -= lo % kPanel;
+  for_blocks<T>(job, job.k_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; i += kPanel) panels[(n + i) / kPanel] = block + (within + i) * job.key_dim;
+  });
+}
+
+// The same panels put together from blocks that are no multiple of one.
+template <class T>
+void copy_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi, T* panels) {
+  for_blocks<T>(job, job.k_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
+    for (int64_t i = 0, key = lo % kPanel + n; i < count; ++i, ++key)
+      copy_key(block, job.block_size, job.key_dim, within + i, panels + key / kPanel * kPanel * job.key_dim,
+               key % kPanel);
+  });
+}
+
+// rows[0, hi - lo) = where the values of keys [lo, hi) lie.
+template <class T>
+void find_values(const Attention& job, const Task& task, int64_t lo, int64_t hi, const T** rows) {
+  for_blocks<T>(job, job.v_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; ++i) rows[n + i] = block + (within + i) * job.v_cache.strides[2];
+  });
+}
+
+// Where the keys [lo, hi) of a tile and their values are; what is beyond them is a place that may be read.
+template <class T>
+struct Places {
+  int64_t seq = -1, kv_head = 0, lo = 0, hi = 0;
+  const T *panels[kTilePanels], *values[kKeys];
+
+  bool is_at(const Task& task, int64_t first, int64_t end) const {
+    return seq == task.seq && kv_head == task.kv_head && lo == first && hi == end;
+  }
+};
+
+template <class T>
+void find_tile(const Attention& job, const Task& task, int64_t lo, int64_t hi, Places<T>& tile) {
+  tile.seq = task.seq, tile.kv_head = task.kv_head, tile.lo = lo, tile.hi = hi;
+  find_values(job, task, lo, hi, tile.values);
+  for (int64_t i = hi - lo; i < kKeys; ++i) tile.values[i] = tile.values[0];
+  if (key_lanes(job.block_size) != kPanel) return;
+  find_panels(job, task, lo, hi, tile.panels);
+  for (int64_t p = (hi - 1) / kPanel - lo / kPanel + 1; p < kTilePanels; ++p) tile.panels[p] = tile.panels[0];
+}
+
+// What is to be sent for while a tile that ends at `hi` is worked on: the task's next tile or the first of the `next` task.
+// Blocks lie apart, so no hardware foresees them. False where there is nothing to name.
+template <class T>
+bool find_next_tile(const Attention& job, const Task& task, const Task* next, int64_t hi, Places<T>& tile) {
+  if (hi >= task.end() && next == nullptr) return false;
+  const Task& after = hi < task.end() ? task : *next;
+  int64_t lo = hi < task.end() ? hi : first_read(job, after.position), end = (lo / kKeys + 1) * kKeys;
+  find_tile(job, after, lo, end < after.end() ? end : after.end(), tile);
+  return true;
+}
+
+// Sends for a tile's keys, and for its values from `first_value` on, a slice each time it is called: more requests at once
+// than a core can have under way would hold it up.
+template <class T>
+class Fetch {
+ public:
+  Fetch(const Attention& job, const Places<T>& tile, int64_t first_value, int64_t num_calls) : tile_(tile), at_(0) {
+    if (tile.lo == tile.hi) return;
+    num_panels_ = key_lanes(job.block_size) == kPanel ? (tile.hi - 1) / kPanel - tile.lo / kPanel + 1 : 0;
+    panel_bytes_ = job.key_dim * kPanel * static_cast<int64_t>(sizeof(T));
+    value_bytes_ = job.value_dim * static_cast<int64_t>(sizeof(T));
+    first_value_ = first_value;
+    int64_t num_values = tile.hi - tile.lo > first_value ? tile.hi - tile.lo - first_value : 0;
+    end_ = num_panels_ + num_values;
+    slice_ = (num_panels_ * panel_bytes_ + num_values * value_bytes_) / num_calls + 64;
+  }
+  FL_INLINE void operator()() {
+    for (int64_t left = slice_; at_ < end_; ++at_, done_ = 0) {
+      bool is_panel = at_ < num_panels_;
+      const T* from = is_panel ? tile_.panels[at_] : tile_.values[first_value_ + at_ - num_panels_];
+      for (int64_t bytes = is_panel ? panel_bytes_ : value_bytes_; done_ < bytes; done_ += 64, left -= 64) {
+        if (left <= 0) return;
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + done_, 0, 2);
+      }
+    }
+  }
+
+ private:
+  const Places<T>& tile_;
+  int64_t at_, done_ = 0, end_ = 0, num_panels_ = 0, panel_bytes_ = 0, value_bytes_ = 0, first_value_ = 0, slice_ = 0;
+};
+
+}  // namespace
+}  // namespace fuseline::FL_ISA

@@ -1,0 +1,145 @@
+"""One launch of the sampling kernels: a step's logits to its tokens, and how likely they and its prompt tokens were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuseline.compile.backends.device_inputs import Layout
+from fuseline.engine.messages import PositionLogprobs
+from fuseline.engine.run.device import Device, Results
+
+INPUTS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition", "frequency", "presence", "seed", "counter", "num_logprobs",
+    "history_start", "history", "prompt_len", "bias_start", "bias_ids", "bias_values", "banned_start", "banned_ids",
+    "allowed_start", "allowed_ids",
+)  # fmt: skip
+"""Of the `sample` kernel, in its order."""
+SCORES = ("logprobs", "ranks", "top_ids", "top_logprobs")
+NO_TARGETS = torch.empty(0, dtype=torch.int64)
+
+
+@dataclass
+class SampleArguments:
+    """What R rows want. Tensors are on the host."""
+
+    num_rows: int
+    num_top: int
+    """Most log-probabilities that a row wants."""
+    mode: int
+    inputs: dict[str, Tensor]
+    """By the names in INPUTS."""
+    unknown: dict[str, Tensor] = field(default_factory=dict)
+    """places, rows [K] int64: history[places] are tokens that the step before gave for these rows of its own and the
+    host has not seen yet. Empty when it has seen all."""
+    no_scores: dict[str, Tensor] | None = None
+    """None: a row wants log-probabilities. Else what stands for those outputs on the device, since the kernel leaves
+    them alone: made by the first launch of the same rows, and kept."""
+    targets: Tensor = NO_TARGETS
+    """[P] prompt tokens, whose logits come behind those of the R rows."""
+    num_prompt_top: int = 0
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Log-probabilities of R rows: of the token itself, its rank, and the best ones."""
+
+    logprobs: Tensor  # [R] float32
+    ranks: Tensor  # [R] int64
+    top_ids: Tensor  # [R, L] int64
+    top_logprobs: Tensor  # [R, L] float32
+
+    @staticmethod
+    def layout(prefix: str, num_rows: int, num_top: int) -> Layout:
+        return {
+            f"{prefix}logprobs": ((num_rows,), torch.float32),
+            f"{prefix}ranks": ((num_rows,), torch.int64),
+            f"{prefix}top_ids": ((num_rows, num_top), torch.int64),
+            f"{prefix}top_logprobs": ((num_rows, num_top), torch.float32),
+        }
+
+    def position(self, row: int, token: int, count: int) -> PositionLogprobs:
+        return PositionLogprobs(
+            token_id=token,
+            logprob=float(self.logprobs[row]),
+            rank=int(self.ranks[row]),
+            top_ids=tuple(self.top_ids[row, :count].tolist()),
+            top_logprobs=tuple(self.top_logprobs[row, :count].tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    tokens: np.ndarray  # [R] int64
+    ok: np.ndarray  # [R] bool; False: the row's logits were not finite
+    scores: RowScores | None  # None: nobody wants any
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Entry i of `sampled` belongs to the i-th sampling sequence of the plan; rows of `scores` to the targets."""
+
+    sampled: Sampled | None
+    scores: RowScores | None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way."""
+
+    arguments: SampleArguments
+    results: Results
+
+    @property
+    def tokens(self) -> Tensor:
+        """[R] int64 on the device, for what is launched next."""
+        return self.results.tensors["tokens"]
+
+    def result(self) -> StepResult:
+        """Waits for the step."""
+        found, arguments = self.results.read(), self.arguments
+        sampled = scores = None
+        if arguments.num_rows:
+            scores_of_tokens = RowScores(*itemgetter(*SCORES)(found)) if arguments.no_scores is None else None
+            sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy() != 0, scores_of_tokens)
+        if len(arguments.targets):
+            scores = RowScores(*(found[f"prompt_{name}"] for name in SCORES))
+        return StepResult(sampled, scores)
+
+
+def launch_sampling(device: Device, logits: Tensor, arguments: SampleArguments, before: Tensor | None) -> Launched:
+    """logits [R + P, V] float32. `before`: the tokens of the step before, on the device, if some are unknown."""
+    num_rows, num_targets = arguments.num_rows, len(arguments.targets)
+    layout = {"tokens": ((num_rows,), torch.int64), "ok": ((num_rows,), torch.uint8)}
+    if arguments.no_scores is None:
+        layout |= RowScores.layout("", num_rows, arguments.num_top)
+    if num_targets:
+        layout |= RowScores.layout("prompt_", num_targets, arguments.num_prompt_top)
+    # A row that is not ok leaves its token as it is: a zero.
+    results = device.results(layout)
+    out, given = results.tensors, device.upload({**arguments.inputs, **arguments.unknown, "targets": arguments.targets})
+    if arguments.unknown:
+        given["history"].index_copy_(0, given["places"], before.index_select(0, given["rows"]))
+    if num_rows:
+        scores = _score_outputs(device, out, arguments)
+        device.ops.sample(
+            out["tokens"], *itemgetter(*SCORES)(scores), out["ok"], logits[:num_rows], *itemgetter(*INPUTS)(given),
+            None, arguments.mode,
+        )  # fmt: skip
+    if num_targets:
+        scores = [out[f"prompt_{name}"] for name in SCORES]
+        device.ops.row_logprobs(*scores, logits[num_rows:], given["targets"])
+    results.send()
+    return Launched(arguments, results)
+
+
+def _score_outputs(device: Device, out: dict[str, Tensor], arguments: SampleArguments) -> dict[str, Tensor]:
+    if arguments.no_scores is None:
+        return out
+    if not arguments.no_scores:
+        arguments.no_scores |= device.results(RowScores.layout("", arguments.num_rows, 0)).tensors
+    return arguments.no_scores

@@ -1,0 +1,135 @@
+"""Steps of nothing, before the first request: they compile the kernels and show how much memory a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.engine.config import EngineConfig
+from fuseline.engine.memory.sizing import StepMemory
+from fuseline.engine.run.device import Device, Progress
+from fuseline.engine.run.runner import Model
+from fuseline.engine.run.sampling import SampleArguments, launch_sampling
+
+FEW_ROWS = (1, 2, 3, 16, 17)
+"""Decode steps that kernels may treat in ways of their own."""
+GRAPH_BYTES = 8 << 20
+"""Kept for what a captured graph takes outside the pool; an assumption, not a measurement."""
+
+
+def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progress) -> StepMemory:
+    """Leaves the model with caches of one block. Nothing is run where the device gains nothing by it."""
+    trial = _Trial(device, model, config)
+    num_seqs = config.scheduler.max_num_seqs
+    steps = [trial.step(counts) for counts in trial_steps(config, trial.max_model_len)]
+    first = [trial.allocate_caches, trial.step([1] * num_seqs)]
+    runs = _told([*first, *steps, *trial.sampling_steps()], progress)
+    decode = device.rehearse(runs[: len(first)])
+    peak = device.rehearse(runs[len(first) :])
+    sizes = (*config.graphs.resolved(num_seqs), *config.graphs.resolved_mixed(config.scheduler.max_num_batched_tokens))
+    # The graphs' pool, and trial runs on the stream that captures, whose memory other streams do not get.
+    largest = decode * max((1, *(size / num_seqs for size in sizes)))
+    graphs = int(2 * largest) + len(sizes) * GRAPH_BYTES if sizes else 0
+    return StepMemory(peak, graphs)
+
+
+def trial_steps(config: EngineConfig, max_model_len: int) -> list[list[int]]:
+    """Tokens by sequence: the largest step, prompts of an even and of an odd length, decode steps of many and few."""
+    num_tokens, num_seqs = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+    total = min(num_tokens, num_seqs * max_model_len)
+    spread = np.diff(np.linspace(0, total, num_seqs + 1).astype(int)).tolist()
+    longest = min(num_tokens, max_model_len)
+    few = [count for count in FEW_ROWS if count < num_seqs]
+    return [spread, [longest], [max(1, longest - 1)], [1] * num_seqs, *([1] * count for count in few)]
+
+
+def _told(runs: list[Callable[[], None]], progress: Progress) -> list[Callable[[], None]]:
+    def tell(done: int, run: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            run()
+            progress("warming up", done, len(runs))
+
+        return call
+
+    return [tell(done, run) for done, run in enumerate(runs, 1)]
+
+
+class _Trial:
+    """Makes runs: steps that write no cache and read block 0 of it."""
+
+    def __init__(self, device: Device, model: Model, config: EngineConfig) -> None:
+        self.device, self.model, self.config = device, model, config
+        self.max_model_len = config.compile.max_model_len or model.info.max_model_len
+        self._sampled: torch.Tensor | None = None
+
+    def allocate_caches(self) -> None:
+        self.model.allocate_caches([1] * len(self.model.info.cache_groups))
+
+    def step(self, counts: list[int], **settings: object) -> Callable[[], None]:
+        """Every sequence samples; tokens come from the run before, if there was one. Settings: trial_arguments."""
+
+        def run() -> None:
+            inputs = self._inputs(counts)
+            sources = None if self._sampled is None else torch.zeros(sum(counts), dtype=torch.int32)
+            logits = self.model.run(inputs, sources, self._sampled)
+            # Prompt scores of the same rows, once more.
+            logits = torch.cat((logits, logits)) if settings.get("with_scores") else logits
+            launched = launch_sampling(self.device, logits, trial_arguments(len(counts), **settings), self._sampled)
+            self._sampled = launched.tokens
+
+        return run
+
+    def sampling_steps(self) -> list[Callable[[], None]]:
+        """With each set of kernels that sampling may launch."""
+        counts = [1] * self.config.scheduler.max_num_seqs
+        return [
+            self.step(counts, with_lists=True),
+            self.step(counts, with_lists=True, with_history=True),
+            self.step(counts, with_history=True),
+            self.step([1], with_scores=True),
+        ]
+
+    def _inputs(self, counts: list[int]) -> GraphInputs:
+        lens = torch.tensor(counts, dtype=torch.int32)
+        ends = lens.cumsum(0)
+        positions = torch.cat([torch.arange(count) for count in counts])
+        num_groups = len(self.model.info.cache_groups)
+        width = -(-self.max_model_len // self.config.cache.block_size)
+        return GraphInputs(
+            token_ids=torch.zeros_like(positions),
+            positions=positions,
+            rope_rows=positions,
+            query_start=torch.cat((torch.zeros(1, dtype=torch.int32), ends.int())),
+            seq_lens=lens,
+            slot_mapping=torch.full((num_groups, len(positions)), -1),
+            block_tables=torch.zeros((num_groups, len(counts), width), dtype=torch.int32),
+            logits_rows=ends - 1,
+        )
+
+
+def trial_arguments(
+    num_rows: int, with_history: bool = False, with_lists: bool = False, with_scores: bool = False
+) -> SampleArguments:  # fmt: skip
+    """Of rows that draw; with penalties over a token each, with a bias, with log-probabilities."""
+
+    def full(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.full((num_rows,), value, dtype=dtype)
+
+    f32 = torch.float32
+    inputs = {
+        "temperature": full(1, f32), "top_k": full(2), "top_p": full(0.5, f32), "min_p": full(0.1, f32),
+        "repetition": full(1 + with_history, f32), "frequency": full(0, f32), "presence": full(0, f32), "seed": full(1),
+        "counter": full(0), "num_logprobs": full(0 if with_scores else -1), "prompt_len": full(1),
+        "bias_values": torch.ones(num_rows * with_lists),
+    }  # fmt: skip
+    starts = torch.arange(num_rows + 1)
+    for start, items, is_there in (
+        ("history_start", "history", with_history), ("bias_start", "bias_ids", with_lists),
+        ("banned_start", "banned_ids", False), ("allowed_start", "allowed_ids", False),
+    ):  # fmt: skip
+        inputs[start], inputs[items] = starts * is_there, full(0)[: num_rows * is_there]
+    targets = full(0) if with_scores else full(0)[:0]
+    return SampleArguments(num_rows, 0, 0, inputs, targets=targets)
