@@ -121,21 +121,22 @@ def test_reading_what_lies_on_the_card_is_noticed() -> None:
 
 def test_a_card_is_started_warm_sized_and_captured() -> None:
     """Caches fill what the share of the card leaves beside the model, the steps and the graphs."""
-    model = build(FAMILY, "float32", GraphConfig((1, 2)), max_num_seqs=2)
+    graphs = GraphConfig((1, 2), mixed_sizes=(4,))
+    model = build(FAMILY, "float32", graphs, max_num_seqs=2)
     device, sent = FakeCard(model), []
     config = EngineConfig(
-        CompileConfig(model=""), graphs=GraphConfig((1, 2)),
+        CompileConfig(model=""), graphs=graphs,
         scheduler=SchedulerConfig(max_num_batched_tokens=4, max_num_seqs=2),
     )  # fmt: skip
     service = EngineService(config, lambda config, progress: model, lambda config: device, sent.append)
     model.graphs.wait()
     assert trial_steps(config, 256) == [[2, 2], [4], [3], [1, 1], [1]] and device.rehearsed == [2, 5 + 4]
     assert sent[: sum(device.rehearsed)] == [Progress("warming up", k, 11) for k in range(1, 12)]
-    assert Progress("capturing graphs", 2, 2) in sent and device.graphs.captured == [2, 1]
+    assert Progress("capturing graphs", 3, 3) in sent and device.graphs.captured == [2, 1]
     (ready,) = (m for m in sent if isinstance(m, EngineReady))
     table = dict(ready.table)
     assert table["device"] == "fake card" and table["a step at most"] == "1.0 MiB"
-    assert table["kept for graphs"] == f"{2 + 2 * 8:.1f} MiB"
+    assert table["kept for graphs"] == f"{2 * 2 + 3 * 8:.1f} MiB", "a mixed step is twice as high as a decode step"
     assert model._caches["k_cache_0"].shape[0] == ready.num_blocks + 1
     walk = Walk(service.engine)
     walk.submit(PROMPTS[0], **GREEDY)

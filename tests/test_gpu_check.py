@@ -64,7 +64,7 @@ def test_every_kernel_is_measured(tool) -> None:
 
 
 def test_what_fails_is_marked_and_the_file_holds_what_was_measured(tool, tmp_path) -> None:
-    kernels, _, tables = tool
+    kernels, _, _, tables = tool
     found = tables.Table(tmp_path / "table.md", "a card")
 
     def broken() -> None:
@@ -82,7 +82,7 @@ def test_what_fails_is_marked_and_the_file_holds_what_was_measured(tool, tmp_pat
 
 
 def test_every_kernel_in_cpp_is_measured(tool) -> None:
-    kernels, _, tables = tool
+    kernels, _, _, tables = tool
     import cpp
 
     sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32)
@@ -118,7 +118,7 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
 def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> None:
     from fuseline.compile.backends import tune_card
 
-    _, llama, tables = tool
+    _, llama, _, tables = tool
     import tune
 
     monkeypatch.setattr(tune_card, "CardTimer", lambda: lambda candidate, _: 0.1 if "4s" in candidate.label else 1.0)
@@ -130,7 +130,7 @@ def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> No
     assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 4s") for row in rows)
     assert sum("decode" in row for row in rows) == 2 * len(load.batches)
 def test_mixed_steps_are_measured(tool, tmp_path) -> None:
-    _, llama, tables = tool
+    _, llama, _, tables = tool
     from mixed import measure_mixed
 
     load, found, api = llama.small(llama.Load()), tables.Table(), FakeGraphs()
