@@ -12,9 +12,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "compiler": "compilation_config enforce_eager wait_compiled disabled_passes cpu_threads cache_dir".split(),
     "memory and scheduling": (
         "kv_cache_dtype block_size enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes "
-        "num_gpu_blocks_override swap_space max_num_batched_tokens max_num_seqs max_num_queued_reqs "
-        "scheduling_policy async_scheduling enable_chunked_prefill max_num_partial_prefills max_long_partial_prefills "
-        "long_prefill_token_threshold"
+        "num_gpu_blocks_override swap_space preemption_mode cpu_offload_gb max_num_batched_tokens max_num_seqs "
+        "max_num_queued_reqs scheduling_policy async_scheduling enable_chunked_prefill max_num_partial_prefills "
+        "max_long_partial_prefills long_prefill_token_threshold"
     ).split(),
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "
@@ -97,14 +97,19 @@ class Recorded:
     minimum: float | None = None
 
 
+CARD_ONLY: dict[str, str] = {
+    "swap_space": "on a CPU there is nothing to swap to",
+    "preemption_mode": "on a CPU there is nothing to swap to",
+    "cpu_offload_gb": "on a CPU the weights are in host memory already",
+}
+"""field -> why it changes nothing on a CPU."""
+
 RECORDED: dict[str, Recorded] = {
     "model_impl": Recorded(
         "auto", "every model is the captured Transformers model", ("auto", "fuseline", "vllm", "transformers")
     ),
     "use_v2_block_manager": Recorded(True, "deprecated: there is one block manager"),
     "num_lookahead_slots": Recorded(0, "blocks are taken as tokens come", minimum=0),
-    "cpu_offload_gb": Recorded(0.0, "on a CPU the weights are in host memory already", minimum=0),
-    "preemption_mode": Recorded("recompute", "a preempted sequence is computed anew", ("recompute", "swap")),
     "num_scheduler_steps": Recorded(1, "every step is scheduled", minimum=1),
     "multi_step_stream_outputs": Recorded(True, "every step is streamed"),
     "disable_async_output_proc": Recorded(False, "output is processed in another process"),

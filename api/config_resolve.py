@@ -60,11 +60,20 @@ def without_effect(config: ServerConfig) -> list[str]:
         for name, value in config.recorded
         if value != tables.RECORDED[name].default
     ]
-    if config.engine.cache.swap_space != CacheConfig.swap_space:
-        lines.append("--swap-space has no effect: on a CPU there is nothing to swap to")
+    lines += [f"--{name.replace('_', '-')} has no effect: {note}" for name, note in _idle_on_cpu(config)]
     if idle := idle_keys(dict(config.compilation_config)):
         lines.append(f"--compilation-config: no effect on this device: {', '.join(idle)}")
     return lines
+
+
+def _idle_on_cpu(config: ServerConfig) -> list[tuple[str, str]]:
+    parts = (config.engine.compile, config.engine.cache)
+    return [
+        (item.name, tables.CARD_ONLY[item.name])
+        for part in parts
+        for item in fields(part)
+        if item.name in tables.CARD_ONLY and getattr(part, item.name) != item.default
+    ]
 
 
 def config_dict(config: ServerConfig) -> dict[str, object]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fuseline.compile.backends.cuda_graph import CudaGraphApi, DecodeGraphs, GraphApi, GraphConfig, Inputs, Progress
 from fuseline.compile.backends.device_inputs import DeviceInputs
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.backends.host_caches import HostCaches
+from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe
 
@@ -30,6 +31,7 @@ class CudaModel:
         self._device = torch.device(device)
         self._graph_config = graphs
         self._caches: dict[str, Tensor] = {}
+        self._host_caches: HostCaches | None = None
         self._uploads = DeviceInputs(self._device)
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
@@ -43,6 +45,14 @@ class CudaModel:
                 shape = (of_layer[spec.layer], spec.num_kv_heads, self._config.block_size, dim)
                 cache = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=self._device)
                 self._caches[f"{name}_cache_{spec.layer}"] = cache
+
+    def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
+        """Blocks per cache group to swap to; allocate_caches comes first."""
+        self._host_caches = HostCaches(self._caches, self.info.cache_groups, num_blocks, self._device)
+
+    def swap(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies blocks in this order, before what is run next. Never waits for the device."""
+        self._host_caches.copy(copies)
 
     def capture_graphs(self, progress: Progress | None = None, api: GraphApi | None = None) -> None:
         """Starts to capture graphs for decode steps, in the background; allocate_caches comes first."""

@@ -76,7 +76,10 @@ class ModelInfo:
     dtype: str
     eos_token_ids: tuple[int, ...]
     weight_bytes: int
+    """On the device."""
     arena_bytes: int
     rope_switch: RopeSwitchSpec | None = None
     cache_specs: tuple[CacheSpec, ...] = ()
     cache_groups: tuple[CacheGroup, ...] = field(default=())
+    host_weight_bytes: int = 0
+    """Of weights that are copied to the device each step."""

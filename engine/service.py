@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from fuseline.engine.config import EngineConfig
 from fuseline.engine.engine import Engine
 from fuseline.engine.memory.free_memory import free_memory
 from fuseline.engine.memory.sizing import CacheSize, size_cache
+from fuseline.engine.memory.swap import host_blocks
 from fuseline.engine.messages import (
     AbortRequests,
     EngineFailed,
@@ -24,7 +26,7 @@ from fuseline.engine.messages import (
     Utility,
     UtilityResult,
 )
-from fuseline.engine.run.runner import Model
+from fuseline.engine.run.runner import Model, SwappingModel
 
 logger = logging.getLogger("fuseline.engine")
 
@@ -47,7 +49,8 @@ class EngineService:
         max_model_len = config.compile.max_model_len or info.max_model_len
         self.size = size_cache(info, config.cache, config.scheduler, max_model_len, free_before, free_memory())
         model.allocate_caches(self._cache_blocks())
-        self.engine = Engine(config, model, self.size.num_blocks, build_ops())
+        host = self._open_swap_space(model)
+        self.engine = Engine(config, model, self.size.num_blocks, build_ops(), host)
         self.sleep_level = 0
         send(_ready(config, self.engine, self.size))
 
@@ -122,6 +125,16 @@ class EngineService:
 
     def _build(self) -> Model:
         return self.build_model(self.config, lambda *progress: self.send(Progress(*progress)))
+
+    def _open_swap_space(self, model: Model) -> list[int]:
+        """Host blocks per cache group; none where preempted sequences are computed anew."""
+        cache = self.config.cache
+        if cache.preemption_mode != "swap" or cache.swap_space == 0 or not isinstance(model, SwappingModel):
+            return []
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        blocks = host_blocks(model.info, cache.block_size, cache.swap_space, self.size.num_blocks, memory)
+        model.allocate_host_blocks(blocks)
+        return blocks
 
     def _cache_blocks(self) -> list[int]:
         return [count + 1 for count in self.size.num_blocks]

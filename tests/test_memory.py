@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from pathlib import Path
 
@@ -97,6 +98,14 @@ def test_sizes_from_memory_flags() -> None:
     assert whole.num_blocks == (64,) and whole.num_bytes == 65 * 128
     # Window 6 and steps of 16 tokens: at most 7 blocks a sequence.
     assert sized(CacheConfig(block_size=4), windows=(0, 6)).num_blocks == (64, 28)
+
+
+def test_the_table_tells_of_weights_on_the_host() -> None:
+    info = dataclasses.replace(FakeModel().info, weight_bytes=3 << 30, host_weight_bytes=2 << 30)
+    cache = CacheConfig(block_size=4, num_gpu_blocks_override=77)
+    table = dict(size_cache(info, cache, SchedulerConfig(), 64, 100 * MIB, 100 * MIB).table)
+    assert table["weights"] == "3.00 GiB" and table["weights on the host"] == "2.00 GiB"
+    assert "weights on the host" not in dict(sized(cache).table)
 
 
 def test_too_small_cache_names_the_flags() -> None:

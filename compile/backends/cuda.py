@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from fuseline.compile.backends.offload import PREFETCH, Offload
 from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
 from fuseline.compile.target import Target
 
@@ -23,7 +24,10 @@ class CudaExecutable:
 
     num_regions = 0
 
-    def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target, offload: Offload | None = None
+    ) -> None:
+        self.offload = offload
         self.kernels = chosen_kernels(graph, target)
         program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
         device = torch.device(target.device)
@@ -33,12 +37,23 @@ class CudaExecutable:
             if node.op == "call_function":
                 node.target = kernels[node.name].run
                 node.args, node.kwargs = (_on_device(args, device) for args in (node.args, node.kwargs))
+        if offload is not None:
+            offload.rewrite(program.graph)
         program.recompile()
         self._program = program
         self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Logits [1, R, V] float32, of memory that is this call's own."""
+    @property
+    def host_weight_bytes(self) -> int:
+        return self.offload.num_bytes if self.offload else 0
+
+    def run(self, values: Mapping[str, Tensor], is_trial: bool = False) -> Tensor:
+        """Logits [1, R, V] float32, of memory that is this call's own.
+
+        A trial, whose results nobody wants, may run beside other calls: it leaves offloaded weights where they are.
+        """
+        if self.offload is not None:
+            values = {**values, PREFETCH: self.offload.start(is_trial)}
         return self._program(*(values[name] for name in self._inputs))
 
 

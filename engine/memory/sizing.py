@@ -99,8 +99,10 @@ def _table(
 ) -> tuple[tuple[str, str], ...]:
     blocks = " + ".join(str(count) for count in num_blocks)
     tokens = max(num_blocks) * cache.block_size
+    on_host = (("weights on the host", _gib(info.host_weight_bytes)),) if info.host_weight_bytes else ()
     return (
         ("weights", _gib(info.weight_bytes)),
+        *on_host,
         ("arena", _gib(info.arena_bytes)),
         ("KV cache", f"{_gib(num_bytes)}: {blocks} blocks of {cache.block_size} tokens"),
         ("KV capacity", f"{tokens} tokens, {tokens / max_model_len:.1f} sequences of {max_model_len}"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.request import Sequence
@@ -27,6 +27,17 @@ class Model(Protocol):
     def allocate_caches(self, num_blocks: Seq[int]) -> None: ...
 
     def run(self, inputs: GraphInputs) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class SwappingModel(Model, Protocol):
+    """One that can copy blocks of its caches to host memory and back."""
+
+    def allocate_host_blocks(self, num_blocks: Seq[int]) -> None:
+        """Blocks per cache group."""
+
+    def swap(self, copies: Seq[BlockCopy]) -> None:
+        """Copies blocks in this order, before what is run next. Never waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,8 @@ class Runner:
         self.sampler.fill(batch.arguments)
 
     def run(self, batch: Batch) -> StepResult:
+        if batch.plan.copies:
+            self.model.swap(batch.plan.copies)
         logits = self.model.run(batch.inputs)
         num_sampling = len(batch.plan.sampling)
         sampled = self.sampler.sample(logits[:num_sampling], batch.arguments) if num_sampling else None
