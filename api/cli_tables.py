@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "server": (
         "host port api_key uvicorn_log_level allow_credentials allowed_origins allowed_methods "
         "allowed_headers ssl_keyfile ssl_certfile ssl_ca_certs ssl_cert_reqs root_path middleware "
-        "disable_frontend_multiprocessing enable_request_id_headers disable_fastapi_docs "
+        "disable_frontend_multiprocessing enable_sleep_mode enable_request_id_headers disable_fastapi_docs "
         "enable_server_load_tracking shutdown_timeout sse_keep_alive_interval metrics_prefix"
     ).split(),
     "logging": "disable_log_requests max_log_len enable_log_outputs disable_log_stats".split(),
@@ -169,7 +169,7 @@ LATER: dict[str, Later] = {
     **_laters("embeddings and pooling", "override_pooler_config"),
     **_laters("scheduling", "scheduler_delay_factor", neutral=("0", "0.0")),
     **_laters("scheduling", "scheduler_cls kv_transfer_config"),
-    **_laters("memory", "disable_sliding_window calculate_kv_scales enable_sleep_mode", is_switch=True),
+    **_laters("memory", "disable_sliding_window calculate_kv_scales", is_switch=True),
     **_laters(
         "parallelism",
         "tensor_parallel_size pipeline_parallel_size data_parallel_size api_server_count",

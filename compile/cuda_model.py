@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuseline.compile.backends.asleep import Weights
 from fuseline.compile.backends.cuda_graph import CudaGraphApi, DecodeGraphs, GraphApi, GraphConfig, Inputs, Progress
 from fuseline.compile.backends.device_inputs import DeviceInputs
 from fuseline.compile.backends.host_caches import HostCaches
@@ -33,6 +34,8 @@ class CudaModel:
         self._caches: dict[str, Tensor] = {}
         self._host_caches: HostCaches | None = None
         self._uploads = DeviceInputs(self._device)
+        loaded = (tensor for name, tensor in weights.items() if name not in result.constants)
+        self._weights = Weights(loaded, self._device)
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
         """Blocks per cache group. Graphs of other caches are given up."""
@@ -53,6 +56,19 @@ class CudaModel:
     def swap(self, copies: Sequence[BlockCopy]) -> None:
         """Copies blocks in this order, before what is run next. Never waits for the device."""
         self._host_caches.copy(copies)
+
+    def move_weights_to_host(self) -> None:
+        """Until move_weights_back nothing can be run. Graphs are given up."""
+        self.stop_capture()
+        self._weights.to_host()
+
+    def move_weights_back(self) -> None:
+        self._weights.to_device()
+
+    def discard_weights(self) -> None:
+        """For good: the model cannot be run any more."""
+        self.stop_capture()
+        self._weights.discard()
 
     def capture_graphs(self, progress: Progress | None = None, api: GraphApi | None = None) -> None:
         """Starts to capture graphs for decode steps, in the background; allocate_caches comes first."""

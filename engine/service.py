@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from fuseline.engine.messages import (
     UtilityResult,
 )
 from fuseline.engine.run.runner import Model, SwappingModel
+from fuseline.engine.sleep import TAGS, Sleep
 
 logger = logging.getLogger("fuseline.engine")
 
@@ -48,10 +48,10 @@ class EngineService:
         info = model.info
         max_model_len = config.compile.max_model_len or info.max_model_len
         self.size = size_cache(info, config.cache, config.scheduler, max_model_len, free_before, free_memory())
-        model.allocate_caches(self._cache_blocks())
-        host = self._open_swap_space(model)
-        self.engine = Engine(config, model, self.size.num_blocks, build_ops(), host)
-        self.sleep_level = 0
+        self.host_blocks = self._count_host_blocks(model)
+        self._open(model)
+        self.engine = Engine(config, model, self.size.num_blocks, build_ops(), self.host_blocks)
+        self._asleep = Sleep(self.engine.runner, self._build, self._open)
         send(_ready(config, self.engine, self.size))
 
     def run(self, inbox: Inbox) -> None:
@@ -101,50 +101,35 @@ class EngineService:
         """Level 0 pauses, 1 also gives the KV memory back, 2 also the weights. What ran is computed anew on waking."""
         if arg not in ("0", "1", "2", ""):
             raise ValueError(f"sleep level must be 0, 1 or 2, not {arg}")
-        self.sleep_level = int(arg or 1)
         self.engine.pause()
-        runner = self.engine.runner
-        if self.sleep_level >= 1:
-            runner.model.allocate_caches([1] * len(self.size.num_blocks))
-        if self.sleep_level == 2:
-            runner.model = _Asleep(runner.model)
-            gc.collect()
+        self._asleep.deepen(int(arg or 1))
         return "true"
 
-    def _wake_up(self, _: str) -> str:
-        if not self.engine.is_asleep:
-            return "true"
-        runner = self.engine.runner
-        if self.sleep_level == 2:
-            runner.model = self._build()
-        if self.sleep_level >= 1:
-            runner.model.allocate_caches(self._cache_blocks())
-        self.sleep_level = 0
-        self.engine.resume()
+    def _wake_up(self, arg: str) -> str:
+        """`arg`: tags of what to bring back, separated by commas; all if empty. Serving goes on when all is there."""
+        tags = arg.split(",") if arg else TAGS
+        if unknown := sorted(set(tags) - set(TAGS)):
+            raise ValueError(f"there is no tag {unknown[0]} (tags: {', '.join(TAGS)})")
+        if self.engine.is_asleep and self._asleep.wake(tags):
+            self.engine.resume()
         return "true"
 
     def _build(self) -> Model:
         return self.build_model(self.config, lambda *progress: self.send(Progress(*progress)))
 
-    def _open_swap_space(self, model: Model) -> list[int]:
-        """Host blocks per cache group; none where preempted sequences are computed anew."""
+    def _open(self, model: Model) -> None:
+        """Give the model its caches; it may be served then."""
+        model.allocate_caches([count + 1 for count in self.size.num_blocks])
+        if self.host_blocks:
+            model.allocate_host_blocks(self.host_blocks)
+
+    def _count_host_blocks(self, model: Model) -> list[int]:
+        """Per cache group; none where preempted sequences are computed anew."""
         cache = self.config.cache
         if cache.preemption_mode != "swap" or cache.swap_space == 0 or not isinstance(model, SwappingModel):
             return []
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        blocks = host_blocks(model.info, cache.block_size, cache.swap_space, self.size.num_blocks, memory)
-        model.allocate_host_blocks(blocks)
-        return blocks
-
-    def _cache_blocks(self) -> list[int]:
-        return [count + 1 for count in self.size.num_blocks]
-
-
-class _Asleep:
-    """Keeps the facts of a model whose weights have been discarded."""
-
-    def __init__(self, model: Model) -> None:
-        self.info = model.info
+        return host_blocks(model.info, cache.block_size, cache.swap_space, self.size.num_blocks, memory)
 
 
 def serve(config: EngineConfig, build_model: BuildModel, build_ops: BuildOps, inbox: Inbox, send: Send) -> None:

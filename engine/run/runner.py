@@ -40,6 +40,18 @@ class SwappingModel(Model, Protocol):
         """Copies blocks in this order, before what is run next. Never waits for the device."""
 
 
+@runtime_checkable
+class SleepingModel(Model, Protocol):
+    """One whose weights can leave its device."""
+
+    def move_weights_to_host(self) -> None: ...
+
+    def move_weights_back(self) -> None: ...
+
+    def discard_weights(self) -> None:
+        """For good."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A plan made ready. What depends on tokens of the step before is missing until `Runner.fill`."""
