@@ -11,10 +11,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ).split(),
     "compiler": "compilation_config enforce_eager wait_compiled disabled_passes cpu_threads cache_dir".split(),
     "memory and scheduling": (
-        "kv_cache_dtype block_size enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes "
-        "num_gpu_blocks_override swap_space preemption_mode cpu_offload_gb max_num_batched_tokens max_num_seqs "
-        "max_num_queued_reqs scheduling_policy async_scheduling enable_chunked_prefill max_num_partial_prefills "
-        "max_long_partial_prefills long_prefill_token_threshold"
+        "kv_cache_dtype calculate_kv_scales block_size enable_prefix_caching gpu_memory_utilization "
+        "kv_cache_memory_bytes num_gpu_blocks_override swap_space preemption_mode cpu_offload_gb "
+        "max_num_batched_tokens max_num_seqs max_num_queued_reqs scheduling_policy async_scheduling "
+        "enable_chunked_prefill max_num_partial_prefills max_long_partial_prefills long_prefill_token_threshold"
     ).split(),
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "
@@ -101,6 +101,7 @@ CARD_ONLY: dict[str, str] = {
     "swap_space": "on a CPU there is nothing to swap to",
     "preemption_mode": "on a CPU there is nothing to swap to",
     "cpu_offload_gb": "on a CPU the weights are in host memory already",
+    "calculate_kv_scales": "a cache of fp8 needs a card",
 }
 """field -> why it changes nothing on a CPU."""
 
@@ -169,7 +170,7 @@ LATER: dict[str, Later] = {
     **_laters("embeddings and pooling", "override_pooler_config"),
     **_laters("scheduling", "scheduler_delay_factor", neutral=("0", "0.0")),
     **_laters("scheduling", "scheduler_cls kv_transfer_config"),
-    **_laters("memory", "disable_sliding_window calculate_kv_scales", is_switch=True),
+    **_laters("memory", "disable_sliding_window", is_switch=True),
     **_laters(
         "parallelism",
         "tensor_parallel_size pipeline_parallel_size data_parallel_size api_server_count",

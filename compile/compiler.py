@@ -21,6 +21,7 @@ from fuseline.compile.backends.steps import StepPlans, lower
 from fuseline.compile.backends.tune import TUNE_LEVEL, tune_linears
 from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
+from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import PASSES, CompileConfig
@@ -30,7 +31,7 @@ from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.memory import Pages
 from fuseline.compile.model_info import describe, model_limit
 from fuseline.compile.passes.pipeline import stages
-from fuseline.compile.specs import WeightSource
+from fuseline.compile.specs import FP8_DTYPE, CacheSpec, WeightSource
 from fuseline.compile.target import CPU, Target
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def compile_model(
     requests = weight_requests(captured.graph, captured, result)
     offload = _offload(captured.graph, config, target)
     weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
-    weights |= on_device(result.constants, target)
+    weights |= on_device(result.constants | _kv_scales(result, config), target)
     if config.level >= TUNE_LEVEL and target.kind == "cpu":
         tune_linears(captured.graph, _by_target(captured.graph, weights), config, report_progress)
     executable = _executable(captured.graph, weights, config, target, offload)
@@ -106,6 +107,12 @@ def on_device(constants: Mapping[str, Tensor], target: Target) -> dict[str, Tens
     """The constants where the target computes; what is one tensor stays one."""
     moved = {id(tensor): tensor.to(target.device) for tensor in constants.values()}
     return {name: moved[id(tensor)] for name, tensor in constants.items()}
+
+
+def _kv_scales(result: PipelineResult, config: CompileConfig) -> dict[str, Tensor]:
+    """Of fp8 caches, as the checkpoint has them, unless they are to be computed."""
+    layers = [spec.layer for spec in result.specs if isinstance(spec, CacheSpec) and spec.dtype == FP8_DTYPE]
+    return stored_scales(config, layers) if layers and not config.calculate_kv_scales else {}
 
 
 def _offload(graph: fx.GraphModule, config: CompileConfig, target: Target) -> Offload | None:

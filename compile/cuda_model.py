@@ -15,6 +15,7 @@ from fuseline.compile.backends.host_caches import HostCaches
 from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe
+from fuseline.compile.specs import FP8_DTYPE
 
 
 class CudaModel:
@@ -31,6 +32,8 @@ class CudaModel:
         self._executable = executable
         self._device = torch.device(device)
         self._graph_config = graphs
+        has_scales = any(spec.dtype == FP8_DTYPE for spec in self.info.cache_specs)
+        self._is_uncalibrated = config.calculate_kv_scales and has_scales
         self._caches: dict[str, Tensor] = {}
         self._host_caches: HostCaches | None = None
         self._uploads = DeviceInputs(self._device)
@@ -95,6 +98,10 @@ class CudaModel:
         step = self._uploads.upload(tensors)
         if sources is not None:
             feed_tokens(step["token_ids"], step["sources"], sampled)
+        if self._is_uncalibrated and (inputs.slot_mapping.numpy() >= 0).any():
+            # The first step whose keys are kept; those of a warm-up say nothing.
+            self._is_uncalibrated = False
+            return self._executable.calibrate(self._caches | self._values(step))[0]
         logits = None
         if self.graphs is not None and _is_decode(inputs):
             logits = self.graphs.run(step, inputs.block_tables.shape[2])

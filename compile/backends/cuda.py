@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from fuseline.compile.backends.calibrate import WRITES, Calibration
 from fuseline.compile.backends.offload import PREFETCH, Offload
 from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
 from fuseline.compile.target import Target
@@ -33,6 +34,7 @@ class CudaExecutable:
         device = torch.device(target.device)
         # Names are those of the graph that the kernels were chosen for.
         kernels = {node.name: kernel for node, kernel in self.kernels.items()}
+        self._writes = {node.name: node.target for node in program.graph.nodes if node.target in WRITES}
         for node in program.graph.nodes:
             if node.op == "call_function":
                 node.target = kernels[node.name].run
@@ -55,6 +57,12 @@ class CudaExecutable:
         if self.offload is not None:
             values = {**values, PREFETCH: self.offload.start(is_trial)}
         return self._program(*(values[name] for name in self._inputs))
+
+    def calibrate(self, values: Mapping[str, Tensor]) -> Tensor:
+        """`run`, which first sets the scales of fp8 caches by what the step writes to them."""
+        if self.offload is not None:
+            values = {**values, PREFETCH: self.offload.start(is_trial=False)}
+        return Calibration(self._program, self._writes).run(*(values[name] for name in self._inputs))
 
 
 def chosen_kernels(graph: fx.GraphModule, target: Target) -> dict[fx.Node, CudaKernel]:
