@@ -54,6 +54,7 @@ class CudaModel:
 
     def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
         """Blocks per cache group to swap to; allocate_caches comes first."""
+        self._host_caches = None  # gives its memory back first
         self._host_caches = HostCaches(self._caches, self.info.cache_groups, num_blocks, self._device)
 
     def swap(self, copies: Sequence[BlockCopy]) -> None:
