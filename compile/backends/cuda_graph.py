@@ -136,7 +136,7 @@ class DecodeGraphs:
     def capture(self, size: int) -> Graph:
         trial = self.make_inputs(size).values(size)
         for _ in range(self.num_warmups):
-            self.api.warm_up(lambda: self.executable.run({**self.caches, **trial}))
+            self.api.warm_up(lambda: self.executable.run({**self.caches, **trial}, is_trial=True))
         fixed = self._inputs.values(size)
         return self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
 

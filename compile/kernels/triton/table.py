@@ -26,14 +26,16 @@ class TritonKernel:
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-    sinks: Tensor | None, window: int, scale: float, softcap: float,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q[1, H, T, D] over caches [N, K, B, D|E] -> [1, T, H, E]."""
     out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
     q = q if q.stride(3) == 1 else q.contiguous()
     attention.paged_attention(
-        out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap
-    )
+        out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, k_scale=k_scale,
+        v_scale=v_scale,
+    )  # fmt: skip
     return out
 
 
