@@ -14,7 +14,7 @@ FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
 
 
 def configure_logging(config: ServerConfig) -> None:
-    """Apply FUSELINE_LOGGING_LEVEL or FUSELINE_LOGGING_CONFIG_PATH, then name the flags that have no effect."""
+    """Apply FUSELINE_LOGGING_LEVEL or FUSELINE_LOGGING_CONFIG_PATH, then name what flags do not say by themselves."""
     if config.logging_config_path:
         _from_file(config.logging_config_path)
     else:
@@ -23,8 +23,11 @@ def configure_logging(config: ServerConfig) -> None:
         logger = logging.getLogger("fuseline")
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(config.logging_level)
+    log = logging.getLogger("fuseline.config")
+    if config.enable_sleep_mode:
+        log.info("sleep mode: level 1 gives back the KV memory (a card's weights move to the host), 2 the weights too")
     for line in without_effect(config):
-        logging.getLogger("fuseline.config").warning(line)
+        log.warning(line)
 
 
 def _from_file(path: str) -> None:

@@ -14,10 +14,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "cpu_threads cache_dir"
     ).split(),
     "memory and scheduling": (
-        "kv_cache_dtype block_size enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes "
-        "num_gpu_blocks_override swap_space max_num_batched_tokens max_num_seqs max_num_queued_reqs "
-        "scheduling_policy async_scheduling enable_chunked_prefill chunked_prefill_size max_num_partial_prefills "
-        "max_long_partial_prefills long_prefill_token_threshold"
+        "kv_cache_dtype calculate_kv_scales block_size enable_prefix_caching gpu_memory_utilization "
+        "kv_cache_memory_bytes num_gpu_blocks_override swap_space preemption_mode cpu_offload_gb "
+        "max_num_batched_tokens max_num_seqs max_num_queued_reqs scheduling_policy async_scheduling "
+        "enable_chunked_prefill chunked_prefill_size max_num_partial_prefills max_long_partial_prefills "
+        "long_prefill_token_threshold"
     ).split(),
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "
@@ -27,7 +28,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "server": (
         "host port api_key uvicorn_log_level allow_credentials allowed_origins allowed_methods "
         "allowed_headers ssl_keyfile ssl_certfile ssl_ca_certs ssl_cert_reqs root_path middleware "
-        "disable_frontend_multiprocessing enable_request_id_headers disable_fastapi_docs "
+        "disable_frontend_multiprocessing enable_sleep_mode enable_request_id_headers disable_fastapi_docs "
         "enable_server_load_tracking shutdown_timeout sse_keep_alive_interval metrics_prefix"
     ).split(),
     "logging": "disable_log_requests max_log_len enable_log_outputs disable_log_stats".split(),
@@ -88,6 +89,9 @@ CARD_CHOICES: dict[str, dict[str, str]] = {
 CARD_ONLY: dict[str, str] = {
     "max_seq_len_to_capture": "no device graphs are captured on a CPU",
     "swap_space": "on a CPU there is nothing to swap to",
+    "preemption_mode": "on a CPU there is nothing to swap to",
+    "cpu_offload_gb": "on a CPU the weights are in host memory already",
+    "calculate_kv_scales": "a cache of fp8 needs a card",
 }
 """field -> why it does nothing on a CPU."""
 
@@ -116,8 +120,6 @@ RECORDED: dict[str, Recorded] = {
     ),
     "use_v2_block_manager": Recorded(True, "deprecated: there is one block manager"),
     "num_lookahead_slots": Recorded(0, "blocks are taken as tokens come", minimum=0),
-    "cpu_offload_gb": Recorded(0.0, "on a CPU the weights are in host memory already", minimum=0),
-    "preemption_mode": Recorded("recompute", "a preempted sequence is computed anew", ("recompute", "swap")),
     "num_scheduler_steps": Recorded(1, "every step is scheduled", minimum=1),
     "multi_step_stream_outputs": Recorded(True, "every step is streamed"),
     "disable_async_output_proc": Recorded(False, "output is processed in another process"),
@@ -176,7 +178,7 @@ LATER: dict[str, Later] = {
     **_laters("embeddings and pooling", "override_pooler_config"),
     **_laters("scheduling", "scheduler_delay_factor", neutral=("0", "0.0")),
     **_laters("scheduling", "scheduler_cls kv_transfer_config"),
-    **_laters("memory", "disable_sliding_window calculate_kv_scales enable_sleep_mode", is_switch=True),
+    **_laters("memory", "disable_sliding_window", is_switch=True),
     **_laters(
         "parallelism",
         "tensor_parallel_size pipeline_parallel_size data_parallel_size api_server_count",

@@ -84,6 +84,8 @@ class ServerConfig:
     """Import path of a middleware (a coroutine function or an ASGI class); may be repeated."""
     disable_frontend_multiprocessing: bool = False
     """Run the engine in a thread of the server process."""
+    enable_sleep_mode: bool = False
+    """Allow POST /sleep (a development route) to give memory back: KV and weights, on a CPU as on a card."""
     enable_request_id_headers: bool = False
     """Send X-Request-Id with every response."""
     disable_fastapi_docs: bool = False

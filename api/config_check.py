@@ -14,9 +14,9 @@ from fuseline.compile.target import DeviceError, likely_kind
 MINIMA: dict[str, float] = {
     "max_model_len": 0, "cpu_threads": 0, "max_num_batched_tokens": 1, "max_num_seqs": 1, "max_num_queued_reqs": 0,
     "max_num_partial_prefills": 1, "max_long_partial_prefills": 1, "long_prefill_token_threshold": 0, "swap_space": 0,
-    "chunked_prefill_size": 0, "kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1, "max_logprobs": -1,
-    "stream_interval": 1, "port": 0, "max_seq_len_to_capture": 1, "shutdown_timeout": 0, "sse_keep_alive_interval": 0,
-    "max_log_len": 0,
+    "chunked_prefill_size": 0, "cpu_offload_gb": 0, "kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1,
+    "max_logprobs": -1, "stream_interval": 1, "port": 0, "max_seq_len_to_capture": 1, "shutdown_timeout": 0,
+    "sse_keep_alive_interval": 0, "max_log_len": 0,
 }  # fmt: skip
 
 
@@ -82,6 +82,8 @@ def _ranges(config: ServerConfig) -> None:
     if config.engine.cache.swap_space > 0.7 * memory and config.engine.cache.swap_space != 4.0:
         space = config.engine.cache.swap_space
         raise ConfigError(f"--swap-space {space} GiB is more than 70 % of this machine's {memory:.1f} GiB of memory")
+    if config.engine.cache.preemption_mode not in ("recompute", "swap"):
+        raise ConfigError(f"--preemption-mode {config.engine.cache.preemption_mode}: choose from recompute, swap")
     if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*[:_]", config.metrics_prefix):
         raise ConfigError(f"--metrics-prefix {config.metrics_prefix!r}: letters, digits and _, ending in : or _")
 

@@ -54,7 +54,7 @@ class Metrics:
             self._series(Gauge, name, "Share of KV blocks in use")
             for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc")
         ]
-        self._series(Gauge, "cpu_cache_usage_perc", "Share of host swap in use")
+        self._swap_usage = self._series(Gauge, "cpu_cache_usage_perc", "Share of host swap in use")
         self._hit_rate = self._series(
             Gauge, "gpu_prefix_cache_hit_rate", "Share of prompt tokens found in the prefix cache"
         )
@@ -96,6 +96,8 @@ class Metrics:
         stats, seen = step.stats, self._seen
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
+        self.swapped.set(stats.num_swapped)
+        self._swap_usage.set(stats.swap_usage)
         for gauge in self._usage:
             gauge.set(stats.kv_usage)
         # The engine counts from its own start: after a restart the totals begin anew.
@@ -146,13 +148,13 @@ class Metrics:
         prompt, generated = self._prompt_count - self._prompt_seen, self._generated_count - self._generated_seen
         self._prompt_seen, self._generated_seen = self._prompt_count, self._generated_count
         stats = self._seen
-        if not (prompt or generated or stats.num_running or stats.num_waiting):
+        if not (prompt or generated or stats.num_running or stats.num_waiting or stats.num_swapped):
             return
         LOG.info(
-            "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, "
+            "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, swapped %d, "
             "KV usage %.1f %%, prefix hits %.1f %%",
-            prompt / seconds, generated / seconds, stats.num_running, stats.num_waiting, 100 * stats.kv_usage,
-            100 * stats.prefix_hits / max(stats.prefix_queries, 1),
+            prompt / seconds, generated / seconds, stats.num_running, stats.num_waiting, stats.num_swapped,
+            100 * stats.kv_usage, 100 * stats.prefix_hits / max(stats.prefix_queries, 1),
         )  # fmt: skip
 
 

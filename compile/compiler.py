@@ -14,12 +14,15 @@ from fuseline import _C
 from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.backends.cuda import CudaExecutable
 from fuseline.compile.backends.eager import EagerExecutable, constant_name
+from fuseline.compile.backends.offload import Offload, choose_offloaded, without_offloaded
 from fuseline.compile.backends.plan import PlanExecutable
 from fuseline.compile.backends.steps import StepPlans, lower
 from fuseline.compile.backends.tune import TUNE_LEVEL, tune_linears
 from fuseline.compile.backends.tune_card import tune_kernels
 from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
+from fuseline.compile.capture.kv_scales import stored_scales
+from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
 from fuseline.compile.graph.graph_pass import PassContext
@@ -28,12 +31,13 @@ from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.memory import Pages
 from fuseline.compile.model_info import describe, model_limit
 from fuseline.compile.passes.pipeline import stages
-from fuseline.compile.specs import WeightSource
+from fuseline.compile.specs import FP8_DTYPE, CacheSpec, WeightSource
 from fuseline.compile.target import CPU, Target
 
 if TYPE_CHECKING:
     from fuseline.compile.cuda_model import CudaModel
 
+GIB = 1 << 30
 Progress = Callable[[str, int, int], None]
 Executable = EagerExecutable | PlanExecutable | StepPlans | CudaExecutable
 
@@ -49,12 +53,14 @@ def compile_model(
     captured, result = load_optimized(config, target) or optimize(config, target, keep=True)
     report_progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, captured, result)
-    weights = load_weights(requests, captured, config, report_progress)
-    weights = on_device(weights | result.constants, target)
-    if config.level >= TUNE_LEVEL:
+    offload = _offload(captured.graph, config, target)
+    weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
+    weights |= on_device(result.constants | _kv_scales(result, config), target)
+    if config.level >= TUNE_LEVEL and offload is None:  # a product of weights on the host cannot be measured
         _tune(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
-    executable = _executable(captured.graph, weights, config, target)
+    executable = _executable(captured.graph, weights, config, target, offload)
     if isinstance(executable, CudaExecutable):
+        weights = without_offloaded(weights, offload)
         return _on_card(config, captured, result, weights, executable, target, graphs)
     model = CompiledModel(config, captured, result, weights, executable)
     if config.level > 1 and executable.num_regions and "cut_regions" not in config.disabled_passes:
@@ -89,9 +95,7 @@ def optimize(
     captured = load_or_capture(config)
     limit, switch = model_limit(config, captured.facts), captured.rope_switch
     rope_rows = 2 * switch.table_rows if switch else limit
-    ctx = PassContext(
-        _with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target
-    )
+    ctx = PassContext(_with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target)
     result = run_passes(captured.graph, _stages(config, target), ctx)
     if keep:
         save_optimized(config, target, captured, result)
@@ -110,24 +114,40 @@ def _stages(config: CompileConfig, target: Target) -> Stages:
     return stages(config.level, target.kind, config.batch_invariant)
 
 
-def on_device(weights: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """The weights where the target computes; what was one tensor stays one. Each leaves the host as it comes over."""
-    if target.device == "cpu":
-        return weights
-    moved: dict[int, Tensor] = {}
-    for name in list(weights):
-        tensor = weights.pop(name)
-        if id(tensor) not in moved:
-            moved[id(tensor)] = tensor.to(target.device)
-        weights[name] = moved[id(tensor)]
-    return weights
+def on_device(constants: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
+    """The constants where the target computes; what is one tensor stays one."""
+    moved = {id(tensor): tensor.to(target.device) for tensor in constants.values()}
+    return {name: moved[id(tensor)] for name, tensor in constants.items()}
+
+
+def _kv_scales(result: PipelineResult, config: CompileConfig) -> dict[str, Tensor]:
+    """Of fp8 caches, as the checkpoint has them, unless they are to be computed."""
+    layers = [spec.layer for spec in result.specs if isinstance(spec, CacheSpec) and spec.dtype == FP8_DTYPE]
+    return stored_scales(config, layers) if layers and not config.calculate_kv_scales else {}
+
+
+def _offload(graph: fx.GraphModule, config: CompileConfig, target: Target) -> Offload | None:
+    """The weights of a card's model that stay on the host; on a CPU they all are there."""
+    wanted = int(config.cpu_offload_gb * GIB) if target.kind == "cuda" else 0
+    layers = choose_offloaded(graph, wanted)
+    return Offload(layers, torch.device(target.device)) if layers else None
+
+
+def _sink(target: Target, offload: Offload | None) -> Sink:
+    if target.kind == "cpu":
+        return HostSink()
+    return DeviceSink(torch.device(target.device), offload.host_tensors() if offload else None)
 
 
 def _executable(
-    graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, target: Target
+    graph: fx.GraphModule,
+    weights: Mapping[str, Tensor],
+    config: CompileConfig,
+    target: Target,
+    offload: Offload | None = None,
 ) -> Executable:
     if target.kind == "cuda":
-        return CudaExecutable(graph, _by_target(graph, weights), target)
+        return CudaExecutable(graph, _by_target(graph, weights), target, offload=offload)
     if config.level == 0:
         return EagerExecutable(graph, weights)
     return lower(graph, _by_target(graph, weights), config)

@@ -34,6 +34,10 @@ class CompileConfig:
     """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"
     """Element type of the KV cache: auto (the model's), float32, bfloat16, float16; on a card also fp8 (e4m3)."""
+    calculate_kv_scales: bool = False
+    """Scale an fp8 cache by the first step's keys and values instead of by the checkpoint's scales (none there: 1)."""
+    cpu_offload_gb: float = 0.0
+    """GiB of a card's weights that stay in host memory and are copied to it each step, layer by layer."""
     max_model_len: int = 0
     """Context length in tokens; 0 takes the model's own limit."""
     block_size: int = 16

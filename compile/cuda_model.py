@@ -8,14 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuseline.compile.backends.asleep import Weights
 from fuseline.compile.backends.cuda_graph import CapturedSteps, DecodeGraphs, Inputs, Progress
 from fuseline.compile.backends.device_inputs import DeviceInputs
 from fuseline.compile.backends.graph_api import CudaGraphApi, GraphApi
+from fuseline.compile.backends.host_caches import HostCaches
 from fuseline.compile.backends.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe
+from fuseline.compile.specs import FP8_DTYPE
 
 
 class CudaModel:
@@ -33,8 +36,13 @@ class CudaModel:
         self._device = torch.device(device)
         self._graph_config = graphs
         self._keeps_rows = "keep_last_logits" not in config.disabled_passes
+        has_scales = any(spec.dtype == FP8_DTYPE for spec in self.info.cache_specs)
+        self._is_uncalibrated = config.calculate_kv_scales and has_scales
         self._caches: dict[str, Tensor] = {}
+        self._host_caches: HostCaches | None = None
         self._uploads = DeviceInputs(self._device)
+        loaded = (tensor for name, tensor in weights.items() if name not in result.constants)
+        self._weights = Weights(loaded, self._device)
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
         """Blocks per cache group. Graphs of other caches are given up."""
@@ -47,6 +55,28 @@ class CudaModel:
                 shape = (of_layer[spec.layer], spec.num_kv_heads, self._config.block_size, dim)
                 cache = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=self._device)
                 self._caches[f"{name}_cache_{spec.layer}"] = cache
+
+    def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
+        """Blocks per cache group to swap to; allocate_caches comes first."""
+        self._host_caches = None  # gives its memory back first
+        self._host_caches = HostCaches(self._caches, self.info.cache_groups, num_blocks, self._device)
+
+    def swap(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies blocks in this order, before what is run next. Never waits for the device."""
+        self._host_caches.copy(copies)
+
+    def move_weights_to_host(self) -> None:
+        """Until move_weights_back nothing can be run. Graphs are given up."""
+        self.stop_capture()
+        self._weights.to_host()
+
+    def move_weights_back(self) -> None:
+        self._weights.to_device()
+
+    def discard_weights(self) -> None:
+        """For good: the model cannot be run any more."""
+        self.stop_capture()
+        self._weights.discard()
 
     def capture_graphs(self, progress: Progress | None = None, api: GraphApi | None = None) -> None:
         """Starts to capture steps as graphs, in the background; allocate_caches comes first.
@@ -88,9 +118,17 @@ class CudaModel:
             feed_tokens(step["token_ids"], step["sources"], sampled)
         if self._executable.has_plans:
             self._executable.plan(self._values(vars(inputs)))
+        if self._is_uncalibrated and (inputs.slot_mapping.numpy() >= 0).any():
+            # The first step whose keys are kept; those of a warm-up say nothing.
+            self._is_uncalibrated = False
+            return self._wanted(self._executable.calibrate(self._caches | self._values(step)), step)
         logits = self._replayed(inputs, step)
         if logits is None:
             logits = self._executable.run(self._caches | self._values(step))
+        return self._wanted(logits, step)
+
+    def _wanted(self, logits: Tensor, step: dict[str, Tensor]) -> Tensor:
+        """Logits [R, V] of the wanted rows."""
         return logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"])
 
     def _replayed(self, inputs: GraphInputs, step: dict[str, Tensor]) -> Tensor | None:

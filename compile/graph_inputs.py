@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -26,3 +27,13 @@ class GraphInputs:
     slot_mapping: torch.Tensor  # [G, T] int64
     block_tables: torch.Tensor  # [G, S, M] int32; blocks a window has left behind may hold any valid id
     logits_rows: torch.Tensor  # [R] int64, indices into T
+
+
+@dataclass(frozen=True)
+class BlockCopy:
+    """Blocks of the caches on their way to host memory or back, before a step computes."""
+
+    is_out: bool
+    """From the device to the host."""
+    pairs: tuple[np.ndarray, ...]
+    """By cache group: [2, N] int64, blocks of the device's caches and of the host's."""

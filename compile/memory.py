@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 CHUNK_BYTES = 256 << 20
 """Address space taken at a time. Pages are supplied when they are first written: what is not used costs nothing."""
 LARGE_PAGE = 2 << 20
+HOST_REGISTER_MAPPED = 2
+"""cudaHostRegisterMapped: kernels may use the memory, at the address that it has on the host."""
 ALIGNMENT = 128
 """Of tensors in bytes: two cache lines, which are fetched in pairs."""
 
@@ -40,9 +43,37 @@ class Pages:
         with self._lock:
             begin = -(-self._used // ALIGNMENT) * ALIGNMENT
             if begin + num_bytes > len(self._chunk):
-                self._chunk, begin = _map(max(CHUNK_BYTES, num_bytes)), 0
+                self._chunk, begin = self._map(num_bytes), 0
             self._used = begin + num_bytes
             return self._chunk[begin : self._used]
+
+    def _map(self, num_bytes: int) -> np.ndarray:
+        """A chunk of at least that size."""
+        return _map(max(CHUNK_BYTES, num_bytes))
+
+
+class PinnedPages(Pages):
+    """The same where a card copies from and to, and its kernels read and write: a mapping for each tensor.
+
+    torch's own pinned memory comes in powers of two, which for the gigabytes of a model wastes up to as much again.
+    """
+
+    def _map(self, num_bytes: int) -> np.ndarray:
+        memory = _map(num_bytes)
+        begin, cudart = memory.ctypes.data, torch.cuda.cudart()
+        status = cudart.cudaHostRegister(begin, num_bytes, HOST_REGISTER_MAPPED)
+        if status != cudart.cudaError.success:
+            reason = cudart.cudaGetErrorString(status)
+            raise MemoryError(f"{num_bytes / 2**30:.2f} GiB of host memory cannot be pinned: {reason}")
+        # The array that all views of the mapping keep alive.
+        owner = memory if memory.base is None else memory.base
+        weakref.finalize(owner, cudart.cudaHostUnregister, begin).atexit = False
+        return memory
+
+
+def host_pages(device: torch.device) -> Pages:
+    """Host memory for copies from and to the device."""
+    return PinnedPages() if device.type == "cuda" else Pages()
 
 
 def _map(num_bytes: int) -> np.ndarray:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+FP8_DTYPE = "float8_e4m3fn"
+"""Element type of an fp8 cache."""
+
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -23,6 +26,11 @@ class CacheSpec:
     def bytes_per_token(self) -> int:
         size = {"float32": 4, "float8_e4m3fn": 1}.get(self.dtype, 2)
         return self.num_kv_heads * (self.key_dim + self.value_dim) * size
+
+
+def scale_names(layer: int) -> tuple[str, str]:
+    """Constants that hold the scales of a layer's keys and values in caches of fp8."""
+    return f"k_scale_{layer}", f"v_scale_{layer}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,10 @@ class ModelInfo:
     dtype: str
     eos_token_ids: tuple[int, ...]
     weight_bytes: int
+    """On the device."""
     arena_bytes: int
     rope_switch: RopeSwitchSpec | None = None
     cache_specs: tuple[CacheSpec, ...] = ()
     cache_groups: tuple[CacheGroup, ...] = field(default=())
+    host_weight_bytes: int = 0
+    """Of weights that are copied to the device each step."""

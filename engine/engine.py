@@ -28,9 +28,19 @@ logger = logging.getLogger("fuseline.engine")
 
 
 class Engine:
-    """Not thread-safe: one loop calls everything. `num_blocks`: usable blocks per cache group."""
+    """Not thread-safe: one loop calls everything.
 
-    def __init__(self, config: EngineConfig, model: Model, num_blocks: Seq[int], device: Device) -> None:
+    `num_blocks`: usable blocks per cache group; `num_host_blocks`: those to swap to, none if nothing is swapped.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Model,
+        num_blocks: Seq[int],
+        device: Device,
+        num_host_blocks: Seq[int] = (),
+    ) -> None:
         info = model.info
         scheduler = config.scheduler
         self.config = config
@@ -39,7 +49,8 @@ class Engine:
         limits = Limits.resolve(scheduler, self.max_model_len)
         windows = [group.window for group in info.cache_groups]
         self.rows = RequestRows(limits.num_seqs, self.max_model_len)
-        self.kv = KVManager(windows, num_blocks, config.cache.block_size, limits.num_seqs, self.max_model_len)
+        block_size = config.cache.block_size
+        self.kv = KVManager(windows, num_blocks, block_size, limits.num_seqs, self.max_model_len, num_host_blocks)
         self.scheduler = Scheduler(limits, self.rows, self.kv, info.rope_switch)
         self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens)
         self.is_asleep = False

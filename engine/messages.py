@@ -105,9 +105,12 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_running: int = 0
     num_waiting: int = 0
+    num_swapped: int = 0
+    """Waiting too, but with their KV in host memory."""
     num_preemptions: int = 0
     """Since start."""
     kv_usage: float = 0.0
+    swap_usage: float = 0.0
     prefix_queries: int = 0
     """Tokens looked up since start."""
     prefix_hits: int = 0

@@ -10,6 +10,7 @@ from fuseline.engine.memory.prefix_cache import root_key
 from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams
 
 if TYPE_CHECKING:
+    from fuseline.engine.memory.swap import SwappedKV
     from fuseline.engine.run.request_rows import RequestRows
 
 SEED_MASK = (1 << 63) - 1
@@ -56,6 +57,8 @@ class Sequence:
     first_held: list[int] = field(default_factory=list)
     num_remembered: int = 0
     keys: list[bytes] = field(default_factory=list)
+    swapped: SwappedKV | None = None
+    """Its KV in host memory, while it waits to go on."""
 
     @property
     def params(self) -> SamplingParams:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.engine import Engine
 from fuseline.engine.memory.sizing import CacheSize, size_cache
+from fuseline.engine.memory.swap import host_blocks
 from fuseline.engine.messages import (
     AbortRequests,
     EngineFailed,
@@ -23,8 +24,9 @@ from fuseline.engine.messages import (
     Utility,
     UtilityResult,
 )
-from fuseline.engine.run.runner import Model
+from fuseline.engine.run.runner import Model, SwappingModel
 from fuseline.engine.run.warm_up import warm_up
+from fuseline.engine.sleep import TAGS, Sleep
 
 logger = logging.getLogger("fuseline.engine")
 
@@ -50,9 +52,10 @@ class EngineService:
         room = self.device.room(info, config.cache.gpu_memory_utilization, before, steps)
         max_model_len = config.compile.max_model_len or info.max_model_len
         self.size = size_cache(info, config.cache, config.scheduler, max_model_len, room)
+        self.host_blocks = self._count_host_blocks(model)
         self._open(model)
-        self.engine = Engine(config, model, self.size.num_blocks, self.device)
-        self.sleep_level = 0
+        self.engine = Engine(config, model, self.size.num_blocks, self.device, self.host_blocks)
+        self._asleep = Sleep(self.engine.runner, self._build, self._open)
         send(_ready(config, self.engine, self.size, self.device.name))
 
     def run(self, inbox: Inbox) -> None:
@@ -106,26 +109,17 @@ class EngineService:
         """Level 0 pauses, 1 also gives the KV memory back, 2 also the weights. What ran is computed anew on waking."""
         if arg not in ("0", "1", "2", ""):
             raise ValueError(f"sleep level must be 0, 1 or 2, not {arg}")
-        self.sleep_level = int(arg or 1)
         self.engine.pause()
-        runner = self.engine.runner
-        if self.sleep_level >= 1:
-            runner.model.allocate_caches([1] * len(self.size.num_blocks))
-        if self.sleep_level == 2:
-            runner.model = _Asleep(runner.model)
-            gc.collect()
+        self._asleep.deepen(int(arg or 1))
         return "true"
 
-    def _wake_up(self, _: str) -> str:
-        if not self.engine.is_asleep:
-            return "true"
-        runner = self.engine.runner
-        if self.sleep_level == 2:
-            runner.model = self._build()
-        if self.sleep_level >= 1:
-            self._open(runner.model)
-        self.sleep_level = 0
-        self.engine.resume()
+    def _wake_up(self, arg: str) -> str:
+        """`arg`: tags of what to bring back, separated by commas; all if empty. Serving goes on when all is there."""
+        tags = arg.split(",") if arg else TAGS
+        if unknown := sorted(set(tags) - set(TAGS)):
+            raise ValueError(f"there is no tag {unknown[0]} (tags: {', '.join(TAGS)})")
+        if self.engine.is_asleep and self._asleep.wake(tags):
+            self.engine.resume()
         return "true"
 
     def _build(self) -> Model:
@@ -134,20 +128,20 @@ class EngineService:
     def _open(self, model: Model) -> None:
         """Give the model its caches; it may be served then."""
         model.allocate_caches([count + 1 for count in self.size.num_blocks])
+        if self.host_blocks:
+            model.allocate_host_blocks(self.host_blocks)
         self.device.capture_graphs(model, self._tell_progress)
 
     def _tell_progress(self, phase: str, done: int, total: int) -> None:
         self.send(Progress(phase, done, total))
 
-
-class _Asleep:
-    """Keeps the facts of a model whose weights have been discarded."""
-
-    def __init__(self, model: Model) -> None:
-        self.info = model.info
-
-    def stop_capture(self) -> None:
-        """Nothing is captured in its sleep."""
+    def _count_host_blocks(self, model: Model) -> list[int]:
+        """Per cache group; none where preempted sequences are computed anew."""
+        cache = self.config.cache
+        if cache.preemption_mode != "swap" or cache.swap_space == 0 or not isinstance(model, SwappingModel):
+            return []
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return host_blocks(model.info, cache.block_size, cache.swap_space, self.size.num_blocks, memory)
 
 
 def serve(config: EngineConfig, build_model: BuildModel, find_device: FindDevice, inbox: Inbox, send: Send) -> None:

@@ -8,11 +8,15 @@ from fuseline.engine.schedule.scheduler import Scheduler
 
 def make_stats(scheduler: Scheduler, num_step_tokens: int, num_prompt_tokens: int) -> StepStats:
     """`num_prompt_tokens` of the step's tokens were prompt."""
+    swap = scheduler.kv.swap
+    num_swapped = swap.num_sequences if swap else 0
     return StepStats(
         num_running=len(scheduler.running),
-        num_waiting=len(scheduler.waiting),
+        num_waiting=len(scheduler.waiting) - num_swapped,
+        num_swapped=num_swapped,
         num_preemptions=scheduler.num_preemptions,
         kv_usage=scheduler.kv.usage,
+        swap_usage=swap.usage if swap else 0.0,
         prefix_queries=scheduler.prefix_queries,
         prefix_hits=scheduler.prefix_hits,
         num_step_tokens=num_step_tokens,

@@ -16,7 +16,7 @@ import torch
 
 from fuseline.compile.backends.device_inputs import Layout
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.run.device import HostDevice, HostResults, SampleOps
@@ -57,6 +57,7 @@ class FakeModel:
         self.block_size = block_size
         self.step_seconds = step_seconds
         self.num_runs = 0
+        self.num_swaps = {True: 0, False: 0}  # out, in
         self.info = ModelInfo(
             architecture="FakeForCausalLM",
             vocab_size=VOCAB_SIZE,
@@ -75,6 +76,20 @@ class FakeModel:
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
         # Per slot: token, position, rope variant.
         self.caches = [np.full((n * self.block_size, 3), -1, np.int64) for n in num_blocks]
+
+    def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
+        self.host = [np.full((n * self.block_size, 3), -1, np.int64) for n in num_blocks]
+
+    def swap(self, copies: Sequence[BlockCopy]) -> None:
+        for copy in copies:
+            self.num_swaps[copy.is_out] += 1
+            for cache, host, (on_device, on_host) in zip(self.caches, self.host, copy.pairs, strict=True):
+                assert (on_device > 0).all() and len(set(on_host.tolist())) == len(on_host)
+                cache, host = (part.reshape(-1, self.block_size, 3) for part in (cache, host))
+                if copy.is_out:
+                    host[on_host] = cache[on_device]
+                else:
+                    cache[on_device] = host[on_host]
 
     def run(
         self, inputs: GraphInputs, sources: torch.Tensor | None = None, sampled: torch.Tensor | None = None

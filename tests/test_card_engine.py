@@ -46,13 +46,16 @@ def on_cpu():
     return compile_model(CompileConfig(model=str(checkpoint(FAMILY))), detect_target(1))
 
 
-def card_engine(num_blocks: int) -> Engine:
+def card_engine(num_blocks: int, num_host_blocks: int = 0) -> Engine:
     model = build(FAMILY, "float32", GraphConfig((2, 4)))
     device = FakeCard(model)
     model.allocate_caches([num_blocks + 1])
+    host = [num_host_blocks] if num_host_blocks else []
+    if host:
+        model.allocate_host_blocks(host)
     device.capture_graphs(model, lambda *progress: None)
     model.graphs.wait()
-    return Engine(make_config(num_blocks), model, [num_blocks], device)
+    return Engine(make_config(num_blocks), model, [num_blocks], device, host)
 
 
 def answers(engine: Engine, asked: tuple[dict, ...]) -> list[tuple]:
@@ -71,12 +74,15 @@ def answers(engine: Engine, asked: tuple[dict, ...]) -> list[tuple]:
     return told
 
 
-@pytest.mark.parametrize("num_blocks", [32, 4], ids=["room for all", "preemption"])
-def test_answers_are_those_of_the_cpu(on_cpu, num_blocks: int) -> None:
+@pytest.mark.parametrize(
+    ("num_blocks", "num_host_blocks"), [(32, 0), (4, 0), (4, 8)], ids=["room for all", "preemption", "swapping"]
+)
+def test_answers_are_those_of_the_cpu(on_cpu, num_blocks: int, num_host_blocks: int, monkeypatch) -> None:
     on_cpu.allocate_caches([33])
     expected = answers(Engine(make_config(32), on_cpu, [32], HostDevice(native_ops())), ASKED)
-    engine = card_engine(num_blocks)
-    device = engine.runner.device
+    engine, swapped = card_engine(num_blocks, num_host_blocks), []
+    device, swap = engine.runner.device, engine.runner.model.swap
+    monkeypatch.setattr(engine.runner.model, "swap", lambda copies: (swapped.extend(copies), swap(copies)))
     with device.guard():
         found = answers(engine, ASKED)
     for (*mine, scores), (*others, expected_scores) in zip(found, expected, strict=True):
@@ -86,6 +92,7 @@ def test_answers_are_those_of_the_cpu(on_cpu, num_blocks: int) -> None:
             assert abs(a.logprob - b.logprob) < 1e-3
     assert {reason for _, reason, *_ in found} == {"length", "stop"}
     assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 4)
+    assert {copy.is_out for copy in swapped} == ({True, False} if num_host_blocks else set())
     assert set(device.graphs.replays) == {2, 4}, "decode steps were replayed"
     check_waits(device, engine)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fuseline.api import cli_tables as tables
 from fuseline.api import config_check, config_levels, config_resolve
 from fuseline.api.config import ConfigError, Environment, ServerConfig, demo_dir, find_checkpoint, read_environment
 from fuseline.api.config_resolve import config_dict, context_limit, resolve, without_effect
@@ -278,12 +279,13 @@ def test_settings_of_graphs_reach_the_engine(model: str) -> None:
 
 def test_a_card_takes_what_a_cpu_refuses(model: str, monkeypatch) -> None:
     given = {"model": model, "kv_cache_dtype": "fp8", "swap_space": 1.0, "max_seq_len_to_capture": 9,
+             "preemption_mode": "swap", "cpu_offload_gb": 1.0, "calculate_kv_scales": True,
              "compilation_config": {"cudagraph_capture_sizes": [1]}}  # fmt: skip
     with pytest.raises(ConfigError, match="^--kv-cache-dtype fp8 needs a card .* on a CPU use float32"):
         resolve(given)
     lines = without_effect(resolve({**given, "kv_cache_dtype": "auto"}))
     assert [line.split()[0] for line in lines] == [
-        "--max-seq-len-to-capture", "--swap-space", "--compilation-config:",
+        *("--" + name.replace("_", "-") for name in tables.CARD_ONLY), "--compilation-config:",
     ]  # fmt: skip
     for module in (config_check, config_resolve):
         monkeypatch.setattr(module, "likely_kind", lambda device: "cuda")

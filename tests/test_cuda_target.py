@@ -206,10 +206,11 @@ def test_a_step_waits_for_nothing() -> None:
 
 
 def launches(arch: int) -> None:
-    """A prompt and replayed decode steps of a dense and a routed model, with the dtypes that an engine gives."""
-    for family in ("llama", "gpt_oss"):
-        model = build(family, graphs=GraphConfig((4,)))
+    """A prompt, replayed decode steps, a swap: a dense and a routed model, with the dtypes that an engine gives."""
+    for family, kv_cache_dtype in (("llama", "fp8"), ("llama", "auto"), ("gpt_oss", "auto")):
+        model = build(family, graphs=GraphConfig((4,)), kv_cache_dtype=kv_cache_dtype)
         model.allocate_caches([16] * len(model.info.cache_groups))
+        model.allocate_host_blocks([2] * len(model.info.cache_groups))
         model.capture_graphs(api=FakeGraphs())
         model.graphs.wait()
         groups = len(model.info.cache_groups)
@@ -224,7 +225,7 @@ def test_all_that_a_step_launches_compiles() -> None:
     entries = compile_launches("test_cuda_target", 90)
     assert {entry["kernel"] for entry in entries} >= {
         "feed_kernel", "pad_kernel", "decode_kernel", "rope_cache_kernel", "few_rows_kernel", "gate_up_kernel",
-        "route_kernel",
+        "route_kernel", "copy_kernel",
     }  # fmt: skip
     assert_fits(entries)
 

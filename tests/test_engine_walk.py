@@ -18,13 +18,17 @@ ORDERS = ("in_order", "overlapped", "queued")
 LAYOUTS = {"full": (0,), "window": (6,), "mixed": (0, 6), "two_windows": (0, 5, 13)}
 
 
-def make_engine(windows=(0,), num_blocks=40, rope_threshold=None, order="in_order", **config) -> Engine:
+def make_engine(
+    windows=(0,), num_blocks=40, rope_threshold=None, num_host_blocks=0, order="in_order", **config
+) -> Engine:
     switch = RopeSwitchSpec(rope_threshold, 64) if rope_threshold else None
     model = FakeModel(windows, rope_switch=switch)
     model.allocate_caches([num_blocks + 1] * len(windows))
+    host = [num_host_blocks] * len(windows) if num_host_blocks else []
+    model.allocate_host_blocks(host)
     config = fake_config(async_scheduling=order == "overlapped", **config)
     device = FakeQueue() if order == "queued" else reference_device()
-    return Engine(config, model, [num_blocks] * len(windows), device)
+    return Engine(config, model, [num_blocks] * len(windows), device, host)
 
 
 def expected_tokens(request: EngineRequest, index: int, windows, threshold=None) -> list[int]:
@@ -51,7 +55,13 @@ def check_invariants(engine: Engine) -> None:
     assert len(set(rows)) == len(rows) and all(0 <= row < scheduler.limits.num_seqs for row in rows)
     assert not any(seq in scheduler.waiting for seq in scheduler.running)
     assert all(seq.row < 0 and not seq.blocks for seq in scheduler.waiting)
+    saved = [seq.swapped for seq in scheduler.waiting if seq.swapped]
+    assert not any(seq.swapped for seq in scheduler.running)
+    assert len(saved) == (kv.swap.num_sequences if kv.swap else 0)
     for index, group in enumerate(kv.groups):
+        if kv.swap:
+            on_host = [block for kept in saved for block in kept.blocks[index]] + kv.swap._free[index]
+            assert sorted(on_host) == list(range(kv.swap.num_blocks[index])), "each is held once, or free"
         held = [block for seq in scheduler.running for block in seq.blocks[index] if block]
         counts = np.bincount(held, minlength=group.pool.num_blocks + 1)
         assert counts.tolist() == group.pool.refs
@@ -102,6 +112,7 @@ class Walk:
                 break
             self.step()
         assert not self.engine.has_work and self.engine.kv.usage == 0 and not self.engine._live
+        assert not self.engine.kv.swap or self.engine.kv.swap.usage == 0
         assert not self.engine.rows.departed and not self.engine.kv.promised and not self.expander._choices
 
     def tokens(self, name: str, index: int = 0) -> list[int]:
@@ -155,13 +166,14 @@ actions = st.lists(
     caching=st.booleans(),
     partial=st.integers(1, 3),
     threshold=st.sampled_from([None, 20]),
+    host=st.sampled_from([0, 5, 60]),
 )
 def test_tokens_do_not_depend_on_what_happens_around(
-    layout, order, actions, num_blocks, policy, caching, partial, threshold
+    layout, order, actions, num_blocks, policy, caching, partial, threshold, host
 ) -> None:
     windows = LAYOUTS[layout]
     engine = make_engine(
-        windows, num_blocks, threshold, scheduling_policy=policy, enable_prefix_caching=caching,
+        windows, num_blocks, threshold, host, scheduling_policy=policy, enable_prefix_caching=caching,
         max_num_partial_prefills=partial, max_long_partial_prefills=max(1, partial - 1), order=order,
     )  # fmt: skip
     walk = Walk(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
@@ -51,12 +52,14 @@ def count_calls(engine: Engine, num_steps: int = 1) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # its callbacks, which other tests may have set, are calls too
     sys.setprofile(note)
     try:
         for _ in range(num_steps):
             engine.step()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 

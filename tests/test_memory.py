@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from pathlib import Path
 
@@ -113,6 +114,14 @@ def test_room_on_a_card() -> None:
     assert room(0.3, before=98, now=60) == 0
     table = room_on_card(info, 0.9, Memory(98, 100), Memory(60, 100), steps)
     assert dict(table.rows) == {"weights": 0, "a step at most": 5, "kept for graphs": 3} and table.free == 52
+
+
+def test_the_table_tells_of_weights_on_the_host() -> None:
+    info = dataclasses.replace(FakeModel().info, weight_bytes=3 << 30, host_weight_bytes=2 << 30)
+    cache, memory = CacheConfig(block_size=4, num_gpu_blocks_override=77), Memory(100 * MIB, 100 * MIB)
+    room = room_on_card(info, 0.9, memory, memory, StepMemory(0, 0))
+    table = dict(size_cache(info, cache, SchedulerConfig(), 64, room).table)
+    assert table["weights"] == "3.00 GiB" and table["weights on the host"] == "2.00 GiB"
 
 
 def test_too_small_cache_names_the_flags() -> None:

@@ -79,16 +79,22 @@ async def reset_prefix_cache(request: Request) -> Response:
 
 @dev_router.post("/sleep")
 async def sleep(request: Request) -> Response:
+    served: Served = request.app.state.served
+    if not served.config.enable_sleep_mode:
+        raise ApiError(400, "sleep mode is off; start the server with --enable-sleep-mode")
     level = request.query_params.get("level", "1")
     if level not in ("0", "1", "2"):
         raise ApiError(400, "level must be 0, 1 or 2", "level")
-    await request.app.state.served.client.utility("sleep", level)
+    await served.client.utility("sleep", level)
     return Response()
 
 
 @dev_router.post("/wake_up")
 async def wake_up(request: Request) -> Response:
-    await request.app.state.served.client.utility("wake_up")
+    tags = request.query_params.getlist("tags")
+    if unknown := sorted(set(tags) - {"weights", "kv_cache"}):
+        raise ApiError(400, f"there is no tag {unknown[0]!r}; tags are weights and kv_cache", "tags")
+    await request.app.state.served.client.utility("wake_up", ",".join(tags))
     return Response()
 
 

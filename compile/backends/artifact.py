@@ -46,6 +46,7 @@ __all__ = ["cache_key", "load_optimized", "load_or_capture", "save_optimized", "
 SPECS = {"CacheSpec": CacheSpec, "CacheGroup": CacheGroup}
 WITHOUT_EFFECT = {
     "model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0, "wait_compiled": False,
+    "cpu_offload_gb": 0.0, "calculate_kv_scales": False,
 }  # fmt: skip
 """Settings that change nothing of a graph."""
 Value = TypeVar("Value")

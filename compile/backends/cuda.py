@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from fuseline.compile.backends.calibrate import WRITES, Calibration
+from fuseline.compile.backends.offload import PREFETCH, Offload
 from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
 from fuseline.compile.kernels.external import ExternalAttention
 from fuseline.compile.target import Target
@@ -30,18 +32,22 @@ class CudaExecutable:
 
     def __init__(
         self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target,
-        external: ExternalAttention | None = None,
+        external: ExternalAttention | None = None, offload: Offload | None = None,
     ) -> None:  # fmt: skip
         """`external`: None for the libraries that are installed."""
+        self.offload = offload
         self._external = external or ExternalAttention(target)
         self.kernels = chosen_kernels(graph, target, self._external)
         program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
         device = torch.device(target.device)
         kernels = {node.name: kernel for node, kernel in self.kernels.items()}
+        self._writes = {node.name: node.target for node in program.graph.nodes if node.target in WRITES}
         for node in program.graph.nodes:
             if node.op == "call_function":
                 node.target = kernels[node.name].run
                 node.args, node.kwargs = (_on_device(args, device) for args in (node.args, node.kwargs))
+        if offload is not None:
+            offload.rewrite(program.graph)
         program.recompile()
         self.program = program
         self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
@@ -55,9 +61,24 @@ class CudaExecutable:
         """The inputs of the step that this thread runs next, by placeholder name, on the host."""
         self._external.plan(host)
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Logits [1, R, V] float32, of memory that is this call's own."""
+    @property
+    def host_weight_bytes(self) -> int:
+        return self.offload.num_bytes if self.offload else 0
+
+    def run(self, values: Mapping[str, Tensor], is_trial: bool = False) -> Tensor:
+        """Logits [1, R, V] float32, of memory that is this call's own.
+
+        A trial, whose results nobody wants, may run beside other calls: it leaves offloaded weights where they are.
+        """
+        if self.offload is not None:
+            values = {**values, PREFETCH: self.offload.start(is_trial)}
         return self.program(*(values[name] for name in self._inputs))
+
+    def calibrate(self, values: Mapping[str, Tensor]) -> Tensor:
+        """`run`, which first sets the scales of fp8 caches by what the step writes to them."""
+        if self.offload is not None:
+            values = {**values, PREFETCH: self.offload.start(is_trial=False)}
+        return Calibration(self.program, self._writes).run(*(values[name] for name in self._inputs))
 
 
 def chosen_kernels(

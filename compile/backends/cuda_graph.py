@@ -105,10 +105,13 @@ class DecodeGraphs:
 
     def capture(self, size: int, num_warmups: int) -> None:
         for _ in range(num_warmups):
-            self.api.warm_up(lambda: self.executable.run({**self.caches, **self.make_inputs(size).values(size)}))
+            self.api.warm_up(lambda: self._try(size))
         fixed = self._inputs.values(size)
         replay, logits = self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
         self.captured[size] = DecodeGraph(replay, self.api.borrowed(logits))
+
+    def _try(self, size: int) -> Tensor:
+        return self.executable.run({**self.caches, **self.make_inputs(size).values(size)}, is_trial=True)
 
 
 @dataclass

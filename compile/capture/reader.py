@@ -81,7 +81,12 @@ class Reader:
 
 def write_box(target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
     """target[start : start + block.shape] = block, cast."""
-    target[tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))].copy_(block)
+    box_of(target, start, block.shape).copy_(block)
+
+
+def box_of(target: Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """target[start : start + shape]."""
+    return target[tuple(slice(at, at + size) for at, size in zip(start, shape, strict=True))]
 
 
 def span_of(view: Tensor) -> int:

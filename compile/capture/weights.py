@@ -20,12 +20,12 @@ from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.panels import pack_block, panels_shape
+from fuseline.compile.capture.panels import panels_shape
 from fuseline.compile.capture.pieces import Unread
-from fuseline.compile.capture.reader import Reader, write_box
+from fuseline.compile.capture.reader import Reader
+from fuseline.compile.capture.sinks import HostSink, Sink
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.memory import Pages
 from fuseline.compile.specs import WeightSource
 
 Progress = Callable[[str, int, int], None]
@@ -38,26 +38,33 @@ def load_weights(
     captured: CapturedModel,
     config: CompileConfig,
     progress: Progress | None = None,
+    sink: Sink | None = None,
 ) -> dict[str, Tensor]:
-    """One tensor per request, in its final layout; equal sources share one. Raises LoadError."""
+    """One tensor per request, in its final layout; equal sources share one. Raises LoadError.
+
+    `sink` is where they come to lie, this machine's memory if none is given.
+    """
     weights = open_weights(captured, config)
     num_readers = max(1, min(MAX_READERS, torch.get_num_threads()))
     sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
     with Reader() as reader:
         weights.check_tied(reader)
-    distinct = list(dict.fromkeys(sources.values()))
+    sink = sink or HostSink()
+    distinct: dict[WeightSource, str] = {}
+    for key, source in sources.items():
+        distinct.setdefault(source, key)
     loaded: dict[WeightSource, Tensor] = {}
-    pages = Pages()
     # One for each thread: buffers that come and go between small weights tear holes of their size into the heap.
     readers: SimpleQueue[Reader] = SimpleQueue()
     with ThreadPoolExecutor(num_readers) as pool, ExitStack() as stack:
         for _ in range(num_readers):
             readers.put(stack.enter_context(Reader()))
-        tensors = pool.map(lambda source: _load(source, weights, captured, readers, pages), distinct)
+        tensors = pool.map(lambda item: _load(*item, weights, captured, readers, sink), distinct.items())
         for done, (source, tensor) in enumerate(zip(distinct, tensors, strict=True)):
             loaded[source] = tensor
             if progress:
                 progress("loading", done + 1, len(distinct))
+    sink.finish()
     weights.remember()
     return {key: loaded[source] for key, source in sources.items()}
 
@@ -146,21 +153,22 @@ def open_weights(captured: CapturedModel, config: CompileConfig) -> CheckpointWe
 
 def _load(
     source: WeightSource,
+    key: str,
     weights: CheckpointWeights | DummyWeights,
     captured: CapturedModel,
     readers: SimpleQueue[Reader],
-    pages: Pages,
+    sink: Sink,
 ) -> Tensor:
     unread, dtype = _gather(source, weights, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
-    target = pages.zeros(panels_shape(unread.shape) if source.layout == "panels" else unread.shape, final)
+    target = sink.zeros(key, panels_shape(unread.shape) if source.layout == "panels" else unread.shape, final)
     reader = readers.get()
     try:
         for piece in unread.pieces:
             for start, block in reader.blocks(piece):
                 # The model computes with values rounded to its own dtype, whatever is stored before and after.
                 value = block if dtype in (block.dtype, final) else block.to(dtype)
-                _write(target, value, start, source.layout)
+                sink.write(target, value, start, source.layout)
     finally:
         readers.put(reader)
     return target
@@ -207,13 +215,3 @@ def expected(name: str, captured: CapturedModel) -> tuple[tuple[int, ...], torch
     if name in captured.constants:
         return tuple(captured.constants[name].shape), captured.constants[name].dtype
     raise LoadError(f"the model has no parameter {name}")
-
-
-def _write(target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
-    if layout == "rows":
-        write_box(target, block, start)
-    elif block.ndim == 2:
-        pack_block(target, block, *start)
-    else:
-        for expert, matrix in enumerate(block, start[0]):
-            pack_block(target[expert], matrix, *start[1:])

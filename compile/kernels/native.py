@@ -127,19 +127,30 @@ def _rope(node: fx.Node, value: Callable) -> NativeCall:
     return NativeCall("rope", tuple(tensors), (rotary_dim, layout))
 
 
-def _rope_cache(node: fx.Node, value: Callable) -> NativeCall:
-    k_cache, v_cache, *tensors, rotary_dim, layout = node.args
+def _rope_cache(node: fx.Node, value: Callable) -> NativeCall | None:
+    k_cache, v_cache, *tensors, rotary_dim, layout = node.args[:11]
+    if _has_scales(node.args[11:]):
+        return None
     return NativeCall("rope_cache", tuple(tensors), (rotary_dim, layout), mutated=(k_cache, v_cache))
 
 
-def _write_cache(node: fx.Node, value: Callable) -> NativeCall:
-    k_cache, v_cache, *tensors = node.args
+def _write_cache(node: fx.Node, value: Callable) -> NativeCall | None:
+    k_cache, v_cache, *tensors = node.args[:5]
+    if _has_scales(node.args[5:]):
+        return None
     return NativeCall("write_cache", tuple(tensors), mutated=(k_cache, v_cache))
 
 
-def _paged_attention(node: fx.Node, value: Callable) -> NativeCall:
-    *tensors, window, scale, softcap = node.args
+def _paged_attention(node: fx.Node, value: Callable) -> NativeCall | None:
+    *tensors, window, scale, softcap = node.args[:10]
+    if _has_scales(node.args[10:]):
+        return None
     return NativeCall("paged_attention", tuple(tensors), (window,), (scale, softcap))
+
+
+def _has_scales(rest: tuple) -> bool:
+    """Of an fp8 cache: what only a card has."""
+    return any(arg is not None for arg in rest)
 
 
 def _gather_rows(node: fx.Node, value: Callable) -> NativeCall:

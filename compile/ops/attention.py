@@ -90,7 +90,8 @@ def gather_rows_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 @op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor query_start, Tensor? sinks, int window, float scale, float softcap) -> Tensor",
+    "Tensor query_start, Tensor? sinks, int window, float scale, float softcap, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> Tensor",
     fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]),
     inputs=paged_attention_inputs,
     tolerance=6.0,
@@ -98,17 +99,28 @@ def gather_rows_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 )
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-    sinks: Tensor | None, window: int, scale: float, softcap: float,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """q[1, H, T, D] of several sequences over caches [N, K, B, D|E] -> [1, T, H, E]."""
+    """q[1, H, T, D] of several sequences over caches [N, K, B, D|E] -> [1, T, H, E].
+
+    Of a cache of float8_e4m3fn, k_scale[1] and v_scale[1] (float32; none: 1) times the stored number is the value.
+    """
     out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for s, length in enumerate(lengths):
         begin, end = starts[s], starts[s + 1]
         blocks = block_table[s, : -(-length // k_cache.shape[2])].long()
-        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length] for cache in (k_cache, v_cache))
+        k, v = (
+            _values(cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length], scale_of)
+            for cache, scale_of in ((k_cache, k_scale), (v_cache, v_scale))
+        )
         out[0, begin:end] = attend(q[0, :, begin:end], k, v, sinks, scale, window, softcap, True).transpose(0, 1)
     return out
+
+
+def _values(stored: Tensor, scale: Tensor | None) -> Tensor:
+    return stored if scale is None else stored.float() * scale
 
 
 @op(

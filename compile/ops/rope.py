@@ -10,6 +10,8 @@ from torch import Tensor
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 
+LARGEST_FP8 = 448.0  # of float8_e4m3fn
+
 
 def tables(make: Make, rotary_dim: int, columns: int) -> tuple:
     angles = make.normal(40, columns).float()
@@ -121,23 +123,36 @@ def _line(table: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
 
 
 @op(
-    "write_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots) -> ()",
+    "write_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> ()",
     fake=lambda *_: None,
     inputs=write_cache_inputs,
     tolerance=0.0,
     workloads=write_cache_workloads,
 )
-def write_cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """Writes k, v [1, K, T, D] to slot = block * block_size + offset of caches [N, K, B, D]; slot -1 writes nothing."""
+def write_cache(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes k, v [1, K, T, D] to slot = block * block_size + offset of caches [N, K, B, D]; slot -1 writes nothing.
+
+    A cache of float8_e4m3fn holds the numbers divided by k_scale[1] and v_scale[1] (float32; none: 1), at most 448.
+    """
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        cache[block, :, offset] = new[0].transpose(0, 1)[kept].to(cache.dtype)
+    for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+        cache[block, :, offset] = _coded(new[0].transpose(0, 1)[kept], cache.dtype, scale)
+
+
+def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    if dtype == torch.float8_e4m3fn:
+        x = (x.float() if scale is None else x.float() / scale).clamp(-LARGEST_FP8, LARGEST_FP8)
+    return x.to(dtype)
 
 
 @op(
     "rope_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
-    "Tensor rows, Tensor slots, int rotary_dim, int layout) -> Tensor",
+    "Tensor rows, Tensor slots, int rotary_dim, int layout, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     fake=lambda k_cache, v_cache, q, *_: torch.empty_like(q),
     inputs=rope_cache_inputs,
     tolerance=0.0,
@@ -145,8 +160,9 @@ def write_cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: T
 )
 def rope_cache(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
-    rows: Tensor, slots: Tensor, rotary_dim: int, layout: int,
+    rows: Tensor, slots: Tensor, rotary_dim: int, layout: int, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Rotated q; rotated k and v go to the cache."""
-    write_cache(k_cache, v_cache, rope(k, cos, sin, rows, rotary_dim, layout), v, slots)
+    """Rotated q; rotated k and v go to the cache, as write_cache has it."""
+    write_cache(k_cache, v_cache, rope(k, cos, sin, rows, rotary_dim, layout), v, slots, k_scale, v_scale)
     return rope(q, cos, sin, rows, rotary_dim, layout)

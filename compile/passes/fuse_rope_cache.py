@@ -35,13 +35,13 @@ def _is_rotated_alike(q: fx.Node, k: fx.Node) -> bool:
 
 
 def _fuse(graph: fx.Graph, attention: fx.Node, write: fx.Node) -> None:
-    k_cache, v_cache, k, v, slots = write.args
+    k_cache, v_cache, k, v, slots, *scales = write.args
     q = attention.args[0]
     cos, sin, rows, rotary_dim, layout = q.args[1:]
     with graph.inserting_before(write):
         turned = graph.call_function(
             OPS.rope_cache.default,
-            (k_cache, v_cache, q.args[0], k.args[0], v, cos, sin, rows, slots, rotary_dim, layout),
+            (k_cache, v_cache, q.args[0], k.args[0], v, cos, sin, rows, slots, rotary_dim, layout, *scales),
         )
     copy_meta(q, turned, q.meta["val"])
     attention.replace_input_with(q, turned)

@@ -5,7 +5,8 @@
     write_cache(k_cache_L, v_cache_L, k, v, slots_G)
     out = paged_attention(q, k_cache_L, v_cache_L, block_table_G, seq_lens, query_start, sinks, ...)
 
-Layers with the same window share one group G of block tables. Caches and batch metadata are graph inputs.
+Layers with the same window share one group G of block tables. Caches and batch metadata are graph inputs. Caches of
+fp8 have scales, which both ops get: constants k_scale_L, v_scale_L [1], that are filled in when weights are loaded.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import copy_meta, meta_int, placeholder
+from fuseline.compile.graph.edit import constant, copy_meta, meta_int, placeholder
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
-from fuseline.compile.specs import CacheGroup, CacheSpec
+from fuseline.compile.specs import FP8_DTYPE, CacheGroup, CacheSpec, scale_names
 
 OPS = torch.ops.fuseline
 FP8 = ("fp8", "fp8_e4m3")
@@ -27,9 +28,12 @@ def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     windows = sorted({node.args[6] for node in nodes})
     specs = [_cache_spec(node, ctx) for node in nodes]
     groups = [CacheGroup(w, tuple(s.layer for s in specs if s.window == w)) for w in windows]
+    constants: dict[str, Tensor] = {}
     for node, spec in zip(nodes, specs, strict=True):
-        _rewrite(graph.graph, node, spec, windows.index(spec.window), ctx.config.block_size)
-    return PassResult(len(nodes), bool(nodes), (*specs, *groups))
+        scales = _scales(graph, spec)
+        constants |= {str(scale.meta["fqn"]): torch.ones(1) for scale in scales}
+        _rewrite(graph.graph, node, spec, windows.index(spec.window), ctx.config.block_size, scales)
+    return PassResult(len(nodes), bool(nodes), (*specs, *groups), constants)
 
 
 def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
@@ -45,11 +49,18 @@ def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
     if asked in FP8 and ctx.target.kind != "cuda":
         raise ValueError(f"a cache of {asked} needs a card")
     if asked in FP8:
-        return "float8_e4m3fn"
+        return FP8_DTYPE
     return str(of_model).removeprefix("torch.") if asked == "auto" else asked
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int, block_size: int) -> None:
+def _scales(graph: fx.GraphModule, spec: CacheSpec) -> list[fx.Node]:
+    names = scale_names(spec.layer) if spec.dtype == FP8_DTYPE else ()
+    return [constant(graph, name, torch.ones(1), fqn=name) for name in names]
+
+
+def _rewrite(
+    graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int, block_size: int, scales: list[fx.Node]
+) -> None:
     q, k, v, sinks, layer, scale, window, softcap, _ = node.args
     dtype = getattr(torch, spec.dtype)
     caches = [
@@ -61,11 +72,11 @@ def _rewrite(graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int, block_
     seq_lens = placeholder(graph, "seq_lens", meta_int(2, dtype=torch.int32))
     query_start = placeholder(graph, "query_start", meta_int(3, dtype=torch.int32))
     with graph.inserting_before(node):
-        write = graph.call_function(OPS.write_cache.default, (*caches, k, v, slots))
+        write = graph.call_function(OPS.write_cache.default, (*caches, k, v, slots, *scales))
         copy_meta(node, write, None)
         paged = graph.call_function(
             OPS.paged_attention.default,
-            (q, *caches, table, seq_lens, query_start, sinks, window, scale, softcap),
+            (q, *caches, table, seq_lens, query_start, sinks, window, scale, softcap, *scales),
         )
         copy_meta(node, paged, node.meta["val"])
     node.replace_all_uses_with(paged)

@@ -9,6 +9,7 @@ import numpy as np
 from fuseline.engine.memory.block_pool import NULL_BLOCK
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.prefix_cache import extend_keys
+from fuseline.engine.memory.swap import SwapSpace
 from fuseline.engine.request import Sequence
 
 
@@ -16,10 +17,17 @@ class KVManager:
     """Block tables are kept as `tables` [G, R, M] int32, indexed by a running sequence's row (R: max_num_seqs)."""
 
     def __init__(
-        self, windows: Seq[int], num_blocks: Seq[int], block_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        windows: Seq[int],
+        num_blocks: Seq[int],
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        num_host_blocks: Seq[int] = (),
     ) -> None:
         self.block_size = block_size
         self.groups = [CacheGroup(w, block_size, n) for w, n in zip(windows, num_blocks, strict=True)]
+        self.swap = SwapSpace(num_host_blocks) if num_host_blocks else None
         self._windowed = [(index, group) for index, group in enumerate(self.groups) if group.window]
         self.promised: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
@@ -55,11 +63,19 @@ class KVManager:
                 last = key
         return last
 
-    def start(self, seq: Sequence, hit: int, num_tokens: int) -> bool:
-        """Give a sequence its first `hit` blocks from the cache and see to it that it can grow to `num_tokens` tokens.
+    def find_start(self, seq: Sequence) -> int:
+        """Tokens of a waiting sequence that need no computing: they are in the prefix cache, or were swapped out."""
+        return seq.swapped.num_computed if seq.swapped else self.find_prefix(seq) * self.block_size
 
-        Refused unless all of the sequence's known tokens fit, so that a long prompt is not begun only to be preempted.
+    def start(self, seq: Sequence, num_computed: int, num_tokens: int) -> bool:
+        """Give a sequence the blocks of its first `num_computed` tokens, as `find_start` has them.
+
+        It can grow to `num_tokens` tokens then. Refused unless all of its known tokens fit, so that a long prompt is
+        not begun only to be preempted.
         """
+        if seq.swapped:
+            return self._swap_in(seq, num_tokens)
+        hit = num_computed // self.block_size
         reused = [group.hit_blocks(seq.keys, hit) for group in self.groups]
         for group, blocks in zip(self.groups, reused, strict=True):
             target = num_tokens if group.window else seq.num_tokens
@@ -80,7 +96,7 @@ class KVManager:
         """Its blocks as they are after `start`, once it has a row."""
         for index, blocks in enumerate(seq.blocks):
             self.tables[index, seq.row, : len(blocks)] = blocks
-        self.num_slots[seq.row] = seq.num_computed
+        self.num_slots[seq.row] = self._num_blocks(seq.num_computed) * self.block_size
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Room for tokens up to `num_tokens`, giving back what the windows have left. False when blocks are lacking."""
@@ -134,9 +150,59 @@ class KVManager:
         seq.blocks = []
         seq.num_remembered = 0
 
+    def swap_out(self, seq: Sequence) -> bool:
+        """Save the KV of a running sequence that is about to lose its row. False when there is no room for it."""
+        num_computed = seq.num_computed
+        if self.swap is None or num_computed == 0:
+            return False
+        first = [group.first_visible(num_computed) for group in self.groups]
+        end = self._num_blocks(num_computed)
+        visible = [blocks[begin:end] for begin, blocks in zip(first, seq.blocks, strict=True)]
+        seq.swapped = self.swap.save(num_computed, first, visible)
+        return seq.swapped is not None
+
+    def discard_swapped(self, seq: Sequence) -> None:
+        """A sequence that does not go on, or is computed anew."""
+        if seq.swapped:
+            self.swap.discard(seq.swapped)
+            seq.swapped = None
+
     def reset_prefix_cache(self) -> None:
         for group in self.groups:
             group.pool.forget_all()
+
+    def _swap_in(self, seq: Sequence, num_tokens: int) -> bool:
+        """`start` of a swapped sequence. Blocks that the prefix cache still holds are not copied."""
+        saved = seq.swapped
+        num_full = saved.num_computed // self.block_size
+        if seq.cache_root is not None:
+            extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, num_full)
+        found = [
+            [group.pool.find(key) for key in seq.keys[first:num_full]]
+            for group, first in zip(self.groups, saved.first, strict=True)
+        ]
+        for group, first, cached in zip(self.groups, saved.first, found, strict=True):
+            blocks = [block for block in cached if block is not None]
+            fresh = self._num_blocks(num_tokens if group.window else seq.num_tokens) - first - len(blocks)
+            if fresh + sum(map(group.pool.is_free, blocks)) > group.pool.num_free:
+                return False
+        targets = []
+        seq.blocks = []
+        for group, first, cached, host in zip(self.groups, saved.first, found, saved.blocks, strict=True):
+            for block in cached:
+                if block is not None:
+                    group.pool.take(block)
+            cached = cached + [None] * (len(host) - len(cached))
+            fresh = iter(group.pool.allocate(cached.count(None)))
+            blocks = [next(fresh) if block is None else block for block in cached]
+            targets.append([None if old is not None else new for old, new in zip(cached, blocks, strict=True)])
+            seq.blocks.append([NULL_BLOCK] * first + blocks)
+        self.swap.restore(saved, targets)
+        seq.swapped = None
+        seq.first_held = list(saved.first)
+        seq.num_remembered = num_full
+        self._promise(seq)
+        return True
 
     def _promise(self, seq: Sequence) -> None:
         """Tell of the blocks that a starting sequence will fill with the tokens it has."""

@@ -69,7 +69,8 @@ def room_on_card(info: ModelInfo, share: float, before: Memory, now: Memory, ste
     """`share` of the card's memory, others' use of it apart: whatever is gone since `before` is this server's."""
     needed = steps.peak + steps.graphs
     left = int(share * before.total) - (before.free - now.free) - needed
-    rows = ("weights", info.weight_bytes), ("a step at most", steps.peak), ("kept for graphs", steps.graphs)
+    on_host = (("weights on the host", info.host_weight_bytes),) if info.host_weight_bytes else ()
+    rows = ("weights", info.weight_bytes), *on_host, ("a step at most", steps.peak), ("kept for graphs", steps.graphs)
     return Room(max(0, min(left, now.free - needed)), now.free - needed, rows)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.request import Sequence
@@ -30,6 +30,29 @@ class Model(Protocol):
 
     def run(self, inputs: GraphInputs) -> torch.Tensor:
         """Logits. On a device that is a queue also (inputs, sources, sampled), as CudaModel.run takes them."""
+
+
+@runtime_checkable
+class SwappingModel(Model, Protocol):
+    """One that can copy blocks of its caches to host memory and back."""
+
+    def allocate_host_blocks(self, num_blocks: Seq[int]) -> None:
+        """Blocks per cache group."""
+
+    def swap(self, copies: Seq[BlockCopy]) -> None:
+        """Copies blocks in this order, before what is run next. Never waits for the device."""
+
+
+@runtime_checkable
+class SleepingModel(Model, Protocol):
+    """One whose weights can leave its device."""
+
+    def move_weights_to_host(self) -> None: ...
+
+    def move_weights_back(self) -> None: ...
+
+    def discard_weights(self) -> None:
+        """For good."""
 
 
 @dataclass
@@ -99,6 +122,8 @@ class Runner:
         return self.rows.num_known[plan.rows[plan.sampling]] < plan.lengths
 
     def run(self, batch: Batch) -> Launched:
+        if batch.plan.copies:
+            self.model.swap(batch.plan.copies)
         if batch.sources is None:
             logits = self.model.run(batch.inputs)
         else:

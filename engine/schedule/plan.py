@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fuseline.compile.graph_inputs import BlockCopy
+from fuseline.engine.memory.swap import SwapSpace
 from fuseline.engine.request import Sequence
 from fuseline.engine.run.request_rows import RequestRows
 
@@ -28,6 +30,8 @@ class Plan:
     started: list[Sequence]
     """Those that got their row in this step."""
     num_tokens: int
+    copies: tuple[BlockCopy, ...] = ()
+    """Blocks to swap, in this order, before the step computes."""
 
 
 @dataclass
@@ -65,7 +69,7 @@ def num_extra_rows(seq: Sequence, count: int) -> int:
     return max(0, count - 1) if seq.prompt_scores is not None else 0
 
 
-def make_plan(budget: StepBudget, state: RequestRows) -> Plan:
+def make_plan(budget: StepBudget, state: RequestRows, swap: SwapSpace | None = None) -> Plan:
     rows = np.flatnonzero(budget.counts)
     counts, num_computed, num_tokens = budget.counts[rows], state.num_computed[rows], state.num_tokens[rows]
     is_last, wants_tokens = num_computed + counts == num_tokens, state.wants_tokens[rows]
@@ -80,4 +84,6 @@ def make_plan(budget: StepBudget, state: RequestRows) -> Plan:
         complete=np.flatnonzero(is_last & ~wants_tokens),
         started=budget.started,
         num_tokens=int(counts.sum()),
+        # An empty plan is not computed: its copies wait for the next one.
+        copies=swap.take_copies() if swap and len(rows) else (),
     )

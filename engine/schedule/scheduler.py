@@ -76,6 +76,7 @@ class Scheduler:
         if seq.row >= 0:
             self._leave(seq)
         self.waiting.remove(seq)
+        self.kv.discard_swapped(seq)
 
     def schedule(self) -> Plan:
         """The next step. Empty only when nothing waits or runs."""
@@ -88,11 +89,16 @@ class Scheduler:
         self._schedule_running(budget)
         if not budget.has_preempted:
             self._admit_waiting(budget)
-        return make_plan(budget, self.rows)
+        return make_plan(budget, self.rows, self.kv.swap)
 
     def preempt_all(self) -> None:
+        """Everything is computed anew, what was swapped out too."""
         for seq in list(self.running):
             self._requeue(seq)
+        for seq in self.waiting:
+            self.kv.discard_swapped(seq)
+        if self.kv.swap:
+            self.kv.swap.copies.clear()
 
     def _switch_ropes(self) -> None:
         if self.rope_switch is None:
@@ -159,19 +165,19 @@ class Scheduler:
                 continue
             if not self._find_seat(seq, budget):
                 break
-            hit = self.kv.find_prefix(seq)
-            promise = self.kv.find_promise(seq, hit)
+            begin = self.kv.find_start(seq)
+            promise = None if seq.swapped else self.kv.find_promise(seq, begin // self.kv.block_size)
             if promise is not None:
                 self.waiting.park(promise)
                 continue
-            num_remaining = seq.num_tokens - hit * self.kv.block_size
+            num_remaining = seq.num_tokens - begin
             count = self._chunk(seq, num_remaining, budget)
             if count < num_remaining and self._is_long(seq) and not self._has_long_place(budget):
                 passed_over.append(self.waiting.pop())
                 continue
             if count == 0 or (count < num_remaining and not self._has_partial_place(budget)):
                 break
-            if not self._start(seq, hit, count, budget):
+            if not self._start(seq, begin, count, budget):
                 break
         for seq in passed_over:
             self.waiting.push(seq)
@@ -202,27 +208,27 @@ class Scheduler:
         is_long = self.rows.num_tokens > self.limits.long_threshold
         return np.count_nonzero(self._is_partial(budget) & is_long) < self.limits.num_long_partial
 
-    def _start(self, seq: Sequence, hit: int, count: int, budget: StepBudget) -> bool:
-        num_tokens = hit * self.kv.block_size + count
-        while not self.kv.start(seq, hit, num_tokens):
+    def _start(self, seq: Sequence, begin: int, count: int, budget: StepBudget) -> bool:
+        num_tokens = begin + count
+        while not self.kv.start(seq, begin, num_tokens):
             if not self._preempt_lower(seq, budget):
                 return False
         self.waiting.pop()
         seq.row = self._free_rows.pop()
         self.running.append(seq)
-        self.rows.load(seq, hit * self.kv.block_size)
+        self.rows.load(seq, begin)
         self.kv.load_table(seq)
         self.kv.grow(seq, num_tokens)
         budget.spare_rows -= 1
         budget.add(seq, count)
         budget.started.append(seq)
-        self._count_hit(seq, hit)
+        self._count_hit(seq, begin)
         return True
 
-    def _count_hit(self, seq: Sequence, hit: int) -> None:
+    def _count_hit(self, seq: Sequence, num_found: int) -> None:
         """A request is looked up once: neither its further choices nor its restarts count."""
         if not seq.was_scheduled and seq.index == 0 and seq.reads_cache and seq.shares_prefix:
-            seq.num_cached = hit * self.kv.block_size
+            seq.num_cached = num_found
             self.prefix_queries += seq.prompt_len
             self.prefix_hits += seq.num_cached
 
@@ -230,6 +236,7 @@ class Scheduler:
         budget.drop(seq)
         budget.has_preempted = True
         self.num_preemptions += 1
+        self.kv.swap_out(seq)
         self._requeue(seq)
 
     def _requeue(self, seq: Sequence) -> None:

@@ -29,7 +29,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, lay
 
 
 def write_cache(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, k_scale: Tensor | None = None,
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """k[1, K, T, D], v[1, K, T, E] to slot = block * block size + offset of caches [N, K, B, D|E]; -1 writes nothing.
@@ -42,7 +42,7 @@ def write_cache(
 
 def rope_cache(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Tensor,
-    slots: Tensor, rotary_dim: int, layout: int, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    slots: Tensor, rotary_dim: int, layout: int, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Rotated q; rotated k and v go to the caches."""
     _check(q, cos)

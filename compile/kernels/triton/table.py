@@ -13,6 +13,10 @@ from fuseline.compile.kernels.triton import activation, attention, experts, line
 OPS = torch.ops.fuseline
 
 
+NUM_UNSCALED = 9
+"""Arguments of paged_attention behind q and before the scales of fp8 caches."""
+
+
 @dataclass(frozen=True)
 class TritonKernel:
     """`run` takes the op's arguments and gives its outputs; what the op mutates is written in place.
@@ -27,17 +31,27 @@ class TritonKernel:
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-    sinks: Tensor | None, window: int, scale: float, softcap: float, *,
-    tuning: attention.Tuning | None = None,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, *, tuning: attention.Tuning | None = None,
 ) -> Tensor:  # fmt: skip
     """q[1, H, T, D] over caches [N, K, B, D|E] -> [1, T, H, E]."""
     out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
-    _attend(out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, tuning=tuning)
+    _attend(
+        out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, k_scale, v_scale,
+        tuning=tuning,
+    )  # fmt: skip
     return out
 
 
-def _attend(out: Tensor, q: Tensor, *rest: object, tuning: attention.Tuning | None = None) -> None:
-    attention.paged_attention(out, q if q.stride(3) == 1 else q.contiguous(), *rest, tuning=tuning)
+def _attend(
+    out: Tensor, q: Tensor, *rest: object, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    tuning: attention.Tuning | None = None,
+) -> None:  # fmt: skip
+    """`rest`: the other arguments of the op; its scales may come in their places."""
+    if len(rest) > NUM_UNSCALED:
+        rest, (k_scale, v_scale) = rest[:NUM_UNSCALED], rest[NUM_UNSCALED:]
+    q = q if q.stride(3) == 1 else q.contiguous()
+    attention.paged_attention(out, q, *rest, k_scale=k_scale, v_scale=v_scale, tuning=tuning)
 
 
 def paged_attention_invariant(

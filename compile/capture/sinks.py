@@ -1,0 +1,141 @@
+"""Where loaded weights go: into this machine's memory, or to a card by way of a ring of pinned buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.capture.panels import pack_block
+from fuseline.compile.capture.reader import BLOCK_BYTES, box_of, write_box
+from fuseline.compile.memory import Pages
+
+NUM_BUFFERS = 8
+"""More than there are readers, so that one reads on while the copies of all are under way."""
+
+
+class Sink(Protocol):
+    """Used by several threads at once, each with tensors of its own."""
+
+    def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor of that request, to be written box by box."""
+
+    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
+        """Put the block, which may be overwritten afterwards, where it belongs; `layout` is that of WeightSource."""
+
+    def finish(self) -> None:
+        """Return when all that was written is there."""
+
+
+class HostSink:
+    def __init__(self) -> None:
+        self._pages = Pages()
+
+    def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._pages.zeros(shape, dtype)
+
+    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
+        if layout == "rows":
+            write_box(target, block, start)
+        elif block.ndim == 2:
+            pack_block(target, block, *start)
+        else:
+            for expert, matrix in enumerate(block, start[0]):
+                pack_block(target[expert], matrix, *start[1:])
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+
+class Copies(Protocol):
+    """What a ring needs of a device; tests have their own."""
+
+    def buffer(self, num_bytes: int) -> Tensor:
+        """Host memory [num_bytes] uint8 that can be copied from without waiting."""
+
+    def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        """Start to copy. What comes back waits for the end of it."""
+
+
+class DeviceSink:
+    """Weights on a card, as rows. Host memory holds the ring and the readers' blocks, whatever the model's size.
+
+    A block is converted into a buffer of the ring and copied from there while the next ones are read. `on_host`:
+    tensors by key that stay in host memory instead.
+    """
+
+    def __init__(
+        self, device: torch.device, on_host: Mapping[str, Tensor] | None = None, copies: Copies | None = None
+    ) -> None:
+        self._device = device
+        self._on_host = on_host or {}
+        self._host_ids = {id(tensor) for tensor in self._on_host.values()}
+        self._copies = copies or (CudaCopies() if device.type == "cuda" else HostCopies())
+        self._ring: SimpleQueue[tuple[Tensor, Callable[[], None]]] = SimpleQueue()
+        for _ in range(NUM_BUFFERS):
+            self._ring.put((self._copies.buffer(BLOCK_BYTES), lambda: None))
+
+    def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        found = self._on_host.get(key)
+        return torch.zeros(shape, dtype=dtype, device=self._device) if found is None else found
+
+    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
+        if layout != "rows":
+            raise ValueError(f"weights of a card lie in rows, not {layout}")
+        if id(target) in self._host_ids:
+            write_box(target, block, start)
+            return
+        for at, part in _parts(start, block, BLOCK_BYTES // target.element_size()):
+            self._send(box_of(target, at, part.shape), part)
+
+    def finish(self) -> None:
+        for _ in range(NUM_BUFFERS):
+            buffer, wait = self._ring.get()
+            wait()
+            self._ring.put((buffer, lambda: None))
+
+    def _send(self, box: Tensor, part: Tensor) -> None:
+        buffer, wait = self._ring.get()
+        wait()
+        staged = buffer[: box.numel() * box.element_size()].view(box.dtype).view(box.shape)
+        staged.copy_(part)
+        self._ring.put((buffer, self._copies.copy(box, staged)))
+
+
+class CudaCopies:
+    """On the current stream, which is the default one in the threads that read."""
+
+    def buffer(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        target.copy_(source, non_blocking=True)
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+        return done.synchronize
+
+
+class HostCopies:
+    """Where a card's kernels are interpreted."""
+
+    def buffer(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        target.copy_(source)
+        return lambda: None
+
+
+def _parts(start: tuple[int, ...], block: Tensor, most: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """The block cut into boxes of at most `most` elements, each with where it begins."""
+    if block.numel() <= most:
+        yield start, block
+        return
+    dim = next(dim for dim, size in enumerate(block.shape) if size > 1)
+    step = max(1, most * block.shape[dim] // block.numel())
+    for low in range(0, block.shape[dim], step):
+        part = block.narrow(dim, low, min(step, block.shape[dim] - low))
+        yield from _parts((*start[:dim], start[dim] + low, *start[dim + 1 :]), part, most)
