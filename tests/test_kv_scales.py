@@ -110,7 +110,7 @@ def with_scales(into: Path, scales: dict[str, torch.Tensor]) -> Path:
 
 
 def scales_of(model) -> dict[str, float]:
-    program = model._executable._program
+    program = model._executable.program
     return {f"{kind}{layer}": float(getattr(program, f"{kind}_scale_{layer}")) for layer in range(3) for kind in "kv"}
 
 
