@@ -80,8 +80,8 @@ def test_prompts_take_a_share_of_a_step_beside_the_streams() -> None:
         walk.submit([token] * 6, max_tokens=3)
     for _ in range(5):
         walk.step()
-    # Beside one stream, then beside two and three; two tokens are left for the last.
-    assert walk.counts[1:6] == [1 + 4, 1 + 4, 2 + 4, 3 + 4, 4 + 2]
+    # Beside one stream, then beside two and three; then the second has ended and the last prompt has two tokens left.
+    assert walk.counts[1:6] == [1 + 4, 1 + 4, 2 + 4, 3 + 4, 2 + 2]
     walk.finish()
     walk.check_all((0,))
 
