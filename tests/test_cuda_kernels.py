@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton_interpreter
+from fake_card import CARD
 from native_fixtures import FLOATS
 from test_ops import assert_close, cases, copies, outputs
 
-from fuseline.compile.kernels import native_cuda
+from fuseline.compile.backends.cuda import CudaExecutable
+from fuseline.compile.kernels import cuda_library, native_cuda
 from fuseline.compile.kernels.native_cuda import KERNELS
 from fuseline.compile.ops import codes
 from fuseline.compile.ops import norm as norm_reference
@@ -221,3 +223,36 @@ def test_a_call_of_the_wrong_length_or_dtype_is_refused():
         lib.call("act_mul", x, 1)
     with pytest.raises(RuntimeError, match="cuda.act_mul: "):
         lib.call("act_mul", x, *[x.data_ptr()] * 3, 1, 8, 8, 8, 8, 1, 99)
+
+
+@pytest.mark.parametrize("name", ["write_cache", "rope_cache", "paged_attention"])
+def test_scales_of_fp8_caches_come_in_their_places(name):
+    """As a graph has them, behind the op's other arguments."""
+    op, count = registry()[name], 0
+    for args in op.inputs(Make(torch.bfloat16, torch.Generator().manual_seed(3))):
+        at = 0 if name != "paged_attention" else 1
+        args = [*args[:at], *(cache.to(torch.float8_e4m3fn) for cache in args[at : at + 2]), *args[at + 2 :]]
+        args += [torch.tensor([0.5]), torch.tensor([0.125])]
+        if not BY_NAME[name].supports(*args):
+            continue
+        theirs, ours, count = copies(args), copies(args), count + 1
+        expected, found = outputs(op.reference(*theirs)), outputs(cuda_twin.run(BY_NAME[name].run, *ours))
+        for one, truth in zip(found, expected, strict=True):
+            assert_close(one, truth, op.tolerance)
+        for mine, its in zip(ours[at : at + 2], theirs[at : at + 2], strict=True):
+            assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
+    assert count
+
+
+def test_a_graph_calls_a_kernel_that_no_other_can_stand_in_for(monkeypatch):
+    """Lines longer than Triton's kernel takes."""
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
+    graph, x = torch.fx.Graph(), torch.randn(1, 2, 40_000)
+    node = graph.placeholder("x")
+    node.meta["val"] = x.to("meta")
+    norm = graph.call_function(torch.ops.fuseline.rms_norm.default, (node, None, 1e-6, 0))
+    norm.meta["val"] = x.to("meta")
+    graph.output(norm)
+    executable = CudaExecutable(torch.fx.GraphModule({}, graph), {}, CARD)
+    assert [kernel.label for kernel in executable.kernels.values()] == ["cuda.rms_norm"]
+    assert_close(executable.run({"x": x}), registry()["rms_norm"].reference(x, None, 1e-6, 0), 2.0)

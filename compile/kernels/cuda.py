@@ -22,6 +22,7 @@ from fuseline.compile.kernels.choice import DECODE, PREFILL, ROWS, Candidate, de
 from fuseline.compile.target import Target
 
 if TYPE_CHECKING:
+    from fuseline.compile.kernels.cuda_library import CudaLibrary
     from fuseline.compile.kernels.external import ExternalAttention
 
 aten = torch.ops.aten
@@ -74,20 +75,29 @@ def _in_cpp(op: Callable, args: tuple, target: Target) -> list[Candidate]:
     library = cuda_library.library_for(target)
     if library is None:
         return []
-    from fuseline.compile.kernels.native_cuda import FEW_ROWS, KERNELS
+    from fuseline.compile.kernels.native_cuda import FEW_ROWS, KERNELS, linear_then_act_mul
 
     kernel = KERNELS.get(op)
     if kernel is None or not kernel.supports(*args):
         return []
-    run = partial(kernel.run, library)
-    label, _, of_many = kernel.label.partition(" | ")
+    run = _bound(kernel.run, library)
     if op is OPS.paged_attention.default:
-        return [Candidate(label, run, phases=(DECODE,))]
+        return [Candidate(kernel.label, run, phases=(DECODE,))]
     if op is aten.linear.default:
-        return [Candidate(label, run, FEW_ROWS)]
+        return [Candidate(kernel.label, run, FEW_ROWS)]
     if op is OPS.linear_act_mul.default:
-        return [Candidate(label, run, FEW_ROWS), Candidate(of_many, run)]
-    return [Candidate(label, run)]
+        of_many = Candidate("torch.linear, cuda.act_mul", _bound(linear_then_act_mul, library))
+        return [Candidate(kernel.label, run, FEW_ROWS), of_many]
+    return [Candidate(kernel.label, run)]
+
+
+def _bound(run: Callable, library: CudaLibrary) -> Callable:
+    """With a name, which a graph's code needs of what it calls and a partial has not."""
+
+    def in_cpp(*args: object) -> object:
+        return run(library, *args)
+
+    return in_cpp
 
 
 def _others(op: Callable, args: tuple) -> list[Candidate]:
@@ -118,7 +128,9 @@ def attention_candidates(args: tuple, target: Target, external: ExternalAttentio
     among the graph's inputs.
     """
     ours = op_candidates(OPS.paged_attention.default, args, target)
-    offered = external.candidates(args, table, ours[0].run) if ours else []
+    # Triton's takes whatever a library may be tried with.
+    of_prompts = next((candidate.run for candidate in ours if PREFILL in candidate.phases), None)
+    offered = external.candidates(args, table, of_prompts) if of_prompts else []
     prompts = [candidate for candidate in offered if PREFILL in candidate.phases]
     steps = [candidate for candidate in offered if PREFILL not in candidate.phases]
     return [*prompts, *ours, *steps]

@@ -1,7 +1,6 @@
 """Which kernel of csrc/cuda computes a graph op, a line a kernel; the counterpart of triton/table.py.
 
-`run` takes the library and the op's arguments. What a kernel takes for some numbers of rows only goes on to torch's or
-Triton's for the others, which the label says.
+`run` takes the library and the op's arguments; what its kernel does not take of them goes on to torch's or Triton's.
 """
 
 from __future__ import annotations
@@ -46,11 +45,16 @@ def linear_act_mul(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | N
     """act(gate) * up of a joined product with weight [2I, K] -> [..., I]; of more rows torch's product, then ours."""
     rows = _few_rows(x, weight)
     if rows is None:
-        gate, up = F.linear(x, weight, bias).chunk(2, -1)
-        return act_mul(lib, gate, up, act)
+        return linear_then_act_mul(lib, x, weight, bias, act)
     out = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
     _launch_linear(lib, "linear_act_mul", out, rows, weight, bias, act)
     return out
+
+
+def linear_then_act_mul(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
+    """The same of any number of rows, in two launches."""
+    gate, up = F.linear(x, weight, bias).chunk(2, -1)
+    return act_mul(lib, gate, up, act)
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -166,7 +170,7 @@ def rope(lib: CudaLibrary, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, ro
 
 
 def write_cache(
-    lib: CudaLibrary, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *,
+    lib: CudaLibrary, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """k[1, K, T, D], v[1, K, T, E] to slots of caches [N, K, B, D|E]; fp8 ones hold them over k_scale, v_scale [1]."""
@@ -175,7 +179,7 @@ def write_cache(
 
 def rope_cache(
     lib: CudaLibrary, k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
-    rows: Tensor, slots: Tensor, rotary_dim: int, layout: int, *, k_scale: Tensor | None = None,
+    rows: Tensor, slots: Tensor, rotary_dim: int, layout: int, k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Rotated q; rotated k and v go to the caches."""
@@ -210,7 +214,7 @@ def _rotates(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, *_: object) -> b
     return x.dtype in DTYPES and dtypes and x.stride(3) == 1 and cos.stride(1) == 1
 
 
-def _keeps(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> bool:
+def _keeps(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *_: object) -> bool:
     stored = (k.dtype, torch.float8_e4m3fn)
     lies_right = k_cache.stride(3) == 1 and v_cache.stride(3) == 1
     same = k_cache.dtype == v_cache.dtype and v.dtype == k.dtype and k_cache.dtype in stored
@@ -219,17 +223,15 @@ def _keeps(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor
 
 def _rotates_into_cache(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Tensor,
-    slots: Tensor, *_: int,
+    slots: Tensor, *_: object,
 ) -> bool:  # fmt: skip
     rotates = _rotates(q, cos, sin, rows) and _rotates(k, cos, sin, rows) and q.dtype == k.dtype
     return rotates and _keeps(k_cache, v_cache, k, v, slots)
 
 
 KERNELS: dict[object, NativeCudaKernel] = {
-    torch.ops.aten.linear.default: NativeCudaKernel("cuda.linear | torch.linear", linear, _multiplies),
-    OPS.linear_act_mul.default: NativeCudaKernel(
-        "cuda.linear_act_mul | torch.linear, cuda.act_mul", linear_act_mul, _multiplies
-    ),
+    torch.ops.aten.linear.default: NativeCudaKernel("cuda.linear", linear, _multiplies),
+    OPS.linear_act_mul.default: NativeCudaKernel("cuda.linear_act_mul", linear_act_mul, _multiplies),
     OPS.rms_norm.default: NativeCudaKernel("cuda.rms_norm", rms_norm, _norms),
     OPS.add_rms_norm.default: NativeCudaKernel("cuda.add_rms_norm", add_rms_norm, _norms),
     OPS.layer_norm.default: NativeCudaKernel("cuda.layer_norm", layer_norm, _norms),
@@ -239,6 +241,6 @@ KERNELS: dict[object, NativeCudaKernel] = {
     OPS.write_cache.default: NativeCudaKernel("cuda.write_cache", write_cache, _keeps),
     OPS.rope_cache.default: NativeCudaKernel("cuda.rope_cache", rope_cache, _rotates_into_cache),
     OPS.paged_attention.default: NativeCudaKernel(
-        "cuda.decode_attention | triton.paged_attention", decode_or_triton, supports_attention
+        "cuda.decode_attention", decode_or_triton, supports_attention
     ),
 }

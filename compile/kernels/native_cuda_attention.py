@@ -20,16 +20,14 @@ NO_WINDOW = (1 << 31) - 1
 def decode_or_triton(
     lib: CudaLibrary, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q[1, H, T, D] over caches [N, K, B, D] -> [1, T, H, D]; no more tokens than sequences are a decode step."""
+    args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap)
     if q.shape[2] > seq_lens.shape[0]:
-        return paged_attention(
-            q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap
-        )  # fmt: skip
+        return paged_attention(*args, k_scale, v_scale)
     out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
-    decode_attention(
-        lib, out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap
-    )  # fmt: skip
+    decode_attention(lib, out, *args, k_scale=k_scale, v_scale=v_scale)
     return out
 
 
@@ -66,7 +64,7 @@ def decode_attention(
 
 def supports_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-    sinks: Tensor | None, *_: float,
+    sinks: Tensor | None, *_: object,
 ) -> bool:  # fmt: skip
     """Half precision, one size of heads, whole blocks of a power of two keys, up to sixteen query heads a kv head."""
     dim, block_size, group = q.shape[3], k_cache.shape[2], q.shape[1] // k_cache.shape[1]
