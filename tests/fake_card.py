@@ -90,6 +90,18 @@ def tensors_of(value: object) -> list[Tensor]:
     return found
 
 
+def capture_when_allocated(model: CudaModel, api: FakeGraphs, seen: list[tuple]) -> None:
+    """All graphs are there once the model has caches; `seen` gets the progress of their capture."""
+    allocate = model.allocate_caches
+
+    def allocate_and_capture(num_blocks: Sequence[int]) -> None:
+        allocate(num_blocks)
+        model.capture_graphs(lambda *step: seen.append(step), api)
+        model.graphs.wait()
+
+    model.allocate_caches = allocate_and_capture
+
+
 class Uninitialized(TorchDispatchMode):
     """New memory of floats is NaN until it is written."""
 

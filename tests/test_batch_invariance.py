@@ -21,8 +21,9 @@ from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.kernels.triton.experts import experts_invariant
-from fuseline.compile.kernels.triton.matmul import TILES, Tile, matmul
+from fuseline.compile.kernels.triton.matmul import TILES, matmul
 from fuseline.compile.kernels.triton.table import paged_attention_invariant
+from fuseline.compile.kernels.triton.tile import Tile
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make
 from fuseline.compile.ops.registry import registry

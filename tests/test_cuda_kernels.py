@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from functools import partial
 
 import cuda_twin
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 import triton_interpreter
 from fake_card import CARD
 from native_fixtures import FLOATS
-from test_ops import assert_close, cases, copies, outputs
+from test_ops import assert_agrees, assert_close, assert_lies_as_fake, cases, copies, outputs
 
 from fuseline.compile.backends.cuda import CudaExecutable
 from fuseline.compile.kernels import cuda_library, native_cuda
@@ -42,29 +44,20 @@ def taken(name: str, dtype: torch.dtype) -> list[tuple]:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_kernels_agree_with_their_reference(name, dtype):
-    """Outputs, and all that the arguments hold afterwards."""
     op, found_cases = registry()[name], taken(name, dtype)
     assert bool(found_cases) == (dtype in HALF or name not in ALIKE)
     for args in found_cases:
-        theirs, ours = copies(args), copies(args)
-        expected, found = outputs(op.reference(*theirs)), outputs(cuda_twin.run(BY_NAME[name].run, *ours))
-        for one, truth in zip(found, expected, strict=True):
-            assert_close(one, truth, op.tolerance)
-        for mine, its in zip(ours, theirs, strict=True):
-            if isinstance(mine, torch.Tensor):
-                assert torch.equal(mine, its), "what is written in place, or nothing"
+        assert_agrees(op, args, by_twin(name))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_outputs_lie_as_the_fakes_say(name):
     for args in taken(name, torch.bfloat16):
-        found = outputs(cuda_twin.run(BY_NAME[name].run, *copies(args)))
-        fakes = outputs(
-            getattr(torch.ops.fuseline, name).default(
-                *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args)
-            )
-        )
-        assert [(x.shape, x.dtype, x.stride()) for x in found] == [(x.shape, x.dtype, x.stride()) for x in fakes]
+        assert_lies_as_fake(registry()[name], args, by_twin(name))
+
+
+def by_twin(name: str) -> Callable:
+    return partial(cuda_twin.run, BY_NAME[name].run)
 
 
 PRODUCTS = [(1, 8), (33, 40), (100, 520), (2050, 1032), (4104, 264)]
@@ -235,12 +228,8 @@ def test_scales_of_fp8_caches_come_in_their_places(name):
         args += [torch.tensor([0.5]), torch.tensor([0.125])]
         if not BY_NAME[name].supports(*args):
             continue
-        theirs, ours, count = copies(args), copies(args), count + 1
-        expected, found = outputs(op.reference(*theirs)), outputs(cuda_twin.run(BY_NAME[name].run, *ours))
-        for one, truth in zip(found, expected, strict=True):
-            assert_close(one, truth, op.tolerance)
-        for mine, its in zip(ours[at : at + 2], theirs[at : at + 2], strict=True):
-            assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
+        assert_agrees(op, args, by_twin(name))
+        count += 1
     assert count
 
 

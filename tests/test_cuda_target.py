@@ -7,7 +7,7 @@ import dataclasses
 import cuda_twin
 import pytest
 import torch
-from fake_card import CARD, FakeGraphs, HostSync, no_host_sync, waiting_for_nothing
+from fake_card import CARD, FakeGraphs, HostSync, capture_when_allocated, no_host_sync, waiting_for_nothing
 from paged_driver import greedy
 from test_native_sampling import Result, make_logits
 from triton_interpreter import assert_fits, compile_launches
@@ -85,14 +85,7 @@ def test_where_there_are_kernels_in_cpp_they_compute_the_step(monkeypatch) -> No
 @pytest.mark.parametrize(("family", "sizes"), [("llama", (2, 4)), ("phi3_longrope", (3,))])
 def test_padded_graphs_give_the_tokens_of_transformers(family: str, sizes: tuple[int, ...]) -> None:
     model, api, seen = build(family, "float32", GraphConfig(sizes, mixed_sizes=())), FakeGraphs(), []
-    allocate = model.allocate_caches
-
-    def allocate_and_capture(num_blocks) -> None:
-        allocate(num_blocks)
-        model.capture_graphs(lambda *step: seen.append(step), api)
-        model.graphs.wait()
-
-    model.allocate_caches = allocate_and_capture
+    capture_when_allocated(model, api, seen)
     prompts = make_prompts((3, 9, 20))
     assert greedy(model, prompts, 6) == truth(checkpoint(family, "float32"), prompts, 6)
     assert api.captured == sorted(sizes, reverse=True), "largest first"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,31 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     steps = tolerance if expected.dtype == torch.float32 else min(tolerance, 1.0)
     step = steps * torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
     torch.testing.assert_close(found, expected, rtol=step, atol=step)
+
+
+def assert_agrees(op: Op, args: tuple, run: Callable) -> None:
+    """A card's kernel with the reference: outputs, and all that the arguments hold afterwards."""
+    theirs, ours = copies(args), copies(args)
+    expected, found = outputs(op.reference(*theirs)), outputs(run(*ours))
+    assert len(found) == len(expected)
+    for one, truth in zip(found, expected, strict=True):
+        assert_close(one, truth, op.tolerance)
+    for mine, its in zip(ours, theirs, strict=True):
+        if isinstance(mine, Tensor):
+            assert torch.equal(as_bytes(mine), as_bytes(its)), "what is written in place, or nothing"
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """Of fp8, which nothing compares."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def assert_lies_as_fake(op: Op, args: tuple, run: Callable) -> None:
+    """Views that a graph takes of a result must be possible of the kernel's."""
+    overload = getattr(torch.ops.fuseline, op.name).default
+    fakes = outputs(overload(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)))
+    found = outputs(run(*copies(args)))
+    assert [(x.shape, x.dtype, x.stride()) for x in found] == [(x.shape, x.dtype, x.stride()) for x in fakes]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fake_card import CARD, FakeGraphs, no_host_sync
+from fake_card import CARD, FakeGraphs, capture_when_allocated, no_host_sync
 from paged_driver import greedy
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
@@ -54,14 +54,7 @@ def mixed_step(counts: list[int], lengths: list[int], groups: int = 1, width: in
 def test_greedy_tokens_equal_transformers(family: str, sizes: tuple[int, ...]) -> None:
     """Every step is replayed in pieces, among memory that is NaN wherever nobody owns it or has written it."""
     model, api, seen = build(family, GraphConfig((1,), mixed_sizes=sizes, num_warmups=0)), FakeGraphs(), []
-    allocate = model.allocate_caches
-
-    def allocate_and_capture(num_blocks) -> None:
-        allocate(num_blocks)
-        model.capture_graphs(lambda *step: seen.append(step), api)
-        model.graphs.wait()
-
-    model.allocate_caches = allocate_and_capture
+    capture_when_allocated(model, api, seen)
     prompts = make_prompts((3, 9, 20))
     assert greedy(model, prompts, 6) == truth(checkpoint(family, "float32"), prompts, 6)
     assert api.pieces == (LAYERS + 1) * len(sizes) and api.piece_replays >= 5 * (LAYERS + 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton_interpreter
 from native_fixtures import FLOATS
-from test_ops import assert_close, cases, copies, outputs
+from test_ops import assert_agrees, assert_close, assert_lies_as_fake, cases
 from triton_interpreter import assert_fits, compile_launches
 
 from fuseline.compile.kernels.triton import linear, norm, rope
@@ -29,30 +29,16 @@ def make(dtype=torch.float32) -> Make:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_kernels_agree_with_their_reference(name, dtype):
-    """Outputs, and all that the arguments hold afterwards."""
     op = registry()[name]
     for args in cases(op, dtype):
-        theirs, ours = copies(args), copies(args)
-        expected, found = outputs(op.reference(*theirs)), outputs(BY_NAME[name].run(*ours))
-        assert BY_NAME[name].supports(*args) and len(found) == len(expected)
-        for one, truth in zip(found, expected, strict=True):
-            assert_close(one, truth, op.tolerance)
-        for mine, its in zip(ours, theirs, strict=True):
-            if isinstance(mine, torch.Tensor):
-                assert torch.equal(mine, its), "what is written in place, or nothing"
+        assert BY_NAME[name].supports(*args)
+        assert_agrees(op, args, BY_NAME[name].run)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_outputs_lie_as_the_fakes_say(name):
-    """Views that a graph takes of a result must be possible of the kernel's."""
     for args in cases(registry()[name], torch.bfloat16):
-        found = outputs(BY_NAME[name].run(*copies(args)))
-        fakes = outputs(
-            getattr(torch.ops.fuseline, name).default(
-                *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args)
-            )
-        )
-        assert [(x.shape, x.dtype, x.stride()) for x in found] == [(x.shape, x.dtype, x.stride()) for x in fakes]
+        assert_lies_as_fake(registry()[name], args, BY_NAME[name].run)
 
 
 @pytest.mark.parametrize("dim", (1, 16, 2050))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.backends.tuned import Progress, measured_once
+from fuseline.compile.backends.tuned import MIN_GAIN, Progress, measured_once
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import cpu_features
 
@@ -33,8 +33,6 @@ MAX_TENSORS = 16
 SLOW_SECONDS = 0.005
 """A product that takes longer is left to the kernel: measuring it would hold up the start."""
 ROUNDS = 3
-MIN_GAIN = 0.03
-"""Less than this may be noise."""
 
 
 @dataclass(frozen=True, order=True)

@@ -21,7 +21,7 @@ from fuseline import _C
 from fuseline.compile import kernels
 from fuseline.compile.backends.artifact import version_of
 from fuseline.compile.backends.card_timer import Arguments, CardTimer, Timer
-from fuseline.compile.backends.tuned import Progress, measured_once
+from fuseline.compile.backends.tuned import MIN_GAIN, Progress, measured_once
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.attention_batch import AttentionLayer, make_batch
 from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, chosen_label, default_choices
@@ -41,8 +41,6 @@ CONTEXT = 1024
 """Keys of a sequence in steps of one token each."""
 MAX_TENSORS = 8
 """Weights of one shape that are read in turns."""
-MIN_GAIN = 0.03
-"""Less than this may be noise."""
 
 
 @dataclass(frozen=True, order=True)

@@ -17,6 +17,8 @@ from fuseline.compile.config import CompileConfig
 Problem = TypeVar("Problem")
 Choice = TypeVar("Choice")
 Progress = Callable[[str, int, int], None]
+MIN_GAIN = 0.03
+"""A measured gain that is less may be noise."""
 
 
 def measured_once(

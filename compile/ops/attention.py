@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, batch_invariant, op
 
 
 @op(
@@ -123,25 +123,7 @@ def _values(stored: Tensor, scale: Tensor | None) -> Tensor:
     return stored if scale is None else stored.float() * scale
 
 
-@op(
-    "paged_attention_invariant(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor query_start, Tensor? sinks, int window, float scale, float softcap, Tensor? k_scale=None, "
-    "Tensor? v_scale=None) -> Tensor",
-    fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]),
-    inputs=paged_attention_inputs,
-    tolerance=6.0,
-)
-def paged_attention_invariant(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`paged_attention`; a kernel of it sums a token's keys in one order, in whatever chunk and batch the token comes.
-
-    Of a cache of float8_e4m3fn, k_scale[1] and v_scale[1] (float32; none: 1) times the stored number is the value.
-    """
-    caches = (c if s is None else c.float() * s for c, s in ((k_cache, k_scale), (v_cache, v_scale)))
-    return paged_attention(q, *caches, block_table, seq_lens, query_start, sinks, window, scale, softcap)
+paged_attention_invariant = batch_invariant(paged_attention)
 
 
 @op(

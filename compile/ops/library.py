@@ -18,7 +18,9 @@ class Op:
     """One op of the vocabulary; `<reference>.op` of the decorated function."""
 
     name: str
+    schema: str
     reference: Callable
+    fake: Callable
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None
     """Argument tuples that cover the op; None for one that no kernel computes."""
     workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None
@@ -93,7 +95,14 @@ def op(
         LIBRARY.define(schema)
         LIBRARY.impl(name, reference, "CPU")
         torch.library.register_fake(f"fuseline::{name}", fake, lib=LIBRARY)
-        reference.op = Op(name, reference, inputs, workloads, tolerance)
+        reference.op = Op(name, schema, reference, fake, inputs, workloads, tolerance)
         return reference
 
     return register
+
+
+def batch_invariant(of: Callable) -> Callable:
+    """Registers a declared op as NAME_invariant too: kernels of that compute a row in one order, whatever the batch."""
+    found: Op = of.op
+    schema = found.schema.replace(found.name, f"{found.name}_invariant", 1)
+    return op(schema, found.fake, found.inputs, found.tolerance)(lambda *args: of(*args))

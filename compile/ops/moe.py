@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import ACTIVATIONS
-from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, batch_invariant, op
 
 
 def experts_inputs(make: Make) -> Iterator[tuple]:
@@ -50,19 +50,7 @@ def experts(
     return out
 
 
-@op(
-    "experts_invariant(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
-    "Tensor? down_bias, int act, bool transposed, float alpha, float limit) -> Tensor",
-    fake=lambda x, *_: torch.empty_like(x),
-    inputs=experts_inputs,
-    tolerance=12.0,
-)
-def experts_invariant(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float,
-) -> Tensor:  # fmt: skip
-    """`experts`; a kernel of it sums a row in one order, whatever the number of rows."""
-    return experts(x, ids, weights, gate_up, down, gate_up_bias, down_bias, act, transposed, alpha, limit)
+experts_invariant = batch_invariant(experts)
 
 
 def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:

@@ -8,13 +8,12 @@ Legend: T tokens, K experts of a token, E experts, D features, I hidden size of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 
 from fuseline.compile.kernels.triton.experts_kernels import combine_kernel, down_kernel, gate_up_kernel, sort_kernel
+from fuseline.compile.kernels.triton.tile import Tile
 
 FEATURES = 1024  # of a program that adds the experts of a token up
 SORTED = 1024  # pairs that the sort looks at in one step
@@ -40,7 +39,7 @@ def experts(
     starts = order[num_pairs:]
     sort_kernel[(num_experts,)](order, starts, ids, num_pairs, CHUNK=SORTED, num_warps=4)
 
-    tile = tile or Tile.of(num_pairs, num_experts, x.element_size())
+    tile = tile or default_tile(num_pairs, num_experts, x.element_size())
     num_tiles = num_pairs // tile.rows + num_experts
     shape = {"TOP_K": top_k, "E": num_experts, "D": dim, "HIDDEN": hidden_size, **tile.constants()}
     hidden = x.new_empty(num_pairs, hidden_size)
@@ -60,41 +59,20 @@ def experts(
 
 def experts_invariant(x: Tensor, *args: object) -> Tensor:
     """`experts` with one tile for any number of pairs."""
-    return experts(x, *args, tile=Tile.high(x.element_size()))
+    return experts(x, *args, tile=high_tile(x.element_size()))
 
 
-@dataclass(frozen=True)
-class Tile:
-    """`rows` pairs times `columns` outputs, `depth` inputs a step."""
+def default_tile(num_pairs: int, num_experts: int, item_size: int) -> Tile:
+    """Low while an expert has few pairs: then the weights' way through memory is all there is."""
+    return Tile(16, 64, 256 // item_size, 4, 3) if num_pairs <= 32 * num_experts else high_tile(item_size)
 
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
 
-    @staticmethod
-    def of(num_pairs: int, num_experts: int, item_size: int) -> Tile:
-        """Low tiles while an expert has few pairs: then the weights' way through memory is all there is."""
-        low = Tile(16, 64, 256 // item_size, 4, 3)
-        return low if num_pairs <= 32 * num_experts else Tile.high(item_size)
-
-    @staticmethod
-    def high(item_size: int) -> Tile:
-        return Tile(64, 64, 128 // item_size, 4, 3)
-
-    def constants(self) -> dict[str, int]:
-        return {
-            "ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}x{self.depth} {self.num_warps}w {self.num_stages}s"
+def high_tile(item_size: int) -> Tile:
+    return Tile(64, 64, 128 // item_size, 4, 3)
 
 
 def tiles(item_size: int) -> tuple[Tile, ...]:
-    """Measured by -O3 beside Tile.of: low ones for few pairs an expert, high ones for many."""
+    """Measured by -O3 beside default_tile: low ones for few pairs an expert, high ones for many."""
     depth = 128 // item_size
     return (
         Tile(16, 128, depth, 4, 4), Tile(32, 64, depth, 4, 4), Tile(64, 128, depth, 4, 3), Tile(128, 128, depth, 8, 3),

@@ -9,7 +9,6 @@ Legend: M rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,32 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseline.compile.kernels.triton.tile import Tile
+
 GROUP = 8  # tiles of rows that go over the outputs together
 INTERPRETED = 3  # programs where there is no card
 
 
-@dataclass(frozen=True)
-class Tile:
-    """`rows` times `columns` outputs, `depth` inputs a step."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-    @staticmethod
-    def of(num_out: int, item_size: int) -> Tile:
-        """Low, because a single row pays for all of its tile, and as narrow as it takes to busy a card."""
-        columns = 128 if num_out >= 8192 else 64
-        return Tile(64, columns, 64, 4, 4) if item_size == 2 else Tile(32, 64, 32, 4, 3)
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}x{self.depth} {self.num_warps}w {self.num_stages}s"
-
-
 TILES = (Tile(64, 256, 64, 4, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
-"""Of half precision, for where rows are many: candidates beside Tile.of."""
+"""Of half precision, for where rows are many: candidates beside default_tile."""
+
+
+def default_tile(num_out: int, item_size: int) -> Tile:
+    """Low, because a single row pays for all of its tile, and as narrow as it takes to busy a card."""
+    columns = 128 if num_out >= 8192 else 64
+    return Tile(64, columns, 64, 4, 4) if item_size == 2 else Tile(32, 64, 32, 4, 3)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile | None = None) -> Tensor:
@@ -55,11 +42,11 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile 
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     # The stride of a single row may be any number; a kernel compiled for another kind of number would hold up a step.
     stride = rows.stride(0) if rows.shape[0] > 1 else num_in
-    tile = tile or Tile.of(num_out, x.element_size())
+    tile = tile or default_tile(num_out, x.element_size())
     num_tiles = triton.cdiv(rows.shape[0], tile.rows) * triton.cdiv(num_out, tile.columns)
     matmul_kernel[(min(num_tiles, _num_programs(x.device)),)](
-        out, rows, weight, bias, rows.shape[0], stride, *weight.stride(), N=num_out, K=num_in, ROWS=tile.rows,
-        COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        out, rows, weight, bias, rows.shape[0], stride, *weight.stride(), N=num_out, K=num_in, GROUP=GROUP,
+        **tile.constants(),
     )  # fmt: skip
     return out
 
