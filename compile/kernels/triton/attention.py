@@ -52,8 +52,8 @@ PREFILL_TUNINGS = (Tuning(2), Tuning(4), Tuning(rows=64), Tuning(2, rows=64), Tu
 
 def paged_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float, *,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, workspace: Tensor | None = None,
+    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, workspace: Tensor | None = None,
     is_one_kernel: bool = False, tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """out[1, T, H, E] of q[1, H, T, D] over caches [N, K, B, D|E], as compile/ops/attention.py defines it.

@@ -13,10 +13,6 @@ from fuseline.compile.kernels.triton import activation, attention, experts, line
 OPS = torch.ops.fuseline
 
 
-NUM_UNSCALED = 9
-"""Arguments of paged_attention behind q and before the scales of fp8 caches."""
-
-
 @dataclass(frozen=True)
 class TritonKernel:
     """`run` takes the op's arguments and gives its outputs; what the op mutates is written in place.
@@ -43,15 +39,8 @@ def paged_attention(
     return out
 
 
-def _attend(
-    out: Tensor, q: Tensor, *rest: object, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
-    tuning: attention.Tuning | None = None,
-) -> None:  # fmt: skip
-    """`rest`: the other arguments of the op; its scales may come in their places."""
-    if len(rest) > NUM_UNSCALED:
-        rest, (k_scale, v_scale) = rest[:NUM_UNSCALED], rest[NUM_UNSCALED:]
-    q = q if q.stride(3) == 1 else q.contiguous()
-    attention.paged_attention(out, q, *rest, k_scale=k_scale, v_scale=v_scale, tuning=tuning)
+def _attend(out: Tensor, q: Tensor, *rest: object, tuning: attention.Tuning | None = None) -> None:
+    attention.paged_attention(out, q if q.stride(3) == 1 else q.contiguous(), *rest, tuning=tuning)
 
 
 def paged_attention_invariant(
