@@ -13,7 +13,7 @@ import torch
 import triton_interpreter
 from triton_interpreter import assert_fits, compile_launches
 
-from fuseline.compile.kernels.triton import activation, attention, linear, matmul, norm, rope, sampling
+from fuseline.compile.kernels.triton import activation, attention, experts, linear, matmul, norm, rope, sampling
 from fuseline.compile.ops import codes
 
 __all__ = ["triton_interpreter"]
@@ -51,6 +51,19 @@ def attend(tokens: int, seqs: int, layer: tuple) -> None:
     )  # fmt: skip
 
 
+def mix(num_experts: int, hidden: int, dim: int, top_k: int, tokens: int, act: str = "silu") -> None:
+    """As Mixtral has its weights; with glu_oss as gpt-oss has them: transposed, gates and ups in turns."""
+    is_oss = act == "glu_oss"
+    first, second = meta(num_experts, 2 * hidden, dim), meta(num_experts, dim, hidden)
+    if is_oss:
+        first, second = meta(num_experts, dim, 2 * hidden), meta(num_experts, hidden, dim)
+    experts.experts(
+        meta(tokens, dim), meta(tokens, top_k, dtype=torch.int64), meta(tokens, top_k), first, second,
+        meta(num_experts, 2 * hidden) if is_oss else None, meta(num_experts, dim) if is_oss else None,
+        codes.EXPERT_ACTS[act], is_oss, 1.702, 7.0,
+    )  # fmt: skip
+
+
 def pick(rows: int, vocab: int) -> None:
     row = functools.partial(meta, rows)
     ints, longs, floats = (row(dtype=dtype) for dtype in (torch.int32, torch.int64, torch.float32))
@@ -67,6 +80,9 @@ def launches(arch: int) -> None:
         if arch == 90 or name in ("llama_8b", "deepseek", "gemma"):
             attend(256, 256, layer)
             attend(8192, 4, layer)
+    for tokens in (1, 8192):
+        mix(256, 2048, 7168, 8, tokens)
+        mix(32, 2880, 2880, 4, tokens, "glu_oss")
     matmul.matmul(meta(4096, 4096), meta(6144, 4096))
     linear.linear(meta(16, 4096), meta(128256, 4096))
     linear.linear_act_mul(meta(1, 4096), meta(28672, 4096), None, SILU)
@@ -99,13 +115,13 @@ def test_nothing_is_spilled_and_all_fits(entries):
 
 
 def test_rows_that_are_many_are_multiplied_by_warp_groups(entries):
-    for e in of(entries, "prefill_kernel", "matmul_kernel"):
+    for e in of(entries, "prefill_kernel", "matmul_kernel") + of(entries, "gate_up_kernel", "down_kernel", ROWS=64):
         assert e["code"]["wgmma"] > 0 and e["code"]["mma"] == 0, e
 
 
 def test_tiles_come_asynchronously_and_sixteen_bytes_at_a_time(entries):
     """But for the block table's numbers, and what of an fp8 cache or of few keys is no more than eight a thread."""
-    for e in of(entries, "few_rows_kernel", "matmul_kernel"):
+    for e in of(entries, "few_rows_kernel", "gate_up_kernel", "down_kernel", "matmul_kernel"):
         assert e["code"]["copies"] == [16], e
     for e in of(entries, "decode_kernel", "prefill_kernel"):
         is_narrow = e["types"]["k_cache"] != "*bf16" or e["constants"]["E"] == 512
@@ -119,9 +135,16 @@ def test_keys_are_under_way_while_others_are_used(entries):
 
 
 def test_what_is_bound_by_memory_reads_and_writes_sixteen_bytes(entries):
-    for e in of(entries, "rms_norm_kernel", "act_mul_kernel"):
+    for e in of(entries, "rms_norm_kernel", "act_mul_kernel", "combine_kernel"):
         assert max(e["code"]["stores"]) == 16, e
-    for e in of(entries, "rms_norm_kernel", "act_mul_kernel", "merge_kernel", "scan_kernel"):
+    for e in of(entries, "rms_norm_kernel", "act_mul_kernel", "combine_kernel", "merge_kernel", "scan_kernel"):
         assert max(e["code"]["loads"]) >= (16 if e["constants"].get("PADDED_E") != 64 else 8), e
     for e in of(entries, "rope_cache_kernel"):
         assert min(e["code"]["loads"]) == 8 and min(e["code"]["stores"]) == 8, e
+
+
+def test_activations_are_read_like_weights(entries):
+    """No load of a single number but of biases and scores."""
+    for e in of(entries, "gate_up_kernel"):
+        has_bias = e["types"]["bias"] != "constexpr"
+        assert (2 in e["code"]["loads"]) == has_bias, e
