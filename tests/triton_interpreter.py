@@ -91,6 +91,31 @@ def refuse_unknown_arguments() -> None:
     interpreter.GridExecutor.__call__ = launch
 
 
+def refuse_overflow() -> None:
+    """Numbers of 32 bits wrap around in silence, here and on a card; nowhere do our kernels mean them to."""
+
+    def checked(name: str, exact: np.ufunc) -> None:
+        plain = getattr(interpreter.InterpreterBuilder, name)
+
+        def compute(self, a: interpreter.TensorHandle, b: interpreter.TensorHandle) -> interpreter.TensorHandle:
+            result = plain(self, a, b)
+            if result.dtype.scalar == tl.int32:
+                wide = exact(a.data, b.data, dtype=np.int64)
+                if not np.array_equal(wide, result.data):
+                    raise OverflowError(f"{name} of int32: {wide.min()} to {wide.max()}")
+            return result
+
+        setattr(interpreter.InterpreterBuilder, name, compute)
+
+    for name, exact in (("create_add", np.add), ("create_sub", np.subtract), ("create_mul", np.multiply)):
+        checked(name, exact)
+
+
+def copy_nothing_back() -> None:
+    """The interpreter copies every storage it was given onto itself: a large one of which little is used would fill."""
+    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
+
+
 def patch_once() -> None:
     """The interpreter patches the language for every call of a device function; once a launch and module will do."""
     patched: set[int] = set()
@@ -112,6 +137,8 @@ def patch_once() -> None:
 
 if triton.knobs.runtime.interpret:
     refuse_unknown_arguments()
+    refuse_overflow()
+    copy_nothing_back()
     patch_once()
     multiply_bf16()
     round_bf16()
