@@ -115,11 +115,10 @@ FL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Where a launch of code for sm_90 and newer overlaps, the grid's blocks may start before the kernel ahead of them has
-// ended: as soon as all blocks of that one have called launch_dependents or ended, and there is room. Nothing that it
-// writes is to be read by then, and nothing that it reads or writes to be written, nor what the kernels ahead of it may
-// still be at. So every thread of every kernel waits before it touches memory: then a kernel ends after all those ahead
-// of it, however early it began. Without overlap both cost nothing.
+// A grid that is launched with overlap may start before the kernel ahead of it has ended: as soon as all blocks of that
+// one have called launch_dependents or ended, and there is room. By then it may read nothing that kernels ahead of it
+// write, and write nothing that they read or write. So every thread of every kernel waits before it touches memory,
+// which also makes each kernel end after all those ahead of it. Without overlap, and before sm_90, both do nothing.
 FL_DEVICE void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -134,7 +133,7 @@ FL_DEVICE void wait_for_prerequisites() {
 // Has the line of memory brought to the L2 cache, whose contents are never stale: allowed before the wait.
 FL_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 
-// Puts the kernel on the stream; 0, or the runtime's error code. `needs`: the least overlap in which it may begin early.
+// Puts the kernel on the stream; 0, or the runtime's error code. `needs`: the least overlap with which it begins early.
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
            Overlap needs = Overlap::kHeads) {

@@ -44,8 +44,8 @@ using emulated::rehearse;
 
 #endif
 
-// A function takes the stream, a value of Overlap, and its arguments in one array, eight bytes each: a caller packs them
-// faster than it passes them one by one.
+// A function takes the stream, a value of Overlap, and its arguments in one array, eight bytes each: a caller packs
+// them faster than it passes them one by one.
 struct Entry {
   const char* name;
   int (*function)(void* stream, int overlap, const uint64_t* arguments);

@@ -1,7 +1,7 @@
-// What the library of CUDA kernels offers: each puts its kernels on `stream` (its handle a cudaStream_t; it may be under
-// capture) and waits for nothing. Pointers are to the device's memory, strides count elements, dtypes are codes of fuseline/op.h
-// (u8: e4m3). The result is 0, or the runtime's error code. Callers check shapes (compile/kernels/native_cuda.py),
-// which names the arguments.
+// What the library of CUDA kernels offers: each puts its kernels on `stream` (its handle is a cudaStream_t; it may be
+// under capture) and waits for nothing. Pointers are to the device's memory, strides count elements, dtypes are codes
+// of fuseline/op.h (u8: e4m3). The result is 0, or the runtime's error code. Callers check shapes
+// (compile/kernels/native_cuda.py), which names the arguments.
 #pragma once
 #include <cstdint>
 

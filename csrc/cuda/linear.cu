@@ -61,11 +61,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
   };
   const int64_t begin = warp * kStep, stride = kWarps * kStep;
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) fetch(begin + s * stride, s);
+  for (int s = 0; s < kStages; ++s) fetch(begin + s * stride, s);
   wait_for_prerequisites();
 
   float sum[kTiles][4] = {};
   int stage = 0;
+#pragma unroll 1  // leaves registers for four blocks a multiprocessor
   for (int64_t k = begin; k < a.num_in; k += stride) {
     uint4 in[kUnroll][kTiles];
 #pragma unroll
@@ -75,9 +76,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
         const int64_t at = k + u * kDepth;
         in[u][i] = at + 8 * t < a.num_in ? *reinterpret_cast<const uint4*>(rows[i] + at) : uint4{0, 0, 0, 0};
       }
-    wait_groups<kStages - 2>();
-    // The stage before this one has been read: its room is the next one's.
-    fetch(k + (kStages - 1) * stride, stage == 0 ? kStages - 1 : stage - 1);
+    wait_groups<kStages - 1>();
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const uint4 low = ring[stage][u * kHalves][threadIdx.x];
@@ -88,6 +87,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
         mma(sum[i], {low.z, high.z, low.w, high.w}, {in[u][i].z, in[u][i].w}, T{});
       }
     }
+    fetch(k + kStages * stride, stage);  // into the room of what has just been read
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   wait_groups<0>();

@@ -1,8 +1,8 @@
 // Launches that may begin before the kernels ahead of them have ended, for the tests of csrc/cuda on a CPU.
 //
 // A call is made twice. The first time is a rehearsal: every pointer is one to where nothing lies, but for memory that
-// may be read early (Weight); each block runs until all its threads wait for the kernels ahead, and no further. A thread
-// that touches other memory by then, or ends without having waited, ends the process with a line that says so.
+// may be read early (Weight); each block runs until all its threads wait for the kernels ahead, and no further. A
+// thread that touches other memory by then, or ends without having waited, ends the process with a line that says so.
 #pragma once
 #include <signal.h>
 #include <sys/mman.h>
@@ -15,7 +15,8 @@ namespace emulated {
 // Hidden pointers are to the middle of these addresses.
 constexpr size_t kNowhereBytes = size_t{1} << 40;
 inline char* nowhere() {
-  static void* const found = mmap(nullptr, kNowhereBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  static void* const found =
+      mmap(nullptr, kNowhereBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (found == MAP_FAILED) give_up("no room for addresses where nothing lies");
   return static_cast<char*>(found);
 }
