@@ -116,7 +116,7 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     ]  # fmt: skip
     overlap.measure_overlap(runner, CARD, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows[-2:]] == [
-        "decode 1 x 20, one after the other", "decode 1 x 20, early launches on",
+        "decode 1 x 20, one after the other", "decode 1 x 20, early launches off",
     ]  # fmt: skip
     serving.measure_serving(runner, FakeCard(runner.model), serving.Batch(2, 6, 5, 8), found)
     names = [row[0] for row in found.rows[-3:]]

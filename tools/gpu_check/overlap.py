@@ -15,7 +15,7 @@ from torch import Tensor
 from fuseline.compile.backends.graph_api import GraphApi
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.kernels import native_cuda
-from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap
+from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap, library_for
 from fuseline.compile.kernels.native_cuda_attention import decode_or_triton
 from fuseline.compile.target import Target
 
@@ -120,8 +120,9 @@ def measure_overlap(
     serial.model.allocate_caches([runner.width + 1])
     serial.capture(api)
     moved = runner.weight_bytes + load.context * runner.bytes_per_token
-    name = "off" if not target.overlaps else "on"
-    for label, of in (("one after the other", serial), (f"early launches {name}", runner)):
+    library = library_for(target)
+    state = "on" if library is not None and library.overlap else "off"
+    for label, of in (("one after the other", serial), (f"early launches {state}", runner)):
         step, _ = of.decode(1, load.context, load.steps)
         share = f"{share_of(limits.bandwidth, moved, step)} of bandwidth"
         table.add(f"decode 1 x {load.context}, {label}", f"{step * 1e3:.3f} ms a step", share)
