@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from fake_card import CARD, FakeCard, FakeGraphs
 
 from fuseline.compile.config import GraphConfig
+from fuseline.compile.kernels import cuda_library
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_check"
 SHAPE = {
@@ -105,6 +107,8 @@ def test_every_kernel_in_cpp_is_measured(tool) -> None:
 
 def test_a_model_is_measured(tool, tmp_path) -> None:
     _, llama, serving, tables = tool
+    import overlap
+
     load, found = llama.small(llama.Load()), tables.Table()
     runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
     llama.measure_model(runner, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
@@ -112,9 +116,34 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
         "graphs: 1 of 1 sizes whole, 1 of 1 in pieces", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
         "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
+    overlap.measure_overlap(runner, CARD, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
+    assert [row[0] for row in found.rows[-2:]] == [
+        "decode 1 x 20, one after the other", "decode 1 x 20, early launches off",
+    ]  # fmt: skip
     serving.measure_serving(runner, FakeCard(runner.model), serving.Batch(2, 6, 5, 8), found)
     names = [row[0] for row in found.rows[-3:]]
     assert names == ["engine, 2 x 6 in, 5 out", "engine, a decode step", "engine, card idle between decode steps"]
+
+
+def test_early_launches_are_compared(tool) -> None:
+    """Results that differ are counted: here those of a library that has lost a kernel."""
+    kernels, _, _, tables = tool
+    from overlap import check_overlap
+
+    class Loses(cuda_library.CudaLibrary):
+        def call(self, name: str, *args: object) -> None:
+            if self.overlap != cuda_library.Overlap.WEIGHTS or name != "rope_cache":
+                super().call(name, *args)
+
+    sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
+    loses = copy.copy(cuda_twin.twin())
+    loses.__class__ = Loses
+    for lib, wrong in ((cuda_twin.twin(), 0), (loses, 2 * 2 * 2)):
+        found = tables.Table()
+        make = kernels.Made(sizes, "cpu")
+        assert check_overlap(sizes, make, lib, FakeGraphs(), found, tables.HostClock(), num_replays=2) == wrong
+        names = [row[0] for row in found.rows]
+        assert names[1:3] == ["chain of 1 rows, one after the other", "chain of 1 rows, early"] and len(names) == 6
 
 
 def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> None:

@@ -20,6 +20,7 @@ import triton
 from kernels import Made, Sizes, measure_cases, measure_kernels, measure_limits
 from llama import Load, Runner, against_transformers, measure_model
 from mixed import measure_mixed
+from overlap import measure_overlap
 from serving import Batch, measure_serving
 from table import CardClock, Limits, Table
 
@@ -51,6 +52,7 @@ def main(out: Path) -> int:
         attempt("model", lambda: runners.append(Runner(Path(folder), target, load)))
         for runner in runners:
             attempt("steps of the model", lambda r=runner: measure_model(r, load, limits, table))
+            attempt("early launches", lambda r=runner: measure_overlap(r, target, load, limits, table))
             attempt("mixed steps", lambda r=runner: measure_mixed(r, 32, (64, 224, 480), load.context, table))
             attempt("engine", lambda r=runner: measure_serving(r, CudaDevice(target), Batch(), table))
             attempt("transformers", lambda r=runner: against_transformers(r, table, Path(folder)))

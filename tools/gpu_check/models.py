@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 
+import torch
+from kernels import Made, Sizes
+from overlap import check_overlap
 from paged_driver import greedy
+from table import CardClock, Table
 from zoo import checkpoint, make_prompts, truth
 
+from fuseline.compile.backends.graph_api import CudaGraphApi
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig, GraphConfig
+from fuseline.compile.kernels.cuda_library import CudaLibrary, library_for
 from fuseline.compile.target import detect_target
 from fuseline.engine.build import build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig, SchedulerConfig
@@ -32,6 +38,9 @@ def main() -> int:
             ):
                 wrong += tell(f"{family} {dtype} {mode}", tokens(path, config) == expected)
         wrong += tell(f"{family} {dtype} served", served_tokens(path) == expected)
+    library = library_for(detect_target(device="cuda"))
+    if library is not None:
+        wrong += tell(f"kernels in C++, overlap {library.overlap.name}", early_launches_are_right(library))
     return 1 if wrong else 0
 
 
@@ -39,6 +48,13 @@ def tell(what: str, is_right: bool) -> bool:
     """Whether it is wrong."""
     print(f"{what}: {'ok' if is_right else 'DIFFERS'}", flush=True)
     return not is_right
+
+
+def early_launches_are_right(library: CudaLibrary) -> bool:
+    """As those that wait for each other, to the bit. FUSELINE_CUDA_PDL=0 turns them off."""
+    sizes = Sizes()
+    api = CudaGraphApi(torch.device("cuda"))
+    return check_overlap(sizes, Made(sizes, "cuda"), library, api, Table(), CardClock()) == 0
 
 
 def tokens(path, graphs: GraphConfig) -> list[list[int]]:
