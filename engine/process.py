@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from multiprocessing.connection import wait
 
@@ -31,17 +30,30 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
     context = zmq.Context()
     requests = open_socket(context, zmq.PULL, folder, REQUESTS)
     answers = open_socket(context, zmq.PUSH, folder, ANSWERS)
-    outbox = ZmqOutbox(answers)
+    outbox, is_dead = ZmqOutbox(answers), False
     try:
         from fuseline.engine.service import serve  # torch: not for those who only talk to an engine
 
         serve(config, build_model, find_device, ZmqInbox(requests), outbox.send)
-    except Exception:
-        logging.getLogger("fuseline.engine").exception("the engine died")
-        sys.exit(1)
+    except Exception as error:
+        is_dead = True
+        log_death(error)
     finally:
         outbox.close()
         context.destroy(linger=LINGER_MS)
+    if is_dead:
+        # What lies on a card that failed cannot be freed: destructors would abort, and write a core file before the next
+        # engine gets the card's memory.
+        logging.shutdown()
+        os._exit(1)
+
+
+def log_death(error: Exception) -> None:
+    """One line with the cause, which of a card's faults is the first of several, then where it came from."""
+    cause = str(error).strip().partition("\n")[0]
+    logging.getLogger("fuseline.engine").error(
+        "the engine died: %s: %s", type(error).__name__, cause, exc_info=error
+    )  # fmt: skip
 
 
 class ZmqOutbox:

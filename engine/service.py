@@ -53,9 +53,9 @@ class EngineService:
         max_model_len = config.compile.max_model_len or info.max_model_len
         self.size = size_cache(info, config.cache, config.scheduler, max_model_len, room)
         self.host_blocks = self._count_host_blocks(model)
-        self._open(model)
         self.engine = Engine(config, model, self.size.num_blocks, self.device, self.host_blocks)
         self._asleep = Sleep(self.engine.runner, self._build, self._open)
+        self._open(model)  # last: from now on a thread may capture
         send(_ready(config, self.engine, self.size, self.device.name))
 
     def run(self, inbox: Inbox) -> None:

@@ -78,7 +78,7 @@ class CudaGraphApi:
         return graph.replay, results
 
     def _take_workspaces(self) -> None:
-        """cuBLAS's of this thread and stream. Within a capture they would be the pool's memory, and never given back."""
+        """cuBLAS's of this thread and stream. Taken within a capture they would keep the pool from being given back."""
         if not self._has_workspaces:
             x = torch.zeros(16, 16, dtype=torch.bfloat16, device=self._streams.captures.device)
             F.linear(x, x)

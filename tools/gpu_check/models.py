@@ -1,8 +1,16 @@
-"""Greedy tokens of tiny trained models on the card, op by op, replayed and served, against Transformers on the CPU."""
+"""Greedy tokens of tiny trained models on the card, op by op, replayed and served, against Transformers on the CPU.
+
+python models.py [FAMILY]    all families at once, each in a process of its own: none can take the card from another
+"""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts, truth
@@ -18,31 +26,48 @@ from fuseline.engine.service import EngineService
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss", "deepseek_v3", "phi3_longrope")
 PROMPTS = make_prompts((3, 9, 20, 33))
 NUM_TOKENS = 24
+THREADS = 2
+"""Of the CPU, for each family."""
 
 
 def main() -> int:
+    with ThreadPoolExecutor(len(FAMILIES)) as pool:
+        return max(pool.map(run_alone, FAMILIES))
+
+
+def run_alone(family: str) -> int:
+    """1 if anything went wrong; what it says is shown as it comes."""
+    return 1 if subprocess.run([sys.executable, "-P", __file__, family]).returncode else 0
+
+
+def check(family: str) -> int:
+    """How many answers are wrong."""
     wrong = 0
-    for family in FAMILIES:
-        for dtype in ("float32", "bfloat16"):
-            path = checkpoint(family, dtype)
-            expected = truth(path, PROMPTS, NUM_TOKENS)
-            for mode, config in (
-                ("op by op", GraphConfig(enabled=False)),
-                ("graphs", GraphConfig((1, 2, 4), mixed_sizes=(8, 16))),
-            ):
-                wrong += tell(f"{family} {dtype} {mode}", tokens(path, config) == expected)
-        wrong += tell(f"{family} {dtype} served", served_tokens(path) == expected)
-    return 1 if wrong else 0
+    for dtype in ("float32", "bfloat16"):
+        path = checkpoint(family, dtype)
+        expected = truth(path, PROMPTS, NUM_TOKENS)
+        for mode, find in (
+            ("op by op", partial(tokens, path, GraphConfig(enabled=False))),
+            ("graphs", partial(tokens, path, GraphConfig((1, 2, 4), mixed_sizes=(8, 16)))),
+            ("served", partial(served_tokens, path)),
+        ):
+            wrong += tell(f"{family} {dtype} {mode}", find, expected)
+    return wrong
 
 
-def tell(what: str, is_right: bool) -> bool:
+def tell(what: str, find: Callable[[], list[list[int]]], expected: list[list[int]]) -> bool:
     """Whether it is wrong."""
-    print(f"{what}: {'ok' if is_right else 'DIFFERS'}", flush=True)
-    return not is_right
+    try:
+        verdict = "ok" if find() == expected else "DIFFERS"
+    except Exception as error:
+        traceback.print_exc()
+        verdict = f"FAILED: {type(error).__name__}: {str(error)[:200]}"
+    print(f"{what}: {verdict}", flush=True)
+    return verdict != "ok"
 
 
 def tokens(path, graphs: GraphConfig) -> list[list[int]]:
-    model = compile_model(CompileConfig(model=str(path)), detect_target(device="cuda"), graphs=graphs)
+    model = compile_model(CompileConfig(model=str(path)), detect_target(THREADS, "cuda"), graphs=graphs)
     allocate = model.allocate_caches
 
     def allocate_and_capture(num_blocks) -> None:
@@ -61,7 +86,7 @@ def tokens(path, graphs: GraphConfig) -> list[list[int]]:
 def served_tokens(path) -> list[list[int]]:
     """Through an engine that was started as a server's is: warmed up, caches sized, graphs captured meanwhile."""
     config = EngineConfig(
-        CompileConfig(model=str(path), max_num_batched_tokens=32, max_num_seqs=4),
+        CompileConfig(model=str(path), max_num_batched_tokens=32, max_num_seqs=4, cpu_threads=THREADS),
         scheduler=SchedulerConfig(max_num_batched_tokens=32, max_num_seqs=4), device="cuda",
     )  # fmt: skip
     service = EngineService(config, build_compiled_model, find_device, lambda message: None)
@@ -78,4 +103,4 @@ def served_tokens(path) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main() if len(sys.argv) == 1 else min(1, check(sys.argv[1])))
