@@ -30,20 +30,21 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
     context = zmq.Context()
     requests = open_socket(context, zmq.PULL, folder, REQUESTS)
     answers = open_socket(context, zmq.PUSH, folder, ANSWERS)
-    outbox, is_dead = ZmqOutbox(answers), False
+    outbox = ZmqOutbox(answers)
+    death: Exception | None = None
     try:
         from fuseline.engine.service import serve  # torch: not for those who only talk to an engine
 
         serve(config, build_model, find_device, ZmqInbox(requests), outbox.send)
     except Exception as error:
-        is_dead = True
+        death = error
         log_death(error)
     finally:
         outbox.close()
         context.destroy(linger=LINGER_MS)
-    if is_dead:
-        # What lies on a card that failed cannot be freed: destructors would abort, and write a core file before the next
-        # engine gets the card's memory.
+    if death is not None:
+        # What lies on a card that failed cannot be freed, hence is kept alive: its destructors would abort, and a core
+        # file be written while the next engine waits for the memory.
         logging.shutdown()
         os._exit(1)
 
