@@ -98,7 +98,7 @@ class EngineService:
             return UtilityResult(call.call_id, error=f"the engine has no method {call.method}")
         try:
             return UtilityResult(call.call_id, result=utilities[call.method](call.arg))
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:  # weights that find no room on the host stay where they are
             return UtilityResult(call.call_id, error=str(error))
 
     def _reset_prefix_cache(self, _: str) -> str:

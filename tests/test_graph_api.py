@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_card import FakeGraphs, HostSync
 from fake_cuda import FakeCuda
 
 from fuseline.compile.backends.card_timer import Arguments, CardTimer
@@ -94,3 +95,11 @@ def test_a_candidate_that_cannot_be_captured_leaves_the_others_to_be_measured(cu
         timer(Candidate("waits", waiting), arguments)
     assert len(calls) == 2 and not cuda.recording
     assert timer(Candidate("fine", lambda x: x + 1), arguments) == 1.0
+
+
+def test_the_fake_cards_captures_wait_for_nothing_either() -> None:
+    api = FakeGraphs()
+    with pytest.raises(HostSync):
+        api.capture(lambda: torch.zeros(2).add(1)[torch.tensor([True, False])])
+    api.capture(lambda: torch.zeros(1, 2))
+    assert api.captured == [2]
