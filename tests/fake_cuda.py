@@ -57,9 +57,19 @@ class FakeCuda(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        cuda = torch.cuda
-        monkeypatch.setattr(cuda, "Stream", lambda device=None: FakeStream(self, f"stream {next(self._streams)}"))
-        monkeypatch.setattr(cuda, "CUDAGraph", lambda: FakeGraph(self))
+        cuda, fake = torch.cuda, self
+
+        # Classes, for libraries whose annotations name them.
+        class Stream(FakeStream):
+            def __init__(self, device: object = None) -> None:
+                super().__init__(fake, f"stream {next(fake._streams)}")
+
+        class CUDAGraph(FakeGraph):
+            def __init__(self) -> None:
+                super().__init__(fake)
+
+        monkeypatch.setattr(cuda, "Stream", Stream)
+        monkeypatch.setattr(cuda, "CUDAGraph", CUDAGraph)
         monkeypatch.setattr(cuda, "graph_pool_handle", lambda: (0, next(self._pools)))
         monkeypatch.setattr(cuda, "default_stream", lambda device=None: self.default)
         monkeypatch.setattr(cuda, "current_device", lambda: 0)
