@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import subprocess
 import sys
+import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import cuda_twin
+import psutil
 import pytest
 import torch
 from fake_card import CARD, FakeCard, FakeGraphs
@@ -48,6 +52,86 @@ def test_without_a_card_it_ends_with_one_line() -> None:
 def test_an_unknown_stage_is_named() -> None:
     done = subprocess.run([sys.executable, str(TOOL), "--only", "tests,paint"], capture_output=True, text=True)
     assert done.returncode == 2 and "there is no stage 'paint'" in done.stderr
+
+
+def main_of_tool(tmp_path, monkeypatch):
+    """Its __main__, working in a folder of its own."""
+    spec = importlib.util.spec_from_file_location("gpu_check_main", TOOL / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "WORK", tmp_path)
+    return module
+
+
+def test_wheels_of_a_folder_are_there_for_every_stage(tool, tmp_path, monkeypatch) -> None:
+    """Modules and programs, a newer one before what is installed."""
+    import build
+
+    wheels = tmp_path / "given"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "msgspec-99.0-py3-none-any.whl", "w") as wheel:
+        info = "msgspec-99.0.dist-info"
+        wheel.writestr("msgspec/__init__.py", "def main():\n    print('ninety-nine')\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: msgspec\nVersion: 99.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\nsay99 = msgspec:main\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    main = main_of_tool(tmp_path, monkeypatch)
+    for _ in "again":
+        build.install(tmp_path / "wheels", sorted(wheels.glob("*.whl")))
+    done = subprocess.run(["say99"], env=main.environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "ninety-nine\n"
+
+
+def test_a_stage_that_takes_too_long_leaves_nothing_running(tool, tmp_path, monkeypatch) -> None:
+    main = main_of_tool(tmp_path, monkeypatch)
+    started = tmp_path / "started"
+    script = f"sh -c 'echo $$ > {started}; sleep 60'; true"
+    monkeypatch.setattr(main, "command", lambda name, args: ["sh", "-c", script])
+    assert main.run(main.Stage("models", 1), None) == "not done after 1 s"
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(started.read_text())).status() == psutil.STATUS_ZOMBIE
+    monkeypatch.setattr(main, "command", lambda name, args: ["sh", "-c", "exit 3"])
+    assert main.run(main.Stage("models", 9), None) == "exit status 3"
+
+
+def test_parts_after_a_lost_card_are_another_process(tool, tmp_path) -> None:
+    import measure
+
+    _, _, _, tables = tool
+    table, log = tables.Table(tmp_path / "table.md", "a card"), []
+    table.add("copy", "3 TB/s", "", "x")
+
+    def lose() -> None:
+        raise RuntimeError("illegal | memory access\nand more")
+
+    class StartedAgain(BaseException):
+        pass
+
+    def start_again(num_done: int) -> None:
+        log.append(num_done)
+        raise StartedAgain
+
+    parts = [("first", lambda: log.append("first")), ("lost", lose), ("last", lambda: log.append("last"))]
+    with pytest.raises(StartedAgain):
+        measure.run_parts(parts, 0, table, lambda: True, start_again)
+    resumed = tables.Table.resumed(tmp_path / "table.md")
+    assert (resumed.title, resumed.rows) == (table.title, table.rows) and len(resumed.rows) == 2
+    assert measure.run_parts(parts, 2, resumed, lambda: True, start_again) == []
+    assert log == ["first", 2, "last"]
+    assert measure.run_parts(parts, 0, resumed, lambda: False, start_again) == ["lost"] and log[-1] == "last"
+
+
+def test_a_model_that_cannot_be_built_is_not_built_again(tool) -> None:
+    import measure
+
+    built = []
+    once = measure.Once(lambda: built.append(1) or 1 / 0)
+    for error in (ZeroDivisionError, RuntimeError):
+        with pytest.raises(error):
+            once()
+    assert built == [1]
 
 
 def test_every_kernel_is_measured(tool) -> None:
@@ -160,6 +244,8 @@ def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> No
     assert any(row.startswith("-O3: kernel: 2 x triton.paged_attention 4s") for row in rows)
     assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 4s") for row in rows)
     assert sum("decode" in row for row in rows) == 2 * len(load.batches)
+
+
 def test_mixed_steps_are_measured(tool, tmp_path) -> None:
     _, llama, _, tables = tool
     from mixed import measure_mixed

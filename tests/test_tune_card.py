@@ -230,7 +230,7 @@ class FakeCuda:
     def graph(self) -> FakeCuda:
         return self
 
-    def capture_begin(self, capture_error_mode: str) -> None:
+    def capture_begin(self, pool: tuple[int, int], capture_error_mode: str) -> None:
         self.done.append(f"begin {capture_error_mode}")
 
     def capture_end(self) -> None:
@@ -261,7 +261,7 @@ def timer_on(cuda: FakeCuda, monkeypatch) -> CardTimer:
     monkeypatch.setattr(card_timer, "FLUSHED", 16)
     for name, value in {
         "Stream": lambda: cuda, "stream": lambda stream: nullcontext(), "current_stream": lambda: None,
-        "CUDAGraph": cuda.graph, "Event": lambda enable_timing: FakeEvent(cuda),
+        "CUDAGraph": cuda.graph, "graph_pool_handle": lambda: (0, 1), "Event": lambda enable_timing: FakeEvent(cuda),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return CardTimer("cpu")
