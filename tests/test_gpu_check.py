@@ -236,13 +236,13 @@ def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> No
     _, llama, _, tables = tool
     import tune
 
-    monkeypatch.setattr(tune_card, "CardTimer", lambda: lambda candidate, _: 0.1 if "4s" in candidate.label else 1.0)
+    monkeypatch.setattr(tune_card, "CardTimer", lambda: lambda candidate, _: 0.1 if "7s" in candidate.label else 1.0)
     monkeypatch.setenv("FUSELINE_CACHE_ROOT", str(tmp_path / "cache"))
     load, found = llama.small(llama.Load()), tables.Table()
     tune.compare(tmp_path, CARD, load, found, llama.LLAMA_8B | SHAPE)
     rows = [f"{what}: {value}" for what, value, *_ in found.rows]
-    assert any(row.startswith("-O3: kernel: 2 x triton.paged_attention 4s") for row in rows)
-    assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 4s") for row in rows)
+    assert any(row.startswith("-O3: kernel: 2 x triton.paged_attention 7s") for row in rows)
+    assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 7s") for row in rows)
     assert sum("decode" in row for row in rows) == 2 * len(load.batches)
 
 
