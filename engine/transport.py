@@ -73,7 +73,7 @@ class ProcessTransport:
         self.send(Shutdown())
         try:
             await asyncio.wait_for(self._ended.wait(), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self.process.kill()
             await self._ended.wait()
 
@@ -121,7 +121,7 @@ class ThreadTransport:
         self.send(Shutdown())
         try:
             await asyncio.wait_for(self._ended.wait(), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             logging.getLogger("fuseline.engine").warning("the engine's thread did not stop in %g s", timeout)
 
     def _run(self, setup: EngineSetup) -> None:
