@@ -148,3 +148,11 @@ def test_activations_are_read_like_weights(entries):
     for e in of(entries, "gate_up_kernel"):
         has_bias = e["types"]["bias"] != "constexpr"
         assert (2 in e["code"]["loads"]) == has_bias, e
+
+
+def test_sampling_reads_faster_than_it_computes(entries):
+    """The pass over all logits divides none of them, and rows of a full step of 256 run at once."""
+    for e in of(entries, "scan_kernel"):
+        assert e["code"]["divisions"] == 0 and max(e["code"]["loads"]) == 16, e
+    for e in of(entries, "sample_kernel"):
+        assert e["code"]["registers"] <= 128, e

@@ -10,7 +10,8 @@ from test_ops import assert_agrees, assert_close, assert_lies_as_fake, cases
 from triton_interpreter import assert_fits, compile_launches
 
 from fuseline.compile.kernels.triton import linear, norm, rope
-from fuseline.compile.kernels.triton.experts import default_tile, experts, tiles
+from fuseline.compile.kernels.triton.experts import SORTED, default_tile, experts, tiles
+from fuseline.compile.kernels.triton.experts_kernels import sort_kernel
 from fuseline.compile.kernels.triton.table import KERNELS
 from fuseline.compile.ops import codes
 from fuseline.compile.ops import norm as norm_reference
@@ -137,6 +138,15 @@ def test_experts_of_many_tiles_and_columns():
     ids, weights = torch.zeros(330, 1, dtype=torch.int64), m.normal(330, 1).abs()
     args = (x, ids, weights, first, second, None, None, codes.EXPERT_ACTS["silu"], False, 0.0, 0.0)
     assert_close(experts(*args, tile=default_tile(1, 1, 4)), experts_reference(*args), 12.0)
+
+
+def test_pairs_are_sorted_by_expert_in_several_steps():
+    ids = torch.randint(-1, 5, (SORTED + 900, 2), generator=torch.Generator().manual_seed(0))
+    order, starts = torch.full((ids.numel(),), -1, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+    sort_kernel[(4,)](order, starts, ids, ids.numel(), CHUNK=SORTED)
+    want = [(ids.flatten() == expert).nonzero()[:, 0].int() for expert in range(4)]
+    assert starts.tolist() == [0, *torch.tensor([len(pairs) for pairs in want]).cumsum(0).tolist()]
+    assert torch.equal(order[: starts[4]], torch.cat(want))
 
 
 def test_choices_outside_the_experts_add_nothing():

@@ -131,11 +131,19 @@ def test_whole_vocabulary_of_logprobs():
     assert_same(logits, [{"num_logprobs": 150}], num_top=150)
 
 
+def test_more_blocks_than_are_held():
+    """A flat row: most of 79 blocks matter, of which a program holds 64."""
+    rows = [{"top_k": 2000, "seed": 1}, {"top_p": 0.9, "seed": 2}, {"top_k": 3000, "top_p": 0.7, "seed": 3}]
+    found = assert_same(logits := make_logits(3, 5010, 0.1), rows)
+    assert found.tokens.tolist() == [pick(process(x, row), row) for x, row in zip(logits.numpy(), rows, strict=True)]
+
+
 def test_extreme_settings():
     rows = [{"min_p": 1.0}, {"top_p": 0.0}, {"top_p": 1e-9, "top_k": 3}, {"top_k": 10**6}, {"temperature": 100.0},
-            {"temperature": 0.01, "top_p": 0.99}, {"min_p": 1e-30}, {"seed": -(2**63), "counter": 2**40}]  # fmt: skip
-    assert_same(make_logits(8, 333, 8.0), rows)
-    flat = torch.zeros(8, 333)
+            {"temperature": 0.01, "top_p": 0.99}, {"temperature": 1e-39}, {"min_p": 1e-30},
+            {"seed": -(2**63), "counter": 2**40}]  # fmt: skip
+    assert_same(make_logits(9, 333, 8.0), rows)
+    flat = torch.zeros(9, 333)
     assert_same(flat, rows)
 
 

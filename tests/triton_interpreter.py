@@ -194,8 +194,8 @@ def _code(done: triton.compiler.CompiledKernel) -> dict:
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (0x\w+|\d+)", ptx)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"), "loads": widths("ld"),
-        "stores": widths("st"), "copies": sorted({int(size, 0) for size in copies}),
+        "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"), "divisions": ptx.count("div.rn."),
+        "loads": widths("ld"), "stores": widths("st"), "copies": sorted({int(size, 0) for size in copies}),
         "waits": [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)],
     }  # fmt: skip
 

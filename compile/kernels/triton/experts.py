@@ -16,7 +16,7 @@ from fuseline.compile.kernels.triton.experts_kernels import combine_kernel, down
 from fuseline.compile.kernels.triton.tile import Tile
 
 FEATURES = 1024  # of a program that adds the experts of a token up
-SORTED = 1024  # pairs that the sort looks at in one step
+SORTED = 4096  # pairs that the sort looks at in one step
 
 
 def experts(
@@ -37,7 +37,7 @@ def experts(
     num_pairs = num_tokens * top_k
     order = torch.empty(num_pairs + num_experts + 1, dtype=torch.int32, device=x.device)
     starts = order[num_pairs:]
-    sort_kernel[(num_experts,)](order, starts, ids, num_pairs, CHUNK=SORTED, num_warps=4)
+    sort_kernel[(num_experts,)](order, starts, ids, num_pairs, CHUNK=SORTED, num_warps=8)
 
     tile = tile or default_tile(num_pairs, num_experts, x.element_size())
     num_tiles = num_pairs // tile.rows + num_experts

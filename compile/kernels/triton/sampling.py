@@ -53,12 +53,13 @@ def sample(
     scan_kernel[(num_rows, triton.cdiv(num_blocks, SCAN_BLOCKS.value))](
         stats, logits, work, edited, temperature, num_logprobs, logits.stride(0), vocab, num_blocks, logprobs_mode
     )
+    # With 128 registers two programs share a multiprocessor, so that the rows of a full step all run at once.
     sample_kernel[(num_rows,)](
         tokens, logprobs, ranks, top_ids, top_logprobs, ok, logits, work, edited, stats,
         _ints(logits, num_rows, num_blocks), logits.new_empty(num_rows, num_blocks), temperature, top_k, top_p, min_p,
         seed, counter, num_logprobs, tokens.stride(0), ok.stride(0), logprobs.stride(0), ranks.stride(0),
         *top_ids.stride(), *top_logprobs.stride(), logits.stride(0), vocab, num_blocks,
-        triton.next_power_of_2(num_blocks), logprobs_mode, num_warps=8,
+        triton.next_power_of_2(num_blocks), logprobs_mode, num_warps=8, maxnreg=128,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 SUB = tl.constexpr(64)  # entries of a block
-TILE = tl.constexpr(32)  # blocks read together
+TILE = tl.constexpr(64)  # blocks read together, and held while they are bisected
 NOTHING = tl.constexpr(-(1 << 31))  # below the order of any float
 
 
@@ -72,22 +72,22 @@ def keeps(x, ids, value, last_id):
 
 
 @triton.jit
-def count_of(src, heat, V, places, count, threshold, IS_STRICT: tl.constexpr):
-    """How many entries of the listed blocks are greater than the threshold, or equal to it if not IS_STRICT."""
-    total = tl.zeros([TILE], tl.int32)
-    for first in range(0, count, TILE):
-        x, _, there = read(src, heat, V, places, count, first)
+def count_of(src, heat, V, places, count, threshold, total, first, IS_STRICT: tl.constexpr):
+    """How many entries of the listed blocks from the `first` on are greater than the threshold, or equal to it if not
+    IS_STRICT, with those of `total` [TILE]."""
+    for at in range(first, count, TILE):
+        x, _, there = read(src, heat, V, places, count, at)
         is_counted = x > threshold if IS_STRICT else (x >= threshold) & there
         total += tl.sum(is_counted.to(tl.int32), 1)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def mass_of(src, heat, V, top, places, count, threshold):
-    """Sum of exp(x - top) over entries x >= threshold of the listed blocks, float64."""
-    total = tl.zeros([TILE], tl.float64)
-    for first in range(0, count, TILE):
-        x, _, _ = read(src, heat, V, places, count, first)
+def mass_of(src, heat, V, top, places, count, threshold, total, first):
+    """Sum of exp(x - top) over entries x >= threshold of the listed blocks from the `first` on, with those of `total`
+    [TILE] float64."""
+    for at in range(first, count, TILE):
+        x, _, _ = read(src, heat, V, places, count, at)
         total += tl.sum(tl.where(x >= threshold, tl.exp(x - top), 0.0), 1).to(tl.float64)
     return tl.sum(total, 0)
 
@@ -111,11 +111,13 @@ def kth_largest(src, heat, V, top, maxima, places, k):
     low = kth_of_maxima(maxima, tl.minimum(top, float("-inf")), top, k)
     block = tl.arange(0, maxima.shape[0])
     count = place((maxima >= low) & (block * SUB < V), places)
+    held, _, there = read(src, heat, V, places, count, 0)
     lo = order_of(low).to(tl.int64)
     hi = order_of(top).to(tl.int64)
     while lo < hi:
         middle = lo + (hi - lo + 1) // 2
-        is_enough = count_of(src, heat, V, places, count, float_of(middle), False) >= k
+        of_held = tl.sum(((held >= float_of(middle)) & there).to(tl.int32), 1)
+        is_enough = count_of(src, heat, V, places, count, float_of(middle), of_held, TILE, False) >= k
         lo = tl.where(is_enough, middle, lo)
         hi = tl.where(is_enough, hi, middle - 1)
     return float_of(lo)
@@ -146,25 +148,36 @@ def nucleus(src, heat, V, top, maxima, sums, places, low, p):
     block = tl.arange(0, maxima.shape[0])
     total = tl.sum(sums.to(tl.float64), 0)
     if low > float("-inf"):
-        total = mass_of(src, heat, V, top, places, place(maxima >= low, places), low)
+        none = tl.zeros([TILE], tl.float64)
+        total = mass_of(src, heat, V, top, places, place(maxima >= low, places), low, none, 0)
     wanted = p.to(tl.float64) * total
     # The sums of the blocks are rounded apart from those that decide, more so the greater the exponents are that
     # those take the difference of: a little is kept back for that.
     spare = total - wanted - 1e-6 * (1.0 + tl.abs(top)) * total
     low = nucleus_bound(maxima, sums, top, low, spare)
     count = place((maxima >= low) & (block * SUB < V), places)
+    held, _, _ = read(src, heat, V, places, count, 0)
+    weights = tl.exp(held - top)
     lo = order_of(low).to(tl.int64)
     hi = order_of(top).to(tl.int64)
     while lo < hi:
         middle = lo + (hi - lo + 1) // 2
-        is_enough = mass_of(src, heat, V, top, places, count, float_of(middle)) >= wanted
+        of_held = _heavy(held, weights, float_of(middle))
+        is_enough = mass_of(src, heat, V, top, places, count, float_of(middle), of_held, TILE) >= wanted
         lo = tl.where(is_enough, middle, lo)
         hi = tl.where(is_enough, hi, middle - 1)
     value = float_of(lo)
-    above = mass_of(src, heat, V, top, places, count, float_of(order_of(value).to(tl.int64) + 1))
+    next_up = float_of(order_of(value).to(tl.int64) + 1)
+    above = mass_of(src, heat, V, top, places, count, next_up, _heavy(held, weights, next_up), TILE)
     each = tl.exp(value - top).to(tl.float64)
     num_equal = tl.maximum(tl.ceil(tl.minimum((wanted - above) / each, 2.0e9)), 1.0).to(tl.int32)
     return value, nth_equal(src, heat, V, places, count, value, num_equal)
+
+
+@triton.jit
+def _heavy(entries, weights, threshold):
+    """Of each line the weights of entries no less than the threshold, float64."""
+    return tl.sum(tl.where(entries >= threshold, weights, 0.0), 1).to(tl.float64)
 
 
 @triton.jit
@@ -235,7 +248,8 @@ def report(
     """Writes a token's value, its rank (1 + how many entries are greater) and the `num_top` best, ties by lowest id."""
     x = tl.div_rn(tl.load(src + token), heat) + 0.0
     tl.store(logprob, value_of(x, token, top, log_mass, value, last_id, IS_LOGPROB))
-    greater = count_of(src, heat, V, places, place(maxima > x, places), x, True)
+    none = tl.zeros([TILE], tl.int32)
+    greater = count_of(src, heat, V, places, place(maxima > x, places), x, none, 0, True)
     tl.store(rank, 1 + greater.to(tl.int64))
     block = tl.arange(0, maxima.shape[0])
     # The best entry left of each block; NOTHING once all of it is written. What is written lies before (x, id).
