@@ -18,7 +18,6 @@ from fuseline.compile.config import GraphConfig
 from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe
-from fuseline.compile.specs import FP8_DTYPE
 
 
 class CudaModel:
@@ -36,7 +35,7 @@ class CudaModel:
         self._device = torch.device(device)
         self._graph_config = graphs
         self._keeps_rows = "keep_last_logits" not in config.disabled_passes
-        has_scales = any(spec.dtype == FP8_DTYPE for spec in self.info.cache_specs)
+        has_scales = any(spec.has_scales for spec in self.info.cache_specs)
         self._is_uncalibrated = config.calculate_kv_scales and has_scales
         self._caches: dict[str, Tensor] = {}
         self._host_caches: HostCaches | None = None

@@ -27,6 +27,7 @@ from fuseline.compile.kernels.triton.tile import Tile
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make
 from fuseline.compile.ops.registry import registry
+from fuseline.compile.ops.rope import FP8
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
 
 ROWS = (1, 3, 17, 64)
@@ -90,10 +91,11 @@ def test_a_token_of_attention_does_not_depend_on_its_chunk(window: int) -> None:
             assert torch.equal(found, want[end - count : end]), (dtype, end, count)
 
 
-def test_scales_of_a_coded_cache_are_multiplied() -> None:
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+def test_scales_of_a_coded_cache_are_multiplied(fp8: torch.dtype) -> None:
     op = registry()["paged_attention_invariant"]
     q, k_cache, v_cache, *rest = next(iter(op.inputs(make(torch.float32))))
-    coded = [cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache)]
+    coded = [cache.to(fp8) for cache in (k_cache, v_cache)]
     scales = torch.tensor([0.5]), torch.tensor([3.0])
     found = paged_attention_invariant(q, *coded, *rest, *scales)
     torch.testing.assert_close(found, op.reference(q, *coded, *rest, *scales), rtol=1e-5, atol=1e-5)

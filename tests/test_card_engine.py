@@ -46,8 +46,8 @@ def on_cpu():
     return compile_model(CompileConfig(model=str(checkpoint(FAMILY))), detect_target(1))
 
 
-def card_engine(num_blocks: int, num_host_blocks: int = 0) -> Engine:
-    model = build(FAMILY, "float32", GraphConfig((2, 4)))
+def card_engine(num_blocks: int, num_host_blocks: int = 0, **settings: object) -> Engine:
+    model = build(FAMILY, "float32", GraphConfig((2, 4)), **settings)
     device = FakeCard(model)
     model.allocate_caches([num_blocks + 1])
     host = [num_host_blocks] if num_host_blocks else []
@@ -95,6 +95,22 @@ def test_answers_are_those_of_the_cpu(on_cpu, num_blocks: int, num_host_blocks: 
     assert {copy.is_out for copy in swapped} == ({True, False} if num_host_blocks else set())
     assert set(device.graphs.replays) == {2, 4}, "decode steps were replayed"
     check_waits(device, engine)
+
+
+@pytest.mark.parametrize("flag", ["fp8", "fp8_e5m2"])
+def test_answers_over_an_fp8_cache_are_near_those_of_the_cpu(on_cpu, flag: str) -> None:
+    """Scaled by the first step, in steps that are replayed too."""
+    on_cpu.allocate_caches([33])
+    asked = (GREEDY | {"logprobs": 0, "prompt_logprobs": 0},) * 3
+    expected = answers(Engine(make_config(32), on_cpu, [32], HostDevice(native_ops())), asked)
+    engine = card_engine(32, kv_cache_dtype=flag, calculate_kv_scales=True)
+    with engine.runner.device.guard():
+        found = answers(engine, asked)
+    pairs = [pair for mine, its in zip(found, expected, strict=True) for pair in zip(mine[-1], its[-1], strict=True)]
+    drift = max(abs(mine.logprob - its.logprob) for mine, its in pairs)
+    assert [told[:-1] for told in found] == [told[:-1] for told in expected]
+    assert 1e-5 < drift < 2e-3, "stored in fewer bits"
+    assert engine.runner.device.graphs.replays
 
 
 def check_waits(device: FakeCard, engine: Engine) -> None:

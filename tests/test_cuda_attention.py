@@ -6,9 +6,11 @@ import cuda_twin
 import pytest
 import torch
 import triton_interpreter
+from fp8_cases import numbers
 from test_triton_attention import NAN, SINKS, SOFTCAP, Batch
 
 from fuseline.compile.kernels import native_cuda_attention as attention
+from fuseline.compile.ops.rope import FP8
 
 __all__ = ["triton_interpreter"]
 LENGTHS = [1, 40, 300, 700]
@@ -66,27 +68,30 @@ def test_many_splits():
     Decode([5000, 2100], 2, 1).check()
 
 
+@pytest.mark.parametrize("fp8", FP8, ids=str)
 @pytest.mark.parametrize("dim", (64, 128))
-def test_fp8_cache(dim):
+def test_fp8_cache(dim, fp8):
     """Keys and values are the stored numbers times their scales: the plain attention over those, to the bit."""
     plain, coded = (Decode([300, 20], dim=dim) for _ in range(2))
     k_scale, v_scale = torch.tensor([0.5]), torch.tensor([0.25])
     for name, scale in (("k_cache", k_scale), ("v_cache", v_scale)):
-        stored = (getattr(plain, name).float().nan_to_num(400.0) / scale).to(torch.float8_e4m3fn)
+        stored = (getattr(plain, name).float().nan_to_num(1e6) / scale).to(fp8)
         setattr(plain, name, (stored.float() * scale).bfloat16())
         setattr(coded, name, stored)
     for found, want in zip(coded.run(k_scale=k_scale, v_scale=v_scale), plain.run(), strict=True):
         assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("fp8", FP8, ids=str)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_every_byte_of_fp8_is_read_right(dtype):
+def test_every_byte_of_fp8_is_read_right(dtype, fp8):
     """One key a sequence: its value comes out as it is stored, normal or not, whatever the sign."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(1.0)
+    want = torch.ones(256)
+    want[: len(numbers(fp8))] = numbers(fp8)
     batch = Decode([1], 1, 1, 256, dtype, block_size=1)
-    batch.k_cache = torch.zeros(batch.k_cache.shape).to(torch.float8_e4m3fn)
-    batch.v_cache = numbers.expand(batch.v_cache.shape).to(torch.float8_e4m3fn)
-    assert torch.equal(batch.run()[0][0, 0].float(), numbers)
+    batch.k_cache = torch.zeros(batch.k_cache.shape).to(fp8)
+    batch.v_cache = want.expand(batch.v_cache.shape).to(fp8)
+    assert torch.equal(batch.run()[0][0, 0].float(), want)
 
 
 @pytest.mark.parametrize("options", ({}, {"window": 600}, SINKS), ids=("plain", "window", "sinks"))

@@ -67,6 +67,18 @@ def round_bf16() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
 
+def widen_e5m2() -> None:
+    """The interpreter (3.7) makes other numbers of e5m2's smallest; each is the high half of the fp16 it becomes."""
+    plain = interpreter._convert_float
+
+    def convert(x: np.ndarray, dtype: tl.dtype, to: tl.dtype, rounding: object) -> np.ndarray:
+        if (dtype, to) == (tl.float8e5, tl.float16):
+            return x.astype(np.uint16) << 8
+        return plain(x, dtype, to, rounding)
+
+    interpreter._convert_float = convert
+
+
 def count_with_numpy() -> None:
     """numpy (2.4) makes no int of an array of one; a loop bound of the interpreter (before 3.7) is such an array."""
     plain = interpreter._patch_lang_tensor
@@ -142,6 +154,7 @@ if triton.knobs.runtime.interpret:
     patch_once()
     multiply_bf16()
     round_bf16()
+    widen_e5m2()
     count_with_numpy()
 
 

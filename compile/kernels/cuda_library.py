@@ -23,9 +23,9 @@ from fuseline.compile.target import Target
 
 logger = logging.getLogger(__name__)
 DTYPES = {
-    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 5, torch.float8_e4m3fn: 5,
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 5, torch.float8_e4m3fn: 5, torch.float8_e5m2: 6,
 }  # fmt: skip
-"""Codes of csrc/include/fuseline/op.h; bytes of a cache are e4m3."""
+"""Codes of csrc/include/fuseline/op.h and, for caches, csrc/cuda/fp8.h: bytes are e4m3."""
 
 
 class Overlap(IntEnum):

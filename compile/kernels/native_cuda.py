@@ -15,6 +15,7 @@ from torch import Tensor
 from fuseline.compile.kernels.cuda_library import DTYPES, CudaLibrary, address
 from fuseline.compile.kernels.native_cuda_attention import decode_or_triton, supports_attention
 from fuseline.compile.kernels.triton.lines import Lines, lined
+from fuseline.compile.ops.rope import FP8
 
 OPS = torch.ops.fuseline
 HALF = (torch.bfloat16, torch.float16)
@@ -218,7 +219,7 @@ def _rotates(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, *_: object) -> b
 
 
 def _keeps(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *_: object) -> bool:
-    stored = (k.dtype, torch.float8_e4m3fn)
+    stored = (k.dtype, *FP8)
     lies_right = k_cache.stride(3) == 1 and v_cache.stride(3) == 1
     same = k_cache.dtype == v_cache.dtype and v.dtype == k.dtype and k_cache.dtype in stored
     return k.dtype in DTYPES and same and lies_right and slots.dtype == torch.int64

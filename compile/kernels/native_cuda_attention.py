@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fuseline.compile.kernels.cuda_library import DTYPES, CudaLibrary, address
 from fuseline.compile.kernels.triton.table import paged_attention
+from fuseline.compile.ops.rope import FP8
 
 HEADS = 8  # query heads of a block
 SPLIT = 256  # keys of the shortest split
@@ -70,7 +71,7 @@ def supports_attention(
     dim, block_size, group = q.shape[3], k_cache.shape[2], q.shape[1] // k_cache.shape[1]
     if q.dtype not in (torch.bfloat16, torch.float16) or (sinks is not None and sinks.dtype != q.dtype):
         return False
-    if {k_cache.dtype, v_cache.dtype} not in ({q.dtype}, {torch.float8_e4m3fn}):
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q.dtype, *FP8):
         return False
     integers = {block_table.dtype, seq_lens.dtype, query_start.dtype} == {torch.int32}
     sizes = dim in (64, 128, 256) and k_cache.shape[3] == v_cache.shape[3] == dim and group <= 2 * HEADS

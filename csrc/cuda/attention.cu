@@ -13,6 +13,7 @@
 //
 // Legend: H query heads, G of them a kv head, D key and value dim, B keys a block; lane = (g = lane / 4, t = lane % 4).
 #include "cuda/attention.h"
+#include "cuda/fp8.h"
 #include "cuda/kernels.h"
 
 namespace fuseline::cuda {
@@ -23,13 +24,13 @@ constexpr int kStages = 3;
 
 // Eight numbers of a cache as they lie, and as a product's operand.
 template <class Cache> struct Raw { using Type = uint4; };
-template <> struct Raw<E4m3> { using Type = uint2; };
+template <int kExponent, int kFraction> struct Raw<Fp8<kExponent, kFraction>> { using Type = uint2; };
 
-template <class T>
+template <class T, class Cache>
 FL_DEVICE uint4 operand(uint4 raw) { return raw; }
-template <class T>
+template <class T, class Cache>
 FL_DEVICE uint4 operand(uint2 raw) {
-  const uint2 low = widen(raw.x, T{}), high = widen(raw.y, T{});
+  const uint2 low = widen(raw.x, Cache{}, T{}), high = widen(raw.y, Cache{}, T{});
   return {low.x, low.y, high.x, high.y};
 }
 
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int c = 0; c < kKeyLoads; ++c) {
-            const uint4 k = operand<T>(ring[n * kKeyLoads + c][thread]);
+            const uint4 k = operand<T, Cache>(ring[n * kKeyLoads + c][thread]);
             mma(scores[n], {q[c].x, 0, q[c].y, 0}, {k.x, k.y}, T{});
             mma(scores[n], {q[c].z, 0, q[c].w, 0}, {k.z, k.w}, T{});
           }
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
         for (int c = 0; c < kValueLoads; ++c) {
           uint4 v[4];
 #pragma unroll
-          for (int n = 0; n < 4; ++n) v[n] = operand<T>(ring[2 * kKeyLoads + n * kValueLoads + c][thread]);
+          for (int n = 0; n < 4; ++n) v[n] = operand<T, Cache>(ring[2 * kKeyLoads + n * kValueLoads + c][thread]);
           const uint32_t words[4][4] = {{v[0].x, v[0].y, v[0].z, v[0].w}, {v[1].x, v[1].y, v[1].z, v[1].w},
                                         {v[2].x, v[2].y, v[2].z, v[2].w}, {v[3].x, v[3].y, v[3].z, v[3].w}};
 #pragma unroll
@@ -287,7 +288,7 @@ int decode_attention(Stream stream, void* out, const void* q, const void* k_cach
   a.softcap = static_cast<float>(softcap) * kLog2e;
   return with_half(dtype, [&](auto type) {
     using T = decltype(type);
-    const auto with_dim = [&](auto cache) {
+    return with_cache<T>(cache_dtype, dtype, [&](auto cache) {
       using Cache = decltype(cache);
       switch (dim) {
         case 64: return launch_decode<T, Cache, 64>(a, num_seqs, num_workers, stream);
@@ -295,9 +296,7 @@ int decode_attention(Stream stream, void* out, const void* q, const void* k_cach
         case 256: return launch_decode<T, Cache, 256>(a, num_seqs, num_workers, stream);
         default: return kBadArgument;
       }
-    };
-    if (cache_dtype == static_cast<int64_t>(DType::u8)) return with_dim(E4m3{});
-    return cache_dtype == dtype ? with_dim(T{}) : kBadArgument;
+    });
   });
 }
 

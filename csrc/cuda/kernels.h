@@ -1,6 +1,6 @@
 // What the library of CUDA kernels offers: each puts its kernels on `stream` (its handle is a cudaStream_t; it may be
 // under capture) and waits for nothing. Pointers are to the device's memory, strides count elements, dtypes are codes
-// of fuseline/op.h (u8: e4m3). The result is 0, or the runtime's error code. Callers check shapes
+// of fuseline/op.h (of caches also those of fp8.h). The result is 0, or the runtime's error code. Callers check shapes
 // (compile/kernels/native_cuda.py), which names the arguments.
 #pragma once
 #include <cstdint>
@@ -45,7 +45,7 @@ int rope(Stream stream, void* out, const void* x, const void* cos, const void* s
          table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype);
 
 // Rotated q to q_out; rotated k, and v, to slots[T] (int64, -1: nowhere) of the caches [N, K, B, D|E], divided by their
-// scales where those are e4m3. Without q and with rotary_dim 0: only the write.
+// scales where those are fp8. Without q and with rotary_dim 0: only the write.
 int rope_cache(Stream stream, void* q_out, void* k_cache, void* v_cache, const void* q, const void* k, const void* v,
                const void* cos, const void* sin, const void* rows, const void* slots, const void* k_scale, const void*
                v_scale, int64_t num_heads, int64_t num_kv_heads, int64_t num_tokens, int64_t dim, int64_t value_dim,

@@ -4,6 +4,7 @@
 //
 // Legend: H query heads, K kv heads, T tokens, D head dim, E value dim, R rotary dim, C table columns (R or R / 2), B
 // keys a block.
+#include "cuda/fp8.h"
 #include "cuda/kernels.h"
 #include "cuda/vector.h"
 #include "fuseline/codes.h"
@@ -18,7 +19,7 @@ struct Heads {
   const void* from;
   void* to;
   int64_t num_heads, dim, head, token, to_head, to_token, to_block;
-  const float* scale;  // an e4m3 cache holds the numbers over this; absent: 1
+  const float* scale;  // an fp8 cache holds the numbers over this; absent: 1
 };
 
 struct RopeArgs {
@@ -144,8 +145,9 @@ int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cach
     using T = decltype(type);
     const auto with_table = [&](auto table) {
       using Table = decltype(table);
-      if (cache_dtype == static_cast<int64_t>(DType::u8)) return launch_rope<T, Table, E4m3>(a, stream);
-      return cache_dtype == dtype ? launch_rope<T, Table, T>(a, stream) : kBadArgument;
+      return with_cache<T>(cache_dtype, dtype, [&](auto cache) {
+        return launch_rope<T, Table, decltype(cache)>(a, stream);
+      });
     };
     if (table_dtype == dtype) return with_table(T{});
     return table_dtype == static_cast<int64_t>(DType::f32) ? with_table(float{}) : kBadArgument;

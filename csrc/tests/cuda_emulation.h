@@ -236,17 +236,14 @@ V shuffle_xor(V x, int mask) { return shuffle(x, emulated::block().current % emu
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000); }
 
+inline uint32_t first_bytes(uint32_t four) { return (four & 0xff) << 8 | (four & 0xff00) << 16; }
+inline uint32_t last_bytes(uint32_t four) { return first_bytes(four >> 16); }
 template <class T>
-uint2 widen(uint32_t four, T) {
-  uint16_t wide[4];
-  for (int k = 0; k < 4; ++k) {
-    const uint32_t byte = four >> 8 * k & 0xff;
-    const float half = to_float(Half{static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7f) << 7)});
-    T number;
-    from_float(256.0f * half, number);
-    wide[k] = number.bits;
-  }
-  return {wide[0] | static_cast<uint32_t>(wide[1]) << 16, wide[2] | static_cast<uint32_t>(wide[3]) << 16};
+uint32_t times(uint32_t two, float factor, T) {
+  T low{static_cast<uint16_t>(two)}, high{static_cast<uint16_t>(two >> 16)};
+  from_float(to_float(low) * factor, low);
+  from_float(to_float(high) * factor, high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
 template <class T>

@@ -60,7 +60,8 @@ def paged_attention(
 
     block_table [S, M], seq_lens [S], query_start [S + 1] are integers on the device; tokens behind query_start[S] are
     left alone, a sequence without keys (padding) gives zeros. The caches have q's dtype, another float dtype, or hold
-    float8_e4m3fn (also as uint8), of which k_scale[1] and v_scale[1] (float32) times the stored number is the value.
+    float8_e5m2 or float8_e4m3fn (also as uint8): k_scale[1] and v_scale[1] (float32) times the stored number is the
+    value.
 
     `workspace` holds the splits' partial sums: float32, `workspace_size` elements. Who plans memory passes one for all
     layers; without it one is taken from torch's allocator, which under graph capture is the graph's own pool, reused
@@ -277,7 +278,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 
 def _readable(cache: Tensor) -> Tensor:
-    """An fp8 cache as bytes where the device has no fp8 numbers (before sm_89)."""
+    """An e4m3 cache as bytes where the device has no such numbers (before sm_89); e5m2 every device has."""
     if cache.dtype != torch.float8_e4m3fn or not cache.is_cuda:
         return cache
     return cache if torch.cuda.get_device_capability(cache.device) >= (8, 9) else cache.view(torch.uint8)

@@ -34,7 +34,8 @@ def write_cache(
 ) -> None:  # fmt: skip
     """k[1, K, T, D], v[1, K, T, E] to slot = block * block size + offset of caches [N, K, B, D|E]; -1 writes nothing.
 
-    An fp8 cache (float8_e4m3fn, or uint8) holds the numbers divided by k_scale[1], v_scale[1], at most 448.
+    An fp8 cache (float8_e5m2, float8_e4m3fn, or that as uint8) holds the numbers divided by k_scale[1], v_scale[1], at
+    most its largest.
     """
     for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
         _write(cache, new, slots, scale)
@@ -96,5 +97,5 @@ def _shape(x: Tensor, cos: Tensor, rotary_dim: int, layout: int) -> dict:
 
 
 def _bytes(cache: Tensor) -> Tensor:
-    """An fp8 cache as bytes: they are made by hand, because sm_80 has no such numbers."""
+    """An e4m3 cache as bytes: sm_80 has no such numbers, only e5m2."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
