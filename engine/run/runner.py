@@ -78,14 +78,16 @@ class Batch:
 class Runner:
     """`prepare`, `fill`, `run`; the last may be called from another thread, beside a `prepare` of the next step."""
 
-    def __init__(self, model: Model, device: Device, rows: RequestRows, kv: KVManager, max_num_tokens: int) -> None:
+    def __init__(
+        self, model: Model, device: Device, rows: RequestRows, kv: KVManager, max_num_tokens: int, logprobs_mode: str
+    ) -> None:
         self.model = model
         self.device = device
         self.rows = rows
         switch = model.info.rope_switch
         # Two: the inputs of the next step are built while the last one still reads its own.
         self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
-        self.sampler = Sampler(rows, model.info.vocab_size)
+        self.sampler = Sampler(rows, model.info.vocab_size, logprobs_mode)
         self._sampling_rows = np.zeros(0, np.int64)  # of the step filled last
         self._sampled: torch.Tensor | None = None  # tokens of the step launched last, on the device
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens
-from fuseline.engine.run.sampling import SampleArguments
+from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments
 from fuseline.engine.schedule.plan import Plan
 
 
@@ -20,7 +20,6 @@ class RowSettings:
     rows: np.ndarray  # [R] int64
     tenancy: np.ndarray  # [R] int64
     num_top: int
-    mode: int
     inputs: dict[str, Tensor]
     """Of the kernel, with lists that are all empty."""
     has_history: np.ndarray  # [R] bool
@@ -31,9 +30,10 @@ class RowSettings:
 
 
 class Sampler:
-    def __init__(self, rows: RequestRows, vocab_size: int) -> None:
+    def __init__(self, rows: RequestRows, vocab_size: int, logprobs_mode: str) -> None:
         self.rows = rows
         self.vocab_size = vocab_size
+        self.mode = LOGPROBS_MODES.index(logprobs_mode)
         self._settings: RowSettings | None = None
 
     def prepare(self, plan: Plan) -> SampleArguments:
@@ -43,7 +43,7 @@ class Sampler:
             self._settings = old = self._gather(rows, tenancy)
         counter = torch.from_numpy(plan.lengths - self.rows.prompt_len[rows])
         inputs = {**old.inputs, "counter": counter}
-        return SampleArguments(len(rows), old.num_top, old.mode, inputs, no_scores=old.no_scores)
+        return SampleArguments(len(rows), old.num_top, self.mode, inputs, no_scores=old.no_scores)
 
     def fill(self, plan: Plan, arguments: SampleArguments, sources: np.ndarray | None) -> None:
         """The rest, for the plan prepared last. sources [R] int64: row of the step before whose token is the newest of
@@ -60,9 +60,6 @@ class Sampler:
 
     def _gather(self, rows: np.ndarray, tenancy: np.ndarray) -> RowSettings:
         state = self.rows
-        modes = state.logprobs_mode[rows]
-        if len(rows) and modes.min() != modes.max():
-            raise ValueError("sequences of one server differ in logprobs_mode")
         num_logprobs = np.minimum(state.num_logprobs[rows], self.vocab_size)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition", "frequency", "presence", "seed", "prompt_len")
         inputs = {name: torch.from_numpy(getattr(state, name)[rows]) for name in names}
@@ -76,7 +73,6 @@ class Sampler:
             rows=rows,
             tenancy=tenancy,
             num_top=max(0, int(num_logprobs.max(initial=0))),
-            mode=int(modes.max(initial=0)),
             inputs=inputs,
             has_history=has_history,
             has_any_history=bool(has_history.any()),

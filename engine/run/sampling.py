@@ -19,6 +19,8 @@ INPUTS = (
     "allowed_start", "allowed_ids",
 )  # fmt: skip
 """Of the `sample` kernel, in its order."""
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+"""In the order of their codes."""
 SCORES = ("logprobs", "ranks", "top_ids", "top_logprobs")
 NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
@@ -31,6 +33,7 @@ class SampleArguments:
     num_top: int
     """Most log-probabilities that a row wants."""
     mode: int
+    """Index in LOGPROBS_MODES."""
     inputs: dict[str, Tensor]
     """By the names in INPUTS."""
     unknown: dict[str, Tensor] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.sizing import StepMemory
 from fuseline.engine.run.device import Device, Progress
 from fuseline.engine.run.runner import Model
-from fuseline.engine.run.sampling import SampleArguments, launch_sampling
+from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments, launch_sampling
 
-FEW_ROWS = (1, 2, 3, 16, 17)
-"""Decode steps that kernels may treat in ways of their own."""
+FEW_ROWS = (1, 2, 3, 16, 17, 33, 65, 129)
+"""Rows of steps that kernels may treat in ways of their own, or that -O3 may have given to others."""
 GRAPH_BYTES = 8 << 20
 """Kept for what a captured graph takes outside the pool; an assumption, not a measurement."""
 
@@ -37,13 +38,15 @@ def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progre
 
 
 def trial_steps(config: EngineConfig, max_model_len: int) -> list[list[int]]:
-    """Tokens by sequence: the largest step, prompts of an even and of an odd length, decode steps of many and few."""
+    """Tokens by sequence: the largest step, prompts of an even and of an odd length, steps of many and few rows: decode
+    steps as far as there are sequences, prompts beyond."""
     num_tokens, num_seqs = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
     total = min(num_tokens, num_seqs * max_model_len)
     spread = np.diff(np.linspace(0, total, num_seqs + 1).astype(int)).tolist()
     longest = min(num_tokens, max_model_len)
-    few = [count for count in FEW_ROWS if count < num_seqs]
-    return [spread, [longest], [max(1, longest - 1)], [1] * num_seqs, *([1] * count for count in few)]
+    few = [[1] * rows for rows in FEW_ROWS if rows < num_seqs]
+    few += [[rows] for rows in FEW_ROWS if num_seqs < rows < longest - 1]
+    return [spread, [longest], [max(1, longest - 1)], [1] * num_seqs, *few]
 
 
 def _told(runs: list[Callable[[], None]], progress: Progress) -> list[Callable[[], None]]:
@@ -63,6 +66,7 @@ class _Trial:
     def __init__(self, device: Device, model: Model, config: EngineConfig) -> None:
         self.device, self.model, self.config = device, model, config
         self.max_model_len = config.compile.max_model_len or model.info.max_model_len
+        self._mode = LOGPROBS_MODES.index(config.logprobs_mode)
         self._sampled: torch.Tensor | None = None
 
     def allocate_caches(self) -> None:
@@ -77,8 +81,8 @@ class _Trial:
             logits = self.model.run(inputs, sources, self._sampled)
             # Prompt scores of the same rows, once more.
             logits = torch.cat((logits, logits)) if settings.get("with_scores") else logits
-            launched = launch_sampling(self.device, logits, trial_arguments(len(counts), **settings), self._sampled)
-            self._sampled = launched.tokens
+            arguments = trial_arguments(len(counts), self._mode, **settings)
+            self._sampled = launch_sampling(self.device, logits, arguments, self._sampled).tokens
 
         return run
 
@@ -90,7 +94,13 @@ class _Trial:
             self.step(counts, with_lists=True, with_history=True),
             self.step(counts, with_history=True),
             self.step([1], with_scores=True),
+            self._score_prompt,
         ]
+
+    def _score_prompt(self) -> None:
+        """A prompt's part without its end. Its logits lie where no sampled row's come first, which kernels may see."""
+        logits = self.model.run(self._inputs([1]))
+        launch_sampling(self.device, logits, replace(trial_arguments(0, self._mode), targets=torch.tensor([0])), None)
 
     def _inputs(self, counts: list[int]) -> GraphInputs:
         lens = torch.tensor(counts, dtype=torch.int32)
@@ -111,7 +121,7 @@ class _Trial:
 
 
 def trial_arguments(
-    num_rows: int, with_history: bool = False, with_lists: bool = False, with_scores: bool = False
+    num_rows: int, mode: int = 0, with_history: bool = False, with_lists: bool = False, with_scores: bool = False
 ) -> SampleArguments:  # fmt: skip
     """Of rows that draw; with penalties over a token each, with a bias, with log-probabilities."""
 
@@ -132,4 +142,4 @@ def trial_arguments(
     ):  # fmt: skip
         inputs[start], inputs[items] = starts * is_there, full(0)[: num_rows * is_there]
     targets = full(0) if with_scores else full(0)[:0]
-    return SampleArguments(num_rows, 0, 0, inputs, targets=targets)
+    return SampleArguments(num_rows, 0, mode, inputs, targets=targets)
