@@ -14,6 +14,7 @@ from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.request import Sequence
 from fuseline.engine.run.device import Device
+from fuseline.engine.run.histories import Histories
 from fuseline.engine.run.inputs import InputBuilder
 from fuseline.engine.run.request_rows import RequestRows
 from fuseline.engine.run.sampler import Sampler
@@ -87,7 +88,8 @@ class Runner:
         switch = model.info.rope_switch
         # Two: the inputs of the next step are built while the last one still reads its own.
         self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
-        self.sampler = Sampler(rows, model.info.vocab_size, logprobs_mode)
+        histories = Histories(rows, device) if device.is_queue else None
+        self.sampler = Sampler(rows, model.info.vocab_size, logprobs_mode, histories)
         self._sampling_rows = np.zeros(0, np.int64)  # of the step filled last
         self._sampled: torch.Tensor | None = None  # tokens of the step launched last, on the device
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuseline.engine.run.histories import Histories, History
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens
 from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments
 from fuseline.engine.schedule.plan import Plan
@@ -30,8 +31,12 @@ class RowSettings:
 
 
 class Sampler:
-    def __init__(self, rows: RequestRows, vocab_size: int, logprobs_mode: str) -> None:
+    def __init__(
+        self, rows: RequestRows, vocab_size: int, logprobs_mode: str, histories: Histories | None = None
+    ) -> None:
+        """`histories`: of a device that keeps them; without them all tokens are known when a plan is filled."""
         self.rows = rows
+        self.histories = histories
         self.vocab_size = vocab_size
         self.mode = LOGPROBS_MODES.index(logprobs_mode)
         self._settings: RowSettings | None = None
@@ -53,10 +58,11 @@ class Sampler:
             arguments.inputs |= self._lists(plan)
         if not settings.has_any_history:
             return
-        arguments.inputs |= self._history(plan)
-        if sources is not None and (is_unknown := settings.has_history & (sources >= 0)).any():
-            places = arguments.inputs["history_start"].numpy()[1:][is_unknown] - 1
-            arguments.unknown = {"places": torch.from_numpy(places), "rows": torch.from_numpy(sources[is_unknown])}
+        if self.histories is None:
+            arguments.inputs |= self._history(plan)
+        else:
+            sources = np.full(len(settings.rows), -1) if sources is None else sources
+            arguments.history, arguments.inputs["history_start"] = self._kept_history(plan, sources)
 
     def _gather(self, rows: np.ndarray, tenancy: np.ndarray) -> RowSettings:
         state = self.rows
@@ -86,6 +92,17 @@ class Sampler:
         parts = [self.rows.tokens[row, :length] for row, length in zip(self._settings.rows, lengths, strict=True)]
         start, items = _ragged(parts)
         return {"history_start": start, "history": items}
+
+    def _kept_history(self, plan: Plan, sources: np.ndarray) -> tuple[History, Tensor]:
+        """And where in it each row's begins and ends, [2, R]."""
+        settings = self._settings
+        has = settings.has_history
+        history, begins = self.histories.extend(
+            settings.rows[has], settings.tenancy[has], plan.lengths[has], sources[has]
+        )
+        spans = np.zeros((2, len(has)), np.int64)
+        spans[:, has] = begins, begins + plan.lengths[has]
+        return history, torch.from_numpy(spans)
 
     def _lists(self, plan: Plan) -> dict[str, Tensor]:
         bias: list[list[int]] = []

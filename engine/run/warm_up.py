@@ -12,6 +12,7 @@ from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.sizing import StepMemory
 from fuseline.engine.run.device import Device, Progress
+from fuseline.engine.run.histories import History, history_bytes, history_memory
 from fuseline.engine.run.runner import Model
 from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments, launch_sampling
 
@@ -29,7 +30,7 @@ def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progre
     first = [trial.allocate_caches, trial.step([1] * num_seqs)]
     runs = _told([*first, *steps, *trial.sampling_steps()], progress)
     decode = device.rehearse(runs[: len(first)])
-    peak = device.rehearse(runs[len(first) :])
+    peak = device.rehearse(runs[len(first) :]) + history_bytes(num_seqs, trial.max_model_len)
     sizes = (*config.graphs.resolved(num_seqs), *config.graphs.resolved_mixed(config.scheduler.max_num_batched_tokens))
     # The graphs' pool, and trial runs on the stream that captures, whose memory other streams do not get.
     largest = decode * max((1, *(size / num_seqs for size in sizes)))
@@ -72,7 +73,7 @@ class _Trial:
     def allocate_caches(self) -> None:
         self.model.allocate_caches([1] * len(self.model.info.cache_groups))
 
-    def step(self, counts: list[int], **settings: object) -> Callable[[], None]:
+    def step(self, counts: list[int], with_history: bool = False, **settings: object) -> Callable[[], None]:
         """Every sequence samples; tokens come from the run before, if there was one. Settings: trial_arguments."""
 
         def run() -> None:
@@ -82,6 +83,8 @@ class _Trial:
             # Prompt scores of the same rows, once more.
             logits = torch.cat((logits, logits)) if settings.get("with_scores") else logits
             arguments = trial_arguments(len(counts), self._mode, **settings)
+            if with_history:
+                arguments = self._with_history(arguments)
             self._sampled = launch_sampling(self.device, logits, arguments, self._sampled).tokens
 
         return run
@@ -96,6 +99,14 @@ class _Trial:
             self.step([1], with_scores=True),
             self._score_prompt,
         ]
+
+    def _with_history(self, arguments: SampleArguments) -> SampleArguments:
+        """With penalties over a token each."""
+        rows = torch.arange(arguments.num_rows)
+        writes = {"known_places": rows, "known_tokens": rows.int(), "unknown_places": rows, "unknown_rows": rows * 0}
+        history = History(history_memory(self.device, arguments.num_rows), writes)
+        inputs = {"history_start": torch.stack((rows, rows + 1)), "repetition": arguments.inputs["repetition"] + 1}
+        return replace(arguments, inputs=arguments.inputs | inputs, history=history)
 
     def _score_prompt(self) -> None:
         """A prompt's part without its end. Its logits lie where no sampled row's come first, which kernels may see."""
@@ -121,9 +132,9 @@ class _Trial:
 
 
 def trial_arguments(
-    num_rows: int, mode: int = 0, with_history: bool = False, with_lists: bool = False, with_scores: bool = False
+    num_rows: int, mode: int = 0, with_lists: bool = False, with_scores: bool = False
 ) -> SampleArguments:  # fmt: skip
-    """Of rows that draw; with penalties over a token each, with a bias, with log-probabilities."""
+    """Of rows that draw; with a bias, with log-probabilities."""
 
     def full(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full((num_rows,), value, dtype=dtype)
@@ -131,13 +142,13 @@ def trial_arguments(
     f32 = torch.float32
     inputs = {
         "temperature": full(1, f32), "top_k": full(2), "top_p": full(0.5, f32), "min_p": full(0.1, f32),
-        "repetition": full(1 + with_history, f32), "frequency": full(0, f32), "presence": full(0, f32), "seed": full(1),
+        "repetition": full(1, f32), "frequency": full(0, f32), "presence": full(0, f32), "seed": full(1),
         "counter": full(0), "num_logprobs": full(0 if with_scores else -1), "prompt_len": full(1),
         "bias_values": torch.ones(num_rows * with_lists),
     }  # fmt: skip
     starts = torch.arange(num_rows + 1)
     for start, items, is_there in (
-        ("history_start", "history", with_history), ("bias_start", "bias_ids", with_lists),
+        ("history_start", "history", False), ("bias_start", "bias_ids", with_lists),
         ("banned_start", "banned_ids", False), ("allowed_start", "allowed_ids", False),
     ):  # fmt: skip
         inputs[start], inputs[items] = starts * is_there, full(0)[: num_rows * is_there]
