@@ -47,6 +47,15 @@ def test_kernels_in_cpp_give_way_to_what_is_faster(config, monkeypatch):
     assert found["paged_attention"][0][DECODE] == [[1, OURS], [ANY, "cuda.decode_attention"]]
 
 
+def test_norms_and_the_caches_write_in_cpp_give_way_too(config, monkeypatch):
+    faster = {"triton.rms_norm 4w": 64, "triton.rope_cache": 1}
+    clock = Clock(lambda label, rows: 0.5 if rows >= faster.get(label, ANY) else None)
+    found = choices(in_cpp(config, monkeypatch), clock)
+    assert found["rms_norm"] == [{"rows": [[32, "cuda.rms_norm"], [ANY, "triton.rms_norm 4w"]]}]
+    assert found["add_rms_norm"] == [{"rows": [[ANY, "cuda.add_rms_norm"]]}] * 2
+    assert found["rope_cache"] == [{"rows": [[ANY, "triton.rope_cache"]]}]
+
+
 def test_without_their_library_linears_and_attention_are_tritons_and_torchs(config):
     clock = Clock()
     found = choices(replace(config, hf_overrides=HEADS_OF_64), clock)

@@ -118,7 +118,7 @@ def _others(op: Callable, args: tuple) -> list[Candidate]:
         return _experts(kernel.run, *args)
     if op is OPS.paged_attention.default:
         return _attention(kernel.run, kernel.into)
-    return [Candidate(f"triton.{name}", kernel.run, into=kernel.into)]
+    return [Candidate(f"triton.{name}", kernel.run, into=kernel.into), *_other_launches(op, name, kernel.run)]
 
 
 def attention_candidates(args: tuple, target: Target, external: ExternalAttention, table: str) -> list[Candidate]:
@@ -138,12 +138,26 @@ def attention_candidates(args: tuple, target: Target, external: ExternalAttentio
 
 def size_of(node: fx.Node) -> Callable[..., tuple[str, int]]:
     """What gives phase and rows of a call from its arguments."""
-    return attention_size if node.target is OPS.paged_attention.default else linear_size
+    if node.target is OPS.paged_attention.default:
+        return attention_size
+    if node.target in (OPS.rope_cache.default, OPS.write_cache.default):
+        return write_size
+    return rope_size if node.target is OPS.rope.default else linear_size
 
 
 def linear_size(x: Tensor, *_: object) -> tuple[str, int]:
     """x[..., K]."""
     return ROWS, x.numel() // x.shape[-1]
+
+
+def rope_size(x: Tensor, *_: object) -> tuple[str, int]:
+    """x[1, H, T, D]."""
+    return ROWS, x.shape[2]
+
+
+def write_size(k_cache: Tensor, v_cache: Tensor, x: Tensor, *_: object) -> tuple[str, int]:
+    """Of rope_cache and write_cache; x[1, H, T, D]."""
+    return rope_size(x)
 
 
 def attention_size(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: object) -> tuple[str, int]:
@@ -186,6 +200,16 @@ def _few_rows(label: str, run: Callable) -> list[Candidate]:
 
     tuned = [Candidate(f"{label} {t}", partial(run, tuning=t), linear.ROWS) for t in linear.TUNINGS]
     return [Candidate(label, run, linear.ROWS), *tuned]
+
+
+def _other_launches(op: Callable, name: str, run: Callable) -> list[Candidate]:
+    from fuseline.compile.kernels.triton import norm, rope
+
+    if op in (OPS.rope.default, OPS.rope_cache.default):
+        return [Candidate(f"triton.{name} {n}h", partial(run, heads=n)) for n in rope.HEADS_TO_TRY]
+    if name.endswith("_norm"):
+        return [Candidate(f"triton.{name} {n}w", partial(run, num_warps=n)) for n in norm.WARPS_TO_TRY]
+    return []
 
 
 def _experts(run: Callable, x: Tensor, *_: object) -> list[Candidate]:
