@@ -18,7 +18,7 @@ from paged_driver import greedy
 from fuseline.compile.backends import card_timer, tune_card
 from fuseline.compile.backends.card_timer import Arguments, CardTimer
 from fuseline.compile.backends.cuda import count_kernels
-from fuseline.compile.backends.tune_calls import NORMS, has_constants
+from fuseline.compile.backends.tune_calls import NORMS, OPS, CallMaker, has_constants
 from fuseline.compile.backends.tune_card import Problem, is_choice, tune_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
@@ -27,6 +27,7 @@ from fuseline.compile.kernels.external import ExternalAttention, Libraries
 
 FLASH_3 = Libraries(flash_attn_3=fakes.flash_attn_with_kvcache)
 NO_LIBRARIES = Libraries()
+LAYERS = 3
 OURS = "triton.paged_attention"
 
 
@@ -253,6 +254,32 @@ def test_a_model_runs_what_was_chosen(config, monkeypatch):
     assert [phase for phase, *_ in told].count("tuning") > 1
     prompts = zoo.make_prompts((3, 9))
     assert greedy(model, prompts, 3) == zoo.truth(Path(config.model), prompts, 3)
+
+
+def test_a_model_with_offloaded_weights_runs_what_was_chosen(config, monkeypatch):
+    """Of products whose weights come with each pass too."""
+    tuning = "triton.linear 32x512 4w 5s"
+    monkeypatch.setattr(tune_card, "CardTimer", lambda: Clock(lambda label, rows: 0.5 if label == tuning else None))
+    model = compile_model(replace(config, cpu_offload_gb=1.0), CARD)
+    assert len(model._executable.offload.layers) == LAYERS
+    kernels = model._executable.kernels
+    linears = [kernel.label for node, kernel in kernels.items() if "linear.default" in str(node.target)]
+    assert linears and set(linears) == {f"{tuning} | torch.linear"}
+    prompts = zoo.make_prompts((3, 9))
+    assert greedy(model, prompts, 3) == zoo.truth(Path(config.model), prompts, 3)
+
+
+def test_weights_that_are_away_are_measured_only_where_no_other_is_there(config, monkeypatch):
+    """And then one: the card may have no room for more."""
+    captured, _ = optimize(config, CARD)
+    nodes = [node for node in captured.graph.graph.nodes if node.target is OPS.linear_act_mul.default]
+    names = [str(node.args[1].target) for node in nodes]
+    monkeypatch.setattr(CallMaker, "_value", lambda self, arg: str(arg))
+    for num_away in range(LAYERS + 1):
+        held = {name: torch.empty(1, device="meta" if k < num_away else "cpu") for k, name in enumerate(names)}
+        calls = CallMaker(held, "cpu").arguments(nodes, "rows", 2).calls
+        here = [str(node.args[1]) for node in nodes[num_away:]]
+        assert [call[1] for call in calls] == (here or [str(nodes[0].args[1])])
 
 
 def test_the_default_needs_no_measurement(config):
