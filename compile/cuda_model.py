@@ -11,7 +11,7 @@ from torch import Tensor
 from fuseline.compile.backends.asleep import Weights
 from fuseline.compile.backends.cuda_graph import CapturedSteps, DecodeGraphs, Inputs, Progress
 from fuseline.compile.backends.device_inputs import DeviceInputs
-from fuseline.compile.backends.graph_api import CudaGraphApi, GraphApi
+from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi, GraphApi
 from fuseline.compile.backends.host_caches import HostCaches
 from fuseline.compile.backends.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
@@ -41,6 +41,7 @@ class CudaModel:
         self._caches: dict[str, Tensor] = {}
         self._host_caches: HostCaches | None = None
         self._uploads = DeviceInputs(self._device)
+        self._capture_streams = CaptureStreams.of(self._device) if self._device.type == "cuda" else None
         loaded = (tensor for name, tensor in weights.items() if name not in result.constants)
         self._weights = Weights(loaded, self._device)
 
@@ -84,7 +85,7 @@ class CudaModel:
         Raises ValueError for splitting ops that the model has not.
         """
         self.stop_capture()
-        api = api or (CudaGraphApi(self._device) if self._device.type == "cuda" else None)
+        api = api or (CudaGraphApi(self._capture_streams) if self._capture_streams else None)
         config, caches = self._graph_config, self._caches
         if api is None or not config.enabled:
             return

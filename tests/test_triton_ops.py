@@ -10,7 +10,7 @@ from test_ops import assert_agrees, assert_close, assert_lies_as_fake, cases
 from triton_interpreter import assert_fits, compile_launches
 
 from fuseline.compile.kernels.triton import linear, norm, rope
-from fuseline.compile.kernels.triton.experts import experts, tiles
+from fuseline.compile.kernels.triton.experts import default_tile, experts, tiles
 from fuseline.compile.kernels.triton.table import KERNELS
 from fuseline.compile.ops import codes
 from fuseline.compile.ops import norm as norm_reference
@@ -128,6 +128,15 @@ def test_experts_of_any_number(tokens, num_experts, top_k, dtype):
     assert_close(found, want.to(dtype), 12.0)
     if tokens == 20:
         assert torch.equal(experts(x[:3], ids[:3], weights[:3], *args), found[:3]), "as far as tiles are equally high"
+
+
+def test_experts_of_many_tiles_and_columns():
+    """More tiles than a group and none to spare, several columns of both products."""
+    m = make()
+    x, first, second = m.normal(330, 80), m.normal(1, 300, 80, scale=0.1), m.normal(1, 80, 150, scale=0.1)
+    ids, weights = torch.zeros(330, 1, dtype=torch.int64), m.normal(330, 1).abs()
+    args = (x, ids, weights, first, second, None, None, codes.EXPERT_ACTS["silu"], False, 0.0, 0.0)
+    assert_close(experts(*args, tile=default_tile(1, 1, 4)), experts_reference(*args), 12.0)
 
 
 def test_choices_outside_the_experts_add_nothing():

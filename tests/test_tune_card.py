@@ -244,7 +244,7 @@ def test_problems_tell_shapes_apart(config):
 def test_a_model_runs_what_was_chosen(config, monkeypatch):
     """The same tokens, by kernels that are not the default; progress is told."""
     tuning = "triton.linear 32x512 4w 5s"
-    others = {f"{OURS} 4s", "triton.rope_cache 4h", "triton.add_rms_norm 8w"}
+    others = {f"{OURS} 7s", "triton.rope_cache 4h", "triton.add_rms_norm 8w"}
     clock = Clock(lambda label, rows: 0.5 if label in {tuning, *others} else None)
     monkeypatch.setattr(tune_card, "CardTimer", lambda: clock)
     told = []
@@ -297,7 +297,7 @@ class FakeCuda:
     def graph(self) -> FakeCuda:
         return self
 
-    def capture_begin(self, capture_error_mode: str) -> None:
+    def capture_begin(self, pool: tuple[int, int], capture_error_mode: str) -> None:
         self.done.append(f"begin {capture_error_mode}")
 
     def capture_end(self) -> None:
@@ -328,7 +328,7 @@ def timer_on(cuda: FakeCuda, monkeypatch) -> CardTimer:
     monkeypatch.setattr(card_timer, "FLUSHED", 16)
     for name, value in {
         "Stream": lambda: cuda, "stream": lambda stream: nullcontext(), "current_stream": lambda: None,
-        "CUDAGraph": cuda.graph, "Event": lambda enable_timing: FakeEvent(cuda),
+        "CUDAGraph": cuda.graph, "graph_pool_handle": lambda: (0, 1), "Event": lambda enable_timing: FakeEvent(cuda),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return CardTimer("cpu")

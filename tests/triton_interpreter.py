@@ -1,5 +1,7 @@
 """Triton kernels without a card: run by Triton's interpreter, or compiled to machine code from the launches themselves.
 
+Launches that are compiled need no memory: tensors may be on meta, and as large as real ones.
+
 Import this before anything imports triton: its standard library is interpreted only if the variable is there by then.
 `TRITON_INTERPRET=0 python triton_interpreter.py <test module> <arch>...` calls the module's `launches(arch)` with every
 launch turned into a compilation, and prints one JSON line for each. An arch below 1 compiles nothing: what it would
@@ -11,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +25,7 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parent.pa
 import numpy as np
 import triton
 import triton.language as tl
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter, jit
@@ -88,6 +92,31 @@ def refuse_unknown_arguments() -> None:
     interpreter.GridExecutor.__call__ = launch
 
 
+def refuse_overflow() -> None:
+    """Numbers of 32 bits wrap around in silence, here and on a card; nowhere do our kernels mean them to."""
+
+    def checked(name: str, exact: np.ufunc) -> None:
+        plain = getattr(interpreter.InterpreterBuilder, name)
+
+        def compute(self, a: interpreter.TensorHandle, b: interpreter.TensorHandle) -> interpreter.TensorHandle:
+            result = plain(self, a, b)
+            if result.dtype.scalar == tl.int32:
+                wide = exact(a.data, b.data, dtype=np.int64)
+                if not np.array_equal(wide, result.data):
+                    raise OverflowError(f"{name} of int32: {wide.min()} to {wide.max()}")
+            return result
+
+        setattr(interpreter.InterpreterBuilder, name, compute)
+
+    for name, exact in (("create_add", np.add), ("create_sub", np.subtract), ("create_mul", np.multiply)):
+        checked(name, exact)
+
+
+def copy_nothing_back() -> None:
+    """The interpreter copies every storage it was given onto itself: a large one of which little is used would fill."""
+    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
+
+
 def patch_once() -> None:
     """The interpreter patches the language for every call of a device function; once a launch and module will do."""
     patched: set[int] = set()
@@ -109,6 +138,8 @@ def patch_once() -> None:
 
 if triton.knobs.runtime.interpret:
     refuse_unknown_arguments()
+    refuse_overflow()
+    copy_nothing_back()
     patch_once()
     multiply_bf16()
     round_bf16()
@@ -148,6 +179,28 @@ def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
     return ASTSource(kernel, types, constants, attributes)
 
 
+def _code(done: triton.compiler.CompiledKernel) -> dict:
+    """Of machine code: registers, bytes of the stack (spilled registers), matrix instructions by kind, and the bytes of
+    its accesses: `copies` (global to shared memory, asynchronous), `loads`, `stores`."""
+    ptx, cubin = done.asm["ptx"], Path(f"{os.environ['TRITON_CACHE_DIR']}/{os.getpid()}.cubin")
+    cubin.write_bytes(done.asm["cubin"])
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    cubin.unlink()
+
+    def widths(access: str) -> list[int]:
+        found = re.findall(rf"{access}\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)", ptx)
+        return sorted({int(count or 1) * int(bits) // 8 for count, bits in found})
+
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (0x\w+|\d+)", ptx)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"), "loads": widths("ld"),
+        "stores": widths("st"), "copies": sorted({int(size, 0) for size in copies}),
+        "waits": [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)],
+    }  # fmt: skip
+
+
 def _main(module: str, *archs: str) -> None:
     seen, loaded = set(), importlib.import_module(module)
     for arch in map(int, archs):
@@ -167,7 +220,9 @@ def _main(module: str, *archs: str) -> None:
             done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             seconds = round(time.perf_counter() - began, 2)
             entry = {"kernel": kernel.__name__, "arch": arch, "shared": done.metadata.shared, "seconds": seconds}
-            print(json.dumps(entry | {"types": source.signature}), flush=True)
+            constants = {kernel.params[i].name: value for (i,), value in source.constants.items()}
+            details = {"types": source.signature, "constants": constants, "code": _code(done)}
+            print(json.dumps(entry | details), flush=True)
 
         jit.JITFunction.run = compile_instead
         loaded.launches(arch)

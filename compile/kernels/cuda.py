@@ -8,7 +8,7 @@ fastest for which rows (backends/tune_card.py) and leaves that in the node's met
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -43,34 +43,42 @@ class CudaKernel:
     """As `run`, but the result is written to a tensor that comes first."""
 
 
-def find_kernel(node: fx.Node, target: Target, external: ExternalAttention | None = None) -> CudaKernel | None:
-    """By the shapes of the node's arguments; None for an op that nothing computes. `external`: None for no library."""
+def find_kernel(
+    node: fx.Node, target: Target, external: ExternalAttention | None = None, constants: Collection[str] = ()
+) -> CudaKernel | None:
+    """By the shapes of the node's arguments; None for an op that nothing computes. `external`: None for no library.
+
+    `constants` are targets of get_attr nodes whose memory nothing on the device writes.
+    """
     if node.target is operator.getitem:
         return CudaKernel("getitem", operator.getitem)
     space, name = _name_of(node.target)
     if space not in ("fuseline", *TORCH):
         return CudaKernel(f"python.{getattr(node.target, '__name__', name)}", node.target)
-    found = candidates(node, target, external)
+    found = candidates(node, target, external, constants)
     if not found:
         return None
     choices = node.meta.get("choices") or default_choices(found)
     return CudaKernel(*dispatcher(found, choices, size_of(node)))
 
 
-def candidates(node: fx.Node, target: Target, external: ExternalAttention | None = None) -> list[Candidate]:
+def candidates(
+    node: fx.Node, target: Target, external: ExternalAttention | None = None, constants: Collection[str] = ()
+) -> list[Candidate]:
     """All that can compute an op of torch's or ours, the default first."""
     args = fx.node.map_aggregate(node.args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
     if node.target is OPS.paged_attention.default and external is not None:
         return attention_candidates(args, target, external, str(node.args[3].target))
-    return op_candidates(node.target, args, target)
+    kept = [isinstance(a, fx.Node) and a.op == "get_attr" and a.target in constants for a in node.args]
+    return op_candidates(node.target, args, target, kept)
 
 
-def op_candidates(op: Callable, args: tuple, target: Target) -> list[Candidate]:
-    """Without libraries; tensors perhaps on meta."""
-    return [*_in_cpp(op, args, target), *_others(op, args)]
+def op_candidates(op: Callable, args: tuple, target: Target, are_constant: Sequence[bool] = ()) -> list[Candidate]:
+    """Without libraries; tensors perhaps on meta. `are_constant` of each argument; none given: of none."""
+    return [*_in_cpp(op, args, target, are_constant), *_others(op, args)]
 
 
-def _in_cpp(op: Callable, args: tuple, target: Target) -> list[Candidate]:
+def _in_cpp(op: Callable, args: tuple, target: Target, are_constant: Sequence[bool]) -> list[Candidate]:
     """The kernel of csrc/cuda, where its library is there and takes the arguments."""
     library = cuda_library.library_for(target)
     if library is None:
@@ -80,6 +88,8 @@ def _in_cpp(op: Callable, args: tuple, target: Target) -> list[Candidate]:
     kernel = KERNELS.get(op)
     if kernel is None or not kernel.supports(*args):
         return []
+    if are_constant and kernel.weight is not None and are_constant[kernel.weight]:
+        library = library.overlapping(cuda_library.Overlap.WEIGHTS)
     run = _bound(kernel.run, library)
     if op is OPS.paged_attention.default:
         return [Candidate(kernel.label, run, phases=(DECODE,))]

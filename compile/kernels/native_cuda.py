@@ -24,11 +24,14 @@ LAYER = -1  # the mode of a LayerNorm
 
 @dataclass(frozen=True)
 class NativeCudaKernel:
-    """`supports` sees the op's arguments, tensors perhaps on meta; what changes from step to step decides in run."""
+    """`supports` sees the op's arguments, tensors perhaps on meta; what changes from step to step decides in run.
+    `weight` is the place of an argument that the kernel may read early, if it is a constant (Overlap.WEIGHTS).
+    """
 
     label: str
     run: Callable
     supports: Callable[..., bool]
+    weight: int | None = None
 
 
 def linear(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -230,8 +233,8 @@ def _rotates_into_cache(
 
 
 KERNELS: dict[object, NativeCudaKernel] = {
-    torch.ops.aten.linear.default: NativeCudaKernel("cuda.linear", linear, _multiplies),
-    OPS.linear_act_mul.default: NativeCudaKernel("cuda.linear_act_mul", linear_act_mul, _multiplies),
+    torch.ops.aten.linear.default: NativeCudaKernel("cuda.linear", linear, _multiplies, weight=1),
+    OPS.linear_act_mul.default: NativeCudaKernel("cuda.linear_act_mul", linear_act_mul, _multiplies, weight=1),
     OPS.rms_norm.default: NativeCudaKernel("cuda.rms_norm", rms_norm, _norms),
     OPS.add_rms_norm.default: NativeCudaKernel("cuda.add_rms_norm", add_rms_norm, _norms),
     OPS.layer_norm.default: NativeCudaKernel("cuda.layer_norm", layer_norm, _norms),

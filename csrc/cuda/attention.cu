@@ -51,6 +51,8 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
   const int num_heads = static_cast<int>(a.group - in_group < kHeads ? a.group - in_group : kHeads);
   const int64_t first_head = kv_head * a.group + in_group;
   const int64_t seq = blockIdx.y;
+  launch_dependents();
+  wait_for_prerequisites();
   const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
   const int32_t* table = a.block_table + seq * a.table_stride;
   const Cache* keys = static_cast<const Cache*>(a.k_cache) + kv_head * a.k_head + 8 * t;
@@ -204,6 +206,8 @@ __global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
   constexpr int kAtOnce = 8;  // splits whose loads are under way together
   const int64_t head = blockIdx.x, seq = blockIdx.y;
   const int dim = threadIdx.x;
+  launch_dependents();
+  wait_for_prerequisites();
   const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
   for (int token = 0; token < num_tokens; ++token) {
     const int num_splits = Cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits)).num_splits;
@@ -232,7 +236,7 @@ __global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
 }
 
 template <class T, class Cache, int kDim>
-int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers, void* stream) {
+int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers, Stream stream) {
   const auto parts = (a.group + kHeads - 1) / kHeads * (a.num_heads / a.group);
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(num_seqs), static_cast<unsigned>(num_workers));
   const int error = launch(decode_kernel<T, Cache, kDim>, grid, 256 / kDim * kWarp, stream, a);
@@ -243,7 +247,7 @@ int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers,
 
 }  // namespace
 
-int decode_attention(void* stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
+int decode_attention(Stream stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
                      block_table, const void* seq_lens, const void* query_start, const void* sinks, const void* k_scale,
                      const void* v_scale, void* workspace, int64_t num_tokens, int64_t num_seqs, int64_t num_heads,
                      int64_t num_kv_heads, int64_t dim, int64_t num_splits, int64_t num_workers, int64_t out_token,

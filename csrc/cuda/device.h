@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "cuda/kernels.h"
 #include "fuseline/op.h"
 
 namespace fuseline::cuda {
@@ -35,7 +36,6 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 #ifdef __CUDACC__
 
-using Stream = cudaStream_t;
 constexpr int kBadArgument = cudaErrorInvalidValue;
 
 FL_DEVICE float to_float(Bf16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
@@ -115,13 +115,37 @@ FL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Puts the kernel on the stream; 0, or the runtime's error code.
+// A grid that is launched with overlap may start before the kernel ahead of it has ended: as soon as all blocks of that
+// one have called launch_dependents or ended, and there is room. By then it may read nothing that kernels ahead of it
+// write, and write nothing that they read or write. So every thread of every kernel waits before it touches memory,
+// which also makes each kernel end after all those ahead of it. Without overlap, and before sm_90, both do nothing.
+FL_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+FL_DEVICE void wait_for_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Has the line of memory brought to the L2 cache, whose contents are never stale: allowed before the wait.
+FL_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
+
+// Puts the kernel on the stream; 0, or the runtime's error code. `needs`: the least overlap with which it begins early.
 template <class Args>
-int launch(void (*kernel)(Args), dim3 grid, int threads, void* stream, const Args& args) {
+int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
+           Overlap needs = Overlap::kHeads) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
-  config.stream = static_cast<Stream>(stream);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &early;
+  config.numAttrs = stream.overlap >= needs ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -85,6 +85,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
   const int64_t pairs = a.rotary_dim / 2;
   const auto vectors = [&](const Heads& heads) { return (heads.dim - pairs) / kVector; };
   const int64_t q_vectors = a.q.num_heads * vectors(a.q), k_vectors = a.k.num_heads * vectors(a.k);
+  launch_dependents();
+  wait_for_prerequisites();
   if (at < q_vectors) {
     const int64_t head = at / vectors(a.q);
     rotate<T, Table, T, kVector>(a, static_cast<const T*>(a.q.from) + head * a.q.head + token * a.q.token,
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
 }
 
 template <class T, class Table, class Cache>
-int launch_rope(const RopeArgs& a, void* stream) {
+int launch_rope(const RopeArgs& a, Stream stream) {
   const int64_t pairs = a.rotary_dim / 2;
   constexpr int64_t kVector = 4;
   const auto is_wide_of = [&](const Heads& h, int64_t to_size) {
@@ -137,7 +139,7 @@ int launch_rope(const RopeArgs& a, void* stream) {
   return launch(rope_kernel<T, Table, Cache, 1>, grid(1), kThreads, stream, a);
 }
 
-int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cache_dtype, void* stream) {
+int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cache_dtype, Stream stream) {
   return with_float(dtype, [&](auto type) {
     using T = decltype(type);
     const auto with_table = [&](auto table) {
@@ -152,7 +154,7 @@ int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cach
 
 }  // namespace
 
-int rope(void* stream, void* out, const void* x, const void* cos, const void* sin, const void* rows, int64_t num_heads,
+int rope(Stream stream, void* out, const void* x, const void* cos, const void* sin, const void* rows, int64_t num_heads,
          int64_t num_tokens, int64_t dim, int64_t x_head, int64_t x_token, int64_t out_head, int64_t out_token, int64_t
          table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype) {
   RopeArgs a{};
@@ -168,7 +170,7 @@ int rope(void* stream, void* out, const void* x, const void* cos, const void* si
   return dispatch(a, dtype, table_dtype, dtype, stream);
 }
 
-int rope_cache(void* stream, void* q_out, void* k_cache, void* v_cache, const void* q, const void* k, const void* v,
+int rope_cache(Stream stream, void* q_out, void* k_cache, void* v_cache, const void* q, const void* k, const void* v,
                const void* cos, const void* sin, const void* rows, const void* slots, const void* k_scale, const void*
                v_scale, int64_t num_heads, int64_t num_kv_heads, int64_t num_tokens, int64_t dim, int64_t value_dim,
                int64_t q_head, int64_t q_token, int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token,

@@ -45,8 +45,8 @@ class Tuning:
         return " ".join(f"{value}{unit}" for value, unit in named if value)
 
 
-DECODE_TUNINGS = (Tuning(4), Tuning(2), Tuning(grid=512), Tuning(grid=4096), Tuning(4, grid=4096))
-PREFILL_TUNINGS = (Tuning(2), Tuning(4), Tuning(rows=64), Tuning(2, rows=64), Tuning(2, rows=256))
+DECODE_TUNINGS = (Tuning(7), Tuning(3), Tuning(grid=512), Tuning(grid=4096), Tuning(7, grid=4096))
+PREFILL_TUNINGS = (Tuning(7), Tuning(3), Tuning(rows=64), Tuning(3, rows=64))
 """Measured by -O3 beside what a launch chooses itself."""
 
 
@@ -142,25 +142,49 @@ class AttentionShape:
         )  # fmt: skip
 
     @property
-    def padded_dims(self) -> tuple[int, int]:
-        """D and E as sizes of a matrix product: powers of two."""
-        return max(16, triton.next_power_of_2(self.key_dim)), max(16, triton.next_power_of_2(self.value_dim))
+    def padded_key_dim(self) -> tuple[int, int]:
+        """D as sizes of two matrix products, powers of two, the second perhaps 0."""
+        whole = padded(self.key_dim)
+        rest = padded(self.key_dim - whole // 2) if self.key_dim > 16 else whole
+        return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
+
+    @property
+    def padded_value_dim(self) -> int:
+        """E as the size of a matrix product."""
+        return padded(self.value_dim)
+
+    @property
+    def widest(self) -> int:
+        """Bytes of a line in registers, of keys or of values."""
+        return max(sum(self.padded_key_dim), self.padded_value_dim) * self.item_size
 
     @property
     def decode(self) -> Tile:
-        widest = max(self.padded_dims) * self.item_size
-        rows = min(16 if widest > 512 else 64, max(16, triton.next_power_of_2(self.group)))
-        stages = self.tuning.num_stages or (3 if widest <= 512 else 2)
-        return Tile.of(self.group, rows, 64 if widest <= 256 else 32, 4, stages)
+        widest, stages = self.widest, self.tuning.num_stages
+        if widest > 512 and self.item_size == 2:
+            most, keys, num_warps = 32, 16, 8
+        else:
+            most, keys, num_warps = 64 if widest <= 512 else 16, 64 if widest <= 256 else 32, 4
+        rows = min(most, max(16, triton.next_power_of_2(self.group)))
+        return Tile.of(self.group, rows, keys, num_warps, stages or self.default_stages)
 
     @property
     def prefill(self) -> Tile:
-        widest, tuning = max(self.padded_dims) * self.item_size, self.tuning
-        if widest > 512:
+        """Sixteen rows a warp, four warps a Hopper matrix instruction; keys as the registers allow beside the sums."""
+        widest, stages = self.widest, self.tuning.num_stages or self.default_stages
+        if widest > 512 and self.item_size == 4:
             size = 32 if widest <= 1024 else 16
-            return Tile.of(self.group, size, size, 4, tuning.num_stages or 2)
-        rows = tuning.rows or (128 if widest <= 256 else 64)
-        return Tile.of(self.group, rows, 64, rows // 16, tuning.num_stages or (3 if widest <= 256 else 2))
+            return Tile.of(self.group, size, size, 4, stages)
+        if widest > 512:
+            return Tile.of(self.group, 64, 16, 8, stages)
+        rows = self.tuning.rows or (64 if self.item_size == 4 and widest > 256 else 128)
+        return Tile.of(self.group, rows, 64 if widest <= 384 else 32, rows // 16, stages)
+
+    @property
+    def default_stages(self) -> int:
+        """Half of them go to the block table, whose entries the loads of keys wait for: of 5, keys and values come two
+        tiles ahead, of 3 or 4 just when they are needed."""
+        return 2 if self.widest > 512 and self.item_size == 4 else 5
 
     @property
     def is_all_decode(self) -> bool:
@@ -184,9 +208,15 @@ class AttentionShape:
         return min(max(4, (self.tuning.grid or GRID_TARGET) // tiles), self.most_splits)
 
     @property
+    def is_folding(self) -> bool:
+        """Whether a program has the registers to fold splits: a second sum of values beside the one under way."""
+        return self.widest <= 512
+
+    @property
     def max_folded(self) -> int:
         """Up to so many splits are folded by one program in its registers: all, as far as others keep the card busy."""
-        return min(8, max(1, self.num_seqs * self.kv_heads * self.decode.parts // 64))
+        busy = self.num_seqs * self.kv_heads * self.decode.parts // 64
+        return min(8, max(1, busy)) if self.is_folding else 1
 
     @property
     def num_slots(self) -> int:
@@ -201,10 +231,16 @@ class AttentionShape:
         return self.num_slots * self.kv_heads * self.group * self.num_splits * (self.value_dim + 2)
 
     def constants(self) -> dict[str, int]:
-        key_dim, value_dim = self.padded_dims
+        key_dim, rest = self.padded_key_dim
         return {
-            "B": self.block_size, "D": self.key_dim, "E": self.value_dim, "PADDED_D": key_dim, "PADDED_E": value_dim,
+            "B": self.block_size, "D": self.key_dim, "E": self.value_dim, "PADDED_D": key_dim, "REST": rest,
+            "PADDED_E": self.padded_value_dim,
         }  # fmt: skip
+
+
+def padded(dim: int) -> int:
+    """The least size of a matrix instruction's side that holds it."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _launch_decode(
@@ -220,7 +256,8 @@ def _launch_decode(
     grid = (shape.kv_heads * tile.parts, shape.num_seqs, shape.num_workers)
     decode_kernel[grid](
         *tensors, workspace, *strides, *numbers, q.shape[1], shape.num_slots, shape.max_folded,
-        GROUP=shape.group, HAS_SOFTCAP=numbers[2] > 0, **splits, **shape.constants(), **tile.constants(),
+        GROUP=shape.group, HAS_SOFTCAP=numbers[2] > 0, IS_FOLDING=shape.is_folding, **splits, **shape.constants(),
+        **tile.constants(),
     )  # fmt: skip
     if shape.workspace_size == 0:
         return
@@ -228,7 +265,7 @@ def _launch_decode(
     merge_kernel[grid](
         out, seq_lens, query_start, sinks, v_scale, workspace, out.stride(1), out.stride(2), numbers[0],
         shape.num_slots, shape.max_folded, **splits, TOKENS=tile.tokens, KEYS=tile.keys, E=shape.value_dim,
-        PADDED_E=shape.padded_dims[1], num_warps=1,
+        PADDED_E=shape.padded_value_dim, num_warps=1,
     )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 A row is one query head of one token; a tile is ROWS rows: HEADS heads of a kv head times TOKENS tokens of a sequence.
 Scores are in units of log2 e, so that powers of two stand for those of e.
 
+A key's D numbers are multiplied in two parts where one of a power of two would be mostly padding (576 = 512 + 64).
+
 Legend: B keys a block, D key dim, E value dim, PARTS tiles that the GROUP query heads of a kv head are cut into.
 """
 
@@ -25,8 +27,9 @@ def decode_kernel(
     out_stride_h, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b,
     table_stride, window, scale, softcap, num_heads, num_slots, max_folded, GROUP: tl.constexpr,
     IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    IS_FOLDING: tl.constexpr, B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr,
+    REST: tl.constexpr, PADDED_E: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    PARTS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head and part, sequence, worker). Writes rows of few splits; of the others partial sums."""
     kv_head = tl.program_id(0) // PARTS
@@ -42,7 +45,6 @@ def decode_kernel(
         scale = scale * tl.load(k_scale)
     in_tile, in_group, is_head = _rows(tl.program_id(0) % PARTS, ROWS, HEADS, GROUP)
     head = kv_head * GROUP + in_group
-    dim = tl.arange(0, PADDED_D)
     value_dim = tl.arange(0, PADDED_E)
     k_head = k_cache + kv_head.to(tl.int64) * k_stride_h
     v_head = v_cache + kv_head.to(tl.int64) * v_stride_h
@@ -52,10 +54,7 @@ def decode_kernel(
         is_row = is_head & (in_tile < TOKENS) & (row_token < num_tokens)
         position = length - num_tokens + row_token
         at = (begin + row_token).to(tl.int64)
-        rows = tl.load(
-            q + (at * q_stride_t + head * q_stride_h)[:, None] + dim[None, :],
-            mask=is_row[:, None] & (dim < D)[None, :], other=0.0,
-        )  # fmt: skip
+        rows, rest = _queries(q + at * q_stride_t + head.to(tl.int64) * q_stride_h, is_row, D, PADDED_D, REST)
         slot = at if IS_ALL else (seq * TOKENS + row_token).to(tl.int64)
         is_whole = num_splits <= max_folded
         m = tl.full([ROWS], float("-inf"), tl.float32)
@@ -66,9 +65,9 @@ def decode_kernel(
             low = start + i * split
             part_m, part_l, part = _attend(
                 tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32),
-                tl.zeros([ROWS, PADDED_E], tl.float32), rows, k_head, v_head, block_table + seq * table_stride, low,
-                tl.minimum(low + split, end), first, end, position, window, k_stride_n, k_stride_b, v_stride_n,
-                v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E, PADDED_D, PADDED_E,
+                tl.zeros([ROWS, PADDED_E], tl.float32), rows, rest, k_head, v_head, block_table + seq * table_stride,
+                low, tl.minimum(low + split, end), first, end, position, window, k_stride_n, k_stride_b, v_stride_n,
+                v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E, PADDED_D, REST, PADDED_E,
             )  # fmt: skip
             line = (slot * num_heads + head) * NUM_SPLITS + i
             is_kept = is_row & (num_splits > max_folded)
@@ -77,8 +76,11 @@ def decode_kernel(
             tl.store(stats + 1, part_l, mask=is_kept)
             tl.store(workspace + (line * E)[:, None] + value_dim[None, :], part,
                      mask=is_kept[:, None] & (value_dim < E)[None, :])  # fmt: skip
-            m, mass, shrink, weight = _fold(m, mass, part_m, part_l)
-            acc = tl.fma(acc, tl.broadcast_to(shrink[:, None], [ROWS, PADDED_E]), part * weight[:, None])
+            if IS_FOLDING:
+                m, mass, shrink, weight = _fold(m, mass, part_m, part_l)
+                acc = tl.fma(acc, tl.broadcast_to(shrink[:, None], [ROWS, PADDED_E]), part * weight[:, None])
+            else:
+                m, mass, acc = part_m, part_l, part
         if sinks is not None:
             mass, shrink = _add_sink(m, mass, tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * LOG2_E)
             acc = acc * shrink[:, None]
@@ -145,8 +147,8 @@ def prefill_kernel(
     q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b, table_stride,
     window, scale, softcap, num_seqs, max_decode, GROUP: tl.constexpr, IS_WINDOWED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr,
-    PADDED_E: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
-    KEYS: tl.constexpr,
+    REST: tl.constexpr, PADDED_E: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    PARTS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, kv head and part). Last tiles first: they see the most keys."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -163,13 +165,9 @@ def prefill_kernel(
     in_tile, in_group, is_head = _rows(tl.program_id(1) % PARTS, ROWS, HEADS, GROUP)
     head = kv_head * GROUP + in_group
     is_row = is_head & (in_tile < TOKENS) & (token + in_tile < num_tokens)
-    dim = tl.arange(0, PADDED_D)
     value_dim = tl.arange(0, PADDED_E)
     at = (begin + token + in_tile).to(tl.int64)
-    rows = tl.load(
-        q + (at * q_stride_t + head * q_stride_h)[:, None] + dim[None, :],
-        mask=is_row[:, None] & (dim < D)[None, :], other=0.0,
-    )  # fmt: skip
+    rows, rest = _queries(q + at * q_stride_t + head.to(tl.int64) * q_stride_h, is_row, D, PADDED_D, REST)
     k_head = k_cache + kv_head.to(tl.int64) * k_stride_h
     v_head = v_cache + kv_head.to(tl.int64) * v_stride_h
     table = block_table + seq * table_stride
@@ -189,17 +187,18 @@ def prefill_kernel(
         whole_start = tl.cdiv(tl.maximum(end - window, start), KEYS) * KEYS
         whole_end = tl.maximum(whole_end, tl.minimum(whole_start, end))
         m, mass, acc = _attend(
-            m, mass, acc, rows, k_head, v_head, table, start, tl.minimum(whole_start, end), first, end, position,
+            m, mass, acc, rows, rest, k_head, v_head, table, start, tl.minimum(whole_start, end), first, end, position,
             window, k_stride_n, k_stride_b, v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E,
-            PADDED_D, PADDED_E,
+            PADDED_D, REST, PADDED_E,
         )  # fmt: skip
     m, mass, acc = _attend(
-        m, mass, acc, rows, k_head, v_head, table, whole_start, whole_end, first, end, position, window, k_stride_n,
-        k_stride_b, v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, False, KEYS, B, D, E, PADDED_D, PADDED_E,
+        m, mass, acc, rows, rest, k_head, v_head, table, whole_start, whole_end, first, end, position, window,
+        k_stride_n, k_stride_b, v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, False, KEYS, B, D, E, PADDED_D,
+        REST, PADDED_E,
     )  # fmt: skip
     m, mass, acc = _attend(
-        m, mass, acc, rows, k_head, v_head, table, whole_end, end, first, end, position, window, k_stride_n, k_stride_b,
-        v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E, PADDED_D, PADDED_E,
+        m, mass, acc, rows, rest, k_head, v_head, table, whole_end, end, first, end, position, window, k_stride_n,
+        k_stride_b, v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E, PADDED_D, REST, PADDED_E,
     )  # fmt: skip
     if sinks is not None:
         mass, shrink = _add_sink(m, mass, tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * LOG2_E)
@@ -234,10 +233,24 @@ def _rows(part, ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _queries(line, is_row, D: tl.constexpr, PADDED_D: tl.constexpr, REST: tl.constexpr):
+    """The rows at `line`: (numbers [ROWS, PADDED_D], those behind them [ROWS, REST])."""
+    dim = tl.arange(0, PADDED_D)
+    rows = tl.load(line[:, None] + dim[None, :], mask=is_row[:, None] & (dim < D)[None, :], other=0.0)
+    if REST > 0:
+        behind = PADDED_D + tl.arange(0, REST)
+        rest = tl.load(line[:, None] + behind[None, :], mask=is_row[:, None] & (behind < D)[None, :], other=0.0)
+        return rows, rest
+    else:
+        return rows, rows
+
+
+@triton.jit
 def _attend(
-    m, mass, acc, q, k_head, v_head, table, low, high, first, end, position, window, k_stride_n, k_stride_b, v_stride_n,
-    v_stride_b, scale, softcap, HAS_SOFTCAP: tl.constexpr, IS_MASKED: tl.constexpr, KEYS: tl.constexpr,
-    B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
+    m, mass, acc, q, q_rest, k_head, v_head, table, low, high, first, end, position, window, k_stride_n, k_stride_b,
+    v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP: tl.constexpr, IS_MASKED: tl.constexpr, KEYS: tl.constexpr,
+    B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, REST: tl.constexpr,
+    PADDED_E: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of rows q over keys [low, high), none of which lies before `first` or behind `end`.
 
@@ -251,15 +264,18 @@ def _attend(
         if IS_MASKED:
             there = (key >= first) & (key < end)
         block = tl.load(table + key // B, mask=there, other=0).to(tl.int64)
-        k = tl.load(
-            k_head + (block * k_stride_n + key % B * k_stride_b)[None, :] + dim[:, None],
-            mask=there[None, :] & (dim < D)[:, None], other=0.0,
-        )  # fmt: skip
+        line = k_head + block * k_stride_n + key % B * k_stride_b
+        k = tl.load(line[None, :] + dim[:, None], mask=there[None, :] & (dim < D)[:, None], other=0.0)
         v = tl.load(
             v_head + (block * v_stride_n + key % B * v_stride_b)[:, None] + value_dim[None, :],
             mask=there[:, None] & (value_dim < E)[None, :], other=0.0,
         )  # fmt: skip
-        scores = tl.dot(q, _as_number(k, q.dtype), input_precision="ieee") * scale
+        scores = tl.dot(q, _as_number(k, q.dtype), input_precision="ieee")
+        if REST > 0:
+            behind = PADDED_D + tl.arange(0, REST)
+            k = tl.load(line[None, :] + behind[:, None], mask=there[None, :] & (behind < D)[:, None], other=0.0)
+            scores = tl.dot(q_rest, _as_number(k, q.dtype), scores, input_precision="ieee")
+        scores = scores * scale
         if HAS_SOFTCAP:
             scores = softcap * LOG2_E * _tanh(scores / (softcap * LOG2_E))
         if IS_MASKED:

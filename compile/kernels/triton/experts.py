@@ -43,9 +43,12 @@ def experts(
     num_tiles = num_pairs // tile.rows + num_experts
     shape = {"TOP_K": top_k, "E": num_experts, "D": dim, "HIDDEN": hidden_size, **tile.constants()}
     hidden = x.new_empty(num_pairs, hidden_size)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    # The stride of a single row may be any number; a kernel compiled for another kind of number would hold up a step.
+    stride = x.stride(0) if num_tokens > 1 else dim
     first, second = (w.transpose(1, 2) if transposed else w for w in (gate_up, down))
     gate_up_kernel[(num_tiles, triton.cdiv(hidden_size, tile.columns))](
-        hidden, x, order, starts, first, gate_up_bias, *x.stride(), *first.stride(), alpha, limit, ACT=act, **shape
+        hidden, x, order, starts, first, gate_up_bias, stride, *first.stride(), alpha, limit, ACT=act, **shape
     )
     parts = x.new_empty(num_pairs, dim)
     down_kernel[(num_tiles, triton.cdiv(dim, tile.columns))](

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fuseline.compile.kernels.triton.activation import activate, sigmoid
 from fuseline.compile.kernels.triton.lines import rounded
-from fuseline.compile.kernels.triton.tiles import owner_of_tile
+from fuseline.compile.kernels.triton.tiles import in_groups, owner_of_tile
 from fuseline.compile.ops import codes
 
 SILU, RELU = tl.constexpr(codes.UNARY["silu"]), tl.constexpr(codes.UNARY["relu"])
@@ -18,6 +18,7 @@ GELU, GELU_TANH = tl.constexpr(codes.UNARY["gelu"]), tl.constexpr(codes.UNARY["g
 EXPERT_SILU, EXPERT_GELU = tl.constexpr(codes.EXPERT_ACTS["silu"]), tl.constexpr(codes.EXPERT_ACTS["gelu"])
 EXPERT_GELU_TANH = tl.constexpr(codes.EXPERT_ACTS["gelu_tanh"])
 GLU_OSS = tl.constexpr(codes.EXPERT_ACTS["glu_oss"])
+GROUP = tl.constexpr(16)  # tiles that go over the columns together
 
 
 @triton.jit(do_not_specialize=["num_pairs", "starts"])
@@ -39,32 +40,45 @@ def sort_kernel(order, starts, ids, num_pairs, CHUNK: tl.constexpr):
         tl.store(starts + expert + 1, place)
 
 
-@triton.jit(do_not_specialize=["x_stride_t", "starts"])
+@triton.jit(do_not_specialize=["starts"])
 def gate_up_kernel(
-    hidden, x, order, starts, weight, bias, x_stride_t, x_stride_d, stride_e, stride_n, stride_k, alpha, limit,
-    ACT: tl.constexpr, TOP_K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
+    hidden, x, order, starts, weight, bias, x_stride_t, stride_e, stride_n, stride_k, alpha, limit, ACT: tl.constexpr,
+    TOP_K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, COLUMNS of I): hidden[row] = act(gate) * up of the row's token."""
-    expert, row, there = _rows_of_tile(starts, E, ROWS)
+    tile, part = in_groups(GROUP)
+    expert, row, there = _rows_of_tile(starts, tile, E, ROWS)
     if expert < 0:
         return
     token = tl.load(order + row, mask=there, other=0) // TOP_K
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    gate_at = 2 * column if ACT == GLU_OSS else column
-    up_at = 2 * column + 1 if ACT == GLU_OSS else column + HIDDEN
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
     source = x + token.to(tl.int64)[:, None] * x_stride_t
     weight += expert.to(tl.int64) * stride_e
-    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
-    up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, D, DEPTH):
-        k = first + tl.arange(0, DEPTH)
-        a = tl.load(source + k[None, :] * x_stride_d, mask=there[:, None] & (k < D)[None, :], other=0.0)
-        is_weight = (k < D)[:, None] & (column < HIDDEN)[None, :]
-        g = tl.load(weight + gate_at[None, :] * stride_n + k[:, None] * stride_k, mask=is_weight, other=0.0)
-        u = tl.load(weight + up_at[None, :] * stride_n + k[:, None] * stride_k, mask=is_weight, other=0.0)
-        gate = tl.dot(a, g, gate, input_precision="ieee")
-        up = tl.dot(a, u, up, input_precision="ieee")
+    if ACT == GLU_OSS:
+        gate_at, up_at = 2 * column, 2 * column + 1
+        # Gates and ups are neighbours: loaded together, else each load would take every other number.
+        joined = 2 * part * COLUMNS + tl.arange(0, 2 * COLUMNS)
+        both = tl.zeros([ROWS, 2 * COLUMNS], tl.float32)
+        for first in range(0, D, DEPTH):
+            k = first + tl.arange(0, DEPTH)
+            a = tl.load(source + k[None, :], mask=there[:, None] & (k < D)[None, :], other=0.0)
+            w = tl.load(weight + joined[None, :] * stride_n + k[:, None] * stride_k,
+                        mask=(k < D)[:, None] & (joined < 2 * HIDDEN)[None, :], other=0.0)  # fmt: skip
+            both = tl.dot(a, w, both, input_precision="ieee")
+        gate, up = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
+    else:
+        gate_at, up_at = column, column + HIDDEN
+        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+        up = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in range(0, D, DEPTH):
+            k = first + tl.arange(0, DEPTH)
+            a = tl.load(source + k[None, :], mask=there[:, None] & (k < D)[None, :], other=0.0)
+            is_weight = (k < D)[:, None] & (column < HIDDEN)[None, :]
+            g = tl.load(weight + gate_at[None, :] * stride_n + k[:, None] * stride_k, mask=is_weight, other=0.0)
+            u = tl.load(weight + up_at[None, :] * stride_n + k[:, None] * stride_k, mask=is_weight, other=0.0)
+            gate = tl.dot(a, g, gate, input_precision="ieee")
+            up = tl.dot(a, u, up, input_precision="ieee")
     dtype: tl.constexpr = hidden.dtype.element_ty
     gate, up = rounded(gate, dtype), rounded(up, dtype)
     if bias is not None:
@@ -83,11 +97,12 @@ def down_kernel(
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, COLUMNS of D): parts[pair] = the expert's answer times its score."""
-    expert, row, there = _rows_of_tile(starts, E, ROWS)
+    tile, part = in_groups(GROUP)
+    expert, row, there = _rows_of_tile(starts, tile, E, ROWS)
     if expert < 0:
         return
     pair = tl.load(order + row, mask=there, other=0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
     source = hidden + row.to(tl.int64)[:, None] * HIDDEN
     weight += expert.to(tl.int64) * stride_e
     y = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -124,9 +139,8 @@ def combine_kernel(
 
 
 @triton.jit
-def _rows_of_tile(starts, E: tl.constexpr, ROWS: tl.constexpr):
-    """(expert, rows [ROWS], which are there) of this program's tile; expert -1 where a tile was left room for only."""
-    tile = tl.program_id(0)
+def _rows_of_tile(starts, tile, E: tl.constexpr, ROWS: tl.constexpr):
+    """(expert, rows [ROWS], which are there) of a tile; expert -1 where a tile was left room for only."""
     expert, first_tile = owner_of_tile(starts, tile, E, ROWS)
     row = tl.load(starts + expert) + (tile - first_tile) * ROWS + tl.arange(0, ROWS)
     end = tl.load(starts + expert + 1)

@@ -85,6 +85,7 @@ def few_rows_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     line = weight + column.to(tl.int64)[None, :] * stride_n
+    up_line = weight + (column.to(tl.int64) + N)[None, :] * stride_n
     y = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, K, DEPTH):
@@ -95,7 +96,7 @@ def few_rows_kernel(
         w = tl.load(line + k[:, None] * stride_k, mask=there, other=0.0)
         y = tl.dot(a, w, y, input_precision="ieee")
         if ACT is not None:
-            w = tl.load(line + (k[:, None] * stride_k + N * stride_n), mask=there, other=0.0)
+            w = tl.load(up_line + k[:, None] * stride_k, mask=there, other=0.0)
             up = tl.dot(a, w, up, input_precision="ieee")
     dtype: tl.constexpr = out.dtype.element_ty
     if bias is not None:

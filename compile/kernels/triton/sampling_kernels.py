@@ -1,7 +1,7 @@
 """The kernels of sampling.py, in the order they run. Row functions are in sampling_rows.py.
 
-Legend: R rows, V vocabulary, NB blocks of SUB entries a row. stats[4, R, NB]: maxima and sums of exp(entry - maximum)
-of the raw row, then of the processed one.
+Legend: R rows, V vocabulary, NB blocks of SUB entries a row. stats[4, R, NB]: maxima of the raw row and sums of
+exp(entry - maximum), maxima of the edited row where it is one, sums of exp((entry - maximum) / temperature) of that.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from fuseline.compile.kernels.triton.sampling_rows import (
 CHUNK = tl.constexpr(1024)  # entries or list items a step
 SCAN_BLOCKS = tl.constexpr(32)  # blocks a program of the scan sums up
 ALL_IDS = tl.constexpr((1 << 31) - 1)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(2.0e38)  # of float32, nearly, over log2 e: times 0 it is 0
 PROCESSED_LOGPROBS, RAW_LOGITS, PROCESSED_LOGITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # codes.h
 
 
@@ -128,37 +130,47 @@ def scan_kernel(
     stats, logits, work, edited, temperature, num_logprobs, logits_stride, V: tl.constexpr, NB: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, SCAN_BLOCKS blocks). Sums nobody will ask for are left out; a block with a NaN has that as its
-    maximum."""
+    """Program (row, SCAN_BLOCKS blocks). Sums nobody will ask for are left out; blocks read together with a NaN have
+    that as their maximum. Nothing is divided by the temperature but differences: the greatest stays the greatest."""
     r = tl.program_id(0)
     block = tl.program_id(1) * SCAN_BLOCKS + tl.arange(0, SCAN_BLOCKS)
     step = tl.num_programs(0).to(tl.int64) * NB
     ids = block[:, None] * SUB + tl.arange(0, SUB)[None, :]
-    raw = tl.load(logits + r.to(tl.int64) * logits_stride + ids, mask=ids < V, other=float("-inf")) + 0.0
+    x = tl.load(logits + r.to(tl.int64) * logits_stride + ids, mask=ids < V, other=float("-inf"))
+    top = _greatest(x)
     is_scored = True
     if num_logprobs is not None:
         is_scored = tl.load(num_logprobs + r) >= 0
     out = stats + r.to(tl.int64) * NB + block
-    _sum_up(out, out + step, raw, block < NB, is_scored)
+    tl.store(out, top + 0.0, mask=block < NB)
+    if is_scored:
+        tl.store(out + step, _mass(x, top, None), mask=block < NB)
     if temperature is not None:
-        x = raw
         if work is not None:
             if tl.load(edited + r) != 0:
                 x = tl.load(work + r.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))
+                top = _greatest(x)
+                tl.store(out + 2 * step, top + 0.0, mask=block < NB)
         heat = tl.load(temperature + r)
-        x = tl.div_rn(x, tl.where(heat > 0, heat, 1.0)) + 0.0
-        is_summed = (heat > 0) | (is_scored & (MODE == PROCESSED_LOGPROBS))
-        _sum_up(out + 2 * step, out + 3 * step, x, block < NB, is_summed)
+        if (heat > 0) | (is_scored & (MODE == PROCESSED_LOGPROBS)):
+            tl.store(out + 3 * step, _mass(x, top, tl.where(heat > 0, heat, 1.0)), mask=block < NB)
 
 
 @triton.jit
-def _sum_up(maxima, sums, x, mask, is_summed):
-    top = tl.max(x, 1)
-    has_nan = tl.max((x != x).to(tl.int32), 1) > 0
-    tl.store(maxima, tl.where(has_nan, float("nan"), top), mask=mask)
-    if is_summed:
-        finite = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-        tl.store(sums, tl.sum(tl.exp(x - finite[:, None]), 1), mask=mask)
+def _greatest(x):
+    """Of each line; NaN in all if there is one anywhere."""
+    has_nan = tl.max(tl.reshape((x != x).to(tl.int32), [x.numel], can_reorder=True), 0) > 0
+    return tl.where(has_nan, float("nan"), tl.max(x, 1))
+
+
+@triton.jit
+def _mass(x, top, heat):
+    """Of each line the sum of exp((x - top) / heat), or of exp(x - top)."""
+    less = x - tl.where(tl.abs(top) == float("inf"), 0.0, top)[:, None]
+    scale = LOG2_E
+    if heat is not None:
+        scale = tl.minimum(1.0 / heat, LARGEST) * LOG2_E
+    return tl.sum(tl.exp2(less * scale), 1)
 
 
 @triton.jit(do_not_specialize=["top_ids_stride_r", "top_logprobs_stride_r"])
@@ -173,8 +185,13 @@ def sample_kernel(
     wide = r.to(tl.int64)
     stats += wide * NB
     step = tl.num_programs(0).to(tl.int64) * NB
-    raw_maxima, raw_top, is_ok = _maxima(stats, NB, PADDED_BLOCKS)
-    maxima, top, has_token = _maxima(stats + 2 * step, NB, PADDED_BLOCKS)
+    raw_maxima, raw_top, is_ok = _maxima(stats, None, NB, PADDED_BLOCKS)
+    heat = tl.load(temperature + r)
+    of_row = stats
+    if work is not None:
+        if tl.load(edited + r) != 0:
+            of_row = stats + 2 * step
+    maxima, top, has_token = _maxima(of_row, tl.where(heat > 0, heat, 1.0), NB, PADDED_BLOCKS)
     tl.store(ok + r * ok_stride, (is_ok & has_token).to(ok.dtype.element_ty))
     if not (is_ok & has_token):
         return
@@ -185,7 +202,6 @@ def sample_kernel(
             src = work + wide * V
     places += wide * NB
     masses += wide * NB
-    heat = tl.load(temperature + r)
     num_top = tl.load(num_logprobs + r).to(tl.int32)
     value, last_id = _keep_all(top)
     log_mass = top * 0.0
@@ -231,7 +247,7 @@ def score_kernel(
     r = tl.program_id(0)
     wide = r.to(tl.int64)
     stats += wide * NB
-    maxima, top, _ = _maxima(stats, NB, PADDED_BLOCKS)
+    maxima, top, _ = _maxima(stats, None, NB, PADDED_BLOCKS)
     log_mass = _log_mass(stats + tl.num_programs(0).to(tl.int64) * NB, maxima, top, NB, PADDED_BLOCKS)
     value, last_id = _keep_all(top)
     report(
@@ -249,10 +265,12 @@ def _keep_all(top):
 
 
 @triton.jit
-def _maxima(maxima, NB: tl.constexpr, PADDED_BLOCKS: tl.constexpr):
-    """(maxima [PADDED_BLOCKS], the greatest, whether the row is finite there and has no NaN)."""
+def _maxima(maxima, heat, NB: tl.constexpr, PADDED_BLOCKS: tl.constexpr):
+    """(maxima [PADDED_BLOCKS] over `heat`, the greatest, whether the row is finite there and has no NaN)."""
     block = tl.arange(0, PADDED_BLOCKS)
     found = tl.load(maxima + block, mask=block < NB, other=float("-inf"))
+    if heat is not None:
+        found = tl.div_rn(found, heat) + 0.0
     has_nan = tl.max((found != found).to(tl.int32), 0) > 0
     top = tl.max(found, 0)
     return found, top, (top > float("-inf")) & (top < float("inf")) & (has_nan == 0)

@@ -148,8 +148,10 @@ def nucleus(src, heat, V, top, maxima, sums, places, low, p):
     if low > float("-inf"):
         total = mass_of(src, heat, V, top, places, place(maxima >= low, places), low)
     wanted = p.to(tl.float64) * total
-    # The sums of the blocks are rounded apart from those that decide: a little is kept back for that.
-    low = nucleus_bound(maxima, sums, top, low, total - wanted - 1e-6 * total)
+    # The sums of the blocks are rounded apart from those that decide, more so the greater the exponents are that
+    # those take the difference of: a little is kept back for that.
+    spare = total - wanted - 1e-6 * (1.0 + tl.abs(top)) * total
+    low = nucleus_bound(maxima, sums, top, low, spare)
     count = place((maxima >= low) & (block * SUB < V), places)
     lo = order_of(low).to(tl.int64)
     hi = order_of(top).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Tiles of rows that belong to several owners (sequences, experts), each with a run of rows of its own."""
+"""Tiles of rows: whose they are (sequences, experts, each with a run of rows of its own), in which order they run."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ def owner_of_tile(starts, tile, num_owners, SIZE: tl.constexpr):
         else:
             high = middle
     return low, tl.load(starts + low) // SIZE + low
+
+
+@triton.jit
+def in_groups(SIZE: tl.constexpr):
+    """(tile, part) of this program of a grid [tiles, parts]. As programs start, SIZE tiles go over all parts together,
+    so that what they read of both is still in the second-level cache when a neighbour wants it."""
+    tiles = tl.num_programs(0)
+    nth = tl.program_id(1) * tiles + tl.program_id(0)
+    of_group = SIZE * tl.num_programs(1)
+    first = nth // of_group * SIZE
+    height = tl.minimum(tiles - first, SIZE)
+    within = nth % of_group
+    return first + within % height, within // height
