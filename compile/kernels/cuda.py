@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from fuseline.compile.target import Target
 if TYPE_CHECKING:
     from fuseline.compile.kernels.cuda_library import CudaLibrary
     from fuseline.compile.kernels.external import ExternalAttention
+    from fuseline.compile.kernels.native_cuda import NativeCudaKernel
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -75,7 +76,11 @@ def candidates(
 
 def op_candidates(op: Callable, args: tuple, target: Target, are_constant: Sequence[bool] = ()) -> list[Candidate]:
     """Without libraries; tensors perhaps on meta. `are_constant` of each argument; none given: of none."""
-    return [*_in_cpp(op, args, target, are_constant), *_others(op, args)]
+    in_cpp, others = _in_cpp(op, args, target, are_constant), _others(op, args)
+    if in_cpp and op is OPS.paged_attention.default:
+        # Of steps with prompts Triton has its part with each of those in CUDA C++.
+        others = [replace(candidate, phases=(DECODE,)) for candidate in others if DECODE in candidate.phases]
+    return [*in_cpp, *others]
 
 
 def _in_cpp(op: Callable, args: tuple, target: Target, are_constant: Sequence[bool]) -> list[Candidate]:
@@ -92,13 +97,26 @@ def _in_cpp(op: Callable, args: tuple, target: Target, are_constant: Sequence[bo
         library = library.overlapping(cuda_library.Overlap.WEIGHTS)
     run = _bound(kernel.run, library)
     if op is OPS.paged_attention.default:
-        return [Candidate(kernel.label, run, phases=(DECODE,))]
+        return _attention_in_cpp(kernel, library)
     if op is aten.linear.default:
         return [Candidate(kernel.label, run, FEW_ROWS)]
     if op is OPS.linear_act_mul.default:
         of_many = Candidate("torch.linear, cuda.act_mul", _bound(linear_then_act_mul, library))
         return [Candidate(kernel.label, run, FEW_ROWS), of_many]
     return [Candidate(kernel.label, run)]
+
+
+def _attention_in_cpp(kernel: NativeCudaKernel, library: CudaLibrary) -> list[Candidate]:
+    """Of steps of one token a sequence; of others, together with Triton's launch for sequences of several."""
+    from fuseline.compile.kernels.triton import attention
+
+    def candidate(label: str, phase: str, **tuning: object) -> Candidate:
+        run, into = (_bound(partial(call, **tuning), library) for call in (kernel.run, kernel.into))
+        return Candidate(label, run, phases=(phase,), into=into)
+
+    mixed = f"{kernel.label}, triton.paged_attention"
+    tuned = [candidate(f"{mixed} {tuning}", PREFILL, tuning=tuning) for tuning in attention.PREFILL_TUNINGS]
+    return [candidate(kernel.label, DECODE), candidate(mixed, PREFILL), *tuned]
 
 
 def _bound(run: Callable, library: CudaLibrary) -> Callable:
@@ -138,7 +156,7 @@ def attention_candidates(args: tuple, target: Target, external: ExternalAttentio
     among the graph's inputs.
     """
     ours = op_candidates(OPS.paged_attention.default, args, target)
-    # Triton's takes whatever a library may be tried with.
+    # Ours take whatever a library may be tried with.
     of_prompts = next((candidate.run for candidate in ours if PREFILL in candidate.phases), None)
     offered = external.candidates(args, table, of_prompts) if of_prompts else []
     prompts = [candidate for candidate in offered if PREFILL in candidate.phases]
