@@ -56,7 +56,7 @@ def compile_model(
     offload = _offload(captured.graph, config, target)
     weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
     weights |= on_device(result.constants | _kv_scales(result, config), target)
-    if config.level >= TUNE_LEVEL and offload is None:  # a product of weights on the host cannot be measured
+    if config.level >= TUNE_LEVEL:
         _tune(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
     executable = _executable(captured.graph, weights, config, target, offload)
     if isinstance(executable, CudaExecutable):

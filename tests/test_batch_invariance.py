@@ -78,7 +78,7 @@ def test_a_token_of_attention_does_not_depend_on_its_chunk(window: int) -> None:
     """Its whole prompt, a chunk of it, or alone as in decoding, in a batch of others."""
     for dtype in (torch.float32, torch.bfloat16):
         whole = Batch([150], [150], dtype=dtype)
-        want = whole.run(window=window, is_one_kernel=True)[0]
+        want = whole.run(window=window, prefill_from=1)[0]
         for end, count in ((150, 1), (150, 37), (97, 2), (64, 64)):
             part = Batch([40, 150], [5, 150], dtype=dtype)
             part.lengths, part.counts = [40, end], [5, count]
@@ -87,7 +87,7 @@ def test_a_token_of_attention_does_not_depend_on_its_chunk(window: int) -> None:
             )  # fmt: skip
             part.queries[1] = whole.queries[0][end - count : end]
             part.table = torch.cat((whole.table, whole.table))
-            found = part.run(window=window, is_one_kernel=True)[1]
+            found = part.run(window=window, prefill_from=1)[1]
             assert torch.equal(found, want[end - count : end]), (dtype, end, count)
 
 

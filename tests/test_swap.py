@@ -67,6 +67,29 @@ def test_blocks_that_the_prefix_cache_holds_do_not_come_back_twice() -> None:
     assert not back.is_out and back.pairs[0].shape == (2, 1), "full blocks are cached"
 
 
+@pytest.mark.parametrize("is_reset", [False, True])
+@pytest.mark.parametrize("windows", [(0,), (0, 13)], ids=["full", "mixed"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_came_back_is_found_by_others(order, windows, is_reset: bool) -> None:
+    """But not what was computed before the prefix cache was reset."""
+    walk = Walk(make_engine(windows, 6, num_host_blocks=60, scheduling_policy="priority", order=order))
+    engine = walk.engine
+    walk.submit(PROMPT, max_tokens=12, priority=5)
+    walk.step()
+    walk.submit([40] * 20, max_tokens=3, priority=1)  # takes all blocks
+    while engine.kv.swap.num_sequences == 0:
+        walk.step()
+    if is_reset:
+        engine.reset_prefix_cache()
+    while engine.kv.swap.num_sequences:
+        walk.step()
+    hits = engine.scheduler.prefix_hits
+    walk.submit(PROMPT, max_tokens=1, priority=5)
+    walk.finish()
+    walk.check_all(windows)
+    assert engine.scheduler.prefix_hits - hits == (0 if is_reset else len(PROMPT) // BLOCK_SIZE * BLOCK_SIZE)
+
+
 @pytest.mark.parametrize("end", ["abort", "pause"])
 def test_host_blocks_are_given_back_by_who_does_not_come_back(end: str) -> None:
     walk = crowd(num_host_blocks=60)

@@ -4,7 +4,8 @@ Launches that are compiled need no memory: tensors may be on meta, and as large 
 
 Import this before anything imports triton: its standard library is interpreted only if the variable is there by then.
 `TRITON_INTERPRET=0 python triton_interpreter.py <test module> <arch>...` calls the module's `launches(arch)` with every
-launch turned into a compilation, and prints one JSON line for each.
+launch turned into a compilation, and prints one JSON line for each. An arch below 1 compiles nothing: what it would
+compile is printed.
 """
 
 from __future__ import annotations
@@ -224,6 +225,10 @@ def _main(module: str, *archs: str) -> None:
             if key in seen:
                 return
             seen.add(key)
+            if arch < 1:
+                entry = {"kernel": kernel.__name__, "arch": arch, "types": source.signature}
+                print(json.dumps(entry), flush=True)
+                return
             began = time.perf_counter()
             done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             seconds = round(time.perf_counter() - began, 2)

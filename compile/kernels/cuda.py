@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from fuseline.compile.target import Target
 if TYPE_CHECKING:
     from fuseline.compile.kernels.cuda_library import CudaLibrary
     from fuseline.compile.kernels.external import ExternalAttention
+    from fuseline.compile.kernels.native_cuda import NativeCudaKernel
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -75,7 +76,11 @@ def candidates(
 
 def op_candidates(op: Callable, args: tuple, target: Target, are_constant: Sequence[bool] = ()) -> list[Candidate]:
     """Without libraries; tensors perhaps on meta. `are_constant` of each argument; none given: of none."""
-    return [*_in_cpp(op, args, target, are_constant), *_others(op, args)]
+    in_cpp, others = _in_cpp(op, args, target, are_constant), _others(op, args)
+    if in_cpp and op is OPS.paged_attention.default:
+        # Of steps with prompts Triton has its part with each of those in CUDA C++.
+        others = [replace(candidate, phases=(DECODE,)) for candidate in others if DECODE in candidate.phases]
+    return [*in_cpp, *others]
 
 
 def _in_cpp(op: Callable, args: tuple, target: Target, are_constant: Sequence[bool]) -> list[Candidate]:
@@ -92,13 +97,26 @@ def _in_cpp(op: Callable, args: tuple, target: Target, are_constant: Sequence[bo
         library = library.overlapping(cuda_library.Overlap.WEIGHTS)
     run = _bound(kernel.run, library)
     if op is OPS.paged_attention.default:
-        return [Candidate(kernel.label, run, phases=(DECODE,))]
+        return _attention_in_cpp(kernel, library)
     if op is aten.linear.default:
         return [Candidate(kernel.label, run, FEW_ROWS)]
     if op is OPS.linear_act_mul.default:
         of_many = Candidate("torch.linear, cuda.act_mul", _bound(linear_then_act_mul, library))
         return [Candidate(kernel.label, run, FEW_ROWS), of_many]
     return [Candidate(kernel.label, run)]
+
+
+def _attention_in_cpp(kernel: NativeCudaKernel, library: CudaLibrary) -> list[Candidate]:
+    """Of steps of one token a sequence; of others, together with Triton's launch for sequences of several."""
+    from fuseline.compile.kernels.triton import attention
+
+    def candidate(label: str, phase: str, **tuning: object) -> Candidate:
+        run, into = (_bound(partial(call, **tuning), library) for call in (kernel.run, kernel.into))
+        return Candidate(label, run, phases=(phase,), into=into)
+
+    mixed = f"{kernel.label}, triton.paged_attention"
+    tuned = [candidate(f"{mixed} {tuning}", PREFILL, tuning=tuning) for tuning in attention.PREFILL_TUNINGS]
+    return [candidate(kernel.label, DECODE), candidate(mixed, PREFILL), *tuned]
 
 
 def _bound(run: Callable, library: CudaLibrary) -> Callable:
@@ -128,7 +146,7 @@ def _others(op: Callable, args: tuple) -> list[Candidate]:
         return _experts(kernel.run, *args)
     if op is OPS.paged_attention.default:
         return _attention(kernel.run, kernel.into)
-    return [Candidate(f"triton.{name}", kernel.run, into=kernel.into)]
+    return [Candidate(f"triton.{name}", kernel.run, into=kernel.into), *_other_launches(op, name, kernel.run)]
 
 
 def attention_candidates(args: tuple, target: Target, external: ExternalAttention, table: str) -> list[Candidate]:
@@ -138,7 +156,7 @@ def attention_candidates(args: tuple, target: Target, external: ExternalAttentio
     among the graph's inputs.
     """
     ours = op_candidates(OPS.paged_attention.default, args, target)
-    # Triton's takes whatever a library may be tried with.
+    # Ours take whatever a library may be tried with.
     of_prompts = next((candidate.run for candidate in ours if PREFILL in candidate.phases), None)
     offered = external.candidates(args, table, of_prompts) if of_prompts else []
     prompts = [candidate for candidate in offered if PREFILL in candidate.phases]
@@ -148,12 +166,26 @@ def attention_candidates(args: tuple, target: Target, external: ExternalAttentio
 
 def size_of(node: fx.Node) -> Callable[..., tuple[str, int]]:
     """What gives phase and rows of a call from its arguments."""
-    return attention_size if node.target is OPS.paged_attention.default else linear_size
+    if node.target is OPS.paged_attention.default:
+        return attention_size
+    if node.target in (OPS.rope_cache.default, OPS.write_cache.default):
+        return write_size
+    return rope_size if node.target is OPS.rope.default else linear_size
 
 
 def linear_size(x: Tensor, *_: object) -> tuple[str, int]:
     """x[..., K]."""
     return ROWS, x.numel() // x.shape[-1]
+
+
+def rope_size(x: Tensor, *_: object) -> tuple[str, int]:
+    """x[1, H, T, D]."""
+    return ROWS, x.shape[2]
+
+
+def write_size(k_cache: Tensor, v_cache: Tensor, x: Tensor, *_: object) -> tuple[str, int]:
+    """Of rope_cache and write_cache; x[1, H, T, D]."""
+    return rope_size(x)
 
 
 def attention_size(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: object) -> tuple[str, int]:
@@ -196,6 +228,16 @@ def _few_rows(label: str, run: Callable) -> list[Candidate]:
 
     tuned = [Candidate(f"{label} {t}", partial(run, tuning=t), linear.ROWS) for t in linear.TUNINGS]
     return [Candidate(label, run, linear.ROWS), *tuned]
+
+
+def _other_launches(op: Callable, name: str, run: Callable) -> list[Candidate]:
+    from fuseline.compile.kernels.triton import norm, rope
+
+    if op in (OPS.rope.default, OPS.rope_cache.default):
+        return [Candidate(f"triton.{name} {n}h", partial(run, heads=n)) for n in rope.HEADS_TO_TRY]
+    if name.endswith("_norm"):
+        return [Candidate(f"triton.{name} {n}w", partial(run, num_warps=n)) for n in norm.WARPS_TO_TRY]
+    return []
 
 
 def _experts(run: Callable, x: Tensor, *_: object) -> list[Candidate]:

@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.kernels.cuda_library import DTYPES, CudaLibrary, address
-from fuseline.compile.kernels.native_cuda_attention import decode_or_triton, supports_attention
+from fuseline.compile.kernels.native_cuda_attention import (
+    decode_or_triton,
+    decode_or_triton_into,
+    supports_attention,
+)
 from fuseline.compile.kernels.triton.lines import Lines, lined
 from fuseline.compile.ops.rope import FP8
 
@@ -33,6 +37,8 @@ class NativeCudaKernel:
     run: Callable
     supports: Callable[..., bool]
     weight: int | None = None
+    into: Callable | None = None
+    """As `run`, but the result is written to a tensor that comes after the library."""
 
 
 def linear(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -245,6 +251,6 @@ KERNELS: dict[object, NativeCudaKernel] = {
     OPS.write_cache.default: NativeCudaKernel("cuda.write_cache", write_cache, _keeps),
     OPS.rope_cache.default: NativeCudaKernel("cuda.rope_cache", rope_cache, _rotates_into_cache),
     OPS.paged_attention.default: NativeCudaKernel(
-        "cuda.decode_attention", decode_or_triton, supports_attention
+        "cuda.decode_attention", decode_or_triton, supports_attention, into=decode_or_triton_into
     ),
 }

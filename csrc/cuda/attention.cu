@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
   launch_dependents();
   wait_for_prerequisites();
   const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
+  if (a.is_mixed && num_tokens != 1) return;
   const int32_t* table = a.block_table + seq * a.table_stride;
   const Cache* keys = static_cast<const Cache*>(a.k_cache) + kv_head * a.k_head + 8 * t;
   const Cache* values = static_cast<const Cache*>(a.v_cache) + kv_head * a.v_head + 8 * g;
@@ -188,10 +189,10 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
           finish<T>(a, at, head, dim, whole, value);
           continue;
         }
-        const int64_t line = (at * a.num_heads + head) * a.num_splits + i;
+        const int64_t line = ((a.is_mixed ? seq : at) * a.num_heads + head) * a.num_splits + i;
         a.workspace[line * kDim + dim] = value;
         if (dim == 0) {
-          float* masses = a.workspace + a.num_tokens * a.num_heads * a.num_splits * kDim + 2 * line;
+          float* masses = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * line;
           masses[0] = whole.m;
           masses[1] = whole.sum;
         }
@@ -210,11 +211,12 @@ __global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
   launch_dependents();
   wait_for_prerequisites();
   const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
+  if (a.is_mixed && num_tokens != 1) return;
   for (int token = 0; token < num_tokens; ++token) {
     const int num_splits = Cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits)).num_splits;
     if (num_splits < 2) continue;
-    const int64_t line = ((begin + token) * a.num_heads + head) * a.num_splits;
-    const float* masses = a.workspace + a.num_tokens * a.num_heads * a.num_splits * kDim + 2 * line;
+    const int64_t line = ((a.is_mixed ? seq : begin + token) * a.num_heads + head) * a.num_splits;
+    const float* masses = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * line;
     Mass whole{kNone, 0.0f};
     float value = 0.0f;
     for (int i = 0; i < num_splits; i += kAtOnce) {
@@ -267,7 +269,8 @@ int decode_attention(Stream stream, void* out, const void* q, const void* k_cach
   a.k_scale = static_cast<const float*>(k_scale);
   a.v_scale = static_cast<const float*>(v_scale);
   a.workspace = static_cast<float*>(workspace);
-  a.num_tokens = num_tokens;
+  a.is_mixed = num_tokens > num_seqs;
+  a.num_slots = a.is_mixed ? num_seqs : num_tokens;
   a.num_heads = num_heads;
   a.group = num_heads / num_kv_heads;
   a.num_splits = num_splits;

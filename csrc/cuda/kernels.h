@@ -55,10 +55,11 @@ int rope_cache(Stream stream, void* q_out, void* k_cache, void* v_cache, const v
                table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype,
                int64_t cache_dtype);
 
-// out[T, H, D] of q[H, T, D] over caches [N, K, B, D], B = 1 << block_shift, for batches of no more tokens than
-// sequences. A token's keys are cut into up to num_splits splits, of which num_workers blocks take turns; `workspace`
-// holds T * H * num_splits * (D + 2) float32 and may be absent where no sequence can have more than 256 keys. window 0
-// < w: a token sees the last w keys, itself included.
+// out[T, H, D] of q[H, T, D] over caches [N, K, B, D], B = 1 << block_shift. Of batches of more tokens
+// than sequences those of one token are computed, the rest is left alone. A token's keys are cut into up to num_splits
+// splits, of which num_workers blocks take turns; `workspace` holds min(T, num_seqs) * H * num_splits * (D + 2) float32
+// and may be absent where no sequence can have more than 256 keys. window 0 < w: a token sees the last w keys, itself
+// included.
 int decode_attention(Stream stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
                      block_table, const void* seq_lens, const void* query_start, const void* sinks, const void* k_scale,
                      const void* v_scale, void* workspace, int64_t num_tokens, int64_t num_seqs, int64_t num_heads,
