@@ -47,6 +47,16 @@ class CMakeBuild(build_ext):
         else:
             module.with_name(library.name).unlink(missing_ok=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install setuptools copies the module that it knows; the library goes with it."""
+        super().copy_extensions_to_source()
+        library = Path(self.build_lib).resolve() / "fuseline" / "_cuda.so"
+        target = ROOT / "csrc" / "pkg" / library.name
+        if library.exists():
+            install(library, target)
+        else:
+            target.unlink(missing_ok=True)
+
 
 def card_archs() -> list[str]:
     """Of the cards of this machine, for which alone the kernels are built in a third of the time."""

@@ -72,7 +72,6 @@ REPEATABLE = frozenset({"api_key", "middleware"})
 SECRETS = frozenset({"api_key"})
 
 LATER_CHOICES: dict[str, dict[str, str]] = {
-    "kv_cache_dtype": {"fp8_e5m2": "use fp8, bfloat16, float16, float32 or auto"},
     "load_format": dict.fromkeys(
         "npcache tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split(),
         "use auto, safetensors, pt or dummy",
@@ -82,7 +81,7 @@ LATER_CHOICES: dict[str, dict[str, str]] = {
 """field -> choice -> cure, for choices that exist by specification but not yet here."""
 
 CARD_CHOICES: dict[str, dict[str, str]] = {
-    "kv_cache_dtype": dict.fromkeys(("fp8", "fp8_e4m3"), "use float32, bfloat16, float16 or auto"),
+    "kv_cache_dtype": dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), "use float32, bfloat16, float16 or auto"),
 }
 """field -> choice -> cure, for choices that a CPU does not have."""
 

@@ -111,8 +111,6 @@ class ServerConfig:
     """Role of answers."""
     return_tokens_as_token_ids: bool = False
     """Show tokens as token_id:N in log-probabilities."""
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = "raw_logprobs"
-    """What log-probabilities report: before or after penalties, masks and temperature."""
     enable_prompt_tokens_details: bool = False
     """Report usage.prompt_tokens_details.cached_tokens."""
     enable_force_include_usage: bool = False

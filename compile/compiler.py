@@ -31,7 +31,7 @@ from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.memory import Pages
 from fuseline.compile.model_info import describe, model_limit
 from fuseline.compile.passes.pipeline import stages
-from fuseline.compile.specs import FP8_DTYPE, CacheSpec, WeightSource
+from fuseline.compile.specs import CacheSpec, WeightSource
 from fuseline.compile.target import CPU, Target
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def compile_model(
     offload = _offload(captured.graph, config, target)
     weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
     weights |= on_device(result.constants | _kv_scales(result, config), target)
-    if config.level >= TUNE_LEVEL and offload is None:  # a product of weights on the host cannot be measured
+    if config.level >= TUNE_LEVEL:
         _tune(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
     executable = _executable(captured.graph, weights, config, target, offload)
     if isinstance(executable, CudaExecutable):
@@ -122,7 +122,7 @@ def on_device(constants: Mapping[str, Tensor], target: Target) -> dict[str, Tens
 
 def _kv_scales(result: PipelineResult, config: CompileConfig) -> dict[str, Tensor]:
     """Of fp8 caches, as the checkpoint has them, unless they are to be computed."""
-    layers = [spec.layer for spec in result.specs if isinstance(spec, CacheSpec) and spec.dtype == FP8_DTYPE]
+    layers = [spec.layer for spec in result.specs if isinstance(spec, CacheSpec) and spec.has_scales]
     return stored_scales(config, layers) if layers and not config.calculate_kv_scales else {}
 
 

@@ -11,14 +11,13 @@ from torch import Tensor
 from fuseline.compile.backends.asleep import Weights
 from fuseline.compile.backends.cuda_graph import CapturedSteps, DecodeGraphs, Inputs, Progress
 from fuseline.compile.backends.device_inputs import DeviceInputs
-from fuseline.compile.backends.graph_api import CudaGraphApi, GraphApi
+from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi, GraphApi
 from fuseline.compile.backends.host_caches import HostCaches
 from fuseline.compile.backends.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe
-from fuseline.compile.specs import FP8_DTYPE
 
 
 class CudaModel:
@@ -36,11 +35,12 @@ class CudaModel:
         self._device = torch.device(device)
         self._graph_config = graphs
         self._keeps_rows = "keep_last_logits" not in config.disabled_passes
-        has_scales = any(spec.dtype == FP8_DTYPE for spec in self.info.cache_specs)
+        has_scales = any(spec.has_scales for spec in self.info.cache_specs)
         self._is_uncalibrated = config.calculate_kv_scales and has_scales
         self._caches: dict[str, Tensor] = {}
         self._host_caches: HostCaches | None = None
         self._uploads = DeviceInputs(self._device)
+        self._capture_streams = CaptureStreams.of(self._device) if self._device.type == "cuda" else None
         loaded = (tensor for name, tensor in weights.items() if name not in result.constants)
         self._weights = Weights(loaded, self._device)
 
@@ -84,7 +84,7 @@ class CudaModel:
         Raises ValueError for splitting ops that the model has not.
         """
         self.stop_capture()
-        api = api or (CudaGraphApi(self._device) if self._device.type == "cuda" else None)
+        api = api or (CudaGraphApi(self._capture_streams) if self._capture_streams else None)
         config, caches = self._graph_config, self._caches
         if api is None or not config.enabled:
             return

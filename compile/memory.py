@@ -7,6 +7,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ class PinnedPages(Pages):
         status = cudart.cudaHostRegister(begin, num_bytes, HOST_REGISTER_MAPPED)
         if status != cudart.cudaError.success:
             reason = cudart.cudaGetErrorString(status)
+            _forget_error()
             raise MemoryError(f"{num_bytes / 2**30:.2f} GiB of host memory cannot be pinned: {reason}")
         # The array that all views of the mapping keep alive.
         owner = memory if memory.base is None else memory.base
@@ -74,6 +76,12 @@ class PinnedPages(Pages):
 def host_pages(device: torch.device) -> Pages:
     """Host memory for copies from and to the device."""
     return PinnedPages() if device.type == "cuda" else Pages()
+
+
+def _forget_error() -> None:
+    """The runtime keeps this thread's last error for the next launch to find, which has nothing to do with it."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _map(num_bytes: int) -> np.ndarray:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-FP8_DTYPE = "float8_e4m3fn"
-"""Element type of an fp8 cache."""
+FP8_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+"""Element types of fp8 caches, by kv_cache_dtype."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,12 @@ class CacheSpec:
     window: int = 0
     """Tokens a query sees, itself included; 0 means all before it."""
 
+    @property
+    def has_scales(self) -> bool:
+        return self.dtype in FP8_DTYPES.values()
+
     def bytes_per_token(self) -> int:
-        size = {"float32": 4, "float8_e4m3fn": 1}.get(self.dtype, 2)
+        size = 1 if self.has_scales else 4 if self.dtype == "float32" else 2
         return self.num_kv_heads * (self.key_dim + self.value_dim) * size
 
 

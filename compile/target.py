@@ -23,6 +23,8 @@ class Target:
     num_threads: int
     tensors: str = ""
     """The torch device where tensors lie: empty for that of the kind; cpu where a card's kernels are interpreted."""
+    overlaps: bool = True
+    """Whether kernels of csrc/cuda may begin before those ahead of them have ended, on cards that can."""
 
     @property
     def device(self) -> str:
@@ -40,7 +42,7 @@ class DeviceError(ValueError):
 def detect_target(cpu_threads: int = 0, device: str = "cpu") -> Target:
     """The device of this machine: auto takes a card if there is one. Raises DeviceError.
 
-    `cpu_threads` 0 takes every core this process may use.
+    `cpu_threads` 0 takes every core this process may use. $FUSELINE_CUDA_PDL=0 turns the overlap of kernels off.
     """
     import torch  # fuseline._C links to its libraries
 
@@ -53,7 +55,7 @@ def detect_target(cpu_threads: int = 0, device: str = "cpu") -> Target:
     if device == "cpu" or missing:
         return Target("cpu", _C.cpu_isa(), threads)
     major, minor = torch.cuda.get_device_capability()
-    return Target("cuda", f"sm_{major}{minor}", threads)
+    return Target("cuda", f"sm_{major}{minor}", threads, overlaps=os.environ.get("FUSELINE_CUDA_PDL") != "0")
 
 
 def missing_for_cuda() -> str:

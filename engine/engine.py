@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence as Seq
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Engine:
         block_size = config.cache.block_size
         self.kv = KVManager(windows, num_blocks, block_size, limits.num_seqs, self.max_model_len, num_host_blocks)
         self.scheduler = Scheduler(limits, self.rows, self.kv, info.rope_switch)
-        self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens)
+        self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens, config.logprobs_mode)
         self.is_asleep = False
         self._steps = order_of_stages(device.is_queue, scheduler.async_scheduling)
         self._live: dict[str, list[Sequence]] = {}  # the unfinished choices of each request
@@ -186,8 +186,6 @@ class Engine:
         for token in chain(request.prompt_token_ids, biased, params.allowed_token_ids, *params.bad_words):
             if not 0 <= token < vocab_size:
                 return f"token id {token} is out of vocabulary (0 to {vocab_size - 1})"
-        if any(live[0].params.logprobs_mode != params.logprobs_mode for live in islice(self._live.values(), 1)):
-            return "logprobs_mode must be the same for all requests of a server"
         return ""
 
     def _note_start(self, plan: Plan) -> None:

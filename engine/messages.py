@@ -36,8 +36,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] = ()
     """Empty = all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
-    logprobs_mode: int = 0
-    """0 raw_logprobs, 1 processed_logprobs, 2 raw_logits, 3 processed_logits."""
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):

@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from multiprocessing.connection import wait
 
@@ -32,16 +31,30 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
     requests = open_socket(context, zmq.PULL, folder, REQUESTS)
     answers = open_socket(context, zmq.PUSH, folder, ANSWERS)
     outbox = ZmqOutbox(answers)
+    death: Exception | None = None
     try:
         from fuseline.engine.service import serve  # torch: not for those who only talk to an engine
 
         serve(config, build_model, find_device, ZmqInbox(requests), outbox.send)
-    except Exception:
-        logging.getLogger("fuseline.engine").exception("the engine died")
-        sys.exit(1)
+    except Exception as error:
+        death = error
+        log_death(error)
     finally:
         outbox.close()
         context.destroy(linger=LINGER_MS)
+    if death is not None:
+        # What lies on a card that failed cannot be freed, hence is kept alive: its destructors would abort, and a core
+        # file be written while the next engine waits for the memory.
+        logging.shutdown()
+        os._exit(1)
+
+
+def log_death(error: Exception) -> None:
+    """One line with the cause, which of a card's faults is the first of several, then where it came from."""
+    cause = str(error).strip().partition("\n")[0]
+    logging.getLogger("fuseline.engine").error(
+        "the engine died: %s: %s", type(error).__name__, cause, exc_info=error
+    )  # fmt: skip
 
 
 class ZmqOutbox:

@@ -56,6 +56,8 @@ class Sequence:
     blocks: list[list[int]] = field(default_factory=list)
     first_held: list[int] = field(default_factory=list)
     num_remembered: int = 0
+    num_resets: int = 0
+    """Of the prefix cache, before it began: what was computed before a reset is not to be found again."""
     keys: list[bytes] = field(default_factory=list)
     swapped: SwappedKV | None = None
     """Its KV in host memory, while it waits to go on."""

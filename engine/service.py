@@ -53,9 +53,9 @@ class EngineService:
         max_model_len = config.compile.max_model_len or info.max_model_len
         self.size = size_cache(info, config.cache, config.scheduler, max_model_len, room)
         self.host_blocks = self._count_host_blocks(model)
-        self._open(model)
         self.engine = Engine(config, model, self.size.num_blocks, self.device, self.host_blocks)
         self._asleep = Sleep(self.engine.runner, self._build, self._open)
+        self._open(model)  # last: from now on a thread may capture
         send(_ready(config, self.engine, self.size, self.device.name))
 
     def run(self, inbox: Inbox) -> None:
@@ -98,7 +98,7 @@ class EngineService:
             return UtilityResult(call.call_id, error=f"the engine has no method {call.method}")
         try:
             return UtilityResult(call.call_id, result=utilities[call.method](call.arg))
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:  # weights that find no room on the host stay where they are
             return UtilityResult(call.call_id, error=str(error))
 
     def _reset_prefix_cache(self, _: str) -> str:

@@ -21,7 +21,7 @@ import zmq.asyncio
 from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import FromEngine, Shutdown, ToEngine
-from fuseline.engine.process import ANSWERS, REQUESTS, answer_decoder, open_socket, run_engine_process
+from fuseline.engine.process import ANSWERS, REQUESTS, answer_decoder, log_death, open_socket, run_engine_process
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ProcessTransport:
         self.send(Shutdown())
         try:
             await asyncio.wait_for(self._ended.wait(), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self.process.kill()
             await self._ended.wait()
 
@@ -121,7 +121,7 @@ class ThreadTransport:
         self.send(Shutdown())
         try:
             await asyncio.wait_for(self._ended.wait(), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             logging.getLogger("fuseline.engine").warning("the engine's thread did not stop in %g s", timeout)
 
     def _run(self, setup: EngineSetup) -> None:
@@ -129,8 +129,8 @@ class ThreadTransport:
 
         try:
             serve(setup.config, setup.build_model, setup.find_device, self._inbox, self._post)
-        except Exception:
-            logging.getLogger("fuseline.engine").exception("the engine died")
+        except Exception as error:
+            log_death(error)
         self._in_loop(self._end)
 
     def _end(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fuseline.compile.kernels.cuda_library import CudaLibrary
+from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -27,8 +27,9 @@ COMMAND = (
 @functools.cache
 def twin() -> CudaLibrary:
     """Built once for these sources; several processes may."""
-    parts = [*toolkit.SOURCES, *(CSRC / "cuda").glob("*.h"), CSRC / "tests" / "cuda_emulation.h"]
-    parts += (CSRC / "include" / "fuseline").glob("*.h")
+    parts = [*toolkit.SOURCES]
+    for folder in ("cuda", "tests", "include/fuseline"):
+        parts += (CSRC / folder).glob("*.h")
     content = "".join(path.read_text() for path in sorted(parts)) + " ".join(COMMAND)
     folder = ROOT / ".cache" / "cuda_twin" / hashlib.sha256(content.encode()).hexdigest()[:16]
     library = folder / "twin.so"
@@ -48,5 +49,8 @@ def _compile(source: Path, target: Path) -> None:
 
 
 def run(function: Callable, *args: object, **more: object) -> object:
-    """A function of compile/kernels/native_cuda.py by the twin; tools/gpu_check puts the card's in its place."""
-    return function(twin(), *args, **more)
+    """A function of compile/kernels/native_cuda.py by the twin; tools/gpu_check puts the card's in its place.
+
+    The weights that it is given are constants.
+    """
+    return function(twin().overlapping(Overlap.WEIGHTS), *args, **more)

@@ -36,7 +36,8 @@ class HostSync(AssertionError):
 
 class FakeGraphs:
     """A graph that runs its ops again, over memory that is as wild as a pool's: what nobody owned any more when it was
-    captured is NaN after a replay, and so is memory that a graph takes and does not write.
+    captured is NaN after a replay, and so is memory that a graph takes and does not write. A capture that waits for the
+    device raises HostSync.
 
     `captured` and `replays` are sizes of whole steps, `pieces` and `piece_replays` numbers of pieces. Capture raises
     for what `fails` says of its results, which are a tensor or, of a piece, a tuple.
@@ -54,7 +55,7 @@ class FakeGraphs:
 
     def capture(self, run: Callable[..., Any], *inputs: object) -> tuple[Callable[[], None], Any]:
         inputs = tuple(map_tensors(value, self.borrowed) for value in inputs)
-        with Uninitialized():
+        with no_host_sync(), Uninitialized():
             results = run(*inputs)
         if self._fails(results):
             raise RuntimeError("out of memory")

@@ -6,6 +6,7 @@ scheduling or memory changes the tokens. `next_logits` is the same function with
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import time
@@ -190,6 +191,18 @@ def build_fake(config: EngineConfig, progress) -> FakeModel:
 
 def build_slow_fake(config: EngineConfig, progress) -> FakeModel:
     return FakeModel(max_model_len=config.compile.max_model_len, step_seconds=0.005)
+
+
+class LostCard(FakeModel):
+    """Its card takes no more calls: the error of an earlier one comes back from each, from destructors too."""
+
+    def run(self, *inputs: object) -> torch.Tensor:
+        atexit.register(os.abort)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging consider ...")
+
+
+def build_lost_card(config: EngineConfig, progress) -> FakeModel:
+    return LostCard(max_model_len=config.compile.max_model_len, block_size=config.cache.block_size)
 
 
 def build_broken(config: EngineConfig, progress) -> FakeModel:

@@ -27,6 +27,7 @@ from fuseline.compile.kernels.triton.tile import Tile
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make
 from fuseline.compile.ops.registry import registry
+from fuseline.compile.ops.rope import FP8
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
 
 ROWS = (1, 3, 17, 64)
@@ -77,7 +78,7 @@ def test_a_token_of_attention_does_not_depend_on_its_chunk(window: int) -> None:
     """Its whole prompt, a chunk of it, or alone as in decoding, in a batch of others."""
     for dtype in (torch.float32, torch.bfloat16):
         whole = Batch([150], [150], dtype=dtype)
-        want = whole.run(window=window, is_one_kernel=True)[0]
+        want = whole.run(window=window, prefill_from=1)[0]
         for end, count in ((150, 1), (150, 37), (97, 2), (64, 64)):
             part = Batch([40, 150], [5, 150], dtype=dtype)
             part.lengths, part.counts = [40, end], [5, count]
@@ -86,14 +87,15 @@ def test_a_token_of_attention_does_not_depend_on_its_chunk(window: int) -> None:
             )  # fmt: skip
             part.queries[1] = whole.queries[0][end - count : end]
             part.table = torch.cat((whole.table, whole.table))
-            found = part.run(window=window, is_one_kernel=True)[1]
+            found = part.run(window=window, prefill_from=1)[1]
             assert torch.equal(found, want[end - count : end]), (dtype, end, count)
 
 
-def test_scales_of_a_coded_cache_are_multiplied() -> None:
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+def test_scales_of_a_coded_cache_are_multiplied(fp8: torch.dtype) -> None:
     op = registry()["paged_attention_invariant"]
     q, k_cache, v_cache, *rest = next(iter(op.inputs(make(torch.float32))))
-    coded = [cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache)]
+    coded = [cache.to(fp8) for cache in (k_cache, v_cache)]
     scales = torch.tensor([0.5]), torch.tensor([3.0])
     found = paged_attention_invariant(q, *coded, *rest, *scales)
     torch.testing.assert_close(found, op.reference(q, *coded, *rest, *scales), rtol=1e-5, atol=1e-5)

@@ -46,8 +46,8 @@ def on_cpu():
     return compile_model(CompileConfig(model=str(checkpoint(FAMILY))), detect_target(1))
 
 
-def card_engine(num_blocks: int, num_host_blocks: int = 0) -> Engine:
-    model = build(FAMILY, "float32", GraphConfig((2, 4)))
+def card_engine(num_blocks: int, num_host_blocks: int = 0, **settings: object) -> Engine:
+    model = build(FAMILY, "float32", GraphConfig((2, 4)), **settings)
     device = FakeCard(model)
     model.allocate_caches([num_blocks + 1])
     host = [num_host_blocks] if num_host_blocks else []
@@ -97,6 +97,22 @@ def test_answers_are_those_of_the_cpu(on_cpu, num_blocks: int, num_host_blocks: 
     check_waits(device, engine)
 
 
+@pytest.mark.parametrize("flag", ["fp8", "fp8_e5m2"])
+def test_answers_over_an_fp8_cache_are_near_those_of_the_cpu(on_cpu, flag: str) -> None:
+    """Scaled by the first step, in steps that are replayed too."""
+    on_cpu.allocate_caches([33])
+    asked = (GREEDY | {"logprobs": 0, "prompt_logprobs": 0},) * 3
+    expected = answers(Engine(make_config(32), on_cpu, [32], HostDevice(native_ops())), asked)
+    engine = card_engine(32, kv_cache_dtype=flag, calculate_kv_scales=True)
+    with engine.runner.device.guard():
+        found = answers(engine, asked)
+    pairs = [pair for mine, its in zip(found, expected, strict=True) for pair in zip(mine[-1], its[-1], strict=True)]
+    drift = max(abs(mine.logprob - its.logprob) for mine, its in pairs)
+    assert [told[:-1] for told in found] == [told[:-1] for told in expected]
+    assert 1e-5 < drift < 2e-3, "stored in fewer bits"
+    assert engine.runner.device.graphs.replays
+
+
 def check_waits(device: FakeCard, engine: Engine) -> None:
     """A step is read when the next is on its way, or sooner if that one asks for its tokens on the host; once each."""
     log = device.log
@@ -137,8 +153,8 @@ def test_a_card_is_started_warm_sized_and_captured() -> None:
     )  # fmt: skip
     service = EngineService(config, lambda config, progress: model, lambda config: device, sent.append)
     model.graphs.wait()
-    assert trial_steps(config, 256) == [[2, 2], [4], [3], [1, 1], [1]] and device.rehearsed == [2, 5 + 4]
-    assert sent[: sum(device.rehearsed)] == [Progress("warming up", k, 11) for k in range(1, 12)]
+    assert trial_steps(config, 256) == [[2, 2], [4], [3], [1, 1], [1]] and device.rehearsed == [2, 5 + 5]
+    assert sent[: sum(device.rehearsed)] == [Progress("warming up", k, 12) for k in range(1, 13)]
     assert Progress("capturing graphs", 3, 3) in sent and device.graphs.captured == [2, 1]
     (ready,) = (m for m in sent if isinstance(m, EngineReady))
     table = dict(ready.table)

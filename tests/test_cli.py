@@ -263,7 +263,7 @@ def test_bad_files(refusal, tmp_path: Path) -> None:
 def test_help_is_grouped(capsys) -> None:
     for arguments, words in [
         (["--help"], ["serve", "run", "bench", "explain", "version"]),
-        (["serve", "--help"], [*tables.GROUPS, "--print-config", "-O LEVEL|JSON"]),
+        (["serve", "--help"], [*tables.GROUPS, "--print-config", "-O", "LEVEL|JSON"]),
         (["bench", "serve", "--help"], ["--request-rate", "--max-concurrency"]),
         (["run", "--help"], ["--url", "--system"]),
         (["explain", "--help"], ["--disabled-passes"]),

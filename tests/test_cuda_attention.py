@@ -6,9 +6,11 @@ import cuda_twin
 import pytest
 import torch
 import triton_interpreter
+from fp8_cases import numbers
 from test_triton_attention import NAN, SINKS, SOFTCAP, Batch
 
 from fuseline.compile.kernels import native_cuda_attention as attention
+from fuseline.compile.ops.rope import FP8
 
 __all__ = ["triton_interpreter"]
 LENGTHS = [1, 40, 300, 700]
@@ -66,27 +68,30 @@ def test_many_splits():
     Decode([5000, 2100], 2, 1).check()
 
 
+@pytest.mark.parametrize("fp8", FP8, ids=str)
 @pytest.mark.parametrize("dim", (64, 128))
-def test_fp8_cache(dim):
+def test_fp8_cache(dim, fp8):
     """Keys and values are the stored numbers times their scales: the plain attention over those, to the bit."""
     plain, coded = (Decode([300, 20], dim=dim) for _ in range(2))
     k_scale, v_scale = torch.tensor([0.5]), torch.tensor([0.25])
     for name, scale in (("k_cache", k_scale), ("v_cache", v_scale)):
-        stored = (getattr(plain, name).float().nan_to_num(400.0) / scale).to(torch.float8_e4m3fn)
+        stored = (getattr(plain, name).float().nan_to_num(1e6) / scale).to(fp8)
         setattr(plain, name, (stored.float() * scale).bfloat16())
         setattr(coded, name, stored)
     for found, want in zip(coded.run(k_scale=k_scale, v_scale=v_scale), plain.run(), strict=True):
         assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("fp8", FP8, ids=str)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_every_byte_of_fp8_is_read_right(dtype):
+def test_every_byte_of_fp8_is_read_right(dtype, fp8):
     """One key a sequence: its value comes out as it is stored, normal or not, whatever the sign."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(1.0)
+    want = torch.ones(256)
+    want[: len(numbers(fp8))] = numbers(fp8)
     batch = Decode([1], 1, 1, 256, dtype, block_size=1)
-    batch.k_cache = torch.zeros(batch.k_cache.shape).to(torch.float8_e4m3fn)
-    batch.v_cache = numbers.expand(batch.v_cache.shape).to(torch.float8_e4m3fn)
-    assert torch.equal(batch.run()[0][0, 0].float(), numbers)
+    batch.k_cache = torch.zeros(batch.k_cache.shape).to(fp8)
+    batch.v_cache = want.expand(batch.v_cache.shape).to(fp8)
+    assert torch.equal(batch.run()[0][0, 0].float(), want)
 
 
 @pytest.mark.parametrize("options", ({}, {"window": 600}, SINKS), ids=("plain", "window", "sinks"))
@@ -121,15 +126,38 @@ def test_scores_too_large_for_exp():
     batch.check(scale=1.0, tolerance=0.02)
 
 
-def test_a_step_with_a_prompt_is_tritons():
-    """And so is what the kernel does not take."""
-    batch = Decode([40, 9], counts=[30, 1])
+@pytest.mark.parametrize("options", ({}, {"window": 60}, SINKS), ids=("plain", "window", "sinks"))
+def test_single_tokens_among_prompts_have_the_bits_of_a_step_of_their_own(options):
+    """And the others those of Triton's prefill kernel, in one call; keys of one to several splits."""
+    batch = Decode([40, 900, 9, 600, 3, 5, 300], counts=[30, 1, 0, 1, 2, 5, 1])
+    singles, several = [1, 3, 6], [0, 4, 5]
     q = torch.cat(batch.queries)[None].transpose(1, 2)
-    lengths, starts = torch.tensor([40, 9]).int(), torch.tensor([0, 30, 31]).int()
+    lengths, starts = (torch.tensor(numbers).int() for numbers in (batch.lengths, [0, *batch.counts]))
+    numbers = {"window": 0, "scale": 0.3, "softcap": 0.0, **options}
+    sinks = _cast(numbers.pop("sinks", None), q.dtype)
+    args = (q, batch.k_cache, batch.v_cache, batch.table, lengths, starts.cumsum(0).int(), sinks, *numbers.values())
+    found = cuda_twin.run(attention.decode_or_triton, *args)[0].split(batch.counts)
+    alone = batch.run(singles, **options)
+    assert all(torch.equal(found[s], want) for s, want in zip(singles, alone, strict=True))
+    whole = torch.empty(1, q.shape[2], 4, 64, dtype=q.dtype)
+    attention.triton_attention(whole, *args, prefill_from=1)
+    assert all(torch.equal(found[s], whole[0].split(batch.counts)[s]) for s in several)
+    for s in range(len(batch.lengths)):
+        want = batch.reference(s, **options) if batch.counts[s] else found[s].double()
+        torch.testing.assert_close(found[s].double(), want, rtol=0.02, atol=0.02)
+
+
+def test_what_is_left_alone_is_not_written():
+    batch = Decode([40, 9], counts=[30, 1])
+    found = batch.run()
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+def test_what_the_kernel_does_not_take():
+    batch = Decode([40, 9])
+    q = torch.cat(batch.queries)[None].transpose(1, 2)
+    lengths, starts = torch.tensor([40, 9]).int(), torch.tensor([0, 1, 2]).int()
     args = (q, batch.k_cache, batch.v_cache, batch.table, lengths, starts, None)
-    found = cuda_twin.run(attention.decode_or_triton, *args, 0, 0.3, 0.0)
-    for s, rows in enumerate(found[0].split([30, 1])):
-        torch.testing.assert_close(rows.double(), batch.reference(s), rtol=0.02, atol=0.02)
     k, v, table, sinks = *args[1:4], torch.zeros(4)
     for other in (
         (q.float(), k, v, table, lengths, starts, None), (q, k.half(), v, table, lengths, starts, None),

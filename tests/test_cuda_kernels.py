@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import triton_interpreter
 from fake_card import CARD
+from fp8_cases import CACHED, STORED, fp8_of, numbers_to_round, over_fp8, too_large
 from native_fixtures import FLOATS
 from test_ops import assert_agrees, assert_close, assert_lies_as_fake, cases, copies, outputs
 
@@ -23,6 +24,7 @@ from fuseline.compile.ops import norm as norm_reference
 from fuseline.compile.ops.library import Make
 from fuseline.compile.ops.linear import linear_act_mul as linear_act_mul_reference
 from fuseline.compile.ops.registry import registry
+from fuseline.compile.ops.rope import FP8
 
 __all__ = ["triton_interpreter"]
 BY_NAME = {
@@ -181,33 +183,33 @@ def test_rope_of_whole_heads(dim):
             assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
 
 
-def test_every_number_becomes_the_nearest_byte_of_fp8():
-    """All bytes, all halves between two, what is too large, too small, or no number."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    numbers = numbers[numbers.isfinite()].sort().values
-    between = (numbers[1:] + numbers[:-1]) / 2
-    x = torch.cat((numbers, between, between.nextafter(numbers[1:]), between.nextafter(numbers[:-1])))
-    x = torch.cat((x, torch.tensor([0.0, -0.0, 448.0, -448.0, 1e-9, float("nan")]), torch.randn(100)))
-    caches = [torch.zeros(1, 1, 1, len(x), dtype=torch.float8_e4m3fn) for _ in "kv"]
-    cuda_twin.run(native_cuda.write_cache, *caches, x[None, None, None], x[None, None, None], torch.tensor([0]))
-    want = x.to(torch.float8_e4m3fn).view(torch.uint8)
-    for cache in caches:
-        assert torch.equal(cache.flatten().view(torch.uint8), want)
-    large = torch.tensor([500.0, -1e9, float("inf"), 224.0])[None, None, None]
-    caches = [torch.zeros(1, 1, 1, 4, dtype=torch.uint8) for _ in "kv"]
-    half = torch.tensor([0.5])
-    cuda_twin.run(native_cuda.write_cache, *caches, large, large, torch.tensor([0]), k_scale=half, v_scale=half)
-    for cache in caches:
-        assert cache.view(torch.float8_e4m3fn).float().flatten().tolist() == [448.0, -448.0, 448.0, 448.0]
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+def test_every_number_becomes_the_nearest_byte_of_fp8(fp8):
+    x = numbers_to_round(fp8)
+    caches = [torch.zeros(1, 1, 1, len(x), dtype=fp8) for _ in "kv"]
+    cuda_twin.run(native_cuda.write_cache, *caches, x[None, None, None], -x[None, None, None], torch.tensor([0]))
+    for cache, numbers in zip(caches, (x, -x), strict=True):
+        assert torch.equal(cache.flatten().view(torch.uint8), numbers.to(fp8).view(torch.uint8))
 
 
-def test_rotated_keys_in_fp8_are_the_rotated_keys_rounded():
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_what_is_too_large_for_fp8_becomes_its_largest_number(stored):
+    x, scale, want = too_large(stored)
+    caches = [torch.zeros(1, 1, 1, len(x), dtype=stored) for _ in "kv"]
+    new = x[None, None, None]
+    cuda_twin.run(native_cuda.write_cache, *caches, new, new, torch.tensor([0]), k_scale=scale, v_scale=scale)
+    for cache in caches:
+        assert torch.equal(cache.view(fp8_of(stored)).float().flatten(), want)
+
+
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+def test_rotated_keys_in_fp8_are_the_rotated_keys_rounded(fp8):
     for args in taken("rope_cache", torch.bfloat16):
-        plain, coded = copies(args)[:2], [c.to(torch.float8_e4m3fn) for c in args[:2]]
+        plain, coded = copies(args)[:2], [c.to(fp8) for c in args[:2]]
         for caches in (plain, coded):
             cuda_twin.run(native_cuda.rope_cache, *caches, *args[2:])
         for cache, code in zip(plain, coded, strict=True):
-            assert torch.equal(cache.to(torch.float8_e4m3fn).view(torch.uint8), code.view(torch.uint8))
+            assert torch.equal(cache.to(fp8).view(torch.uint8), code.view(torch.uint8))
 
 
 def test_a_call_of_the_wrong_length_or_dtype_is_refused():
@@ -218,19 +220,22 @@ def test_a_call_of_the_wrong_length_or_dtype_is_refused():
         lib.call("act_mul", x, *[x.data_ptr()] * 3, 1, 8, 8, 8, 8, 1, 99)
 
 
-@pytest.mark.parametrize("name", ["write_cache", "rope_cache", "paged_attention"])
-def test_scales_of_fp8_caches_come_in_their_places(name):
-    """As a graph has them, behind the op's other arguments."""
-    op, count = registry()[name], 0
-    for args in op.inputs(Make(torch.bfloat16, torch.Generator().manual_seed(3))):
-        at = 0 if name != "paged_attention" else 1
-        args = [*args[:at], *(cache.to(torch.float8_e4m3fn) for cache in args[at : at + 2]), *args[at + 2 :]]
-        args += [torch.tensor([0.5]), torch.tensor([0.125])]
-        if not BY_NAME[name].supports(*args):
-            continue
-        assert_agrees(op, args, by_twin(name))
-        count += 1
-    assert count
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", sorted(set(CACHED) & set(BY_NAME)))
+def test_kernels_over_fp8_caches_agree_with_their_reference(name, dtype, fp8):
+    """Scales come as a graph has them, behind the op's other arguments."""
+    found = [args for args in over_fp8(registry()[name], dtype, fp8) if BY_NAME[name].supports(*args)]
+    assert bool(found) == (dtype in HALF or name not in ALIKE)
+    for args in found:
+        assert_agrees(registry()[name], args, by_twin(name))
+
+
+@pytest.mark.parametrize("name", sorted(set(CACHED) & set(BY_NAME)))
+def test_caches_of_two_dtypes_are_not_taken(name):
+    for e4m3, e5m2 in zip(*(over_fp8(registry()[name], torch.bfloat16, fp8) for fp8 in FP8), strict=True):
+        at = 1 + (name == "paged_attention")
+        assert not BY_NAME[name].supports(*e4m3[:at], *e5m2[at:])
 
 
 def test_a_graph_calls_a_kernel_that_no_other_can_stand_in_for(monkeypatch):

@@ -19,7 +19,6 @@ from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels import cuda_library
-from fuseline.compile.kernels.triton import rope
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.kernels.triton.table import KERNELS, TritonKernel
@@ -141,32 +140,43 @@ def test_what_a_graph_cannot_do_is_run_op_by_op() -> None:
     assert model.graphs.decode.captured == {} and model.run(decode_step([3])).shape[0] == 1
 
 
-def rope_cache_rounded(k_cache, v_cache, *args):
-    """rope_cache, then all that the caches hold as fp8 would hold it."""
-    out = rope.rope_cache(k_cache, v_cache, *args)
-    for cache in (k_cache, v_cache):
-        cache.copy_(cache.to(torch.float8_e4m3fn).to(cache.dtype))
-    return out
+def rounding_to(fp8: torch.dtype, write):
+    """`write`, then all that the caches hold as fp8 would hold it."""
+
+    def write_rounded(k_cache, v_cache, *args):
+        out = write(k_cache, v_cache, *args)
+        for cache in (k_cache, v_cache):
+            cache.copy_(cache.to(fp8).to(cache.dtype))
+        return out
+
+    return write_rounded
 
 
-def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(monkeypatch) -> None:
+@pytest.mark.parametrize(("family", "op", "flag", "fp8"), [
+    ("llama", "rope_cache", "fp8", torch.float8_e4m3fn), ("llama", "rope_cache", "fp8_e5m2", torch.float8_e5m2),
+    ("deepseek_v3", "write_cache", "fp8_e5m2", torch.float8_e5m2),
+])  # fmt: skip
+def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(
+    family: str, op: str, flag: str, fp8: torch.dtype, monkeypatch
+) -> None:
     """The same logits, from half the bytes."""
     prompt = dataclasses.replace(
         decode_step([3]), token_ids=torch.tensor([4, 5, 6]), positions=torch.arange(3), rope_rows=torch.arange(3),
         query_start=torch.tensor([0, 3], dtype=torch.int32), slot_mapping=torch.arange(16, 19)[None],
         logits_rows=torch.tensor([2]),
     )  # fmt: skip
-    coded = build("llama", kv_cache_dtype="fp8")
-    monkeypatch.setitem(KERNELS, torch.ops.fuseline.rope_cache.default, TritonKernel(rope_cache_rounded))
-    rounded = build("llama")
+    coded = build(family, kv_cache_dtype=flag)
+    target = getattr(torch.ops.fuseline, op).default
+    monkeypatch.setitem(KERNELS, target, TritonKernel(rounding_to(fp8, KERNELS[target].run)))
+    rounded = build(family)
     for model in (coded, rounded):
         model.allocate_caches([4])
     assert torch.equal(coded.run(prompt), rounded.run(prompt))
     half, whole = coded.info.cache_specs[0], rounded.info.cache_specs[0]
     assert half.bytes_per_token() * 2 == whole.bytes_per_token()
-    assert coded._caches["k_cache_0"].dtype == torch.float8_e4m3fn and coded._caches["k_cache_0"].float().any()
-    with pytest.raises(ValueError, match="needs a card"):
-        optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16")), kv_cache_dtype="fp8_e4m3"))
+    assert coded._caches["k_cache_0"].dtype == fp8 and coded._caches["k_cache_0"].float().any()
+    with pytest.raises(ValueError, match=f"a cache of {flag} needs a card"):
+        optimize(CompileConfig(model=str(checkpoint(family, "bfloat16")), kv_cache_dtype=flag))
 
 
 def test_sizes_of_graphs() -> None:
@@ -200,7 +210,7 @@ def test_a_step_waits_for_nothing() -> None:
 
 def launches(arch: int) -> None:
     """A prompt, replayed decode steps, a swap: a dense and a routed model, with the dtypes that an engine gives."""
-    for family, kv_cache_dtype in (("llama", "fp8"), ("llama", "auto"), ("gpt_oss", "auto")):
+    for family, kv_cache_dtype in (("llama", "fp8"), ("llama", "fp8_e5m2"), ("llama", "auto"), ("gpt_oss", "auto")):
         model = build(family, graphs=GraphConfig((4,)), kv_cache_dtype=kv_cache_dtype)
         model.allocate_caches([16] * len(model.info.cache_groups))
         model.allocate_host_blocks([2] * len(model.info.cache_groups))

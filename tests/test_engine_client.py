@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_model import KILL_TOKEN, build_broken, build_fake, build_slow_fake, fake_config, next_logits
+from fake_model import KILL_TOKEN, build_broken, build_fake, build_lost_card, build_slow_fake, fake_config, next_logits
 
 from fuseline.engine.client import EngineClient, EngineDeadError, EngineStartError
 from fuseline.engine.config import EngineConfig
@@ -212,6 +212,19 @@ async def test_third_death_in_ten_minutes_gives_up() -> None:
             await client.restart()
     with pytest.raises(EngineStartError, match="died 3 times"):
         await client.restart()
+
+
+async def test_a_lost_card_ends_the_engine_with_its_cause(capfd) -> None:
+    """At once: what destructors and handlers at exit would do to a card that takes no more calls is left out."""
+    client = make_client(True, build_lost_card)
+    await client.start()
+    process = client._transport.process
+    with pytest.raises(EngineDeadError):
+        await collect(client, make_request("r"))
+    assert process.exitcode == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert "the engine died: RuntimeError: CUDA error: an illegal memory access was encountered" in lines
+    await client.shutdown(5)
 
 
 async def test_interrupts_are_the_parents_to_handle() -> None:

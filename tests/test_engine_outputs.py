@@ -170,7 +170,7 @@ def draw(logits: list[float], tokens=(0,), num_prompt=1, **params) -> int:
     seq = sequence(list(tokens), num_prompt, **params)
     rows.load(seq, len(tokens) - 1)
     budget = StepBudget(1, 1, np.ones(1, np.int64))
-    sampler, plan = Sampler(rows, len(logits)), make_plan(budget, rows)
+    sampler, plan = Sampler(rows, len(logits), "raw_logprobs"), make_plan(budget, rows)
     arguments = sampler.prepare(plan)
     sampler.fill(plan, arguments, None)
     return int(launch_sampling(reference_device(), torch.tensor([logits]), arguments, None).tokens[0])

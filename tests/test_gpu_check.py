@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import subprocess
 import sys
+import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import cuda_twin
+import psutil
 import pytest
 import torch
 from fake_card import CARD, FakeCard, FakeGraphs
 
 from fuseline.compile.config import GraphConfig
+from fuseline.compile.kernels import cuda_library
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_check"
 SHAPE = {
@@ -38,12 +44,94 @@ def test_without_a_card_it_ends_with_one_line() -> None:
         pytest.skip("there is a card")
     done = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("gpu_check: error: torch ") and done.stderr.count("\n") == 1
+    cause = "built without CUDA" if torch.version.cuda is None else "no card, or no driver for it"
+    assert done.stderr.startswith("gpu_check: error: ") and done.stderr.endswith(f"{cause}\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_unknown_stage_is_named() -> None:
     done = subprocess.run([sys.executable, str(TOOL), "--only", "tests,paint"], capture_output=True, text=True)
     assert done.returncode == 2 and "there is no stage 'paint'" in done.stderr
+
+
+def main_of_tool(tmp_path, monkeypatch):
+    """Its __main__, working in a folder of its own."""
+    spec = importlib.util.spec_from_file_location("gpu_check_main", TOOL / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "WORK", tmp_path)
+    return module
+
+
+def test_wheels_of_a_folder_are_there_for_every_stage(tool, tmp_path, monkeypatch) -> None:
+    """Modules and programs, a newer one before what is installed."""
+    import build
+
+    wheels = tmp_path / "given"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "msgspec-99.0-py3-none-any.whl", "w") as wheel:
+        info = "msgspec-99.0.dist-info"
+        wheel.writestr("msgspec/__init__.py", "def main():\n    print('ninety-nine')\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: msgspec\nVersion: 99.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\nsay99 = msgspec:main\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    main = main_of_tool(tmp_path, monkeypatch)
+    for _ in "again":
+        build.install(tmp_path / "wheels", sorted(wheels.glob("*.whl")))
+    done = subprocess.run(["say99"], env=main.environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "ninety-nine\n"
+
+
+def test_a_stage_that_takes_too_long_leaves_nothing_running(tool, tmp_path, monkeypatch) -> None:
+    main = main_of_tool(tmp_path, monkeypatch)
+    started = tmp_path / "started"
+    script = f"sh -c 'echo $$ > {started}; sleep 60'; true"
+    monkeypatch.setattr(main, "command", lambda name, args: ["sh", "-c", script])
+    assert main.run(main.Stage("models", 1), None) == "not done after 1 s"
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(started.read_text())).status() == psutil.STATUS_ZOMBIE
+    monkeypatch.setattr(main, "command", lambda name, args: ["sh", "-c", "exit 3"])
+    assert main.run(main.Stage("models", 9), None) == "exit status 3"
+
+
+def test_parts_after_a_lost_card_are_another_process(tool, tmp_path) -> None:
+    import measure
+
+    _, _, _, tables = tool
+    table, log = tables.Table(tmp_path / "table.md", "a card"), []
+    table.add("copy", "3 TB/s", "", "x")
+
+    def lose() -> None:
+        raise RuntimeError("illegal | memory access\nand more")
+
+    class StartedAgain(BaseException):
+        pass
+
+    def start_again(num_done: int) -> None:
+        log.append(num_done)
+        raise StartedAgain
+
+    parts = [("first", lambda: log.append("first")), ("lost", lose), ("last", lambda: log.append("last"))]
+    with pytest.raises(StartedAgain):
+        measure.run_parts(parts, 0, table, lambda: True, start_again)
+    resumed = tables.Table.resumed(tmp_path / "table.md")
+    assert (resumed.title, resumed.rows) == (table.title, table.rows) and len(resumed.rows) == 2
+    assert measure.run_parts(parts, 2, resumed, lambda: True, start_again) == []
+    assert log == ["first", 2, "last"]
+    assert measure.run_parts(parts, 0, resumed, lambda: False, start_again) == ["lost"] and log[-1] == "last"
+
+
+def test_a_model_that_cannot_be_built_is_not_built_again(tool) -> None:
+    import measure
+
+    built = []
+    once = measure.Once(lambda: built.append(1) or 1 / 0)
+    for error in (ZeroDivisionError, RuntimeError):
+        with pytest.raises(error):
+            once()
+    assert built == [1]
 
 
 def test_every_kernel_is_measured(tool) -> None:
@@ -103,6 +191,8 @@ def test_every_kernel_in_cpp_is_measured(tool) -> None:
 
 def test_a_model_is_measured(tool, tmp_path) -> None:
     _, llama, serving, tables = tool
+    import overlap
+
     load, found = llama.small(llama.Load()), tables.Table()
     runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
     llama.measure_model(runner, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
@@ -110,9 +200,34 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
         "graphs: 1 of 1 sizes whole, 1 of 1 in pieces", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
         "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
+    overlap.measure_overlap(runner, CARD, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
+    assert [row[0] for row in found.rows[-2:]] == [
+        "decode 1 x 20, one after the other", "decode 1 x 20, early launches off",
+    ]  # fmt: skip
     serving.measure_serving(runner, FakeCard(runner.model), serving.Batch(2, 6, 5, 8), found)
     names = [row[0] for row in found.rows[-3:]]
     assert names == ["engine, 2 x 6 in, 5 out", "engine, a decode step", "engine, card idle between decode steps"]
+
+
+def test_early_launches_are_compared(tool) -> None:
+    """Results that differ are counted: here those of a library that has lost a kernel."""
+    kernels, _, _, tables = tool
+    from overlap import check_overlap
+
+    class Loses(cuda_library.CudaLibrary):
+        def call(self, name: str, *args: object) -> None:
+            if self.overlap != cuda_library.Overlap.WEIGHTS or name != "rope_cache":
+                super().call(name, *args)
+
+    sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
+    loses = copy.copy(cuda_twin.twin())
+    loses.__class__ = Loses
+    for lib, wrong in ((cuda_twin.twin(), 0), (loses, 2 * 2 * 2)):
+        found = tables.Table()
+        make = kernels.Made(sizes, "cpu")
+        assert check_overlap(sizes, make, lib, FakeGraphs(), found, tables.HostClock(), num_replays=2) == wrong
+        names = [row[0] for row in found.rows]
+        assert names[1:3] == ["chain of 1 rows, one after the other", "chain of 1 rows, early"] and len(names) == 6
 
 
 def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> None:
@@ -129,6 +244,8 @@ def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> No
     assert any(row.startswith("-O3: kernel: 2 x triton.paged_attention 7s") for row in rows)
     assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 7s") for row in rows)
     assert sum("decode" in row for row in rows) == 2 * len(load.batches)
+
+
 def test_mixed_steps_are_measured(tool, tmp_path) -> None:
     _, llama, _, tables = tool
     from mixed import measure_mixed

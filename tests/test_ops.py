@@ -16,6 +16,7 @@ from fuseline.compile.backends.single import single_call
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make, Op
 from fuseline.compile.ops.registry import registry
+from fuseline.compile.ops.rope import FP8
 
 __all__ = ["isa"]
 DENSE = {"attention"}  # as captured; a pass replaces it before a kernel is chosen
@@ -80,7 +81,7 @@ def assert_agrees(op: Op, args: tuple, run: Callable) -> None:
 
 def as_bytes(x: Tensor) -> Tensor:
     """Of fp8, which nothing compares."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+    return x.view(torch.uint8) if x.dtype in FP8 else x
 
 
 def assert_lies_as_fake(op: Op, args: tuple, run: Callable) -> None:

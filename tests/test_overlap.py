@@ -210,17 +210,24 @@ def test_a_step_that_reads_its_tokens_on_the_host_is_launched_once_they_are_ther
             (("read", n), ("sent", n + 1)) if is_late else (("sent", n + 1), ("read", n)))), "read 3"]  # fmt: skip
 
 
-def test_history_is_completed_on_the_device() -> None:
-    """Of a step that was launched before its newest tokens were known, each row with penalties sees its own."""
-    seen = []
+def test_history_is_kept_on_the_device() -> None:
+    """Of a step that was launched before its newest tokens were known, each row with penalties sees its own; a token
+    goes there once, and not at all if it came from there."""
+    seen, sent = [], []
     reference = FakeQueue().ops
 
     def sample(*arguments) -> None:
-        start, history = arguments[17], arguments[18]
-        seen.append([history[a:b].tolist() for a, b in zip(start, start[1:], strict=False)])
+        spans, history = arguments[17], arguments[18]
+        seen.append([history[a:b].tolist() for a, b in spans.T.tolist()])
         reference.sample(*arguments)
 
-    device = FakeQueue(SampleOps(sample, reference.row_logprobs))
+    class Queue(FakeQueue):
+        def upload(self, tensors):
+            sent.append([len(tensors.get(f"{kind}_places", ())) for kind in ("known", "unknown")])
+            assert tensors["history"].numel() == 0
+            return super().upload(tensors)
+
+    device = Queue(SampleOps(sample, reference.row_logprobs))
     plain = make_engine()
     walk = Walk(Engine(plain.config, plain.runner.model, plain.num_blocks, device))
     walk.submit([1, 2], max_tokens=4, frequency_penalty=0.5, temperature=0.0)
@@ -229,6 +236,25 @@ def test_history_is_completed_on_the_device() -> None:
     walk.finish()
     first, third = ([*walk.requests[name].prompt_token_ids, *walk.tokens(name)] for name in ("r0", "r2"))
     assert seen == [[first[: 2 + n], [], third[: 1 + n]] for n in range(4)]
+    assert sent == [[3, 0], [0, 2], [0, 2], [0, 2]]
+    walk.submit([7, 8, 9], max_tokens=2, presence_penalty=0.5)
+    walk.finish()
+    assert seen[4:] == [[[7, 8, 9]], [[7, 8, 9, *walk.tokens("r3")[:1]]]], "in a row that another has had"
+    assert sent[4:] == [[3, 0], [0, 1]]
+
+
+def test_histories_follow_who_is_preempted() -> None:
+    """Into another row, with a token that came meanwhile; prompts in pieces."""
+    told = []
+    for order in ("in_order", "queued"):
+        walk = Walk(make_engine(num_blocks=14, order=order, max_num_batched_tokens=7))
+        for number in range(4):
+            walk.submit([number + 1, *PROMPT], max_tokens=15, n=1 + number % 2, **REQUESTS["penalties"])
+            walk.step()
+        walk.finish()
+        assert walk.engine.scheduler.num_preemptions > 2
+        told.append(answers(walk))
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 from fake_card import CARD, FakeGraphs, capture_when_allocated, no_host_sync
+from fake_cuda import FakeCuda
 from paged_driver import greedy
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
+from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi, GraphApi
 from fuseline.compile.backends.pieces import Piece, SplitOp, cut
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import MIXED_SIZES, CompileConfig, GraphConfig
@@ -29,7 +33,7 @@ def mixed(*sizes: int, **settings) -> GraphConfig:
     return GraphConfig(sizes=(1,), mixed_sizes=sizes, **settings)
 
 
-def capture(model: CudaModel, api: FakeGraphs, num_blocks: int = 8) -> None:
+def capture(model: CudaModel, api: GraphApi, num_blocks: int = 8) -> None:
     model.allocate_caches([num_blocks] * len(model.info.cache_groups))
     model.capture_graphs(api=api)
     model.graphs.wait()
@@ -59,6 +63,23 @@ def test_greedy_tokens_equal_transformers(family: str, sizes: tuple[int, ...]) -
     assert greedy(model, prompts, 6) == truth(checkpoint(family, "float32"), prompts, 6)
     assert api.pieces == (LAYERS + 1) * len(sizes) and api.piece_replays >= 5 * (LAYERS + 1)
     assert seen == [("capturing graphs", k, len(sizes) + 1) for k in range(len(sizes) + 2)]
+
+
+def test_graphs_are_gone_when_they_are_dropped(monkeypatch) -> None:
+    """Not when garbage is collected: by then another thread may capture, and destroying one would spoil that."""
+    FakeCuda().install(monkeypatch)
+    monkeypatch.setattr(CudaGraphApi, "borrowed", lambda self, tensor: tensor.detach())
+    model = build("llama", mixed(8))
+    capture(model, CudaGraphApi(CaptureStreams.of(torch.device("cpu"))))
+    kinds = (model.graphs.decode, model.graphs.mixed)
+    graphs = [weakref.ref(graph) for kind in kinds for graph in kind.captured.values()]
+    del kinds
+    gc.disable()
+    try:
+        model.stop_capture()
+        assert len(graphs) == 2 and [graph() for graph in graphs] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])

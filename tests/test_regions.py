@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from zoo import checkpoint
 
-from fuseline.compile.backends import inductor, region_check, region_worker
+from fuseline.compile.backends import inductor, region_check, region_worker, upgrade
 from fuseline.compile.backends.inductor import compile_regions, region_name
 from fuseline.compile.backends.region_check import STEPS, find_fault, is_close, make_tensor
 from fuseline.compile.backends.region_file import seal
@@ -200,6 +200,17 @@ def make_library(graph, examples, path):
 region_worker.make_library = make_library
 region_worker.main()
 """
+
+
+@pytest.mark.parametrize("family", ["cohere", "deepseek_v3"])
+def test_decode_steps_have_the_regions_of_all_steps(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were one cut otherwise there, either could be compiled without the other: other bits for the same row."""
+    asked: list[set[str]] = []
+    monkeypatch.setattr(upgrade, "compile_regions", lambda texts, *rest: asked.append(set(texts)) or {})
+    for level in (2, 3):
+        config = CompileConfig(model=str(checkpoint(family, "bfloat16")), level=level)
+        upgrade.RegionUpgrade(optimize(config)[0].graph, {}, config).run()
+    assert asked[0] and asked[0] == asked[1]
 
 
 def texts_of(family: str, dtype: str) -> dict[str, str]:

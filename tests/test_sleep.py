@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from api_client import Api
 from fake_card import CARD, FakeGraphs
-from fake_model import FakeModel
+from fake_model import FakeModel, fake_config
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.memory import PinnedPages
+from fuseline.engine.messages import Utility
+from fuseline.engine.run.sampler_reference import reference_device
+from fuseline.engine.service import EngineService
 from fuseline.engine.sleep import Sleep
 
 
@@ -72,6 +79,31 @@ def test_what_goes_comes_back_once(levels, wakes, expected) -> None:
     awake = [sleep.wake(tags) for tags in wakes]
     assert log == expected
     assert awake == [False] * (len(wakes) - 1) + [expected[-1:] != ["to host"]]
+
+
+def test_weights_without_room_on_the_host_stay_and_the_engine_wakes(monkeypatch) -> None:
+    def refuse(self) -> None:
+        raise MemoryError("900.00 GiB of host memory cannot be pinned: out of memory")
+
+    monkeypatch.setattr(SleepyModel, "move_weights_to_host", refuse)
+    service = EngineService(fake_config(), lambda *_: SleepyModel([]), reference_device, lambda message: None)
+    result = service._call(Utility(1, "sleep", "1"))
+    assert result.error == "900.00 GiB of host memory cannot be pinned: out of memory" and service.engine.is_asleep
+    assert service._call(Utility(2, "wake_up", "")).result == "true" and not service.engine.is_asleep
+
+
+def test_a_failed_registration_is_nobody_elses_error(monkeypatch) -> None:
+    class Runtime:
+        cudaError = SimpleNamespace(success=0)
+        cudaHostRegister = staticmethod(lambda *_: 2)
+        cudaGetErrorString = staticmethod(lambda status: "out of memory")
+
+    launched = []
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: launched.append(device))
+    with pytest.raises(MemoryError, match="0.00 GiB of host memory cannot be pinned: out of memory"):
+        PinnedPages().zeros((8,), torch.uint8)
+    assert launched == ["cuda"]
 
 
 @pytest.mark.parametrize("gib", [0.0, 1.0], ids=["on the card", "offloaded"])

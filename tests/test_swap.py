@@ -67,6 +67,29 @@ def test_blocks_that_the_prefix_cache_holds_do_not_come_back_twice() -> None:
     assert not back.is_out and back.pairs[0].shape == (2, 1), "full blocks are cached"
 
 
+@pytest.mark.parametrize("is_reset", [False, True])
+@pytest.mark.parametrize("windows", [(0,), (0, 13)], ids=["full", "mixed"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_came_back_is_found_by_others(order, windows, is_reset: bool) -> None:
+    """But not what was computed before the prefix cache was reset."""
+    walk = Walk(make_engine(windows, 6, num_host_blocks=60, scheduling_policy="priority", order=order))
+    engine = walk.engine
+    walk.submit(PROMPT, max_tokens=12, priority=5)
+    walk.step()
+    walk.submit([40] * 20, max_tokens=3, priority=1)  # takes all blocks
+    while engine.kv.swap.num_sequences == 0:
+        walk.step()
+    if is_reset:
+        engine.reset_prefix_cache()
+    while engine.kv.swap.num_sequences:
+        walk.step()
+    hits = engine.scheduler.prefix_hits
+    walk.submit(PROMPT, max_tokens=1, priority=5)
+    walk.finish()
+    walk.check_all(windows)
+    assert engine.scheduler.prefix_hits - hits == (0 if is_reset else len(PROMPT) // BLOCK_SIZE * BLOCK_SIZE)
+
+
 @pytest.mark.parametrize("end", ["abort", "pause"])
 def test_host_blocks_are_given_back_by_who_does_not_come_back(end: str) -> None:
     walk = crowd(num_host_blocks=60)
@@ -112,25 +135,27 @@ def test_much_swap_space_is_warned_of(caplog) -> None:
     assert "--swap-space 4.1 GiB is 41 % of this machine's memory" in caplog.text
 
 
-def test_a_cards_caches_go_out_and_come_back() -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e5m2"])
+def test_a_cards_caches_go_out_and_come_back(kv_cache_dtype: str) -> None:
     """Kernels interpreted: two groups of layers, blocks of all caches, nothing waited for."""
-    config = CompileConfig(model=str(checkpoint("gpt_oss", "bfloat16")))
+    config = CompileConfig(model=str(checkpoint("gpt_oss", "bfloat16")), kv_cache_dtype=kv_cache_dtype)
     model = compile_model(config, CARD)
     model.allocate_caches([6, 6])
     for cache in model._caches.values():
-        cache.normal_()
+        cache.copy_(torch.randn(cache.shape))
     model.allocate_host_blocks([4, 3])
-    before = {name: cache.clone() for name, cache in model._caches.items()}
+    caches = {name: cache.view(torch.uint8) for name, cache in model._caches.items()}
+    before = {name: cache.clone() for name, cache in caches.items()}
     groups = [[f"{kind}_cache_{layer}" for layer in group.layers for kind in "kv"] for group in model.info.cache_groups]
     out = BlockCopy(True, (np.array([[5, 2, 3], [0, 3, 1]]), np.array([[1], [2]])))
     back = BlockCopy(False, (np.array([[2, 4], [0, 1]]), np.array([[], []], np.int64)))
     with no_host_sync():
         model.swap([out, back])
     for name in groups[0]:
-        found = model._caches[name]
+        found = caches[name]
         assert torch.equal(found[2], before[name][5]) and torch.equal(found[4], before[name][3])
         assert all(torch.equal(found[block], before[name][block]) for block in (0, 1, 3, 5))
     back = BlockCopy(False, (np.array([[], []], np.int64), np.array([[4], [2]])))
     model.swap([back])
     for name in groups[1]:
-        assert torch.equal(model._caches[name][4], before[name][1])
+        assert torch.equal(caches[name][4], before[name][1])

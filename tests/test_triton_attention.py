@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton_interpreter
+from fp8_cases import STORED, fp8_of, numbers
 from triton_interpreter import assert_fits, compile_launches
 
 from fuseline.compile.kernels.triton import attention
@@ -122,29 +123,30 @@ def test_dtypes(dtype, cache_dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("as_bytes", (False, True))
-def test_fp8_cache(dtype, as_bytes):
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_fp8_cache(dtype, stored):
     """Keys and values are the stored numbers times their scales: the plain attention over those."""
     plain = Batch([100, 300, 20], [33, 1, 1], dtype=dtype)
     coded = Batch([100, 300, 20], [33, 1, 1], dtype=dtype)
     k_scale, v_scale = torch.tensor([0.5]), torch.tensor([0.25])
     for name, scale in (("k_cache", k_scale), ("v_cache", v_scale)):
-        stored = (getattr(plain, name).float().nan_to_num(400.0) / scale).to(torch.float8_e4m3fn)
-        setattr(plain, name, (stored.float() * scale).to(dtype))
-        setattr(coded, name, stored.view(torch.uint8) if as_bytes else stored)
+        numbers = (getattr(plain, name).float().nan_to_num(1e6) / scale).to(fp8_of(stored))
+        setattr(plain, name, (numbers.float() * scale).to(dtype))
+        setattr(coded, name, numbers.view(stored))
     tolerance = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     for found, want in zip(coded.run(k_scale=k_scale, v_scale=v_scale), plain.run(), strict=True):
         torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance)
 
 
-def test_every_byte_of_fp8_is_read_right():
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_every_byte_of_fp8_is_read_right(stored, dtype):
     """One key a sequence: its value comes out as it is stored, normal or not, whatever the sign."""
-    numbers = torch.arange(256, dtype=torch.uint8)
-    numbers = numbers[~numbers.view(torch.float8_e4m3fn).isnan()]
-    batch = Batch([1], [1], 1, 1, value_dim=len(numbers), block_size=1)
-    batch.k_cache = torch.zeros(batch.k_cache.shape, dtype=torch.uint8)
-    batch.v_cache = numbers.expand(len(batch.v_cache), 1, 1, -1).contiguous()
-    assert torch.equal(batch.run()[0][0, 0], numbers.view(torch.float8_e4m3fn).float())
+    want = numbers(fp8_of(stored))
+    batch = Batch([1], [1], 1, 1, value_dim=len(want), block_size=1, dtype=dtype)
+    batch.k_cache = torch.zeros(batch.k_cache.shape).to(fp8_of(stored)).view(stored)
+    batch.v_cache = want.to(fp8_of(stored)).view(stored).expand(len(batch.v_cache), 1, 1, -1).contiguous()
+    assert torch.equal(batch.run()[0][0, 0].float(), want)
 
 
 @pytest.mark.parametrize("options", ({}, {"window": 600}, SINKS), ids=("plain", "window", "sinks"))
@@ -223,16 +225,21 @@ def test_the_reference_of_this_file_is_that_of_the_op():
 
 def launches(arch: int) -> None:
     """What the compile test compiles: on Hopper the shapes of Llama, gpt-oss (window, sinks, fp8), Gemma and DeepSeek
-    (plain and with its one latent head); on the others what differs there."""
-    coded = {"window": 128, "sinks": torch.zeros(64), "k_scale": torch.ones(1)}
+    (plain and with its one latent head); on the others what differs there. An sm_80 reads e4m3 as bytes."""
+    scales = {"k_scale": torch.ones(1), "v_scale": torch.ones(1)}
+    coded = {"window": 128, "sinks": torch.zeros(64), **scales}
     shapes = [
         (32, 8, 128, 128, torch.bfloat16, torch.bfloat16, {}),
-        (64, 8, 64, 64, torch.bfloat16, torch.uint8, coded),
+        (64, 8, 64, 64, torch.bfloat16, torch.float8_e5m2, coded),
+        (64, 8, 64, 64, torch.bfloat16, torch.uint8 if arch == 80 else torch.float8_e4m3fn, coded),
         (8, 4, 256, 256, torch.float16, torch.float16, {"softcap": 50.0}),
         (16, 16, 192, 128, torch.bfloat16, torch.bfloat16, {}),
         (128, 1, 576, 512, torch.bfloat16, torch.bfloat16, {}),
+        (128, 1, 576, 512, torch.bfloat16, torch.float8_e5m2, scales),
+        (4, 1, 64, 64, torch.float16, torch.float8_e5m2, scales),
+        (4, 1, 64, 64, torch.float32, torch.float8_e5m2, scales),
     ]
-    for heads, kv_heads, key_dim, value_dim, dtype, cache_dtype, options in shapes[: {80: 2, 90: 5, 100: 1}[arch]]:
+    for heads, kv_heads, key_dim, value_dim, dtype, cache_dtype, options in shapes[: {80: 3, 90: 9, 100: 3}[arch]]:
         batch = Batch([50, 333], [40, 1], heads, kv_heads, key_dim, value_dim, dtype=dtype)
         batch.k_cache, batch.v_cache = batch.k_cache.to(cache_dtype), batch.v_cache.to(cache_dtype)
         batch.run(**options)

@@ -15,11 +15,11 @@ from triton_interpreter import assert_fits, compile_launches
 
 from fuseline.compile.kernels.triton import activation, attention, experts, linear, matmul, norm, rope, sampling
 from fuseline.compile.ops import codes
+from fuseline.compile.ops.rope import FP8
 
 __all__ = ["triton_interpreter"]
 pytestmark = pytest.mark.slow
 SILU = codes.UNARY["silu"]
-E4M3 = torch.float8_e4m3fn
 LAYERS = {
     "llama_8b": (32, 8, 128, 128, {}),
     "llama_1b": (32, 8, 64, 64, {}),
@@ -29,7 +29,8 @@ LAYERS = {
     "gemma": (8, 4, 256, 256, {"softcap": 50.0, "window": 4096}),
     "deepseek": (128, 128, 192, 128, {}),
     "deepseek_latent": (128, 1, 576, 512, {}),
-    "llama_8b_fp8": (32, 8, 128, 128, {"cache": E4M3}),
+    "llama_8b_e4m3": (32, 8, 128, 128, {"cache": torch.float8_e4m3fn}),
+    "llama_8b_e5m2": (32, 8, 128, 128, {"cache": torch.float8_e5m2}),
 }
 """Heads, kv heads, key dim, value dim."""
 
@@ -41,7 +42,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def attend(tokens: int, seqs: int, layer: tuple) -> None:
     heads, kv_heads, key_dim, value_dim, options = layer
     dtype = options.get("cache", torch.bfloat16)
-    scale = meta(1, dtype=torch.float32) if dtype == E4M3 else None
+    scale = meta(1, dtype=torch.float32) if dtype in FP8 else None
     attention.paged_attention(
         meta(1, tokens, heads, value_dim), meta(1, tokens, heads, key_dim).transpose(1, 2),
         *(meta(1 << 17, kv_heads, 16, dim, dtype=dtype) for dim in (key_dim, value_dim)),

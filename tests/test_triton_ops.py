@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton_interpreter
+from fp8_cases import CACHED, STORED, fp8_of, numbers_to_round, over_fp8, too_large
 from native_fixtures import FLOATS
 from test_ops import assert_agrees, assert_close, assert_lies_as_fake, cases
 from triton_interpreter import assert_fits, compile_launches
@@ -18,6 +19,7 @@ from fuseline.compile.ops import norm as norm_reference
 from fuseline.compile.ops.library import Make
 from fuseline.compile.ops.moe import experts as experts_reference
 from fuseline.compile.ops.registry import registry
+from fuseline.compile.ops.rope import FP8
 
 __all__ = ["triton_interpreter"]
 BY_NAME = {target._schema.name.split("::")[1]: kernel for target, kernel in KERNELS.items()}
@@ -70,23 +72,31 @@ def test_a_row_of_a_norm_does_not_depend_on_the_others():
     assert torch.equal(norm.rms_norm(x[4:5], weight, 1e-5, 0), whole[4:5])
 
 
-def test_every_number_becomes_the_nearest_byte_of_fp8():
-    """All bytes, all halves between two, what is too large, too small, or no number."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    numbers = numbers[numbers.isfinite()].sort().values
-    between = (numbers[1:] + numbers[:-1]) / 2
-    x = torch.cat((numbers, between, between.nextafter(numbers[1:]), between.nextafter(numbers[:-1])))
-    x = torch.cat((x, torch.tensor([0.0, -0.0, 448.0, -448.0, 1e-9, float("nan")]), torch.randn(100)))
-    k_cache = v_cache = torch.zeros(1, 1, 1, len(x), dtype=torch.float8_e4m3fn)
-    rope.write_cache(k_cache, v_cache, x[None, None, None], x[None, None, None], torch.tensor([0]))
-    found, want = k_cache.flatten().view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8)
-    assert torch.equal(found, want), (x[found != want], found[found != want], want[found != want])
-    large = torch.tensor([500.0, -1e9, float("inf"), 224.0])[None, None, None]
-    k_cache = torch.zeros(1, 1, 1, 4, dtype=torch.uint8)
-    rope.write_cache(
-        k_cache, k_cache, large, large, torch.tensor([0]), k_scale=torch.tensor([0.5]), v_scale=torch.tensor([0.5])
-    )
-    assert k_cache.view(torch.float8_e4m3fn).float().flatten().tolist() == [448.0, -448.0, 448.0, 448.0]
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", CACHED)
+def test_kernels_over_fp8_caches_agree_with_their_reference(name, dtype, fp8):
+    for args in over_fp8(registry()[name], dtype, fp8):
+        assert_agrees(registry()[name], args, BY_NAME[name].run)
+
+
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+def test_every_number_becomes_the_nearest_byte_of_fp8(fp8):
+    x = numbers_to_round(fp8)
+    k_cache, v_cache = (torch.zeros(1, 1, 1, len(x), dtype=fp8) for _ in "kv")
+    rope.write_cache(k_cache, v_cache, x[None, None, None], -x[None, None, None], torch.tensor([0]))
+    for cache, numbers in ((k_cache, x), (v_cache, -x)):
+        found, want = cache.flatten().view(torch.uint8), numbers.to(fp8).view(torch.uint8)
+        assert torch.equal(found, want), (numbers[found != want], found[found != want], want[found != want])
+
+
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_what_is_too_large_for_fp8_becomes_its_largest_number(stored):
+    x, scale, want = too_large(stored)
+    k_cache, v_cache = (torch.zeros(1, 1, 1, len(x), dtype=stored) for _ in "kv")
+    rope.write_cache(k_cache, v_cache, *[x[None, None, None]] * 2, torch.tensor([0]), k_scale=scale, v_scale=scale)
+    for cache in (k_cache, v_cache):
+        assert torch.equal(cache.view(fp8_of(stored)).float().flatten(), want)
 
 
 def test_tables_wider_than_what_is_rotated():
@@ -97,14 +107,15 @@ def test_tables_wider_than_what_is_rotated():
         assert torch.equal(rope.rope(*args), registry()["rope"].reference(*args).to(torch.bfloat16))
 
 
-def test_rotated_keys_in_fp8_are_the_rotated_keys_rounded():
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+def test_rotated_keys_in_fp8_are_the_rotated_keys_rounded(fp8):
     args = list(registry()["rope_cache"].inputs(make(torch.bfloat16)))[0]
     k_cache, v_cache, _, k, v, cos, sin, rows, slots, *how = args
-    plain, coded = (k_cache.clone(), v_cache.clone()), [c.to(torch.float8_e4m3fn) for c in (k_cache, v_cache)]
+    plain, coded = (k_cache.clone(), v_cache.clone()), [c.to(fp8) for c in (k_cache, v_cache)]
     for caches in (plain, coded):
         rope.rope_cache(*caches, *args[2:])
     for cache, code in zip(plain, coded, strict=True):
-        assert torch.equal(cache.to(torch.float8_e4m3fn).view(torch.uint8), code.view(torch.uint8))
+        assert torch.equal(cache.to(fp8).view(torch.uint8), code.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -205,7 +216,9 @@ def launches(arch: int) -> None:
     rotary = list(registry()["rope_cache"].inputs(bf16))
     for args in rotary if arch == 90 else rotary[:1]:
         rope.rope_cache(*args)
-        rope.rope_cache(*(c.view(torch.uint8) for c in args[:2]), *args[2:])
+        for fp8 in FP8:
+            rope.rope_cache(*(c.to(fp8) for c in args[:2]), *args[2:], torch.ones(1), torch.ones(1))
+            rope.write_cache(*(c.to(fp8) for c in args[:2]), *args[3:5], args[8])
         rope.rope(*args[2:3], *args[5:8], *args[9:])
         rope.write_cache(*args[:2], *args[3:5], args[8])
     for name in ("act_mul", "gather_rows", "route_topk"):

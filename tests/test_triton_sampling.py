@@ -73,6 +73,26 @@ def test_long_lists_take_several_steps():
     assert_same(make_logits(4, 2900), rows)
 
 
+def test_a_history_may_lie_anywhere() -> None:
+    """Begin and end of each row's tokens in a memory that holds more, int32: the same as one after the other."""
+    vocab, memory = 300, torch.randint(300, (4, 50), dtype=torch.int32)
+    lengths = [7, 0, 50, 31]
+    penalties = {"repetition": 1.2, "frequency": 0.5, "presence": 0.3, "num_logprobs": 8}
+    parts = [(memory[r, : min(4, n)].tolist(), memory[r, 4:n].tolist()) for r, n in enumerate(lengths)]
+    rows = [{**penalties, "prompt": prompt, "output": output} for prompt, output in parts]
+    begins = torch.arange(4) * 50
+
+    def in_place(*arguments) -> None:
+        ragged, spans = list(arguments), torch.stack((begins, begins + torch.tensor(lengths)))
+        ragged[17:19] = spans, memory.reshape(-1)
+        sample(*ragged)
+
+    logits = make_logits(4, vocab)
+    found, want = Result(logits, rows, None, PROCESSED, 8, in_place), result(logits, rows, mode=PROCESSED)
+    for name in ("tokens", "ranks", "logprobs", "top_ids"):
+        assert torch.equal(getattr(found, name), getattr(want, name)), name
+
+
 def test_ids_outside_the_vocabulary_are_passed_over():
     rows = [{"banned": (-1, 700, 3)}, {"allowed": (5, 10**6)}, {"bias": {-3: 9.0, 900: 9.0}},
             {"frequency": 1.0, "output": (800, 2)}]  # fmt: skip

@@ -18,6 +18,7 @@ from fuseline.compile.kernels import cuda_library
 from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL
 
 __all__ = ["config"]
+MIXED = f"cuda.decode_attention, {OURS}"
 HEADS_OF_64 = (("hidden_size", 256), ("head_dim", 64), ("num_hidden_layers", 1))
 
 
@@ -33,18 +34,30 @@ def test_kernels_in_cpp_come_first_and_are_measured(config, monkeypatch):
     want = {"rows": [[16, "cuda.linear"], [ANY, "torch.linear"]]}
     assert all(choice == want for choice in found["linear"]) and len(found["linear"]) == 4
     assert found["linear_act_mul"] == [{"rows": [[16, "cuda.linear_act_mul"], [ANY, "torch.linear, cuda.act_mul"]]}]
-    assert found["paged_attention"] == [{DECODE: [[ANY, "cuda.decode_attention"]], PREFILL: [[ANY, OURS]]}]
+    assert found["paged_attention"] == [{DECODE: [[ANY, "cuda.decode_attention"]], PREFILL: [[ANY, MIXED]]}]
     assert max(rows for label, rows in clock.seen if label in ("cuda.linear", "cuda.linear_act_mul")) == 16
     assert {rows for label, rows in clock.seen if label == "cuda.decode_attention"} == {1, 8, 16, 20}
     assert {"torch.linear", "triton.linear", "triton.linear_act_mul", OURS} <= {label for label, _ in clock.seen}
 
 
 def test_kernels_in_cpp_give_way_to_what_is_faster(config, monkeypatch):
-    faster = {"triton.linear": 0.5, OURS: 0.5}
-    clock = Clock(lambda label, rows: faster.get(label) if rows == 1 else None)
+    faster = {("triton.linear", 1): 0.5, (OURS, 1): 0.5, (f"{MIXED} 64r", 300): 0.5}
+    clock = Clock(lambda label, rows: faster.get((label, rows)))
     found = choices(in_cpp(config, monkeypatch), clock)
     assert found["linear"][0] == {"rows": [[1, "triton.linear"], [16, "cuda.linear"], [ANY, "torch.linear"]]}
-    assert found["paged_attention"][0][DECODE] == [[1, OURS], [ANY, "cuda.decode_attention"]]
+    assert found["paged_attention"][0] == {
+        DECODE: [[1, OURS], [ANY, "cuda.decode_attention"]], PREFILL: [[ANY, f"{MIXED} 64r"]],
+    }  # fmt: skip
+    assert not any(label == OURS and rows == 300 for label, rows in clock.seen), "it leaves single tokens to the other"
+
+
+def test_norms_and_the_caches_write_in_cpp_give_way_too(config, monkeypatch):
+    faster = {"triton.rms_norm 4w": 64, "triton.rope_cache": 1}
+    clock = Clock(lambda label, rows: 0.5 if rows >= faster.get(label, ANY) else None)
+    found = choices(in_cpp(config, monkeypatch), clock)
+    assert found["rms_norm"] == [{"rows": [[32, "cuda.rms_norm"], [ANY, "triton.rms_norm 4w"]]}]
+    assert found["add_rms_norm"] == [{"rows": [[ANY, "cuda.add_rms_norm"]]}] * 2
+    assert found["rope_cache"] == [{"rows": [[ANY, "triton.rope_cache"]]}]
 
 
 def test_without_their_library_linears_and_attention_are_tritons_and_torchs(config):

@@ -12,7 +12,6 @@ from fuseline.api.protocol.common import MAX_STOP_STRINGS, GenerateRequest
 from fuseline.engine.messages import EngineReady, SamplingParams
 
 MAX_BIAS = 100.0
-LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 
 
 def refuse_unsupported(request: GenerateRequest) -> None:
@@ -53,7 +52,6 @@ class SamplingBuilder:
     ) -> None:
         self._max_logprobs = config.engine.max_logprobs
         self._priority = config.engine.scheduler.scheduling_policy == "priority"
-        self._mode = LOGPROBS_MODES.index(config.logprobs_mode)
         self._vocab = ready.vocab_size
         self._context = ready.max_model_len
         self._tokenizer = tokenizer
@@ -98,7 +96,6 @@ class SamplingBuilder:
             logit_bias=self._logit_bias(request.logit_bias),
             allowed_token_ids=self._allowed(request.allowed_token_ids),
             bad_words=self._bad_words(request.bad_words),
-            logprobs_mode=self._mode,
         )
 
     def max_tokens(self, num_prompt: int, asked: int | None) -> int:

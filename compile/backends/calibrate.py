@@ -15,8 +15,6 @@ from fuseline.compile import ops  # noqa: F401  registers those of WRITES
 
 OPS = torch.ops.fuseline
 WRITES = (OPS.write_cache.default, OPS.rope_cache.default)
-TOP = 224.0
-"""Where the largest number seen comes to lie: half of what fp8 holds, so that later ones may be twice as large."""
 
 
 class Calibration(fx.Interpreter):
@@ -35,17 +33,21 @@ class Calibration(fx.Interpreter):
 
 def _set_scales(op: Callable, *args: object) -> None:
     if op is OPS.write_cache.default:
-        _, _, k, v, _, k_scale, v_scale = args
+        k_cache, v_cache, k, v, _, k_scale, v_scale = args
     else:
         from fuseline.compile.kernels.triton.table import KERNELS
 
-        _, _, _, k, v, cos, sin, rows, _, rotary_dim, layout, k_scale, v_scale = args
+        k_cache, v_cache, _, k, v, cos, sin, rows, _, rotary_dim, layout, k_scale, v_scale = args
         k = KERNELS[OPS.rope.default].run(k, cos, sin, rows, rotary_dim, layout)
-    for x, scale in ((k, k_scale), (v, v_scale)):
-        scale.copy_(scale_of(x))
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        scale.copy_(scale_of(x, cache.dtype))
 
 
-def scale_of(x: Tensor) -> Tensor:
-    """[1] float32; 1 of numbers that are all 0, or not finite."""
+def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1] float32; 1 of numbers that are all 0, or not finite.
+
+    The largest comes to lie at half of what the cache's dtype holds, so that later ones may be twice as large.
+    """
     largest = x.abs().amax().float().reshape(1)
-    return torch.where((largest > 0) & largest.isfinite(), largest / TOP, 1.0)
+    top = torch.finfo(dtype).max / 2
+    return torch.where((largest > 0) & largest.isfinite(), largest / top, 1.0)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fuseline.compile.backends.graph_api import recording
 from fuseline.compile.kernels.choice import Candidate
 
 FLUSHED = 256 << 20
@@ -45,13 +46,9 @@ class CardTimer:
                 candidate.plan(arguments.host)
             candidate.run(*arguments.calls[0])  # compiles and takes workspaces, which a capture must not do
             self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
+            with recording() as graph:
                 for args in arguments.calls:
                     candidate.run(*args)
-            finally:
-                graph.capture_end()
             return self._median(graph) / len(arguments.calls)
 
     def _median(self, graph: torch.cuda.CUDAGraph) -> float:

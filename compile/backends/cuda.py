@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx
 
 from fuseline.compile.backends.calibrate import WRITES, Calibration
+from fuseline.compile.backends.eager import constant_name
 from fuseline.compile.backends.offload import PREFETCH, Offload
 from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
 from fuseline.compile.kernels.external import ExternalAttention
@@ -37,7 +38,7 @@ class CudaExecutable:
         """`external`: None for the libraries that are installed."""
         self.offload = offload
         self._external = external or ExternalAttention(target)
-        self.kernels = chosen_kernels(graph, target, self._external)
+        self.kernels = chosen_kernels(graph, target, self._external, _constants(graph, offload))
         program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
         device = torch.device(target.device)
         kernels = {node.name: kernel for node, kernel in self.kernels.items()}
@@ -82,10 +83,11 @@ class CudaExecutable:
 
 
 def chosen_kernels(
-    graph: fx.GraphModule, target: Target, external: ExternalAttention | None = None
+    graph: fx.GraphModule, target: Target, external: ExternalAttention | None = None, constants: Collection[str] = ()
 ) -> dict[fx.Node, CudaKernel]:
     """Of every call. Needs no card. Raises ValueError for an op that nothing computes."""
-    found = {node: find_kernel(node, target, external) for node in graph.graph.nodes if node.op == "call_function"}
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    found = {node: find_kernel(node, target, external, constants) for node in calls}
     for node, kernel in found.items():
         if kernel is None:
             raise ValueError(f"no kernel for {node.format_node()} on {target.isa}")
@@ -95,6 +97,12 @@ def chosen_kernels(
 def count_kernels(graph: fx.GraphModule, target: Target) -> Counter[str]:
     """How often each kernel is called in a step."""
     return Counter(kernel.label for kernel in chosen_kernels(graph, target).values())
+
+
+def _constants(graph: fx.GraphModule, offload: Offload | None) -> set[str]:
+    """Targets of weights that stay as they are while the graph runs: not those that come through slots."""
+    away = frozenset() if offload is None else offload.keys
+    return {str(n.target) for n in graph.graph.nodes if n.op == "get_attr" and constant_name(n) not in away}
 
 
 def _on_device(args: object, device: torch.device) -> object:

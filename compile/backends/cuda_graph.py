@@ -111,7 +111,11 @@ class DecodeGraphs:
         self.captured[size] = DecodeGraph(replay, self.api.borrowed(logits))
 
     def _try(self, size: int) -> Tensor:
-        return self.executable.run({**self.caches, **self.make_inputs(size).values(size)}, is_trial=True)
+        from fuseline.compile.kernels.triton.batch import pad_decode
+
+        inputs = self.make_inputs(size)
+        pad_decode(inputs.written, inputs.written, size)  # compiled before a replay needs it
+        return self.executable.run({**self.caches, **inputs.values(size)}, is_trial=True)
 
 
 @dataclass

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from ctypes import py_object, pythonapi
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Replay = Callable[[], None]
@@ -26,33 +30,60 @@ class GraphApi(Protocol):
         """A tensor's memory without its ownership."""
 
 
-class CudaGraphApi:
-    """torch.cuda's graphs, on a stream of their own, so that capture and serving do not meet."""
+@dataclass(frozen=True)
+class CaptureStreams:
+    """Two, because a library's workspace belongs to a thread and a stream: a graph writes to that of the stream that it
+    was captured on whenever it is replayed, which a trial run must not do meanwhile.
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+    Made once a model: torch deals out 32 streams in turns, so that new ones for each capture would in the end be those
+    that others work on.
+    """
+
+    captures: torch.cuda.Stream
+    trials: torch.cuda.Stream
+
+    @staticmethod
+    def of(device: torch.device) -> CaptureStreams:
+        return CaptureStreams(torch.cuda.Stream(device), torch.cuda.Stream(device))
+
+
+class CudaGraphApi:
+    """torch.cuda's graphs, on streams of their own, so that capture and serving do not meet. Of one thread."""
+
+    def __init__(self, streams: CaptureStreams) -> None:
+        self._streams = streams
         self._pool = torch.cuda.graph_pool_handle()
+        self._has_workspaces = False
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Compiles kernels and lets libraries load theirs and take workspaces, which capture must not do.
+        """Compiles kernels and lets libraries load theirs, which capture must not do.
 
         Comes after what the default stream has been given so far: weights on their way, caches being zeroed.
         """
-        self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        stream = self._streams.trials
+        stream.wait_stream(torch.cuda.default_stream(stream.device))
+        with torch.cuda.stream(stream):
             run()
-        self._stream.synchronize()
+        stream.synchronize()
 
     def capture(self, run: Callable[..., Any], *inputs: object) -> tuple[Replay, Any]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            # Not torch.cuda.graph(): it collects garbage and stops the whole device first. Other threads go on.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        with torch.cuda.stream(self._streams.captures):
+            self._take_workspaces()
             try:
-                results = run(*inputs)
-            finally:
-                graph.capture_end()
+                with recording(self._pool) as graph:
+                    results = run(*inputs)
+            except BaseException:
+                self._pool = torch.cuda.graph_pool_handle()  # torch may think that the old one is still recorded to
+                raise
         return graph.replay, results
+
+    def _take_workspaces(self) -> None:
+        """cuBLAS's of this thread and stream. Taken within a capture they would keep the pool from being given back."""
+        if not self._has_workspaces:
+            x = torch.zeros(16, 16, dtype=torch.bfloat16, device=self._streams.captures.device)
+            F.linear(x, x)
+            F.linear(x, x, x[0])  # cuBLASLt
+            self._has_workspaces = True
 
     def borrowed(self, tensor: Tensor) -> Tensor:
         """Goes by the bytes of the storage: the interface has no name for bfloat16."""
@@ -71,3 +102,39 @@ class _Memory:
         self.__cuda_array_interface__ = {
             "data": (address, False), "shape": (num_bytes,), "strides": None, "typestr": "|u1", "version": 2,
         }  # fmt: skip
+
+
+@contextmanager
+def recording(pool: tuple[int, int] | None = None) -> Iterator[torch.cuda.CUDAGraph]:
+    """What this thread gives the current stream becomes a graph, over memory of the pool (None: of one of its own).
+
+    Not torch.cuda.graph(): it stops the whole device first. Other threads go on, whatever they ask of the device but to
+    wait for all of it. What is raised within is what comes out: the capture that it has spoilt ends in another error.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield graph
+    except BaseException:
+        with suppress(RuntimeError):
+            _end(graph, pool)
+        raise
+    _end(graph, pool)
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        _abandon(graph, pool)
+        raise
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """Of a spoilt capture torch (2.11 to 2.13) forgets to tell its allocators, which go on asking the graph whether a
+    stream records. So it lives forever; and as long as they think that something records, they give nothing back."""
+    pythonapi.Py_IncRef(py_object(graph))
+    device = torch.cuda.current_device()
+    for tell in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):  # it was told: the graph could not be made of what was recorded
+            tell(device, pool)

@@ -177,6 +177,11 @@ class Offload:
     def num_bytes(self) -> int:
         return sum(memory.nbytes for memory in self.host)
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Of the weights."""
+        return frozenset(weight.key for layer in self.layers for weight in layer.weights)
+
     def host_tensors(self) -> dict[str, Tensor]:
         """Where the weights are to be loaded, by key."""
         pairs = zip(self.layers, self.host, strict=True)
@@ -251,6 +256,5 @@ def without_offloaded(weights: Mapping[str, Tensor], offload: Offload | None) ->
     """The weights that lie on the device, the slots included."""
     if offload is None:
         return dict(weights)
-    away = {weight.key for layer in offload.layers for weight in layer.weights}
-    on_device = {key: tensor for key, tensor in weights.items() if key not in away}
+    on_device = {key: tensor for key, tensor in weights.items() if key not in offload.keys}
     return on_device | {f"slot {place}": slot for place, slot in enumerate(offload.slots)}

@@ -114,7 +114,10 @@ class MixedGraphs:
 
     def _trial(self, size: int) -> Values:
         """The parts op by op; gives the results of split ops by name, on meta."""
+        from fuseline.compile.kernels.triton.batch import pad_tokens
+
         inputs = self.make_inputs(size)
+        pad_tokens(inputs.written, inputs.written, size)  # compiled before a replay needs it
         values = {**self.caches, **inputs.values(size), **inputs.trial_sequence(size, self.block_size)}
         last, results = self._cuts.last_uses(), {}
         for at, part in enumerate(self._cuts.parts):

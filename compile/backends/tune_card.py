@@ -20,10 +20,10 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile import kernels
 from fuseline.compile.backends.artifact import version_of
-from fuseline.compile.backends.card_timer import Arguments, CardTimer, Timer
+from fuseline.compile.backends.card_timer import CardTimer, Timer
+from fuseline.compile.backends.tune_calls import NORMS, OF_HEADS, CallMaker, described, has_constants
 from fuseline.compile.backends.tuned import MIN_GAIN, Progress, measured_once
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.kernels.attention_batch import AttentionLayer, make_batch
 from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, chosen_label, default_choices
 from fuseline.compile.kernels.cuda import OPS, aten, candidates
 from fuseline.compile.kernels.external import ExternalAttention
@@ -32,15 +32,12 @@ from fuseline.compile.target import Target
 logger = logging.getLogger(__name__)
 OPS_WITH_CHOICE = (
     aten.linear.default, OPS.linear_act_mul.default, OPS.experts.default, OPS.paged_attention.default,
+    OPS.act_mul.default, *OF_HEADS, *NORMS,
 )  # fmt: skip
 ROWS = (1, 8, 16, 32, 64, 128, 256)
 """Ends of the ranges of rows; one more goes on to any number."""
 LARGE = 2048
 """Rows that stand for the last range, and tokens of the prompt that stands for all of a step with prompts."""
-CONTEXT = 1024
-"""Keys of a sequence in steps of one token each."""
-MAX_TENSORS = 8
-"""Weights of one shape that are read in turns."""
 
 
 @dataclass(frozen=True, order=True)
@@ -68,7 +65,9 @@ def tune_kernels(
     timer: Timer | None = None, external: ExternalAttention | None = None,
 ) -> None:  # fmt: skip
     """Gives every node of several candidates its choices, meta["choices"]. `weights` by get_attr target."""
-    problems = _problems(graph, target, external or ExternalAttention(target))
+    # Norms sum a line in orders of their own.
+    ops = [op for op in OPS_WITH_CHOICE if not (config.batch_invariant and op in NORMS)]
+    problems = _problems(graph, target, external or ExternalAttention(target), ops)
     tuner = _Tuner(weights, config, target, timer or CardTimer())
     chosen = measured_once(
         config, _key(problems, config, target), list(problems), lambda which: tuner.choose(which, problems[which]),
@@ -99,7 +98,7 @@ class _Tuner:
     def __init__(
         self, weights: Mapping[str, Tensor], config: CompileConfig, target: Target, timer: Timer
     ) -> None:  # fmt: skip
-        self._weights = weights
+        self._calls = CallMaker(weights, target.device)
         self._config = config
         self._device = target.device
         self._timer = timer
@@ -133,7 +132,7 @@ class _Tuner:
 
     def _fastest(self, problem: Problem, calls: Calls, phase: str, end: int, rows: int, default: str) -> str:
         good = [c for c in calls.candidates if phase in c.phases and c.most_rows >= end]
-        arguments = self._arguments(calls.nodes, phase, rows)
+        arguments = self._calls.arguments(calls.nodes, phase, rows)
         seconds: dict[str, float] = {}
         for candidate in good:
             if candidate.label in calls.failed:
@@ -150,75 +149,22 @@ class _Tuner:
         best = min(seconds, key=seconds.__getitem__)
         return best if seconds[best] < (1 - MIN_GAIN) * seconds.get(default, float("inf")) else default
 
-    def _arguments(self, nodes: Sequence[fx.Node], phase: str, rows: int) -> Arguments:
-        if nodes[0].target is OPS.paged_attention.default:
-            return self._attention(nodes[0], phase, rows)
-        make = self._experts if nodes[0].target is OPS.experts.default else self._linear
-        return Arguments([make(node, rows) for node in nodes[:MAX_TENSORS]])
 
-    def _linear(self, node: fx.Node, rows: int) -> tuple:
-        """(x, weight, bias, ...), as aten.linear and linear_act_mul have them."""
-        x, weight, *rest = node.args
-        return self._randn(x, 1, rows, weight.meta["val"].shape[1]), *map(self._value, (weight, *rest))
-
-    def _experts(self, node: fx.Node, rows: int) -> tuple:
-        x, ids, scores, gate_up, *rest = node.args
-        num_experts, top_k = gate_up.meta["val"].shape[0], ids.meta["val"].shape[1]
-        chosen = torch.rand(rows, num_experts).topk(top_k).indices.to(self._device)
-        values = self._randn(x, rows, x.meta["val"].shape[1]), chosen, self._randn(scores, rows, top_k)
-        return *values, *map(self._value, (gate_up, *rest))
-
-    def _attention(self, node: fx.Node, phase: str, rows: int) -> Arguments:
-        """A prompt, or sequences of one token; their keys are as many as are not found in a cache."""
-        layer, table = AttentionLayer.of(*_shapes(node.args)), str(node.args[3].target)
-        lengths, counts = ([rows], [rows]) if phase == PREFILL else ([CONTEXT] * rows, [1] * rows)
-        batch = make_batch(layer, lengths, counts, self._device, table)
-        return Arguments([batch.args], batch.host)
-
-    def _value(self, arg: object) -> object:
-        return self._weights[str(arg.target)].to(self._device) if isinstance(arg, fx.Node) else arg
-
-    def _randn(self, like: fx.Node, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self._device).to(like.meta["val"].dtype)
-
-
-def _problems(graph: fx.GraphModule, target: Target, external: ExternalAttention) -> dict[Problem, Calls]:
+def _problems(
+    graph: fx.GraphModule, target: Target, external: ExternalAttention, ops: Sequence[object]
+) -> dict[Problem, Calls]:
     """In the graph's order; only of weights that are constants, which is what is measured with."""
     nodes: dict[Problem, list[fx.Node]] = defaultdict(list)
     found: dict[Problem, list[Candidate]] = {}
     for node in graph.graph.nodes:
-        if node.target not in OPS_WITH_CHOICE or not _has_constant_weights(node):
+        if node.target not in ops or not has_constants(node):
             continue
         of = candidates(node, target, external)
-        problem = Problem(node.target._schema.name, _described(node), ", ".join(c.label for c in of))
+        problem = Problem(node.target._schema.name, described(node), ", ".join(c.label for c in of))
         if len(of) > 1:
             nodes[problem].append(node)
             found[problem] = of
     return {problem: Calls(alike, found[problem]) for problem, alike in nodes.items()}
-
-
-def _has_constant_weights(node: fx.Node) -> bool:
-    first = {OPS.experts.default: 3, OPS.paged_attention.default: len(node.args)}.get(node.target, 1)
-    return all(arg.op == "get_attr" for arg in node.args[first:] if isinstance(arg, fx.Node))
-
-
-def _described(node: fx.Node) -> str:
-    if node.target is OPS.paged_attention.default:
-        return str(AttentionLayer.of(*_shapes(node.args)))
-    return ", ".join(_text(arg) for arg in node.args)
-
-
-def _text(arg: object) -> str:
-    """A weight by its shape, what changes from step to step by its last size."""
-    if not isinstance(arg, fx.Node):
-        return str(arg)
-    value = arg.meta["val"]
-    shape = value.shape if arg.op == "get_attr" else value.shape[-1:]
-    return f"{'x'.join(str(int(size)) for size in shape)} {str(value.dtype).removeprefix('torch.')}"
-
-
-def _shapes(args: tuple) -> tuple:
-    return fx.node.map_aggregate(args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
 
 
 def _key(problems: Mapping[Problem, Calls], config: CompileConfig, target: Target) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor, fx
@@ -40,24 +40,30 @@ class RegionUpgrade(threading.Thread):
             logger.warning("regions stay with eager torch: %s: %s", type(error).__name__, error)
 
     def _upgrade(self) -> PlanExecutable | StepPlans | None:
+        # Marked before it is copied: every kind of step has the same regions, and so the same bits.
+        marks = set(range(mark_regions(self._graph)))
         kinds = step_kinds(self._graph, self._config)
-        jobs = [_jobs(kind.lower(set(range(mark_regions(kind.graph))))) for kind in kinds]
+        jobs = [_jobs(kind.lower(marks)) for kind in kinds]
         texts = {region_name(job.text): job.text for found in jobs for job in found.values()}
         kernels = compile_regions(texts, region_folder(self._config.cache_dir), self.stop, torch.get_num_threads())
         if not kernels or self.stop.is_set():
             return None
-        plans = [self._plan(kind, found, kernels) for kind, found in zip(kinds, jobs, strict=True)]
-        return join(plans, self._config)
+        # Marks of regions that some kind cannot have are gone from all: their ops keep the kernels they have.
+        marks = set.intersection(*(_compiled(found, kernels) for found in jobs))
+        return join([self._plan(kind, marks, kernels) for kind in kinds], self._config)
 
-    def _plan(self, kind: StepKind, jobs: Mapping[int, RegionJob], kernels: Mapping[str, Kernel]) -> PlanExecutable:
-        # Marks of regions that could not be compiled are gone: their ops keep the kernels they have.
-        lowered = kind.lower({mark for mark, job in jobs.items() if region_name(job.text) in kernels})
+    def _plan(self, kind: StepKind, marks: Set[int], kernels: Mapping[str, Kernel]) -> PlanExecutable:
+        lowered = kind.lower(marks)
+        jobs = _jobs(lowered)
         final = {
-            mark: RegionKernel(kernels[region_name(job.text)], job.args)
-            for mark, job in _jobs(lowered).items()
-            if region_name(job.text) in kernels
+            mark: RegionKernel(kernels[region_name(jobs[mark].text)], jobs[mark].args)
+            for mark in _compiled(jobs, kernels)
         }
         return PlanExecutable(lowered, self._weights, final)
+
+
+def _compiled(jobs: Mapping[int, RegionJob], kernels: Mapping[str, Kernel]) -> set[int]:
+    return {mark for mark, job in jobs.items() if region_name(job.text) in kernels}
 
 
 def _jobs(lowered: Lowered) -> dict[int, RegionJob]:

@@ -8,8 +8,8 @@ fastest for which rows (backends/tune_card.py) and leaves that in the node's met
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from fuseline.compile.target import Target
 if TYPE_CHECKING:
     from fuseline.compile.kernels.cuda_library import CudaLibrary
     from fuseline.compile.kernels.external import ExternalAttention
+    from fuseline.compile.kernels.native_cuda import NativeCudaKernel
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -43,34 +44,46 @@ class CudaKernel:
     """As `run`, but the result is written to a tensor that comes first."""
 
 
-def find_kernel(node: fx.Node, target: Target, external: ExternalAttention | None = None) -> CudaKernel | None:
-    """By the shapes of the node's arguments; None for an op that nothing computes. `external`: None for no library."""
+def find_kernel(
+    node: fx.Node, target: Target, external: ExternalAttention | None = None, constants: Collection[str] = ()
+) -> CudaKernel | None:
+    """By the shapes of the node's arguments; None for an op that nothing computes. `external`: None for no library.
+
+    `constants` are targets of get_attr nodes whose memory nothing on the device writes.
+    """
     if node.target is operator.getitem:
         return CudaKernel("getitem", operator.getitem)
     space, name = _name_of(node.target)
     if space not in ("fuseline", *TORCH):
         return CudaKernel(f"python.{getattr(node.target, '__name__', name)}", node.target)
-    found = candidates(node, target, external)
+    found = candidates(node, target, external, constants)
     if not found:
         return None
     choices = node.meta.get("choices") or default_choices(found)
     return CudaKernel(*dispatcher(found, choices, size_of(node)))
 
 
-def candidates(node: fx.Node, target: Target, external: ExternalAttention | None = None) -> list[Candidate]:
+def candidates(
+    node: fx.Node, target: Target, external: ExternalAttention | None = None, constants: Collection[str] = ()
+) -> list[Candidate]:
     """All that can compute an op of torch's or ours, the default first."""
     args = fx.node.map_aggregate(node.args, lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
     if node.target is OPS.paged_attention.default and external is not None:
         return attention_candidates(args, target, external, str(node.args[3].target))
-    return op_candidates(node.target, args, target)
+    kept = [isinstance(a, fx.Node) and a.op == "get_attr" and a.target in constants for a in node.args]
+    return op_candidates(node.target, args, target, kept)
 
 
-def op_candidates(op: Callable, args: tuple, target: Target) -> list[Candidate]:
-    """Without libraries; tensors perhaps on meta."""
-    return [*_in_cpp(op, args, target), *_others(op, args)]
+def op_candidates(op: Callable, args: tuple, target: Target, are_constant: Sequence[bool] = ()) -> list[Candidate]:
+    """Without libraries; tensors perhaps on meta. `are_constant` of each argument; none given: of none."""
+    in_cpp, others = _in_cpp(op, args, target, are_constant), _others(op, args)
+    if in_cpp and op is OPS.paged_attention.default:
+        # Of steps with prompts Triton has its part with each of those in CUDA C++.
+        others = [replace(candidate, phases=(DECODE,)) for candidate in others if DECODE in candidate.phases]
+    return [*in_cpp, *others]
 
 
-def _in_cpp(op: Callable, args: tuple, target: Target) -> list[Candidate]:
+def _in_cpp(op: Callable, args: tuple, target: Target, are_constant: Sequence[bool]) -> list[Candidate]:
     """The kernel of csrc/cuda, where its library is there and takes the arguments."""
     library = cuda_library.library_for(target)
     if library is None:
@@ -80,15 +93,30 @@ def _in_cpp(op: Callable, args: tuple, target: Target) -> list[Candidate]:
     kernel = KERNELS.get(op)
     if kernel is None or not kernel.supports(*args):
         return []
+    if are_constant and kernel.weight is not None and are_constant[kernel.weight]:
+        library = library.overlapping(cuda_library.Overlap.WEIGHTS)
     run = _bound(kernel.run, library)
     if op is OPS.paged_attention.default:
-        return [Candidate(kernel.label, run, phases=(DECODE,))]
+        return _attention_in_cpp(kernel, library)
     if op is aten.linear.default:
         return [Candidate(kernel.label, run, FEW_ROWS)]
     if op is OPS.linear_act_mul.default:
         of_many = Candidate("torch.linear, cuda.act_mul", _bound(linear_then_act_mul, library))
         return [Candidate(kernel.label, run, FEW_ROWS), of_many]
     return [Candidate(kernel.label, run)]
+
+
+def _attention_in_cpp(kernel: NativeCudaKernel, library: CudaLibrary) -> list[Candidate]:
+    """Of steps of one token a sequence; of others, together with Triton's launch for sequences of several."""
+    from fuseline.compile.kernels.triton import attention
+
+    def candidate(label: str, phase: str, **tuning: object) -> Candidate:
+        run, into = (_bound(partial(call, **tuning), library) for call in (kernel.run, kernel.into))
+        return Candidate(label, run, phases=(phase,), into=into)
+
+    mixed = f"{kernel.label}, triton.paged_attention"
+    tuned = [candidate(f"{mixed} {tuning}", PREFILL, tuning=tuning) for tuning in attention.PREFILL_TUNINGS]
+    return [candidate(kernel.label, DECODE), candidate(mixed, PREFILL), *tuned]
 
 
 def _bound(run: Callable, library: CudaLibrary) -> Callable:
@@ -118,7 +146,7 @@ def _others(op: Callable, args: tuple) -> list[Candidate]:
         return _experts(kernel.run, *args)
     if op is OPS.paged_attention.default:
         return _attention(kernel.run, kernel.into)
-    return [Candidate(f"triton.{name}", kernel.run, into=kernel.into)]
+    return [Candidate(f"triton.{name}", kernel.run, into=kernel.into), *_other_launches(op, name, kernel.run)]
 
 
 def attention_candidates(args: tuple, target: Target, external: ExternalAttention, table: str) -> list[Candidate]:
@@ -128,7 +156,7 @@ def attention_candidates(args: tuple, target: Target, external: ExternalAttentio
     among the graph's inputs.
     """
     ours = op_candidates(OPS.paged_attention.default, args, target)
-    # Triton's takes whatever a library may be tried with.
+    # Ours take whatever a library may be tried with.
     of_prompts = next((candidate.run for candidate in ours if PREFILL in candidate.phases), None)
     offered = external.candidates(args, table, of_prompts) if of_prompts else []
     prompts = [candidate for candidate in offered if PREFILL in candidate.phases]
@@ -138,12 +166,26 @@ def attention_candidates(args: tuple, target: Target, external: ExternalAttentio
 
 def size_of(node: fx.Node) -> Callable[..., tuple[str, int]]:
     """What gives phase and rows of a call from its arguments."""
-    return attention_size if node.target is OPS.paged_attention.default else linear_size
+    if node.target is OPS.paged_attention.default:
+        return attention_size
+    if node.target in (OPS.rope_cache.default, OPS.write_cache.default):
+        return write_size
+    return rope_size if node.target is OPS.rope.default else linear_size
 
 
 def linear_size(x: Tensor, *_: object) -> tuple[str, int]:
     """x[..., K]."""
     return ROWS, x.numel() // x.shape[-1]
+
+
+def rope_size(x: Tensor, *_: object) -> tuple[str, int]:
+    """x[1, H, T, D]."""
+    return ROWS, x.shape[2]
+
+
+def write_size(k_cache: Tensor, v_cache: Tensor, x: Tensor, *_: object) -> tuple[str, int]:
+    """Of rope_cache and write_cache; x[1, H, T, D]."""
+    return rope_size(x)
 
 
 def attention_size(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: object) -> tuple[str, int]:
@@ -186,6 +228,16 @@ def _few_rows(label: str, run: Callable) -> list[Candidate]:
 
     tuned = [Candidate(f"{label} {t}", partial(run, tuning=t), linear.ROWS) for t in linear.TUNINGS]
     return [Candidate(label, run, linear.ROWS), *tuned]
+
+
+def _other_launches(op: Callable, name: str, run: Callable) -> list[Candidate]:
+    from fuseline.compile.kernels.triton import norm, rope
+
+    if op in (OPS.rope.default, OPS.rope_cache.default):
+        return [Candidate(f"triton.{name} {n}h", partial(run, heads=n)) for n in rope.HEADS_TO_TRY]
+    if name.endswith("_norm"):
+        return [Candidate(f"triton.{name} {n}w", partial(run, num_warps=n)) for n in norm.WARPS_TO_TRY]
+    return []
 
 
 def _experts(run: Callable, x: Tensor, *_: object) -> list[Candidate]:

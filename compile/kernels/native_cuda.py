@@ -13,8 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.kernels.cuda_library import DTYPES, CudaLibrary, address
-from fuseline.compile.kernels.native_cuda_attention import decode_or_triton, supports_attention
+from fuseline.compile.kernels.native_cuda_attention import (
+    decode_or_triton,
+    decode_or_triton_into,
+    supports_attention,
+)
 from fuseline.compile.kernels.triton.lines import Lines, lined
+from fuseline.compile.ops.rope import FP8
 
 OPS = torch.ops.fuseline
 HALF = (torch.bfloat16, torch.float16)
@@ -24,11 +29,16 @@ LAYER = -1  # the mode of a LayerNorm
 
 @dataclass(frozen=True)
 class NativeCudaKernel:
-    """`supports` sees the op's arguments, tensors perhaps on meta; what changes from step to step decides in run."""
+    """`supports` sees the op's arguments, tensors perhaps on meta; what changes from step to step decides in run.
+    `weight` is the place of an argument that the kernel may read early, if it is a constant (Overlap.WEIGHTS).
+    """
 
     label: str
     run: Callable
     supports: Callable[..., bool]
+    weight: int | None = None
+    into: Callable | None = None
+    """As `run`, but the result is written to a tensor that comes after the library."""
 
 
 def linear(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -215,7 +225,7 @@ def _rotates(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, *_: object) -> b
 
 
 def _keeps(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *_: object) -> bool:
-    stored = (k.dtype, torch.float8_e4m3fn)
+    stored = (k.dtype, *FP8)
     lies_right = k_cache.stride(3) == 1 and v_cache.stride(3) == 1
     same = k_cache.dtype == v_cache.dtype and v.dtype == k.dtype and k_cache.dtype in stored
     return k.dtype in DTYPES and same and lies_right and slots.dtype == torch.int64
@@ -230,8 +240,8 @@ def _rotates_into_cache(
 
 
 KERNELS: dict[object, NativeCudaKernel] = {
-    torch.ops.aten.linear.default: NativeCudaKernel("cuda.linear", linear, _multiplies),
-    OPS.linear_act_mul.default: NativeCudaKernel("cuda.linear_act_mul", linear_act_mul, _multiplies),
+    torch.ops.aten.linear.default: NativeCudaKernel("cuda.linear", linear, _multiplies, weight=1),
+    OPS.linear_act_mul.default: NativeCudaKernel("cuda.linear_act_mul", linear_act_mul, _multiplies, weight=1),
     OPS.rms_norm.default: NativeCudaKernel("cuda.rms_norm", rms_norm, _norms),
     OPS.add_rms_norm.default: NativeCudaKernel("cuda.add_rms_norm", add_rms_norm, _norms),
     OPS.layer_norm.default: NativeCudaKernel("cuda.layer_norm", layer_norm, _norms),
@@ -241,6 +251,6 @@ KERNELS: dict[object, NativeCudaKernel] = {
     OPS.write_cache.default: NativeCudaKernel("cuda.write_cache", write_cache, _keeps),
     OPS.rope_cache.default: NativeCudaKernel("cuda.rope_cache", rope_cache, _rotates_into_cache),
     OPS.paged_attention.default: NativeCudaKernel(
-        "cuda.decode_attention", decode_or_triton, supports_attention
+        "cuda.decode_attention", decode_or_triton, supports_attention, into=decode_or_triton_into
     ),
 }

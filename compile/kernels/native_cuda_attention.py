@@ -1,4 +1,4 @@
-"""Attention of decode steps by csrc/cuda/attention.cu; steps with prompts are Triton's.
+"""Attention of sequences that compute one token, by csrc/cuda/attention.cu; those of several are Triton's.
 
 Legend: H query heads, K kv heads, T query tokens, S sequences, N blocks of B keys, D key and value dim.
 """
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.kernels.cuda_library import DTYPES, CudaLibrary, address
-from fuseline.compile.kernels.triton.table import paged_attention
+from fuseline.compile.kernels.triton.attention import Tuning
+from fuseline.compile.kernels.triton.attention import paged_attention as triton_attention
+from fuseline.compile.ops.rope import FP8
 
 HEADS = 8  # query heads of a block
 SPLIT = 256  # keys of the shortest split
@@ -20,15 +22,29 @@ NO_WINDOW = (1 << 31) - 1
 def decode_or_triton(
     lib: CudaLibrary, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, tuning: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
-    """q[1, H, T, D] over caches [N, K, B, D] -> [1, T, H, D]; no more tokens than sequences are a decode step."""
-    args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap)
-    if q.shape[2] > seq_lens.shape[0]:
-        return paged_attention(*args, k_scale, v_scale)
+    """q[1, H, T, D] over caches [N, K, B, D] -> [1, T, H, D]. `tuning` of Triton's launch."""
     out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
-    decode_attention(lib, out, *args, k_scale=k_scale, v_scale=v_scale)
+    decode_or_triton_into(
+        lib, out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, k_scale,
+        v_scale, tuning=tuning,
+    )  # fmt: skip
     return out
+
+
+def decode_or_triton_into(
+    lib: CudaLibrary, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, tuning: Tuning | None = None,
+) -> None:  # fmt: skip
+    """The same to out[1, T, H, D]: a sequence's single token is ours in any step, so that its bits are the same."""
+    args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap)
+    num_tokens, num_seqs = q.shape[2], seq_lens.shape[0]
+    if num_tokens <= num_seqs or num_seqs > 1:
+        decode_attention(lib, out, *args, k_scale=k_scale, v_scale=v_scale)
+    if num_tokens > num_seqs:
+        triton_attention(out, *args, k_scale, v_scale, prefill_from=2, tuning=tuning)
 
 
 def decode_attention(
@@ -36,8 +52,8 @@ def decode_attention(
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, num_workers: int = 0,
 ) -> None:  # fmt: skip
-    """out[1, T, H, D]; arguments as triton/attention.py has them. `num_workers` shares the splits of a row (0: chosen),
-    which changes no bit."""
+    """out[1, T, H, D]; arguments as triton/attention.py has them. Of more tokens than sequences: only those that are
+    their sequence's single one. `num_workers` shares the splits of a row (0: chosen), which changes no bit."""
     _, num_heads, num_tokens, dim = q.shape
     num_seqs, kv_heads, block_size = seq_lens.shape[0], k_cache.shape[1], k_cache.shape[2]
     if num_tokens == 0:
@@ -49,7 +65,7 @@ def decode_attention(
     most = min(max(8, 256 // parts), 64, -(-block_table.shape[1] * block_size // SPLIT))
     workspace = None
     if most > 1:
-        size = num_tokens * num_heads * most * (dim + 2)
+        size = min(num_tokens, num_seqs) * num_heads * most * (dim + 2)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     workers = num_workers or min(max(4, GRID_TARGET // (num_seqs * parts)), most)
     lib.call(
@@ -70,7 +86,7 @@ def supports_attention(
     dim, block_size, group = q.shape[3], k_cache.shape[2], q.shape[1] // k_cache.shape[1]
     if q.dtype not in (torch.bfloat16, torch.float16) or (sinks is not None and sinks.dtype != q.dtype):
         return False
-    if {k_cache.dtype, v_cache.dtype} not in ({q.dtype}, {torch.float8_e4m3fn}):
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q.dtype, *FP8):
         return False
     integers = {block_table.dtype, seq_lens.dtype, query_start.dtype} == {torch.int32}
     sizes = dim in (64, 128, 256) and k_cache.shape[3] == v_cache.shape[3] == dim and group <= 2 * HEADS

@@ -104,7 +104,7 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """q[1, H, T, D] of several sequences over caches [N, K, B, D|E] -> [1, T, H, E].
 
-    Of a cache of float8_e4m3fn, k_scale[1] and v_scale[1] (float32; none: 1) times the stored number is the value.
+    Of a cache of fp8, k_scale[1] and v_scale[1] (float32; none: 1) times the stored number is the value.
     """
     out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
     starts, lengths = query_start.tolist(), seq_lens.tolist()

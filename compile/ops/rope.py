@@ -10,7 +10,8 @@ from torch import Tensor
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
 
-LARGEST_FP8 = 448.0  # of float8_e4m3fn
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Of caches whose numbers are scaled."""
 
 
 def tables(make: Make, rotary_dim: int, columns: int) -> tuple:
@@ -136,7 +137,7 @@ def write_cache(
 ) -> None:  # fmt: skip
     """Writes k, v [1, K, T, D] to slot = block * block_size + offset of caches [N, K, B, D]; slot -1 writes nothing.
 
-    A cache of float8_e4m3fn holds the numbers divided by k_scale[1] and v_scale[1] (float32; none: 1), at most 448.
+    A cache of FP8 holds the numbers divided by k_scale[1] and v_scale[1] (float32; none: 1), at most its largest.
     """
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]
@@ -145,8 +146,9 @@ def write_cache(
 
 
 def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-    if dtype == torch.float8_e4m3fn:
-        x = (x.float() if scale is None else x.float() / scale).clamp(-LARGEST_FP8, LARGEST_FP8)
+    if dtype in FP8:
+        largest = torch.finfo(dtype).max
+        x = (x.float() if scale is None else x.float() / scale).clamp(-largest, largest)
     return x.to(dtype)
 
 

@@ -16,10 +16,9 @@ from torch import Tensor, fx
 
 from fuseline.compile.graph.edit import constant, copy_meta, meta_int, placeholder
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
-from fuseline.compile.specs import FP8_DTYPE, CacheGroup, CacheSpec, scale_names
+from fuseline.compile.specs import FP8_DTYPES, CacheGroup, CacheSpec, scale_names
 
 OPS = torch.ops.fuseline
-FP8 = ("fp8", "fp8_e4m3")
 
 
 def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -46,15 +45,15 @@ def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
 
 def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
     asked = ctx.config.kv_cache_dtype
-    if asked in FP8 and ctx.target.kind != "cuda":
+    if asked in FP8_DTYPES and ctx.target.kind != "cuda":
         raise ValueError(f"a cache of {asked} needs a card")
-    if asked in FP8:
-        return FP8_DTYPE
+    if asked in FP8_DTYPES:
+        return FP8_DTYPES[asked]
     return str(of_model).removeprefix("torch.") if asked == "auto" else asked
 
 
 def _scales(graph: fx.GraphModule, spec: CacheSpec) -> list[fx.Node]:
-    names = scale_names(spec.layer) if spec.dtype == FP8_DTYPE else ()
+    names = scale_names(spec.layer) if spec.has_scales else ()
     return [constant(graph, name, torch.ones(1), fqn=name) for name in names]
 
 

@@ -19,6 +19,8 @@ struct ActArgs {
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads) act_mul_kernel(const ActArgs a) {
   const int64_t vectors = a.dim / kVector, at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  launch_dependents();
+  wait_for_prerequisites();
   if (at >= a.num_lines * vectors) return;
   const int64_t line = at / vectors, c = at % vectors * kVector;
   float gate[kVector], up[kVector];
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) act_mul_kernel(const ActArgs a) {
 
 }  // namespace
 
-int act_mul(void* stream, void* out, const void* gate, const void* up, int64_t num_lines, int64_t dim, int64_t
+int act_mul(Stream stream, void* out, const void* gate, const void* up, int64_t num_lines, int64_t dim, int64_t
             out_stride, int64_t gate_stride, int64_t up_stride, int64_t act, int64_t dtype) {
   const ActArgs a{out, gate, up, num_lines, dim, out_stride, gate_stride, up_stride, static_cast<int>(act)};
   const auto blocks = [&](int64_t vector) {

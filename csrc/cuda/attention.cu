@@ -13,6 +13,7 @@
 //
 // Legend: H query heads, G of them a kv head, D key and value dim, B keys a block; lane = (g = lane / 4, t = lane % 4).
 #include "cuda/attention.h"
+#include "cuda/fp8.h"
 #include "cuda/kernels.h"
 
 namespace fuseline::cuda {
@@ -23,13 +24,13 @@ constexpr int kStages = 3;
 
 // Eight numbers of a cache as they lie, and as a product's operand.
 template <class Cache> struct Raw { using Type = uint4; };
-template <> struct Raw<E4m3> { using Type = uint2; };
+template <int kExponent, int kFraction> struct Raw<Fp8<kExponent, kFraction>> { using Type = uint2; };
 
-template <class T>
+template <class T, class Cache>
 FL_DEVICE uint4 operand(uint4 raw) { return raw; }
-template <class T>
+template <class T, class Cache>
 FL_DEVICE uint4 operand(uint2 raw) {
-  const uint2 low = widen(raw.x, T{}), high = widen(raw.y, T{});
+  const uint2 low = widen(raw.x, Cache{}, T{}), high = widen(raw.y, Cache{}, T{});
   return {low.x, low.y, high.x, high.y};
 }
 
@@ -51,7 +52,10 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
   const int num_heads = static_cast<int>(a.group - in_group < kHeads ? a.group - in_group : kHeads);
   const int64_t first_head = kv_head * a.group + in_group;
   const int64_t seq = blockIdx.y;
+  launch_dependents();
+  wait_for_prerequisites();
   const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
+  if (a.is_mixed && num_tokens != 1) return;
   const int32_t* table = a.block_table + seq * a.table_stride;
   const Cache* keys = static_cast<const Cache*>(a.k_cache) + kv_head * a.k_head + 8 * t;
   const Cache* values = static_cast<const Cache*>(a.v_cache) + kv_head * a.v_head + 8 * g;
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int c = 0; c < kKeyLoads; ++c) {
-            const uint4 k = operand<T>(ring[n * kKeyLoads + c][thread]);
+            const uint4 k = operand<T, Cache>(ring[n * kKeyLoads + c][thread]);
             mma(scores[n], {q[c].x, 0, q[c].y, 0}, {k.x, k.y}, T{});
             mma(scores[n], {q[c].z, 0, q[c].w, 0}, {k.z, k.w}, T{});
           }
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
         for (int c = 0; c < kValueLoads; ++c) {
           uint4 v[4];
 #pragma unroll
-          for (int n = 0; n < 4; ++n) v[n] = operand<T>(ring[2 * kKeyLoads + n * kValueLoads + c][thread]);
+          for (int n = 0; n < 4; ++n) v[n] = operand<T, Cache>(ring[2 * kKeyLoads + n * kValueLoads + c][thread]);
           const uint32_t words[4][4] = {{v[0].x, v[0].y, v[0].z, v[0].w}, {v[1].x, v[1].y, v[1].z, v[1].w},
                                         {v[2].x, v[2].y, v[2].z, v[2].w}, {v[3].x, v[3].y, v[3].z, v[3].w}};
 #pragma unroll
@@ -185,10 +189,10 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
           finish<T>(a, at, head, dim, whole, value);
           continue;
         }
-        const int64_t line = (at * a.num_heads + head) * a.num_splits + i;
+        const int64_t line = ((a.is_mixed ? seq : at) * a.num_heads + head) * a.num_splits + i;
         a.workspace[line * kDim + dim] = value;
         if (dim == 0) {
-          float* masses = a.workspace + a.num_tokens * a.num_heads * a.num_splits * kDim + 2 * line;
+          float* masses = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * line;
           masses[0] = whole.m;
           masses[1] = whole.sum;
         }
@@ -204,12 +208,15 @@ __global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
   constexpr int kAtOnce = 8;  // splits whose loads are under way together
   const int64_t head = blockIdx.x, seq = blockIdx.y;
   const int dim = threadIdx.x;
+  launch_dependents();
+  wait_for_prerequisites();
   const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
+  if (a.is_mixed && num_tokens != 1) return;
   for (int token = 0; token < num_tokens; ++token) {
     const int num_splits = Cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits)).num_splits;
     if (num_splits < 2) continue;
-    const int64_t line = ((begin + token) * a.num_heads + head) * a.num_splits;
-    const float* masses = a.workspace + a.num_tokens * a.num_heads * a.num_splits * kDim + 2 * line;
+    const int64_t line = ((a.is_mixed ? seq : begin + token) * a.num_heads + head) * a.num_splits;
+    const float* masses = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * line;
     Mass whole{kNone, 0.0f};
     float value = 0.0f;
     for (int i = 0; i < num_splits; i += kAtOnce) {
@@ -232,7 +239,7 @@ __global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
 }
 
 template <class T, class Cache, int kDim>
-int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers, void* stream) {
+int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers, Stream stream) {
   const auto parts = (a.group + kHeads - 1) / kHeads * (a.num_heads / a.group);
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(num_seqs), static_cast<unsigned>(num_workers));
   const int error = launch(decode_kernel<T, Cache, kDim>, grid, 256 / kDim * kWarp, stream, a);
@@ -243,7 +250,7 @@ int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers,
 
 }  // namespace
 
-int decode_attention(void* stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
+int decode_attention(Stream stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
                      block_table, const void* seq_lens, const void* query_start, const void* sinks, const void* k_scale,
                      const void* v_scale, void* workspace, int64_t num_tokens, int64_t num_seqs, int64_t num_heads,
                      int64_t num_kv_heads, int64_t dim, int64_t num_splits, int64_t num_workers, int64_t out_token,
@@ -262,7 +269,8 @@ int decode_attention(void* stream, void* out, const void* q, const void* k_cache
   a.k_scale = static_cast<const float*>(k_scale);
   a.v_scale = static_cast<const float*>(v_scale);
   a.workspace = static_cast<float*>(workspace);
-  a.num_tokens = num_tokens;
+  a.is_mixed = num_tokens > num_seqs;
+  a.num_slots = a.is_mixed ? num_seqs : num_tokens;
   a.num_heads = num_heads;
   a.group = num_heads / num_kv_heads;
   a.num_splits = num_splits;
@@ -283,7 +291,7 @@ int decode_attention(void* stream, void* out, const void* q, const void* k_cache
   a.softcap = static_cast<float>(softcap) * kLog2e;
   return with_half(dtype, [&](auto type) {
     using T = decltype(type);
-    const auto with_dim = [&](auto cache) {
+    return with_cache<T>(cache_dtype, dtype, [&](auto cache) {
       using Cache = decltype(cache);
       switch (dim) {
         case 64: return launch_decode<T, Cache, 64>(a, num_seqs, num_workers, stream);
@@ -291,9 +299,7 @@ int decode_attention(void* stream, void* out, const void* q, const void* k_cache
         case 256: return launch_decode<T, Cache, 256>(a, num_seqs, num_workers, stream);
         default: return kBadArgument;
       }
-    };
-    if (cache_dtype == static_cast<int64_t>(DType::u8)) return with_dim(E4m3{});
-    return cache_dtype == dtype ? with_dim(T{}) : kBadArgument;
+    });
   });
 }
 

@@ -14,9 +14,11 @@ struct AttentionArgs {
   const int32_t *block_table, *seq_lens, *query_start;
   const void* sinks;
   const float *k_scale, *v_scale;
-  // Sums [T, H, splits, D], then maxima and masses [T, H, splits, 2], of rows of more than one split.
+  // Sums [slots, H, splits, D], then maxima and masses [slots, H, splits, 2], of rows of more than one split. A slot is
+  // a token, or, if only sequences of one token are computed, a sequence.
   float* workspace;
-  int64_t num_tokens, num_heads, group, num_splits;
+  bool is_mixed;
+  int64_t num_slots, num_heads, group, num_splits;
   int64_t out_token, out_head, q_head, q_token, k_block, k_head, k_token, v_block, v_head, v_token, table_stride;
   int64_t block_shift;  // log2 of B
   int window;

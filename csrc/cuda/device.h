@@ -7,14 +7,14 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "cuda/kernels.h"
 #include "fuseline/op.h"
 
 namespace fuseline::cuda {
 
-// Numbers as they lie in memory. e4m3 has no infinities; its largest number is 448 and 0x7f is NaN.
+// Numbers as they lie in memory.
 struct Bf16 { uint16_t bits; };
 struct Half { uint16_t bits; };
-struct E4m3 { uint8_t bits; };
 
 }  // namespace fuseline::cuda
 
@@ -35,7 +35,6 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 #ifdef __CUDACC__
 
-using Stream = cudaStream_t;
 constexpr int kBadArgument = cudaErrorInvalidValue;
 
 FL_DEVICE float to_float(Bf16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
@@ -72,31 +71,24 @@ FL_DEVICE V shuffle_xor(V x, int mask) { return __shfl_xor_sync(0xffffffffu, x, 
 FL_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 FL_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// Four e4m3 numbers as two registers of two. Their bits, moved to where the wider type has its exponent, are the
-// numbers over a power of two.
-FL_DEVICE uint2 widen(uint32_t four, Half) {
-  const auto two = [](uint32_t bytes) {
-    const uint32_t bits = (bytes & 0x80008000u) | (bytes & 0x7f007f00u) >> 1;
-    __half2 x;
-    memcpy(&x, &bits, 4);
-    x = __hmul2(x, __float2half2_rn(256.0f));
-    uint32_t wide;
-    memcpy(&wide, &x, 4);
-    return wide;
-  };
-  return {two(__byte_perm(four, 0, 0x1404)), two(__byte_perm(four, 0, 0x3424))};
+// Bytes (b3 b2 b1 b0) -> (b1 0 b0 0) and (b3 0 b2 0).
+FL_DEVICE uint32_t first_bytes(uint32_t four) { return __byte_perm(four, 0, 0x1404); }
+FL_DEVICE uint32_t last_bytes(uint32_t four) { return __byte_perm(four, 0, 0x3424); }
+
+// Both numbers of a register times a number that their type holds.
+FL_DEVICE uint32_t times(uint32_t two, float factor, Half) {
+  __half2 x;
+  memcpy(&x, &two, 4);
+  x = __hmul2(x, __float2half2_rn(factor));
+  memcpy(&two, &x, 4);
+  return two;
 }
-FL_DEVICE uint2 widen(uint32_t four, Bf16) {
-  const auto two = [](uint32_t bytes) {
-    const uint32_t bits = (bytes & 0x80008000u) | (bytes & 0x7f007f00u) >> 4;
-    __nv_bfloat162 x;
-    memcpy(&x, &bits, 4);
-    x = __hmul2(x, __float2bfloat162_rn(1.329227995784916e36f));  // 2^120
-    uint32_t wide;
-    memcpy(&wide, &x, 4);
-    return wide;
-  };
-  return {two(__byte_perm(four, 0, 0x1404)), two(__byte_perm(four, 0, 0x3424))};
+FL_DEVICE uint32_t times(uint32_t two, float factor, Bf16) {
+  __nv_bfloat162 x;
+  memcpy(&x, &two, 4);
+  x = __hmul2(x, __float2bfloat162_rn(factor));
+  memcpy(&two, &x, 4);
+  return two;
 }
 
 // d[16, 8] += a[16, 16] b[16, 8] by a warp. Of lane (g = lane / 4, t = lane % 4): a = rows g, g + 8 at k = 2t, then the
@@ -115,13 +107,37 @@ FL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Puts the kernel on the stream; 0, or the runtime's error code.
+// A grid that is launched with overlap may start before the kernel ahead of it has ended: as soon as all blocks of that
+// one have called launch_dependents or ended, and there is room. By then it may read nothing that kernels ahead of it
+// write, and write nothing that they read or write. So every thread of every kernel waits before it touches memory,
+// which also makes each kernel end after all those ahead of it. Without overlap, and before sm_90, both do nothing.
+FL_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+FL_DEVICE void wait_for_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Has the line of memory brought to the L2 cache, whose contents are never stale: allowed before the wait.
+FL_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
+
+// Puts the kernel on the stream; 0, or the runtime's error code. `needs`: the least overlap with which it begins early.
 template <class Args>
-int launch(void (*kernel)(Args), dim3 grid, int threads, void* stream, const Args& args) {
+int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
+           Overlap needs = Overlap::kHeads) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
-  config.stream = static_cast<Stream>(stream);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &early;
+  config.numAttrs = stream.overlap >= needs ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
@@ -145,22 +161,6 @@ FL_DEVICE float rounded(float x) { return to_float(cast<T>(x)); }
 template <class T>
 FL_DEVICE uint32_t pack(float first, float second) {
   return cast<T>(first).bits | static_cast<uint32_t>(cast<T>(second).bits) << 16;
-}
-
-// The bits of an e4m3 number, moved into those of an fp16, are the number over 256; both wider types hold it exactly.
-FL_DEVICE float to_float(E4m3 x) {
-  return 256.0f * to_float(Half{static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)});
-}
-
-// The nearest byte, ties to even, beyond 448 the largest; NaN stays one. From 2^-6 on both kinds of number differ in
-// bias and 20 bits of fraction; below, the byte counts steps of 2^-9, which adding 2^23 rounds to.
-FL_DEVICE void from_float(float x, E4m3& to) {
-  const float size = fabsf(x) > 448.0f ? 448.0f : fabsf(x);
-  const uint32_t bits = float_bits(size) - (120u << 23);
-  uint32_t code = (bits + 0x7ffff + (bits >> 20 & 1)) >> 20;
-  if (size < 0.015625f) code = float_bits(add_rn(mul_rn(size, 512.0f), 8388608.0f)) & 0xf;
-  if (x != x) code = 0x7f;
-  to.bits = static_cast<uint8_t>((code & 0x7f) | (float_bits(x) >> 24 & 0x80));
 }
 
 // Sum of all lanes, the same bits in each.

@@ -8,45 +8,9 @@
 namespace fuseline::cuda {
 namespace {
 
-// A function takes the stream and its arguments in one array, eight bytes each: a caller packs them faster than it
-// passes them one by one.
-struct Entry {
-  const char* name;
-  int (*function)(void* stream, const uint64_t* arguments);
-  const char* types;  // a letter an argument, as Python's struct has them: q pointer or int64, d double
-};
-
-template <class A>
-A argument(uint64_t bits) {
-  static_assert(std::is_pointer_v<A> || std::is_same_v<A, int64_t> || std::is_same_v<A, double>);
-  A value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-template <auto kFunction, class... A, size_t... kIndex>
-int unpack(void* stream, const uint64_t* arguments, int (*)(void*, A...), std::index_sequence<kIndex...>) {
-  return kFunction(stream, argument<A>(arguments[kIndex])...);
-}
-
-template <class... A>
-const char* types_of(int (*)(void*, A...)) {
-  static const char types[] = {(std::is_same_v<A, double> ? 'd' : 'q')..., '\0'};
-  return types;
-}
-
-template <class... A>
-constexpr std::index_sequence_for<A...> indices(int (*)(void*, A...)) { return {}; }
-
-template <auto kFunction>
-Entry entry(const char* name) {
-  const auto call = [](void* stream, const uint64_t* arguments) {
-    return unpack<kFunction>(stream, arguments, kFunction, indices(kFunction));
-  };
-  return {name, call, types_of(kFunction)};
-}
-
 #ifdef __CUDACC__
+
+constexpr int kMinOverlapCode = 90, kMinOverlapDriver = 12030;  // sm_90; graphs keep early launches from CUDA 12.3 on
 
 __global__ void probe_kernel(int) {}
 
@@ -58,12 +22,67 @@ const char* problem() {
 }
 const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+// It is the code that counts, not the card: what a new card translates from code for an old one does not wait.
+bool can_overlap() {
+  cudaFuncAttributes attributes;
+  int driver = 0;
+  return cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess &&
+         cudaDriverGetVersion(&driver) == cudaSuccess && attributes.ptxVersion >= kMinOverlapCode &&
+         driver >= kMinOverlapDriver;
+}
+
+// For tests without a card (csrc/tests/cuda_emulation.h).
+template <class F>
+void rehearse(const F&) {}
+
 #else
 
 const char* problem() { return ""; }
 const char* describe(int) { return "the emulation takes no such arguments"; }
+bool can_overlap() { return true; }
+using emulated::rehearse;
 
 #endif
+
+// A function takes the stream, a value of Overlap, and its arguments in one array, eight bytes each: a caller packs
+// them faster than it passes them one by one.
+struct Entry {
+  const char* name;
+  int (*function)(void* stream, int overlap, const uint64_t* arguments);
+  const char* types;  // a letter an argument, as Python's struct has them: q pointer or int64, d double
+};
+
+template <class A>
+A argument(uint64_t bits) {
+  static_assert(std::is_pointer_v<A> || std::is_same_v<A, Weight> || std::is_same_v<A, int64_t> ||
+                std::is_same_v<A, double>);
+  A value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <auto kFunction, class... A, size_t... kIndex>
+int unpack(Stream stream, const uint64_t* arguments, int (*)(Stream, A...), std::index_sequence<kIndex...>) {
+  rehearse([&](const auto& hidden) { kFunction(stream, hidden(argument<A>(arguments[kIndex]))...); });
+  return kFunction(stream, argument<A>(arguments[kIndex])...);
+}
+
+template <class... A>
+const char* types_of(int (*)(Stream, A...)) {
+  static const char types[] = {(std::is_same_v<A, double> ? 'd' : 'q')..., '\0'};
+  return types;
+}
+
+template <class... A>
+constexpr std::index_sequence_for<A...> indices(int (*)(Stream, A...)) { return {}; }
+
+template <auto kFunction>
+Entry entry(const char* name) {
+  const auto call = [](void* stream, int overlap, const uint64_t* arguments) {
+    return unpack<kFunction>(Stream{stream, static_cast<Overlap>(overlap)}, arguments, kFunction, indices(kFunction));
+  };
+  return {name, call, types_of(kFunction)};
+}
 
 }  // namespace
 
@@ -85,6 +104,7 @@ __attribute__((visibility("default"))) const Entry* fuseline_cuda_entries() {
 }
 
 __attribute__((visibility("default"))) const char* fuseline_cuda_problem() { return problem(); }
+__attribute__((visibility("default"))) int fuseline_cuda_can_overlap() { return can_overlap(); }
 __attribute__((visibility("default"))) const char* fuseline_cuda_describe(int error) { return describe(error); }
 
 }  // extern "C"

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
   constexpr int kThreads = kWarps * kWarp, kOutputs = kIsGated ? 8 : 8 * kHalves;
   constexpr int kUnroll = kStageBytes / (16 * kThreads * kHalves), kStep = kDepth * kUnroll;
   __shared__ uint4 ring[kStages][kHalves * kUnroll][kThreads];
+  launch_dependents();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int64_t output = static_cast<int64_t>(blockIdx.x) * kOutputs + g;
   // Lines and rows that are not there are the first one's: what comes of them is written nowhere.
@@ -60,10 +61,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
   };
   const int64_t begin = warp * kStep, stride = kWarps * kStep;
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) fetch(begin + s * stride, s);
+  for (int s = 0; s < kStages; ++s) fetch(begin + s * stride, s);
+  wait_for_prerequisites();
 
   float sum[kTiles][4] = {};
   int stage = 0;
+#pragma unroll 1  // leaves registers for four blocks a multiprocessor
   for (int64_t k = begin; k < a.num_in; k += stride) {
     uint4 in[kUnroll][kTiles];
 #pragma unroll
@@ -73,9 +76,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
         const int64_t at = k + u * kDepth;
         in[u][i] = at + 8 * t < a.num_in ? *reinterpret_cast<const uint4*>(rows[i] + at) : uint4{0, 0, 0, 0};
       }
-    wait_groups<kStages - 2>();
-    // The stage before this one has been read: its room is the next one's.
-    fetch(k + (kStages - 1) * stride, stage == 0 ? kStages - 1 : stage - 1);
+    wait_groups<kStages - 1>();
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const uint4 low = ring[stage][u * kHalves][threadIdx.x];
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
         mma(sum[i], {low.z, high.z, low.w, high.w}, {in[u][i].z, in[u][i].w}, T{});
       }
     }
+    fetch(k + kStages * stride, stage);  // into the room of what has just been read
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   wait_groups<0>();
@@ -120,20 +122,21 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
 }
 
 template <class T, int kHalves, int kWarps, bool kIsGated>
-int launch_tiles(const LinearArgs& a, void* stream) {
+int launch_tiles(const LinearArgs& a, Stream stream) {
   constexpr int kOutputs = kIsGated ? 8 : 8 * kHalves;
   const dim3 grid(static_cast<unsigned>((a.num_out + kOutputs - 1) / kOutputs));
-  return a.num_rows > 8 ? launch(few_rows_kernel<T, kHalves, 2, kWarps, kIsGated>, grid, kWarps * kWarp, stream, a)
-                        : launch(few_rows_kernel<T, kHalves, 1, kWarps, kIsGated>, grid, kWarps * kWarp, stream, a);
+  const auto kernel = a.num_rows > 8 ? few_rows_kernel<T, kHalves, 2, kWarps, kIsGated>
+                                     : few_rows_kernel<T, kHalves, 1, kWarps, kIsGated>;
+  return launch(kernel, grid, kWarps * kWarp, stream, a, Overlap::kWeights);
 }
 
 }  // namespace
 
 // Tiles and warps follow from the product's size alone: enough bytes under way for every multiprocessor of a large
 // card.
-int linear(void* stream, void* out, const void* x, const void* weight, const void* bias, int64_t x_stride, int64_t
+int linear(Stream stream, void* out, const void* x, Weight weight, const void* bias, int64_t x_stride, int64_t
            weight_stride, int64_t num_rows, int64_t num_out, int64_t num_in, int64_t dtype) {
-  const LinearArgs a{out, x, weight, bias, x_stride, weight_stride, num_rows, num_out, num_in, 8, 0};
+  const LinearArgs a{out, x, weight.data, bias, x_stride, weight_stride, num_rows, num_out, num_in, 8, 0};
   return with_half(dtype, [&](auto type) {
     using T = decltype(type);
     if (num_out >= kWideOutputs) return launch_tiles<T, 2, 8, false>(a, stream);
@@ -142,10 +145,10 @@ int linear(void* stream, void* out, const void* x, const void* weight, const voi
   });
 }
 
-int linear_act_mul(void* stream, void* out, const void* x, const void* weight, const void* bias, int64_t x_stride,
+int linear_act_mul(Stream stream, void* out, const void* x, Weight weight, const void* bias, int64_t x_stride,
                    int64_t weight_stride, int64_t num_rows, int64_t num_out, int64_t num_in, int64_t act, int64_t dtype)
                    {
-  const LinearArgs a{out,      x,       weight, bias,    x_stride,        weight_stride,
+  const LinearArgs a{out,      x,       weight.data, bias,    x_stride,    weight_stride,
                      num_rows, num_out, num_in, num_out, static_cast<int>(act)};
   return with_half(dtype, [&](auto type) {
     using T = decltype(type);

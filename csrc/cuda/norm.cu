@@ -47,6 +47,10 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kLinesOfWarps * kWarp : kT
   const int thread = threadIdx.x % kThreads;
   const int64_t line = kThreads == kWarp ? blockIdx.x * static_cast<int64_t>(kLinesOfWarps) + threadIdx.x / kWarp
                                          : static_cast<int64_t>(blockIdx.x);
+  const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
+  launch_dependents();
+  for (int64_t c = thread * kVector; weight && c < a.dim; c += kThreads * kVector) prefetch(weight + c);
+  wait_for_prerequisites();
   if (line >= a.num_lines) return;
   const int64_t at = place_of(line, a.inner, a.out_outer, a.out_inner);
   const T* x = static_cast<const T*>(a.x) + place_of(line, a.inner, a.x_outer, a.x_inner);
@@ -54,7 +58,6 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kLinesOfWarps * kWarp : kT
   if (residual) residual += place_of(line, a.inner, a.residual_outer, a.residual_inner);
   T* total = static_cast<T*>(a.total) + at;
   T* out = static_cast<T*>(a.out) + at;
-  const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
 
   float held[kHeld][kVector];
   // f(first column, its numbers) for this thread's vectors: those held, then those that are read again each time.
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kLinesOfWarps * kWarp : kT
 }
 
 template <class T, int kVector>
-int launch_norm(const NormArgs& a, void* stream) {
+int launch_norm(const NormArgs& a, Stream stream) {
   const auto lines = static_cast<unsigned>(a.num_lines);
   if (a.dim <= kHeld * kWarp * kVector)
     return launch(norm_kernel<T, kVector, kWarp>, dim3((lines + kLinesOfWarps - 1) / kLinesOfWarps),
@@ -131,7 +134,7 @@ int launch_norm(const NormArgs& a, void* stream) {
 
 }  // namespace
 
-int norm(void* stream, void* out, void* total, const void* x, const void* residual, const void* weight, const void*
+int norm(Stream stream, void* out, void* total, const void* x, const void* residual, const void* weight, const void*
          bias, int64_t num_lines, int64_t inner, int64_t out_outer, int64_t out_inner, int64_t x_outer, int64_t x_inner,
          int64_t residual_outer, int64_t residual_inner, int64_t dim, double eps, int64_t mode, int64_t dtype) {
   const NormArgs a{out,       total,     x,         residual,       weight,

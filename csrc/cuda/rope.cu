@@ -4,6 +4,7 @@
 //
 // Legend: H query heads, K kv heads, T tokens, D head dim, E value dim, R rotary dim, C table columns (R or R / 2), B
 // keys a block.
+#include "cuda/fp8.h"
 #include "cuda/kernels.h"
 #include "cuda/vector.h"
 #include "fuseline/codes.h"
@@ -18,7 +19,7 @@ struct Heads {
   const void* from;
   void* to;
   int64_t num_heads, dim, head, token, to_head, to_token, to_block;
-  const float* scale;  // an e4m3 cache holds the numbers over this; absent: 1
+  const float* scale;  // an fp8 cache holds the numbers over this; absent: 1
 };
 
 struct RopeArgs {
@@ -85,6 +86,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
   const int64_t pairs = a.rotary_dim / 2;
   const auto vectors = [&](const Heads& heads) { return (heads.dim - pairs) / kVector; };
   const int64_t q_vectors = a.q.num_heads * vectors(a.q), k_vectors = a.k.num_heads * vectors(a.k);
+  launch_dependents();
+  wait_for_prerequisites();
   if (at < q_vectors) {
     const int64_t head = at / vectors(a.q);
     rotate<T, Table, T, kVector>(a, static_cast<const T*>(a.q.from) + head * a.q.head + token * a.q.token,
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
 }
 
 template <class T, class Table, class Cache>
-int launch_rope(const RopeArgs& a, void* stream) {
+int launch_rope(const RopeArgs& a, Stream stream) {
   const int64_t pairs = a.rotary_dim / 2;
   constexpr int64_t kVector = 4;
   const auto is_wide_of = [&](const Heads& h, int64_t to_size) {
@@ -137,13 +140,14 @@ int launch_rope(const RopeArgs& a, void* stream) {
   return launch(rope_kernel<T, Table, Cache, 1>, grid(1), kThreads, stream, a);
 }
 
-int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cache_dtype, void* stream) {
+int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cache_dtype, Stream stream) {
   return with_float(dtype, [&](auto type) {
     using T = decltype(type);
     const auto with_table = [&](auto table) {
       using Table = decltype(table);
-      if (cache_dtype == static_cast<int64_t>(DType::u8)) return launch_rope<T, Table, E4m3>(a, stream);
-      return cache_dtype == dtype ? launch_rope<T, Table, T>(a, stream) : kBadArgument;
+      return with_cache<T>(cache_dtype, dtype, [&](auto cache) {
+        return launch_rope<T, Table, decltype(cache)>(a, stream);
+      });
     };
     if (table_dtype == dtype) return with_table(T{});
     return table_dtype == static_cast<int64_t>(DType::f32) ? with_table(float{}) : kBadArgument;
@@ -152,7 +156,7 @@ int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cach
 
 }  // namespace
 
-int rope(void* stream, void* out, const void* x, const void* cos, const void* sin, const void* rows, int64_t num_heads,
+int rope(Stream stream, void* out, const void* x, const void* cos, const void* sin, const void* rows, int64_t num_heads,
          int64_t num_tokens, int64_t dim, int64_t x_head, int64_t x_token, int64_t out_head, int64_t out_token, int64_t
          table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype) {
   RopeArgs a{};
@@ -168,7 +172,7 @@ int rope(void* stream, void* out, const void* x, const void* cos, const void* si
   return dispatch(a, dtype, table_dtype, dtype, stream);
 }
 
-int rope_cache(void* stream, void* q_out, void* k_cache, void* v_cache, const void* q, const void* k, const void* v,
+int rope_cache(Stream stream, void* q_out, void* k_cache, void* v_cache, const void* q, const void* k, const void* v,
                const void* cos, const void* sin, const void* rows, const void* slots, const void* k_scale, const void*
                v_scale, int64_t num_heads, int64_t num_kv_heads, int64_t num_tokens, int64_t dim, int64_t value_dim,
                int64_t q_head, int64_t q_token, int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token,

@@ -3,6 +3,7 @@
 // A block's threads are fibers of one thread of the CPU, run in turn; one that waits (at __syncthreads, or for its warp
 // in a shuffle or a matrix instruction) lets the next one run. Blocks come one after the other, so __shared__ is
 // static. Threads that wait for each other for good are a bug of the kernel: the process ends with a line that says so.
+// Launches that may overlap are rehearsed first (cuda_rehearsal.h).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -44,7 +45,7 @@ struct Fiber {
   ucontext_t start;
   jmp_buf place;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  bool is_started, is_done;
+  bool is_started, is_done, has_waited;
   unsigned num_exchanges;
   std::deque<Copy> copies;
   int num_groups;
@@ -53,7 +54,8 @@ struct Fiber {
 struct Block {
   std::vector<Fiber> fibers{kMaxThreads};
   dim3 grid, threads, index;
-  int num_threads, current, num_done, num_idle;
+  int num_threads, current, num_done, num_idle, num_waiting;
+  bool is_rehearsal;
   ucontext_t outside;
   Barrier all, warps[kMaxThreads / kWarp];
   // What the lanes of a warp show each other, of this exchange and of the one that some may still read.
@@ -111,6 +113,7 @@ inline void thread_main() {
   Block& b = block();
   b.body(b.arguments);
   if (!b.fibers[b.current].copies.empty()) give_up("copies under way that nobody waited for");
+  if (!b.fibers[b.current].has_waited) give_up("a thread ends and has not waited for the kernels ahead");
   b.fibers[b.current].is_done = true;
   b.num_idle = 0;
   if (++b.num_done == b.num_threads) setcontext(&b.outside);
@@ -120,7 +123,7 @@ inline void thread_main() {
 inline void run_block(dim3 index) {
   Block& b = block();
   b.index = index;
-  b.current = b.num_done = b.num_idle = 0;
+  b.current = b.num_done = b.num_idle = b.num_waiting = 0;
   b.all = {};
   for (Barrier& warp : b.warps) warp = {};
   for (int k = 0; k < b.num_threads; ++k) {
@@ -130,7 +133,7 @@ inline void run_block(dim3 index) {
     fiber.start.uc_stack.ss_size = kStack;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, thread_main, 0);
-    fiber.is_started = fiber.is_done = false;
+    fiber.is_started = fiber.is_done = fiber.has_waited = false;
     fiber.num_exchanges = fiber.num_groups = 0;
     fiber.copies.clear();
   }
@@ -141,6 +144,8 @@ inline void run_block(dim3 index) {
 inline dim3 thread_index() { return dim3(block().current); }
 
 }  // namespace emulated
+
+#include "tests/cuda_rehearsal.h"
 
 #define threadIdx (emulated::thread_index())
 #define blockIdx (emulated::block().index)
@@ -184,12 +189,24 @@ inline float add_rn(float a, float b) { return a + b; }
 inline float div_rn(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
+inline void launch_dependents() {}
+inline void prefetch(const void*) {}
+inline void wait_for_prerequisites() {
+  emulated::Block& b = emulated::block();
+  b.fibers[b.current].has_waited = true;
+  if (!b.is_rehearsal) return;
+  b.num_idle = 0;
+  if (++b.num_waiting == b.num_threads) setcontext(&b.outside);
+  for (;;) emulated::give_way();
+}
+
 // Copies are made as late as the waits allow; until then there is nothing to read where they go.
 template <class V>
 void copy_async(V* to, const void* from, bool is_there) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % sizeof(V))
     emulated::give_up("a copy off its alignment");
   emulated::Fiber& fiber = emulated::block().fibers[emulated::block().current];
+  if (emulated::block().is_rehearsal && is_there) static_cast<void>(*static_cast<const volatile char*>(from));
   std::memset(to, 0xff, sizeof(V));
   fiber.copies.push_back({to, is_there ? from : nullptr, sizeof(V), fiber.num_groups});
 }
@@ -219,17 +236,14 @@ V shuffle_xor(V x, int mask) { return shuffle(x, emulated::block().current % emu
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000); }
 
+inline uint32_t first_bytes(uint32_t four) { return (four & 0xff) << 8 | (four & 0xff00) << 16; }
+inline uint32_t last_bytes(uint32_t four) { return first_bytes(four >> 16); }
 template <class T>
-uint2 widen(uint32_t four, T) {
-  uint16_t wide[4];
-  for (int k = 0; k < 4; ++k) {
-    const uint32_t byte = four >> 8 * k & 0xff;
-    const float half = to_float(Half{static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7f) << 7)});
-    T number;
-    from_float(256.0f * half, number);
-    wide[k] = number.bits;
-  }
-  return {wide[0] | static_cast<uint32_t>(wide[1]) << 16, wide[2] | static_cast<uint32_t>(wide[3]) << 16};
+uint32_t times(uint32_t two, float factor, T) {
+  T low{static_cast<uint16_t>(two)}, high{static_cast<uint16_t>(two >> 16)};
+  from_float(to_float(low) * factor, low);
+  from_float(to_float(high) * factor, high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
 template <class T>
@@ -250,7 +264,9 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
 }
 
 template <class Args>
-int launch(void (*kernel)(Args), dim3 grid, int threads, void*, const Args& args) {
+int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
+           Overlap needs = Overlap::kHeads) {
+  if (emulated::is_rehearsing && stream.overlap < needs) return 0;
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
   struct Call { void (*kernel)(Args); const Args& args; } call{kernel, args};
@@ -261,6 +277,7 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, void*, const Args& args
   b.grid = grid;
   b.threads = dim3(threads);
   b.num_threads = threads;
+  b.is_rehearsal = emulated::is_rehearsing;
   b.arguments = &call;
   b.body = [](const void* given) {
     const Call& call = *static_cast<const Call*>(given);

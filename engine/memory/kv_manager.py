@@ -28,6 +28,7 @@ class KVManager:
         self.block_size = block_size
         self.groups = [CacheGroup(w, block_size, n) for w, n in zip(windows, num_blocks, strict=True)]
         self.swap = SwapSpace(num_host_blocks) if num_host_blocks else None
+        self._num_resets = 0
         self._windowed = [(index, group) for index, group in enumerate(self.groups) if group.window]
         self.promised: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
@@ -88,7 +89,7 @@ class KVManager:
                     group.pool.take(block)
         seq.blocks = reused
         seq.first_held = [group.first_visible(hit * self.block_size) for group in self.groups]
-        seq.num_remembered = hit
+        seq.num_remembered, seq.num_resets = hit, self._num_resets
         self._promise(seq)
         return True
 
@@ -168,11 +169,13 @@ class KVManager:
             seq.swapped = None
 
     def reset_prefix_cache(self) -> None:
+        self._num_resets += 1
         for group in self.groups:
             group.pool.forget_all()
 
     def _swap_in(self, seq: Sequence, num_tokens: int) -> bool:
-        """`start` of a swapped sequence. Blocks that the prefix cache still holds are not copied."""
+        """`start` of a swapped sequence. Blocks that the prefix cache still holds are not copied; those that are copied
+        can be found again, by who computes in the same step too: its copies come first."""
         saved = seq.swapped
         num_full = saved.num_computed // self.block_size
         if seq.cache_root is not None:
@@ -197,6 +200,9 @@ class KVManager:
             blocks = [next(fresh) if block is None else block for block in cached]
             targets.append([None if old is not None else new for old, new in zip(cached, blocks, strict=True)])
             seq.blocks.append([NULL_BLOCK] * first + blocks)
+            if seq.num_resets == self._num_resets:
+                for block, key in zip(blocks, seq.keys[first:num_full], strict=False):
+                    group.pool.remember(block, key)
         self.swap.restore(saved, targets)
         seq.swapped = None
         seq.first_held = list(saved.first)

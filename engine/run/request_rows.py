@@ -47,7 +47,6 @@ class RequestRows:
         self.presence = np.zeros(num_rows, np.float32)
         self.seed = np.zeros(num_rows, np.int64)
         self.num_logprobs = np.zeros(num_rows, np.int64)  # -1: none wanted
-        self.logprobs_mode = np.zeros(num_rows, np.int64)
         self.has_history = np.zeros(num_rows, bool)
         self.reads_tokens = np.zeros(num_rows, bool)  # what it may sample depends on the newest tokens, on the host
         self.has_lists = np.zeros(num_rows, bool)
@@ -123,7 +122,6 @@ class RequestRows:
         self.presence[row] = params.presence_penalty
         self.seed[row] = seq.seed
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self.logprobs_mode[row] = params.logprobs_mode
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)
         self.reads_tokens[row] = any(len(word) > 1 for word in params.bad_words)

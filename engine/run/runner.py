@@ -14,6 +14,7 @@ from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.request import Sequence
 from fuseline.engine.run.device import Device
+from fuseline.engine.run.histories import Histories
 from fuseline.engine.run.inputs import InputBuilder
 from fuseline.engine.run.request_rows import RequestRows
 from fuseline.engine.run.sampler import Sampler
@@ -78,14 +79,17 @@ class Batch:
 class Runner:
     """`prepare`, `fill`, `run`; the last may be called from another thread, beside a `prepare` of the next step."""
 
-    def __init__(self, model: Model, device: Device, rows: RequestRows, kv: KVManager, max_num_tokens: int) -> None:
+    def __init__(
+        self, model: Model, device: Device, rows: RequestRows, kv: KVManager, max_num_tokens: int, logprobs_mode: str
+    ) -> None:
         self.model = model
         self.device = device
         self.rows = rows
         switch = model.info.rope_switch
         # Two: the inputs of the next step are built while the last one still reads its own.
         self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
-        self.sampler = Sampler(rows, model.info.vocab_size)
+        histories = Histories(rows, device) if device.is_queue else None
+        self.sampler = Sampler(rows, model.info.vocab_size, logprobs_mode, histories)
         self._sampling_rows = np.zeros(0, np.int64)  # of the step filled last
         self._sampled: torch.Tensor | None = None  # tokens of the step launched last, on the device
 

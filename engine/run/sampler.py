@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuseline.engine.run.histories import Histories, History
 from fuseline.engine.run.request_rows import RequestRows, banned_tokens
-from fuseline.engine.run.sampling import SampleArguments
+from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments
 from fuseline.engine.schedule.plan import Plan
 
 
@@ -20,7 +21,6 @@ class RowSettings:
     rows: np.ndarray  # [R] int64
     tenancy: np.ndarray  # [R] int64
     num_top: int
-    mode: int
     inputs: dict[str, Tensor]
     """Of the kernel, with lists that are all empty."""
     has_history: np.ndarray  # [R] bool
@@ -31,9 +31,14 @@ class RowSettings:
 
 
 class Sampler:
-    def __init__(self, rows: RequestRows, vocab_size: int) -> None:
+    def __init__(
+        self, rows: RequestRows, vocab_size: int, logprobs_mode: str, histories: Histories | None = None
+    ) -> None:
+        """`histories`: of a device that keeps them; without them all tokens are known when a plan is filled."""
         self.rows = rows
+        self.histories = histories
         self.vocab_size = vocab_size
+        self.mode = LOGPROBS_MODES.index(logprobs_mode)
         self._settings: RowSettings | None = None
 
     def prepare(self, plan: Plan) -> SampleArguments:
@@ -43,7 +48,7 @@ class Sampler:
             self._settings = old = self._gather(rows, tenancy)
         counter = torch.from_numpy(plan.lengths - self.rows.prompt_len[rows])
         inputs = {**old.inputs, "counter": counter}
-        return SampleArguments(len(rows), old.num_top, old.mode, inputs, no_scores=old.no_scores)
+        return SampleArguments(len(rows), old.num_top, self.mode, inputs, no_scores=old.no_scores)
 
     def fill(self, plan: Plan, arguments: SampleArguments, sources: np.ndarray | None) -> None:
         """The rest, for the plan prepared last. sources [R] int64: row of the step before whose token is the newest of
@@ -53,16 +58,14 @@ class Sampler:
             arguments.inputs |= self._lists(plan)
         if not settings.has_any_history:
             return
-        arguments.inputs |= self._history(plan)
-        if sources is not None and (is_unknown := settings.has_history & (sources >= 0)).any():
-            places = arguments.inputs["history_start"].numpy()[1:][is_unknown] - 1
-            arguments.unknown = {"places": torch.from_numpy(places), "rows": torch.from_numpy(sources[is_unknown])}
+        if self.histories is None:
+            arguments.inputs |= self._history(plan)
+        else:
+            sources = np.full(len(settings.rows), -1) if sources is None else sources
+            arguments.history, arguments.inputs["history_start"] = self._kept_history(plan, sources)
 
     def _gather(self, rows: np.ndarray, tenancy: np.ndarray) -> RowSettings:
         state = self.rows
-        modes = state.logprobs_mode[rows]
-        if len(rows) and modes.min() != modes.max():
-            raise ValueError("sequences of one server differ in logprobs_mode")
         num_logprobs = np.minimum(state.num_logprobs[rows], self.vocab_size)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition", "frequency", "presence", "seed", "prompt_len")
         inputs = {name: torch.from_numpy(getattr(state, name)[rows]) for name in names}
@@ -76,7 +79,6 @@ class Sampler:
             rows=rows,
             tenancy=tenancy,
             num_top=max(0, int(num_logprobs.max(initial=0))),
-            mode=int(modes.max(initial=0)),
             inputs=inputs,
             has_history=has_history,
             has_any_history=bool(has_history.any()),
@@ -90,6 +92,17 @@ class Sampler:
         parts = [self.rows.tokens[row, :length] for row, length in zip(self._settings.rows, lengths, strict=True)]
         start, items = _ragged(parts)
         return {"history_start": start, "history": items}
+
+    def _kept_history(self, plan: Plan, sources: np.ndarray) -> tuple[History, Tensor]:
+        """And where in it each row's begins and ends, [2, R]."""
+        settings = self._settings
+        has = settings.has_history
+        history, begins = self.histories.extend(
+            settings.rows[has], settings.tenancy[has], plan.lengths[has], sources[has]
+        )
+        spans = np.zeros((2, len(has)), np.int64)
+        spans[:, has] = begins, begins + plan.lengths[has]
+        return history, torch.from_numpy(spans)
 
     def _lists(self, plan: Plan) -> dict[str, Tensor]:
         bias: list[list[int]] = []

@@ -24,7 +24,8 @@ def sample(
     frequency, presence, seed, counter, num_logprobs, history_start, history, prompt_len, bias_start, bias_ids,
     bias_values, banned_start, banned_ids, allowed_start, allowed_ids, bitmask, logprobs_mode,
 ) -> None:  # fmt: skip
-    """Arguments as in csrc/cpu/ops.def; outputs are written in place."""
+    """Arguments as in csrc/cpu/ops.def, or a history as kernels/triton/sampling.py has it; outputs are written in
+    place."""
     for row in range(logits.shape[0]):
         raw = logits[row].clone()
         ok[row] = int(bool(torch.isfinite(raw).all()))
@@ -37,7 +38,8 @@ def sample(
         z[banned_ids[banned_start[row] : banned_start[row + 1]]] = -torch.inf
         biased = slice(bias_start[row], bias_start[row + 1])
         z[bias_ids[biased]] += bias_values[biased]
-        past = history[history_start[row] : history_start[row + 1]]
+        begin, end = history_start[:, row] if history_start.dim() == 2 else history_start[row : row + 2]
+        past = history[begin:end].long()
         z = _penalize(
             z, past, int(prompt_len[row]), float(repetition[row]), float(frequency[row]), float(presence[row])
         )

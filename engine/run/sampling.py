@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from fuseline.compile.backends.device_inputs import Layout
 from fuseline.engine.messages import PositionLogprobs
 from fuseline.engine.run.device import Device, Results
+from fuseline.engine.run.histories import History
 
 INPUTS = (
     "temperature", "top_k", "top_p", "min_p", "repetition", "frequency", "presence", "seed", "counter", "num_logprobs",
@@ -19,6 +20,8 @@ INPUTS = (
     "allowed_start", "allowed_ids",
 )  # fmt: skip
 """Of the `sample` kernel, in its order."""
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+"""In the order of their codes."""
 SCORES = ("logprobs", "ranks", "top_ids", "top_logprobs")
 NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
@@ -31,11 +34,12 @@ class SampleArguments:
     num_top: int
     """Most log-probabilities that a row wants."""
     mode: int
+    """Index in LOGPROBS_MODES."""
     inputs: dict[str, Tensor]
     """By the names in INPUTS."""
-    unknown: dict[str, Tensor] = field(default_factory=dict)
-    """places, rows [K] int64: history[places] are tokens that the step before gave for these rows of its own and the
-    host has not seen yet. Empty when it has seen all."""
+    history: History | None = None
+    """On the device, in place of the one among the inputs; history_start [2, R] is then where each row's begins and
+    ends. None where nobody asks for it, and on devices that keep none."""
     no_scores: dict[str, Tensor] | None = None
     """None: a row wants log-probabilities. Else what stands for those outputs on the device, since the kernel leaves
     them alone: made by the first launch of the same rows, and kept."""
@@ -121,9 +125,11 @@ def launch_sampling(device: Device, logits: Tensor, arguments: SampleArguments, 
         layout |= RowScores.layout("prompt_", num_targets, arguments.num_prompt_top)
     # A row that is not ok leaves its token as it is: a zero.
     results = device.results(layout)
-    out, given = results.tensors, device.upload({**arguments.inputs, **arguments.unknown, "targets": arguments.targets})
-    if arguments.unknown:
-        given["history"].index_copy_(0, given["places"], before.index_select(0, given["rows"]))
+    history = arguments.history
+    writes = history.writes if history else {}
+    out, given = results.tensors, device.upload({**arguments.inputs, **writes, "targets": arguments.targets})
+    if history:
+        given["history"] = history.write(given, before)
     if num_rows:
         scores = _score_outputs(device, out, arguments)
         device.ops.sample(

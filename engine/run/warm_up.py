@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,11 +12,12 @@ from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.sizing import StepMemory
 from fuseline.engine.run.device import Device, Progress
+from fuseline.engine.run.histories import History, history_bytes, history_memory
 from fuseline.engine.run.runner import Model
-from fuseline.engine.run.sampling import SampleArguments, launch_sampling
+from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments, launch_sampling
 
-FEW_ROWS = (1, 2, 3, 16, 17)
-"""Decode steps that kernels may treat in ways of their own."""
+FEW_ROWS = (1, 2, 3, 16, 17, 33, 65, 129)
+"""Rows of steps that kernels may treat in ways of their own, or that -O3 may have given to others."""
 GRAPH_BYTES = 8 << 20
 """Kept for what a captured graph takes outside the pool; an assumption, not a measurement."""
 
@@ -28,7 +30,7 @@ def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progre
     first = [trial.allocate_caches, trial.step([1] * num_seqs)]
     runs = _told([*first, *steps, *trial.sampling_steps()], progress)
     decode = device.rehearse(runs[: len(first)])
-    peak = device.rehearse(runs[len(first) :])
+    peak = device.rehearse(runs[len(first) :]) + history_bytes(num_seqs, trial.max_model_len)
     sizes = (*config.graphs.resolved(num_seqs), *config.graphs.resolved_mixed(config.scheduler.max_num_batched_tokens))
     # The graphs' pool, and trial runs on the stream that captures, whose memory other streams do not get.
     largest = decode * max((1, *(size / num_seqs for size in sizes)))
@@ -37,13 +39,15 @@ def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progre
 
 
 def trial_steps(config: EngineConfig, max_model_len: int) -> list[list[int]]:
-    """Tokens by sequence: the largest step, prompts of an even and of an odd length, decode steps of many and few."""
+    """Tokens by sequence: the largest step, prompts of an even and of an odd length, steps of many and few rows: decode
+    steps as far as there are sequences, prompts beyond."""
     num_tokens, num_seqs = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
     total = min(num_tokens, num_seqs * max_model_len)
     spread = np.diff(np.linspace(0, total, num_seqs + 1).astype(int)).tolist()
     longest = min(num_tokens, max_model_len)
-    few = [count for count in FEW_ROWS if count < num_seqs]
-    return [spread, [longest], [max(1, longest - 1)], [1] * num_seqs, *([1] * count for count in few)]
+    few = [[1] * rows for rows in FEW_ROWS if rows < num_seqs]
+    few += [[rows] for rows in FEW_ROWS if num_seqs < rows < longest - 1]
+    return [spread, [longest], [max(1, longest - 1)], [1] * num_seqs, *few]
 
 
 def _told(runs: list[Callable[[], None]], progress: Progress) -> list[Callable[[], None]]:
@@ -63,12 +67,13 @@ class _Trial:
     def __init__(self, device: Device, model: Model, config: EngineConfig) -> None:
         self.device, self.model, self.config = device, model, config
         self.max_model_len = config.compile.max_model_len or model.info.max_model_len
+        self._mode = LOGPROBS_MODES.index(config.logprobs_mode)
         self._sampled: torch.Tensor | None = None
 
     def allocate_caches(self) -> None:
         self.model.allocate_caches([1] * len(self.model.info.cache_groups))
 
-    def step(self, counts: list[int], **settings: object) -> Callable[[], None]:
+    def step(self, counts: list[int], with_history: bool = False, **settings: object) -> Callable[[], None]:
         """Every sequence samples; tokens come from the run before, if there was one. Settings: trial_arguments."""
 
         def run() -> None:
@@ -77,8 +82,10 @@ class _Trial:
             logits = self.model.run(inputs, sources, self._sampled)
             # Prompt scores of the same rows, once more.
             logits = torch.cat((logits, logits)) if settings.get("with_scores") else logits
-            launched = launch_sampling(self.device, logits, trial_arguments(len(counts), **settings), self._sampled)
-            self._sampled = launched.tokens
+            arguments = trial_arguments(len(counts), self._mode, **settings)
+            if with_history:
+                arguments = self._with_history(arguments)
+            self._sampled = launch_sampling(self.device, logits, arguments, self._sampled).tokens
 
         return run
 
@@ -90,7 +97,21 @@ class _Trial:
             self.step(counts, with_lists=True, with_history=True),
             self.step(counts, with_history=True),
             self.step([1], with_scores=True),
+            self._score_prompt,
         ]
+
+    def _with_history(self, arguments: SampleArguments) -> SampleArguments:
+        """With penalties over a token each."""
+        rows = torch.arange(arguments.num_rows)
+        writes = {"known_places": rows, "known_tokens": rows.int(), "unknown_places": rows, "unknown_rows": rows * 0}
+        history = History(history_memory(self.device, arguments.num_rows), writes)
+        inputs = {"history_start": torch.stack((rows, rows + 1)), "repetition": arguments.inputs["repetition"] + 1}
+        return replace(arguments, inputs=arguments.inputs | inputs, history=history)
+
+    def _score_prompt(self) -> None:
+        """A prompt's part without its end. Its logits lie where no sampled row's come first, which kernels may see."""
+        logits = self.model.run(self._inputs([1]))
+        launch_sampling(self.device, logits, replace(trial_arguments(0, self._mode), targets=torch.tensor([0])), None)
 
     def _inputs(self, counts: list[int]) -> GraphInputs:
         lens = torch.tensor(counts, dtype=torch.int32)
@@ -111,9 +132,9 @@ class _Trial:
 
 
 def trial_arguments(
-    num_rows: int, with_history: bool = False, with_lists: bool = False, with_scores: bool = False
+    num_rows: int, mode: int = 0, with_lists: bool = False, with_scores: bool = False
 ) -> SampleArguments:  # fmt: skip
-    """Of rows that draw; with penalties over a token each, with a bias, with log-probabilities."""
+    """Of rows that draw; with a bias, with log-probabilities."""
 
     def full(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full((num_rows,), value, dtype=dtype)
@@ -121,15 +142,15 @@ def trial_arguments(
     f32 = torch.float32
     inputs = {
         "temperature": full(1, f32), "top_k": full(2), "top_p": full(0.5, f32), "min_p": full(0.1, f32),
-        "repetition": full(1 + with_history, f32), "frequency": full(0, f32), "presence": full(0, f32), "seed": full(1),
+        "repetition": full(1, f32), "frequency": full(0, f32), "presence": full(0, f32), "seed": full(1),
         "counter": full(0), "num_logprobs": full(0 if with_scores else -1), "prompt_len": full(1),
         "bias_values": torch.ones(num_rows * with_lists),
     }  # fmt: skip
     starts = torch.arange(num_rows + 1)
     for start, items, is_there in (
-        ("history_start", "history", with_history), ("bias_start", "bias_ids", with_lists),
+        ("history_start", "history", False), ("bias_start", "bias_ids", with_lists),
         ("banned_start", "banned_ids", False), ("allowed_start", "allowed_ids", False),
     ):  # fmt: skip
         inputs[start], inputs[items] = starts * is_there, full(0)[: num_rows * is_there]
     targets = full(0) if with_scores else full(0)[:0]
-    return SampleArguments(num_rows, 0, 0, inputs, targets=targets)
+    return SampleArguments(num_rows, 0, mode, inputs, targets=targets)

@@ -4,17 +4,19 @@
     python3 tools/gpu_check --only build,tune      what -O3 chooses, which the first command leaves out
 
 Needs the repository, a torch for CUDA with its triton, a compiler, and as wheels in DIR what of fuseline's dependencies
-is missing there. Without a card it ends with status 2 and one line. A stage that fails or takes too long is reported
-and the next one runs; status 1 if there was one.
+is missing there (docs/GPU.md says how to get them). Without a card it ends with status 2 and one line. A stage that
+fails or takes too long is reported and the next one runs; status 1 if there was one.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,28 +90,30 @@ def missing_card() -> str:
 
 
 def run(stage: Stage, args: argparse.Namespace) -> str:
-    """What went wrong; empty when nothing did."""
+    """What went wrong; empty when nothing did. Nothing that it has started outlives it: the card is the next one's."""
+    process = subprocess.Popen(command(stage.name, args), cwd=ROOT, env=environment(), preexec_fn=os.setpgrp)
     try:
-        for command in commands(stage.name, args):
-            subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=stage.seconds)
+        status = process.wait(stage.seconds)
+        return f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
         return f"not done after {stage.seconds} s"
-    except (subprocess.CalledProcessError, OSError) as error:
-        return str(error)
-    return ""
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
-    here, python = Path(__file__).parent, sys.executable
+def command(name: str, args: argparse.Namespace) -> list[str]:
+    here, python = Path(__file__).resolve().parent, sys.executable
     if name == "build":
-        return [[python, str(here / "build.py"), str(WORK), *([str(args.wheels.resolve())] if args.wheels else [])]]
+        return [python, str(here / "build.py"), str(WORK), *([str(args.wheels.resolve())] if args.wheels else [])]
     if name == "tests":
         files = [str(ROOT / "tests" / file) for file in TESTS]
         spread = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "load"] if has_xdist() else []
-        return [[python, "-P", "-m", "pytest", "-q", "-p", "on_card", "-k", "not compiles", *spread, *files]]
+        return [python, "-P", "-m", "pytest", "-q", "-p", "on_card", "-k", "not compiles", *spread, *files]
     if name in ("models", "tune"):
-        return [[python, "-P", str(here / f"{name}.py")]]
-    return [[python, "-P", str(here / "measure.py"), str(args.out)]]
+        return [python, "-P", str(here / f"{name}.py")]
+    return [python, "-P", str(here / "measure.py"), str(args.out.resolve())]
 
 
 def has_xdist() -> bool:
@@ -119,9 +123,10 @@ def has_xdist() -> bool:
 
 def environment() -> dict[str, str]:
     paths = [str(WORK / "pkg"), str(WORK / "wheels"), str(Path(__file__).parent), str(ROOT / "tests")]
+    programs = [str(WORK / "wheels" / "bin"), os.environ.get("PATH", "")]
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(WORK / "triton"),
-        "FUSELINE_CACHE_ROOT": str(WORK / "cache"),
+        "PYTHONPATH": os.pathsep.join(paths), "PATH": os.pathsep.join(programs), "PYTHONUNBUFFERED": "1",
+        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(WORK / "triton"), "FUSELINE_CACHE_ROOT": str(WORK / "cache"),
     }  # fmt: skip
 
 

@@ -237,5 +237,5 @@ def _invariant(s: Sizes, make: Made) -> Iterator[Case]:
     args = (table, make.ints([s.context] * num_seqs), make.ints(torch.arange(num_seqs + 1)), None, 0, 0.1, 0.0)
     yield Case(
         f"attention, decode {num_seqs} x {s.context}, invariant",
-        partial(attention.paged_attention, out, q, *caches, *args, is_one_kernel=True), moved=caches.nbytes,
+        partial(attention.paged_attention, out, q, *caches, *args, prefill_from=1), moved=caches.nbytes,
     )  # fmt: skip

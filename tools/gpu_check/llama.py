@@ -59,15 +59,21 @@ class Runner:
         weights = random_weights(captured, result, target.device)
         if is_tuned:
             tune_kernels(captured.graph, weights, config, target, lambda *_: None)
-        executable = CudaExecutable(captured.graph, weights, target)
-        self.kernels = Counter(kernel.label for kernel in executable.kernels.values())
-        self.model = CudaModel(config, captured, result, weights, executable, target.device, load.graphs)
+        self._loaded = config, captured, result, weights
+        self.model = self.make_model(target, load.graphs)
         self.width = -(-(load.context + load.steps) // BLOCK)
         self.num_blocks = max(load.max_seqs * self.width, -(-max(load.prompts) // BLOCK)) + 1
         self.model.allocate_caches([self.num_blocks])
         self.device = target.device
         self.weight_bytes = sum(t.nbytes for name, t in weights.items() if "embed" not in name)
         self.bytes_per_token = sum(spec.bytes_per_token() for spec in self.model.info.cache_specs)
+
+    def make_model(self, target: Target, graphs: GraphConfig) -> CudaModel:
+        """Of these weights, without caches."""
+        config, captured, result, weights = self._loaded
+        executable = CudaExecutable(captured.graph, weights, target)
+        self.kernels = Counter(kernel.label for kernel in executable.kernels.values())
+        return CudaModel(config, captured, result, weights, executable, target.device, graphs)
 
     def capture(self, api: GraphApi | None = None) -> float:
         """Seconds until all graphs are there."""

@@ -1,10 +1,14 @@
 """Measures the card's limits, then each kernel and the model against them, and writes the table.
 
 python measure.py TABLE.md
+
+A part that fails leaves its mark in the table, and the next one runs: in a new process if the card takes no more calls
+of this one, as after a kernel that went astray.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -20,6 +24,7 @@ import triton
 from kernels import Made, Sizes, measure_cases, measure_kernels, measure_limits
 from llama import Load, Runner, against_transformers, measure_model
 from mixed import measure_mixed
+from overlap import measure_overlap
 from serving import Batch, measure_serving
 from table import CardClock, Limits, Table
 
@@ -27,38 +32,93 @@ from fuseline.compile.kernels.cuda_library import library_for
 from fuseline.compile.target import detect_target
 from fuseline.engine.run.card import CudaDevice
 
+Part = tuple[str, Callable[[], object]]
 
-def main(out: Path) -> int:
+
+def main(out: Path, num_done: int = 0) -> int:
+    """`num_done`: parts that a process before this one has been through, the last of them in vain."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    table, sizes, load = Table(out, title()), Sizes(), Load()
-    clock = CardClock()
-    problems = []
+    table, clock, sizes = Table.resumed(out) if num_done else Table(out, title()), CardClock(), Sizes()
+    limits = measure_limits(sizes, "cuda", clock, table)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = model_parts(Path(folder), limits, table) + kernel_parts(sizes, clock, limits, table)
+        failed = run_parts(parts, num_done, table, is_card_lost, lambda done: start_again(out, done))
+    print(table.text(table.title))
+    return 1 if failed or num_done else 0
 
-    def attempt(what: str, call: Callable[[], object]) -> None:
-        """A part that fails leaves its mark in the table, and the next one runs."""
+
+def run_parts(
+    parts: list[Part], num_done: int, table: Table, is_lost: Callable[[], bool], start_again: Callable[[int], None]
+) -> list[str]:
+    """Names of those that failed. `start_again` does not return: it gets the number of parts that are done."""
+    failed = []
+    for at, (name, call) in enumerate(parts):
+        if at < num_done:
+            continue
         try:
             call()
         except Exception as error:
             traceback.print_exc()
-            problems.append(what)
-            table.add(what, f"FAILED: {type(error).__name__}: {str(error)[:100]}")
-        torch.cuda.empty_cache()
+            failed.append(name)
+            table.add(name, f"FAILED: {type(error).__name__}: {str(error)[:100]}")
+            if is_lost():
+                start_again(at + 1)
+    return failed
 
-    limits = measure_limits(sizes, "cuda", clock, table)
-    with tempfile.TemporaryDirectory() as folder:
-        runners: list[Runner] = []
-        target = detect_target(device="cuda")
-        attempt("model", lambda: runners.append(Runner(Path(folder), target, load)))
-        for runner in runners:
-            attempt("steps of the model", lambda r=runner: measure_model(r, load, limits, table))
-            attempt("mixed steps", lambda r=runner: measure_mixed(r, 32, (64, 224, 480), load.context, table))
-            attempt("engine", lambda r=runner: measure_serving(r, CudaDevice(target), Batch(), table))
-            attempt("transformers", lambda r=runner: against_transformers(r, table, Path(folder)))
-        runners.clear()
-    attempt("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table))
-    attempt("kernels in C++", lambda: measure_cpp(sizes, clock, limits, table))
-    print(table.text(table.title))
-    return 1 if problems else 0
+
+def is_card_lost() -> bool:
+    """Whether every further call would raise what an earlier one has done."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
+
+
+def start_again(out: Path, num_done: int) -> None:
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-P", __file__, str(out), str(num_done)])
+
+
+def model_parts(folder: Path, limits: Limits, table: Table) -> list[Part]:
+    """All over one model, which is built when the first of them runs."""
+    target, load, made = detect_target(device="cuda"), Load(), Once(lambda: Runner(folder, target, load))
+    return [
+        ("steps of the model", lambda: measure_model(made(), load, limits, table)),
+        ("early launches", lambda: measure_overlap(made(), target, load, limits, table)),
+        ("mixed steps", lambda: measure_mixed(made(), 32, (64, 224, 480), load.context, table)),
+        ("engine", lambda: measure_serving(made(), CudaDevice(target), Batch(), table)),
+        ("transformers", lambda: against_transformers(made(), table, folder)),
+        ("model given back", made.forget),
+    ]
+
+
+def kernel_parts(sizes: Sizes, clock: CardClock, limits: Limits, table: Table) -> list[Part]:
+    return [
+        ("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table)),
+        ("kernels in C++", lambda: measure_cpp(sizes, clock, limits, table)),
+    ]
+
+
+class Once:
+    """Makes a thing when it is first asked for. What cannot be made is not tried again."""
+
+    def __init__(self, make: Callable[[], Runner]) -> None:
+        self._make: Callable[[], Runner] | None = make
+        self._made: Runner | None = None
+
+    def __call__(self) -> Runner:
+        if self._made is None:
+            if self._make is None:
+                raise RuntimeError("there is no model")
+            make, self._make = self._make, None
+            self._made = make()
+        return self._made
+
+    def forget(self) -> None:
+        self._made = None
+        torch.cuda.empty_cache()
 
 
 def measure_cpp(sizes: Sizes, clock: CardClock, limits: Limits, table: Table) -> None:
@@ -75,4 +135,4 @@ def title() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))

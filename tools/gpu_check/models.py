@@ -1,14 +1,29 @@
-"""Greedy tokens of tiny trained models on the card, op by op, replayed and served, against Transformers on the CPU."""
+"""Greedy tokens of tiny trained models on the card, op by op, replayed and served, against Transformers on the CPU;
+kernels that overlap against those that do not.
+
+python models.py [PART]    each part in a process of its own, all at once: none can take the card from another
+"""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import torch
+from kernels import Made, Sizes
+from overlap import check_overlap
 from paged_driver import greedy
+from table import CardClock, Table
 from zoo import checkpoint, make_prompts, truth
 
+from fuseline.compile.backends.graph_api import CudaGraphApi
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig, GraphConfig
+from fuseline.compile.kernels.cuda_library import library_for
 from fuseline.compile.target import detect_target
 from fuseline.engine.build import build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig, SchedulerConfig
@@ -16,33 +31,69 @@ from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander
 from fuseline.engine.service import EngineService
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss", "deepseek_v3", "phi3_longrope")
+OVERLAP = "overlap"
 PROMPTS = make_prompts((3, 9, 20, 33))
 NUM_TOKENS = 24
+THREADS = 2
+"""Of the CPU, for each family."""
 
 
 def main() -> int:
+    parts = (*FAMILIES, OVERLAP)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return max(pool.map(run_alone, parts))
+
+
+def run_alone(part: str) -> int:
+    """1 if anything went wrong; what it says is shown as it comes."""
+    return 1 if subprocess.run([sys.executable, "-P", __file__, part]).returncode else 0
+
+
+def check(part: str) -> int:
+    """How many answers are wrong."""
+    return check_early_launches() if part == OVERLAP else check_family(part)
+
+
+def check_family(family: str) -> int:
     wrong = 0
-    for family in FAMILIES:
-        for dtype in ("float32", "bfloat16"):
-            path = checkpoint(family, dtype)
-            expected = truth(path, PROMPTS, NUM_TOKENS)
-            for mode, config in (
-                ("op by op", GraphConfig(enabled=False)),
-                ("graphs", GraphConfig((1, 2, 4), mixed_sizes=(8, 16))),
-            ):
-                wrong += tell(f"{family} {dtype} {mode}", tokens(path, config) == expected)
-        wrong += tell(f"{family} {dtype} served", served_tokens(path) == expected)
-    return 1 if wrong else 0
+    for dtype in ("float32", "bfloat16"):
+        path = checkpoint(family, dtype)
+        expected = truth(path, PROMPTS, NUM_TOKENS)
+        for mode, find in (
+            ("op by op", partial(tokens, path, GraphConfig(enabled=False))),
+            ("graphs", partial(tokens, path, GraphConfig((1, 2, 4), mixed_sizes=(8, 16)))),
+            ("served", partial(served_tokens, path)),
+        ):
+            wrong += tell(f"{family} {dtype} {mode}", find, expected)
+    return wrong
 
 
-def tell(what: str, is_right: bool) -> bool:
+def tell(what: str, find: Callable[[], object], expected: object) -> bool:
     """Whether it is wrong."""
-    print(f"{what}: {'ok' if is_right else 'DIFFERS'}", flush=True)
-    return not is_right
+    try:
+        verdict = "ok" if find() == expected else "DIFFERS"
+    except Exception as error:
+        traceback.print_exc()
+        verdict = f"FAILED: {type(error).__name__}: {str(error)[:200]}"
+    print(f"{what}: {verdict}", flush=True)
+    return verdict != "ok"
+
+
+def check_early_launches() -> int:
+    """Kernels that overlap compute the bits of those that wait for each other; FUSELINE_CUDA_PDL=0 turns it off."""
+    library = library_for(detect_target(device="cuda"))
+    if library is None:
+        return 0
+    sizes, api = Sizes(), CudaGraphApi(torch.device("cuda"))
+
+    def num_different() -> int:
+        return check_overlap(sizes, Made(sizes, "cuda"), library, api, Table(), CardClock())
+
+    return tell(f"kernels in C++, overlap {library.overlap.name}", num_different, 0)
 
 
 def tokens(path, graphs: GraphConfig) -> list[list[int]]:
-    model = compile_model(CompileConfig(model=str(path)), detect_target(device="cuda"), graphs=graphs)
+    model = compile_model(CompileConfig(model=str(path)), detect_target(THREADS, "cuda"), graphs=graphs)
     allocate = model.allocate_caches
 
     def allocate_and_capture(num_blocks) -> None:
@@ -61,7 +112,7 @@ def tokens(path, graphs: GraphConfig) -> list[list[int]]:
 def served_tokens(path) -> list[list[int]]:
     """Through an engine that was started as a server's is: warmed up, caches sized, graphs captured meanwhile."""
     config = EngineConfig(
-        CompileConfig(model=str(path), max_num_batched_tokens=32, max_num_seqs=4),
+        CompileConfig(model=str(path), max_num_batched_tokens=32, max_num_seqs=4, cpu_threads=THREADS),
         scheduler=SchedulerConfig(max_num_batched_tokens=32, max_num_seqs=4), device="cuda",
     )  # fmt: skip
     service = EngineService(config, build_compiled_model, find_device, lambda message: None)
@@ -78,4 +129,4 @@ def served_tokens(path) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main() if len(sys.argv) == 1 else min(1, check(sys.argv[1])))

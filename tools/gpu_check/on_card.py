@@ -1,19 +1,22 @@
 """A pytest plugin that runs the tests of kernels on a card: their CPU tensors are carried there and back.
 
-So every edge case of the tests is one of the card's too, unchanged.
+So every edge case of the tests is one of the card's too, unchanged. A process whose kernel went astray gets nothing
+more from the card: where tests are spread over several, it ends, and a new one takes over the tests that it had left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import cuda_twin
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
 
-from fuseline.compile.kernels.cuda_library import library_for
+from fuseline.compile.kernels.cuda_library import Overlap, library_for
 from fuseline.compile.target import Target
 
 
@@ -46,7 +49,25 @@ def pytest_configure() -> None:
     carry_triton()
     library = library_for(Target("cuda", "", 1))
     if library is not None:
-        cuda_twin.run = lambda function, *args, **more: carry(function, library, *args, **more)
+        early = library.overlapping(Overlap.WEIGHTS)  # weights are carried there by copies that the host waits for
+        cuda_twin.run = lambda function, *args, **more: carry(function, early, *args, **more)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    result = yield
+    if "PYTEST_XDIST_WORKER" in os.environ and is_lost():
+        os._exit(1)
+    return result
+
+
+def is_lost() -> bool:
+    """Whether every further call would raise what an earlier one has done."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def carry(function: Callable, library: object, *args: object, **more: object) -> object:

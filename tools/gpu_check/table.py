@@ -62,8 +62,15 @@ class Table:
     title: str = ""
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
+    @staticmethod
+    def resumed(path: Path) -> Table:
+        """What another process has left in the file."""
+        title, _, _, _, *rows = path.read_text().splitlines()
+        return Table(path, title.removeprefix("## "), [tuple(row[2:-2].split(" | ")) for row in rows])
+
     def add(self, what: str, value: str, share: str = "", goal: str = "") -> None:
-        self.rows.append((what, value, share, goal))
+        row = tuple(" ".join(text.replace("|", "/").split()) for text in (what, value, share, goal))
+        self.rows.append(row)
         print(f"  {what}: {value} {share}", flush=True)
         if self.path is not None:
             self.path.write_text(self.text(self.title))

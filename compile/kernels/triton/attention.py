@@ -54,17 +54,19 @@ def paged_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, workspace: Tensor | None = None,
-    is_one_kernel: bool = False, tuning: Tuning | None = None,
+    prefill_from: int = 0, tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """out[1, T, H, E] of q[1, H, T, D] over caches [N, K, B, D|E], as compile/ops/attention.py defines it.
 
     block_table [S, M], seq_lens [S], query_start [S + 1] are integers on the device; tokens behind query_start[S] are
     left alone, a sequence without keys (padding) gives zeros. The caches have q's dtype, another float dtype, or hold
-    float8_e4m3fn (also as uint8), of which k_scale[1] and v_scale[1] (float32) times the stored number is the value.
+    float8_e5m2 or float8_e4m3fn (also as uint8): k_scale[1] and v_scale[1] (float32) times the stored number is the
+    value.
 
     `workspace` holds the splits' partial sums: float32, `workspace_size` elements. Who plans memory passes one for all
     layers; without it one is taken from torch's allocator, which under graph capture is the graph's own pool, reused
-    from layer to layer. Nothing waits for the device. `is_one_kernel`: the prefill kernel takes every sequence.
+    from layer to layer. Nothing waits for the device. `prefill_from`: the prefill kernel takes
+    sequences of so many tokens, and nobody the others; 0: the decode kernel takes those of few.
     """
     _check(q, k_cache, v_cache)
     if q.shape[2] == 0 or seq_lens.shape[0] == 0:
@@ -78,10 +80,10 @@ def paged_attention(
         block_table.stride(0),
     )  # fmt: skip
     numbers = (window, scale * LOG2_E, softcap)
-    if not is_one_kernel:
+    if not prefill_from:
         _launch_decode(shape, tensors, workspace, strides, numbers)
-    if is_one_kernel or not shape.is_all_decode:
-        tile, most = shape.prefill, 0 if is_one_kernel else shape.decode.tokens
+    if prefill_from or not shape.is_all_decode:
+        tile, most = shape.prefill, prefill_from - 1 if prefill_from else shape.decode.tokens
         grid = (shape.num_tokens // tile.tokens + shape.num_seqs, shape.kv_heads * tile.parts)
         prefill_kernel[grid](
             *tensors, *strides, *numbers, shape.num_seqs, most, GROUP=shape.group,
@@ -277,7 +279,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 
 def _readable(cache: Tensor) -> Tensor:
-    """An fp8 cache as bytes where the device has no fp8 numbers (before sm_89)."""
+    """An e4m3 cache as bytes where the device has no such numbers (before sm_89); e5m2 every device has."""
     if cache.dtype != torch.float8_e4m3fn or not cache.is_cuda:
         return cache
     return cache if torch.cuda.get_device_capability(cache.device) >= (8, 9) else cache.view(torch.uint8)

@@ -53,7 +53,12 @@ def feed_kernel(token_ids, sources, sampled, num_tokens, SIZE: tl.constexpr):
     tl.store(token_ids + t, tl.load(sampled + source, mask=source >= 0, other=0), mask=source >= 0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "slots_stride_g", "tables_stride_g", "tables_stride_s"])
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "width", "to_slots_stride_g", "slots_stride_g", "to_tables_stride_g", "to_tables_stride_s",
+        "tables_stride_g", "tables_stride_s",
+    ]
+)  # fmt: skip
 def pad_kernel(
     to_tokens, to_positions, to_rope_rows, to_lens, to_slots, to_tables, tokens, positions, rope_rows, lens, slots,
     tables, num_rows, width, to_slots_stride_g, slots_stride_g, to_tables_stride_g, to_tables_stride_s, tables_stride_g,
@@ -77,7 +82,7 @@ def pad_kernel(
             tl.store(to_line + column, tl.load(line + column, mask=there, other=0), mask=there)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_padded", "slots_stride_g"])
+@triton.jit(do_not_specialize=["num_tokens", "num_padded", "to_slots_stride_g", "slots_stride_g"])
 def pad_tokens_kernel(
     to_tokens, to_positions, to_rope_rows, to_slots, tokens, positions, rope_rows, slots, num_tokens, num_padded,
     to_slots_stride_g, slots_stride_g, G: tl.constexpr, SIZE: tl.constexpr,

@@ -17,32 +17,39 @@ CAST_THEN_SCALE = tl.constexpr(codes.NORM_CAST_THEN_SCALE)
 ONE_PLUS = tl.constexpr(codes.NORM_ONE_PLUS)
 LINE = 2048  # features that a program of few features a line fills itself with
 WIDEST = 32768
+WARPS_TO_TRY = (4, 8, 16)
+"""Of a program, measured by -O3 beside what a launch chooses itself."""
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
-    return _rms(x, None, weight, eps, mode)[0]
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int, *, num_warps: int = 0) -> Tensor:
+    """`num_warps` of a program, also below; 0: chosen."""
+    return _rms(x, None, weight, eps, mode, num_warps)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, mode: int) -> tuple[Tensor, Tensor]:
-    return _rms(x, residual, weight, eps, mode)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, mode: int, *, num_warps: int = 0
+) -> tuple[Tensor, Tensor]:
+    return _rms(x, residual, weight, eps, mode, num_warps)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return _layer(x, None, weight, bias, eps)[0]
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, num_warps: int = 0) -> Tensor:
+    return _layer(x, None, weight, bias, eps, num_warps)[0]
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, num_warps: int = 0
 ) -> tuple[Tensor, Tensor]:
-    return _layer(x, residual, weight, bias, eps)
+    return _layer(x, residual, weight, bias, eps, num_warps)
 
 
 def supports(x: Tensor) -> bool:
     return x.shape[-1] <= WIDEST
 
 
-def _rms(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, mode: int) -> tuple[Tensor, Tensor]:
-    tensors, lines, options = _launch(x, residual)
+def _rms(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, mode: int, num_warps: int
+) -> tuple[Tensor, Tensor]:
+    tensors, lines, options = _launch(x, residual, num_warps)
     if lines.num_lines:
         grid = (triton.cdiv(lines.num_lines, options["ROWS"]),)
         rms_norm_kernel[grid](*tensors, weight, lines.num_lines, lines.inner, *lines.strides, eps, MODE=mode, **options)
@@ -50,9 +57,9 @@ def _rms(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, 
 
 
 def _layer(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, num_warps: int
 ) -> tuple[Tensor, Tensor]:
-    tensors, lines, options = _launch(x, residual)
+    tensors, lines, options = _launch(x, residual, num_warps)
     if lines.num_lines:
         grid = (triton.cdiv(lines.num_lines, options["ROWS"]),)
         layer_norm_kernel[grid](
@@ -61,7 +68,9 @@ def _layer(
     return tensors[0], tensors[1]
 
 
-def _launch(x: Tensor, residual: Tensor | None) -> tuple[tuple[Tensor | None, ...], Lines, dict[str, int]]:
+def _launch(
+    x: Tensor, residual: Tensor | None, num_warps: int
+) -> tuple[tuple[Tensor | None, ...], Lines, dict[str, int]]:
     """(out, total, x, residual), how their lines lie, and the sizes of a program."""
     if not supports(x):
         raise ValueError(f"a norm over {x.shape[-1]} features; at most {WIDEST} are held at once")
@@ -73,7 +82,8 @@ def _launch(x: Tensor, residual: Tensor | None) -> tuple[tuple[Tensor | None, ..
     dim = x.shape[-1]
     block = triton.next_power_of_2(dim)
     rows = max(1, min(16, LINE // block))
-    options = {"D": dim, "BLOCK": block, "ROWS": rows, "num_warps": min(16, max(4, block // 512))}
+    num_warps = num_warps or min(16, max(4, block // 512))
+    options = {"D": dim, "BLOCK": block, "ROWS": rows, "num_warps": num_warps}
     return (out, total, x, None if residual is None else other), Lines.of(out, x, other), options
 
 

@@ -14,16 +14,23 @@ from torch import Tensor
 from fuseline.compile.kernels.triton.rope_kernels import rope_cache_kernel, rope_kernel, write_kernel
 
 HEADS = 8  # heads of a program
+HEADS_TO_TRY = (2, 4, 32)
+"""Measured by -O3 beside that."""
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
-    """x[1, H, T, D] with the first R of D rotated by lines rows[T] of cos and sin [P, C], C = R or R / 2."""
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int, *, heads: int = HEADS
+) -> Tensor:
+    """x[1, H, T, D] with the first R of D rotated by lines rows[T] of cos and sin [P, C], C = R or R / 2.
+
+    `heads` of a program, also below, change no bit.
+    """
     _check(x, cos)
     out = torch.empty_like(x)
     if out.numel():
-        rope_kernel[_grid(x)](
+        rope_kernel[_grid(x, heads)](
             out, x, cos, sin, rows, *_head_strides(out), *_head_strides(x), cos.stride(0), H=x.shape[1],
-            **_shape(x, cos, rotary_dim, layout),
+            **_shape(x, cos, rotary_dim, layout, heads),
         )  # fmt: skip
     return out
 
@@ -34,7 +41,8 @@ def write_cache(
 ) -> None:  # fmt: skip
     """k[1, K, T, D], v[1, K, T, E] to slot = block * block size + offset of caches [N, K, B, D|E]; -1 writes nothing.
 
-    An fp8 cache (float8_e4m3fn, or uint8) holds the numbers divided by k_scale[1], v_scale[1], at most 448.
+    An fp8 cache (float8_e5m2, float8_e4m3fn, or that as uint8) holds the numbers divided by k_scale[1], v_scale[1], at
+    most its largest.
     """
     for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
         _write(cache, new, slots, scale)
@@ -42,7 +50,8 @@ def write_cache(
 
 def rope_cache(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Tensor,
-    slots: Tensor, rotary_dim: int, layout: int, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    slots: Tensor, rotary_dim: int, layout: int, k_scale: Tensor | None = None, v_scale: Tensor | None = None, *,
+    heads: int = HEADS,
 ) -> Tensor:  # fmt: skip
     """Rotated q; rotated k and v go to the caches."""
     _check(q, cos)
@@ -51,13 +60,13 @@ def rope_cache(
     if out.numel() == 0:
         return out
     k_cache, v_cache, v = _bytes(k_cache), _bytes(v_cache), v if v.stride(3) == 1 else v.contiguous()
-    q_parts, kv_parts = (triton.cdiv(x.shape[1], HEADS) for x in (q, k))
+    q_parts, kv_parts = (triton.cdiv(x.shape[1], heads) for x in (q, k))
     strides = [stride for x in (out, q, k, v) for stride in _head_strides(x)]
     rope_cache_kernel[(q.shape[2], q_parts + 2 * kv_parts)](
         out, k_cache, v_cache, q, k, v, cos, sin, rows, slots, *strides, cos.stride(0), *k_cache.stride()[:3],
         *v_cache.stride()[:3], k_scale, v_scale, Q_PARTS=q_parts, KV_PARTS=kv_parts, H=q.shape[1], K=k.shape[1],
         E=v.shape[3], PADDED_E=triton.next_power_of_2(v.shape[3]), B=k_cache.shape[2],
-        **_shape(q, cos, rotary_dim, layout),
+        **_shape(q, cos, rotary_dim, layout, heads),
     )  # fmt: skip
     return out
 
@@ -66,7 +75,7 @@ def _write(cache: Tensor, new: Tensor, slots: Tensor, scale: Tensor | None) -> N
     if new.numel() == 0:
         return
     cache, new = _bytes(cache), new if new.stride(3) == 1 else new.contiguous()
-    write_kernel[_grid(new)](
+    write_kernel[_grid(new, HEADS)](
         cache, new, slots, *_head_strides(new), *cache.stride()[:3], scale, H=new.shape[1], D=new.shape[3],
         PADDED_D=triton.next_power_of_2(new.shape[3]), B=cache.shape[2], HEADS=HEADS, num_warps=4,
     )  # fmt: skip
@@ -77,24 +86,24 @@ def _check(x: Tensor, cos: Tensor) -> None:
         raise ValueError("rope needs the last dimension of x and of the tables contiguous")
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[2], triton.cdiv(x.shape[1], HEADS)
+def _grid(x: Tensor, heads: int) -> tuple[int, int]:
+    return x.shape[2], triton.cdiv(x.shape[1], heads)
 
 
 def _head_strides(x: Tensor) -> tuple[int, int]:
     return x.stride(1), x.stride(2)
 
 
-def _shape(x: Tensor, cos: Tensor, rotary_dim: int, layout: int) -> dict:
+def _shape(x: Tensor, cos: Tensor, rotary_dim: int, layout: int, heads: int) -> dict:
     rest = x.shape[3] - rotary_dim
     return {
         "D": x.shape[3], "R": rotary_dim, "C": cos.shape[1], "PADDED_PAIRS": triton.next_power_of_2(rotary_dim // 2),
-        "PADDED_REST": triton.next_power_of_2(rest) if rest else 0, "LAYOUT": layout, "HEADS": HEADS, "num_warps": 4,
+        "PADDED_REST": triton.next_power_of_2(rest) if rest else 0, "LAYOUT": layout, "HEADS": heads, "num_warps": 4,
         # A multiplication and an addition made one would round once where two are asked for.
         "enable_fp_fusion": False,
     }  # fmt: skip
 
 
 def _bytes(cache: Tensor) -> Tensor:
-    """An fp8 cache as bytes: they are made by hand, because sm_80 has no such numbers."""
+    """An e4m3 cache as bytes: sm_80 has no such numbers, only e5m2."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache

@@ -126,26 +126,32 @@ def _turned(x, c, y, s, sign: tl.constexpr):
 
 @triton.jit
 def _store(to, x, mask, scale):
-    if to.dtype.element_ty == tl.uint8:
+    dtype: tl.constexpr = to.dtype.element_ty
+    if dtype == tl.uint8 or dtype == tl.float8e5:
         wide = x.to(tl.float32)
         if scale is not None:
             wide = tl.div_rn(wide, tl.load(scale))
-        tl.store(to, e4m3_bits(wide), mask=mask)
+        if dtype == tl.uint8:
+            tl.store(to, fp8_bits(wide, 7, 3, 448.0), mask=mask)
+        else:
+            tl.store(to, fp8_bits(wide, 15, 2, 57344.0).to(dtype, bitcast=True), mask=mask)
     else:
-        tl.store(to, x.to(to.dtype.element_ty), mask=mask)
+        tl.store(to, x.to(dtype), mask=mask)
 
 
 @triton.jit
-def e4m3_bits(x):
-    """float32 -> the byte of float8_e4m3fn nearest to it, ties to even, beyond 448 the largest; NaN stays one.
+def fp8_bits(x, BIAS: tl.constexpr, FRACTION: tl.constexpr, LARGEST: tl.constexpr):
+    """float32 -> the byte of fp8 nearest to it, ties to even, beyond LARGEST that; NaN stays one.
 
-    From 2 ** -6 on both kinds of number differ in bias and 20 bits of fraction; below, the byte counts steps of
-    2 ** -9, which adding 2 ** 23 rounds to.
+    FRACTION: bits behind those of the exponent, whose bias is BIAS. Normal numbers differ from float32's in bias and
+    bits of fraction; below them, the byte counts steps, which adding 2 ** 23 rounds to.
     """
-    size = tl.minimum(tl.abs(x), 448.0)
-    bits = size.to(tl.uint32, bitcast=True) - (120 << 23)
-    code = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-    steps = (size * 512.0 + 8388608.0).to(tl.uint32, bitcast=True) & 0xF
-    code = tl.where(size < 0.015625, steps, code)
+    DROPPED: tl.constexpr = 23 - FRACTION
+    size = tl.minimum(tl.abs(x), LARGEST)
+    bits = size.to(tl.uint32, bitcast=True) - ((127 - BIAS) << 23)
+    code = (bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)) >> DROPPED
+    of_normal = size * (1 << (BIAS - 1))  # in units of the smallest normal number
+    steps = (of_normal * (1 << FRACTION) + 8388608.0).to(tl.uint32, bitcast=True) & 0xF
+    code = tl.where(of_normal < 1.0, steps, code)
     code = tl.where(x != x, 0x7F, code)
     return (code | ((x.to(tl.uint32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)

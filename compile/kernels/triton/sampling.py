@@ -32,6 +32,8 @@ def sample(
 ) -> None:  # fmt: skip
     """Arguments as in csrc/cpu/ops.def, all on one device; outputs are written in place.
 
+    history_start may also be [2, R], where each row's part of the history begins and ends: it may lie anywhere, and the
+    history be int32. An empty history is nobody's.
     num_logprobs[r]: -1 wants none, else at most L and V. An empty allowed list allows all; top_k 0, top_p 1, min_p 0
     are off. ok[r] = 0: logits that are NaN, +inf or, once masked, all -inf; the row's other outputs stay as they are.
     """
@@ -47,7 +49,8 @@ def sample(
         edit_kernel[(num_rows,)](
             work, counts, edited, logits, repetition, frequency, presence, history_start, history, prompt_len,
             bias_start, bias_ids, bias_values, banned_start, banned_ids, allowed_start, allowed_ids, bitmask,
-            logits.stride(0), 0 if bitmask is None else bitmask.stride(0), vocab, num_warps=8,
+            num_rows if history_start.dim() == 2 else 1, logits.stride(0),
+            0 if bitmask is None else bitmask.stride(0), vocab, num_warps=8,
         )  # fmt: skip
     stats = logits.new_empty(4, num_rows, num_blocks)
     scan_kernel[(num_rows, triton.cdiv(num_blocks, SCAN_BLOCKS.value))](

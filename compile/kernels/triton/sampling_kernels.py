@@ -29,18 +29,19 @@ LARGEST = tl.constexpr(2.0e38)  # of float32, nearly, over log2 e: times 0 it is
 PROCESSED_LOGPROBS, RAW_LOGITS, PROCESSED_LOGITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # codes.h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["history_step"])
 def edit_kernel(
     work, counts, edited, logits, repetition, frequency, presence, history_start, history, prompt_len, bias_start,
-    bias_ids, bias_values, banned_start, banned_ids, allowed_start, allowed_ids, bitmask, logits_stride, bitmask_stride,
-    V: tl.constexpr,
+    bias_ids, bias_values, banned_start, banned_ids, allowed_start, allowed_ids, bitmask, history_step, logits_stride,
+    bitmask_stride, V: tl.constexpr,
 ):  # fmt: skip
-    """Program row: work[r] = the row after masks, bias and penalties, if it has any; edited[r] says so."""
+    """Program row: work[r] = the row after masks, bias and penalties, if it has any; edited[r] says so. A row's part of
+    the history ends at history_start[r + history_step]."""
     r = tl.program_id(0)
-    past, past_end = _span(history_start, r)
-    bias, bias_end = _span(bias_start, r)
-    banned, banned_end = _span(banned_start, r)
-    allowed, allowed_end = _span(allowed_start, r)
+    past, past_end = _span(history_start, r, history_step)
+    bias, bias_end = _span(bias_start, r, 1)
+    banned, banned_end = _span(banned_start, r, 1)
+    allowed, allowed_end = _span(allowed_start, r, 1)
     alpha = tl.load(repetition + r)
     often = tl.load(frequency + r)
     once = tl.load(presence + r)
@@ -102,8 +103,8 @@ def _penalize(z, counts, history, past, past_end, first_output, alpha, often, on
 
 
 @triton.jit
-def _span(starts, r):
-    return tl.load(starts + r).to(tl.int64), tl.load(starts + r + 1).to(tl.int64)
+def _span(starts, r, step):
+    return tl.load(starts + r).to(tl.int64), tl.load(starts + r + step).to(tl.int64)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def paged_attention_invariant(
     out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
     attention.paged_attention(
         out, q if q.stride(3) == 1 else q.contiguous(), k_cache, v_cache, block_table, seq_lens, query_start, sinks,
-        window, scale, softcap, k_scale=k_scale, v_scale=v_scale, is_one_kernel=True,
+        window, scale, softcap, k_scale=k_scale, v_scale=v_scale, prefill_from=1,
     )  # fmt: skip
     return out
 

@@ -1,0 +1,129 @@
+"""Kernels that begin before the one ahead of them has ended: are their results the same, and what do they bring."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from kernels import SILU, Made, Sizes
+from llama import Load, Runner
+from table import Clock, Limits, Table, microseconds, share_of
+from torch import Tensor
+
+from fuseline.compile.backends.graph_api import GraphApi
+from fuseline.compile.config import GraphConfig
+from fuseline.compile.kernels import native_cuda
+from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap, library_for
+from fuseline.compile.kernels.native_cuda_attention import decode_or_triton
+from fuseline.compile.target import Target
+
+BLOCK = 16
+CONTEXT = 600  # keys of a sequence: several splits, so that attention is two kernels
+
+
+@dataclass(frozen=True)
+class Layer:
+    norms: tuple[Tensor, Tensor]
+    qkv: Tensor
+    attended: Tensor
+    gate_up: Tensor
+    down: Tensor
+    caches: tuple[Tensor, Tensor]
+
+
+class Chain:
+    """Decode layers of our kernels alone, each of which reads what the one before it wrote: rows -> rows."""
+
+    def __init__(self, sizes: Sizes, make: Made, num_rows: int, num_layers: int = 2) -> None:
+        s, heads = sizes, sizes.heads + 2 * sizes.kv_heads
+        width = -(-CONTEXT // BLOCK)
+        self._sizes = sizes
+        self._layers = [
+            Layer(
+                (make(s.hidden), make(s.hidden)), _small(make(heads * s.head_dim, s.hidden)),
+                _small(make(s.hidden, s.heads * s.head_dim)), _small(make(2 * s.inner, s.hidden)),
+                _small(make(s.hidden, s.inner)), tuple(make(2, num_rows * width, s.kv_heads, BLOCK, s.head_dim)),
+            )
+            for _ in range(num_layers)
+        ]  # fmt: skip
+        self._angles = tuple(make(2, CONTEXT, s.head_dim))
+        self._rows = make.ints([CONTEXT - 1] * num_rows, torch.int64)
+        tables = torch.arange(num_rows * width, dtype=torch.int32).view(num_rows, width)
+        self._slots = make.ints(tables[:, -1] * BLOCK + (CONTEXT - 1) % BLOCK, torch.int64)
+        self._batch = make.ints(tables), make.ints([CONTEXT] * num_rows), make.ints(list(range(num_rows + 1)))
+
+    def run(self, lib: CudaLibrary, x: Tensor) -> Tensor:
+        """x[T, hidden]."""
+        total = x
+        for layer in self._layers:
+            x, total = native_cuda.add_rms_norm(lib, x, total, layer.norms[0], 1e-5, 0)
+            x = self._attention(lib, layer, native_cuda.linear(lib, x, layer.qkv))
+            x = native_cuda.linear(lib, x, layer.attended)
+            x, total = native_cuda.add_rms_norm(lib, x, total, layer.norms[1], 1e-5, 0)
+            x = native_cuda.linear_act_mul(lib, x, layer.gate_up, None, SILU)
+            x = native_cuda.linear(lib, x, layer.down)
+        return x
+
+    def _attention(self, lib: CudaLibrary, layer: Layer, joined: Tensor) -> Tensor:
+        s = self._sizes
+        heads = joined.view(1, joined.shape[0], -1, s.head_dim).transpose(1, 2)
+        q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), 1)
+        q = native_cuda.rope_cache(lib, *layer.caches, q, k, v, *self._angles, self._rows, self._slots, s.head_dim, 0)
+        found = decode_or_triton(lib, q, *layer.caches, *self._batch, None, 0, s.head_dim**-0.5, 0.0)
+        return found.view(joined.shape[0], -1)
+
+
+def _small(weight: Tensor) -> Tensor:
+    return weight.mul_(weight.shape[1] ** -0.5)
+
+
+def check_overlap(
+    sizes: Sizes, make: Made, lib: CudaLibrary, api: GraphApi, table: Table, clock: Clock, num_replays: int = 300
+) -> int:
+    """How many results of early launches, replayed and launched one by one, are not bit for bit those of launches that
+    wait for each other. Each has other inputs, so that what is read too early is the number of another one."""
+    serial, early = (lib.overlapping(overlap) for overlap in (Overlap.NONE, Overlap.WEIGHTS))
+    wrong = 0
+    for num_rows in (1, 16):
+        chain, x = Chain(sizes, make, num_rows), make(num_rows, sizes.hidden)
+        differs = torch.zeros(2, dtype=torch.int64, device=make.device)
+        api.warm_up(lambda: chain.run(serial, x))  # noqa: B023  run before the next round
+        replays = [api.capture(lambda y, lib=lib: chain.run(lib, y), x) for lib in (serial, early)]  # noqa: B023
+        seconds = [clock(replay) for replay, _ in replays]
+        for _ in range(num_replays):
+            x.normal_()
+            found = [_bits(replay, result) for replay, result in replays]
+            launched = chain.run(early, x).view(torch.int16)
+            for kind, bits in enumerate((found[1], launched)):
+                differs[kind] += (bits != found[0]).any()
+        wrong += int(differs.sum())
+        name = f"chain of {num_rows} rows"
+        table.add(f"{name}, early launches: results that differ", f"{differs.tolist()} of {num_replays}", "", "0")
+        table.add(f"{name}, one after the other", microseconds(seconds[0]))
+        table.add(f"{name}, early", microseconds(seconds[1]), f"{100 * seconds[1] / seconds[0]:.0f} % of it")
+    return wrong
+
+
+def _bits(replay: Callable[[], None], result: Tensor) -> Tensor:
+    replay()
+    return result.view(torch.int16).clone()
+
+
+def measure_overlap(
+    runner: Runner, target: Target, load: Load, limits: Limits, table: Table, api: GraphApi | None = None
+) -> None:
+    """Decode steps of one sequence with and without; graphs of `runner` are there."""
+    serial = copy.copy(runner)
+    serial.model = runner.make_model(replace(target, overlaps=False), GraphConfig((1,), mixed_sizes=()))
+    serial.model.allocate_caches([runner.width + 1])
+    serial.capture(api)
+    moved = runner.weight_bytes + load.context * runner.bytes_per_token
+    library = library_for(target)
+    state = "on" if library is not None and library.overlap else "off"
+    for label, of in (("one after the other", serial), (f"early launches {state}", runner)):
+        step, _ = of.decode(1, load.context, load.steps)
+        share = f"{share_of(limits.bandwidth, moved, step)} of bandwidth"
+        table.add(f"decode 1 x {load.context}, {label}", f"{step * 1e3:.3f} ms a step", share)
+    serial.model.stop_capture()
