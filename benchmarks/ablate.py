@@ -1,6 +1,6 @@
 """What every pass and every level brings: each is turned off in turn and timed against the model with all of them.
 
-    python -P benchmarks/ablate.py /tmp/models/135m --prompt 256 --cpu-threads 2
+    python -P benchmarks/ablate.py 135m --prompt 256 --cpu-threads 2
 
 Both run in this process in turns, so that a busy machine slows both; a ratio is the median over the turns. Below 1.0:
 what was turned off brings something. A variant takes its loading and `--seconds`; at least one turn, however long.

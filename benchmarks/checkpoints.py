@@ -1,6 +1,6 @@
 """Random checkpoints in the shapes of real models, for speed and memory figures (their text means nothing).
 
-    python benchmarks/checkpoints.py 135m /tmp/models/135m
+    python benchmarks/checkpoints.py 135m 135m
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Loading a model: seconds of each phase and peak resident memory against the size of its weights.
 
-    python -P benchmarks/load.py /tmp/models/135m --level 1
+    python -P benchmarks/load.py 135m --level 1
 """
 
 from __future__ import annotations
