@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from fake_card import CARD, FakeCard, FakeGraphs
+from fake_cuda import FakeCuda
 
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.kernels import cuda_library
@@ -228,6 +229,21 @@ def test_early_launches_are_compared(tool) -> None:
         assert check_overlap(sizes, make, lib, FakeGraphs(), found, tables.HostClock(), num_replays=2) == wrong
         names = [row[0] for row in found.rows]
         assert names[1:3] == ["chain of 1 rows, one after the other", "chain of 1 rows, early"] and len(names) == 6
+
+
+@pytest.mark.parametrize("has_library", [True, False])
+def test_early_launches_are_a_part_of_the_models(tool, monkeypatch, capsys, has_library: bool) -> None:
+    """With graphs as they are captured on a card."""
+    kernels, _, _, tables = tool
+    import models
+
+    FakeCuda().install(monkeypatch)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
+    sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
+    library = cuda_twin.twin() if has_library else None
+    # What was recorded is replayed by nobody, and so differs from what is launched.
+    assert models.check_early_launches(library, sizes, "cpu", tables.HostClock, num_replays=1) == has_library
+    assert ("overlap HEADS: DIFFERS" in capsys.readouterr().out) == has_library
 
 
 def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> None:

@@ -72,8 +72,12 @@ class Runner:
         """Of these weights, without caches."""
         config, captured, result, weights = self._loaded
         executable = CudaExecutable(captured.graph, weights, target)
-        self.kernels = Counter(kernel.label for kernel in executable.kernels.values())
         return CudaModel(config, captured, result, weights, executable, target.device, graphs)
+
+    @property
+    def kernels(self) -> Counter[str]:
+        """How many calls each computes, by label."""
+        return Counter(kernel.label for kernel in self.model._executable.kernels.values())
 
     def capture(self, api: GraphApi | None = None) -> float:
         """Seconds until all graphs are there."""

@@ -26,7 +26,7 @@ from llama import Load, Runner, against_transformers, measure_model
 from mixed import measure_mixed
 from overlap import measure_overlap
 from serving import Batch, measure_serving
-from table import CardClock, Limits, Table
+from table import CardClock, Limits, Table, is_card_lost
 
 from fuseline.compile.kernels.cuda_library import library_for
 from fuseline.compile.target import detect_target
@@ -41,7 +41,7 @@ def main(out: Path, num_done: int = 0) -> int:
     table, clock, sizes = Table.resumed(out) if num_done else Table(out, title()), CardClock(), Sizes()
     limits = measure_limits(sizes, "cuda", clock, table)
     with tempfile.TemporaryDirectory() as folder:
-        parts = model_parts(Path(folder), limits, table) + kernel_parts(sizes, clock, limits, table)
+        parts = model_parts(Path(folder), limits, table, num_done > 0) + kernel_parts(sizes, clock, limits, table)
         failed = run_parts(parts, num_done, table, is_card_lost, lambda done: start_again(out, done))
     print(table.text(table.title))
     return 1 if failed or num_done else 0
@@ -66,24 +66,22 @@ def run_parts(
     return failed
 
 
-def is_card_lost() -> bool:
-    """Whether every further call would raise what an earlier one has done."""
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return True
-    return False
-
-
 def start_again(out: Path, num_done: int) -> None:
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-P", __file__, str(out), str(num_done)])
 
 
-def model_parts(folder: Path, limits: Limits, table: Table) -> list[Part]:
-    """All over one model, which is built when the first of them runs."""
-    target, load, made = detect_target(device="cuda"), Load(), Once(lambda: Runner(folder, target, load))
+def model_parts(folder: Path, limits: Limits, table: Table, is_resumed: bool) -> list[Part]:
+    """All over one model, which is built when the first of them runs; that captures its graphs, unless it is done."""
+    target, load = detect_target(device="cuda"), Load()
+
+    def make() -> Runner:
+        runner = Runner(folder, target, load)
+        if is_resumed:
+            runner.capture()
+        return runner
+
+    made = Once(make)
     return [
         ("steps of the model", lambda: measure_model(made(), load, limits, table)),
         ("early launches", lambda: measure_overlap(made(), target, load, limits, table)),

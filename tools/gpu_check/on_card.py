@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import cuda_twin
 import pytest
 import torch
+from table import is_card_lost
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
@@ -56,18 +57,9 @@ def pytest_configure() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
     result = yield
-    if "PYTEST_XDIST_WORKER" in os.environ and is_lost():
+    if "PYTEST_XDIST_WORKER" in os.environ and is_card_lost():
         os._exit(1)
     return result
-
-
-def is_lost() -> bool:
-    """Whether every further call would raise what an earlier one has done."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def carry(function: Callable, library: object, *args: object, **more: object) -> object:

@@ -80,6 +80,15 @@ class Table:
         return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in self.rows)]) + "\n"
 
 
+def is_card_lost() -> bool:
+    """Whether every further call of this process would raise what an earlier one has done."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us"
 
