@@ -63,9 +63,10 @@ def dispatcher(
     if len(candidates) == 1:
         return candidates[0].label, candidates[0].run, candidates[0].into
     if len(labels := {label for ranges in choices.values() for _, label in ranges}) == 1:
-        return _alone(next(candidate for candidate in candidates if candidate.label in labels))
-    named = {(phase, candidate.label): candidate for candidate in candidates for phase in candidate.phases}
-    tables = {phase: [(most, named[phase, label]) for most, label in ranges] for phase, ranges in choices.items()}
+        only = next(candidate for candidate in candidates if candidate.label in labels)
+        return only.label, named(only.run), only.into
+    of_phase = {(phase, candidate.label): candidate for candidate in candidates for phase in candidate.phases}
+    tables = {phase: [(most, of_phase[phase, label]) for most, label in ranges] for phase, ranges in choices.items()}
     labels = dict.fromkeys(label for ranges in choices.values() for _, label in ranges)
 
     def chosen(args: tuple) -> Candidate:
@@ -86,10 +87,10 @@ def dispatcher(
     return " | ".join(labels), by_rows, into if has_into else None
 
 
-def _alone(candidate: Candidate) -> tuple[str, Callable, Callable | None]:
+def named(run: Callable) -> Callable:
     """With a name, which a graph's code needs of what it calls and a partial has not."""
 
-    def run(*args):
-        return candidate.run(*args)
+    def call(*args):
+        return run(*args)
 
-    return candidate.label, run, candidate.into
+    return call

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fuseline.compile.kernels import cuda_library
-from fuseline.compile.kernels.choice import DECODE, PREFILL, ROWS, Candidate, default_choices, dispatcher
+from fuseline.compile.kernels.choice import DECODE, PREFILL, ROWS, Candidate, default_choices, dispatcher, named
 from fuseline.compile.target import Target
 
 if TYPE_CHECKING:
@@ -95,13 +95,13 @@ def _in_cpp(op: Callable, args: tuple, target: Target, are_constant: Sequence[bo
         return []
     if are_constant and kernel.weight is not None and are_constant[kernel.weight]:
         library = library.overlapping(cuda_library.Overlap.WEIGHTS)
-    run = _bound(kernel.run, library)
+    run = named(partial(kernel.run, library))
     if op is OPS.paged_attention.default:
         return _attention_in_cpp(kernel, library)
     if op is aten.linear.default:
         return [Candidate(kernel.label, run, FEW_ROWS)]
     if op is OPS.linear_act_mul.default:
-        of_many = Candidate("torch.linear, cuda.act_mul", _bound(linear_then_act_mul, library))
+        of_many = Candidate("torch.linear, cuda.act_mul", named(partial(linear_then_act_mul, library)))
         return [Candidate(kernel.label, run, FEW_ROWS), of_many]
     return [Candidate(kernel.label, run)]
 
@@ -111,21 +111,12 @@ def _attention_in_cpp(kernel: NativeCudaKernel, library: CudaLibrary) -> list[Ca
     from fuseline.compile.kernels.triton import attention
 
     def candidate(label: str, phase: str, **tuning: object) -> Candidate:
-        run, into = (_bound(partial(call, **tuning), library) for call in (kernel.run, kernel.into))
+        run, into = (named(partial(call, library, **tuning)) for call in (kernel.run, kernel.into))
         return Candidate(label, run, phases=(phase,), into=into)
 
     mixed = f"{kernel.label}, triton.paged_attention"
     tuned = [candidate(f"{mixed} {tuning}", PREFILL, tuning=tuning) for tuning in attention.PREFILL_TUNINGS]
     return [candidate(kernel.label, DECODE), candidate(mixed, PREFILL), *tuned]
-
-
-def _bound(run: Callable, library: CudaLibrary) -> Callable:
-    """With a name, which a graph's code needs of what it calls and a partial has not."""
-
-    def in_cpp(*args: object) -> object:
-        return run(library, *args)
-
-    return in_cpp
 
 
 def _others(op: Callable, args: tuple) -> list[Candidate]:

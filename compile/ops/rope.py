@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
+from fuseline.compile.specs import FP8_DTYPES
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8 = tuple(getattr(torch, name) for name in dict.fromkeys(FP8_DTYPES.values()))
 """Of caches whose numbers are scaled."""
 
 
