@@ -76,17 +76,14 @@ FL_DEVICE uint32_t first_bytes(uint32_t four) { return __byte_perm(four, 0, 0x14
 FL_DEVICE uint32_t last_bytes(uint32_t four) { return __byte_perm(four, 0, 0x3424); }
 
 // Both numbers of a register times a number that their type holds.
-FL_DEVICE uint32_t times(uint32_t two, float factor, Half) {
-  __half2 x;
+FL_DEVICE __half2 both(float x, Half) { return __float2half2_rn(x); }
+FL_DEVICE __nv_bfloat162 both(float x, Bf16) { return __float2bfloat162_rn(x); }
+template <class T>
+FL_DEVICE uint32_t times(uint32_t two, float factor, T) {
+  const auto by = both(factor, T{});
+  auto x = by;
   memcpy(&x, &two, 4);
-  x = __hmul2(x, __float2half2_rn(factor));
-  memcpy(&two, &x, 4);
-  return two;
-}
-FL_DEVICE uint32_t times(uint32_t two, float factor, Bf16) {
-  __nv_bfloat162 x;
-  memcpy(&x, &two, 4);
-  x = __hmul2(x, __float2bfloat162_rn(factor));
+  x = __hmul2(x, by);
   memcpy(&two, &x, 4);
   return two;
 }
