@@ -11,31 +11,32 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
-from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.eager import EagerExecutable, constant_name
-from fuseline.compile.backends.offload import Offload, choose_offloaded, without_offloaded
-from fuseline.compile.backends.plan import PlanExecutable
-from fuseline.compile.backends.steps import StepPlans, lower
-from fuseline.compile.backends.tune import TUNE_LEVEL, tune_linears
-from fuseline.compile.backends.tune_card import tune_kernels
-from fuseline.compile.backends.upgrade import RegionUpgrade
+from fuseline.compile.backends.cpu_plan.plan import PlanExecutable
+from fuseline.compile.backends.cpu_plan.steps import StepPlans, lower
+from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.backends.eager import EagerExecutable
+from fuseline.compile.backends.inductor.upgrade import RegionUpgrade
+from fuseline.compile.capture.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
+from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, Stages, run_passes
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.memory import Pages
 from fuseline.compile.model_info import describe, model_limit
 from fuseline.compile.passes.pipeline import stages
+from fuseline.compile.residency.offload import Offload, choose_offloaded, without_offloaded
 from fuseline.compile.specs import CacheSpec, WeightSource
 from fuseline.compile.target import CPU, Target
+from fuseline.compile.tuning.kernels import tune_kernels
+from fuseline.compile.tuning.linears import TUNE_LEVEL, tune_linears
 
 if TYPE_CHECKING:
-    from fuseline.compile.cuda_model import CudaModel
+    from fuseline.compile.backends.cuda.model import CudaModel
 
 GIB = 1 << 30
 Progress = Callable[[str, int, int], None]
@@ -80,7 +81,7 @@ def _tune(graph: fx.GraphModule, weights: Mapping[str, Tensor], config, target: 
 
 
 def _on_card(config, captured, result, weights, executable, target: Target, graphs: GraphConfig | None) -> CudaModel:
-    from fuseline.compile.cuda_model import CudaModel  # needs triton
+    from fuseline.compile.backends.cuda.model import CudaModel  # needs triton
 
     return CudaModel(config, captured, result, weights, executable, target.device, graphs or GraphConfig())
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuseline.compile.backends.device_inputs import DeviceInputs, Layout, views
-from fuseline.compile.backends.pieces import map_tensors
-from fuseline.compile.cuda_model import CudaModel
+from fuseline.compile.backends.cuda.model import CudaModel
+from fuseline.compile.backends.cuda.segments import map_tensors
 from fuseline.compile.kernels.triton import sampling
+from fuseline.compile.residency.uploads import DeviceInputs, Layout, views
 from fuseline.compile.target import Target
 from fuseline.engine.memory.sizing import Memory
 from fuseline.engine.run.card import CardResults, CudaDevice

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fuseline.compile.backends.device_inputs import Layout
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
+from fuseline.compile.residency.uploads import Layout
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.run.device import HostDevice, HostResults, SampleOps

@@ -16,10 +16,10 @@ from torch import nn
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda import count_kernels
+from fuseline.compile.backends.cuda.executable import count_kernels
+from fuseline.compile.backends.cuda.model import CudaModel
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
-from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.kernels.triton.experts import experts_invariant
 from fuseline.compile.kernels.triton.matmul import TILES, matmul
 from fuseline.compile.kernels.triton.table import paged_attention_invariant

@@ -11,7 +11,7 @@ from native_fixtures import with_threads
 from fuseline.api.bench import kernels
 from fuseline.api.bench.kernels import Machine, Timing
 from fuseline.api.cli import main
-from fuseline.compile.backends.single import SingleCall, single_call, time_call
+from fuseline.compile.backends.cpu_plan.single import SingleCall, single_call, time_call
 from fuseline.compile.kernels.native import RULES, NativeCall
 from fuseline.compile.ops.library import Make, ModelShape
 from fuseline.compile.ops.registry import registry
@@ -51,7 +51,7 @@ def test_arithmetic_of_a_product() -> None:
 def test_large_tensors_are_read_from_memory(monkeypatch) -> None:
     """Copies in turns; small tensors are shared."""
     pointers = []
-    monkeypatch.setattr("fuseline.compile.backends.single._add_tensor", spy(pointers))
+    monkeypatch.setattr("fuseline.compile.backends.cpu_plan.single._add_tensor", spy(pointers))
     large, small = torch.ones(300_000), torch.ones(1)
     call = SingleCall(NativeCall("binary_scalar", (None,), (0,), (1.0,)), (large, small), 1)
     with pytest.raises(ValueError):

@@ -13,8 +13,7 @@ from test_native_sampling import Result, make_logits
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda import count_kernels
-from fuseline.compile.backends.device_inputs import ALIGNMENT, DeviceInputs
+from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import GraphInputs
@@ -22,6 +21,7 @@ from fuseline.compile.kernels import cuda_library
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.kernels.triton.table import KERNELS, TritonKernel
+from fuseline.compile.residency.uploads import ALIGNMENT, DeviceInputs
 from fuseline.compile.target import DeviceError, detect_target
 
 FUSED = "triton.linear_act_mul | torch.linear, triton.act_mul"

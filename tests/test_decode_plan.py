@@ -9,8 +9,8 @@ import torch
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts
 
-from fuseline.compile.backends.artifact import optimized_key
-from fuseline.compile.backends.steps import StepPlans
+from fuseline.compile.backends.cpu_plan.steps import StepPlans
+from fuseline.compile.cache.keys import optimized_key
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import GraphInputs

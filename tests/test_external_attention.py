@@ -18,7 +18,7 @@ from test_cuda_target import build, decode_step
 from test_ops import assert_close, cases
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda import chosen_kernels
+from fuseline.compile.backends.cuda.executable import chosen_kernels
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels import external

@@ -247,7 +247,7 @@ def test_early_launches_are_a_part_of_the_models(tool, monkeypatch, capsys, has_
 
 
 def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> None:
-    from fuseline.compile.backends import tune_card
+    from fuseline.compile.tuning import kernels as tune_card
 
     _, llama, _, tables = tool
     import tune

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from fake_card import FakeGraphs, HostSync
 from fake_cuda import FakeCuda
 
-from fuseline.compile.backends.card_timer import Arguments, CardTimer
-from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi, recording
+from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, recording
 from fuseline.compile.kernels.choice import Candidate
+from fuseline.compile.tuning.timer import Arguments, CardTimer
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from test_pass_serve import K, Q, V, rope_case, turned_alike
 from test_triton_ops import BY_NAME, make
 from zoo import checkpoint
 
-from fuseline.compile.backends.calibrate import scale_of
+from fuseline.compile.backends.cuda.calibrate import scale_of
 from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.kv_scales import find_scales
 from fuseline.compile.compiler import compile_model

@@ -16,13 +16,13 @@ from pass_cases import DTYPES
 from torch import Tensor, fx
 from zoo import checkpoint
 
-from fuseline.compile.backends.arena import ALIGNMENT, Buffer, place
-from fuseline.compile.backends.lowering import Call, Lowered, Lowering
-from fuseline.compile.backends.plan import PlanExecutable, limits_of, meta_inputs
-from fuseline.compile.backends.region import Region, storage_key, tensors_of
-from fuseline.compile.backends.sizes import PRIMES, SYMBOLS, decode, evaluate
+from fuseline.compile.backends.cpu_plan.arena import ALIGNMENT, Buffer, place
+from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered, Lowering
+from fuseline.compile.backends.cpu_plan.plan import PlanExecutable, limits_of, meta_inputs
+from fuseline.compile.backends.cpu_plan.sizes import PRIMES, SYMBOLS, decode, evaluate
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.region import Region, storage_key, tensors_of
 from fuseline.compile.report import explain
 
 aten = torch.ops.aten

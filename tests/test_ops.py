@@ -12,7 +12,7 @@ import torch
 from native_fixtures import FLOATS, isa, key_panels, plain_keys, with_threads
 from torch import Tensor
 
-from fuseline.compile.backends.single import single_call
+from fuseline.compile.backends.cpu_plan.single import single_call
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make, Op
 from fuseline.compile.ops.registry import registry

@@ -14,11 +14,11 @@ from paged_driver import greedy
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi, GraphApi
-from fuseline.compile.backends.pieces import Piece, SplitOp, cut
+from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
+from fuseline.compile.backends.cuda.model import CudaModel
+from fuseline.compile.backends.cuda.segments import Piece, SplitOp, cut
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import MIXED_SIZES, CompileConfig, GraphConfig
-from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.batch import pad_tokens
 

@@ -15,15 +15,16 @@ import zoo
 from fake_card import CARD
 from paged_driver import greedy
 
-from fuseline.compile.backends import card_timer, tune_card
-from fuseline.compile.backends.card_timer import Arguments, CardTimer
-from fuseline.compile.backends.cuda import count_kernels
-from fuseline.compile.backends.tune_calls import NORMS, OPS, CallMaker, has_constants
-from fuseline.compile.backends.tune_card import Problem, is_choice, tune_kernels
+from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, dispatcher
 from fuseline.compile.kernels.external import ExternalAttention, Libraries
+from fuseline.compile.tuning import kernels as tune_card
+from fuseline.compile.tuning import timer as card_timer
+from fuseline.compile.tuning.calls import NORMS, OPS, CallMaker, has_constants
+from fuseline.compile.tuning.kernels import Problem, is_choice, tune_kernels
+from fuseline.compile.tuning.timer import Arguments, CardTimer
 
 FLASH_3 = Libraries(flash_attn_3=fakes.flash_attn_with_kvcache)
 NO_LIBRARIES = Libraries()

@@ -12,8 +12,8 @@ from test_cuda_target import build
 from test_engine_walk import Walk
 from triton_interpreter import compile_launches
 
-from fuseline.compile.backends.device_inputs import Layout
 from fuseline.compile.config import CompileConfig, GraphConfig
+from fuseline.compile.residency.uploads import Layout
 from fuseline.engine.config import EngineConfig, SchedulerConfig
 from fuseline.engine.run.card import CardResults
 from fuseline.engine.service import EngineService

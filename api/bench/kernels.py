@@ -138,7 +138,7 @@ def time_kernels(
 ) -> Iterator[Timing]:
     import torch
 
-    from fuseline.compile.backends.single import single_call, time_call
+    from fuseline.compile.backends.cpu_plan.single import single_call, time_call
     from fuseline.compile.ops.library import Make, ModelShape
     from fuseline.compile.ops.registry import registry
 

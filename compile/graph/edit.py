@@ -53,3 +53,8 @@ def hoist_constants(graph: fx.Graph) -> None:
 
 def meta_int(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def constant_name(node: fx.Node) -> str:
+    """Key of a get_attr node's value: the parameter's path, or the node's own name for one that a pass made."""
+    return node.meta["fqn"] if "fqn" in node.meta else str(node.target)

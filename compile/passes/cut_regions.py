@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fuseline.compile.backends.region import tensors_of
 from fuseline.compile.graph.match import cast
+from fuseline.compile.graph.region import tensors_of
 from fuseline.compile.kernels.native import Kernels
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.device_inputs import Layout
+from fuseline.compile.residency.uploads import Layout
 from fuseline.engine.messages import PositionLogprobs
 from fuseline.engine.run.device import Device, Results
 from fuseline.engine.run.histories import History

@@ -13,16 +13,16 @@ from kernels import sampling_arguments
 from table import Limits, Table, share_of
 from torch import Tensor
 
-from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.eager import constant_name
-from fuseline.compile.backends.graph_api import GraphApi
-from fuseline.compile.backends.tune_card import tune_kernels
+from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.backends.cuda.graph_api import GraphApi
+from fuseline.compile.backends.cuda.model import CudaModel
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
-from fuseline.compile.cuda_model import CudaModel
+from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.target import Target
+from fuseline.compile.tuning.kernels import tune_kernels
 
 BLOCK = 16
 LLAMA_8B = {

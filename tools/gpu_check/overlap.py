@@ -12,7 +12,7 @@ from llama import Load, Runner
 from table import Clock, Limits, Table, microseconds, share_of
 from torch import Tensor
 
-from fuseline.compile.backends.graph_api import GraphApi
+from fuseline.compile.backends.cuda.graph_api import GraphApi
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.kernels import native_cuda
 from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap, library_for

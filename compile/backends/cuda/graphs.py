@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.graph_api import GraphApi, Replay
-from fuseline.compile.backends.piecewise import MixedGraphs
+from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
+from fuseline.compile.backends.cuda.piecewise import MixedGraphs
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]

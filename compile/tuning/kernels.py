@@ -19,15 +19,15 @@ from torch import Tensor, fx
 
 from fuseline import _C
 from fuseline.compile import kernels
-from fuseline.compile.backends.artifact import version_of
-from fuseline.compile.backends.card_timer import CardTimer, Timer
-from fuseline.compile.backends.tune_calls import NORMS, OF_HEADS, CallMaker, described, has_constants
-from fuseline.compile.backends.tuned import MIN_GAIN, Progress, measured_once
+from fuseline.compile.cache.keys import version_of
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, chosen_label, default_choices
 from fuseline.compile.kernels.cuda import OPS, aten, candidates
 from fuseline.compile.kernels.external import ExternalAttention
 from fuseline.compile.target import Target
+from fuseline.compile.tuning.calls import NORMS, OF_HEADS, CallMaker, described, has_constants
+from fuseline.compile.tuning.timer import CardTimer, Timer
+from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
 
 logger = logging.getLogger(__name__)
 OPS_WITH_CHOICE = (

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fuseline.compile.cache import write_whole
+from fuseline.compile.cache.files import write_whole
 
 MAGIC = b"\nfuseline region "
 TAIL_BYTES = len(MAGIC) + 64

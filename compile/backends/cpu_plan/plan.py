@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.backends.arena import place
-from fuseline.compile.backends.lowering import Call, Lowered
-from fuseline.compile.backends.region import Region, storage_key, tensors_of
-from fuseline.compile.backends.sizes import PRIMES, SYMBOLS, decode, evaluate
+from fuseline.compile.backends.cpu_plan.arena import place
+from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered
+from fuseline.compile.backends.cpu_plan.sizes import PRIMES, SYMBOLS, decode, evaluate
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.region import Region, storage_key, tensors_of
 
 DTYPES = {
     torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Set
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.backends.inductor import compile_regions, region_folder, region_name
-from fuseline.compile.backends.lowering import Lowered
-from fuseline.compile.backends.plan import PlanExecutable, RegionKernel
-from fuseline.compile.backends.region import Region
-from fuseline.compile.backends.region_file import Kernel
-from fuseline.compile.backends.region_job import RegionJob, make_job
-from fuseline.compile.backends.steps import StepKind, StepPlans, join, step_kinds
+from fuseline.compile.backends.cpu_plan.lowering import Lowered
+from fuseline.compile.backends.cpu_plan.plan import PlanExecutable, RegionKernel
+from fuseline.compile.backends.cpu_plan.steps import StepKind, StepPlans, join, step_kinds
+from fuseline.compile.backends.inductor.job import RegionJob, make_job
+from fuseline.compile.backends.inductor.library import Kernel
+from fuseline.compile.backends.inductor.regions import compile_regions, region_folder, region_name
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.region import Region
 from fuseline.compile.passes.cut_regions import mark_regions
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.graph_api import recording
+from fuseline.compile.backends.cuda.graph_api import recording
 from fuseline.compile.kernels.choice import Candidate
 
 FLUSHED = 256 << 20

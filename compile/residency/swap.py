@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.device_inputs import DeviceInputs
 from fuseline.compile.graph_inputs import BlockCopy
 from fuseline.compile.memory import host_pages
+from fuseline.compile.residency.uploads import DeviceInputs
 from fuseline.compile.specs import CacheGroup
 
 

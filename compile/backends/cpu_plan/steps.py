@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.backends.lowering import Lowered, Lowering
-from fuseline.compile.backends.plan import PlanExecutable, limits_of, meta_inputs
-from fuseline.compile.backends.sizes import PRIMES
+from fuseline.compile.backends.cpu_plan.lowering import Lowered, Lowering
+from fuseline.compile.backends.cpu_plan.plan import PlanExecutable, limits_of, meta_inputs
+from fuseline.compile.backends.cpu_plan.sizes import PRIMES
 from fuseline.compile.config import CompileConfig
 
 OPS = torch.ops.fuseline

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from fuseline.compile.backends.region_file import Kernel, RegionFileError, check_file, load_library
-from fuseline.compile.cache import CacheError, read_file, write_file
+from fuseline.compile.backends.inductor.library import Kernel, RegionFileError, check_file, load_library
+from fuseline.compile.cache.files import CacheError, read_file, write_file
 from fuseline.compile.target import cpu_features, default_cache_dir
 
 logger = logging.getLogger(__name__)
 # Named, not imported: they take what only compiling needs (sympy: 36 MiB).
-WORKER = (sys.executable, "-P", "-m", "fuseline.compile.backends.region_worker")
-RECIPE = tuple(Path(__file__).with_name(name) for name in ("region_worker.py", "region_check.py"))
+WORKER = (sys.executable, "-P", "-m", "fuseline.compile.backends.inductor.worker")
+RECIPE = tuple(Path(__file__).with_name(name) for name in ("worker.py", "check.py"))
 REGION_SECONDS = 180.0
 """What one region may take; inductor needs 5 to 15 s, several times that on a busy machine."""
 POLL_SECONDS = 0.5

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.backends.card_timer import Arguments
+from fuseline.compile import ops  # noqa: F401  registers the ops named below
 from fuseline.compile.kernels.attention_batch import AttentionLayer, make_batch
 from fuseline.compile.kernels.choice import PREFILL
 from fuseline.compile.kernels.cuda import OPS, aten
+from fuseline.compile.tuning.timer import Arguments
 
 MAX_TENSORS = 8
 """Weights of one shape that are read in turns."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fuseline.compile.backends.cuda import CudaExecutable
+from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.kernels.cuda import CudaKernel
 
 ATTENTION = ("paged_attention", "paged_attention_invariant")

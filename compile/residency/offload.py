@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from fuseline.compile import ops  # noqa: F401  registers those of PRODUCTS
-from fuseline.compile.backends.eager import constant_name
+from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.memory import host_pages
 
 NUM_SLOTS = 2

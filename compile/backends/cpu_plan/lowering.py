@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
 
-from fuseline.compile.backends.arena import Buffer
-from fuseline.compile.backends.region import Region, draw_borders, storage_key, tensors_of
-from fuseline.compile.backends.sizes import SYMBOLS, evaluate
+from fuseline.compile.backends.cpu_plan.arena import Buffer
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, evaluate
+from fuseline.compile.graph.region import Region, draw_borders, storage_key, tensors_of
 from fuseline.compile.kernels.native import Kernels, NativeCall
 
 aten = torch.ops.aten

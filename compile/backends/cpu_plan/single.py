@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.backends.plan import DTYPES
+from fuseline.compile.backends.cpu_plan.plan import DTYPES
 from fuseline.compile.kernels.native import Kernels, NativeCall
 from fuseline.compile.ops.library import Op
 

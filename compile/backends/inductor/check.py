@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.sizes import SYMBOLS
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS
 
 STEPS = {(1, 1, 2, 1, 16, 32): 16, (16, 16, 17, 16, 16, 32): 4, (256, 2, 3, 2, 16, 32): 1}
 """Values of SYMBOLS in the steps that are tried, and how often each counts: decode steps are many."""
@@ -24,7 +24,7 @@ Run = Callable[[list[Tensor]], object]
 def find_fault(compiled: Run, eager: Run, tensors: Sequence[dict], num_outputs: int, num_threads: int = 1) -> str:
     """Why the compiled region must not be used; empty when it may be.
 
-    `tensors` are described as in region_job.py, the last `num_outputs` are written. `num_threads`: those of torch.
+    `tensors` are described as in job.py, the last `num_outputs` are written. `num_threads`: those of torch.
     """
     generator = torch.Generator().manual_seed(0)
     before = torch.get_num_threads()

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.backends.region import Region, storage_key, tensors_of
-from fuseline.compile.backends.sizes import SYMBOLS, decode
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, decode
 from fuseline.compile.graph.graph_json import GraphFormatError, encode
+from fuseline.compile.graph.region import Region, storage_key, tensors_of
 
 aten = torch.ops.aten
 

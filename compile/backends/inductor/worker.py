@@ -1,10 +1,10 @@
 """The process that compiles regions with inductor, so that neither its time nor its failures are the server's.
 
-    python -P -m fuseline.compile.backends.region_worker
+    python -P -m fuseline.compile.backends.inductor.worker
     stdin   one line of JSON: {"folder", "num_threads", "jobs": [[name, text], ...]}; it ends when the parent does
     stdout  two lines of JSON a job: {"begins": name}, then {"name", "seconds", "error", "fault"}
 
-`error`: it could not be compiled. `fault`: it was, and must not be used (region_check.py); else the artifact is
+`error`: it could not be compiled. `fault`: it was, and must not be used (check.py); else the artifact is
 <folder>/<name>.so.
 
 An artifact is one shared library with AOTInductor's C interface: loading it takes milliseconds and neither imports
@@ -30,9 +30,9 @@ from torch import SymInt, Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fuseline.compile.backends.region_check import find_fault
-from fuseline.compile.backends.region_file import load_library, seal
-from fuseline.compile.backends.sizes import SYMBOLS
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS
+from fuseline.compile.backends.inductor.check import find_fault
+from fuseline.compile.backends.inductor.library import load_library, seal
 from fuseline.compile.graph.graph_json import decode
 
 NICENESS = 19

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.asleep import Weights
-from fuseline.compile.backends.cuda_graph import CapturedSteps, DecodeGraphs, Inputs, Progress
-from fuseline.compile.backends.device_inputs import DeviceInputs
-from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi, GraphApi
-from fuseline.compile.backends.host_caches import HostCaches
-from fuseline.compile.backends.piecewise import MixedGraphs, TokenInputs
+from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
+from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, Inputs, Progress
+from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import describe
+from fuseline.compile.residency.sleep import Weights
+from fuseline.compile.residency.swap import HostCaches
+from fuseline.compile.residency.uploads import DeviceInputs
 
 
 class CudaModel:

@@ -2,7 +2,7 @@
 
 Results come from torch's caching allocator and go back to it after their last use; under graph capture that is the
 graph's own pool. Launching this way costs the host some microseconds an op: steps of few tokens are replayed as CUDA
-graphs instead (cuda_graph.py).
+graphs instead (graphs.py).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.backends.calibrate import WRITES, Calibration
-from fuseline.compile.backends.eager import constant_name
-from fuseline.compile.backends.offload import PREFETCH, Offload
+from fuseline.compile.backends.cuda.calibrate import WRITES, Calibration
+from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
 from fuseline.compile.kernels.external import ExternalAttention
+from fuseline.compile.residency.offload import PREFETCH, Offload
 from fuseline.compile.target import Target
 
 

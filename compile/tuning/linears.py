@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.backends.tuned import MIN_GAIN, Progress, measured_once
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import cpu_features
+from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
 
 TUNE_LEVEL = 3
 LINEAR = torch.ops.fuseline.linear_panels.default

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from typing import TypeVar
 
-from fuseline.compile.backends.artifact import cache_path, read_cached, write_cached
-from fuseline.compile.cache import CacheError
+from fuseline.compile.cache.files import CacheError
+from fuseline.compile.cache.store import cache_path, read_cached, write_cached
 from fuseline.compile.config import CompileConfig
 
 Problem = TypeVar("Problem")

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.graph_api import GraphApi
-from fuseline.compile.backends.pieces import Cuts, Piece, SplitOp, Values, cut, map_tensors
+from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.backends.cuda.graph_api import GraphApi
+from fuseline.compile.backends.cuda.segments import Cuts, Piece, SplitOp, Values, cut, map_tensors
 from fuseline.compile.kernels.cuda import CudaKernel
 
 Launch = Callable[[Mapping[str, Tensor], int], None]
