@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput
 from fuseline.compile.residency.uploads import Layout
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
@@ -92,11 +92,10 @@ class FakeModel:
                 else:
                     cache[on_device] = host[on_host]
 
-    def run(
-        self, inputs: GraphInputs, sources: torch.Tensor | None = None, sampled: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if sources is not None:
-            inputs.token_ids[sources >= 0] = sampled[sources[sources >= 0].long()]
+    def run(self, inputs: StepInputs) -> StepOutput:
+        if inputs.sources is not None:
+            is_sampled = inputs.sources >= 0
+            inputs.token_ids[is_sampled] = inputs.sampled[inputs.sources[is_sampled].long()]
         time.sleep(self.step_seconds)
         self.num_runs += 1
         self._write(inputs)
@@ -106,9 +105,9 @@ class FakeModel:
         for token_row in inputs.logits_rows.tolist():
             seq = int(np.searchsorted(starts, token_row, side="right")) - 1
             rows.append(self._row(inputs, seq, int(inputs.positions[token_row])))
-        return torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), VOCAB_SIZE))
+        return StepOutput(torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), VOCAB_SIZE)))
 
-    def _write(self, inputs: GraphInputs) -> None:
+    def _write(self, inputs: StepInputs) -> None:
         if KILL_TOKEN in inputs.token_ids:
             os._exit(9)
         variants = (inputs.rope_rows - inputs.positions).numpy()
@@ -119,7 +118,7 @@ class FakeModel:
             assert (slots >= self.block_size).all(), "a token is written to the null block"
             cache[slots] = np.stack([inputs.token_ids.numpy(), inputs.positions.numpy(), variants], 1)
 
-    def _row(self, inputs: GraphInputs, seq: int, position: int) -> np.ndarray:
+    def _row(self, inputs: StepInputs, seq: int, position: int) -> np.ndarray:
         assert position < inputs.seq_lens[seq]
         views: list[list[int]] = []
         variants: set[int] = set()

@@ -148,7 +148,7 @@ def test_logits_do_not_depend_on_the_batch(family: str) -> None:
     def last_row(*steps: tuple[list[int], list[int]]) -> torch.Tensor:
         for cache in model._caches.values():
             cache.zero_()
-        return [model.run(mixed_step(counts, lengths, groups))[0].clone() for counts, lengths in steps][-1]
+        return [model.run(mixed_step(counts, lengths, groups)).logits[0].clone() for counts, lengths in steps][-1]
 
     alone = last_row(([20], [20]))
     chunked = (([13, 3, 2], [13, 3, 2]), ([7, 1], [20, 4]))

@@ -288,4 +288,4 @@ def test_planning_waits_for_nothing(monkeypatch):
         logits_rows=torch.tensor([2]),
     )  # fmt: skip
     with no_host_sync(vars(prompt).values()):
-        assert model.run(prompt).shape[0] == 1
+        assert model.run(prompt).logits.shape[0] == 1

@@ -142,7 +142,7 @@ def test_scales_are_computed_from_the_first_step_that_is_kept(level: int, flag: 
     model.graphs.wait()
     model.run(dataclasses.replace(PROMPT, slot_mapping=torch.full((1, 3), -1)))
     assert set(scales_of(model).values()) == {1.0}, "a warm-up step says nothing"
-    with no_host_sync(vars(PROMPT).values()):
+    with no_host_sync(PROMPT.fields().values()):
         model.run(PROMPT)
     plain.run(PROMPT)
     found = scales_of(model)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.graph_inputs import BlockCopy
+from fuseline.compile.graph_inputs import BlockCopy, cache_name
 from fuseline.compile.memory import host_pages
 from fuseline.compile.residency.uploads import DeviceInputs
 from fuseline.compile.specs import CacheGroup
@@ -25,7 +25,7 @@ class HostCaches:
         device: torch.device,
     ) -> None:
         self._caches = caches
-        self._names = [[f"{kind}_cache_{layer}" for layer in group.layers for kind in "kv"] for group in groups]
+        self._names = [[cache_name(kind, layer) for layer in group.layers for kind in "kv"] for group in groups]
         self._uploads = DeviceInputs(device)
         pages = host_pages(device)
         self._host = {

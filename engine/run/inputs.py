@@ -1,11 +1,11 @@
-"""Builds a step's GraphInputs from the plan, in arrays that are reused from step to step."""
+"""Builds a step's StepInputs from the plan, in arrays that are reused from step to step."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import StepInputs
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.run.request_rows import RequestRows
@@ -13,7 +13,7 @@ from fuseline.engine.schedule.plan import Plan
 
 
 class InputBuilder:
-    """Legend as in GraphInputs. The tensors of one step are overwritten by the next.
+    """Legend as in StepInputs. The tensors of one step are overwritten by the next.
 
     `build` leaves out the token ids: `fill_tokens` puts in those that are known when the step is launched.
     """
@@ -35,7 +35,7 @@ class InputBuilder:
         self._seq_lens = np.zeros(num_seqs, np.int32)
         self._tables = TableCopy(kv)
 
-    def build(self, plan: Plan, score_rows: np.ndarray) -> GraphInputs:
+    def build(self, plan: Plan, score_rows: np.ndarray) -> StepInputs:
         """`score_rows`: tokens of the step, beside the last ones of sampling sequences, whose logits are wanted."""
         num_seqs, num_tokens = len(plan.rows), plan.num_tokens
         query_start = self._query_start[: num_seqs + 1]
@@ -48,7 +48,7 @@ class InputBuilder:
         positions[:] = np.arange(num_tokens)
         positions += np.repeat(plan.num_computed - query_start[:-1], plan.counts)
         logits_rows = np.concatenate((query_start[plan.sampling + 1] - 1, score_rows), dtype=np.int64)
-        return GraphInputs(
+        return StepInputs(
             token_ids=torch.from_numpy(self._token_ids[:num_tokens]),
             positions=torch.from_numpy(positions),
             rope_rows=torch.from_numpy(self._fill_rope_rows(plan, positions)),
@@ -64,7 +64,7 @@ class InputBuilder:
         self._token_ids[:num_tokens] = self.rows.tokens[self._token_rows, self._positions[:num_tokens]]
 
     def sources(self, sampled_at: np.ndarray) -> torch.Tensor:
-        """[T] int32, as CudaModel.run takes them. sampled_at [rows]: where the step before samples for a row."""
+        """[T] int32, as StepInputs has them. sampled_at [rows]: where the step before samples for a row."""
         rows, positions = self._token_rows, self._positions[: len(self._token_rows)]
         is_unknown = positions >= self.rows.num_known[rows]
         return torch.from_numpy(np.where(is_unknown, sampled_at[rows], -1).astype(np.int32))

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.request import Sequence
@@ -29,8 +29,7 @@ class Model(Protocol):
 
     def allocate_caches(self, num_blocks: Seq[int]) -> None: ...
 
-    def run(self, inputs: GraphInputs) -> torch.Tensor:
-        """Logits. On a device that is a queue also (inputs, sources, sampled), as CudaModel.run takes them."""
+    def run(self, inputs: StepInputs) -> StepOutput: ...
 
 
 @runtime_checkable
@@ -62,7 +61,7 @@ class Batch:
 
     plan: Plan
     builder: InputBuilder
-    inputs: GraphInputs
+    inputs: StepInputs
     arguments: SampleArguments
     scoring: list[tuple[Sequence, range]]
     """Sequence and the positions whose prompt tokens are scored."""
@@ -70,8 +69,6 @@ class Batch:
     """Those that want no tokens and have the last of their prompt computed in this step."""
     reads_tokens: bool
     """The host must know the tokens of the step before to launch this one."""
-    sources: torch.Tensor | None = None
-    """[T] int32, of tokens that the host does not know yet: the row of the step before that gives each, else -1."""
     departed: dict[int, Sequence] = field(default_factory=dict)
     """Sampling sequences that have left their row while the batch ran, by index."""
 
@@ -116,7 +113,7 @@ class Runner:
         if is_unknown.any():
             sampled_at = np.zeros(len(self.rows.sequences), np.int64)
             sampled_at[self._sampling_rows] = np.arange(len(self._sampling_rows))
-            batch.sources = batch.builder.sources(sampled_at)
+            batch.inputs.sources = batch.builder.sources(sampled_at)
             sources = np.where(is_unknown, sampled_at[rows], -1)
         self.sampler.fill(plan, batch.arguments, sources)
         self._sampling_rows = rows
@@ -128,10 +125,8 @@ class Runner:
     def run(self, batch: Batch) -> Launched:
         if batch.plan.copies:
             self.model.swap(batch.plan.copies)
-        if batch.sources is None:
-            logits = self.model.run(batch.inputs)
-        else:
-            logits = self.model.run(batch.inputs, batch.sources, self._sampled)
+        batch.inputs.sampled = self._sampled
+        logits = self.model.run(batch.inputs).logits
         launched = launch_sampling(self.device, logits, batch.arguments, self._sampled)
         self._sampled = launched.tokens
         return launched

@@ -19,6 +19,7 @@ from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered
 from fuseline.compile.backends.cpu_plan.sizes import PRIMES, SYMBOLS, decode, evaluate
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.region import Region, storage_key, tensors_of
+from fuseline.compile.graph_inputs import group_placeholder, is_cache, meta_input
 
 DTYPES = {
     torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",
@@ -82,7 +83,7 @@ class PlanExecutable:
             if name in self._slots:
                 self._plan.set_slot(self._slots[name], tensor.data_ptr())
         self._changing = [(name, slot) for name, slot in self._slots.items() if name not in self._lasting]
-        self._num_blocks = next((v.shape[0] for k, v in self._lasting.items() if k.startswith("k_cache_")), 0)
+        self._num_blocks = next((v.shape[0] for k, v in self._lasting.items() if is_cache(k)), 0)
 
     def run(self, values: Mapping[str, Tensor]) -> Tensor:
         """The graph's output, valid until the next run. `values`: all inputs that are not bound."""
@@ -110,7 +111,7 @@ class PlanExecutable:
         sequences = values["seq_lens"].shape[0]
         return [
             values["token_ids"].shape[1], sequences, sequences + 1, values["logits_rows"].shape[0],
-            values["block_table_0"].shape[1], self._num_blocks,
+            values[group_placeholder("block_tables", 0)].shape[1], self._num_blocks,
         ]  # fmt: skip
 
     def _add(self, step: Call | Region) -> Segment | Region:
@@ -195,22 +196,4 @@ def meta_inputs(
 ) -> dict[str, Tensor]:
     """Inputs by placeholder name. `primes`: one for two sizes says that they are the same."""
     nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    return {str(node.target): input_meta(str(node.target), node.meta["val"], block_size, primes) for node in nodes}
-
-
-def input_meta(name: str, like: Tensor, block_size: int, primes: Mapping[str, int]) -> Tensor:
-    """The meta tensor of an input, its unknown sizes as primes."""
-    t, s, s1, r, m, n = (primes[name] for name in SYMBOLS)
-    shapes = {
-        "token_ids": (1, t), "positions": (1, t), "rope_rows": (t,), "seq_lens": (s,), "query_start": (s1,),
-        "logits_rows": (r,),
-    }  # fmt: skip
-    if name.startswith("slots_"):
-        shape: tuple[int, ...] = (t,)
-    elif name.startswith("block_table_"):
-        shape = (s, m)
-    elif name.startswith(("k_cache_", "v_cache_")):
-        shape = (n, like.shape[1], block_size, like.shape[3])
-    else:
-        shape = shapes[name]
-    return torch.empty(shape, dtype=like.dtype, device="meta")
+    return {str(node.target): meta_input(str(node.target), node.meta["val"], block_size, primes) for node in nodes}

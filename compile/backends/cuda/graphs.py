@@ -22,46 +22,32 @@ from torch import Tensor
 from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs
+from fuseline.compile.graph_inputs import graph_values, narrowed, padding
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass
-class Inputs:
-    """Fixed memory of a graph's inputs for up to P sequences: what pad_decode writes, and what never changes."""
+class DecodeInputs:
+    """Fixed memory of a graph's inputs for up to `size` sequences of one token each.
 
-    written: tuple[Tensor, ...]
-    """token_ids [P], positions [P], rope_rows [P], seq_lens [P], slots [G, P], tables [G, P, M]."""
-    query_start: Tensor
-    logits_rows: Tensor
-    positions_are_rope_rows: bool
+    `padded` is what pad_decode writes, by field name; the rest never changes.
+    """
 
-    @staticmethod
-    def padding(size: int, num_groups: int, width: int, positions_are_rope_rows: bool, device: str) -> Inputs:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        written = (
-            zeros(size), zeros(size), zeros(size), zeros(size, dtype=torch.int32), zeros(num_groups, size) - 1,
-            zeros(num_groups, size, width, dtype=torch.int32),
-        )  # fmt: skip
-        starts = torch.arange(size + 1, dtype=torch.int32, device=device)
-        return Inputs(written, starts, torch.arange(size, device=device), positions_are_rope_rows)
+    def __init__(self, size: int, num_groups: int, width: int, has_rope_switch: bool, device: str) -> None:
+        """`width`: columns of the block tables."""
+        self.width = width
+        self.padded = padding({"T": size, "S": size, "M": width}, num_groups, device)
+        self._fixed = {
+            "query_start": torch.arange(size + 1, dtype=torch.int32, device=device),
+            "logits_rows": torch.arange(size, device=device),
+        }
+        self._has_rope_switch = has_rope_switch
 
     def values(self, size: int) -> dict[str, Tensor]:
         """Graph inputs by placeholder name, for `size` sequences."""
-        tokens, positions, rope_rows, lens, slots, tables = self.written
-        values = {
-            "token_ids": tokens[None, :size],
-            "positions": (rope_rows if self.positions_are_rope_rows else positions)[None, :size],
-            "rope_rows": rope_rows[:size], "seq_lens": lens[:size], "query_start": self.query_start[: size + 1],
-            "logits_rows": self.logits_rows[:size],
-        }  # fmt: skip
-        for group in range(slots.shape[0]):
-            values[f"slots_{group}"] = slots[group, :size]
-            values[f"block_table_{group}"] = tables[group, :size]
-        return values
+        sizes = {"T": size, "S": size, "S1": size + 1, "R": size}
+        return graph_values(narrowed(self.padded | self._fixed, sizes), self._has_rope_switch)
 
 
 @dataclass(frozen=True)
@@ -79,26 +65,25 @@ class DecodeGraphs:
     executable: CudaExecutable
     caches: Mapping[str, Tensor]
     sizes: tuple[int, ...]
-    make_inputs: Callable[[int], Inputs]
+    make_inputs: Callable[[int], DecodeInputs]
     api: GraphApi
     captured: dict[int, DecodeGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._inputs = self.make_inputs(max(self.sizes)) if self.sizes else None
 
-    def run(self, step: Mapping[str, Tensor], width: int) -> Tensor | None:
+    def run(self, step: Mapping[str, Tensor]) -> Tensor | None:
         """Logits [1, S, V] on the current stream; None if no graph fits the step yet.
 
-        `step` by name as GraphInputs has it, on the device; `width` is that of its tables.
+        `step`: fields of StepInputs on the device.
         """
         num_seqs = step["seq_lens"].shape[0]
         size = next((size for size in self.sizes if size >= num_seqs and size in self.captured), None)
-        if size is None or width > self._inputs.written[5].shape[2]:
+        if size is None or step["block_tables"].shape[2] > self._inputs.width:
             return None
         from fuseline.compile.kernels.triton.batch import pad_decode
 
-        names = ("token_ids", "positions", "rope_rows", "seq_lens", "slot_mapping", "block_tables")
-        pad_decode(self._inputs.written, [step[name] for name in names], size)
+        pad_decode(self._inputs.padded, step, size)
         graph = self.captured[size]
         graph.replay()
         return graph.logits[:, :num_seqs]
@@ -114,7 +99,7 @@ class DecodeGraphs:
         from fuseline.compile.kernels.triton.batch import pad_decode
 
         inputs = self.make_inputs(size)
-        pad_decode(inputs.written, inputs.written, size)  # compiled before a replay needs it
+        pad_decode(inputs.padded, inputs.padded, size)  # compiled before a replay needs it
         return self.executable.run({**self.caches, **inputs.values(size)}, is_trial=True)
 
 

@@ -1,30 +1,26 @@
-"""A compiled model on a card: a step is one upload, then a replayed graph or the ops in turn; nothing is waited for."""
+"""A compiled model on a GPU: a step is one upload, then a replayed graph or the ops in turn; the host never waits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
-from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, Inputs, Progress
+from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs, Progress
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
-from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput, graph_values
 from fuseline.compile.kernels.triton.batch import feed_tokens
-from fuseline.compile.model_info import describe
+from fuseline.compile.model_info import cache_tensors, describe
 from fuseline.compile.residency.sleep import Weights
 from fuseline.compile.residency.swap import HostCaches
 from fuseline.compile.residency.uploads import DeviceInputs
 
 
 class CudaModel:
-    """The counterpart of CompiledModel; logits are on the device, valid until the next run.
-
-    `api` captures graphs: torch.cuda's on a card. Without one (kernels interpreted) none are captured.
-    """
+    """Runs steps on a GPU; the output of one lies on the device and is valid until the next."""
 
     def __init__(self, config, captured, result, weights, executable, device: str, graphs: GraphConfig) -> None:
         self.info = describe(config, captured, result, weights, executable)
@@ -47,14 +43,8 @@ class CudaModel:
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
         """Blocks per cache group. Graphs of other caches are given up."""
         self.stop_capture()
-        of_layer = {
-            layer: n for group, n in zip(self.info.cache_groups, num_blocks, strict=True) for layer in group.layers
-        }
-        for spec in self.info.cache_specs:
-            for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
-                shape = (of_layer[spec.layer], spec.num_kv_heads, self._config.block_size, dim)
-                cache = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=self._device)
-                self._caches[f"{name}_cache_{spec.layer}"] = cache
+        for name, (shape, dtype) in cache_tensors(self.info, num_blocks, self._config.block_size).items():
+            self._caches[name] = torch.zeros(shape, dtype=dtype, device=self._device)
 
     def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
         """Blocks per cache group to swap to; allocate_caches comes first."""
@@ -106,18 +96,17 @@ class CudaModel:
             self.graphs.stop()
             self.graphs = None
 
-    def run(self, inputs: GraphInputs, sources: Tensor | None = None, sampled: Tensor | None = None) -> Tensor:
-        """Logits [R, V] float32 of the wanted rows. Never waits for the device.
+    def run(self, inputs: StepInputs) -> StepOutput:
+        """Launches one step and never waits for the device.
 
-        `sources` [T] int32 on the host: where it is not negative, the step's token is sampled[sources[t]], a tensor
-        [rows] int64 on the device that the step before wrote; token_ids has anything there.
+        Tokens that `sources` names come from `sampled`, which the step before may still be computing.
         """
-        tensors = dict(vars(inputs)) if sources is None else {**vars(inputs), "sources": sources}
-        step = self._uploads.upload(tensors)
-        if sources is not None:
-            feed_tokens(step["token_ids"], step["sources"], sampled)
+        fields = inputs.fields()
+        step = self._uploads.upload(fields if inputs.sources is None else {**fields, "sources": inputs.sources})
+        if inputs.sources is not None:
+            feed_tokens(step["token_ids"], step.pop("sources"), inputs.sampled)
         if self._executable.has_plans:
-            self._executable.plan(self._values(vars(inputs)))
+            self._executable.plan(self._values(fields))
         if self._is_uncalibrated and (inputs.slot_mapping.numpy() >= 0).any():
             # The first step whose keys are kept; those of a warm-up say nothing.
             self._is_uncalibrated = False
@@ -127,40 +116,26 @@ class CudaModel:
             logits = self._executable.run(self._caches | self._values(step))
         return self._wanted(logits, step)
 
-    def _wanted(self, logits: Tensor, step: dict[str, Tensor]) -> Tensor:
-        """Logits [R, V] of the wanted rows."""
-        return logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"])
+    def _wanted(self, logits: Tensor, step: Mapping[str, Tensor]) -> StepOutput:
+        """The rows whose logits are wanted."""
+        return StepOutput(logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"]))
 
-    def _replayed(self, inputs: GraphInputs, step: dict[str, Tensor]) -> Tensor | None:
+    def _replayed(self, inputs: StepInputs, step: Mapping[str, Tensor]) -> Tensor | None:
         """Logits [1, R, V] by graphs; None if none fits the step."""
         if self.graphs is None:
             return None
-        logits = self.graphs.decode.run(step, inputs.block_tables.shape[2]) if _is_decode(inputs) else None
+        logits = self.graphs.decode.run(step) if inputs.only_decodes else None
         return self.graphs.mixed.run(step, self._values(step)) if logits is None else logits
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Graph inputs by placeholder name."""
-        positions = step["rope_rows" if self.info.rope_switch else "positions"]
-        values = {name: step[name] for name in ("rope_rows", "query_start", "seq_lens", "logits_rows")}
-        values |= {"token_ids": step["token_ids"][None], "positions": positions[None]}
-        for group in range(step["slot_mapping"].shape[0]):
-            values[f"slots_{group}"] = step["slot_mapping"][group]
-            values[f"block_table_{group}"] = step["block_tables"][group]
-        return values
+        return graph_values(step, self.info.rope_switch is not None)
 
-    def _decode_inputs(self, size: int) -> Inputs:
+    def _decode_inputs(self, size: int) -> DecodeInputs:
         longest = min(self.info.max_model_len, self._graph_config.max_seq_len)
         width = -(-longest // self._config.block_size)
-        return Inputs.padding(
-            size, len(self.info.cache_groups), width, self.info.rope_switch is not None, str(self._device)
-        )
+        has_switch = self.info.rope_switch is not None
+        return DecodeInputs(size, len(self.info.cache_groups), width, has_switch, str(self._device))
 
     def _token_inputs(self, size: int) -> TokenInputs:
         has_switch = self.info.rope_switch is not None
-        return TokenInputs.padding(size, len(self.info.cache_groups), has_switch, str(self._device))
-
-
-def _is_decode(inputs: GraphInputs) -> bool:
-    """One token a sequence (none is empty), and each one's logits, in this order."""
-    num_tokens = inputs.token_ids.shape[0]
-    return inputs.seq_lens.shape[0] == num_tokens and np.array_equal(inputs.logits_rows.numpy(), np.arange(num_tokens))
+        return TokenInputs(size, len(self.info.cache_groups), has_switch, str(self._device))

@@ -19,44 +19,36 @@ from torch import Tensor, fx
 from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.backends.cuda.graph_api import GraphApi
 from fuseline.compile.backends.cuda.segments import Cuts, Piece, SplitOp, Values, cut, map_tensors
+from fuseline.compile.graph_inputs import graph_values, narrowed, padding
 from fuseline.compile.kernels.cuda import CudaKernel
 
 Launch = Callable[[Mapping[str, Tensor], int], None]
 """Of a step's inputs by placeholder name and its number of tokens."""
 
 
-@dataclass
 class TokenInputs:
-    """Fixed memory of what pieces read of a step: token_ids, positions, rope_rows [P], slots [G, P]."""
+    """Fixed memory of what segments read of a step of up to `size` tokens: `padded`, by field name."""
 
-    written: tuple[Tensor, ...]
-    positions_are_rope_rows: bool
-
-    @staticmethod
-    def padding(size: int, num_groups: int, positions_are_rope_rows: bool, device: str) -> TokenInputs:
-        lines = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3))
-        slots = torch.full((num_groups, size), -1, dtype=torch.int64, device=device)
-        return TokenInputs((*lines, slots), positions_are_rope_rows)
+    def __init__(self, size: int, num_groups: int, has_rope_switch: bool, device: str) -> None:
+        self.padded = padding({"T": size}, num_groups, device)
+        self._num_groups = num_groups
+        self._has_rope_switch = has_rope_switch
+        self._device = device
 
     def values(self, size: int) -> Values:
         """Graph inputs by placeholder name, for `size` tokens."""
-        tokens, positions, rope_rows, slots = self.written
-        positions = rope_rows if self.positions_are_rope_rows else positions
-        values = {"token_ids": tokens[None, :size], "positions": positions[None, :size], "rope_rows": rope_rows[:size]}
-        return values | {f"slots_{group}": slots[group, :size] for group in range(slots.shape[0])}
+        return graph_values(narrowed(self.padded, {"T": size}), self._has_rope_switch)
 
     def trial_sequence(self, size: int, block_size: int) -> Values:
         """The other inputs for one sequence of all tokens, whose blocks are all block 0."""
-        num_groups, device = self.written[3].shape[0], self.written[3].device
-
-        def fill(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
-
         # Nothing comes from the host: waiting for its copies would hold up who serves.
-        starts = torch.arange(2, dtype=torch.int32, device=device) * size
-        values = {"query_start": starts, "seq_lens": fill(size, 1), "logits_rows": fill(size - 1, 1, dtype=torch.int64)}
-        table = fill(0, 1, -(-size // block_size))
-        return values | {f"block_table_{group}": table for group in range(num_groups)}
+        tables = padding({"S": 1, "M": -(-size // block_size)}, self._num_groups, self._device)["block_tables"]
+        return graph_values({
+            "query_start": torch.arange(2, dtype=torch.int32, device=self._device) * size,
+            "seq_lens": torch.full((1,), size, dtype=torch.int32, device=self._device),
+            "logits_rows": torch.full((1,), size - 1, device=self._device),
+            "block_tables": tables,
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class MixedGraphs:
     def run(self, step: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor | None:
         """Logits [1, R, V] on the current stream; None if the step's size is not captured (yet).
 
-        `step` by name as GraphInputs has it, `values` by placeholder name, both on the device.
+        `step` by field of StepInputs, `values` by placeholder name, both on the device.
         """
         num_tokens = step["token_ids"].shape[0]
         size = next((size for size in self.sizes if size >= num_tokens), None)
@@ -98,8 +90,7 @@ class MixedGraphs:
             return None
         from fuseline.compile.kernels.triton.batch import pad_tokens
 
-        names = ("token_ids", "positions", "rope_rows", "slot_mapping")
-        pad_tokens(self._inputs.written, [step[name] for name in names], size)
+        pad_tokens(self._inputs.padded, step, size)
         for launch in graph.launches:
             launch(values, num_tokens)
         # As many as there are rows wanted; a graph without keep_last_logits gives those of all tokens.
@@ -117,7 +108,7 @@ class MixedGraphs:
         from fuseline.compile.kernels.triton.batch import pad_tokens
 
         inputs = self.make_inputs(size)
-        pad_tokens(inputs.written, inputs.written, size)  # compiled before a replay needs it
+        pad_tokens(inputs.padded, inputs.padded, size)  # compiled before a replay needs it
         values = {**self.caches, **inputs.values(size), **inputs.trial_sequence(size, self.block_size)}
         last, results = self._cuts.last_uses(), {}
         for at, part in enumerate(self._cuts.parts):
