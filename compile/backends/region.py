@@ -21,6 +21,10 @@ class Region:
     outputs: list[tuple[fx.Node, int | None]] = field(default_factory=list)
     """A node, and which of its results where it has several."""
 
+    @property
+    def kind(self) -> str:
+        return f"region of {[node.name for node in self.nodes]}"
+
 
 def draw_borders(regions: Sequence[Region], values: Mapping[fx.Node, object]) -> set[int]:
     """Completes regions that hold computed nodes only. Returns the storages that no one outside reads."""

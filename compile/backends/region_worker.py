@@ -32,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fuseline.compile.backends.region_check import find_fault
 from fuseline.compile.backends.region_file import load_library, seal
-from fuseline.compile.backends.sizes import SYMBOLS
+from fuseline.compile.backends.sizes import SYMBOLS, evaluate, from_json
 from fuseline.compile.graph.graph_json import decode
 
 NICENESS = 19
@@ -108,7 +108,7 @@ def rebuild(values: dict) -> tuple[fx.GraphModule, list[Tensor]]:
     sizes = [_unknown_size(mode, k) for k in range(len(SYMBOLS))]
 
     def size(number: int | list[int]) -> int | SymInt:
-        return number if isinstance(number, int) else number[0] * sizes[number[1]]
+        return evaluate(from_json(number), sizes)
 
     examples = []
     with mode:

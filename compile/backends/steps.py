@@ -12,41 +12,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
 
 from fuseline.compile.backends.lowering import Lowered, Lowering
 from fuseline.compile.backends.plan import PlanExecutable, limits_of, meta_inputs
-from fuseline.compile.backends.sizes import PRIMES
 from fuseline.compile.config import CompileConfig
 
 OPS = torch.ops.fuseline
 DECODE_LEVEL = 3
-DECODE_PRIMES = PRIMES | {"S": PRIMES["T"], "R": PRIMES["T"]}
+DECODE_SAME = MappingProxyType({"S": "T", "R": "T"})
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """A kind of step: the graph that computes it, how its sizes are told apart, the largest they can be."""
+    """A kind of step: the graph that computes it, which of its sizes are the same, the largest they can be."""
 
     graph: fx.GraphModule
-    primes: Mapping[str, int]
+    same: Mapping[str, str]
+    """A symbol -> the one that always has its size."""
     limits: Mapping[str, int]
     block_size: int
 
     def lower(self, marks: Set[int] = frozenset()) -> Lowered:
-        inputs = meta_inputs(self.graph, self.block_size, self.primes)
+        inputs = meta_inputs(self.graph, self.block_size, self.same)
         return Lowering(self.graph, inputs, self.limits, marks).run()
 
 
 def step_kinds(graph: fx.GraphModule, config: CompileConfig) -> list[StepKind]:
     """The general kind first."""
     limits = limits_of(config)
-    kinds = [StepKind(graph, PRIMES, limits, config.block_size)]
+    kinds = [StepKind(graph, MappingProxyType({}), limits, config.block_size)]
     if config.level >= DECODE_LEVEL:
         most = {**limits, "T": limits["S"]}
-        kinds.append(StepKind(decode_graph(graph), DECODE_PRIMES, most, config.block_size))
+        kinds.append(StepKind(decode_graph(graph), DECODE_SAME, most, config.block_size))
     return kinds
 
 
