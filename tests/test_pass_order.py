@@ -17,6 +17,7 @@ from pass_cases import DTYPES, ROWS, Case
 from torch import Tensor, fx
 
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.edit import insert_call
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext
 from fuseline.compile.graph.match import cast
 from fuseline.compile.passes.choose_kernels import choose_kernels
@@ -280,3 +281,98 @@ def test_passes_keep_the_graph_valid_and_its_numbers(seed: int, dtype: torch.dty
 def test_every_pass_finds_something_in_these_graphs(pipeline: str) -> None:
     matches = sum((run_passes(seed, torch.float32, pipeline) for seed in range(25)), Counter())
     assert {graph_pass.__name__ for graph_pass in PIPELINES[pipeline]} - {"canonicalize"} <= set(+matches)
+
+
+# places by hand
+
+
+def built(build: Callable[[Patterns], fx.Node]) -> Case:
+    made = Patterns(0, torch.float32)
+    made.graph.output(build(made))
+    attributes = {node.target: node.meta["val"] for node in made.graph.nodes if node.op == "get_attr"}
+    inputs = {"token_ids": torch.arange(T)[None], "positions": torch.arange(T)[None]}
+    ctx = PassContext(CompileConfig(""), None, ROWS, ROWS)
+    return Case(fx.GraphModule(attributes, made.graph), inputs, made.values, ctx)
+
+
+def sum_of_two(g: Patterns) -> tuple[fx.Node, fx.Node]:
+    """A value of its own memory, and its sum with another."""
+    x = g.call(aten.mul.Tensor, g.hidden[0], 2.0)
+    return x, g.call(aten.add.Tensor, x, g.hidden[0])
+
+
+def late_weight(g: Patterns) -> fx.Node:
+    """The sum is read before the weight of its norm is computed."""
+    _, total = sum_of_two(g)
+    early = g.call(aten.relu.default, total)
+    weight = g.call(aten.add.Tensor, g.weight(HIDDEN), 1)
+    return g.call(aten.add.Tensor, early, g.call(OPS.rms_norm.default, total, weight, 1e-6, 0))
+
+
+def weight_of_the_sum(g: Patterns) -> fx.Node:
+    """The weight is computed from the sum: both cannot be one op."""
+    _, total = sum_of_two(g)
+    weight = g.call(aten.mean.dim, g.call(aten.relu.default, total), [0, 1])
+    return g.call(OPS.rms_norm.default, total, weight, 1e-6, 0)
+
+
+def written_between(g: Patterns) -> fx.Node:
+    """Behind the weight a part of the sum has another value."""
+    x, total = sum_of_two(g)
+    g.call(aten.mul_.Tensor, x, 0.5)
+    weight = g.call(aten.add.Tensor, g.weight(HIDDEN), 1)
+    return g.call(aten.add.Tensor, x, g.call(OPS.rms_norm.default, total, weight, 1e-6, 0))
+
+
+def weight_written(g: Patterns) -> fx.Node:
+    """The weight cannot go up: it is written behind the sum's first reader."""
+    _, total = sum_of_two(g)
+    memory = g.call(aten.add.Tensor, g.weight(HIDDEN), 1)
+    early = g.call(aten.relu.default, total)
+    g.call(aten.mul_.Tensor, memory, 0.5)
+    weight = g.call(aten.add.Tensor, memory, 1)
+    return g.call(aten.add.Tensor, early, g.call(OPS.rms_norm.default, total, weight, 1e-6, 0))
+
+
+@pytest.mark.parametrize(
+    "build, matches", [(late_weight, 1), (weight_of_the_sum, 0), (written_between, 0), (weight_written, 0)]
+)
+def test_a_sum_and_its_norm_are_one_where_there_is_a_place(build: Callable, matches: int) -> None:
+    found = built(build)
+    before = found.run()
+    assert found.apply(fuse_add_norm) == matches
+    assert torch.equal(found.run(), before)
+
+
+def copied_and_written(g: Patterns) -> fx.Node:
+    x, _ = sum_of_two(g)
+    own = g.call(aten.clone.default, x)
+    g.call(aten.mul_.Tensor, own, 0.5)
+    return g.call(aten.add.Tensor, x, own)
+
+
+def silu_of_what_is_read_later(g: Patterns) -> fx.Node:
+    x, _ = sum_of_two(g)
+    return g.call(aten.add.Tensor, g.call(aten.silu_.default, x), g.call(aten.neg.default, x))
+
+
+def equal_but_for_a_write(g: Patterns) -> fx.Node:
+    x, _ = sum_of_two(g)
+    before = g.call(aten.neg.default, x)
+    g.call(aten.mul_.Tensor, x, 0.5)
+    return g.call(aten.add.Tensor, before, g.call(aten.neg.default, x))
+
+
+@pytest.mark.parametrize("build", [copied_and_written, silu_of_what_is_read_later, equal_but_for_a_write])
+def test_what_is_written_is_neither_forwarded_nor_merged(build: Callable) -> None:
+    found = built(build)
+    before = found.run()
+    found.apply(remove_noops, canonicalize, merge_equal)
+    assert torch.equal(found.run(), before)
+
+
+def test_a_call_before_its_operands_is_an_error() -> None:
+    found = built(lambda g: sum_of_two(g)[1])
+    total = next(node for node in found.graph.graph.nodes if node.target is aten.add.Tensor)
+    with pytest.raises(ValueError, match="would read add_tensor before it is defined"):
+        insert_call(found.graph.graph, total.args[0], aten.neg.default, (total,), total, total.meta["val"])

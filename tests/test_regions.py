@@ -24,7 +24,8 @@ from fuseline.compile.backends.steps import step_kinds
 from fuseline.compile.backends.upgrade import _jobs
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.passes.cut_regions import mark_regions
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.passes.cut_regions import cut_regions
 
 WIDTH = 64
 
@@ -216,7 +217,8 @@ def test_decode_steps_have_the_regions_of_all_steps(family: str, monkeypatch: py
 def texts_of(family: str, dtype: str) -> dict[str, str]:
     config = CompileConfig(model=str(checkpoint(family, dtype)), level=2)
     kind = step_kinds(optimize(config)[0].graph, config)[0]
-    jobs = _jobs(kind.lower(set(range(mark_regions(kind.graph)))))
+    num_regions = cut_regions(kind.graph, PassContext(config, None, 0, 0)).matches
+    jobs = _jobs(kind.lower(set(range(num_regions))))
     return {region_name(job.text): job.text for job in jobs.values()}
 
 

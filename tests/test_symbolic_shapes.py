@@ -22,7 +22,8 @@ from fuseline.compile.backends.plan import PlanExecutable, RegionKernel, limits_
 from fuseline.compile.backends.region import Region
 from fuseline.compile.backends.region_job import make_job
 from fuseline.compile.backends.region_worker import rebuild
-from fuseline.compile.passes.cut_regions import mark_regions
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.passes.cut_regions import cut_regions
 
 aten = torch.ops.aten
 SEEDS = pytest.mark.parametrize("seed", range(40))
@@ -225,7 +226,7 @@ def test_regions_have_the_shapes_of_eager_torch(seed: int) -> None:
     """The text that is compiled, computed by torch in the compiled region's place."""
     grown = Shapes(seed, torch.float32)
     graph = grown.grown()
-    marks = frozenset(range(mark_regions(graph)))
+    marks = frozenset(range(cut_regions(graph, PassContext(CONFIG, None, 0, 0)).matches))
     made = lowered(graph, marks)
     regions = [step for step in made.steps if isinstance(step, Region) and step.mark is not None]
     marked = [region.mark for region in regions]

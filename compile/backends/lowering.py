@@ -16,9 +16,10 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
 
 from fuseline.compile.backends.arena import Buffer
-from fuseline.compile.backends.region import Region, draw_borders, storage_key, tensors_of
+from fuseline.compile.backends.region import Region, draw_borders, storage_key
 from fuseline.compile.backends.sizes import FIRST, SECOND, SYMBOLS, Size, SizeError, evaluate, read, small_sizes
 from fuseline.compile.backends.symbolic import Values, View, agrees, symbolic
+from fuseline.compile.graph.edit import tensors_of
 from fuseline.compile.kernels.native import Kernels, NativeCall
 
 aten = torch.ops.aten

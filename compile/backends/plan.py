@@ -16,10 +16,11 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile.backends.arena import place
 from fuseline.compile.backends.lowering import Call, Lowered, MakeInputs
-from fuseline.compile.backends.region import Region, tensors_of
+from fuseline.compile.backends.region import Region
 from fuseline.compile.backends.sizes import SYMBOLS, Linear, Size, evaluate
 from fuseline.compile.backends.symbolic import Unread, View, views_of
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.edit import tensors_of
 
 DTYPES = {
     torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_iter
+
+from fuseline.compile.graph.edit import tensors_of
 
 
 @dataclass
@@ -37,10 +38,6 @@ def draw_borders(regions: Sequence[Region], values: Mapping[fx.Node, object]) ->
 
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def tensors_of(value: object) -> list[Tensor]:
-    return [t for t in tree_iter(value) if isinstance(t, Tensor)]
 
 
 class _Borders:

@@ -20,8 +20,9 @@ from torch import Tensor, fx
 from fuseline.compile.backends.lowering import Lowered, Lowering
 from fuseline.compile.backends.plan import PlanExecutable, limits_of, meta_inputs
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.passes.pipeline import DECODE
 
-OPS = torch.ops.fuseline
 DECODE_LEVEL = 3
 DECODE_SAME = MappingProxyType({"S": "T", "R": "T"})
 
@@ -47,20 +48,18 @@ def step_kinds(graph: fx.GraphModule, config: CompileConfig) -> list[StepKind]:
     kinds = [StepKind(graph, MappingProxyType({}), limits, config.block_size)]
     if config.level >= DECODE_LEVEL:
         most = {**limits, "T": limits["S"]}
-        kinds.append(StepKind(decode_graph(graph), DECODE_SAME, most, config.block_size))
+        kinds.append(StepKind(decode_graph(graph, config), DECODE_SAME, most, config.block_size))
     return kinds
 
 
-def decode_graph(graph: fx.GraphModule) -> fx.GraphModule:
+def decode_graph(graph: fx.GraphModule, config: CompileConfig) -> fx.GraphModule:
     """A copy that computes the logits of every token."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
-    for node in copied.find_nodes(op="call_function", target=OPS.gather_rows.default):
-        x, rows = node.args
-        if rows.op == "placeholder" and rows.target == "logits_rows":
-            node.replace_all_uses_with(x)
-            copied.erase_node(node)
-    return fx.GraphModule(graph, copied)
+    decode = fx.GraphModule(graph, copied)
+    for graph_pass in DECODE:
+        graph_pass(decode, PassContext(config, None, 0, 0))
+    return decode
 
 
 def lower(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> PlanExecutable | StepPlans:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_iter
 
 
 def placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
@@ -34,6 +35,11 @@ def constant(graph: fx.GraphModule, name: str, value: Tensor, **meta: object) ->
     graph.register_buffer(node.target, like)
     node.meta = {"val": like, **meta}
     return node
+
+
+def constant_name(node: fx.Node) -> str:
+    """Key of a get_attr node's value: the parameter's path, or the node's own name for one that a pass made."""
+    return node.meta["fqn"] if "fqn" in node.meta else str(node.target)
 
 
 def insert_call(
@@ -113,6 +119,11 @@ def nodes_in(args: object) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
     fx.node.map_arg(args, lambda node: found.setdefault(node))
     return list(found)
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    """The tensors in a value, however nested."""
+    return [item for item in tree_iter(value) if isinstance(item, Tensor)]
 
 
 def is_write(node: fx.Node) -> bool:
