@@ -127,7 +127,7 @@ class Lowering:
                 if not agrees(values, node, found[node], symbols):
                     return False
             elif node.op != "output":
-                found[node] = inputs[str(node.target)] if node.op == "placeholder" else node.meta["val"]
+                found[node] = source_on_meta(node, inputs)
         return True
 
 
@@ -135,6 +135,12 @@ def _join_calls(first: _Call, second: _Call) -> Call:
     tensors = [symbolic(a, b) for a, b in zip(first.tensors, second.tensors, strict=True)]
     ints = [read(int(a), int(b)) for a, b in zip(first.ints, second.ints, strict=True)]
     return Call(first.native, tensors, ints, first.label)
+
+
+def source_on_meta(node: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor:
+    """A meta tensor of its own for an input or a constant."""
+    like = inputs[str(node.target)] if node.op == "placeholder" else node.meta["val"]
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
 
 def call_on_meta(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
@@ -198,11 +204,8 @@ class _Interpretation:
 
     def _visit(self, node: fx.Node) -> None:
         if node.op in ("placeholder", "get_attr"):
-            name = str(node.target)
-            meta = self._inputs[name] if node.op == "placeholder" else node.meta["val"]
-            tensor = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device="meta")
-            self.values[node] = tensor
-            self.places[storage_key(tensor)] = Place(slot=name)
+            self.values[node] = source_on_meta(node, self._inputs)
+            self.places[storage_key(self.values[node])] = Place(slot=str(node.target))
         elif node.op == "call_function":
             self._visit_call(node)
 
