@@ -363,6 +363,31 @@ def equal_but_for_a_write(g: Patterns) -> fx.Node:
     return g.call(aten.add.Tensor, before, g.call(aten.neg.default, x))
 
 
+def silu_of_a_part(later: Callable) -> Callable[[Patterns], fx.Node]:
+    def build(g: Patterns) -> fx.Node:
+        x = g.call(aten.mul.Tensor, g.hidden[0], 2.0)
+        parts = g.call(aten.chunk.default, x, 2, -1)
+        left, right = (g.call(operator.getitem, parts, k) for k in range(2))
+        return g.call(aten.add.Tensor, g.call(aten.silu_.default, left), later(g, x, right))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "later, is_plain",
+    [
+        (lambda g, x, right: right, True),
+        (lambda g, x, right: g.call(aten.slice.Tensor, x, -1, 0, HIDDEN // 2), False),
+    ],
+)
+def test_an_activation_in_place_is_a_plain_one_where_nothing_tells(later: Callable, is_plain: bool) -> None:
+    found = built(silu_of_a_part(later))
+    before = found.run()
+    found.apply(canonicalize)
+    assert ("aten.silu" in found.ops()) == is_plain
+    assert torch.equal(found.run(), before)
+
+
 @pytest.mark.parametrize("build", [copied_and_written, silu_of_what_is_read_later, equal_but_for_a_write])
 def test_what_is_written_is_neither_forwarded_nor_merged(build: Callable) -> None:
     found = built(build)

@@ -8,6 +8,7 @@ that the pass cut_regions gave one of the `marks` belong to that region although
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
@@ -108,10 +109,13 @@ class Lowering:
         return steps, first.buffers
 
     def _min_tokens(self, values: Values) -> int:
-        for number in range(1, self._limits[0] + 1):
-            if self._agrees(values, number):
-                return number
-        raise SizeError(f"the shapes of steps of up to {self._limits[0]} tokens are not those of longer ones")
+        """Raises SizeError where even the largest step has other shapes."""
+        high = 1
+        while not self._agrees(values, high):
+            if high >= self._limits[0]:
+                raise SizeError(f"the shapes of steps of up to {high} tokens are not those of longer ones")
+            high = min(2 * high, self._limits[0])
+        return bisect_left(range(high), True, lo=high // 2 + 1, key=lambda number: self._agrees(values, number))
 
     def _agrees(self, values: Values, number: int) -> bool:
         """Whether the graph's shapes in a small step are those that `values` give."""

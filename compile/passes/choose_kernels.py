@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from fuseline.compile.graph import edit
-from fuseline.compile.graph.edit import insert_call
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.ops.linear import PANEL
 from fuseline.compile.specs import WeightSource
@@ -93,6 +92,6 @@ def widen_output(graph: fx.Graph) -> bool:
     if logits.meta["val"].dtype == torch.float32:
         return False
     convert = torch.ops.prims.convert_element_type.default
-    wide = insert_call(graph, output, convert, (logits, torch.float32), logits, logits.meta["val"].float())
+    wide = edit.insert_call(graph, output, convert, (logits, torch.float32), logits, logits.meta["val"].float())
     output.update_arg(0, wide)
     return True

@@ -11,6 +11,7 @@ the same op on the same arguments twice                                    -> on
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -116,11 +117,22 @@ def _weights_right(node: fx.Node) -> bool:
 
 
 def _out_of_place(node: fx.Node) -> bool:
-    """silu_(x) where nothing reads x afterwards."""
-    if any(user > node for user in node.args[0].users) or memory_of(node) is not node.args[0]:
+    """silu_(x) where nothing reads the memory of x afterwards."""
+    x = node.args[0]
+    is_own = memory_of(x) is x or _is_only_reader(x)
+    if not is_own or any(user > node for user in x.users):
         return False
     node.target = aten.silu.default
     return True
+
+
+def _is_only_reader(part: fx.Node) -> bool:
+    """Whether it is a part of a split, and nothing else reads that part of the memory: parts do not overlap."""
+    if part.target is not operator.getitem:
+        return False
+    split = part.args[0]
+    alike = [user for user in split.users if user.target is operator.getitem and user.args[1] == part.args[1]]
+    return alike == [part] and list(memory_of(part).users) == [split]
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> bool:
