@@ -40,6 +40,7 @@ OPS = torch.ops.fuseline
 T, HEADS, DIM, VOCAB, EXPERTS = 6, 2, 8, 24, 4
 HIDDEN = HEADS * DIM
 END = 1 << 62
+NUM_GRAPHS = 14
 SHARED = (
     remove_noops, canonicalize, merge_equal, find_norm, find_rope, find_moe, fuse_act_mul, join_linears, fuse_add_norm,
     page_attention, keep_last_logits, fuse_rope_cache,
@@ -52,6 +53,8 @@ PIPELINES: dict[str, tuple[GraphPass, ...]] = {
 SUMS_DIFFERENTLY = (join_linears, choose_kernels, keep_last_logits, fuse_linear_act, make_batch_invariant)
 """A product of joined weights, of fewer rows, or of another kernel: other roundings."""
 VIEWS = (aten.view.default, aten.transpose.int, aten.slice.Tensor, operator.getitem)
+IN_PLACE = (aten.mul_.Tensor, aten.div_.Tensor)
+WRITES = (OPS.write_cache.default, OPS.rope_cache.default)
 
 
 class Patterns:
@@ -134,7 +137,7 @@ def add_and_norm(g: Patterns, x: fx.Node) -> fx.Node:
 
 
 def gated(g: Patterns, x: fx.Node) -> fx.Node:
-    x = norm(g, x)
+    x = g.call(g.rng.choice((aten.contiguous.default, aten.neg.default)), norm(g, x))
     gate, up = g.linear(x, 12), g.linear(x, 12)
     act = g.call(g.rng.choice((aten.silu.default, aten.relu.default)), gate)
     product = g.call(aten.mul.Tensor, *g.rng.sample([act, up], 2))
@@ -212,12 +215,11 @@ def shuffle(graph: fx.Graph, rng: random.Random) -> None:
     calls = [node for node in graph.nodes if node.op == "call_function"]
     before: dict[fx.Node, set[fx.Node]] = {node: set(node.all_input_nodes) & set(calls) for node in calls}
     for node in calls:
-        if node.target._schema.is_mutable if hasattr(node.target, "_schema") else False:
-            for memory in node.args[:2]:
-                for other in sharing(memory) if isinstance(memory, fx.Node) else ():
-                    first, second = sorted((node, other))
-                    if first is not second and other.op == "call_function":
-                        before[second].add(first)
+        num_written = 2 if node.target in WRITES else 1 if node.target in IN_PLACE else 0
+        for other in (other for memory in node.args[:num_written] for other in sharing(memory)):
+            first, second = sorted((node, other))
+            if first is not second and other in before:
+                before[second].add(first)
     output = graph.output_node()
     while before:
         free = [node for node, needed in before.items() if not needed & before.keys()]
@@ -233,8 +235,7 @@ def sharing(node: fx.Node) -> set[fx.Node]:
     found, pending = {node}, [node]
     while pending:
         for user in pending.pop().users:
-            is_alias = user.target in VIEWS or str(user.target).split(".")[1:2][0:1] in (["mul_"], ["div_"])
-            if user not in found and is_alias:
+            if user not in found and user.target in (*VIEWS, *IN_PLACE):
                 pending.append(user)
             found.add(user)
     return found
@@ -266,21 +267,16 @@ def run_passes(seed: int, dtype: torch.dtype, pipeline: str) -> Counter[str]:
         if graph_pass in SUMS_DIFFERENTLY:
             torch.testing.assert_close(after.float(), before.float(), rtol=tolerance, atol=tolerance)
         else:
-            assert torch.equal(after, before.to(after.dtype)), graph_pass.__name__
+            assert torch.equal(after, before.to(after.dtype)), f"{graph_pass.__name__} of graph {seed}"
     return matches
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("seed", range(25))
 @DTYPES
-def test_passes_keep_the_graph_valid_and_its_numbers(seed: int, dtype: torch.dtype, pipeline: str) -> None:
-    run_passes(seed, dtype, pipeline)
-
-
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_every_pass_finds_something_in_these_graphs(pipeline: str) -> None:
-    matches = sum((run_passes(seed, torch.float32, pipeline) for seed in range(25)), Counter())
-    assert {graph_pass.__name__ for graph_pass in PIPELINES[pipeline]} - {"canonicalize"} <= set(+matches)
+def test_passes_keep_the_graph_valid_and_its_numbers(dtype: torch.dtype, pipeline: str) -> None:
+    matches = sum((run_passes(seed, dtype, pipeline) for seed in range(NUM_GRAPHS)), Counter())
+    without = {"canonicalize"} | ({"widen_logits"} if dtype == torch.float32 else set())
+    assert {graph_pass.__name__ for graph_pass in PIPELINES[pipeline]} - without <= set(+matches)
 
 
 # places by hand
