@@ -159,8 +159,10 @@ class PlanExecutable:
         computed: dict[fx.Node, object] = {}
 
         def real(arg: object) -> object:
-            if not isinstance(arg, fx.Node) or arg in computed:
-                return computed.get(arg, arg) if isinstance(arg, fx.Node) else arg
+            if not isinstance(arg, fx.Node):
+                return arg
+            if arg in computed:
+                return computed[arg]
             value = self._lowered.values[arg]
             if isinstance(value, View):
                 return self._view(value, values, symbols)
