@@ -287,5 +287,5 @@ def test_planning_waits_for_nothing(monkeypatch):
         query_start=torch.tensor([0, 3], dtype=torch.int32), slot_mapping=torch.arange(16, 19)[None],
         logits_rows=torch.tensor([2]),
     )  # fmt: skip
-    with no_host_sync(vars(prompt).values()):
+    with no_host_sync(prompt.fields().values()):
         assert model.run(prompt).logits.shape[0] == 1

@@ -16,18 +16,18 @@ from torch import Tensor
 from zoo import checkpoint
 
 from fuseline.compile.backends.cpu_plan.steps import step_kinds
-from fuseline.compile.backends.inductor import check as region_check
-from fuseline.compile.backends.inductor import regions as inductor
-from fuseline.compile.backends.inductor import upgrade
-from fuseline.compile.backends.inductor import worker as region_worker
 from fuseline.compile.backends.inductor.check import STEPS, find_fault, is_close, make_tensor
 from fuseline.compile.backends.inductor.library import seal
-from fuseline.compile.backends.inductor.regions import compile_regions, region_name
+from fuseline.compile.backends.inductor.regions import check as region_check
+from fuseline.compile.backends.inductor.regions import compile_regions, region_name, upgrade
+from fuseline.compile.backends.inductor.regions import regions as inductor
+from fuseline.compile.backends.inductor.regions import worker as region_worker
 from fuseline.compile.backends.inductor.upgrade import _jobs
 from fuseline.compile.backends.inductor.worker import rebuild
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.passes.cut_regions import mark_regions
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.passes.cut_regions import cut_regions
 
 WIDTH = 64
 
@@ -187,7 +187,7 @@ def test_a_refused_region_is_compiled_and_reported_once(fake_worker: Path, tmp_p
 
 WRONG_WORKER = """
 from torch import fx
-from fuseline.compile.backends.inductor import worker as region_worker
+from fuseline.compile.backends.inductor.regions import worker as region_worker
 original = region_worker.make_library
 
 def make_library(graph, examples, path):
@@ -219,7 +219,8 @@ def test_decode_steps_have_the_regions_of_all_steps(family: str, monkeypatch: py
 def texts_of(family: str, dtype: str) -> dict[str, str]:
     config = CompileConfig(model=str(checkpoint(family, dtype)), level=2)
     kind = step_kinds(optimize(config)[0].graph, config)[0]
-    jobs = _jobs(kind.lower(set(range(mark_regions(kind.graph)))))
+    num_regions = cut_regions(kind.graph, PassContext(config, None, 0, 0)).matches
+    jobs = _jobs(kind.lower(set(range(num_regions))))
     return {region_name(job.text): job.text for job in jobs.values()}
 
 

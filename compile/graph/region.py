@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_iter
+
+from fuseline.compile.graph.edit import tensors_of
 
 
 @dataclass
@@ -21,6 +22,10 @@ class Region:
     outputs: list[tuple[fx.Node, int | None]] = field(default_factory=list)
     """A node, and which of its results where it has several."""
 
+    @property
+    def kind(self) -> str:
+        return f"region of {[node.name for node in self.nodes]}"
+
 
 def draw_borders(regions: Sequence[Region], values: Mapping[fx.Node, object]) -> set[int]:
     """Completes regions that hold computed nodes only. Returns the storages that no one outside reads."""
@@ -33,10 +38,6 @@ def draw_borders(regions: Sequence[Region], values: Mapping[fx.Node, object]) ->
 
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def tensors_of(value: object) -> list[Tensor]:
-    return [t for t in tree_iter(value) if isinstance(t, Tensor)]
 
 
 class _Borders:

@@ -27,8 +27,6 @@ from fuseline.compile.memory import host_pages
 
 NUM_SLOTS = 2
 ALIGNMENT = 256  # of weights within a slot in bytes, as torch's allocator has it
-PREFETCH = "prefetch"
-"""Input of a rewritten graph: the Prefetch of the pass."""
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
 PRODUCTS = (aten.linear.default, OPS.linear_act_mul.default, OPS.experts.default)
@@ -159,7 +157,7 @@ class HostLane:
 
 
 class Offload:
-    """The layers' host memory, their slots on the device, and the graph's reading from those."""
+    """The layers' host memory and their slots on the device, from which the graph reads (passes/stream_weights.py)."""
 
     def __init__(
         self, layers: Sequence[HostLayer], device: torch.device, make_lane: Callable[[], Lane] | None = None
@@ -176,6 +174,11 @@ class Offload:
     @property
     def num_bytes(self) -> int:
         return sum(memory.nbytes for memory in self.host)
+
+    @property
+    def layer_keys(self) -> list[list[str]]:
+        """Of the weights of each layer."""
+        return [[weight.key for weight in layer.weights] for layer in self.layers]
 
     @property
     def keys(self) -> frozenset[str]:
@@ -197,30 +200,6 @@ class Offload:
             return Prefetch(self, None)
         is_captured = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         return Prefetch(self, self._captured_lane if is_captured else self._lane)
-
-    def rewrite(self, graph: fx.Graph) -> None:
-        """The graph's reads of the weights become those of the slots, with a new input, PREFETCH."""
-        of_key = {constant_name(node): node for node in graph.nodes if node.op == "get_attr"}
-        order = {node: position for position, node in enumerate(graph.nodes)}
-        with graph.inserting_before(next(iter(graph.nodes))):
-            prefetch = graph.placeholder(PREFETCH)
-        for index, layer in enumerate(self.layers):
-            weights = [of_key[weight.key] for weight in layer.weights]
-            users = sorted((user for node in weights for user in node.users), key=order.__getitem__)
-            with graph.inserting_before(users[0]):
-                fetched = graph.call_method("fetch", (prefetch, index))
-            with graph.inserting_after(users[-1]):
-                graph.call_method("release", (prefetch, index))
-            _read_from(graph, fetched, weights)
-
-
-def _read_from(graph: fx.Graph, fetched: fx.Node, weights: Sequence[fx.Node]) -> None:
-    last = fetched
-    for place, node in enumerate(weights):
-        with graph.inserting_after(last):
-            last = graph.call_method("__getitem__", (fetched, place))
-        node.replace_all_uses_with(last)
-        graph.erase_node(node)
 
 
 class Prefetch:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from fuseline import _C
 from fuseline.compile.backends.cpu_plan.arena import place
-from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered
-from fuseline.compile.backends.cpu_plan.sizes import PRIMES, SYMBOLS, decode, evaluate
+from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered, MakeInputs
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear, Size, evaluate
+from fuseline.compile.backends.cpu_plan.symbolic import Unread, View, views_of
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph.region import Region, storage_key, tensors_of
+from fuseline.compile.graph.edit import tensors_of
+from fuseline.compile.graph.region import Region
 from fuseline.compile.graph_inputs import group_placeholder, is_cache, meta_input
 
 DTYPES = {
@@ -40,7 +42,7 @@ class RegionKernel:
     """A compiled region, called with the real tensors of `args`: inputs, then the memory of its outputs."""
 
     run: Callable[[list[Tensor]], object]
-    args: tuple[Tensor, ...]
+    args: tuple[View, ...]
 
 
 class PlanExecutable:
@@ -88,6 +90,8 @@ class PlanExecutable:
     def run(self, values: Mapping[str, Tensor]) -> Tensor:
         """The graph's output, valid until the next run. `values`: all inputs that are not bound."""
         symbols = self._symbols(values)
+        if symbols[0] < self._lowered.min_tokens:
+            return self._run_torch(values)
         for name, slot in self._changing:
             self._plan.set_slot(slot, values[name].data_ptr())
         for step in self._segments:
@@ -119,24 +123,35 @@ class PlanExecutable:
             return step
         begin = self._plan.num_calls
         ids = [-1 if tensor is None else self._tensor(tensor) for tensor in step.tensors]
-        self._plan.add_call(step.native.op, ids, list(step.native.ints), list(step.native.floats), step.label)
+        self._plan.add_call(step.native.op, ids, step.ints, list(step.native.floats), step.label)
         return Segment(begin, begin + 1)
 
-    def _tensor(self, tensor: Tensor) -> int:
-        where = self._lowered.places[storage_key(tensor)]
-        base, offset = -1, tensor.storage_offset() * tensor.element_size()
+    def _tensor(self, view: View) -> int:
+        where = self._lowered.places[view.storage]
+        base, begin = -1, 0
         if where.buffer is None:
             base = self._slots.setdefault(where.slot, -1)
             if base < 0:
                 base = self._slots[where.slot] = self._plan.add_slot(where.slot)
         else:
-            offset += where.buffer.offset
-        sizes = [decode(n) for n in tensor.shape]
-        strides = [decode(n) for n in tensor.stride()]
-        key = (base, offset, tensor.dtype, tuple(sizes), tuple(strides))
+            begin = where.buffer.offset
+        offset = _in_bytes(view.offset, view.dtype.itemsize, begin)
+        key = (base, offset, view.dtype, view.sizes, view.strides)
         if key not in self._tensors:
-            self._tensors[key] = self._plan.add_tensor(base, offset, DTYPES[tensor.dtype], sizes, strides)
+            self._tensors[key] = self._plan.add_tensor(base, offset, DTYPES[view.dtype], view.sizes, view.strides)
         return self._tensors[key]
+
+    def _run_torch(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The whole graph with reference ops, for a step too small for the lowered shapes."""
+        known = self._lasting | values
+        done: dict[fx.Node, object] = {}
+        for node in self._lowered.graph.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                done[node] = known[str(node.target)]
+            elif node.op == "call_function":
+                args, kwargs = (fx.node.map_arg(part, done.__getitem__) for part in (node.args, node.kwargs))
+                done[node] = node.target(*args, **kwargs)
+        return done[self._lowered.output]
 
     def _run_region(self, region: Region, values: Mapping[str, Tensor], symbols: list[int]) -> None:
         if compiled := self._kernels.get(region.mark):
@@ -145,33 +160,45 @@ class PlanExecutable:
         computed: dict[fx.Node, object] = {}
 
         def real(arg: object) -> object:
+            if not isinstance(arg, fx.Node):
+                return arg
             if arg in computed:
                 return computed[arg]
-            meta = self._lowered.values[arg] if isinstance(arg, fx.Node) else arg
-            if isinstance(meta, Tensor):
-                return self._view(meta, values, symbols)
-            if isinstance(meta, bool) or not isinstance(meta, int):
-                return meta
-            return evaluate(meta, symbols)
+            value = self._lowered.values[arg]
+            if isinstance(value, View):
+                return self._view(value, values, symbols)
+            return call(arg) if isinstance(value, Unread) else evaluate(value, symbols)
 
-        for node in region.nodes:
+        def call(node: fx.Node) -> object:
             args, kwargs = fx.node.map_aggregate(node.args, real), fx.node.map_aggregate(node.kwargs, real)
             computed[node] = node.target(*args, **kwargs)
-        for node, index in region.outputs:
-            meta = tensors_of(self._lowered.values[node])[index or 0]
-            self._view(meta, values, symbols).copy_(tensors_of(computed[node])[index or 0])
+            return computed[node]
 
-    def _view(self, meta: Tensor, values: Mapping[str, Tensor], symbols: list[int]) -> Tensor:
-        """The real tensor of a meta one."""
-        where = self._lowered.places[storage_key(meta)]
-        sizes = [evaluate(n, symbols) for n in meta.shape]
-        strides = [evaluate(n, symbols) for n in meta.stride()]
+        for node in region.nodes:
+            call(node)
+        for node, index in region.outputs:
+            view = views_of(self._lowered.values[node])[index or 0]
+            self._view(view, values, symbols).copy_(tensors_of(computed[node])[index or 0])
+
+    def _view(self, view: View, values: Mapping[str, Tensor], symbols: list[int]) -> Tensor:
+        """The real tensor of a view."""
+        where = self._lowered.places[view.storage]
+        sizes = [evaluate(size, symbols) for size in view.sizes]
+        strides = [evaluate(stride, symbols) for stride in view.strides]
+        offset = evaluate(view.offset, symbols)
         if where.buffer is None:
             source = self._lasting[where.slot] if where.slot in self._lasting else values[where.slot]
-            return source.as_strided(sizes, strides, source.storage_offset() + meta.storage_offset())
+            return source.as_strided(sizes, strides, source.storage_offset() + offset)
         begin = self._base + where.buffer.offset
-        flat = self._arena[begin : begin + where.buffer.num_bytes].view(meta.dtype)
-        return flat.as_strided(sizes, strides, flat.storage_offset() + meta.storage_offset())
+        flat = self._arena[begin : begin + where.buffer.num_bytes].view(view.dtype)
+        return flat.as_strided(sizes, strides, flat.storage_offset() + offset)
+
+
+def _in_bytes(offset: Size, item_bytes: int, begin: int) -> Size:
+    """An offset in elements from `begin` as one in bytes."""
+    if isinstance(offset, Linear):
+        return Linear(offset.constant * item_bytes + begin, offset.factor * item_bytes, offset.symbol)
+    return offset * item_bytes + begin
 
 
 def merge(steps: list[Segment | Region]) -> list[Segment | Region]:
@@ -191,9 +218,14 @@ def limits_of(config: CompileConfig) -> dict[str, int]:
     return {"T": config.max_num_batched_tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1}
 
 
-def meta_inputs(
-    graph: fx.GraphModule, block_size: int, primes: Mapping[str, int] = MappingProxyType(PRIMES)
+def meta_inputs(graph: fx.GraphModule, block_size: int, same: Mapping[str, str] | None = None) -> MakeInputs:
+    """Makes inputs by placeholder name from sizes. `same`: symbols that have another one's size."""
+    likes = {str(node.target): node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")}
+    return partial(_meta_inputs, likes, block_size, same or {})
+
+
+def _meta_inputs(
+    likes: Mapping[str, Tensor], block_size: int, same: Mapping[str, str], sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Inputs by placeholder name. `primes`: one for two sizes says that they are the same."""
-    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    return {str(node.target): meta_input(str(node.target), node.meta["val"], block_size, primes) for node in nodes}
+    sizes = {**sizes, **{name: sizes[other] for name, other in same.items()}}
+    return {name: meta_input(name, like, block_size, sizes) for name, like in likes.items()}

@@ -12,54 +12,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
 
 from fuseline.compile.backends.cpu_plan.lowering import Lowered, Lowering
 from fuseline.compile.backends.cpu_plan.plan import PlanExecutable, limits_of, meta_inputs
-from fuseline.compile.backends.cpu_plan.sizes import PRIMES
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.passes.pipeline import DECODE
 
-OPS = torch.ops.fuseline
 DECODE_LEVEL = 3
-DECODE_PRIMES = PRIMES | {"S": PRIMES["T"], "R": PRIMES["T"]}
+DECODE_SAME = MappingProxyType({"S": "T", "R": "T"})
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """A kind of step: the graph that computes it, how its sizes are told apart, the largest they can be."""
+    """A kind of step: the graph that computes it, which of its sizes are the same, the largest they can be."""
 
     graph: fx.GraphModule
-    primes: Mapping[str, int]
+    same: Mapping[str, str]
+    """A symbol -> the one that always has its size."""
     limits: Mapping[str, int]
     block_size: int
 
     def lower(self, marks: Set[int] = frozenset()) -> Lowered:
-        inputs = meta_inputs(self.graph, self.block_size, self.primes)
+        inputs = meta_inputs(self.graph, self.block_size, self.same)
         return Lowering(self.graph, inputs, self.limits, marks).run()
 
 
 def step_kinds(graph: fx.GraphModule, config: CompileConfig) -> list[StepKind]:
     """The general kind first."""
     limits = limits_of(config)
-    kinds = [StepKind(graph, PRIMES, limits, config.block_size)]
+    kinds = [StepKind(graph, MappingProxyType({}), limits, config.block_size)]
     if config.level >= DECODE_LEVEL:
         most = {**limits, "T": limits["S"]}
-        kinds.append(StepKind(decode_graph(graph), DECODE_PRIMES, most, config.block_size))
+        kinds.append(StepKind(decode_graph(graph, config), DECODE_SAME, most, config.block_size))
     return kinds
 
 
-def decode_graph(graph: fx.GraphModule) -> fx.GraphModule:
+def decode_graph(graph: fx.GraphModule, config: CompileConfig) -> fx.GraphModule:
     """A copy that computes the logits of every token."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
-    for node in copied.find_nodes(op="call_function", target=OPS.gather_rows.default):
-        x, rows = node.args
-        if rows.op == "placeholder" and rows.target == "logits_rows":
-            node.replace_all_uses_with(x)
-            copied.erase_node(node)
-    return fx.GraphModule(graph, copied)
+    decode = fx.GraphModule(graph, copied)
+    for graph_pass in DECODE:
+        graph_pass(decode, PassContext(config, None, 0, 0))
+    return decode
 
 
 def lower(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> PlanExecutable | StepPlans:

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, fx
 
 from fuseline.compile.backends.cuda.calibrate import WRITES, Calibration
+from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
 from fuseline.compile.kernels.external import ExternalAttention
-from fuseline.compile.residency.offload import PREFETCH, Offload
+from fuseline.compile.passes.pipeline import program_passes
+from fuseline.compile.passes.stream_weights import PREFETCH
+from fuseline.compile.residency.offload import Offload
 from fuseline.compile.target import Target
 
 
@@ -40,15 +44,12 @@ class CudaExecutable:
         self._external = external or ExternalAttention(target)
         self.kernels = chosen_kernels(graph, target, self._external, _constants(graph, offload))
         program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
-        device = torch.device(target.device)
-        kernels = {node.name: kernel for node, kernel in self.kernels.items()}
         self._writes = {node.name: node.target for node in program.graph.nodes if node.target in WRITES}
-        for node in program.graph.nodes:
-            if node.op == "call_function":
-                node.target = kernels[node.name].run
-                node.args, node.kwargs = (_on_device(args, device) for args in (node.args, node.kwargs))
-        if offload is not None:
-            offload.rewrite(program.graph)
+        runs = {node.name: kernel.run for node, kernel in self.kernels.items()}
+        layers = offload.layer_keys if offload is not None else []
+        for graph_pass in program_passes(runs, torch.device(target.device), layers):
+            graph_pass(program, PassContext(CompileConfig(""), None, 0, 0, target=target))
+        program.graph.lint()
         program.recompile()
         self.program = program
         self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
@@ -103,8 +104,3 @@ def _constants(graph: fx.GraphModule, offload: Offload | None) -> set[str]:
     """Targets of weights that stay as they are while the graph runs: not those that come through slots."""
     away = frozenset() if offload is None else offload.keys
     return {str(n.target) for n in graph.graph.nodes if n.op == "get_attr" and constant_name(n) not in away}
-
-
-def _on_device(args: object, device: torch.device) -> object:
-    """What a graph captured on a CPU makes, it makes on the device."""
-    return fx.node.map_aggregate(args, lambda arg: device if isinstance(arg, torch.device) else arg)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, evaluate, from_json
 
 STEPS = {(1, 1, 2, 1, 16, 32): 16, (16, 16, 17, 16, 16, 32): 4, (256, 2, 3, 2, 16, 32): 1}
 """Values of SYMBOLS in the steps that are tried, and how often each counts: decode steps are many."""
@@ -46,9 +46,7 @@ def find_fault(compiled: Run, eager: Run, tensors: Sequence[dict], num_outputs: 
 def make_tensor(described: dict, symbols: Sequence[int], generator: torch.Generator) -> Tensor:
     """Random numbers; of integers 0 and 1, which are safe as indices."""
     assert len(symbols) == len(SYMBOLS)
-    sizes, strides = (
-        [n if isinstance(n, int) else n[0] * symbols[n[1]] for n in described[key]] for key in ("sizes", "strides")
-    )
+    sizes, strides = ([evaluate(from_json(n), symbols) for n in described[key]] for key in ("sizes", "strides"))
     dtype = getattr(torch, described["dtype"])
     extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     numbers = (

@@ -3,22 +3,24 @@
     {"inputs": [{"dtype", "sizes", "strides"}, ...], "num_outputs": n, "graph": graph_json.encode(...)}
 
 The graph takes the region's inputs, then the memory of its outputs, writes these and returns nothing: outputs land in
-the arena without a copy. Sizes known only at run time are [factor, symbol]. Equal layers give equal text.
+the arena without a copy. Sizes known only at run time are [factor, symbol] or [constant, factor, symbol]. Equal layers
+give equal text.
 """
 
 from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, decode
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear, to_json
+from fuseline.compile.backends.cpu_plan.symbolic import Unread, Values, View, views_of
 from fuseline.compile.graph.graph_json import GraphFormatError, encode
-from fuseline.compile.graph.region import Region, storage_key, tensors_of
+from fuseline.compile.graph.region import Region
 
 aten = torch.ops.aten
 
@@ -27,40 +29,40 @@ aten = torch.ops.aten
 class RegionJob:
     text: str
     """What is compiled."""
-    args: tuple[Tensor, ...]
-    """Meta tensors of what it is called with: inputs, then outputs."""
+    args: tuple[View, ...]
+    """What it is called with: inputs, then outputs."""
 
 
-def make_job(region: Region, values: Mapping[fx.Node, object]) -> RegionJob | None:
+def make_job(region: Region, values: Values) -> RegionJob | None:
     """None for a region that has to stay with eager torch: it writes what it did not make, or calls our own ops."""
-    outputs = [tensors_of(values[node])[index or 0] for node, index in region.outputs]
+    outputs = [views_of(values[node])[index or 0] for node, index in region.outputs]
     inputs = [values[node] for node in region.inputs]
-    if not all(isinstance(tensor, Tensor) for tensor in inputs) or _writes_inputs(region, values):
+    if not all(isinstance(view, View) for view in inputs) or _writes_inputs(region, values):
         return None
     try:
         graph = _Writer(region, values).graph(outputs)
-        sizes = [describe(tensor) for tensor in (*inputs, *outputs)]
+        sizes = [describe(view) for view in (*inputs, *outputs)]
         text = json.dumps({"inputs": sizes, "num_outputs": len(outputs), "graph": encode(graph)}, sort_keys=True)
     except (GraphFormatError, ValueError):
         return None
     return None if '"fuseline.' in text else RegionJob(text, (*inputs, *outputs))
 
 
-def describe(tensor: Tensor) -> dict[str, object]:
+def describe(view: View) -> dict[str, object]:
     return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "sizes": [decode(n) for n in tensor.shape],
-        "strides": [decode(n) for n in tensor.stride()],
+        "dtype": str(view.dtype).removeprefix("torch."),
+        "sizes": [to_json(size) for size in view.sizes],
+        "strides": [to_json(stride) for stride in view.strides],
     }
 
 
-def _writes_inputs(region: Region, values: Mapping[fx.Node, object]) -> bool:
-    outside = {storage_key(tensor) for node in region.inputs for tensor in tensors_of(values[node])}
+def _writes_inputs(region: Region, values: Values) -> bool:
+    outside = {view.storage for node in region.inputs for view in views_of(values[node])}
     for node in region.nodes:
         schema = getattr(node.target, "_schema", None)
         for arg, value in zip(schema.arguments if schema else (), node.args, strict=False):
             is_written = arg.alias_info is not None and arg.alias_info.is_write
-            if is_written and any(storage_key(t) in outside for t in tensors_of(values.get(value))):
+            if is_written and any(view.storage in outside for view in views_of(values.get(value))):
                 return True
     return False
 
@@ -68,7 +70,7 @@ def _writes_inputs(region: Region, values: Mapping[fx.Node, object]) -> bool:
 class _Writer:
     """Copies nodes into a graph of their own, with numbers for names."""
 
-    def __init__(self, region: Region, values: Mapping[fx.Node, object]) -> None:
+    def __init__(self, region: Region, values: Values) -> None:
         self._region = region
         self._values = values
         self._graph = fx.Graph()
@@ -76,12 +78,12 @@ class _Writer:
         self._sizes: dict[int, fx.Node] = {}
         self._symbols: dict[int, fx.Node] = {}
 
-    def graph(self, outputs: Sequence[Tensor]) -> fx.Graph:
+    def graph(self, outputs: Sequence[View]) -> fx.Graph:
         region = self._region
-        tensors = [*(self._values[node] for node in region.inputs), *outputs]
-        places = [self._graph.placeholder(f"a{k}") for k in range(len(tensors))]
+        views = [*(self._values[node] for node in region.inputs), *outputs]
+        places = [self._graph.placeholder(f"a{k}") for k in range(len(views))]
         self._copies.update(zip(region.inputs, places, strict=False))
-        self._find_symbols(places, tensors)
+        self._find_symbols(places, views)
         for k, node in enumerate(region.nodes):
             args, kwargs = fx.node.map_aggregate(node.args, self._arg), fx.node.map_aggregate(node.kwargs, self._arg)
             self._copies[node] = self._graph.create_node("call_function", node.target, args, kwargs, f"n{k}")
@@ -93,29 +95,32 @@ class _Writer:
         self._graph.output(())
         return self._graph
 
-    def _find_symbols(self, places: Sequence[fx.Node], tensors: Sequence[Tensor]) -> None:
-        """Where each unknown size can be read, at the first dimension that is a multiple of it."""
-        for place, tensor in zip(places, tensors, strict=True):
-            for dim, number in enumerate(tensor.shape):
-                size = decode(number)
-                if isinstance(size, tuple) and size[1] not in self._symbols:
+    def _find_symbols(self, places: Sequence[fx.Node], views: Sequence[View]) -> None:
+        """Where each unknown size can be read, at the first dimension that follows it."""
+        for place, view in zip(places, views, strict=True):
+            for dim, size in enumerate(view.sizes):
+                if isinstance(size, Linear) and size.symbol not in self._symbols:
                     node = self._graph.call_function(aten.sym_size.int, (place, dim))
-                    if size[0] > 1:
-                        node = self._graph.call_function(operator.floordiv, (node, size[0]))
-                    self._symbols[size[1]] = node
+                    if size.constant:
+                        node = self._graph.call_function(operator.sub, (node, size.constant))
+                    if size.factor > 1:
+                        node = self._graph.call_function(operator.floordiv, (node, size.factor))
+                    self._symbols[size.symbol] = node
 
     def _arg(self, arg: object) -> object:
-        if isinstance(arg, fx.Node) and arg in self._copies:
+        if not isinstance(arg, fx.Node):
+            return arg
+        if arg in self._copies:
             return self._copies[arg]
-        value = self._values[arg] if isinstance(arg, fx.Node) else arg
-        if isinstance(value, bool) or not isinstance(value, int):
-            return value
-        size = decode(value)
-        return self._size(*size) if isinstance(size, tuple) else size
+        value = self._values[arg]
+        if isinstance(value, Unread):
+            raise ValueError(f"{arg.name} is not linear in an unknown size")
+        return self._size(value) if isinstance(value, Linear) else value
 
-    def _size(self, factor: int, symbol: int) -> fx.Node:
-        if symbol not in self._symbols:
-            raise ValueError(f"no tensor of the region tells {SYMBOLS[symbol]}")
-        if factor == 1:
-            return self._symbols[symbol]
-        return self._graph.call_function(operator.mul, (self._symbols[symbol], factor))
+    def _size(self, size: Linear) -> fx.Node:
+        if size.symbol not in self._symbols:
+            raise ValueError(f"no tensor of the region tells {SYMBOLS[size.symbol]}")
+        node = self._symbols[size.symbol]
+        if size.factor != 1:
+            node = self._graph.call_function(operator.mul, (node, size.factor))
+        return self._graph.call_function(operator.add, (node, size.constant)) if size.constant else node

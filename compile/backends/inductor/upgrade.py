@@ -16,8 +16,9 @@ from fuseline.compile.backends.inductor.job import RegionJob, make_job
 from fuseline.compile.backends.inductor.library import Kernel
 from fuseline.compile.backends.inductor.regions import compile_regions, region_folder, region_name
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.region import Region
-from fuseline.compile.passes.cut_regions import mark_regions
+from fuseline.compile.passes.pipeline import REGIONS
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class RegionUpgrade(threading.Thread):
 
     def _upgrade(self) -> PlanExecutable | StepPlans | None:
         # Marked before it is copied: every kind of step has the same regions, and so the same bits.
-        marks = set(range(mark_regions(self._graph)))
+        ctx = PassContext(self._config, None, 0, 0)
+        marks = set(range(sum(graph_pass(self._graph, ctx).matches for graph_pass in REGIONS)))
         kinds = step_kinds(self._graph, self._config)
         jobs = [_jobs(kind.lower(marks)) for kind in kinds]
         texts = {region_name(job.text): job.text for found in jobs for job in found.values()}

@@ -30,7 +30,7 @@ from torch import SymInt, Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, evaluate, from_json
 from fuseline.compile.backends.inductor.check import find_fault
 from fuseline.compile.backends.inductor.library import load_library, seal
 from fuseline.compile.graph.graph_json import decode
@@ -108,7 +108,7 @@ def rebuild(values: dict) -> tuple[fx.GraphModule, list[Tensor]]:
     sizes = [_unknown_size(mode, k) for k in range(len(SYMBOLS))]
 
     def size(number: int | list[int]) -> int | SymInt:
-        return number if isinstance(number, int) else number[0] * sizes[number[1]]
+        return evaluate(from_json(number), sizes)
 
     examples = []
     with mode:
