@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fuseline.compile.backends.single import SingleCall, single_call, time_call
 from fuseline.compile.kernels.native import RULES, NativeCall
 from fuseline.compile.ops.library import Make, ModelShape
 from fuseline.compile.ops.registry import registry
+from fuseline.compile.tuning import limits
 
 SMALL = ModelShape(64, 96, 4, 2, 16, 130)
 NATIVE = [op for op in registry().values() if getattr(torch.ops.fuseline, op.name).default in RULES]
@@ -93,8 +95,8 @@ def test_the_table(small, capsys, tmp_path) -> None:
 
 
 def test_the_machine_is_measured(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(kernels, "PRODUCT_SIZE", 64)
+    small = partial(limits.measure_limits, num_bytes=1 << 20, size=64)
+    monkeypatch.setattr(limits, "measure_limits", small)
     before = torch.get_num_threads()
     try:
         machine = with_threads(1, lambda: kernels.measure_machine("float32", 1))

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 
 import torch
-from table import Clock, Limits, Table, microseconds, share_of
+from table import Table, microseconds, share_of
 from torch import Tensor
 
 from fuseline.compile.kernels.attention_batch import AttentionLayer, make_batch
@@ -18,6 +18,9 @@ from fuseline.compile.kernels.external import ExternalAttention
 from fuseline.compile.kernels.triton import activation, attention, matmul, norm, rope, sampling
 from fuseline.compile.ops import codes
 from fuseline.compile.target import Target
+from fuseline.compile.tuning import limits as machine
+from fuseline.compile.tuning.clock import Clock
+from fuseline.compile.tuning.limits import Limits
 
 TABLE = "block_table_0"
 SILU = codes.UNARY["silu"]
@@ -55,14 +58,10 @@ class Case:
 
 
 def measure_limits(sizes: Sizes, device: str, clock: Clock, table: Table) -> Limits:
-    source = torch.empty(sizes.copied, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * sizes.copied / clock(lambda: target.copy_(source))
-    a, b = (torch.randn(sizes.square, sizes.square, device=device).bfloat16() for _ in range(2))
-    rate = 2 * sizes.square**3 / clock(lambda: a @ b)
-    table.add("copy, read and written", f"{bandwidth / 1e12:.2f} TB/s")
-    table.add(f"bf16 product of {sizes.square}^3", f"{rate / 1e12:.0f} TFLOP/s")
-    return Limits(bandwidth, rate)
+    limits = machine.measure_limits(clock, device, torch.bfloat16, sizes.copied, sizes.square)
+    table.add("copy, read and written", f"{limits.bandwidth / 1e12:.2f} TB/s")
+    table.add(f"bf16 product of {sizes.square}^3", f"{limits.matrix_rate / 1e12:.0f} TFLOP/s")
+    return limits
 
 
 def measure_kernels(sizes: Sizes, target: Target, clock: Clock, limits: Limits, table: Table) -> None:
