@@ -145,7 +145,8 @@ def test_every_kernel_is_measured(tool) -> None:
     limits = kernels.measure_limits(sizes, "cpu", TRIAL, found)
     kernels.measure_kernels(sizes, CARD, TRIAL, limits, found)
     names = " ".join(row[0] for row in found.rows)
-    for name in ("copy", "add_rms_norm", "act_mul", "rope_cache", "attention, decode 2", "prompt of 32", "greedy",
+    for name in ("copy", "add_rms_norm, 32 x 64", "act_mul, 32 x 48", "rope_cache, 32 x 4 + 2 heads",
+                 "attention, decode 2", "prompt of 32", "greedy",
                  "top_k", "linear of 16 rows, torch.linear", "linear of 16 rows, triton.linear",
                  "linear_act_mul of 1 rows, triton", "experts, 16 tokens x 2 of 4, triton.experts 64x128",
                  "linear, 64 x 48 -> 64, invariant", "decode 2 x 32, invariant"):  # fmt: skip
@@ -183,9 +184,9 @@ def test_every_kernel_in_cpp_is_measured(tool) -> None:
     kernels.measure_cases(cases, TRIAL, Limits(1e9, 1e9), found)
     names = " ".join(row[0] for row in found.rows)
     for name in (
-        "add_rms_norm of 1 rows",
-        "act_mul",
-        "rope_cache",
+        "add_rms_norm, 1 x 64, C++",
+        "act_mul, 32 x 48, C++",
+        "rope_cache, 32 x 4 + 2 heads, C++",
         "decode 2 x 32",
         "48 -> 64",
         "linear_act_mul of 16",
