@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from fake_card import FakeGraphs, HostSync
 from fake_cuda import FakeCuda
 
-from fuseline.compile.backends import card_timer
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
 from fuseline.compile.kernels.choice import Candidate
+from fuseline.compile.tuning import timer as card_timer
 from fuseline.compile.tuning.recording import recording
 from fuseline.compile.tuning.timer import Arguments, CardTimer
 

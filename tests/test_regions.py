@@ -16,12 +16,13 @@ from torch import Tensor
 from zoo import checkpoint
 
 from fuseline.compile.backends.cpu_plan.steps import step_kinds
+from fuseline.compile.backends.inductor import check as region_check
+from fuseline.compile.backends.inductor import regions as inductor
+from fuseline.compile.backends.inductor import upgrade
+from fuseline.compile.backends.inductor import worker as region_worker
 from fuseline.compile.backends.inductor.check import STEPS, find_fault, is_close, make_tensor
 from fuseline.compile.backends.inductor.library import seal
-from fuseline.compile.backends.inductor.regions import check as region_check
-from fuseline.compile.backends.inductor.regions import compile_regions, region_name, upgrade
-from fuseline.compile.backends.inductor.regions import regions as inductor
-from fuseline.compile.backends.inductor.regions import worker as region_worker
+from fuseline.compile.backends.inductor.regions import compile_regions, region_name
 from fuseline.compile.backends.inductor.upgrade import _jobs
 from fuseline.compile.backends.inductor.worker import rebuild
 from fuseline.compile.compiler import optimize
@@ -187,7 +188,7 @@ def test_a_refused_region_is_compiled_and_reported_once(fake_worker: Path, tmp_p
 
 WRONG_WORKER = """
 from torch import fx
-from fuseline.compile.backends.inductor.regions import worker as region_worker
+from fuseline.compile.backends.inductor import worker as region_worker
 original = region_worker.make_library
 
 def make_library(graph, examples, path):
