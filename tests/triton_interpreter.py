@@ -174,7 +174,7 @@ def assert_fits(entries: list[dict]) -> None:
         assert entry["shared"] <= SHARED_LIMITS[entry["arch"]], entry
 
 
-def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
+def source_of(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
     bound = kernel.signature.bind(*args, **{k: v for k, v in kwargs.items() if k not in OPTIONS}).arguments
     types, constants, attributes = {}, {}, {}
     for i, param in enumerate(kernel.params):
@@ -219,7 +219,7 @@ def _main(module: str, *archs: str) -> None:
     for arch in map(int, archs):
 
         def compile_instead(kernel, *args, grid, warmup, arch=arch, **kwargs):
-            source = _source(kernel, args, kwargs)
+            source = source_of(kernel, args, kwargs)
             options = {k: v for k, v in kwargs.items() if k in OPTIONS}
             key = (source.hash(), str(options), arch)
             if key in seen:

@@ -46,6 +46,8 @@ def edit_kernel(
     often = tl.load(frequency + r)
     once = tl.load(presence + r)
     has_penalty = ((alpha != 1.0) | (often != 0.0) | (once != 0.0)) & (past < past_end)
+    if counts is None:
+        has_penalty = r < 0
     is_edited = has_penalty | (bias < bias_end) | (banned < banned_end) | (allowed < allowed_end)
     if bitmask is not None:
         is_edited = is_edited | (r >= 0)
@@ -74,9 +76,11 @@ def edit_kernel(
         ids, there, at = _items(bias_ids, first, bias_end, V)
         tl.atomic_add(z + ids, tl.load(bias_values + at, mask=there, other=0.0), mask=there)
     tl.debug_barrier()
-    if has_penalty:
-        first_output = past + tl.load(prompt_len + r).to(tl.int64)
-        _penalize(z, counts + r.to(tl.int64) * V, history, past, past_end, first_output, alpha, often, once, V)
+    # A branch that only a run decides is compiled whatever the arguments are: what is None is asked for first.
+    if counts is not None:
+        if has_penalty:
+            first_output = past + tl.load(prompt_len + r).to(tl.int64)
+            _penalize(z, counts + r.to(tl.int64) * V, history, past, past_end, first_output, alpha, often, once, V)
 
 
 @triton.jit
