@@ -233,6 +233,16 @@ def test_all_that_a_step_launches_compiles() -> None:
     assert_fits(entries)
 
 
+@pytest.mark.parametrize(("target", "dtype"), [(CARD, torch.float16), (CPU, torch.bfloat16)])
+def test_half_precision_stays_what_it_is_on_a_card(target: Target, dtype: torch.dtype) -> None:
+    """A CPU computes bf16 for it; what is asked for is taken everywhere."""
+    model = str(checkpoint("llama", "float16"))
+    captured, _ = optimize(CompileConfig(model=model), target)
+    assert captured.dtype == dtype
+    asked, _ = optimize(CompileConfig(model=model, dtype="bfloat16"), target)
+    assert asked.dtype == torch.bfloat16
+
+
 def test_the_fake_card_notices_waiting() -> None:
     x, host = torch.zeros(3), torch.zeros(3)
     for wait in (lambda: x.tolist(), lambda: float(x[0]), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool(x.any())):

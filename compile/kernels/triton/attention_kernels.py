@@ -256,6 +256,7 @@ def _attend(
 
     State of a row: maximum m of the scores, sum `mass` of their powers of two less m, acc of those times the values.
     """
+    ROWS: tl.constexpr = q.shape[0]
     dim = tl.arange(0, PADDED_D)
     value_dim = tl.arange(0, PADDED_E)
     for base in range(low, high, KEYS):
@@ -275,7 +276,9 @@ def _attend(
             behind = PADDED_D + tl.arange(0, REST)
             k = tl.load(line[None, :] + behind[:, None], mask=there[None, :] & (behind < D)[:, None], other=0.0)
             scores = tl.dot(q_rest, _as_number(k, q.dtype), scores, input_precision="ieee")
-        scores = scores * scale
+        # A product on its own: one that may become part of the difference below would where nothing hides between them,
+        # and a row's bits would depend on whether its tile masks a key.
+        scores = tl.fma(scores, tl.broadcast_to(scale, [ROWS, KEYS]), tl.zeros([ROWS, KEYS], tl.float32))
         if HAS_SOFTCAP:
             scores = softcap * LOG2_E * _tanh(scores / (softcap * LOG2_E))
         if IS_MASKED:

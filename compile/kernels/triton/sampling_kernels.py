@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fuseline.compile.kernels.triton.lines import line_sums
 from fuseline.compile.kernels.triton.sampling_rows import (
     SUB,
     best_id,
@@ -174,7 +175,7 @@ def _mass(x, top, heat):
     scale = LOG2_E
     if heat is not None:
         scale = tl.minimum(1.0 / heat, LARGEST) * LOG2_E
-    return tl.sum(tl.exp2(less * scale), 1)
+    return line_sums(tl.exp2(less * scale))
 
 
 @triton.jit(do_not_specialize=["top_ids_stride_r", "top_logprobs_stride_r"])
