@@ -15,6 +15,7 @@ import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -108,11 +109,16 @@ def products(axes: dict[str, Sequence]) -> Iterator[dict[str, object]]:
         yield dict(zip(axes, values, strict=True))
 
 
+def modules() -> list[ModuleType]:
+    """Of the package of kernels."""
+    found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
+    return [importlib.import_module(info.name) for info in found]
+
+
 def launched_kernels() -> set[str]:
     """Names of all that the package of kernels launches: what is written `kernel[grid](...)` there."""
     found = set()
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        module = importlib.import_module(info.name)
+    for module in modules():
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 value = getattr(module, getattr(node.func.value, "id", ""), None)
@@ -204,7 +210,8 @@ def mix(dtype: torch.dtype, act: int, transposed: bool, ints: torch.dtype, sizes
     if not transposed:
         first, second = first[::-1], second[::-1]
     return {
-        "x": meta(tokens, dim, dtype=dtype), "ids": meta(tokens, k, dtype=ints), "weights": meta(tokens, k, dtype=dtype),
+        "x": meta(tokens, dim, dtype=dtype), "ids": meta(tokens, k, dtype=ints),
+        "weights": meta(tokens, k, dtype=dtype),
         "gate_up": meta(num_experts, *first, dtype=dtype), "down": meta(num_experts, *second, dtype=dtype),
         "gate_up_bias": meta(num_experts, 2 * hidden, dtype=dtype), "down_bias": meta(num_experts, dim, dtype=dtype),
         "act": act, "transposed": transposed, "alpha": 1.702, "limit": 7.0,

@@ -1,9 +1,9 @@
 """Compiles, for cards that need not be there, the kernels of every combination of arguments that launchers can get.
 
-`TRITON_INTERPRET=0 python triton_combinations.py <module> <arch>...` prints one JSON line a distinct compilation of what
-the module's CASES launch: kernel, arch, which arguments are None, the types of the others, and the error if there is
-one. The combinations of the whole product go as far as Triton's own intermediate code, where a None that is used like a
-number is found; those of its pairs become machine code.
+`TRITON_INTERPRET=0 python triton_combinations.py <module> <arch>...` prints one JSON line a distinct compilation of
+what the module's CASES launch: kernel, arch, which arguments are None, the types of the others, the error if there is
+one. What is of the whole product becomes Triton's own code (ttir), in whose making a None that is used like a number is
+found; what is of its pairs becomes machine code for sm_90, for other cards the code of their layouts (ttgir).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import triton
@@ -24,7 +25,8 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
-FP8_OF_NEW_CARDS = "fp8e4nv"  # the only type whose code Triton makes, or refuses to make, by the card
+FP8_OF_NEW_CARDS = "fp8e4nv"  # the only type of whose code the making depends on the card
+SUM = re.compile(r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32\}> \(\{(.*?)\}\) : \(tensor<([\dx]+)xf32', re.DOTALL)
 
 
 def compile_combinations(module: str, *archs: int) -> list[dict]:
@@ -39,62 +41,74 @@ def compile_combinations(module: str, *archs: int) -> list[dict]:
 
 
 class Compiler:
-    """Stands in for a kernel's launch."""
+    """Stands in for a kernel's launch; `last` is the stage up to which it compiles."""
 
-    def __init__(self, arch: int, seen: set[tuple], to_machine_code: bool) -> None:
-        self._target, self._seen, self._is_whole = GPUTarget("cuda", arch, 32), seen, to_machine_code
+    def __init__(self, arch: int, last: str, seen: set[tuple]) -> None:
+        self._target, self._last, self._seen = GPUTarget("cuda", arch, 32), last, seen
 
     def launch(self, kernel: jit.JITFunction, args: tuple, kwargs: dict) -> None:
         options = {key: value for key, value in kwargs.items() if key in triton_interpreter.OPTIONS}
         source = triton_interpreter.source_of(kernel, args, kwargs)
-        if not self._is_whole:
+        if self._last == "ttir":
             source.attrs.clear()
-        arch = self._target.arch if self._is_whole or FP8_OF_NEW_CARDS in str(source.signature) else 0
-        key = (source.hash(), str(options), arch)
+        is_same = self._last == "ttir" and FP8_OF_NEW_CARDS not in str(source.signature)
+        key = (source.hash(), str(options), self._last, 0 if is_same else self._target.arch)
         if key in self._seen:
             return
         self._seen.add(key)
         entry = {
-            "kernel": kernel.__name__, "arch": self._target.arch, "is_whole": self._is_whole,
+            "kernel": kernel.__name__, "arch": self._target.arch, "stage": self._last,
             "none": [kernel.params[i].name for (i,), value in source.constants.items() if value is None],
             "types": {name: type for name, type in source.signature.items() if type != "constexpr"},
+            "fused": options.get("enable_fp_fusion", True),
         }  # fmt: skip
-        print(json.dumps(entry | self._compiled(source, options)), flush=True)
+        began = time.perf_counter()
+        found = self._compiled(source, options)
+        seconds = round(time.perf_counter() - began, 2)
+        print(json.dumps(entry | found | {"seconds": seconds}), flush=True)
 
     def _compiled(self, source: ASTSource, options: dict) -> dict:
         try:
-            if self._is_whole:
+            if self._last == "cubin":
                 return {"shared": triton.compile(source, target=self._target, options=options).metadata.shared}
-            self._make_intermediate_code(source, options)
-            return {}
-        except Exception as error:  # whatever the compiler makes of it is the finding
+            return {"sums": sums(str(self._code(source, options)))}
+        except Exception as error:  # whatever the compiler raises is the finding
             return {"error": f"{type(error).__name__}: {error}"}
 
-    def _make_intermediate_code(self, source: ASTSource, options: dict) -> None:
+    def _code(self, source: ASTSource, options: dict) -> object:
         backend = make_backend(self._target)
         options = backend.parse_options(options)
-        context = ir.context()
+        context, stages, metadata = ir.context(), {}, {"target": self._target, **vars(options)}
         ir.load_dialects(context)
         backend.load_dialects(context)
         codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
-        module = source.make_ir(self._target, options, codegen, modules, context)
-        stages: dict[str, Callable] = {}
+        code = source.make_ir(self._target, options, codegen, modules, context)
         backend.add_stages(stages, options, source.language)
-        stages["ttir"](module, {"target": self._target, **vars(options)})
+        for name, stage in stages.items():
+            code = stage(code, metadata)
+            if name == self._last:
+                return code
+        raise ValueError(f"there is no stage {self._last}")
+
+
+def sums(code: str) -> list[int]:
+    """How many numbers each sum of float32 adds."""
+    found = (match for match in SUM.finditer(code) if "arith.addf" in match[2])
+    return sorted({int(match[3].split("x")[int(match[1])]) for match in found})
 
 
 def main(module: str, *archs: str) -> None:
     cases, seen = importlib.import_module(module).CASES, set()
     for arch in map(int, archs):
-        for is_whole in (False, True):
-            compiler = Compiler(arch, seen, is_whole)
+        for last in ("ttir", "cubin" if arch == 90 else "ttgir"):
+            compiler = Compiler(arch, last, seen)
 
             def compile_instead(kernel, *args, grid, warmup, compiler=compiler, **kwargs):
                 compiler.launch(kernel, args, kwargs)
 
             jit.JITFunction.run = compile_instead
             for case in cases:
-                for choice in case.pairs(arch) if is_whole else case.whole(arch):
+                for choice in case.whole(arch) if last == "ttir" else case.pairs(arch):
                     case.run(choice)
 
 

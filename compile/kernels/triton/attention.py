@@ -180,8 +180,8 @@ class AttentionShape:
             size = 32 if widest <= 1024 else 16
             return Tile.of(self.group, size, size, 4, stages)
         if self.is_coded and self.item_size == 2:
-            # Too few rows for the instructions of warp groups: what those made of fp8 was wrong on an H200 (Triton 3.6),
-            # and that of the decode kernel, which are these, was right.
+            # Too few rows for the instructions of warp groups, whose results over fp8 were wrong on an H200 (Triton
+            # 3.6); those of the decode kernel, which are these, were right.
             return Tile.of(self.group, 32, 16 if widest > 512 else 64 if widest <= 256 else 32, 4, stages)
         if widest > 512:
             return Tile.of(self.group, 64, 16, 8, stages)

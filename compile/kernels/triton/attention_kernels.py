@@ -278,7 +278,7 @@ def _attend(
             scores = tl.dot(q_rest, _as_number(k, q.dtype), scores, input_precision="ieee")
         # A product on its own: one that may become part of the difference below would where nothing hides between them,
         # and a row's bits would depend on whether its tile masks a key.
-        scores = tl.fma(scores, tl.broadcast_to(scale, [ROWS, KEYS]), tl.zeros([ROWS, KEYS], tl.float32))
+        scores = tl.fma(scores, tl.full([ROWS, KEYS], scale, tl.float32), tl.zeros([ROWS, KEYS], tl.float32))
         if HAS_SOFTCAP:
             scores = softcap * LOG2_E * _tanh(scores / (softcap * LOG2_E))
         if IS_MASKED:

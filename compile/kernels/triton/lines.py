@@ -63,8 +63,8 @@ def place_of(line, inner, outer_stride, inner_stride):
 def line_sums(x):
     """Sums of the lines of x [R, a power of two]: neighbours first, then pairs of them, and so on.
 
-    tl.sum adds what a thread holds and then what threads have, so that its order, and with it the last bit, follows from
-    how x lies in registers: from strides, alignment and what else the kernel loads. Two numbers have one sum.
+    tl.sum adds what a thread holds and then what threads have, so that its order, and with it the last bit, follows
+    from how x lies in registers: from strides, alignment and what else the kernel loads. Two numbers have one sum.
     """
     SIZE: tl.constexpr = x.shape[1]
     if SIZE == 1:

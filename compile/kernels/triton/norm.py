@@ -1,7 +1,7 @@
 """Norms on CUDA, with the residual's sum where it comes first. Legend: D features; the dims before it are lines.
 
-A line is read once and summed in one order, whatever the batch, its strides and the warps; nothing is fused, which would
-be done where a pair is one thread's and not elsewhere. Rounding as in compile/ops/norm.py.
+A line is read once and summed in one order, whatever the batch, its strides and the warps; a product and a sum are not
+fused, which would happen where a pair is one thread's and not elsewhere. Rounding as in compile/ops/norm.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 The same arguments, results and random stream as csrc/cpu/kernels/sampling.cpp. Up to four launches: rows with masks,
 bias or penalties are edited into a copy; all rows are summed up in blocks; then one program a row truncates, draws and
-reports. Which launches are needed follows from the arguments' shapes alone, so nothing waits for the device. A row's bits follow from the row: sums have one order however a launch
-lays the entries out, and no product is fused with a sum in one launch and not in another.
+reports. Which launches are needed follows from the arguments' shapes alone, so nothing waits for the device. A row's
+bits follow from the row: sums have one order however a launch lays the entries out, and no product is fused with a sum
+in one launch and not in another.
 
 Legend: R rows, V vocabulary, L most log-probabilities of a row, NB blocks of a row.
 """
