@@ -47,9 +47,9 @@ def edit_kernel(
     often = tl.load(frequency + r)
     once = tl.load(presence + r)
     has_penalty = ((alpha != 1.0) | (often != 0.0) | (once != 0.0)) & (past < past_end)
-    if counts is None:
-        has_penalty = r < 0
-    is_edited = has_penalty | (bias < bias_end) | (banned < banned_end) | (allowed < allowed_end)
+    is_edited = (bias < bias_end) | (banned < banned_end) | (allowed < allowed_end)
+    if counts is not None:
+        is_edited = is_edited | has_penalty
     if bitmask is not None:
         is_edited = is_edited | (r >= 0)
     tl.store(edited + r, is_edited.to(tl.int32))
