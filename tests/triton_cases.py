@@ -221,7 +221,7 @@ def mix(dtype: torch.dtype, act: int, transposed: bool, ints: torch.dtype, sizes
 CACHED = (torch.bfloat16, torch.float32, torch.float16, E5M2, E4M3, torch.uint8)
 """What keys and values are kept as; before sm_89 the launchers give e4m3 to kernels as bytes."""
 HEADS = {
-    "some": (4, 2, 16, 16, 16), "rest": (6, 2, 40, 24, 16), "wide": (4, 2, 16, 272, 16), "ones": (1, 1, 1, 1, 1)
+    "some": (4, 2, 16, 16, 16), "rest": (6, 2, 40, 24, 16), "wide": (4, 2, 16, 136, 16), "ones": (1, 1, 1, 1, 1)
 }  # fmt: skip
 """Query heads, kv heads, key dim, value dim, keys a block."""
 

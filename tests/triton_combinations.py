@@ -26,7 +26,9 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
 FP8_OF_NEW_CARDS = "fp8e4nv"  # the only type of whose code the making depends on the card
-SUM = re.compile(r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32\}> \(\{(.*?)\}\) : \(tensor<([\dx]+)xf32', re.DOTALL)
+SUM = re.compile(
+    r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32\}> \(\{((?:(?!\}\) :).)*)\}\) : \(tensor<([\dx]+)xf32', re.DOTALL
+)
 
 
 def compile_combinations(module: str, *archs: int) -> list[dict]:
