@@ -77,7 +77,7 @@ def test_where_there_are_kernels_in_cpp_they_compute_the_step(monkeypatch) -> No
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
     captured, _ = optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16"))), CARD)
     found = count_kernels(captured.graph, CARD)
-    assert {label: count for label, count in found.items() if label.partition(".")[0] in ("cuda", "triton")} == {
+    assert {label: count for label, count in found.items() if "cuda." in label or "triton." in label} == {
         "cuda.rms_norm": 1, "cuda.add_rms_norm": 6, "cuda.rope_cache": 3, "cuda.linear | torch.linear": 10,
         "torch.linear, cuda.act_mul": 3, "triton.paged_attention": 3, "triton.gather_rows": 2,
     }  # fmt: skip

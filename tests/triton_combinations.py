@@ -3,7 +3,7 @@
 `TRITON_INTERPRET=0 python triton_combinations.py <module> <arch>...` prints one JSON line a distinct compilation of
 what the module's CASES launch: kernel, arch, which arguments are None, the types of the others, the error if there is
 one. What is of the whole product becomes Triton's own code (ttir), in whose making a None that is used like a number is
-found; what is of its pairs becomes machine code for sm_90, for other cards the code of their layouts (ttgir).
+found, and which is the same for all cards but for one type; what is of its pairs becomes LLVM's for the last arch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-import triton
 import triton_interpreter
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -71,9 +70,8 @@ class Compiler:
 
     def _compiled(self, source: ASTSource, options: dict) -> dict:
         try:
-            if self._last == "cubin":
-                return {"shared": triton.compile(source, target=self._target, options=options).metadata.shared}
-            return {"sums": sums(str(self._code(source, options)))}
+            code = str(self._code(source, options))
+            return {"sums": sums(code)} if self._last == "ttir" else {}
         except Exception as error:  # whatever the compiler raises is the finding
             return {"error": f"{type(error).__name__}: {error}"}
 
@@ -102,7 +100,7 @@ def sums(code: str) -> list[int]:
 def main(module: str, *archs: str) -> None:
     cases, seen = importlib.import_module(module).CASES, set()
     for arch in map(int, archs):
-        for last in ("ttir", "cubin" if arch == 90 else "ttgir"):
+        for last in ("ttir", "llir") if str(arch) == archs[-1] else ("ttir",):
             compiler = Compiler(arch, last, seen)
 
             def compile_instead(kernel, *args, grid, warmup, compiler=compiler, **kwargs):
