@@ -67,5 +67,5 @@ def peer_of(runner: Runner, folder: Path) -> nn.Module:
     if missing or unexpected:
         raise RuntimeError(f"weights that only one of the two models has: {[*missing, *unexpected][:5]}")
     # Buffers are no weights: those of the positions are computed.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=runner.device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(runner.device)
     return model.eval()
