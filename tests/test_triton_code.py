@@ -146,6 +146,12 @@ def test_what_is_bound_by_memory_reads_and_writes_sixteen_bytes(entries):
         assert min(e["code"]["loads"]) == 8 and min(e["code"]["stores"]) == 8, e
 
 
+def test_a_score_is_scaled_alike_whether_its_tile_is_masked(entries):
+    """A product fused with the difference behind it is rounded once, which a mask between the two prevents."""
+    for e in of(entries, "decode_kernel", "prefill_kernel") + of(entries, "decode_kernel", "prefill_kernel", arch=80):
+        assert e["code"]["fused_differences"] == 0, e
+
+
 def test_activations_are_read_like_weights(entries):
     """No load of a single number but of biases and scores."""
     for e in of(entries, "gate_up_kernel"):

@@ -256,7 +256,6 @@ def _attend(
 
     State of a row: maximum m of the scores, sum `mass` of their powers of two less m, acc of those times the values.
     """
-    ROWS: tl.constexpr = q.shape[0]
     dim = tl.arange(0, PADDED_D)
     value_dim = tl.arange(0, PADDED_E)
     for base in range(low, high, KEYS):
@@ -276,11 +275,9 @@ def _attend(
             behind = PADDED_D + tl.arange(0, REST)
             k = tl.load(line[None, :] + behind[:, None], mask=there[None, :] & (behind < D)[:, None], other=0.0)
             scores = tl.dot(q_rest, _as_number(k, q.dtype), scores, input_precision="ieee")
-        # A product on its own: one that may become part of the difference below would where nothing hides between them,
-        # and a row's bits would depend on whether its tile masks a key.
-        scores = tl.fma(scores, tl.full([ROWS, KEYS], scale, tl.float32), tl.zeros([ROWS, KEYS], tl.float32))
+        scores = _product(scores, scale)
         if HAS_SOFTCAP:
-            scores = softcap * LOG2_E * _tanh(scores / (softcap * LOG2_E))
+            scores = _product(_tanh(scores / (softcap * LOG2_E)), softcap * LOG2_E)
         if IS_MASKED:
             seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window) & there[None, :]
             scores = tl.where(seen, scores, float("-inf"))
@@ -292,6 +289,13 @@ def _attend(
         acc = tl.dot(p.to(q.dtype), _as_number(v, q.dtype), acc * shrink[:, None], input_precision="ieee")
         m = new_m
     return m, mass, acc
+
+
+@triton.jit
+def _product(x, by):
+    """x[R, C] * by, rounded whatever follows: where a difference does, and no mask between the two, a compiler would
+    fuse them, and a row's bits would depend on whether its tile hides a key."""
+    return tl.fma(x, tl.full([x.shape[0], x.shape[1]], by, tl.float32), tl.zeros([x.shape[0], x.shape[1]], tl.float32))
 
 
 @triton.jit
