@@ -247,7 +247,7 @@ def test_the_peer_computes_with_the_same_weights(tool, tmp_path, monkeypatch) ->
     assert {p.untyped_storage().data_ptr() for p in model.parameters()} == owned
     with torch.no_grad():
         want = model(input_ids=prompt.token_ids[None]).logits[0, -1].float()
-    torch.testing.assert_close(runner.model.run(prompt)[0].float(), want, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(runner.model.run(prompt).logits[0].float(), want, rtol=0.02, atol=0.02)
     asked = []
 
     def generate_all(peer_model, same_runner, batch):
