@@ -31,6 +31,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "disable_frontend_multiprocessing enable_sleep_mode enable_request_id_headers disable_fastapi_docs "
         "enable_server_load_tracking shutdown_timeout sse_keep_alive_interval metrics_prefix"
     ).split(),
+    "limits of a request": (
+        "max_request_bytes max_prompt_bytes max_prompts max_messages max_stop_strings max_token_rules prompt_workers "
+        "prompt_timeout prompt_memory"
+    ).split(),
     "logging": "disable_log_requests max_log_len enable_log_outputs disable_log_stats".split(),
 }
 """Help groups in order; every field that is a flag is in exactly one (a test checks it)."""

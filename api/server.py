@@ -19,7 +19,7 @@ from fuseline.engine.client import EngineClient, EngineStartError
 if TYPE_CHECKING:
     import uvicorn
 
-    from fuseline.api.prompt.tokens import TextTokenizer
+    from fuseline.api.prompt.encode import TextTokenizer
     from fuseline.api.served import Served
 
 LOG = logging.getLogger("fuseline.server")
@@ -113,6 +113,8 @@ class _Server:
         finally:
             for task in self._tasks:
                 task.cancel()
+            if self._served is not None:
+                self._served.close()
             await self._client.shutdown(5)
         return self._exit_status
 

@@ -10,7 +10,7 @@ from fuseline.api.errors import ApiError
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.stop import StopStrings
-from fuseline.api.prompt.tokens import TextTokenizer
+from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineRequest, TokenOutput
 

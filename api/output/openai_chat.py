@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
+
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
+from fuseline.api.output.logprobs import JsonList, encode_slices
 from fuseline.api.output.openai_completion import Shape, Totals
-from fuseline.engine.messages import PositionLogprobs
+from fuseline.api.output.pace import Pace
 
 
 class ChatWriter:
     """One conversation with n choices."""
 
-    def __init__(self, shape: Shape, prompt_ids: list[int], n: int) -> None:
+    def __init__(self, shape: Shape, prompt_ids: array[int], n: int) -> None:
         self._shape, self._ids, self._n = shape, prompt_ids, n
         self._totals = Totals(prompt=len(prompt_ids))
         self._info = PromptInfo()
-        self._text = [shape.echo] * n
+        self._text = [[shape.echo] for _ in range(n)]
         self._tokens: list[list[int]] = [[] for _ in range(n)]
-        self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
+        self._logprobs = [JsonList() for _ in range(n)]
         self._ends: list[Done | None] = [None] * n
+        self._pace = Pace()
 
     async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[dict[str, Any]]:
         is_started = False
@@ -34,6 +39,7 @@ class ChatWriter:
                 choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
                 if self._shape.wants_logprobs:
                     choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
+                await self._pace.rest()
                 if self._shape.wants_ids:
                     choice["token_ids"] = event.token_ids
                 yield self._envelope(choice)
@@ -45,19 +51,30 @@ class ChatWriter:
         if self._shape.include_usage:
             yield {**self._common(), "choices": [], "usage": self._totals.body(self._shape.shows_cached)}
 
-    async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+    async def whole(self, events: AsyncIterator[Event]) -> list[bytes]:
+        """Pieces of the JSON body."""
+        shape = self._shape
         async for event in events:
             self._take(event)
             if isinstance(event, TextDelta):
-                self._text[event.index] += event.text
+                self._text[event.index].append(event.text)
+                if shape.wants_logprobs:
+                    self._logprobs[event.index].extend(shape.writer.chat(event.logprobs, shape.num_top)["content"])
+            await self._pace.rest()
+        pieces = [msgspec.json.encode({**self._common(), "object": "chat.completion"})[:-1] + b',"choices":[']
+        for index in range(self._n):
+            pieces.append((b"," if index else b"") + msgspec.json.encode(self._whole_choice(index)))
+            await self._pace.rest()
+        return [*pieces, b"]," + msgspec.json.encode(await self._tail())[1:]]
+
+    async def _tail(self) -> dict[str, Any]:
+        """What stands behind the choices."""
         positions = self._info.prompt_logprobs
-        body = {
-            "id": self._shape.id, "object": "chat.completion", "created": self._shape.created,
-            "model": self._shape.model, "choices": [self._whole_choice(k) for k in range(self._n)],
-            "usage": self._totals.body(self._shape.shows_cached),
-            "prompt_logprobs": None if positions is None else self._shape.writer.prompt(positions),
-        }  # fmt: skip
-        return {**body, "prompt_token_ids": self._ids} if self._shape.wants_ids else body
+        scores = None
+        if positions is not None:
+            scores = await encode_slices(self._shape.writer.prompt, positions, self._pace)
+        tail = {"usage": self._totals.body(self._shape.shows_cached), "prompt_logprobs": scores}
+        return {**tail, "prompt_token_ids": self._ids.tolist()} if self._shape.wants_ids else tail
 
     def _take(self, event: Event) -> None:
         if isinstance(event, PromptInfo):
@@ -65,7 +82,6 @@ class ChatWriter:
             self._totals.cached += event.num_cached_tokens
         elif isinstance(event, TextDelta):
             self._tokens[event.index] += event.token_ids
-            self._logprobs[event.index] += event.logprobs
             self._totals.completion += len(event.token_ids)
         else:
             self._ends[event.index] = event
@@ -84,11 +100,11 @@ class ChatWriter:
 
     def _whole_choice(self, index: int) -> dict[str, Any]:
         end = self._ends[index]
-        wants = self._shape.wants_logprobs
+        content = self._logprobs[index].raw() if self._shape.wants_logprobs else None
         choice = {
             "index": index,
-            "message": {"role": self._shape.role, "reasoning_content": None, "content": self._text[index]},
-            "logprobs": self._shape.writer.chat(self._logprobs[index], self._shape.num_top) if wants else None,
+            "message": {"role": self._shape.role, "reasoning_content": None, "content": "".join(self._text[index])},
+            "logprobs": None if content is None else {"content": content},
             "finish_reason": end.finish_reason if end else None,
             "stop_reason": end.stop_reason if end else None,
         }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
-from fuseline.api.output.logprobs import LogprobWriter
-from fuseline.engine.messages import PositionLogprobs
+from fuseline.api.output.logprobs import CompletionLogprobs, LogprobWriter, Positions, encode_slices
+from fuseline.api.output.pace import Pace
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Shape:
 class Prompt:
     """One prompt of the request; its choices are numbered from `first`."""
 
-    ids: list[int]
+    ids: array[int]
     first: int
     echo: str | None = None
     info: PromptInfo = field(default_factory=PromptInfo)
@@ -58,10 +61,13 @@ Numbered = AsyncIterator[tuple[Prompt, Event]]
 
 @dataclass
 class _Choice:
-    text: str = ""
+    logprobs: CompletionLogprobs
+    """Of a whole answer."""
     offset: int = 0
+    """Characters that a stream has sent."""
+    text: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    num_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     is_started: bool = False
@@ -72,14 +78,15 @@ class CompletionWriter:
 
     def __init__(self, shape: Shape, prompts: list[Prompt], n: int) -> None:
         self._shape, self._prompts, self._n = shape, prompts, n
-        self._choices = [_Choice() for _ in range(len(prompts) * n)]
+        self._choices = [_Choice(CompletionLogprobs(shape.writer)) for _ in range(len(prompts) * n)]
         self._totals = Totals(prompt=sum(len(prompt.ids) for prompt in prompts))
+        self._pace = Pace()
 
     async def chunks(self, events: Numbered) -> AsyncIterator[dict[str, Any]]:
         async for prompt, event in events:
             index = self._take(prompt, event)
             if isinstance(event, TextDelta):
-                chunk = self._delta(prompt, index, event)
+                chunk = await self._delta(prompt, index, event)
                 if chunk is not None:
                     yield self._envelope([chunk], index)
             elif isinstance(event, Done):
@@ -89,14 +96,25 @@ class CompletionWriter:
         if self._shape.include_usage:
             yield {**self._envelope([], None), "usage": self._totals.body(self._shape.shows_cached)}
 
-    async def whole(self, events: Numbered) -> dict[str, Any]:
+    async def whole(self, events: Numbered) -> list[bytes]:
+        """Pieces of the JSON body."""
         async for prompt, event in events:
             index = self._take(prompt, event)
             if isinstance(event, TextDelta):
-                self._start(prompt, index)
-                self._choices[index].text += event.text
-        choices = [self._whole_choice(k) for k in range(len(self._choices))]
-        return {**self._envelope(choices, None), "usage": self._totals.body(self._shape.shows_cached)}
+                choice = self._choices[index]
+                echo, tokens, positions = self._start(prompt, index)
+                choice.text += [echo, event.text]
+                choice.tokens += event.token_ids
+                if self._shape.wants_logprobs:
+                    await choice.logprobs.extend(positions, tokens, self._pace)
+                    await choice.logprobs.extend(event.logprobs, event.token_ids, self._pace)
+            await self._pace.rest()
+        pieces = [msgspec.json.encode(self._common())[:-1] + b',"choices":[']
+        for index in range(len(self._choices)):
+            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
+            await self._pace.rest()
+        usage = msgspec.json.encode({"usage": self._totals.body(self._shape.shows_cached)})
+        return [*pieces, b"]," + usage[1:]]
 
     def _take(self, prompt: Prompt, event: Event) -> int:
         if isinstance(event, PromptInfo):
@@ -106,14 +124,13 @@ class CompletionWriter:
         index = prompt.first + event.index
         choice = self._choices[index]
         if isinstance(event, TextDelta):
-            choice.tokens += event.token_ids
-            choice.logprobs += event.logprobs
+            choice.num_tokens += len(event.token_ids)
             self._totals.completion += len(event.token_ids)
         else:
             choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
         return index
 
-    def _start(self, prompt: Prompt, index: int) -> tuple[str, list[int], list[PositionLogprobs | None]]:
+    def _start(self, prompt: Prompt, index: int) -> tuple[str, array[int] | list[int], Positions]:
         """What echo puts in front of a choice's first text: text, tokens, log-probabilities."""
         choice = self._choices[index]
         if choice.is_started:
@@ -121,11 +138,10 @@ class CompletionWriter:
         choice.is_started = True
         if prompt.echo is None:
             return "", [], []
-        choice.text += prompt.echo
         positions = prompt.info.prompt_logprobs
-        return prompt.echo, (prompt.ids if positions is not None else []), list(positions or ())
+        return prompt.echo, (prompt.ids if positions is not None else []), positions or ()
 
-    def _delta(self, prompt: Prompt, index: int, event: TextDelta) -> dict[str, Any] | None:
+    async def _delta(self, prompt: Prompt, index: int, event: TextDelta) -> dict[str, Any] | None:
         echo, tokens, positions = self._start(prompt, index)
         text = echo + event.text
         if not text and not event.token_ids:
@@ -133,43 +149,41 @@ class CompletionWriter:
         choice = self._choices[index]
         logprobs = None
         if self._shape.wants_logprobs:
-            all_tokens = [*tokens, *event.token_ids]
-            logprobs = self._shape.writer.completion([*positions, *event.logprobs], all_tokens, choice.offset)
+            made = CompletionLogprobs(self._shape.writer, choice.offset)
+            await made.extend(positions, tokens, self._pace)
+            await made.extend(event.logprobs, event.token_ids, self._pace)
+            logprobs = made.raw()
         choice.offset += len(text)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
         return {**chunk, "token_ids": event.token_ids} if self._shape.wants_ids else chunk
 
-    def _whole_choice(self, index: int) -> dict[str, Any]:
+    async def _whole_choice(self, index: int) -> dict[str, Any]:
         choice, prompt = self._choices[index], self._prompts[index // self._n]
-        prompt_positions = prompt.info.prompt_logprobs
-        logprobs = None
-        if self._shape.wants_logprobs:
-            echoed = prompt.echo is not None and prompt_positions is not None
-            tokens = [*(prompt.ids if echoed else ()), *choice.tokens]
-            positions = [*(prompt_positions if echoed else ()), *choice.logprobs]
-            logprobs = self._shape.writer.completion(positions, tokens, 0)
+        positions, writer = prompt.info.prompt_logprobs, self._shape.writer
         body = {
-            "index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-            "prompt_logprobs": None if prompt_positions is None else self._shape.writer.prompt(prompt_positions),
+            "index": index, "text": "".join(choice.text),
+            "logprobs": choice.logprobs.raw() if self._shape.wants_logprobs else None,
+            "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason,
+            "prompt_logprobs": None if positions is None else await encode_slices(writer.prompt, positions, self._pace),
         }  # fmt: skip
         if self._shape.wants_ids:
-            body |= {"token_ids": choice.tokens, "prompt_token_ids": prompt.ids}
+            body |= {"token_ids": choice.tokens, "prompt_token_ids": prompt.ids.tolist()}
         return body
 
     def _envelope(self, choices: list[dict[str, Any]], index: int | None) -> dict[str, Any]:
         shape = self._shape
-        body: dict[str, Any] = {
-            "id": shape.id, "object": "text_completion", "created": shape.created, "model": shape.model,
-            "choices": choices,
-        }  # fmt: skip
+        body = {**self._common(), "choices": choices}
         if index is not None:
             usage = self._running(index) if shape.include_usage and shape.continuous_usage else None
             body["usage"] = usage
         return body
 
+    def _common(self) -> dict[str, Any]:
+        shape = self._shape
+        return {"id": shape.id, "object": "text_completion", "created": shape.created, "model": shape.model}
+
     def _running(self, index: int) -> dict[str, Any]:
         prompt = self._prompts[index // self._n]
-        return Totals(len(prompt.ids), len(self._choices[index].tokens), prompt.info.num_cached_tokens).body(
+        return Totals(len(prompt.ids), self._choices[index].num_tokens, prompt.info.num_cached_tokens).body(
             self._shape.shows_cached
         )

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MAX_STOP_STRINGS = 16
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 

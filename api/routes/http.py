@@ -3,71 +3,63 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from fuseline.api.errors import ApiError, bad_request, to_api_error
+from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.output.outbox import Outbox
-from fuseline.api.protocol.common import FieldError
+from fuseline.api.prompt.bodies import Held
+from fuseline.api.prompt.prepared import Prepared, Written
+
+if TYPE_CHECKING:
+    from fuseline.api.prompt.prepare import Kind
+    from fuseline.api.served import Served
 
 LOG = logging.getLogger("fuseline.http")
-MAX_BODY = 64 * 2**20
-Body = TypeVar("Body", bound=BaseModel)
+SMALL_BYTES = 65536
+"""A body up to this size is prepared so soon that its client's leaving meanwhile is not looked for."""
+WRITE_BYTES = 262144
+"""Most bytes that one write hands to a connection."""
 T = TypeVar("T")
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The validated body. Raises ApiError 400, 413, 415."""
+async def prepare(request: Request, kind: Kind) -> Prepared | Written:
+    """The body parsed, validated, rendered and encoded. Raises ApiError; a client that leaves frees its place."""
+    served: Served = request.app.state.served
+    with served.bodies.hold() as held:
+        pieces = await read_body(request, held)
+        preparing = served.prepare(kind, pieces)
+        is_small = held.num_bytes <= SMALL_BYTES
+        reply = await (preparing if is_small else until_disconnect(request, preparing))
+    _warn_unknown(request, reply.unknown)
+    return reply
+
+
+async def read_body(request: Request, held: Held) -> list[bytes]:
+    """The pieces of a JSON body. Raises ApiError 413, 415, 429."""
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media != "application/json":
         raise ApiError(415, "Unsupported media type: only application/json is allowed.")
-    raw = await _read(request)
-    try:
-        fields = json.loads(raw)
-        if b"\\u" in raw:
-            json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise bad_request("the body holds half of a surrogate pair, which is no text") from error
-    except RecursionError as error:
-        raise bad_request("the body is nested too deeply") from error
-    except ValueError as error:
-        raise bad_request(f"the body is no valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise bad_request("the body must be a JSON object")
-    try:
-        body = kind.model_validate(fields)
-    except ValidationError as error:
-        inner = error.errors()[0].get("ctx", {}).get("error")
-        if isinstance(inner, FieldError):
-            raise bad_request(str(inner), inner.param) from error
-        raise to_api_error(error) from error
-    _warn_unknown(request, body)
-    return body
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit():
+        request.app.state.served.bodies.check(int(announced))
+    pieces: list[bytes] = []
+    async for piece in request.stream():
+        held.add(len(piece))
+        pieces.append(piece)
+    return pieces
 
 
-async def _read(request: Request) -> bytes:
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _warn_unknown(request: Request, body: BaseModel) -> None:
+def _warn_unknown(request: Request, names: tuple[str, ...]) -> None:
     """Once per set of names, so that a client cannot fill the log."""
-    names = tuple(sorted(body.model_extra or ()))
     seen: set = request.app.state.unknown_fields
     if names and names not in seen and len(seen) < 100:
         seen.add(names)
@@ -151,4 +143,19 @@ async def _disconnected(request: Request) -> None:
 
 
 def json_response(body: Any) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return raw_response([msgspec.json.encode(body)])
+
+
+def raw_response(pieces: list[bytes]) -> Response:
+    """A JSON body in pieces; a large one is written at the client's pace."""
+    size = sum(map(len, pieces))
+    if size <= WRITE_BYTES:
+        return Response(b"".join(pieces), media_type="application/json")
+    headers = {"Content-Length": str(size)}
+    return StreamingResponse(_in_writes(pieces), media_type="application/json", headers=headers)
+
+
+async def _in_writes(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        for at in range(0, len(piece), WRITE_BYTES):
+            yield piece[at : at + WRITE_BYTES]

@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, pre_tokenizers
 
 from fuseline.api.config import ConfigError
+from fuseline.api.prompt.token_bound import TextBound, find_bound
 
 
 class TextTokenizer:
@@ -51,6 +52,15 @@ class TextTokenizer:
     def eos_id(self) -> int | None:
         text = self.special_tokens.get("eos_token")
         return None if text is None else self._tokenizer.token_to_id(text)
+
+    @cached_property
+    def bytes_per_token(self) -> TextBound | None:
+        """The most text that one token can stand for; None where a token can stand for text without end."""
+        return find_bound(self._tokenizer)
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the tokens that `text` encodes to, at a small part of the cost of encoding; 0 if unknown."""
+        return self.bytes_per_token.fewest_tokens(text) if self.bytes_per_token else 0
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
