@@ -135,7 +135,7 @@ class ServerConfig:
     prompt_workers: int = 2
     """Processes that render and encode large requests, and as many again that do so for short conversations. 0 does it
     all in the server's process, where a large request delays the others."""
-    prompt_timeout: float = 20.0
+    prompt_timeout: float = 30.0
     """Seconds that reading, rendering and encoding one request may take in such a process; it is ended then and the
     request refused with 400."""
     prompt_memory: int = 2 * 2**30

@@ -37,6 +37,8 @@ SMALL_BYTES = 8192
 """A completion's body up to this size is prepared in this process: less than 10 ms, whatever it holds."""
 SHORT_BYTES = 65536
 """Bodies up to this size have processes of their own, so that they wait for none of the large ones."""
+NICENESS = 5
+"""Of the processes for large bodies, which may not take the cores from the engine."""
 MAX_SHOWN = 32
 """Entries of a list that a log line shows."""
 NO_PARAMS = SamplingParams()
@@ -198,7 +200,7 @@ def build_served(
         client.on_step.append(metrics.on_step)
     pools = None
     if config.prompt_workers:
-        pools = (PromptPool(settings, config.prompt_workers), PromptPool(settings, config.prompt_workers))
+        pools = (PromptPool(settings, config.prompt_workers), PromptPool(settings, config.prompt_workers, NICENESS))
         pools[0].start()
     return Served(config, client, ready, tokenizer, preparer, pools, Bodies(config.max_request_bytes), metrics)
 

@@ -34,9 +34,11 @@ class PromptPool:
     All methods belong to one event loop but `start`.
     """
 
-    def __init__(self, settings: PromptSettings, size: int) -> None:
+    def __init__(self, settings: PromptSettings, size: int, niceness: int = 0) -> None:
+        """`niceness`: how far the processes stand behind the engine where both want the same core."""
         self._settings = settings
         self._size = size
+        self._niceness = niceness
         self._timeout = settings.config.prompt_timeout
         self._places = asyncio.Semaphore(size)
         self._idle: list[_Worker] = []
@@ -44,7 +46,7 @@ class PromptPool:
 
     def start(self) -> None:
         """Start a process before the first request."""
-        self._idle.append(_Worker(self._settings))
+        self._idle.append(_Worker(self._settings, self._niceness))
 
     def close(self) -> None:
         """End the idle processes; busy ones end with their requests."""
@@ -95,7 +97,7 @@ class PromptPool:
                 break
             worker.kill()
         else:
-            worker = _Worker(self._settings)
+            worker = _Worker(self._settings, self._niceness)
         self._num_busy += 1
         self._keep_one_ready()
         return worker
@@ -108,7 +110,7 @@ class PromptPool:
 class _Worker:
     """One process and the connection to it."""
 
-    def __init__(self, settings: PromptSettings) -> None:
+    def __init__(self, settings: PromptSettings, niceness: int) -> None:
         self._socket, theirs = socket.socketpair()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._decoder = msgspec.msgpack.Decoder(Reply)
@@ -117,7 +119,7 @@ class _Worker:
         spawn = multiprocessing.get_context("spawn")
         with theirs:
             self._process = spawn.Process(
-                target=run_worker, args=(theirs, settings), name="fuseline-prompts", daemon=True
+                target=run_worker, args=(theirs, settings, niceness), name="fuseline-prompts", daemon=True
             )
             self._process.start()
 

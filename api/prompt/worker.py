@@ -7,6 +7,7 @@ process goes on, then the pieces of a `Written`.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import socket
@@ -31,9 +32,10 @@ def frame(data: bytes) -> bytes:
     return len(data).to_bytes(4, "little") + data
 
 
-def run_worker(connection: socket.socket, settings: PromptSettings) -> None:
+def run_worker(connection: socket.socket, settings: PromptSettings, niceness: int) -> None:
     """Entry of the process; it ends with its connection. The first message says that it is ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
+    os.nice(niceness)
     config = settings.config
     tokenizer = None if config.skip_tokenizer_init else TextTokenizer(config.tokenizer_dir)
     preparer = Preparer(settings, tokenizer)

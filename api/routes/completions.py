@@ -76,6 +76,7 @@ async def merge(sources: list[tuple[Prompt, AsyncIterator[Event]]]) -> Numbered:
         starting.cancel()
         with suppress(asyncio.CancelledError):
             await starting
-        for task in tasks:
+        open_tasks = [task for task in tasks if not task.done()]
+        for task in open_tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*open_tasks, return_exceptions=True)
