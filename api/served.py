@@ -24,6 +24,7 @@ from fuseline.api.output.interval import in_intervals
 from fuseline.api.output.logprobs import LogprobWriter
 from fuseline.api.output.openai_completion import Prompt, Shape
 from fuseline.api.prompt.bodies import Bodies
+from fuseline.api.prompt.chat import template_text
 from fuseline.api.prompt.encode import TextTokenizer, read_json
 from fuseline.api.prompt.pool import PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
@@ -192,7 +193,8 @@ def build_served(
     config: ServerConfig, client: EngineClient, ready: EngineReady, tokenizer: TextTokenizer | None
 ) -> Served:
     """Raises ConfigError for a template that cannot be used."""
-    settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()))
+    template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
+    settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
     preparer = Preparer(settings, tokenizer)
     metrics = None
     if not config.engine.disable_log_stats:

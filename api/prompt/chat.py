@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -207,7 +208,7 @@ def template_text(flag: str, own: str | dict[str, str] | None) -> str | None:
         return (own.get("default") or next(iter(own.values()))) if isinstance(own, dict) else own
     if isinstance(own, dict) and flag in own:
         return own[flag]
-    if Path(flag).is_file():
+    if os.path.isfile(flag):
         return Path(flag).read_text()
     if not any(c in flag for c in "{}\n"):
         raise ConfigError(f"--chat-template {flag}: no such file, and it does not look like a template")

@@ -42,7 +42,7 @@ class PromptPool:
         self._timeout = settings.config.prompt_timeout
         self._places = asyncio.Semaphore(size)
         self._idle: list[_Worker] = []
-        self._num_busy = 0
+        self._busy: set[_Worker] = set()
 
     def start(self) -> None:
         """Start a process before the first request."""
@@ -82,9 +82,9 @@ class PromptPool:
         try:
             yield worker
         finally:
-            self._num_busy -= 1
+            self._busy.remove(worker)
             self._places.release()
-            if worker.is_free and self._num_busy + len(self._idle) < self._size:
+            if worker.is_free and len(self._busy) + len(self._idle) < self._size:
                 self._idle.append(worker)
             else:
                 worker.kill()
@@ -98,12 +98,12 @@ class PromptPool:
             worker.kill()
         else:
             worker = _Worker(self._settings, self._niceness)
-        self._num_busy += 1
+        self._busy.add(worker)
         self._keep_one_ready()
         return worker
 
     def _keep_one_ready(self) -> None:
-        if not self._idle and self._num_busy < self._size:
+        if not self._idle and len(self._busy) < self._size:
             self.start()
 
 

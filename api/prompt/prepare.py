@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from fuseline.api.config import JsonObject, ServerConfig
 from fuseline.api.errors import ApiError, bad_request, to_api_error
-from fuseline.api.prompt.chat import ChatRenderer, ChatTemplate, RenderedChat, template_text
+from fuseline.api.prompt.chat import ChatRenderer, ChatTemplate, RenderedChat
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.limits import Limits
 from fuseline.api.prompt.parse import parse_json, validate
@@ -41,6 +41,8 @@ class PromptSettings:
     ready: EngineReady
     defaults: JsonObject
     """Sampling defaults."""
+    template: str | None
+    """Text of the chat template."""
 
 
 class Preparer:
@@ -48,7 +50,7 @@ class Preparer:
 
     def __init__(self, settings: PromptSettings, tokenizer: TextTokenizer | None) -> None:
         config = settings.config
-        text = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
+        text = settings.template
         template = ChatTemplate(text, config.chat_template_content_format) if text else None
         self._config = config
         self._tokenizer = tokenizer
