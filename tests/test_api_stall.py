@@ -41,11 +41,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def stalls() -> ModuleType:
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        import stalls
-    finally:
-        sys.path.pop(0)
+    sys.path.insert(0, str(SCRIPT.parent))  # stays: the probing process imports it too
+    import stalls
+
     return stalls
 
 

@@ -57,8 +57,10 @@ BOUNDED: dict[str, Callable[[], Tokenizer]] = {
     "NFKC": lambda: normalized(normalizers.NFKC()), "NFKD": lambda: normalized(normalizers.NFKD()),
     "lower case": lambda: normalized(normalizers.Lowercase()),
 }  # fmt: skip
-TEXTS = ["", "abab" * 50, "é中\u212a\U0001d400" * 20, " \n\t" * 40, "<end>" + " " * 400 + "<end>", "\u1112\u1161\u11ab" * 30,
-         "α\u0313\u0300\u0345" * 10]  # fmt: skip
+TEXTS = [
+    "", "abab" * 50, "é中\u212a\U0001d400" * 20, " \n\t" * 40, "<end>" + " " * 400, "\u1112\u1161\u11ab" * 30,
+    "α\u0313\u0300\u0345" * 10,
+]  # fmt: skip
 
 
 def random_text(seed: int) -> str:
@@ -162,7 +164,10 @@ def test_variables_that_would_change_the_rendering_itself_are_refused(name: str,
     assert isinstance(reply, Refused) and reply.status == 400 and reply.param == f"chat_template_kwargs.{name}"
 
 
-ECHO = "{{ messages[0].content }}{% if add_generation_prompt %}+{% endif %}{% if continue_final_message %}>{% endif %}{{ x }}"
+ECHO = (
+    "{{ messages[0].content }}{% if add_generation_prompt %}+{% endif %}"
+    "{% if continue_final_message %}>{% endif %}{{ x }}"
+)
 
 
 def rendered(own: Preparer, **fields: Any) -> str | None:
