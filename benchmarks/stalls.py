@@ -1,11 +1,12 @@
 """The longest time for which one request keeps a server from answering others.
 
-    python -P benchmarks/stalls.py [--base-url http://127.0.0.1:8000] [--kinds chat-54mb,ids-8m] [--json FILE]
+    python -P benchmarks/stalls.py [--base-url http://127.0.0.1:8000] [--kinds "chat,1M ids"] [--json FILE]
 
 While each large request runs, a process of its own asks for /health every 10 ms and reads the tokens of a stream.
-Reported are the slowest answer of /health, the longest gap between tokens of the stream,
-and what became of the large request. The kinds are sizes and shapes that a server could choke on: large messages, many
-messages, many prompts, token ids, nesting, logit_bias, stop strings, tools, unknown fields, images, large answers.
+Reported are the slowest answer of /health, the longest gap between tokens of the stream, how long the machine kept the
+probing process itself waiting (take that off), and what became of the large request. The kinds are sizes and shapes
+that a server could choke on: large messages, many messages, many prompts, token ids, nesting, logit_bias, stop
+strings, tools, unknown fields, images, large answers.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ class Stall:
     """The slowest answer of /health, seconds."""
     stream: float
     """The longest gap in the stream, seconds."""
+    machine: float
+    """The longest that the probing process itself was kept from running, seconds."""
 
 
 def measure(base_url: str, kind: str) -> Stall:
@@ -120,9 +123,9 @@ def measure_body(base_url: str, kind: str, path: str, data: bytes) -> Stall:
         time.sleep(0.3)
     finally:
         stop.set()
-    health, stream = found.get(timeout=120)
+    health, stream, machine = found.get(timeout=120)
     prober.join(10)
-    return Stall(kind, status, seconds, health, stream)
+    return Stall(kind, status, seconds, health, stream, machine)
 
 
 def send(base_url: str, path: str, data: bytes, timeout: float = 180) -> str:
@@ -157,13 +160,22 @@ def _connect(base_url: str, timeout: float) -> http.client.HTTPConnection:
 
 
 def _probe(base_url: str, stop: multiprocessing.synchronize.Event, started: object, found: object) -> None:
-    """Entry of the probing process: puts (slowest /health, longest gap of the stream) once told to stop."""
+    """Entry of the probing process: puts the last three figures of a Stall once told to stop."""
     gaps: list[float] = []
+    late: list[float] = []
+    Thread(target=_watch_clock, args=(stop, late), daemon=True).start()
     streaming = Thread(target=_follow_streams, args=(base_url, stop, gaps), daemon=True)
     streaming.start()
     delays = _ask_health(base_url, stop, started)
     streaming.join(60)
-    found.put((max(delays), max(gaps, default=0.0)))
+    found.put((max(delays), max(gaps, default=0.0), max(late, default=0.0)))
+
+
+def _watch_clock(stop: multiprocessing.synchronize.Event, late: list[float]) -> None:
+    while not stop.is_set():
+        begin = time.perf_counter()
+        time.sleep(0.01)
+        late.append(time.perf_counter() - begin - 0.01)
 
 
 def _ask_health(base_url: str, stop: multiprocessing.synchronize.Event, started: object) -> list[float]:
@@ -203,11 +215,12 @@ def main() -> int:
     options = parser.parse_args()
     wanted = tuple(options.kinds.split(","))
     rows = []
-    print(f"{'request':40}{'/health, ms':>12}{'stream, ms':>12}{'took, s':>9}  answer")
+    print(f"{'request':40}{'/health, ms':>12}{'stream, ms':>12}{'machine, ms':>13}{'took, s':>9}  answer")
     for kind in (kind for kind in KINDS if kind.startswith(wanted)):
         row = measure(options.base_url, kind)
         rows.append(row)
-        print(f"{kind:40}{row.health * 1e3:12.0f}{row.stream * 1e3:12.0f}{row.seconds:9.1f}  {row.status}", flush=True)
+        times = f"{row.health * 1e3:12.0f}{row.stream * 1e3:12.0f}{row.machine * 1e3:13.0f}{row.seconds:9.1f}"
+        print(f"{kind:40}{times}  {row.status}", flush=True)
     quiet = statistics.median(row.health for row in rows)
     print(f"median of the slowest answers of /health: {quiet * 1e3:.0f} ms")
     if options.json:

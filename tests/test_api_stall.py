@@ -63,4 +63,4 @@ def test_others_are_answered_beside_a_template_without_end(url: str, stalls: Mod
 
 def check(found: Any, status: str) -> None:
     assert found.status.startswith(status), found
-    assert found.health < MOST_SECONDS and found.stream < MOST_SECONDS, found
+    assert max(found.health, found.stream) - found.machine < MOST_SECONDS, found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -40,6 +40,8 @@ class Prompt:
     first: int
     echo: str | None = None
     info: PromptInfo = field(default_factory=PromptInfo)
+    scores: msgspec.Raw | None = None
+    """prompt_logprobs of a whole answer."""
 
 
 @dataclass
@@ -108,13 +110,24 @@ class CompletionWriter:
                 if self._shape.wants_logprobs:
                     await choice.logprobs.extend(positions, tokens, self._pace)
                     await choice.logprobs.extend(event.logprobs, event.token_ids, self._pace)
+            elif isinstance(event, PromptInfo):
+                await self._write_scores(prompt)
             await self._pace.rest()
         pieces = [msgspec.json.encode(self._common())[:-1] + b',"choices":[']
         for index in range(len(self._choices)):
-            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
+            pieces.append((b"," if index else b"") + msgspec.json.encode(self._whole_choice(index)))
             await self._pace.rest()
         usage = msgspec.json.encode({"usage": self._totals.body(self._shape.shows_cached)})
         return [*pieces, b"]," + usage[1:]]
+
+    async def _write_scores(self, prompt: Prompt) -> None:
+        """Encodes prompt_logprobs as soon as they come; they are kept only where echo shows them with the text."""
+        positions = prompt.info.prompt_logprobs
+        if positions is None:
+            return
+        prompt.scores = await encode_slices(self._shape.writer.prompt, positions, self._pace)
+        if prompt.echo is None:
+            prompt.info = replace(prompt.info, prompt_logprobs=None)
 
     def _take(self, prompt: Prompt, event: Event) -> int:
         if isinstance(event, PromptInfo):
@@ -157,14 +170,13 @@ class CompletionWriter:
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
         return {**chunk, "token_ids": event.token_ids} if self._shape.wants_ids else chunk
 
-    async def _whole_choice(self, index: int) -> dict[str, Any]:
+    def _whole_choice(self, index: int) -> dict[str, Any]:
         choice, prompt = self._choices[index], self._prompts[index // self._n]
-        positions, writer = prompt.info.prompt_logprobs, self._shape.writer
         body = {
             "index": index, "text": "".join(choice.text),
             "logprobs": choice.logprobs.raw() if self._shape.wants_logprobs else None,
             "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason,
-            "prompt_logprobs": None if positions is None else await encode_slices(writer.prompt, positions, self._pace),
+            "prompt_logprobs": prompt.scores,
         }  # fmt: skip
         if self._shape.wants_ids:
             body |= {"token_ids": choice.tokens, "prompt_token_ids": prompt.ids.tolist()}
