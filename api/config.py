@@ -131,7 +131,7 @@ class ServerConfig:
     """Most stop strings of one request."""
     max_token_rules: int = 131072
     """Most entries that logit_bias, allowed_token_ids, stop_token_ids and bad_words may have together, counted once
-    for each prompt of the request."""
+    for each choice of each prompt."""
     prompt_workers: int = 2
     """Processes that render and encode large requests, and as many again that do so for short conversations. 0 does it
     all in the server's process, where a large request delays the others."""

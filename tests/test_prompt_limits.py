@@ -133,6 +133,7 @@ TOO_MUCH: dict[str, tuple[str, bytes, str]] = {
     "stop strings": ("chat", chat(stop=["a"] * 3), "at most 2 stop strings"),
     "biases": ("chat", chat(logit_bias={str(k): 1 for k in range(101)}), "at most 100 entries"),
     "rules times prompts": ("completion", body(prompt=["a"] * 6, stop_token_ids=[1] * 20), "at most 100 entries"),
+    "rules times choices": ("chat", chat(n=6, stop_token_ids=[1] * 20), "at most 100 entries"),
     "rules of two kinds": ("chat", chat(bad_words=["a"] * 60, allowed_token_ids=[1] * 60), "at most 100 entries"),
     "rendered text": ("chat", chat("a" * 10**7), "--max-prompt-bytes"),
 }  # fmt: skip
@@ -144,6 +145,21 @@ def test_what_cannot_fit_is_refused_before_the_work(strict: Preparer, name: str)
     reply = strict.prepare(kind, raw)
     assert isinstance(reply, Refused) and reply.status == 400 and words in reply.message and reply.param
     assert (reply.code == "context_length_exceeded") == (words == "maximum context length")
+
+
+@pytest.mark.parametrize("field", ["role", "request_id"])
+def test_what_every_chunk_repeats_is_short(field: str) -> None:
+    message = {"role": "user", "content": "Hi"} | ({field: "x" * 300} if field == "role" else {})
+    fields = {"messages": [message]} | ({field: "x" * 300} if field != "role" else {})
+    reply = preparer().prepare("chat", body(**fields))
+    assert isinstance(reply, Refused) and reply.status == 400 and field in reply.param
+
+
+def test_echo_and_log_show_what_is_left_of_a_cut_prompt() -> None:
+    reply = preparer().prepare("completion", body(prompt="word " * 50_000, truncate_prompt_tokens=5, echo=True))
+    assert len(reply.prompts[0].echo) < 100
+    reply = preparer().prepare("chat", chat("word " * 50_000, truncate_prompt_tokens=5))
+    assert reply.text is None
 
 
 def test_what_is_cut_may_be_longer_than_the_context() -> None:

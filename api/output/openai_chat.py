@@ -35,6 +35,7 @@ class ChatWriter:
                 is_started = True
                 for chunk in self._opening():
                     yield chunk
+                    await self._pace.rest()
             if isinstance(event, TextDelta) and (event.text or event.token_ids):
                 choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
                 if self._shape.wants_logprobs:

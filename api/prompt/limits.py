@@ -36,19 +36,20 @@ class Limits:
         if fields.get("truncate_prompt_tokens") is None:
             for ids in prompts:
                 self._check_fits(len(ids) if isinstance(ids, list) else 0)
-        self._check_rules(fields, len(prompts))
+        n = fields.get("n")
+        self._check_rules(fields, len(prompts) * (n if isinstance(n, int) else 1))
 
-    def _check_rules(self, fields: Mapping[str, Any], num_prompts: int) -> None:
+    def _check_rules(self, fields: Mapping[str, Any], num_sequences: int) -> None:
         stops = fields.get("stop")
         if isinstance(stops, list) and len(stops) > self._config.max_stop_strings:
             raise bad_request(f"stop: at most {self._config.max_stop_strings} stop strings are allowed", "stop")
         left = self._config.max_token_rules
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids", "bad_words"):
             rules = fields.get(name)
-            left -= num_prompts * len(rules) if isinstance(rules, list | dict) else 0
+            left -= num_sequences * len(rules) if isinstance(rules, list | dict) else 0
             if left < 0:
                 most = self._config.max_token_rules
-                raise bad_request(f"{name}: at most {most} entries for all prompts of a request", name)
+                raise bad_request(f"{name}: at most {most} entries for all prompts and choices of a request", name)
 
     def check_text(self, text: str) -> None:
         """Refuses a text that must be longer than the context, before it is encoded."""

@@ -78,17 +78,22 @@ class PromptPool:
         except TimeoutError as error:
             message = "too many large requests are being read; try again later"
             raise ApiError(503, message, code="prompt_workers_busy", retry_after=5) from error
-        worker = self._take()
         try:
-            yield worker
+            worker = self._take()
+            try:
+                yield worker
+            finally:
+                self._put_back(worker)
         finally:
-            self._busy.remove(worker)
             self._places.release()
-            if worker.is_free and len(self._busy) + len(self._idle) < self._size:
-                self._idle.append(worker)
-            else:
-                worker.kill()
             self._keep_one_ready()
+
+    def _put_back(self, worker: _Worker) -> None:
+        self._busy.remove(worker)
+        if worker.is_free and len(self._busy) + len(self._idle) < self._size:
+            self._idle.append(worker)
+        else:
+            worker.kill()
 
     def _take(self) -> _Worker:
         while self._idle:
@@ -104,7 +109,10 @@ class PromptPool:
 
     def _keep_one_ready(self) -> None:
         if not self._idle and len(self._busy) < self._size:
-            self.start()
+            try:
+                self.start()
+            except OSError as error:  # the machine has no room for one; the next request tries again
+                LOG.warning("no process to prepare requests can be started: %s", error)
 
 
 class _Worker:

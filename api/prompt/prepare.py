@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -98,13 +98,14 @@ class Preparer:
 
     def _completion_prompt(self, body: CompletionRequest, text: str | list[int]) -> PreparedPrompt:
         is_text = isinstance(text, str)
-        ids = self._encode(body, text, body.add_special_tokens is not False) if is_text else text
-        self.limits.check_prompt(ids)
-        ids = self.limits.truncate(ids, body.truncate_prompt_tokens)
+        encoded = self._encode(body, text, body.add_special_tokens is not False) if is_text else text
+        self.limits.check_prompt(encoded)
+        ids = self.limits.truncate(encoded, body.truncate_prompt_tokens)
         limit = self._sampling.max_tokens(body, len(ids), body.max_tokens)
         echo = None
         if body.echo:
-            echo = text if is_text else self._need_tokenizer().decode(ids, False)
+            is_whole = is_text and len(ids) == len(encoded)
+            echo = text if is_whole else self._need_tokenizer().decode(ids, False)
         return PreparedPrompt(array("i", ids).tobytes(), limit, echo)
 
     def _chat(self, body: ChatRequest) -> Prepared:
@@ -112,20 +113,22 @@ class Preparer:
         _check_chat(body)
         self._need_tokenizer()
         rendered = self._renderer.render(body)
-        ids: Sequence[int] = self._encode(body, rendered.text, bool(body.add_special_tokens))
-        self.limits.check_prompt(ids, "messages")
-        ids = self.limits.truncate(ids, body.truncate_prompt_tokens)
+        encoded = self._encode(body, rendered.text, bool(body.add_special_tokens))
+        self.limits.check_prompt(encoded, "messages")
+        ids = self.limits.truncate(encoded, body.truncate_prompt_tokens)
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = self._sampling.max_tokens(body, len(ids), asked)
         top = (body.top_logprobs or 0) if body.logprobs else None
         params = self._sampling.build(body, top, limit)
         prompt = PreparedPrompt(array("i", ids).tobytes(), limit)
-        return Prepared((prompt,), params, self._chat_answer(body, rendered, top), rendered.text)
+        shown = rendered.text if len(ids) == len(encoded) else None
+        return Prepared((prompt,), params, self._chat_answer(body, rendered, top), shown)
 
     def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, top: int | None) -> AnswerOptions:
         last = body.messages[-1]
         role = self._config.response_role if rendered.opens_answer else last.role
         echo = last.content if body.echo and last.role == role and isinstance(last.content, str) else ""
+        self.limits.check_text(echo)
         return replace(_answer(body), num_logprobs=top, request_id=body.request_id, role=role, echo=echo)
 
     def _tokenize(self, body: TokenizeRequest) -> Written:

@@ -50,7 +50,7 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """Of the first prompt; the others differ in max_tokens."""
     answer: AnswerOptions
     text: str | None = None
-    """The prompt as the log shows it, where it was rendered."""
+    """The prompt as the log shows it, where it was rendered and not cut."""
     unknown: tuple[str, ...] = ()
     """Names of fields that were ignored."""
 
