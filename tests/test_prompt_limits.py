@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 
 from fuseline.api.errors import ApiError
 from fuseline.api.prompt.bodies import Bodies
-from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.encode import LONG_TEXT, TextTokenizer
 from fuseline.api.prompt.prepare import Preparer
 from fuseline.api.prompt.prepared import Prepared, Refused
 from fuseline.api.prompt.token_bound import find_bound
@@ -225,6 +225,14 @@ def test_bodies_have_a_bound_each_and_one_together() -> None:
 
 def test_the_bundled_tokenizer_has_a_bound() -> None:
     assert load_tokenizer(settings().config).bytes_per_token is not None
+
+
+def test_long_texts_are_encoded_as_short_ones_are() -> None:
+    tokenizer = load_tokenizer(settings().config)
+    text = "".join(map(random_text, range(200)))
+    assert len(text) > LONG_TEXT
+    for adds in (False, True):
+        assert tokenizer.encode(text, adds) == tokenizer._tokenizer.encode(text, add_special_tokens=adds).ids
 
 
 def test_a_long_template_may_stand_on_the_command_line() -> None:
