@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from io import BufferedRWPair
 from pathlib import Path
 
@@ -45,15 +46,20 @@ def run_worker(connection: socket.socket, settings: PromptSettings, niceness: in
     stream = connection.makefile("rwb")
     _write(stream, [GOES_ON])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MAX_GROWTH
-    goes_on = True
-    while goes_on and (job := _read(stream)):
-        signal.setitimer(signal.ITIMER_REAL, config.prompt_timeout + GRACE_SECONDS)  # SIGALRM ends the process
-        reply, goes_on = _prepare(preparer, job)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        goes_on = goes_on and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most
-        pieces = reply.pieces if isinstance(reply, Written) else []
-        header = msgspec.structs.replace(reply, pieces=[]) if pieces else reply
-        _write(stream, [(GOES_ON if goes_on else ENDS) + msgspec.msgpack.encode(header), *pieces])
+    with suppress(ConnectionError):  # the parent has ended
+        goes_on = True
+        while goes_on and (job := _read(stream)):
+            signal.setitimer(signal.ITIMER_REAL, config.prompt_timeout + GRACE_SECONDS)  # SIGALRM ends the process
+            reply, goes_on = _prepare(preparer, job)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            goes_on = goes_on and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most
+            _reply(stream, reply, goes_on)
+
+
+def _reply(stream: BufferedRWPair, reply: Reply, goes_on: bool) -> None:
+    pieces = reply.pieces if isinstance(reply, Written) else []
+    header = msgspec.structs.replace(reply, pieces=[]) if pieces else reply
+    _write(stream, [(GOES_ON if goes_on else ENDS) + msgspec.msgpack.encode(header), *pieces])
 
 
 def _prepare(preparer: Preparer, job: list[bytes]) -> tuple[Reply, bool]:
