@@ -44,9 +44,9 @@ def run_worker(connection: socket.socket, settings: PromptSettings, niceness: in
         _ = tokenizer.bytes_per_token  # computed once, here
     _limit_memory(config.prompt_memory)
     stream = connection.makefile("rwb")
-    _write(stream, [GOES_ON])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MAX_GROWTH
     with suppress(ConnectionError):  # the parent has ended
+        _write(stream, [GOES_ON])
         goes_on = True
         while goes_on and (job := _read(stream)):
             signal.setitimer(signal.ITIMER_REAL, config.prompt_timeout + GRACE_SECONDS)  # SIGALRM ends the process
