@@ -86,6 +86,20 @@ class ServerConfig:
     """Run the engine in a thread of the server process."""
     enable_sleep_mode: bool = False
     """Allow POST /sleep (a development route) to give memory back: KV and weights, on a CPU as on a card."""
+    h11_max_incomplete_event_size: int = 65536
+    """Bytes of a request's line and headers; more get 431."""
+    h11_max_header_count: int = 256
+    """Headers of a request; more get 431."""
+    request_header_timeout: float = 10.0
+    """Seconds that a request's line and headers may take to arrive; then 408."""
+    request_body_timeout: float = 30.0
+    """Seconds that a request's body may take to arrive, beside those it takes at request-body-min-rate; then 408."""
+    request_body_min_rate: int = 4096
+    """Bytes a second below which a body is too slow, once request-body-timeout has passed."""
+    keep_alive_timeout: float = 5.0
+    """Seconds that a connection is kept open between two requests."""
+    response_write_timeout: float = 60.0
+    """Seconds that a client may leave an answer unread before its connection is dropped."""
     enable_request_id_headers: bool = False
     """Send X-Request-Id with every response."""
     disable_fastapi_docs: bool = False
