@@ -29,9 +29,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "host port api_key uvicorn_log_level allow_credentials allowed_origins allowed_methods "
         "allowed_headers ssl_keyfile ssl_certfile ssl_ca_certs ssl_cert_reqs root_path middleware "
         "disable_frontend_multiprocessing enable_sleep_mode enable_request_id_headers disable_fastapi_docs "
-        "h11_max_incomplete_event_size h11_max_header_count request_header_timeout request_body_timeout "
-        "request_body_min_rate keep_alive_timeout response_write_timeout "
         "enable_server_load_tracking shutdown_timeout sse_keep_alive_interval metrics_prefix"
+    ).split(),
+    "bounds of a request": (
+        "max_num_prompts max_n max_stop_strings max_stop_length max_logit_bias max_bad_words max_stop_token_ids "
+        "h11_max_incomplete_event_size h11_max_header_count request_header_timeout request_body_timeout "
+        "request_body_min_rate keep_alive_timeout response_write_timeout"
     ).split(),
     "logging": "disable_log_requests max_log_len enable_log_outputs disable_log_stats".split(),
 }

@@ -86,6 +86,20 @@ class ServerConfig:
     """Run the engine in a thread of the server process."""
     enable_sleep_mode: bool = False
     """Allow POST /sleep (a development route) to give memory back: KV and weights, on a CPU as on a card."""
+    max_num_prompts: int = 1024
+    """Prompts of one request."""
+    max_n: int = 128
+    """Choices (n) that a request may ask for."""
+    max_stop_strings: int = 16
+    """Stop strings of a request."""
+    max_stop_length: int = 1024
+    """Characters of a stop string."""
+    max_logit_bias: int = 1024
+    """Entries of a request's logit_bias."""
+    max_bad_words: int = 1024
+    """Entries of a request's bad_words."""
+    max_stop_token_ids: int = 1024
+    """Entries of a request's stop_token_ids."""
     h11_max_incomplete_event_size: int = 65536
     """Bytes of a request's line and headers; more get 431."""
     h11_max_header_count: int = 256

@@ -70,17 +70,17 @@ def to_api_error(error: Exception) -> ApiError:
 
 def _from_validation(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
-    param = _path(first["loc"])
+    param = field_path(first["loc"])
     message = str(first["msg"]).removeprefix("Value error, ")
     return bad_request(f"{param}: {message}" if param else message, param or None)
 
 
-def _path(parts: tuple) -> str:
-    """('messages', 2, 'content') -> messages[2].content; names of union branches are left out."""
+def field_path(parts: tuple) -> str:
+    """('messages', 2, 'content') -> messages[2].content; keys that are no names and union branches are left out."""
     path = ""
     for part in parts:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and not (path and part in ("str", "int", "float", "bool")):
+        elif str(part).isidentifier() and not (path and part in ("str", "int", "float", "bool")):
             path += f".{part}" if path else part
     return path

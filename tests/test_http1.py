@@ -15,9 +15,10 @@ UPGRADES = [
     ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"),
     ("Upgrade: h2c", "Connection: upgrade"),
     ("Connection: keep-alive, Upgrade", "Upgrade: foo/2, bar"),
-    ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"),
+    ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: dGhlIHNhbXBsZQ==", "Sec-WebSocket-Version: 13"),
     ("Connection: Upgrade", "Upgrade: TLS/1.0", "Upgrade: h2c"),
 ]
+TOKENIZE = b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\n"
 
 
 async def echo(scope: dict, receive: Any, send: Any) -> None:
@@ -26,7 +27,8 @@ async def echo(scope: dict, receive: Any, send: Any) -> None:
     while more:
         message = await receive()
         body, more = body + message.get("body", b""), message.get("more_body", False)
-    got = {"method": scope["method"], "path": scope["path"], "query": scope["query_string"].decode(), "body": body.decode()}
+    query = scope["query_string"].decode()
+    got = {"method": scope["method"], "path": scope["path"], "query": query, "body": body.decode()}
     content = json.dumps(got).encode()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(content))]})
     await send({"type": "http.response.body", "body": content})
@@ -89,7 +91,7 @@ async def test_connect_and_garbage_are_refused() -> None:
             (b"CONNECT host:1 HTTP/1.1\r\nHost: h\r\n\r\n", 405), (b"\x16\x03\x01\x02\x00", 400), (b"GET\r\n\r\n", 400),
             (b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400),
             (b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-            (b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+            (TOKENIZE + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         ]  # fmt: skip
         for raw, expected in cases:
             async with server.client() as client:
@@ -102,7 +104,7 @@ async def test_connect_and_garbage_are_refused() -> None:
     "lines",
     [
         ["X: " + "a" * 8_000_000], ["X: " + "a" * 9000], [f"X-{k}: 1" for k in range(10_000)],
-        [f"X-{k}: 1" for k in range(21)], ["X: " + "a" * 4000, "Y: " + "b" * 4000, "Z: " + "c" * 4000], ["a" * 20_000 + ": 1"],
+        [f"X-{k}: 1" for k in range(21)], [f"{name}: " + "a" * 4000 for name in "XYZ"], ["a" * 20_000 + ": 1"],
     ],
     ids=["8 MB", "line", "10000", "21", "together", "name"],
 )
@@ -145,8 +147,8 @@ async def drip(client: Client, data: bytes, seconds: float) -> None:
     "begun, flag",
     [
         (b"GET /", "header"), (b"GET /health HTTP/1.1\r\nHost: h\r\n", "header"), (b"GET / HTTP/1.1\r\nX: a", "header"),
-        (b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{", "body"),
-        (b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n40\r\n{", "body"),
+        (TOKENIZE + b"Content-Length: 900\r\n\r\n{", "body"),
+        (TOKENIZE + b"Transfer-Encoding: chunked\r\n\r\n40\r\n{", "body"),
     ],
 )  # fmt: skip
 async def test_slow_requests_are_408(begun: bytes, flag: str, is_dripping: bool) -> None:
@@ -282,7 +284,7 @@ async def test_a_reset_aborts_at_once() -> None:
 
 async def test_a_request_that_ends_early_is_400() -> None:
     async with serving() as server:
-        for raw in (b"GET / HT", request("POST", "/tokenize", "Content-Type: application/json", "Content-Length: 9") + b"{"):
+        for raw in (b"GET / HT", TOKENIZE + b"Content-Length: 9\r\n\r\n{"):
             async with server.client() as client:
                 client.send(raw)
                 client.writer.write_eof()

@@ -34,4 +34,14 @@ class PromptInfo:
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
 
 
+@dataclass
+class Prompt:
+    """One prompt of the request; its choices are numbered from `first`."""
+
+    ids: list[int]
+    first: int = 0
+    echo: str | None = None
+    info: PromptInfo = field(default_factory=PromptInfo)
+
+
 Event = TextDelta | Done | PromptInfo
