@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
-        "model served_model_name task tokenizer skip_tokenizer_init trust_remote_code load_format "
+        "model served_model_name task download_dir tokenizer skip_tokenizer_init trust_remote_code load_format "
         "hf_overrides dtype max_model_len generation_config override_generation_config device seed"
     ).split(),
     "compiler": (
@@ -132,7 +132,6 @@ RECORDED: dict[str, Recorded] = {
     "additional_config": Recorded((), "this platform has no extras"),
     "tokenizer_pool_type": Recorded("ray", "the pool size is 0"),
     "tokenizer_pool_extra_config": Recorded((), "the pool size is 0"),
-    "download_dir": Recorded("", "only local and cached models are read"),
 }
 
 

@@ -39,6 +39,8 @@ class ServerConfig:
     """Names clients may use; the first is used in responses and metrics. Default: the model as given."""
     tokenizer: str = ""
     """Directory of another tokenizer; empty takes the model's."""
+    download_dir: str = ""
+    """Directory of downloaded hub models, of which this server only reads. Default: the Hugging Face cache."""
     skip_tokenizer_init: bool = False
     """Load no tokenizer: only token-id prompts, answers carry ids."""
     task: Literal["auto", "generate", "embedding", "embed", "classify", "score", "reward", "transcription"] = "auto"
@@ -211,23 +213,27 @@ def demo_dir() -> Path:
     return Path(fuseline.__file__).parent / "demo"
 
 
-def find_checkpoint(model: str) -> str:
-    """Directory of a checkpoint: a path, `demo`, or the cached snapshot of a hub id. Raises ConfigError."""
+def find_checkpoint(model: str, download_dir: str = "") -> str:
+    """Directory of a checkpoint: a path, `demo`, or the snapshot of a hub id in `download_dir` (empty: the hub's own).
+
+    Raises ConfigError.
+    """
     path = demo_dir() if model == "demo" and not Path("demo").is_dir() else Path(model).expanduser()
     if os.path.isfile(path):
         raise ConfigError(f"{model} is a file; give the directory of a checkpoint (single-file formats come later)")
     if model == "demo" and not path.is_dir():
         raise ConfigError("the bundled demo model is not in this installation; give a checkpoint directory")
     if not os.path.isdir(path):
-        path = _cached_snapshot(model)
+        path = _cached_snapshot(model, download_dir)
     return str(path.resolve())
 
 
-def _cached_snapshot(model: str) -> Path:
+def _cached_snapshot(model: str, download_dir: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, local_files_only=True))
+        return Path(snapshot_download(model, local_files_only=True, cache_dir=download_dir or None))
     except Exception as error:  # any reason (bad id, not cached, no package) means the same to the user
-        message = f"model {model!r} is neither a directory nor a hub id whose files are in the local Hugging Face cache"
+        where = download_dir or "the local Hugging Face cache"
+        message = f"model {model!r} is neither a directory nor a hub id whose files are in {where}"
         raise ConfigError(message + "; give a checkpoint directory") from error

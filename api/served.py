@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fuseline.api.admission import Admission
-from fuseline.api.config import ServerConfig
-from fuseline.api.errors import ApiError, bad_request
+from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.errors import ApiError, bad_request, to_api_error
 from fuseline.api.metrics import Metrics
 from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.logprobs import LogprobWriter
@@ -19,7 +21,7 @@ from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.chat_template import ChatTemplate, template_text
 from fuseline.api.prompt.sampling import SamplingBuilder
 from fuseline.api.prompt.tokens import TextTokenizer, read_json
-from fuseline.api.protocol.common import GenerateRequest
+from fuseline.api.protocol.common import GenerateRequest, GenerationDefaults
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
@@ -113,5 +115,15 @@ def generation_defaults(config: ServerConfig) -> dict[str, Any]:
         config.generation_config, config.generation_config
     )
     stored = read_json(Path(folder) / "generation_config.json") if folder else {}
-    merged = {**stored, **dict(config.override_generation_config)}
-    return {name: merged[name] for name in DEFAULTS if merged.get(name) is not None}
+    overrides = dict(config.override_generation_config)
+    if unknown := sorted(set(overrides) - set(DEFAULTS)):
+        raise ConfigError(
+            f"--override-generation-config: {unknown[0]} has no effect here (keys: {', '.join(sorted(DEFAULTS))})"
+        )
+    merged = {**stored, **overrides}
+    found = {name: merged[name] for name in DEFAULTS if merged.get(name) is not None}
+    try:
+        GenerationDefaults.model_validate(found, strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"generation config: {to_api_error(error).message}") from error
+    return found

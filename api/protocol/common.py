@@ -26,6 +26,17 @@ class ResponseFormat(Fields):
     type: str
 
 
+class GenerationDefaults(Fields):
+    """Sampling fields that the server may have defaults for (SPEC 6.12)."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=1 / MAX_PENALTY, le=MAX_PENALTY)
+    max_new_tokens: int | None = Field(None, ge=1)
+
+
 class GenerateRequest(Fields):
     """null means the default. How many of each a request may have is in api/admission.py."""
 

@@ -39,6 +39,8 @@ async def chat_completions(request: Request) -> Response:
 
 async def _answer(request: Request, served: Served, body: ChatRequest, stack: ExitStack) -> Response:
     """The prepared answer, which takes over what `stack` holds."""
+    if body.reasoning_effort is not None:  # a variable of the templates that know it
+        body.chat_template_kwargs = {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
     text = render_chat(body, served.config, served.template, served.need_tokenizer())
     ids = await encode(served, text, bool(body.add_special_tokens))
     served.sampling.check_prompt(ids, "messages")
