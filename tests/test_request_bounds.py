@@ -1,4 +1,4 @@
-"""What requests may hold: numbers, sizes, how many sequences there are in all, and headers that every answer carries."""
+"""What requests may hold: numbers, sizes, how many sequences in all; and the headers that every answer carries."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ async def refused(app: Any, path: str, raw: str | dict[str, Any]) -> tuple[str, 
     return response.json()["error"]["param"], response.json()["error"]["message"]
 
 
-NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "-1e400", "1" + "0" * 400, str(2**64), str(-(2**63) - 1), "9" * 5000]
+NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "-1e400", "1" + "0" * 400, str(2**64), str(-(2**63) - 1)]
+NUMBERS.append("9" * 5000)
 PLACES = {
     COMPLETIONS: [
-        ('{"prompt": "a", "temperature": %s}', "temperature"), ('{"prompt": "a", "logit_bias": {"5": %s}}', "logit_bias"),
+        ('{"prompt": "a", "temperature": %s}', "temperature"),
+        ('{"prompt": "a", "logit_bias": {"5": %s}}', "logit_bias"),
         ('{"prompt": "a", "unknown": [1, {"x": [%s]}]}', "unknown[1].x[0]"), ('{"prompt": [3, %s]}', "prompt[1]"),
         ('{"prompt": "a", "repetition_penalty": %s}', "repetition_penalty"), ('{"prompt": "a", "n": %s}', "n"),
         ('{"prompt": "a", "stop_token_ids": [1, %s]}', "stop_token_ids[1]"), ('{"prompt": "a", "top_k": %s}', "top_k"),
@@ -61,7 +63,9 @@ async def test_numbers_that_are_none_name_their_field(number: str) -> None:
     assert not engine.requests
 
 
-FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "length_penalty")
+FLOATS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "length_penalty",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-Infinity", "1e999"])
@@ -112,9 +116,8 @@ async def test_some_token_must_be_left() -> None:
     for fields, param in cases:
         assert (await refused(app, COMPLETIONS, {"prompt": "a", **fields}))[0] == param
     assert not engine.requests
-    task = asyncio.ensure_future(
-        call(app, "POST", COMPLETIONS, {"prompt": "a", "allowed_token_ids": allowed, "bad_words": [word], "max_tokens": 1})
-    )
+    fields = {"prompt": "a", "allowed_token_ids": allowed, "bad_words": [word], "max_tokens": 1}
+    task = asyncio.ensure_future(call(app, "POST", COMPLETIONS, fields))
     await until(lambda: engine.requests)
     engine.step("length")
     assert (await task).status_code == 200

@@ -33,9 +33,8 @@ def refuse_unsupported(request: GenerateRequest) -> None:
     if request.use_beam_search:
         raise bad_request("use_beam_search is not supported yet", "use_beam_search", "unsupported_value")
     if request.length_penalty not in (None, 1.0):
-        raise bad_request(
-            "length_penalty goes with use_beam_search, which is not supported yet", "length_penalty", "unsupported_value"
-        )
+        message = "length_penalty goes with use_beam_search, which is not supported yet"
+        raise bad_request(message, "length_penalty", "unsupported_value")
     if request.logits_processors:
         raise bad_request(
             "The `logits_processors` argument is not supported by this server.",
