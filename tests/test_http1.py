@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 import time
 from typing import Any
 
 import pytest
 from raw_http import Client, Server, completion, headers, request, serving
 from test_api_writes import until
+
+from fuseline.api.config_resolve import resolve
+from fuseline.api.http1 import ConnectionLimits, connection_limits
+from fuseline.api.route_table import route_table
 
 UPGRADES = [
     ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"),
@@ -18,6 +24,10 @@ UPGRADES = [
     ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: dGhlIHNhbXBsZQ==", "Sec-WebSocket-Version: 13"),
     ("Connection: Upgrade", "Upgrade: TLS/1.0", "Upgrade: h2c"),
 ]
+FLAGS = {
+    "h11_max_incomplete_event_size": 5000, "h11_max_header_count": 9, "request_header_timeout": 1.0,
+    "request_body_timeout": 2.0, "request_body_min_rate": 3, "keep_alive_timeout": 4.0, "response_write_timeout": 5.0,
+}  # fmt: skip
 TOKENIZE = b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\n"
 
 
@@ -32,6 +42,11 @@ async def echo(scope: dict, receive: Any, send: Any) -> None:
     content = json.dumps(got).encode()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(content))]})
     await send({"type": "http.response.body", "body": content})
+
+
+def test_flags_reach_the_connection() -> None:
+    assert connection_limits(resolve(FLAGS)) == ConnectionLimits(5000, 9, 1.0, 2.0, 3, 4.0, 5.0)
+    assert connection_limits(resolve({})) == ConnectionLimits(65536, 256, 10.0, 30.0, 4096, 5.0, 60.0)
 
 
 async def error_of(client: Client) -> tuple[int, dict, dict]:
@@ -275,11 +290,10 @@ async def test_a_reset_aborts_at_once() -> None:
     async with serving() as server, server.client() as client:
         client.send(completion(max_tokens=100))
         await until(lambda: server.engine.requests)
+        peer = client.writer.get_extra_info("socket")
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.writer.transport.abort()
-        sock_linger_close = time.monotonic()
-        while not server.engine.messages:
-            await asyncio.sleep(0.05)
-            assert time.monotonic() - sock_linger_close < 5
+        await until(lambda: server.engine.messages)
 
 
 async def test_a_request_that_ends_early_is_400() -> None:
@@ -317,8 +331,6 @@ async def test_http_1_0_gets_no_chunks() -> None:
 
 async def test_head_is_get_without_a_body() -> None:
     async with serving() as server, server.client() as client:
-        from fuseline.api.route_table import route_table
-
         gets = [path for path, methods in route_table(server.app) if "GET" in methods and "{" not in path]
         assert len(gets) > 12
         for path in [*gets, "/v1/models/demo", "/v1/models/none", "/nothing", "/v1/completions"]:

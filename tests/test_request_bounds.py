@@ -80,7 +80,7 @@ async def test_text_is_no_way_around(text: str) -> None:
 async def test_half_a_surrogate_pair_is_named_and_whole_ones_pass() -> None:
     app, _ = open_app()
     for half in ("\\ud800", "\\udc00", "a\\ud83d", "\\ude00\\ud83d"):
-        assert (await refused(app, COMPLETIONS, '{"prompt": ["b", "%s"]}' % half))[0] == "prompt[1]"
+        assert (await refused(app, COMPLETIONS, f'{{"prompt": ["b", "{half}"]}}'))[0] == "prompt[1]"
     for raw in ('{"prompt": "\\ud83d\\ude00"}', '\ufeff{"prompt": "a"}', '{"prompt": "a", "x": 18446744073709551615}'):
         response = await call(app, "POST", "/tokenize", content=raw.encode(), headers=JSON)
         assert response.status_code == 200, raw
