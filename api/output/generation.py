@@ -36,21 +36,21 @@ class Generation:
         self._request, self._watch = request, watch
         self._choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
         self._num_open = len(self._choices)
-        self._interval = Interval(options.interval)
+        self._interval = options.interval
 
     async def run(self, client: EngineClient, sink: Callable[[Event], None]) -> None:
         """Hand the events of all choices to `sink` in the order of their tokens.
 
         Cancelling it aborts the request in the engine. Raises ApiError and EngineDeadError.
         """
+        deliver = sink if self._interval == 1 else Interval(self._interval, sink).feed
         with self._watch as watch:
             async with aclosing(client.generate(self._request)) as outputs:
                 async for output in outputs:
                     watch.see_output(output)
                     for event in self._take(output):
                         watch.see(event)
-                        for ripe in self._interval.feed(event):
-                            sink(ripe)
+                        deliver(event)
                     if not self._num_open:
                         return
 

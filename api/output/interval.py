@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from fuseline.api.output.events import Done, Event, TextDelta
 
@@ -10,25 +10,22 @@ from fuseline.api.output.events import Done, Event, TextDelta
 class Interval:
     """Joins a choice's text to deltas of `num_tokens` tokens; its first token and its end wait for none."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = num_tokens
+    def __init__(self, num_tokens: int, sink: Callable[[Event], None]) -> None:
+        self._num_tokens, self._sink = num_tokens, sink
         self._held: dict[int, TextDelta] = {}
         self._started: set[int] = set()
 
-    def feed(self, event: Event) -> Sequence[Event]:
-        """The events that are to be sent now."""
-        if self._num_tokens == 1:
-            return (event,)
+    def feed(self, event: Event) -> None:
+        """Hand on what is to be sent now."""
         if isinstance(event, TextDelta):
-            delta = _joined(self._held.pop(event.index, None), event)
-            if event.index in self._started and len(delta.token_ids) < self._num_tokens:
-                self._held[event.index] = delta
-                return ()
+            event = _joined(self._held.pop(event.index, None), event)
+            if event.index in self._started and len(event.token_ids) < self._num_tokens:
+                self._held[event.index] = event
+                return
             self._started.add(event.index)
-            return (delta,)
-        if isinstance(event, Done) and event.index in self._held:
-            return self._held.pop(event.index), event
-        return (event,)
+        elif isinstance(event, Done) and event.index in self._held:
+            self._sink(self._held.pop(event.index))
+        self._sink(event)
 
 
 def _joined(before: TextDelta | None, delta: TextDelta) -> TextDelta:
