@@ -6,30 +6,32 @@ import logging
 import time
 import uuid
 from array import array
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
+from pydantic import ValidationError
 
-from fuseline.api.config import ServerConfig
-from fuseline.api.errors import ApiError
-from fuseline.api.metrics import FinishedRequest, Metrics
-from fuseline.api.output.events import Done, Event, TextDelta
-from fuseline.api.output.generation import TextOptions, generate_events
-from fuseline.api.output.interval import in_intervals
+from fuseline.api.admission import Admission
+from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.errors import ApiError, to_api_error
+from fuseline.api.metrics import Metrics
+from fuseline.api.output.events import Prompt
+from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.logprobs import LogprobWriter
-from fuseline.api.output.openai_completion import Prompt, Shape
+from fuseline.api.output.openai_completion import Shape
+from fuseline.api.output.response import Run
+from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.bodies import Bodies
 from fuseline.api.prompt.chat import template_text
 from fuseline.api.prompt.encode import TextTokenizer, read_json
 from fuseline.api.prompt.pool import PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
-from fuseline.api.prompt.sampling import queue_is_full
+from fuseline.api.protocol.common import GenerationDefaults
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
@@ -59,6 +61,7 @@ class Served:
     """For short and for large bodies; None prepares in this process."""
     bodies: Bodies
     metrics: Metrics | None
+    admission: Admission
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     num_requests: int = 0
@@ -73,8 +76,6 @@ class Served:
     def check_ready(self) -> None:
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", code="server_stopping", retry_after=5)
-        if full := queue_is_full(self.client.num_in_flight, self.config):
-            raise full
 
     async def prepare(self, kind: Kind, pieces: list[bytes]) -> Prepared | Written:
         """A body made ready for the engine, or the answer where that needs none. Raises ApiError."""
@@ -103,62 +104,29 @@ class Served:
             role=answer.role, echo=answer.echo,
         )  # fmt: skip
 
-    async def events(self, prepared: Prepared, index: int, label: str) -> AsyncIterator[Event]:
-        """Runs one of the prompts, with metrics and the request log, in deltas of --stream-interval."""
-        interval = self.config.stream_interval
-        async with aclosing(self._observed(prepared, index, label)) as observed:
-            async for event in in_intervals(observed, interval) if interval > 1 else observed:
-                yield event
+    def runs(self, prepared: Prepared, prompts: list[Prompt], label: str) -> list[Run]:
+        """The prompts with what runs them, which is made when its turn comes."""
+        return [(prompt, partial(self.generation, prepared, k, label)) for k, prompt in enumerate(prompts)]
 
-    async def _observed(self, prepared: Prepared, index: int, label: str) -> AsyncIterator[Event]:
-        arrival = time.time()
-        prompt, answer = prepared.prompts[index], prepared.answer
+    def keep_alive(self, prepared: Prepared) -> float | None:
+        """Seconds of silence in a stream before a comment; None for an answer that comes whole."""
+        return self.config.sse_keep_alive_interval if prepared.answer.stream else None
+
+    def generation(self, prepared: Prepared, index: int, label: str) -> Generation:
+        """One of the prompts on its way through the engine, with metrics and the request log."""
+        config, prompt, answer = self.config, prepared.prompts[index], prepared.answer
         params = replace(prepared.params, max_tokens=prompt.max_tokens)
         ids = prompt.ids
         self.log_request(label, ids if prepared.text is None else prepared.text, params)
         engine_request = EngineRequest(
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(ids), params=params,
-            priority=answer.priority, arrival_time=arrival,
+            priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
         )  # fmt: skip
-        options = TextOptions(answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens)
-        kept = FinishedRequest(len(ids), params.n, params.max_tokens, arrival)
-        texts: dict[int, str] = {}
-        try:
-            async with aclosing(generate_events(self.client, engine_request, self.tokenizer, options)) as events:
-                async for event in events:
-                    self._observe(kept, event)
-                    if self.config.enable_log_outputs:
-                        self._log_output(label, texts, event)
-                    yield event
-        except ApiError:
-            kept.reasons += ["error"] * (params.n - len(kept.reasons))
-            raise
-        finally:
-            if len(kept.reasons) < params.n:
-                LOG.info("%s aborted", label)
-                kept.reasons += ["abort"] * (params.n - len(kept.reasons))
-            if self.metrics:
-                self.metrics.take_finished(kept)
-
-    def _observe(self, kept: FinishedRequest, event: Event) -> None:
-        if isinstance(event, Done):
-            kept.reasons.append(event.finish_reason)
-        elif isinstance(event, TextDelta) and event.token_ids:
-            kept.num_generated += len(event.token_ids)
-            now = time.time()
-            last = kept.last.get(event.index)
-            kept.first_token = kept.first_token or now
-            if last is not None and self.metrics:
-                self.metrics.take_gap((now - last) / len(event.token_ids))
-            kept.last[event.index] = now
-
-    def _log_output(self, label: str, texts: dict[int, str], event: Event) -> None:
-        """One line per choice, when it ends."""
-        if isinstance(event, TextDelta):
-            texts[event.index] = texts.get(event.index, "") + event.text
-        elif isinstance(event, Done):
-            text = texts.pop(event.index, "")[: self.config.max_log_len]
-            LOG.info("%s: output %d %r, %s", label, event.index, text, event.finish_reason)
+        options = TextOptions(
+            answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens, config.stream_interval
+        )
+        watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
+        return Generation(engine_request, self.tokenizer, options, watch)
 
     def log_request(self, label: str, prompt: str | array[int], params: SamplingParams) -> None:
         if self.config.disable_log_requests:
@@ -204,7 +172,8 @@ def build_served(
     if config.prompt_workers:
         pools = (PromptPool(settings, config.prompt_workers), PromptPool(settings, config.prompt_workers, NICENESS))
         pools[0].start()
-    return Served(config, client, ready, tokenizer, preparer, pools, Bodies(config.max_request_bytes), metrics)
+    bodies = Bodies(config.max_request_bytes)
+    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:
@@ -213,5 +182,15 @@ def generation_defaults(config: ServerConfig) -> dict[str, Any]:
         config.generation_config, config.generation_config
     )
     stored = read_json(Path(folder) / "generation_config.json") if folder else {}
-    merged = {**stored, **dict(config.override_generation_config)}
-    return {name: merged[name] for name in DEFAULTS if merged.get(name) is not None}
+    overrides = dict(config.override_generation_config)
+    if unknown := sorted(set(overrides) - set(DEFAULTS)):
+        raise ConfigError(
+            f"--override-generation-config: {unknown[0]} has no effect here (keys: {', '.join(sorted(DEFAULTS))})"
+        )
+    merged = {**stored, **overrides}
+    found = {name: merged[name] for name in DEFAULTS if merged.get(name) is not None}
+    try:
+        GenerationDefaults.model_validate(found, strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"generation config: {to_api_error(error).message}") from error
+    return found

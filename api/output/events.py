@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from fuseline.engine.messages import PositionLogprobs
@@ -32,6 +33,16 @@ class PromptInfo:
 
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+
+
+@dataclass
+class Prompt:
+    """One prompt of the request; its choices are numbered from `first`."""
+
+    ids: array[int]
+    first: int = 0
+    echo: str | None = None
+    info: PromptInfo = field(default_factory=PromptInfo)
 
 
 Event = TextDelta | Done | PromptInfo

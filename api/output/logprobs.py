@@ -30,7 +30,10 @@ class LogprobWriter:
 
     def chat(self, positions: Sequence[PositionLogprobs], num_top: int) -> dict:
         """choices[].logprobs of chat."""
-        return {"content": [self._chat_token(p, num_top) for p in positions]}
+        return {"content": self.chat_tokens(positions, num_top)}
+
+    def chat_tokens(self, positions: Positions, num_top: int) -> list[dict]:
+        return [self._chat_token(position, num_top) for position in positions]
 
     def _chat_token(self, position: PositionLogprobs, num_top: int) -> dict:
         pairs = list(zip(position.top_ids, position.top_logprobs, strict=True))[:num_top]

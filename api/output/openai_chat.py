@@ -2,69 +2,65 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
-from fuseline.api.output.logprobs import JsonList, encode_slices
+from fuseline.api.output.events import Done, Event, Prompt, PromptInfo, TextDelta
+from fuseline.api.output.logprobs import encode_slices
 from fuseline.api.output.openai_completion import Shape, Totals
 from fuseline.api.output.pace import Pace
+from fuseline.engine.messages import PositionLogprobs
 
 
 class ChatWriter:
     """One conversation with n choices."""
 
-    def __init__(self, shape: Shape, prompt_ids: array[int], n: int) -> None:
-        self._shape, self._ids, self._n = shape, prompt_ids, n
-        self._totals = Totals(prompt=len(prompt_ids))
+    def __init__(self, shape: Shape, prompt: Prompt, n: int) -> None:
+        self._shape, self._ids, self._n = shape, prompt.ids, n
+        self._totals = Totals(prompt=len(prompt.ids))
         self._info = PromptInfo()
         self._text = [[shape.echo] for _ in range(n)]
-        self._tokens: list[list[int]] = [[] for _ in range(n)]
-        self._logprobs = [JsonList() for _ in range(n)]
-        self._ends: list[Done | None] = [None] * n
         self._pace = Pace()
+        self._tokens: list[list[int]] = [[] for _ in range(n)]
+        self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
+        self._ends: list[Done | None] = [None] * n
+        self._is_started = False
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[dict[str, Any]]:
-        is_started = False
-        async for event in events:
-            self._take(event)
-            if not is_started:
-                is_started = True
-                for chunk in self._opening():
-                    yield chunk
-                    await self._pace.rest()
-            if isinstance(event, TextDelta) and (event.text or event.token_ids):
-                choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
-                if self._shape.wants_logprobs:
-                    choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
-                await self._pace.rest()
-                if self._shape.wants_ids:
-                    choice["token_ids"] = event.token_ids
-                yield self._envelope(choice)
-            elif isinstance(event, Done):
-                choice = {"index": event.index, "delta": {}, "finish_reason": event.finish_reason}
-                if event.stop_reason is not None:
-                    choice["stop_reason"] = event.stop_reason
-                yield self._envelope(choice)
-        if self._shape.include_usage:
-            yield {**self._common(), "choices": [], "usage": self._totals.body(self._shape.shows_cached)}
+    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
+        self._take(event)
+        chunks = [] if self._is_started else self._opening()
+        self._is_started = True
+        if isinstance(event, TextDelta) and (event.text or event.token_ids):
+            choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
+            if self._shape.wants_logprobs:
+                choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
+            if self._shape.wants_ids:
+                choice["token_ids"] = event.token_ids
+            chunks.append(self._envelope(choice))
+        elif isinstance(event, Done):
+            choice = {"index": event.index, "delta": {}, "finish_reason": event.finish_reason}
+            if event.stop_reason is not None:
+                choice["stop_reason"] = event.stop_reason
+            chunks.append(self._envelope(choice))
+        return chunks
 
-    async def whole(self, events: AsyncIterator[Event]) -> list[bytes]:
-        """Pieces of the JSON body."""
-        shape = self._shape
-        async for event in events:
-            self._take(event)
-            if isinstance(event, TextDelta):
-                self._text[event.index].append(event.text)
-                if shape.wants_logprobs:
-                    self._logprobs[event.index].extend(shape.writer.chat(event.logprobs, shape.num_top)["content"])
-            await self._pace.rest()
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """The usage chunk, where it was asked for."""
+        usage = self._totals.body(self._shape.shows_cached)
+        return [{**self._common(), "choices": [], "usage": usage}] if self._shape.include_usage else []
+
+    def fold(self, prompt: Prompt, event: Event) -> None:
+        self._take(event)
+        if isinstance(event, TextDelta):
+            self._text[event.index].append(event.text)
+
+    async def whole(self) -> list[bytes]:
+        """Pieces of the answer that the folded events make, as JSON."""
         pieces = [msgspec.json.encode({**self._common(), "object": "chat.completion"})[:-1] + b',"choices":[']
         for index in range(self._n):
-            pieces.append((b"," if index else b"") + msgspec.json.encode(self._whole_choice(index)))
+            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
             await self._pace.rest()
         return [*pieces, b"]," + msgspec.json.encode(await self._tail())[1:]]
 
@@ -83,6 +79,7 @@ class ChatWriter:
             self._totals.cached += event.num_cached_tokens
         elif isinstance(event, TextDelta):
             self._tokens[event.index] += event.token_ids
+            self._logprobs[event.index] += event.logprobs
             self._totals.completion += len(event.token_ids)
         else:
             self._ends[event.index] = event
@@ -99,17 +96,20 @@ class ChatWriter:
         ]
         return [self._envelope(choice, is_opening=True) for choice in (*role, *echo)]
 
-    def _whole_choice(self, index: int) -> dict[str, Any]:
-        end = self._ends[index]
-        content = self._logprobs[index].raw() if self._shape.wants_logprobs else None
+    async def _whole_choice(self, index: int) -> dict[str, Any]:
+        shape, end = self._shape, self._ends[index]
+        logprobs = None
+        if shape.wants_logprobs:
+            write = partial(shape.writer.chat_tokens, num_top=shape.num_top)
+            logprobs = {"content": await encode_slices(write, self._logprobs[index], self._pace)}
         choice = {
             "index": index,
-            "message": {"role": self._shape.role, "reasoning_content": None, "content": "".join(self._text[index])},
-            "logprobs": None if content is None else {"content": content},
+            "message": {"role": shape.role, "reasoning_content": None, "content": "".join(self._text[index])},
+            "logprobs": logprobs,
             "finish_reason": end.finish_reason if end else None,
             "stop_reason": end.stop_reason if end else None,
         }
-        return {**choice, "token_ids": self._tokens[index]} if self._shape.wants_ids else choice
+        return {**choice, "token_ids": self._tokens[index]} if shape.wants_ids else choice
 
     def _envelope(self, choice: dict[str, Any], is_opening: bool = False) -> dict[str, Any]:
         body = {**self._common(), "choices": [choice]}

@@ -31,8 +31,8 @@ class Limits:
         if isinstance(messages, list) and len(messages) > self._config.max_messages:
             raise bad_request(f"at most {self._config.max_messages} messages in one request", "messages")
         prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
-        if len(prompts) > self._config.max_prompts:
-            raise bad_request(f"at most {self._config.max_prompts} prompts in one request", "prompt")
+        if len(prompts) > self._config.max_num_prompts:
+            raise bad_request(f"at most {self._config.max_num_prompts} prompts in one request", "prompt")
         if fields.get("truncate_prompt_tokens") is None:
             for ids in prompts:
                 self._check_fits(len(ids) if isinstance(ids, list) else 0)

@@ -13,18 +13,20 @@ from typing import Any, Literal
 from msgspec.structs import replace
 from pydantic import BaseModel
 
+from fuseline.api.admission import Admission
 from fuseline.api.config import JsonObject, ServerConfig
 from fuseline.api.errors import ApiError, bad_request, to_api_error
 from fuseline.api.prompt.chat import ChatRenderer, ChatTemplate, RenderedChat
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.limits import Limits
-from fuseline.api.prompt.parse import parse_json, validate
+from fuseline.api.prompt.parse import validate
 from fuseline.api.prompt.prepared import AnswerOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
 from fuseline.api.prompt.token_routes import detokenize, tokenize
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.api.protocol.completion import CompletionRequest
+from fuseline.api.protocol.json_body import parse_object
 from fuseline.engine.messages import EngineReady
 
 LOG = logging.getLogger("fuseline.prompts")
@@ -54,6 +56,7 @@ class Preparer:
         template = ChatTemplate(text, config.chat_template_content_format) if text else None
         self._config = config
         self._tokenizer = tokenizer
+        self._admission = Admission(config)
         self.limits = Limits(config, settings.ready, tokenizer)
         self._renderer = ChatRenderer(config, template, tokenizer.special_tokens if tokenizer else {})
         self._sampling = SamplingBuilder(config, settings.ready, tokenizer, self.limits, dict(settings.defaults))
@@ -80,7 +83,7 @@ class Preparer:
 
     def _prepare(self, kind: Kind, raw: bytes) -> Reply:
         body_class, step = self._steps[kind]
-        fields = parse_json(raw)
+        fields = parse_object(raw)
         self.limits.check_sizes(fields)
         body = validate(fields, body_class)
         self.limits.check_model(body.model)
@@ -90,7 +93,9 @@ class Preparer:
     def _completion(self, body: CompletionRequest) -> Prepared:
         refuse_unsupported(body)
         _check_completion(body)
-        prompts = tuple(self._completion_prompt(body, text) for text in _as_list(body.prompt))
+        texts = _as_list(body.prompt)
+        self._admission.check(body, len(texts))
+        prompts = tuple(self._completion_prompt(body, text) for text in texts)
         params = self._sampling.build(body, body.logprobs, prompts[0].max_tokens)
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
             params = replace(params, prompt_logprobs=body.logprobs)
@@ -111,7 +116,10 @@ class Preparer:
     def _chat(self, body: ChatRequest) -> Prepared:
         refuse_unsupported(body)
         _check_chat(body)
+        self._admission.check(body)
         self._need_tokenizer()
+        if body.reasoning_effort is not None:  # a variable of the templates that know it
+            body.chat_template_kwargs = {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
         rendered = self._renderer.render(body)
         encoded = self._encode(body, rendered.text, bool(body.add_special_tokens))
         self.limits.check_prompt(encoded, "messages")
@@ -159,6 +167,7 @@ def _answer(body: GenerateRequest) -> AnswerOptions:
         includes_stop=bool(body.include_stop_str_in_output),
         skips_special=body.skip_special_tokens is not False,
         priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
     )
 
 

@@ -24,6 +24,7 @@ class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     includes_stop: bool = False
     skips_special: bool = True
     priority: int = 0
+    cache_salt: str = ""
     request_id: str | None = None
     role: str = "assistant"
     echo: str = ""
@@ -53,6 +54,10 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """The prompt as the log shows it, where it was rendered and not cut."""
     unknown: tuple[str, ...] = ()
     """Names of fields that were ignored."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.params.n
 
 
 class Written(msgspec.Struct, tag="written"):

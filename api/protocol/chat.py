@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from fuseline.api.protocol.common import GenerateRequest
+from fuseline.api.protocol.common import Fields, GenerateRequest
 
 MAX_NAME = 256
 """Characters of what the chunks of an answer repeat."""
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class Message(Fields):
     role: str = Field(max_length=MAX_NAME)
     content: str | list[Any] | None = None
     name: str | None = None
@@ -45,9 +43,7 @@ class ChatRequest(ChatFields, GenerateRequest):
     reasoning_effort: str | None = None
 
 
-class TokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class TokenizeRequest(Fields):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
@@ -60,8 +56,6 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class DetokenizeRequest(Fields):
     model: str | None = None
     tokens: list[int]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fuseline.api.output.openai_chat import ChatWriter
-from fuseline.api.routes.http import new_id, prepare, raw_response, stream, until_disconnect
+from fuseline.api.output.response import Answer
+from fuseline.api.routes.http import new_id, prepare
 from fuseline.api.served import Served
 
 router = APIRouter()
@@ -19,10 +22,10 @@ async def chat_completions(request: Request) -> Response:
     served.check_ready()
     prepared = await prepare(request, "chat")
     served.check_ready()
-    id = new_id("chatcmpl-", request, prepared.answer.request_id)
-    prompt = served.prompts(prepared)[0]
-    writer = ChatWriter(served.shape(prepared, id), prompt.ids, prepared.params.n)
-    events = served.events(prepared, 0, id)
-    if prepared.answer.stream:
-        return await stream(request, writer.chunks(events), served.config.sse_keep_alive_interval)
-    return raw_response(await until_disconnect(request, writer.whole(events)))
+    with ExitStack() as stack:
+        stack.enter_context(served.admission.take(prepared.num_sequences))
+        id = new_id("chatcmpl-", request, prepared.answer.request_id)
+        prompts = served.prompts(prepared)
+        writer = ChatWriter(served.shape(prepared, id), prompts[0], prepared.params.n)
+        runs = served.runs(prepared, prompts, id)
+        return Answer(served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared))

@@ -1,20 +1,17 @@
-"""What the routes share: reading a body, answering whole or as a stream, noticing that the client has gone."""
+"""What the routes share: reading a body, having it prepared, response ids."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
 
-from fuseline.api.errors import ApiError, to_api_error
-from fuseline.api.output.outbox import Outbox
+from fuseline.api.errors import ApiError
+from fuseline.api.output.response import json_response, raw_response, until_disconnect
 from fuseline.api.prompt.bodies import Held
 from fuseline.api.prompt.prepared import Prepared, Written
 
@@ -22,13 +19,11 @@ if TYPE_CHECKING:
     from fuseline.api.prompt.prepare import Kind
     from fuseline.api.served import Served
 
+__all__ = ["json_response", "new_id", "prepare", "raw_response", "read_body"]
 LOG = logging.getLogger("fuseline.http")
 SMALL_BYTES = 65536
 """A body up to this size is prepared so soon that its client's leaving meanwhile is not looked for."""
-WRITE_BYTES = 262144
-"""Most bytes that one write hands to a connection."""
 T = TypeVar("T")
-SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 async def prepare(request: Request, kind: Kind) -> Prepared | Written:
@@ -38,9 +33,16 @@ async def prepare(request: Request, kind: Kind) -> Prepared | Written:
         pieces = await read_body(request, held)
         preparing = served.prepare(kind, pieces)
         is_small = held.num_bytes <= SMALL_BYTES
-        reply = await (preparing if is_small else until_disconnect(request, preparing))
+        reply = await (preparing if is_small else _unless_gone(request, preparing))
     _warn_unknown(request, reply.unknown)
     return reply
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    task = asyncio.ensure_future(work)
+    if not await until_disconnect(request.receive, task):
+        raise ClientDisconnect()
+    return task.result()
 
 
 async def read_body(request: Request, held: Held) -> list[bytes]:
@@ -69,93 +71,3 @@ def _warn_unknown(request: Request, names: tuple[str, ...]) -> None:
 def new_id(prefix: str, request: Request, given: str | None = None) -> str:
     """The response id; its random part can come from X-Request-Id or the body."""
     return prefix + (request.headers.get("x-request-id") or given or uuid.uuid4().hex)
-
-
-def sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
-
-
-async def stream(request: Request, chunks: AsyncIterator[dict[str, Any]], keep_alive: float) -> Response:
-    """Waits for the first chunk, so that a refusal keeps its status; then sends events until the end.
-
-    A client that leaves while it waits frees its place.
-    """
-    first = await until_disconnect(request, anext(chunks, None))
-    return StreamingResponse(
-        _writes(first, chunks, keep_alive), media_type="text/event-stream; charset=utf-8", headers=SSE_HEADERS
-    )
-
-
-async def _writes(
-    first: dict[str, Any] | None, chunks: AsyncIterator[dict[str, Any]], keep_alive: float
-) -> AsyncIterator[bytes]:
-    """What there is to send, one write for all that a step of the engine has brought."""
-    outbox = Outbox(keep_alive)
-    if first is not None:
-        outbox.add(sse(first))
-    filling = asyncio.ensure_future(_fill(outbox, chunks))
-    try:
-        await asyncio.sleep(0)  # what came with the first chunk goes with it
-        while written := await outbox.take():
-            yield written
-    finally:
-        outbox.close()
-        filling.cancel()
-        await asyncio.gather(filling, return_exceptions=True)
-
-
-async def _fill(outbox: Outbox, chunks: AsyncIterator[dict[str, Any]]) -> None:
-    try:
-        async with aclosing(chunks):
-            async for body in chunks:
-                outbox.add(sse(body))
-    except Exception as error:
-        outbox.add(sse(_failure(error).body()))
-    outbox.add(b"data: [DONE]\n\n")
-    outbox.close()
-
-
-def _failure(error: Exception) -> ApiError:
-    mapped = to_api_error(error)
-    if mapped.code == "internal_error" and not isinstance(error, ApiError):
-        LOG.exception("error in a stream", exc_info=error)
-    return mapped
-
-
-async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away first."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect()
-        return task.result()
-    finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def json_response(body: Any) -> Response:
-    return raw_response([msgspec.json.encode(body)])
-
-
-def raw_response(pieces: list[bytes]) -> Response:
-    """A JSON body in pieces; a large one is written at the client's pace."""
-    size = sum(map(len, pieces))
-    if size <= WRITE_BYTES:
-        return Response(b"".join(pieces), media_type="application/json")
-    headers = {"Content-Length": str(size)}
-    return StreamingResponse(_in_writes(pieces), media_type="application/json", headers=headers)
-
-
-async def _in_writes(pieces: list[bytes]) -> AsyncIterator[bytes]:
-    for piece in pieces:
-        for at in range(0, len(piece), WRITE_BYTES):
-            yield piece[at : at + WRITE_BYTES]
