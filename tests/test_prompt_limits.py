@@ -116,7 +116,8 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Preparer:
         return encode(self, text, add_special_tokens)
 
     monkeypatch.setattr(TextTokenizer, "encode", checked)
-    return preparer(max_token_rules=100, max_num_prompts=10, max_messages=10, max_stop_strings=2, max_prompt_bytes=10**7)
+    flags = {"max_token_rules": 100, "max_num_prompts": 10, "max_messages": 10, "max_stop_strings": 2}
+    return preparer(max_prompt_bytes=10**7, **flags)
 
 
 TOO_MUCH: dict[str, tuple[str, bytes, str]] = {

@@ -29,10 +29,12 @@ class Limits:
         """Counts of a body that has been parsed and not been validated: no element is looked at but the first."""
         prompt, messages = fields.get("prompt"), fields.get("messages")
         if isinstance(messages, list) and len(messages) > self._config.max_messages:
-            raise bad_request(f"at most {self._config.max_messages} messages in one request", "messages")
+            most = self._config.max_messages
+            raise bad_request(f"messages: at most {most} messages are allowed (--max-messages)", "messages")
         prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
         if len(prompts) > self._config.max_num_prompts:
-            raise bad_request(f"at most {self._config.max_num_prompts} prompts in one request", "prompt")
+            most = self._config.max_num_prompts
+            raise bad_request(f"prompt: at most {most} prompts are allowed (--max-num-prompts)", "prompt")
         if fields.get("truncate_prompt_tokens") is None:
             for ids in prompts:
                 self._check_fits(len(ids) if isinstance(ids, list) else 0)
@@ -42,14 +44,16 @@ class Limits:
     def _check_rules(self, fields: Mapping[str, Any], num_sequences: int) -> None:
         stops = fields.get("stop")
         if isinstance(stops, list) and len(stops) > self._config.max_stop_strings:
-            raise bad_request(f"stop: at most {self._config.max_stop_strings} stop strings are allowed", "stop")
+            most = self._config.max_stop_strings
+            raise bad_request(f"stop: at most {most} stop strings are allowed (--max-stop-strings)", "stop")
         left = self._config.max_token_rules
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids", "bad_words"):
             rules = fields.get(name)
             left -= num_sequences * len(rules) if isinstance(rules, list | dict) else 0
             if left < 0:
                 most = self._config.max_token_rules
-                raise bad_request(f"{name}: at most {most} entries for all prompts and choices of a request", name)
+                words = f"{name}: at most {most} entries for all prompts and choices are allowed (--max-token-rules)"
+                raise bad_request(words, name)
 
     def check_text(self, text: str) -> None:
         """Refuses a text that must be longer than the context, before it is encoded."""
