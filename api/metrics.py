@@ -125,18 +125,21 @@ class Metrics:
         self._n.observe(finished.n)
         now = time.time()
         self._e2e.observe(now - finished.arrival)
+        if finished.queue_seconds is None:
+            return  # it never left the queue
+        scheduled = finished.arrival + finished.queue_seconds
+        self._queue.observe(finished.queue_seconds)
+        self._inference.observe(max(now - scheduled, 0))
         if finished.first_token is not None:
-            scheduled = finished.arrival + finished.queue_seconds
-            self._queue.observe(finished.queue_seconds)
             self._ttft.observe(finished.first_token - finished.arrival)
             self._prefill.observe(max(finished.first_token - scheduled, 0))
             self._decode.observe(now - finished.first_token)
-            self._inference.observe(max(now - scheduled, 0))
 
-    def take_gap(self, seconds: float) -> None:
-        """Time between two outputs of one choice."""
+    def take_gap(self, seconds: float, num_tokens: int) -> None:
+        """Time since the last output of a choice, whose next `num_tokens` tokens came at once."""
         for histogram in self._tpot:
-            histogram.observe(seconds)
+            for _ in range(num_tokens):
+                histogram.observe(seconds / num_tokens)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -164,7 +167,7 @@ class FinishedRequest:
     def __init__(self, num_prompt: int, n: int, max_tokens: int, arrival: float) -> None:
         self.num_prompt, self.n, self.max_tokens, self.arrival = num_prompt, n, max_tokens, arrival
         self.num_generated = 0
-        self.queue_seconds = 0.0
+        self.queue_seconds: float | None = None
         self.first_token: float | None = None
         self.last: dict[int, float] = {}
         self.reasons: list[str] = []

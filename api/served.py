@@ -14,7 +14,7 @@ from typing import Any
 from fuseline.api.config import ServerConfig
 from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.metrics import FinishedRequest, Metrics
-from fuseline.api.output.events import Done, Event, TextDelta
+from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.generation import TextOptions, generate_events
 from fuseline.api.output.interval import in_intervals
 from fuseline.api.output.logprobs import LogprobWriter
@@ -22,7 +22,7 @@ from fuseline.api.prompt.chat_template import ChatTemplate, template_text
 from fuseline.api.prompt.sampling import SamplingBuilder, queue_is_full
 from fuseline.api.prompt.tokens import TextTokenizer, read_json
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.engine.client import EngineClient
+from fuseline.engine.client import EngineClient, EngineDeadError
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
 LOG = logging.getLogger("fuseline.requests")
@@ -99,7 +99,7 @@ class Served:
                     if self.config.enable_log_outputs:
                         self._log_output(label, texts, event)
                     yield event
-        except ApiError:
+        except (ApiError, EngineDeadError):
             kept.reasons += ["error"] * (params.n - len(kept.reasons))
             raise
         finally:
@@ -110,7 +110,9 @@ class Served:
                 self.metrics.take_finished(kept)
 
     def _observe(self, kept: FinishedRequest, event: Event) -> None:
-        if isinstance(event, Done):
+        if isinstance(event, PromptInfo):
+            kept.queue_seconds = event.queue_seconds
+        elif isinstance(event, Done):
             kept.reasons.append(event.finish_reason)
         elif isinstance(event, TextDelta) and event.token_ids:
             kept.num_generated += len(event.token_ids)
@@ -118,7 +120,7 @@ class Served:
             last = kept.last.get(event.index)
             kept.first_token = kept.first_token or now
             if last is not None and self.metrics:
-                self.metrics.take_gap((now - last) / len(event.token_ids))
+                self.metrics.take_gap(now - last, len(event.token_ids))
             kept.last[event.index] = now
 
     def _log_output(self, label: str, texts: dict[int, str], event: Event) -> None:

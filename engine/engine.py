@@ -18,13 +18,18 @@ from fuseline.engine.request import Sequence, make_sequences
 from fuseline.engine.run.device import Device
 from fuseline.engine.run.request_rows import RequestRows
 from fuseline.engine.run.runner import Batch, Model, Runner
-from fuseline.engine.run.sampling import Launched, Sampled, StepResult
+from fuseline.engine.run.sampling import NOT_FINITE, OK, Launched, Sampled, StepResult
 from fuseline.engine.schedule.overlap import order_of_stages
 from fuseline.engine.schedule.plan import Plan
 from fuseline.engine.schedule.scheduler import Limits, Scheduler
 from fuseline.engine.stats import make_stats
 
 logger = logging.getLogger("fuseline.engine")
+
+NOTHING_LEFT_ERROR = (
+    "no token is left to choose from: logit_bias, allowed_token_ids, bad_words, min_tokens, the penalties or the "
+    "temperature of this request exclude all"
+)
 
 
 class Engine:
@@ -87,11 +92,11 @@ class Engine:
     def compute(self, batch: Batch) -> Launched:
         return self.runner.run(batch)
 
-    def remember(self, batch: Batch) -> None:
+    def commit(self, batch: Batch) -> None:
         plan, rows, size = batch.plan, self.rows, self.kv.block_size
         is_filled = plan.num_computed // size != (plan.num_computed + plan.counts) // size
         for row in plan.rows[is_filled].tolist():
-            self.kv.remember(rows.sequences[row])
+            self.kv.commit(rows.sequences[row])
         for row in plan.rows[rows.is_parent[plan.rows]].tolist():
             seq = rows.sequences[row]
             if seq.num_computed >= seq.prompt_len:
@@ -135,7 +140,9 @@ class Engine:
         if error:
             if request.request_id not in self._live:
                 self._report.outputs += [
-                    TokenOutput(request_id=request.request_id, index=i, finish_reason="error", error=error)
+                    TokenOutput(
+                        request_id=request.request_id, index=i, finish_reason="error", error=error, is_bad_request=True
+                    )
                     for i in range(request.params.n)
                 ]
             return
@@ -147,11 +154,21 @@ class Engine:
         self._num_sequences += len(sequences)
         self._live[request.request_id] = sequences
         self.scheduler.add(sequences[0])
+        self._report.has_news = True
 
     def abort(self, request_id: str) -> None:
         """End a request's unfinished choices and free their blocks; unknown ids are ignored."""
         for seq in list(self._live.get(request_id, ())):
             self._finish(seq, Ending("abort"))
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """End one choice of a request; the others go on. Unknown ones are ignored."""
+        for seq in list(self._live.get(request_id, ())):
+            if seq.choices == [index]:
+                self._finish(seq, Ending("abort"))
+            elif index in seq.choices:
+                seq.choices.remove(index)
+                self._report.outputs.append(TokenOutput(request_id=request_id, index=index, finish_reason="abort"))
 
     def reset_prefix_cache(self) -> None:
         self.kv.reset_prefix_cache()
@@ -162,6 +179,7 @@ class Engine:
         self.scheduler.preempt_all()
         self.kv.reset_prefix_cache()
         self.is_asleep = True
+        self._report.has_news = True
 
     def resume(self) -> None:
         self.is_asleep = False
@@ -194,8 +212,7 @@ class Engine:
         self._report.num_step_tokens += plan.num_tokens
         self._report.num_prompt_tokens += int(np.minimum(num_left, plan.counts).sum())
         for seq in plan.started:
-            if not seq.was_scheduled:
-                seq.was_scheduled = True
+            if seq.queue_seconds is None:
                 arrival = seq.request.arrival_time
                 seq.queue_seconds = max(0.0, time.time() - arrival) if arrival else 0.0
 
@@ -213,12 +230,10 @@ class Engine:
         if seq.is_finished:
             return
         try:
-            if sampled.ok[row]:
+            if sampled.status[row] == OK:
                 self._tell_token(seq, sampled, row)
             else:
-                # Blocks that hold such values must not reach anyone else.
-                self.kv.reset_prefix_cache()
-                self._finish(seq, Ending("error", error="the model's output is not finite for this request"))
+                self._fail(seq, sampled.status[row])
         except Exception as error:
             # DESIGN contract 14: what goes wrong with one request's token is that request's alone.
             logger.exception("request %s failed", seq.request.request_id)
@@ -232,6 +247,15 @@ class Engine:
             self._finish(seq, ending, (token,), logprobs)
         else:
             self._report.outputs.extend(make_outputs(seq, (token,), logprobs, None))
+
+    def _fail(self, seq: Sequence, status: int) -> None:
+        """End a sequence without a token, with its cause: `status` as in Sampled."""
+        if status == NOT_FINITE:
+            # Its KV may hold such values: nobody else may read it, nor what was computed from it.
+            self.scheduler.forget_computed(seq.request.request_id)
+            self._finish(seq, Ending("error", error="the model's output is not finite for this request"))
+        else:
+            self._finish(seq, Ending("error", error=NOTHING_LEFT_ERROR, is_bad_request=True))
 
     def _finish(
         self,

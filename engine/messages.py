@@ -49,16 +49,39 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     cache_salt: str = ""
 
 
-class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
-    request_ids: tuple[str, ...]
+class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="abort"):
+    """Whole requests, and single choices as (request id, index). Unknown ones are ignored."""
+
+    request_ids: tuple[str, ...] = ()
+    choices: tuple[tuple[str, int], ...] = ()
 
 
-class Utility(msgspec.Struct, frozen=True, tag="utility"):
-    """A call with an answer: reset_prefix_cache, sleep, wake_up, is_sleeping, ..."""
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
+    """Forget all cached blocks. Answered by CallDone."""
 
     call_id: int
-    method: str
-    arg: str = ""
+
+
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """Stop serving and give back memory: at level 0 none, at 1 the KV cache's and on a GPU the weights' too, at 2 the
+    weights are discarded. What ran is computed anew after WakeUp. Answered by CallDone or CallFailed.
+    """
+
+    call_id: int
+    level: int
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag="wake_up"):
+    """Bring back what the tags name; without tags, everything. Answered by CallDone or CallFailed."""
+
+    call_id: int
+    tags: tuple[str, ...] = ()
+
+
+class IsSleeping(msgspec.Struct, frozen=True, tag="is_sleeping"):
+    """Answered by SleepState."""
+
+    call_id: int
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -94,8 +117,10 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     """The stop_token_id that ended the choice; None for EOS and length."""
     error: str = ""
     """With finish_reason error: a message fit for the client."""
-    queue_seconds: float = 0.0
-    """With the first output: time from arrival to first being scheduled."""
+    is_bad_request: bool = False
+    """With finish_reason error: the request's own settings are the cause."""
+    queue_seconds: float | None = None
+    """With the first output, if a step has computed for the choice: time from arrival to its first step."""
     handle: int | None = None
     """With the first output and with the last: what stands for the choice in PlainTokens."""
 
@@ -156,10 +181,20 @@ class StepExpander:
         return TokenOutput(request_id=request_id, index=index, token_ids=(token,))
 
 
-class UtilityResult(msgspec.Struct, frozen=True, tag="utility_result"):
+class CallDone(msgspec.Struct, frozen=True, tag="call_done"):
     call_id: int
-    result: str = ""
-    error: str = ""
+
+
+class CallFailed(msgspec.Struct, frozen=True, tag="call_failed"):
+    """`error`: one line for the caller."""
+
+    call_id: int
+    error: str
+
+
+class SleepState(msgspec.Struct, frozen=True, tag="sleep_state"):
+    call_id: int
+    is_sleeping: bool
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -190,5 +225,7 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     total: int
 
 
-ToEngine = EngineRequest | AbortRequests | Utility | Shutdown
-FromEngine = StepOutputs | UtilityResult | EngineReady | EngineFailed | Progress
+Call = ResetPrefixCache | Sleep | WakeUp | IsSleeping
+CallResult = CallDone | CallFailed | SleepState
+ToEngine = EngineRequest | AbortRequests | Call | Shutdown
+FromEngine = StepOutputs | CallResult | EngineReady | EngineFailed | Progress

@@ -11,7 +11,7 @@ import numpy as np
 from fuseline.engine.messages import PlainTokens, PositionLogprobs, StepOutputs, StepStats, TokenOutput
 from fuseline.engine.request import Sequence
 from fuseline.engine.run.request_rows import RequestRows
-from fuseline.engine.run.sampling import Sampled
+from fuseline.engine.run.sampling import OK, Sampled
 from fuseline.engine.schedule.plan import Plan
 
 
@@ -20,11 +20,15 @@ class Ending:
     reason: str
     stop_token_id: int | None = None
     error: str = ""
+    is_bad_request: bool = False
 
 
 @dataclass
 class Report:
     """What there is to tell since the last message."""
+
+    has_news: bool = False
+    """The counts have changed without a step."""
 
     outputs: list[TokenOutput] = field(default_factory=list)
     handles: bytes = b""
@@ -33,7 +37,7 @@ class Report:
     num_prompt_tokens: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.outputs or self.token_ids)
+        return bool(self.outputs or self.token_ids or self.has_news)
 
     def add_plain(self, handles: np.ndarray, tokens: np.ndarray) -> None:
         """One token each [N] int64, from choices that are told of nothing else."""
@@ -52,7 +56,7 @@ def goes_on_plainly(plan: Plan, sampled: Sampled, rows: RequestRows) -> np.ndarr
     places = plan.rows[plan.sampling]
     stays = rows.tenancy[places] == plan.tenancy[plan.sampling]
     is_stop = (rows.stops[places] == sampled.tokens[:, None]).any(1)
-    return stays & rows.is_plain[places] & sampled.ok & ~is_stop & (plan.lengths + 1 < rows.end[places])
+    return stays & rows.is_plain[places] & (sampled.status == OK) & ~is_stop & (plan.lengths + 1 < rows.end[places])
 
 
 def find_ending(seq: Sequence, max_model_len: int) -> Ending | None:
@@ -78,19 +82,21 @@ def make_outputs(
         seq.rows.note_output(seq)
     output = TokenOutput(
         request_id=seq.request.request_id,
-        index=seq.index,
+        index=seq.choices[0],
         token_ids=tokens,
         logprobs=logprobs,
         handle=seq.handle if is_first or ending else None,
         num_cached_tokens=seq.num_cached if is_first else 0,
-        queue_seconds=seq.queue_seconds if is_first else 0.0,
+        queue_seconds=seq.queue_seconds if is_first else None,
         finish_reason=ending.reason if ending else None,
         stop_token_id=ending.stop_token_id if ending else None,
         error=ending.error if ending else "",
+        is_bad_request=ending.is_bad_request if ending else False,
     )
-    for copy in range(1, seq.copies):
-        yield msgspec.structs.replace(output, index=copy)
     if seq.prompt_scores is not None and (ending is None or not ending.error):
-        output = msgspec.structs.replace(output, prompt_logprobs=tuple(seq.prompt_scores))
+        yield msgspec.structs.replace(output, prompt_logprobs=tuple(seq.prompt_scores))
         seq.prompt_scores = None
-    yield output
+    else:
+        yield output
+    for choice in seq.choices[1:]:
+        yield msgspec.structs.replace(output, index=choice)

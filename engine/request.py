@@ -26,8 +26,8 @@ class Sequence:
 
     request: EngineRequest
     index: int
-    copies: int
-    """Choices this one stands for (greedy n > 1 computes one)."""
+    choices: list[int]
+    """Unfinished choices it stands for, ascending (greedy n > 1 computes one sequence)."""
     order: tuple[float, ...]
     """Place in the queue; the largest is preempted first."""
     seed: int
@@ -45,9 +45,11 @@ class Sequence:
     variant: int = 0
     """Rope table in use (longrope)."""
     is_finished: bool = False
-    was_scheduled: bool = False
+    was_looked_up: bool = False
+    """The prefix cache's counts include it."""
     has_output: bool = False
-    queue_seconds: float = 0.0
+    queue_seconds: float | None = None
+    """From its request's arrival to its first step; None while it waits for that."""
     num_cached: int = 0
     prompt_scores: list[PositionLogprobs | None] | None = None
     """Filled in while the prompt is computed; None when not wanted or already sent."""
@@ -55,9 +57,9 @@ class Sequence:
     """Choices that wait for this one's prompt to be computed."""
     blocks: list[list[int]] = field(default_factory=list)
     first_held: list[int] = field(default_factory=list)
-    num_remembered: int = 0
-    num_resets: int = 0
-    """Of the prefix cache, before it began: what was computed before a reset is not to be found again."""
+    num_committed: int = 0
+    cache_epoch: int = 0
+    """Of the prefix cache when it started; a sequence of another epoch commits no blocks."""
     keys: list[bytes] = field(default_factory=list)
     swapped: SwappedKV | None = None
     """Its KV in host memory, while it waits to go on."""
@@ -125,7 +127,7 @@ def make_sequences(
         Sequence(
             request=request,
             index=index,
-            copies=params.n if is_single else 1,
+            choices=list(range(params.n)) if is_single else [index],
             order=(*order, index),
             seed=(seed + index) & SEED_MASK,
             handle=first_handle + index,

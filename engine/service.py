@@ -14,19 +14,26 @@ from fuseline.engine.memory.sizing import CacheSize, size_cache
 from fuseline.engine.memory.swap import host_blocks
 from fuseline.engine.messages import (
     AbortRequests,
+    Call,
+    CallDone,
+    CallFailed,
+    CallResult,
     EngineFailed,
     EngineReady,
     EngineRequest,
     FromEngine,
+    IsSleeping,
     Progress,
+    ResetPrefixCache,
     Shutdown,
+    Sleep,
+    SleepState,
     ToEngine,
-    Utility,
-    UtilityResult,
+    WakeUp,
 )
 from fuseline.engine.run.runner import Model, SwappingModel
 from fuseline.engine.run.warm_up import warm_up
-from fuseline.engine.sleep import TAGS, Sleep
+from fuseline.engine.sleep import TAGS, Sleeper
 
 logger = logging.getLogger("fuseline.engine")
 
@@ -54,7 +61,7 @@ class EngineService:
         self.size = size_cache(info, config.cache, config.scheduler, max_model_len, room)
         self.host_blocks = self._count_host_blocks(model)
         self.engine = Engine(config, model, self.size.num_blocks, self.device, self.host_blocks)
-        self._asleep = Sleep(self.engine.runner, self._build, self._open)
+        self._sleeper = Sleeper(self.engine.runner, self._build, self._open)
         self._open(model)  # last: from now on a thread may capture
         send(_ready(config, self.engine, self.size, self.device.name))
 
@@ -84,43 +91,37 @@ class EngineService:
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
                 self.engine.abort(request_id)
-        elif isinstance(message, Utility):
-            self.send(self._call(message))
+            for request_id, index in message.choices:
+                self.engine.abort_choice(request_id, index)
+        else:
+            self.send(self._answer(message))
 
-    def _call(self, call: Utility) -> UtilityResult:
-        utilities = {
-            "reset_prefix_cache": self._reset_prefix_cache,
-            "sleep": self._sleep,
-            "wake_up": self._wake_up,
-            "is_sleeping": lambda _: "true" if self.engine.is_asleep else "false",
-        }
-        if call.method not in utilities:
-            return UtilityResult(call.call_id, error=f"the engine has no method {call.method}")
+    def _answer(self, call: Call) -> CallResult:
         try:
-            return UtilityResult(call.call_id, result=utilities[call.method](call.arg))
+            if isinstance(call, IsSleeping):
+                return SleepState(call.call_id, self.engine.is_asleep)
+            if isinstance(call, ResetPrefixCache):
+                self.engine.reset_prefix_cache()
+            elif isinstance(call, Sleep):
+                self._sleep(call.level)
+            elif isinstance(call, WakeUp):
+                self._wake_up(call.tags or TAGS)
+            return CallDone(call.call_id)
         except (ValueError, MemoryError) as error:  # weights that find no room on the host stay where they are
-            return UtilityResult(call.call_id, error=str(error))
+            return CallFailed(call.call_id, str(error))
 
-    def _reset_prefix_cache(self, _: str) -> str:
-        self.engine.reset_prefix_cache()
-        return "true"
-
-    def _sleep(self, arg: str) -> str:
-        """Level 0 pauses, 1 also gives the KV memory back, 2 also the weights. What ran is computed anew on waking."""
-        if arg not in ("0", "1", "2", ""):
-            raise ValueError(f"sleep level must be 0, 1 or 2, not {arg}")
+    def _sleep(self, level: int) -> None:
+        if level not in (0, 1, 2):
+            raise ValueError(f"sleep level must be 0, 1 or 2, not {level}")
         self.engine.pause()
-        self._asleep.deepen(int(arg or 1))
-        return "true"
+        self._sleeper.deepen(level)
 
-    def _wake_up(self, arg: str) -> str:
-        """`arg`: tags of what to bring back, separated by commas; all if empty. Serving goes on when all is there."""
-        tags = arg.split(",") if arg else TAGS
+    def _wake_up(self, tags: tuple[str, ...]) -> None:
+        """Serving goes on when everything is there."""
         if unknown := sorted(set(tags) - set(TAGS)):
             raise ValueError(f"there is no tag {unknown[0]} (tags: {', '.join(TAGS)})")
-        if self.engine.is_asleep and self._asleep.wake(tags):
+        if self.engine.is_asleep and self._sleeper.wake(tags):
             self.engine.resume()
-        return "true"
 
     def _build(self) -> Model:
         return self.build_model(self.config, self._tell_progress)

@@ -10,11 +10,12 @@ from fuseline.engine.run.runner import Model, Runner, SleepingModel
 TAGS = ("weights", "kv_cache")
 
 
-class Sleep:
-    """Of a paused engine. Level 0 keeps everything, 1 gives the KV memory back and moves a card's weights to the host,
-    2 discards the weights; a deeper level may follow a lighter one.
+class Sleeper:
+    """Gives back the memory of a paused engine, and gets it again.
 
-    `build` makes the model anew, `open_caches` gives it all that it needs to be served.
+    Level 0 keeps everything, 1 gives the KV memory back and moves a GPU's weights to the host, 2 discards the weights.
+    A deeper level may follow a lighter one. `build` makes the model anew, `open_caches` gives it all that it needs to
+    be served.
     """
 
     def __init__(self, runner: Runner, build: Callable[[], Model], open_caches: Callable[[Model], None]) -> None:

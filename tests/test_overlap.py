@@ -265,8 +265,8 @@ async def test_a_whole_engine_with_steps_ahead(in_process: bool, find_device) ->
     try:
         stream = client.generate(make_request("r", max_tokens=20))
         tokens = list((await anext(stream)).token_ids)
-        await client.utility("sleep", "2")
-        await client.utility("wake_up")
+        await client.sleep(2)
+        await client.wake_up()
         async for output in stream:
             tokens += output.token_ids
         assert tokens == greedy((5, 6, 7), 20)

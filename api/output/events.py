@@ -28,9 +28,11 @@ class Done:
 
 @dataclass(slots=True)
 class PromptInfo:
-    """Facts of the prompt, with the first output."""
+    """Facts of the prompt: one event, before all others."""
 
     num_cached_tokens: int = 0
+    queue_seconds: float | None = None
+    """From the arrival to the first step that computed for the request."""
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from fuseline.api.errors import ApiError
+from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.stop import StopStrings
@@ -28,19 +28,29 @@ async def generate_events(
 ) -> AsyncIterator[Event]:
     """Events of all choices in the order of their tokens; closing it aborts the request. Raises ApiError."""
     choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
-    num_open = len(choices)
+    num_open, is_started = len(choices), False
     async with aclosing(client.generate(request)) as outputs:
         async for output in outputs:
             if output.finish_reason == "error":
-                raise ApiError(500, output.error or "the request failed in the engine", code="internal_error")
-            if output.num_cached_tokens or output.prompt_logprobs is not None:
-                yield PromptInfo(output.num_cached_tokens, output.prompt_logprobs)
-            choice = choices[output.index]
-            for event in choice.take(output):
+                raise _error(output)
+            if not is_started:
+                is_started = True
+                yield PromptInfo(output.num_cached_tokens, output.queue_seconds, output.prompt_logprobs)
+            for event in choices[output.index].take(output):
+                if isinstance(event, Done):
+                    num_open -= 1
+                    if num_open and output.finish_reason is None:
+                        # Ended by a stop string, of which the engine knows nothing.
+                        client.abort_choice(request.request_id, output.index)
                 yield event
-                num_open -= isinstance(event, Done)
             if not num_open:
                 return
+
+
+def _error(output: TokenOutput) -> ApiError:
+    if output.is_bad_request:
+        return bad_request(output.error)
+    return ApiError(500, output.error or "the request failed in the engine", code="internal_error")
 
 
 class _Choice:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
+
+from fuseline.engine.memory.prefix_tree import PrefixTree
 
 NULL_BLOCK = 0
 """Stands where a table needs an id and no block is wanted; never handed out."""
@@ -15,10 +18,13 @@ class BlockPool:
     blocks are reused in the order: never keyed, then least recently released.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, tree: PrefixTree | None = None) -> None:
+        """`tree`: shared by the pools of all cache groups."""
         self.num_blocks = num_blocks
+        self._tree = PrefixTree() if tree is None else tree
         self.refs = [0] * (num_blocks + 1)
         self._keys: list[bytes | None] = [None] * (num_blocks + 1)
+        self._owners: list[str | None] = [None] * (num_blocks + 1)  # ids of the requests that committed them
         self._cached: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
 
@@ -57,11 +63,26 @@ class BlockPool:
             if self._keys[block] is None:
                 self._free.move_to_end(block, last=False)
 
-    def remember(self, block: int, key: bytes) -> None:
-        """Make a full block findable. The first block with a key keeps it."""
+    def commit(self, block: int, key: bytes, parent: bytes, owner: str) -> None:
+        """Make a full block findable. The first block with a key keeps it.
+
+        `parent`: key of the block before it, or the root of the chain. `owner`: id of the request that computed it.
+        """
         if self._keys[block] is None and key not in self._cached:
             self._keys[block] = key
             self._cached[key] = block
+            self._owners[block] = owner
+            self._tree.add(key, parent)
+
+    def keys_of(self, owner: str) -> set[bytes]:
+        """Keys of the cached blocks that a request has committed."""
+        return {key for key, block in self._cached.items() if self._owners[block] == owner}
+
+    def forget(self, owner: str, keys: Collection[bytes]) -> None:
+        """Blocks that `owner` has committed, and blocks with one of `keys`, are no longer found."""
+        for key, block in list(self._cached.items()):
+            if self._owners[block] == owner or key in keys:
+                self._forget(block)
 
     def forget_all(self) -> None:
         for block in list(self._cached.values()):
@@ -71,4 +92,5 @@ class BlockPool:
         key = self._keys[block]
         if key is not None:
             del self._cached[key]
-            self._keys[block] = None
+            self._keys[block] = self._owners[block] = None
+            self._tree.remove(key)

@@ -9,6 +9,7 @@ import numpy as np
 from fuseline.engine.memory.block_pool import NULL_BLOCK
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.prefix_cache import extend_keys
+from fuseline.engine.memory.prefix_tree import PrefixTree
 from fuseline.engine.memory.swap import SwapSpace
 from fuseline.engine.request import Sequence
 
@@ -26,9 +27,10 @@ class KVManager:
         num_host_blocks: Seq[int] = (),
     ) -> None:
         self.block_size = block_size
-        self.groups = [CacheGroup(w, block_size, n) for w, n in zip(windows, num_blocks, strict=True)]
+        self._tree = PrefixTree()
+        self.groups = [CacheGroup(w, block_size, n, self._tree) for w, n in zip(windows, num_blocks, strict=True)]
         self.swap = SwapSpace(num_host_blocks) if num_host_blocks else None
-        self._num_resets = 0
+        self._epoch = 0
         self._windowed = [(index, group) for index, group in enumerate(self.groups) if group.window]
         self.promised: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
@@ -89,7 +91,7 @@ class KVManager:
                     group.pool.take(block)
         seq.blocks = reused
         seq.first_held = [group.first_visible(hit * self.block_size) for group in self.groups]
-        seq.num_remembered, seq.num_resets = hit, self._num_resets
+        seq.num_committed, seq.cache_epoch = hit, self._epoch
         self._promise(seq)
         return True
 
@@ -127,19 +129,18 @@ class KVManager:
         self.num_slots[rows] += self.block_size
         return True
 
-    def remember(self, seq: Sequence) -> None:
+    def commit(self, seq: Sequence) -> None:
         """Make the blocks that the last step filled findable."""
         end = seq.num_computed // self.block_size
-        if seq.cache_root is None or end <= seq.num_remembered:
+        if seq.cache_root is None or seq.cache_epoch != self._epoch or end <= seq.num_committed:
             return
         extend_keys(seq.keys, seq.cache_root, seq.rows.tokens[seq.row], self.block_size, end)
-        for index in range(seq.num_remembered, end):
-            key = seq.keys[index]
-            self.promised.pop(key, None)
+        for index in range(seq.num_committed, end):
+            self.promised.pop(seq.keys[index], None)
             for group, blocks in zip(self.groups, seq.blocks, strict=True):
                 if blocks[index] != NULL_BLOCK:
-                    group.pool.remember(blocks[index], key)
-        seq.num_remembered = end
+                    self._commit_block(group, blocks[index], seq, index)
+        seq.num_committed = end
 
     def free(self, seq: Sequence) -> None:
         """Give everything back, the last block first: a prefix outlives its continuations in the cache."""
@@ -149,7 +150,7 @@ class KVManager:
                 if block != NULL_BLOCK:
                     group.pool.release(block)
         seq.blocks = []
-        seq.num_remembered = 0
+        seq.num_committed = 0
 
     def swap_out(self, seq: Sequence) -> bool:
         """Save the KV of a running sequence that is about to lose its row. False when there is no room for it."""
@@ -169,9 +170,27 @@ class KVManager:
             seq.swapped = None
 
     def reset_prefix_cache(self) -> None:
-        self._num_resets += 1
+        """Running sequences go on, but what they compute from now on depends on what is forgotten: it is not found."""
+        self._epoch += 1
+        self.promised.clear()
         for group in self.groups:
             group.pool.forget_all()
+
+    def forget_request(self, request_id: str) -> set[bytes]:
+        """The blocks that a request has committed leave the prefix cache, and those computed from them, whoever did it.
+
+        Returns their keys: sequences that have one of them must not commit any more (`stop_commits`).
+        """
+        own = set().union(*(group.pool.keys_of(request_id) for group in self.groups))
+        dependent = self._tree.descendants(own) if own else set()
+        for group in self.groups:
+            group.pool.forget(request_id, dependent)
+        return own | dependent
+
+    def stop_commits(self, seq: Sequence) -> None:
+        """What the sequence computes until it is started anew is not to be found by others."""
+        self._withdraw(seq)
+        seq.cache_epoch = -1
 
     def _swap_in(self, seq: Sequence, num_tokens: int) -> bool:
         """`start` of a swapped sequence. Blocks that the prefix cache still holds are not copied; those that are copied
@@ -200,27 +219,31 @@ class KVManager:
             blocks = [next(fresh) if block is None else block for block in cached]
             targets.append([None if old is not None else new for old, new in zip(cached, blocks, strict=True)])
             seq.blocks.append([NULL_BLOCK] * first + blocks)
-            if seq.num_resets == self._num_resets:
-                for block, key in zip(blocks, seq.keys[first:num_full], strict=False):
-                    group.pool.remember(block, key)
+            if seq.cache_epoch == self._epoch:
+                for index in range(first, min(num_full, len(seq.keys))):
+                    self._commit_block(group, blocks[index - first], seq, index)
         self.swap.restore(saved, targets)
         seq.swapped = None
         seq.first_held = list(saved.first)
-        seq.num_remembered = num_full
+        seq.num_committed = num_full
         self._promise(seq)
         return True
 
+    def _commit_block(self, group: CacheGroup, block: int, seq: Sequence, index: int) -> None:
+        parent = seq.keys[index - 1] if index else seq.cache_root
+        group.pool.commit(block, seq.keys[index], parent, seq.request.request_id)
+
     def _promise(self, seq: Sequence) -> None:
         """Tell of the blocks that a starting sequence will fill with the tokens it has."""
-        if seq.cache_root is None:
+        if seq.cache_root is None or seq.cache_epoch != self._epoch:
             return
         end = seq.num_tokens // self.block_size
         extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, end)
-        for key in seq.keys[seq.num_remembered : end]:
+        for key in seq.keys[seq.num_committed : end]:
             self.promised.setdefault(key, seq)
 
     def _withdraw(self, seq: Sequence) -> None:
-        for key in seq.keys[seq.num_remembered :]:
+        for key in seq.keys[seq.num_committed :]:
             if self.promised.get(key) is seq:
                 del self.promised[key]
 

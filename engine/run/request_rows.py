@@ -93,7 +93,7 @@ class RequestRows:
         """The first output is out: what follows may be plain."""
         params = seq.params
         num_stops = len(params.eos_token_ids) + len(params.stop_token_ids)
-        self.is_plain[seq.row] = params.logprobs is None and seq.copies == 1 and num_stops <= NUM_STOPS
+        self.is_plain[seq.row] = params.logprobs is None and seq.choices == [seq.index] and num_stops <= NUM_STOPS
         self.wants_scores[seq.row] = False
 
     def _load_endings(self, seq: Sequence) -> None:

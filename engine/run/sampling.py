@@ -23,6 +23,9 @@ INPUTS = (
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 """In the order of their codes."""
 SCORES = ("logprobs", "ranks", "top_ids", "top_logprobs")
+NOT_FINITE, OK, NOTHING_LEFT = range(3)
+"""What the `sample` kernel says of a row: the model's logits are not finite; it has a token; its bias, masks, penalties
+and temperature leave none of finite logits."""
 NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
@@ -79,7 +82,7 @@ class RowScores:
 @dataclass(frozen=True)
 class Sampled:
     tokens: np.ndarray  # [R] int64
-    ok: np.ndarray  # [R] bool; False: the row's logits were not finite
+    status: np.ndarray  # [R] uint8: NOT_FINITE, OK, NOTHING_LEFT
     scores: RowScores | None  # None: nobody wants any
 
 
@@ -109,7 +112,7 @@ class Launched:
         sampled = scores = None
         if arguments.num_rows:
             scores_of_tokens = RowScores(*itemgetter(*SCORES)(found)) if arguments.no_scores is None else None
-            sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy() != 0, scores_of_tokens)
+            sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy(), scores_of_tokens)
         if len(arguments.targets):
             scores = RowScores(*(found[f"prompt_{name}"] for name in SCORES))
         return StepResult(sampled, scores)

@@ -19,7 +19,7 @@ class Stages(Protocol):
     def launch(self, batch: Batch) -> None:
         """Fill in the tokens before it that are known, and count the step as computed."""
 
-    def remember(self, batch: Batch) -> None:
+    def commit(self, batch: Batch) -> None:
         """All tokens before it are known: later steps find the blocks that it fills."""
 
     def compute(self, batch: Batch) -> Launched:
@@ -64,7 +64,7 @@ class InOrder:
         batch = stages.prepare()
         if batch is not None:
             stages.launch(batch)
-            stages.remember(batch)
+            stages.commit(batch)
             result = stages.compute(batch).result()
             stages.store(batch, result)
             stages.report(batch, result)
@@ -110,7 +110,7 @@ class Overlapped(_Behind):
         last = self._finish(stages)
         if batch is not None:
             stages.launch(batch)
-            stages.remember(batch)
+            stages.commit(batch)
             self._running = batch, self._start(stages, batch)
         if last is not None:
             stages.report(*last)
@@ -142,7 +142,7 @@ class Queued(_Behind):
             last = self._finish(stages)
         self._running = started
         if batch is not None:
-            stages.remember(batch)
+            stages.commit(batch)
         if last is not None:
             stages.report(*last)
 

@@ -78,6 +78,13 @@ class Scheduler:
         self.waiting.remove(seq)
         self.kv.discard_swapped(seq)
 
+    def forget_computed(self, request_id: str) -> None:
+        """The KV that a request has computed is faulty: nobody finds it, nor what was computed from it, from now on."""
+        keys = self.kv.forget_request(request_id)
+        for seq in (*self.running, *self.waiting):
+            if not keys.isdisjoint(seq.keys):
+                self.kv.stop_commits(seq)
+
     def schedule(self) -> Plan:
         """The next step. Empty only when nothing waits or runs."""
         self._switch_ropes()
@@ -227,7 +234,8 @@ class Scheduler:
 
     def _count_hit(self, seq: Sequence, num_found: int) -> None:
         """A request is looked up once: neither its further choices nor its restarts count."""
-        if not seq.was_scheduled and seq.index == 0 and seq.reads_cache and seq.shares_prefix:
+        if not seq.was_looked_up and seq.index == 0 and seq.reads_cache and seq.shares_prefix:
+            seq.was_looked_up = True
             seq.num_cached = num_found
             self.prefix_queries += seq.prompt_len
             self.prefix_hits += seq.num_cached
