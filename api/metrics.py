@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from fuseline.engine.messages import EngineReady, StepOutputs, StepStats
+from fuseline.engine.messages import EngineReady, StepOutputs, StepStats, TokenOutput
 
 LOG = logging.getLogger("fuseline.stats")
 LOG_SECONDS = 10.0
@@ -108,7 +108,7 @@ class Metrics:
             self._hit_rate.set(stats.prefix_hits / stats.prefix_queries)
         if stats.num_step_tokens:
             self._step_tokens.observe(stats.num_step_tokens)
-        generated = sum(len(output.token_ids) for output in step.outputs)
+        generated = sum(len(output.token_ids) for output in step.outputs if isinstance(output, TokenOutput))
         self._prompt_count += stats.num_prompt_tokens
         self._generated_count += generated
         self._seen = stats

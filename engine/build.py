@@ -32,7 +32,7 @@ def find_device(config: EngineConfig) -> Device:
 
     target = detect_target(config.compile.cpu_threads, config.device)
     if target.kind == "cuda":
-        from fuseline.engine.run.card import CudaDevice
+        from fuseline.engine.run.cuda_device import CudaDevice
 
         return CudaDevice(target)
     from fuseline.engine.run.device import HostDevice, native_ops

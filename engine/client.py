@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
 
 from fuseline.engine.build import BuildModel, FindDevice, build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig
@@ -20,6 +21,8 @@ from fuseline.engine.messages import (
     EngineRequest,
     FromEngine,
     IsSleeping,
+    Output,
+    PooledOutput,
     Progress,
     ResetPrefixCache,
     Sleep,
@@ -27,7 +30,6 @@ from fuseline.engine.messages import (
     StepExpander,
     StepOutputs,
     StepStats,
-    TokenOutput,
     WakeUp,
 )
 from fuseline.engine.transport import EngineSetup, ProcessTransport, ThreadTransport, Transport
@@ -107,7 +109,7 @@ class EngineClient:
             raise EngineStartError(f"the engine died {MAX_DEATHS} times in ten minutes; see the log for the cause")
         return await self.start(on_progress)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncIterator[Output]:
         """Outputs of all choices as they come, until each has finished. Closing the iterator aborts the request.
 
         Raises EngineDeadError when the engine dies, ValueError for an id in use.
@@ -127,6 +129,11 @@ class EngineClient:
             self._mailboxes.pop(request.request_id, None)
             if num_unfinished and self.is_alive:
                 self._send(AbortRequests(request_ids=(request.request_id,)))
+
+    async def pool(self, request: EngineRequest) -> PooledOutput:
+        """The vector of a request with PoolingParams. Cancelling aborts it. Raises like `generate`."""
+        async with aclosing(self.generate(request)) as outputs:
+            return await anext(outputs)
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """The choices of these requests end with finish_reason "abort"; unknown ids are ignored."""
@@ -235,11 +242,11 @@ class _Mailbox:
     """Outputs on their way to one generate(). Cheaper than a queue: one reader, never bounded."""
 
     def __init__(self) -> None:
-        self._outputs: deque[TokenOutput] = deque()
+        self._outputs: deque[Output] = deque()
         self._error: EngineDeadError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, output: TokenOutput) -> None:
+    def put(self, output: Output) -> None:
         self._outputs.append(output)
         self._wake()
 
@@ -247,7 +254,7 @@ class _Mailbox:
         self._error = error
         self._wake()
 
-    async def get(self) -> TokenOutput:
+    async def get(self) -> Output:
         while not self._outputs:
             if self._error is not None:
                 raise EngineDeadError(str(self._error))

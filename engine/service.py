@@ -55,12 +55,14 @@ class EngineService:
         before = self.device.memory()
         model = self._build()
         info = model.info
-        steps = warm_up(self.device, model, config, self._tell_progress)
-        room = self.device.room(info, config.cache.gpu_memory_utilization, before, steps)
+        needed = warm_up(self.device, model, config, self._tell_progress)
+        budget = self.device.kv_budget(info, config.cache.gpu_memory_utilization, before, needed)
         max_model_len = config.compile.max_model_len or info.max_model_len
-        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, room)
+        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, budget)
         self.host_blocks = self._count_host_blocks(model)
-        self.engine = Engine(config, model, self.size.num_blocks, self.device, self.host_blocks)
+        self.engine = Engine(
+            config, model, self.size.num_blocks, self.device, self.host_blocks, self.size.num_states
+        )  # fmt: skip
         self._sleeper = Sleeper(self.engine.runner, self._build, self._open)
         self._open(model)  # last: from now on a thread may capture
         send(_ready(config, self.engine, self.size, self.device.name))
@@ -131,6 +133,8 @@ class EngineService:
         model.allocate_caches([count + 1 for count in self.size.num_blocks])
         if self.host_blocks:
             model.allocate_host_blocks(self.host_blocks)
+        if self.size.num_states:
+            model.allocate_states(self.size.num_states)
         self.device.capture_graphs(model, self._tell_progress)
 
     def _tell_progress(self, phase: str, done: int, total: int) -> None:
@@ -139,7 +143,8 @@ class EngineService:
     def _count_host_blocks(self, model: Model) -> list[int]:
         """Per cache group; none where preempted sequences are computed anew."""
         cache = self.config.cache
-        if cache.preemption_mode != "swap" or cache.swap_space == 0 or not isinstance(model, SwappingModel):
+        can_swap = isinstance(model, SwappingModel) and not model.info.state_specs
+        if cache.preemption_mode != "swap" or cache.swap_space == 0 or not can_swap:
             return []
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return host_blocks(model.info, cache.block_size, cache.swap_space, self.size.num_blocks, memory)
@@ -168,7 +173,7 @@ def _ready(config: EngineConfig, engine: Engine, size: CacheSize, device: str) -
     return EngineReady(
         vocab_size=info.vocab_size,
         max_model_len=engine.max_model_len,
-        num_blocks=max(size.num_blocks),
+        num_blocks=max(size.num_blocks, default=0),
         block_size=config.cache.block_size,
         dtype=info.dtype,
         kv_cache_dtype=kv_dtype,

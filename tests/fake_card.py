@@ -18,7 +18,7 @@ from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.kernels.triton import sampling
 from fuseline.compile.target import Target
 from fuseline.engine.memory.sizing import Memory
-from fuseline.engine.run.card import CardResults, CudaDevice
+from fuseline.engine.run.cuda_device import CardResults, CudaDevice
 from fuseline.engine.run.device import Progress, SampleOps
 
 __all__ = ["CARD", "FakeCard", "FakeGraphs", "no_host_sync", "triton_interpreter"]
@@ -179,7 +179,7 @@ class FakeCard(CudaDevice):
     def memory(self) -> Memory:
         return Memory(1 << 30, 1 << 31)
 
-    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
+    def profile(self, runs: Sequence[Callable[[], None]]) -> int:
         for run in runs:
             run()
         self.rehearsed.append(len(runs))

@@ -154,7 +154,7 @@ class QueueResults(HostResults):
 class FakeQueue(HostDevice):
     """A device that the host is ahead of. `log`: ("sent" | "read", number of the step)."""
 
-    is_queue = True
+    is_asynchronous = True
 
     def __init__(self, ops: SampleOps | None = None) -> None:
         super().__init__(ops or reference_device().ops, "fake queue")

@@ -93,15 +93,15 @@ class Walk:
         return name
 
     def step(self) -> None:
-        plans = []
+        batches = []
         prepare = self.engine.runner.prepare
-        self.engine.runner.prepare = lambda plan: (plans.append(plan), prepare(plan))[1]
+        self.engine.runner.prepare = lambda batch: (batches.append(batch), prepare(batch))[1]
         outputs = self.expander.expand(self.engine.step())
         self.engine.runner.prepare = prepare
         limits = self.engine.scheduler.limits
-        for plan in plans:
-            assert 0 < plan.num_tokens <= limits.num_tokens and len(plan.rows) <= limits.num_seqs
-            self.counts.append(plan.num_tokens)
+        for batch in batches:
+            assert 0 < batch.num_tokens <= limits.num_tokens and len(batch.rows) <= limits.num_seqs
+            self.counts.append(batch.num_tokens)
         for output in outputs.outputs:
             self.outputs.setdefault((output.request_id, output.index), []).append(output)
         check_invariants(self.engine)
@@ -111,9 +111,9 @@ class Walk:
             if not self.engine.has_work:
                 break
             self.step()
-        assert not self.engine.has_work and self.engine.kv.usage == 0 and not self.engine._live
+        assert not self.engine.has_work and self.engine.kv.usage == 0 and not self.engine.requests.live
         assert not self.engine.kv.swap or self.engine.kv.swap.usage == 0
-        assert not self.engine.rows.departed and not self.engine.kv.promised and not self.expander._choices
+        assert not self.engine.rows.evicted and not self.engine.kv.in_flight and not self.expander._choices
 
     def tokens(self, name: str, index: int = 0) -> list[int]:
         return [token for output in self.outputs[name, index] for token in output.token_ids]

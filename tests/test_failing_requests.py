@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_engine_walk import LAYOUTS, ORDERS, Walk, make_engine
 
 from fuseline.engine.memory.block_pool import BlockPool
-from fuseline.engine.memory.prefix_tree import PrefixTree
+from fuseline.engine.memory.prefix_cache import PrefixTree
 
 SHARED = list(range(1, 13))  # three blocks
 EACH_ORDER = pytest.mark.parametrize("order", ORDERS)

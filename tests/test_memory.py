@@ -13,8 +13,15 @@ from fuseline.engine.config import CacheConfig, SchedulerConfig
 from fuseline.engine.memory.block_pool import BlockPool
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.free_memory import free_memory
-from fuseline.engine.memory.prefix_cache import extend_keys, root_key
-from fuseline.engine.memory.sizing import Memory, SizingError, StepMemory, room_on_card, room_on_host, size_cache
+from fuseline.engine.memory.sizing import (
+    Memory,
+    ProfiledMemory,
+    SizingError,
+    kv_budget_on_gpu,
+    kv_budget_on_host,
+    size_cache,
+)
+from fuseline.engine.state.block_keys import extend_keys, root_key
 
 MIB = 1 << 20
 
@@ -87,7 +94,7 @@ def sized(cache: CacheConfig, windows=(0,), free=100 * MIB, max_model_len=64, ma
     info = FakeModel(windows).info
     scheduler = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=max_num_seqs)
     memory = Memory(free, free)
-    room = room_on_host(info, cache.gpu_memory_utilization, memory, memory)
+    room = kv_budget_on_host(info, cache.gpu_memory_utilization, memory, memory)
     return size_cache(info, cache, scheduler, max_model_len, room)
 
 
@@ -104,22 +111,22 @@ def test_sizes_from_memory_flags() -> None:
 
 def test_room_on_a_card() -> None:
     """The share is of the whole card; what is gone since before is ours; what others hold cannot be had."""
-    info, steps = FakeModel().info, StepMemory(peak=5, graphs=3)
+    info, steps = FakeModel().info, ProfiledMemory(activation_peak=5, graphs=3)
 
-    def room(share: float, before: int, now: int) -> int:
-        return room_on_card(info, share, Memory(before, 100), Memory(now, 100), steps).num_bytes
+    def budget(share: float, before: int, now: int) -> int:
+        return kv_budget_on_gpu(info, share, Memory(before, 100), Memory(now, 100), steps).num_bytes
 
-    assert room(0.9, before=98, now=60) == 90 - 38 - 8
-    assert room(0.9, before=50, now=12) == 12 - 8, "others leave less than the share"
-    assert room(0.3, before=98, now=60) == 0
-    table = room_on_card(info, 0.9, Memory(98, 100), Memory(60, 100), steps)
+    assert budget(0.9, before=98, now=60) == 90 - 38 - 8
+    assert budget(0.9, before=50, now=12) == 12 - 8, "others leave less than the share"
+    assert budget(0.3, before=98, now=60) == 0
+    table = kv_budget_on_gpu(info, 0.9, Memory(98, 100), Memory(60, 100), steps)
     assert dict(table.rows) == {"weights": 0, "a step at most": 5, "kept for graphs": 3} and table.free == 52
 
 
 def test_the_table_tells_of_weights_on_the_host() -> None:
     info = dataclasses.replace(FakeModel().info, weight_bytes=3 << 30, host_weight_bytes=2 << 30)
     cache, memory = CacheConfig(block_size=4, num_gpu_blocks_override=77), Memory(100 * MIB, 100 * MIB)
-    room = room_on_card(info, 0.9, memory, memory, StepMemory(0, 0))
+    room = kv_budget_on_gpu(info, 0.9, memory, memory, ProfiledMemory(0, 0))
     table = dict(size_cache(info, cache, SchedulerConfig(), 64, room).table)
     assert table["weights"] == "3.00 GiB" and table["weights on the host"] == "2.00 GiB"
 

@@ -15,7 +15,7 @@ from triton_interpreter import compile_launches
 from fuseline.compile.backends.device_inputs import Layout
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.engine.config import EngineConfig, SchedulerConfig
-from fuseline.engine.run.card import CardResults
+from fuseline.engine.run.cuda_device import CardResults
 from fuseline.engine.service import EngineService
 
 SERVED = "a first request"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
-from fuseline.engine.memory.prefix_tree import PrefixTree
+from fuseline.engine.memory.prefix_cache import PrefixTree
 
 NULL_BLOCK = 0
 """Stands where a table needs an id and no block is wanted; never handed out."""

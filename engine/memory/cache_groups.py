@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from fuseline.engine.memory.block_pool import NULL_BLOCK, BlockPool
-from fuseline.engine.memory.prefix_tree import PrefixTree
+from fuseline.engine.memory.prefix_cache import PrefixTree
 
 
 class CacheGroup:

@@ -1,34 +1,59 @@
-"""Keys of cached blocks: a SHA-256 chain over everything a block's keys and values depend on.
-
-They are computed here from tokens alone, never taken from a client, so that equal keys mean equal content.
-"""
+"""Which cached block continues which one: what has to go when a block turns out to be faulty."""
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-
-import numpy as np
+from collections.abc import Collection
+from dataclasses import dataclass
 
 
-def root_key(salt: str, variant: int, owner: str = "") -> bytes:
-    """Start of a chain.
+@dataclass(slots=True)
+class _Node:
+    parent: bytes
+    num_uses: int
+    """Blocks of all pools with this key, and keys that continue it."""
 
-    Requests with different salts never share blocks; `variant` is the rope table in use; `owner` confines the chain to
-    one request (its n choices share the prompt even when prefix caching is off).
+
+class PrefixTree:
+    """Parents of block keys. A key stays while a pool has a block with it, or a key that continues it is there: the
+    blocks of a prefix may be evicted before those that were computed from them.
     """
-    digest = hashlib.sha256()
-    for part in (salt.encode(), str(variant).encode(), owner.encode()):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.digest()
 
+    def __init__(self) -> None:
+        self._nodes: dict[bytes, _Node] = {}
 
-def extend_keys(
-    keys: list[bytes], root: bytes, tokens: array[int] | np.ndarray, block_size: int, num_blocks: int
-) -> None:
-    """Grow `keys` in place to the keys of the first `num_blocks` full blocks of `tokens` (32 bit each)."""
-    for index in range(len(keys), num_blocks):
-        parent = keys[-1] if keys else root
-        content = tokens[index * block_size : (index + 1) * block_size].tobytes()
-        keys.append(hashlib.sha256(parent + content).digest())
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def add(self, key: bytes, parent: bytes) -> None:
+        """A block with `key` is committed; its KV was computed from the block with the key `parent`, or `parent` is the
+        root of its chain.
+        """
+        node = self._nodes.get(key)
+        if node is not None:
+            node.num_uses += 1
+            return
+        self._nodes[key] = _Node(parent, 1)
+        if parent in self._nodes:
+            self._nodes[parent].num_uses += 1
+
+    def remove(self, key: bytes) -> None:
+        """A block with `key` has left the cache."""
+        while (node := self._nodes.get(key)) is not None:
+            node.num_uses -= 1
+            if node.num_uses:
+                return
+            del self._nodes[key]
+            key = node.parent
+
+    def descendants(self, keys: Collection[bytes]) -> set[bytes]:
+        """Keys that continue one of `keys`, at any distance."""
+        is_below: dict[bytes, bool] = {}
+        for key in self._nodes:
+            path = []
+            while key in self._nodes and key not in is_below:
+                path.append(key)
+                key = self._nodes[key].parent
+            for key in reversed(path):
+                parent = self._nodes[key].parent
+                is_below[key] = parent in keys or is_below.get(parent, False)
+        return {key for key, answer in is_below.items() if answer}

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 
 from fuseline.compile.graph_inputs import BlockCopy
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.sizing import GIB, SizingError
+from fuseline.engine.state.sequence import SwappedKV
 
 logger = logging.getLogger("fuseline.engine")
 MOST, MUCH = 0.7, 0.4
 """Shares of this machine's memory that swap space may take at most, and may take without a warning."""
-
-
-@dataclass(frozen=True)
-class SwappedKV:
-    """What a sequence has in host memory: by cache group the host blocks of its blocks `first`, `first` + 1, ..."""
-
-    num_computed: int
-    first: tuple[int, ...]
-    blocks: tuple[list[int], ...]
 
 
 class SwapSpace:

@@ -88,10 +88,13 @@ class Sampled:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Entry i of `sampled` belongs to the i-th sampling sequence of the plan; rows of `scores` to the targets."""
+    """Entry i of `sampled` belongs to the i-th sampling position of the batch, row i of `scores` to the i-th target,
+    row i of `pooled` to the i-th pooling sequence that the step completes.
+    """
 
     sampled: Sampled | None
     scores: RowScores | None
+    pooled: np.ndarray | None = None  # [P, H] float32
 
 
 @dataclass(frozen=True)
@@ -115,17 +118,23 @@ class Launched:
             sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy(), scores_of_tokens)
         if len(arguments.targets):
             scores = RowScores(*(found[f"prompt_{name}"] for name in SCORES))
-        return StepResult(sampled, scores)
+        return StepResult(sampled, scores, found["pooled"].numpy() if "pooled" in found else None)
 
 
-def launch_sampling(device: Device, logits: Tensor, arguments: SampleArguments, before: Tensor | None) -> Launched:
-    """logits [R + P, V] float32. `before`: the tokens of the step before, on the device, if some are unknown."""
+def launch_sampling(
+    device: Device, logits: Tensor, arguments: SampleArguments, before: Tensor | None, pooled: Tensor | None = None
+) -> Launched:
+    """logits [R + P, V] float32. `before`: the tokens of the step before, on the device, if some are unknown. `pooled`:
+    vectors that go to the host with the tokens.
+    """
     num_rows, num_targets = arguments.num_rows, len(arguments.targets)
     layout = {"tokens": ((num_rows,), torch.int64), "ok": ((num_rows,), torch.uint8)}
     if arguments.no_scores is None:
         layout |= RowScores.layout("", num_rows, arguments.num_top)
     if num_targets:
         layout |= RowScores.layout("prompt_", num_targets, arguments.num_prompt_top)
+    if pooled is not None:
+        layout["pooled"] = (tuple(pooled.shape), torch.float32)
     # A row that is not ok leaves its token as it is: a zero.
     results = device.results(layout)
     history = arguments.history
@@ -142,6 +151,8 @@ def launch_sampling(device: Device, logits: Tensor, arguments: SampleArguments, 
     if num_targets:
         scores = [out[f"prompt_{name}"] for name in SCORES]
         device.ops.row_logprobs(*scores, logits[num_rows:], given["targets"])
+    if pooled is not None:
+        out["pooled"].copy_(pooled)
     results.send()
     return Launched(arguments, results)
 

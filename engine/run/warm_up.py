@@ -10,7 +10,7 @@ import torch
 
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.engine.config import EngineConfig
-from fuseline.engine.memory.sizing import StepMemory
+from fuseline.engine.memory.sizing import ProfiledMemory
 from fuseline.engine.run.device import Device, Progress
 from fuseline.engine.run.histories import History, history_bytes, history_memory
 from fuseline.engine.run.runner import Model
@@ -22,20 +22,20 @@ GRAPH_BYTES = 8 << 20
 """Kept for what a captured graph takes outside the pool; an assumption, not a measurement."""
 
 
-def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progress) -> StepMemory:
+def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progress) -> ProfiledMemory:
     """Leaves the model with caches of one block. Nothing is run where the device gains nothing by it."""
     trial = _Trial(device, model, config)
     num_seqs = config.scheduler.max_num_seqs
     steps = [trial.step(counts) for counts in trial_steps(config, trial.max_model_len)]
     first = [trial.allocate_caches, trial.step([1] * num_seqs)]
     runs = _told([*first, *steps, *trial.sampling_steps()], progress)
-    decode = device.rehearse(runs[: len(first)])
-    peak = device.rehearse(runs[len(first) :]) + history_bytes(num_seqs, trial.max_model_len)
+    decode = device.profile(runs[: len(first)])
+    peak = device.profile(runs[len(first) :]) + history_bytes(num_seqs, trial.max_model_len)
     sizes = (*config.graphs.resolved(num_seqs), *config.graphs.resolved_mixed(config.scheduler.max_num_batched_tokens))
     # The graphs' pool, and trial runs on the stream that captures, whose memory other streams do not get.
     largest = decode * max((1, *(size / num_seqs for size in sizes)))
     graphs = int(2 * largest) + len(sizes) * GRAPH_BYTES if sizes else 0
-    return StepMemory(peak, graphs)
+    return ProfiledMemory(peak, graphs)
 
 
 def trial_steps(config: EngineConfig, max_model_len: int) -> list[list[int]]:

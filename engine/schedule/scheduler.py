@@ -9,10 +9,11 @@ import numpy as np
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.config import SchedulerConfig
 from fuseline.engine.memory.kv_manager import KVManager
-from fuseline.engine.request import Sequence
-from fuseline.engine.run.request_rows import RequestRows
-from fuseline.engine.schedule.plan import Plan, StepBudget, make_plan
+from fuseline.engine.schedule.budget import StepBudget, make_batch
 from fuseline.engine.schedule.queue import WaitingQueue
+from fuseline.engine.state.rows import RequestRows
+from fuseline.engine.state.scheduled_batch import ScheduledBatch
+from fuseline.engine.state.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Limits:
     num_prefill_tokens: int
     """What is left for those that are more than one token behind."""
     num_seqs: int
+    num_logits: int
+    """Logits rows of a step: one for each sequence, and for each of its drafts."""
     num_partial: int
     num_long_partial: int
     long_threshold: int
@@ -31,7 +34,8 @@ class Limits:
     is_chunked: bool
 
     @staticmethod
-    def resolve(config: SchedulerConfig, max_model_len: int) -> Limits:
+    def resolve(config: SchedulerConfig, max_model_len: int, num_drafts: int = 0) -> Limits:
+        """`num_drafts`: most drafts of a sequence and step."""
         threshold = config.long_prefill_token_threshold
         if threshold == 0 and config.max_num_partial_prefills > 1:
             threshold = max(1, int(0.04 * max_model_len))
@@ -39,6 +43,7 @@ class Limits:
             num_tokens=config.max_num_batched_tokens,
             num_prefill_tokens=config.chunked_prefill_size or config.max_num_batched_tokens,
             num_seqs=config.max_num_seqs,
+            num_logits=config.max_num_seqs * (1 + num_drafts),
             num_partial=config.max_num_partial_prefills,
             num_long_partial=config.max_long_partial_prefills,
             long_threshold=threshold,
@@ -85,18 +90,19 @@ class Scheduler:
             if not keys.isdisjoint(seq.keys):
                 self.kv.stop_commits(seq)
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> ScheduledBatch:
         """The next step. Empty only when nothing waits or runs."""
         self._switch_ropes()
-        self.waiting.unpark(self.kv.promised)
-        counts = np.zeros(self.limits.num_seqs, np.int64)
-        budget = StepBudget(self.limits.num_tokens, self.limits.num_seqs - len(self.running), counts)
+        self.waiting.resume(self.kv.in_flight)
+        counts, num_drafts = np.zeros((2, self.limits.num_seqs), np.int64)
+        spare_rows = self.limits.num_logits - len(self.running)
+        budget = StepBudget(self.limits.num_tokens, spare_rows, counts, num_drafts)
         self._continue_streams(budget)
         budget.tokens_left = min(budget.tokens_left, self.limits.num_prefill_tokens)
         self._schedule_running(budget)
         if not budget.has_preempted:
             self._admit_waiting(budget)
-        return make_plan(budget, self.rows, self.kv.swap)
+        return make_batch(budget, self.rows, self.kv.swap)
 
     def preempt_all(self) -> None:
         """Everything is computed anew, what was swapped out too."""
@@ -118,7 +124,8 @@ class Scheduler:
 
     def _continue_streams(self, budget: StepBudget) -> None:
         """What most steps are made of: sequences one token behind, for which there is room."""
-        streams = np.flatnonzero(self.rows.num_remaining() == 1)
+        is_stream = self.rows.num_remaining() == 1
+        streams = np.flatnonzero(is_stream & (self.rows.num_drafts == 0) if self.rows.with_drafts else is_stream)
         if len(streams) > budget.tokens_left:
             return
         is_full = self.rows.num_computed[streams] == self.kv.num_slots[streams]
@@ -137,8 +144,18 @@ class Scheduler:
             if seq.row < 0:
                 continue
             count = self._chunk(seq, num_remaining, budget)
+            if count and self._add_with_drafts(seq, count, budget):
+                continue
             if count and self._make_room(seq, seq.num_computed + count, budget):
                 budget.add(seq, count)
+
+    def _add_with_drafts(self, seq: Sequence, count: int, budget: StepBudget) -> bool:
+        """Schedule the drafts of a sequence too, as far as there is room without preempting anyone."""
+        num_drafts = int(min(self.rows.num_drafts[seq.row], budget.tokens_left - count, budget.spare_rows))
+        if num_drafts <= 0 or not self.kv.grow(seq, seq.num_computed + count + num_drafts):
+            return False
+        budget.add(seq, count + num_drafts, num_drafts)
+        return True
 
     def _chunk(self, seq: Sequence, num_remaining: int, budget: StepBudget) -> int:
         """How many of its remaining tokens a sequence may compute in this step; 0: none."""
@@ -173,9 +190,9 @@ class Scheduler:
             if not self._find_seat(seq, budget):
                 break
             begin = self.kv.find_start(seq)
-            promise = None if seq.swapped else self.kv.find_promise(seq, begin // self.kv.block_size)
-            if promise is not None:
-                self.waiting.park(promise)
+            awaited = None if seq.swapped else self.kv.find_in_flight(seq, begin // self.kv.block_size)
+            if awaited is not None:
+                self.waiting.defer(awaited)
                 continue
             num_remaining = seq.num_tokens - begin
             count = self._chunk(seq, num_remaining, budget)
@@ -190,9 +207,9 @@ class Scheduler:
             self.waiting.push(seq)
 
     def _find_seat(self, seq: Sequence, budget: StepBudget) -> bool:
-        # Who is parked keeps a seat, so those who pass cannot take it, and no more are parked than can sit down.
+        # A deferred sequence keeps a row: those who pass cannot take it, and no more are deferred than there are rows.
         num_free = min(budget.spare_rows, len(self._free_rows))
-        return num_free > self.waiting.num_parked or self._preempt_lower(seq, budget)
+        return num_free > self.waiting.num_deferred or self._preempt_lower(seq, budget)
 
     def _preempt_lower(self, seq: Sequence, budget: StepBudget) -> bool:
         """Under the priority policy, preempt the last sequence of a lower priority than `seq`, if there is one."""

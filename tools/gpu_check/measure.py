@@ -30,7 +30,7 @@ from table import CardClock, Limits, Table, is_card_lost
 
 from fuseline.compile.kernels.cuda_library import library_for
 from fuseline.compile.target import detect_target
-from fuseline.engine.run.card import CudaDevice
+from fuseline.engine.run.cuda_device import CudaDevice
 
 Part = tuple[str, Callable[[], object]]
 

@@ -12,7 +12,7 @@ from fuseline.compile.backends.device_inputs import DeviceInputs, Layout, num_by
 from fuseline.compile.kernels.triton import sampling
 from fuseline.compile.specs import ModelInfo
 from fuseline.compile.target import Target
-from fuseline.engine.memory.sizing import Memory, Room, StepMemory, room_on_card
+from fuseline.engine.memory.sizing import KVBudget, Memory, ProfiledMemory, kv_budget_on_gpu
 from fuseline.engine.run.device import Progress, SampleOps
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class CardResults:
 
 
 class CudaDevice:
-    is_queue = True
+    is_asynchronous = True
 
     def __init__(self, target: Target) -> None:
         self._device = torch.device(target.device)
@@ -50,10 +50,10 @@ class CudaDevice:
     def memory(self) -> Memory:
         return Memory(*torch.cuda.mem_get_info(self._device))
 
-    def room(self, info: ModelInfo, share: float, before: Memory, steps: StepMemory) -> Room:
-        return room_on_card(info, share, before, self.memory(), steps)
+    def kv_budget(self, info: ModelInfo, share: float, before: Memory, steps: ProfiledMemory) -> KVBudget:
+        return kv_budget_on_gpu(info, share, before, self.memory(), steps)
 
-    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
+    def profile(self, runs: Sequence[Callable[[], None]]) -> int:
         # What torch takes from the card counts, not what tensors fill: it cannot give the gaps between them away.
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
