@@ -27,7 +27,7 @@ class GraphInputs:
     slot_mapping: torch.Tensor  # [G, T] int64
     block_tables: torch.Tensor  # [G, S, M] int32; blocks a window has left behind may hold any valid id
     logits_rows: torch.Tensor  # [R] int64, indices into T
-    state_slots: torch.Tensor | None = None  # [S] int64, of models with a StateSpec; at position 0 a state begins as zero
+    state_slots: torch.Tensor | None = None  # [S] int64, for a StateSpec; a state at position 0 begins as zero
     embed_rows: torch.Tensor | None = None  # [E] int64, indices into T: positions that are fed by embeddings
     embeds: torch.Tensor | None = None  # [E, hidden size] float32
 

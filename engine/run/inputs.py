@@ -124,7 +124,8 @@ class TableCopy:
     def update(self, batch: ScheduledBatch, longest: int) -> np.ndarray:
         """Tables [G, S, M] of the plan's rows, wide enough for `longest` tokens."""
         width = self._width(longest)
-        num_blocks = self.kv.num_slots[batch.rows] // self.kv.block_size
+        # A sequence may hold more than is computed now: blocks for drafts that were not kept.
+        num_blocks = np.minimum(self.kv.num_slots[batch.rows] // self.kv.block_size, width)
         if self._tables.shape[1:] != (len(batch.rows), width):
             self._resize(len(batch.rows), width)
         is_same = (batch.rows == self._rows) & (batch.generation == self._generation)

@@ -131,7 +131,7 @@ def _ragged(parts: list) -> tuple[Tensor, Tensor]:
 
 
 def banned_tokens(params: SamplingParams, generated: np.ndarray) -> list[int]:
-    """Tokens that may not come after the generated ones: the last of bad words, and those that end a sequence too early.
+    """Tokens that may not come next: the last of bad words, and those that end a sequence too early.
 
     The newest generated token need not be known unless a bad word has several tokens.
     """
