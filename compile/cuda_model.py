@@ -112,12 +112,12 @@ class CudaModel:
         `sources` [T] int32 on the host: where it is not negative, the step's token is sampled[sources[t]], a tensor
         [rows] int64 on the device that the step before wrote; token_ids has anything there.
         """
-        tensors = dict(vars(inputs)) if sources is None else {**vars(inputs), "sources": sources}
+        tensors = inputs.tensors() if sources is None else {**inputs.tensors(), "sources": sources}
         step = self._uploads.upload(tensors)
         if sources is not None:
             feed_tokens(step["token_ids"], step["sources"], sampled)
         if self._executable.has_plans:
-            self._executable.plan(self._values(vars(inputs)))
+            self._executable.plan(self._values(inputs.tensors()))
         if self._is_uncalibrated and (inputs.slot_mapping.numpy() >= 0).any():
             # The first step whose keys are kept; those of a warm-up say nothing.
             self._is_uncalibrated = False

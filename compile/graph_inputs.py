@@ -31,6 +31,10 @@ class GraphInputs:
     embed_rows: torch.Tensor | None = None  # [E] int64, indices into T: positions that are fed by embeddings
     embeds: torch.Tensor | None = None  # [E, hidden size] float32
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The inputs that are there, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
 
 @dataclass(frozen=True)
 class BlockCopy:

@@ -1,4 +1,4 @@
-"""What an engine is built from, named without importing it: the server's process has no use for torch."""
+"""Model and device of an engine, named without importing them: the server's process has no use for torch."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class EngineClient:
         return len(self._mailboxes)
 
     def stats(self) -> StepStats:
-        """Of the newest step."""
+        """Counts of the newest step."""
         return self._stats
 
     async def start(self, on_progress: OnProgress | None = None) -> EngineReady:

@@ -11,7 +11,7 @@ import numpy as np
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.messages import EngineRequest, StepOutputs
-from fuseline.engine.outputs import Ending, NewTokens, find_ending, on_fast_path, pooled_output
+from fuseline.engine.outputs import Ending, new_tokens, on_fast_path, pooled_output, store_prompt_scores
 from fuseline.engine.requests import Requests
 from fuseline.engine.run.device import Device
 from fuseline.engine.run.runner import Model, PoolingModel, PreparedBatch, Runner
@@ -136,7 +136,7 @@ class Engine:
 
     def report(self, batch: PreparedBatch, result: StepResult) -> None:
         scheduled, sampled = batch.scheduled, result.sampled
-        self._store_prompt_scores(batch, result)
+        store_prompt_scores(batch, result)
         self._report_complete(batch, result)
         if sampled is None:
             return
@@ -179,7 +179,7 @@ class Engine:
         self.is_asleep = False
 
     def _note_start(self, scheduled: ScheduledBatch) -> None:
-        """Queue times of what runs for the first time; the counts of the step."""
+        """Note queue times of sequences that run for the first time, and the counts of the step."""
         report = self.requests.report
         num_left = np.maximum(self.rows.prompt_len[scheduled.rows] - scheduled.num_computed, 0)
         report.num_step_tokens += scheduled.num_tokens
@@ -190,7 +190,7 @@ class Engine:
                 seq.queue_seconds = max(0.0, time.time() - arrival) if arrival else 0.0
 
     def _settle_drafts(self, batch: PreparedBatch, stays: np.ndarray) -> None:
-        """What was computed for drafts that are not kept does not count; blocks of kept ones are committed."""
+        """Take back what was computed for drafts that are not kept, and commit the blocks of kept ones."""
         scheduled = batch.scheduled
         num_sequences = len(np.unique(scheduled.sampling))
         self.drafting.note(int(scheduled.num_drafts.sum()), int(batch.kept.sum()) - num_sequences)
@@ -198,15 +198,6 @@ class Engine:
         self.rows.settle(rows)
         for row in rows.tolist():
             self.kv.commit(self.rows.sequences[row])
-
-    def _store_prompt_scores(self, batch: PreparedBatch, result: StepResult) -> None:
-        row = 0
-        for seq, positions in batch.scoring:
-            for position in positions if seq.prompt_scores is not None else ():
-                scored = row + position - positions.start
-                token = seq.tokens[position]
-                seq.prompt_scores[position] = result.scores.position(scored, token, seq.params.prompt_logprobs)
-            row += len(positions)
 
     def _report_complete(self, batch: PreparedBatch, result: StepResult) -> None:
         """Sequences that want no tokens: they are done, some with a vector."""
@@ -227,7 +218,7 @@ class Engine:
         if seq.is_finished:
             return
         try:
-            new, status = self._new_tokens(seq, sampled, positions, lengths)
+            new, status = new_tokens(seq, sampled, positions, lengths, self.max_model_len)
             if new.token_ids:
                 self.requests.tell(seq, new)
             if status != OK:
@@ -236,22 +227,6 @@ class Engine:
             # DESIGN contract 14: what goes wrong with one request's token is that request's alone.
             logger.exception("request %s failed", seq.request.request_id)
             self.requests.finish(seq, Ending("error", error=f"internal error: {type(error).__name__}"))
-
-    def _new_tokens(
-        self, seq: Sequence, sampled: Sampled, positions: list[int], lengths: np.ndarray
-    ) -> tuple[NewTokens, int]:
-        """Tokens up to one that ends the sequence, or to a position without any; and the status of that position."""
-        tokens, logprobs, count = [], [], seq.params.logprobs
-        for position in positions:
-            if sampled.status[position] != OK:
-                return NewTokens(tuple(tokens), tuple(logprobs)), int(sampled.status[position])
-            tokens.append(int(sampled.tokens[position]))
-            if count is not None:
-                logprobs.append(sampled.scores.position(position, tokens[-1], count))
-            ending = find_ending(seq, tokens[-1], int(lengths[position]) + 1, self.max_model_len)
-            if ending:
-                return NewTokens(tuple(tokens), tuple(logprobs), ending), OK
-        return NewTokens(tuple(tokens), tuple(logprobs)), OK
 
     def _fail(self, seq: Sequence, status: int) -> None:
         """End a sequence for want of a token or a vector: `status` as in Sampled."""

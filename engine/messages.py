@@ -201,7 +201,7 @@ class TokenDeltas(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
-    """What a step has to tell: `deltas` first, then `outputs`."""
+    """Outputs of a step: `deltas` come before `outputs`."""
 
     outputs: list[Output] = []
     deltas: TokenDeltas = msgspec.field(default_factory=TokenDeltas)

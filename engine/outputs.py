@@ -1,4 +1,4 @@
-"""What a step's tokens mean: when a sequence ends (SPEC 6.9) and what the client is told."""
+"""Meaning of a step's tokens: when a sequence ends (SPEC 6.9), and what the client is told."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fuseline.engine.messages import (
     TokenOutput,
 )
 from fuseline.engine.run.runner import PreparedBatch
-from fuseline.engine.run.sampling import OK, Sampled
+from fuseline.engine.run.sampling import OK, Sampled, StepResult
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.sequence import Sequence
 
@@ -43,7 +43,7 @@ class NewTokens:
 
 @dataclass
 class Report:
-    """What there is to tell since the last message."""
+    """Outputs and counts since the last message."""
 
     has_news: bool = False
     """The counts have changed without a step."""
@@ -81,6 +81,36 @@ def on_fast_path(batch: PreparedBatch, sampled: Sampled, rows: RequestRows) -> n
         slow = scheduled.sampling[batch.kept & ~is_fast]
         is_fast &= batch.kept & ~np.isin(scheduled.sampling, slow)
     return is_fast
+
+
+def store_prompt_scores(batch: PreparedBatch, result: StepResult) -> None:
+    """Give the sequences of a step the log-probabilities of their prompt tokens."""
+    row = 0
+    for seq, positions in batch.scoring:
+        for position in positions if seq.prompt_scores is not None else ():
+            scored = row + position - positions.start
+            token = seq.tokens[position]
+            seq.prompt_scores[position] = result.scores.position(scored, token, seq.params.prompt_logprobs)
+        row += len(positions)
+
+
+def new_tokens(
+    seq: Sequence, sampled: Sampled, positions: list[int], lengths: np.ndarray, max_model_len: int
+) -> tuple[NewTokens, int]:
+    """Tokens that a step has sampled at `positions` of a sequence, as far as they belong to it, and the status of the
+    last position: they stop at a token that ends the sequence, and before a position without a token.
+    """
+    tokens, logprobs, count = [], [], seq.params.logprobs
+    for position in positions:
+        if sampled.status[position] != OK:
+            return NewTokens(tuple(tokens), tuple(logprobs)), int(sampled.status[position])
+        tokens.append(int(sampled.tokens[position]))
+        if count is not None:
+            logprobs.append(sampled.scores.position(position, tokens[-1], count))
+        ending = find_ending(seq, tokens[-1], int(lengths[position]) + 1, max_model_len)
+        if ending:
+            return NewTokens(tuple(tokens), tuple(logprobs), ending), OK
+    return NewTokens(tuple(tokens), tuple(logprobs)), OK
 
 
 def find_ending(seq: Sequence, token: int, length: int, max_model_len: int) -> Ending | None:

@@ -109,7 +109,7 @@ class EngineService:
             elif isinstance(call, WakeUp):
                 self._wake_up(call.tags or TAGS)
             return CallDone(call.call_id)
-        except (ValueError, MemoryError) as error:  # weights that find no room on the host stay where they are
+        except (ValueError, MemoryError) as error:  # weights that do not fit into host memory stay where they are
             return CallFailed(call.call_id, str(error))
 
     def _sleep(self, level: int) -> None:

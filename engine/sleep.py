@@ -1,4 +1,4 @@
-"""What a sleeping engine has given back, and how it gets it again."""
+"""Memory that a sleeping engine gives back, and how it gets it again."""
 
 from __future__ import annotations
 

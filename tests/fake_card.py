@@ -18,7 +18,7 @@ from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.kernels.triton import sampling
 from fuseline.compile.target import Target
 from fuseline.engine.memory.sizing import Memory
-from fuseline.engine.run.cuda_device import CardResults, CudaDevice
+from fuseline.engine.run.cuda_device import CudaDevice, CudaResults
 from fuseline.engine.run.device import Progress, SampleOps
 
 __all__ = ["CARD", "FakeCard", "FakeGraphs", "no_host_sync", "triton_interpreter"]
@@ -193,13 +193,13 @@ class FakeCard(CudaDevice):
         self._note(*found.values())
         return found
 
-    def results(self, layout: Layout) -> CardResults:
+    def results(self, layout: Layout) -> CudaResults:
         results = _FakeResults(layout, self._device, self.log)
         self._note(*results.tensors.values())
         return results
 
     def _run(self, run: Callable[..., Tensor], inputs, sources=None, sampled=None) -> Tensor:
-        with no_host_sync([*vars(inputs).values(), *([] if sources is None else [sources])]):
+        with no_host_sync([*inputs.tensors().values(), *([] if sources is None else [sources])]):
             logits = run(inputs, sources, sampled)
         self._note(logits)
         return logits
@@ -209,7 +209,7 @@ class FakeCard(CudaDevice):
         self._on_card |= {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
 
 
-class _FakeResults(CardResults):
+class _FakeResults(CudaResults):
     def __init__(self, layout: Layout, device: torch.device, log: list[tuple[str, int]]) -> None:
         super().__init__(layout, device)
         self._log, self._number = log, sum(kind == "sent" for kind, _ in log)

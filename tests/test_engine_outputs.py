@@ -113,7 +113,7 @@ def test_not_finite_logits_fail_that_request_alone() -> None:
 
 
 def test_an_exception_fails_its_request_alone(monkeypatch) -> None:
-    import fuseline.engine.engine as module
+    import fuseline.engine.outputs as module
 
     real = module.find_ending
 

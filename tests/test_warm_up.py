@@ -15,7 +15,7 @@ from triton_interpreter import compile_launches
 from fuseline.compile.backends.device_inputs import Layout
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.engine.config import EngineConfig, SchedulerConfig
-from fuseline.engine.run.cuda_device import CardResults
+from fuseline.engine.run.cuda_device import CudaResults
 from fuseline.engine.service import EngineService
 
 SERVED = "a first request"
@@ -39,7 +39,7 @@ class Recorder(FakeCard):
         model.run = lambda *args: run(*args)[:, :vocab_size].clone(memory_format=torch.contiguous_format)
         model.info = replace(model.info, vocab_size=vocab_size)
 
-    def results(self, layout: Layout) -> CardResults:
+    def results(self, layout: Layout) -> CudaResults:
         found = super().results(layout)
         if "ok" in layout:
             found.tensors["ok"].fill_(1)

@@ -165,7 +165,7 @@ class KVManager:
             seq.state_slot = -1
 
     def swap_out(self, seq: Sequence) -> bool:
-        """Save the KV of a running sequence that is about to lose its row. False when there is no room for it."""
+        """Save the KV of a running sequence that is about to lose its row. False when the host lacks blocks for it."""
         num_computed = seq.num_settled
         if self.swap is None or num_computed == 0 or seq.pools_mean:
             return False
@@ -200,7 +200,7 @@ class KVManager:
         return own | dependent
 
     def stop_commits(self, seq: Sequence) -> None:
-        """What the sequence computes until it is started anew is not to be found by others."""
+        """Others do not find what the sequence computes until it is started anew."""
         self._drop_in_flight(seq)
         seq.cache_epoch = -1
 

@@ -16,7 +16,7 @@ class SizingError(ValueError):
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a device, in bytes."""
+    """Memory of a device, in bytes."""
 
     free: int
     total: int
@@ -45,7 +45,7 @@ class CacheSize:
     num_blocks: tuple[int, ...]
     """Usable blocks per cache group; the caches get one more, the null block."""
     num_bytes: int
-    """Of KV blocks and recurrent states."""
+    """KV blocks and recurrent states."""
     table: tuple[tuple[str, str], ...]
     """Rows of the start-up table."""
     num_states: int = 0

@@ -33,7 +33,7 @@ class SwapSpace:
         return max((1 - len(free) / count for free, count in pairs if count), default=0.0)
 
     def save(self, num_computed: int, first: Seq[int], blocks: Seq[list[int]]) -> SwappedKV | None:
-        """Copy `blocks` of the device out; None if there is no room for all of them."""
+        """Copy `blocks` of the device out; None if there are not enough for all of them."""
         if any(len(part) > len(free) for part, free in zip(blocks, self._free, strict=True)):
             return None
         taken = tuple([free.pop() for _ in part] for part, free in zip(blocks, self._free, strict=True))

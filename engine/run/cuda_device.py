@@ -1,4 +1,4 @@
-"""A CUDA card as the engine's device. All that the engine asks of torch.cuda is here."""
+"""A CUDA GPU as the engine's device. All that the engine asks of torch.cuda is here."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fuseline.compile.cuda_model import CudaModel
 
 
-class CardResults:
-    """One piece of memory on the card, one copy to pinned memory, one event behind it."""
+class CudaResults:
+    """One piece of memory on the GPU, one copy to pinned memory, one event behind it."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout
@@ -54,7 +54,7 @@ class CudaDevice:
         return kv_budget_on_gpu(info, share, before, self.memory(), steps)
 
     def profile(self, runs: Sequence[Callable[[], None]]) -> int:
-        # What torch takes from the card counts, not what tensors fill: it cannot give the gaps between them away.
+        # The memory that torch takes from the GPU counts, not what tensors fill: it cannot give away the gaps between.
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -75,5 +75,5 @@ class CudaDevice:
     def upload(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._uploads.upload(tensors)
 
-    def results(self, layout: Layout) -> CardResults:
-        return CardResults(layout, self._device)
+    def results(self, layout: Layout) -> CudaResults:
+        return CudaResults(layout, self._device)

@@ -27,7 +27,7 @@ class SampleOps:
 
 
 class Results(Protocol):
-    """What a step's kernels write on the device, and the host reads once."""
+    """Outputs of a step's kernels on the device, which the host reads once."""
 
     tensors: dict[str, Tensor]
     """On the device, all zeros at first."""
@@ -102,7 +102,7 @@ class HostDevice:
         return 0
 
     def capture_graphs(self, model: object, progress: Progress) -> None:
-        """A CPU replays plans already."""
+        """Nothing to capture on a CPU."""
 
     def stop_capture(self, model: object) -> None:
         """There is none."""

@@ -1,4 +1,4 @@
-"""Tokens of sequences with penalties, kept on a device that is a queue: each is sent there once.
+"""Tokens of sequences with penalties, kept on an asynchronous device: each is sent there once.
 
 A row of the device's memory belongs to the sequence that has the row of the same number. Only tokens that it does not
 hold yet go there: all of them for a sequence that comes into a row, then the newest, which the step before may have
@@ -63,7 +63,7 @@ class Histories:
         return self._writes(rows[is_last], held[is_last], lengths[is_last], sources[is_last]), starts
 
     def _writes(self, rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray, sources: np.ndarray) -> History:
-        """What is missing of the first `lengths` tokens of each row, of which `begins` are there."""
+        """Write those of the first `lengths` tokens of each row that are missing: `begins` of them are there."""
         is_unknown = sources >= 0
         counts = lengths - is_unknown - begins
         starts = rows * self._state.tokens.shape[1]

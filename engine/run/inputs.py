@@ -122,7 +122,7 @@ class TableCopy:
         self._rows = self._generation = self._num_blocks = np.zeros(0, np.int64)  # [S], what was copied
 
     def update(self, batch: ScheduledBatch, longest: int) -> np.ndarray:
-        """Tables [G, S, M] of the plan's rows, wide enough for `longest` tokens."""
+        """Tables [G, S, M] of the batch's rows, wide enough for `longest` tokens."""
         width = self._width(longest)
         # A sequence may hold more than is computed now: blocks for drafts that were not kept.
         num_blocks = np.minimum(self.kv.num_slots[batch.rows] // self.kv.block_size, width)

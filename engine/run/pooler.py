@@ -24,7 +24,7 @@ class _Part:
     is_first: bool
     is_mean: bool
     length: int
-    """Of the sequence, when this is its last part; else 0."""
+    """Tokens of the sequence when this is its last part, else 0."""
     normalize: bool
 
 

@@ -1,4 +1,4 @@
-"""What the sequences of a step ask of the sampling kernels, gathered from their rows."""
+"""Arguments of the sampling kernels, gathered from the rows of a step's sequences."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fuseline.engine.state.scheduled_batch import ScheduledBatch
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What stays while the same R sequences sample."""
+    """Arguments that stay while the same R positions sample."""
 
     rows: np.ndarray  # [R] int64
     generation: np.ndarray  # [R] int64
     num_top: int
     inputs: dict[str, Tensor]
-    """Of the kernel, with lists that are all empty."""
+    """Inputs of the kernel, with lists that are all empty."""
     has_history: np.ndarray  # [R] bool
     has_any_history: bool
     has_lists: bool
@@ -35,7 +35,7 @@ class Sampler:
     def __init__(
         self, rows: RequestRows, vocab_size: int, logprobs_mode: str, histories: Histories | None = None
     ) -> None:
-        """`histories`: of a device that keeps them; without them all tokens are known when a plan is filled."""
+        """`histories`: those of a device that keeps them; without them all tokens are known when a batch is filled."""
         self.rows = rows
         self.histories = histories
         self.vocab_size = vocab_size
@@ -43,7 +43,7 @@ class Sampler:
         self._settings: RowSettings | None = None
 
     def prepare(self, batch: ScheduledBatch) -> SampleArguments:
-        """What is known of the sampling sequences before their newest tokens are."""
+        """Arguments as far as they do not depend on the newest tokens."""
         rows, generation, old = batch.rows[batch.sampling], batch.generation[batch.sampling], self._settings
         if old is None or not (np.array_equal(rows, old.rows) and np.array_equal(generation, old.generation)):
             self._settings = old = self._gather(rows, generation)
@@ -52,7 +52,7 @@ class Sampler:
         return SampleArguments(len(rows), old.num_top, self.mode, inputs, no_scores=old.no_scores)
 
     def fill(self, batch: ScheduledBatch, arguments: SampleArguments, sources: np.ndarray | None) -> None:
-        """The rest, for the plan prepared last. sources [R] int64: row of the step before whose token is the newest of
+        """The rest, for the batch prepared last. sources [R] int64: row of the step before whose token is the newest of
         this one's and not known yet, or -1; None when all are known."""
         settings = self._settings
         if settings.has_lists:

@@ -19,19 +19,19 @@ INPUTS = (
     "history_start", "history", "prompt_len", "bias_start", "bias_ids", "bias_values", "banned_start", "banned_ids",
     "allowed_start", "allowed_ids",
 )  # fmt: skip
-"""Of the `sample` kernel, in its order."""
+"""Inputs of the `sample` kernel, in its order."""
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 """In the order of their codes."""
 SCORES = ("logprobs", "ranks", "top_ids", "top_logprobs")
 NOT_FINITE, OK, NOTHING_LEFT = range(3)
-"""What the `sample` kernel says of a row: the model's logits are not finite; it has a token; its bias, masks, penalties
-and temperature leave none of finite logits."""
+"""Status of a sampled row: the model's logits are not finite; it has a token; the logits are finite, but bias, masks,
+penalties and temperature leave no token."""
 NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
 class SampleArguments:
-    """What R rows want. Tensors are on the host."""
+    """Sampling settings of R rows. Tensors are on the host."""
 
     num_rows: int
     num_top: int

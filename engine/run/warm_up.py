@@ -134,7 +134,7 @@ class _Trial:
 def trial_arguments(
     num_rows: int, mode: int = 0, with_lists: bool = False, with_scores: bool = False
 ) -> SampleArguments:  # fmt: skip
-    """Of rows that draw; with a bias, with log-probabilities."""
+    """Arguments for rows that draw; with a bias, with log-probabilities."""
 
     def full(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full((num_rows,), value, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What is still free while a step is put together, and the batch that comes of it."""
+"""Tokens and logits rows that are still free while a step is put together, and the batch that comes of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fuseline.engine.state.sequence import Sequence
 
 @dataclass
 class StepBudget:
+    """Free tokens and logits rows of a step, and the sequences that take part so far."""
+
     tokens_left: int
     spare_rows: int
     """Logits rows beyond one for each running sequence."""

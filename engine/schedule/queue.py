@@ -1,4 +1,4 @@
-"""Sequences that wait for a place, in their order."""
+"""Sequences that wait to run, in their order."""
 
 from __future__ import annotations
 

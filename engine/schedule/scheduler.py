@@ -22,7 +22,7 @@ class Limits:
 
     num_tokens: int
     num_prefill_tokens: int
-    """What is left for those that are more than one token behind."""
+    """Token budget of the sequences that are more than one token behind."""
     num_seqs: int
     num_logits: int
     """Logits rows of a step: one for each sequence, and for each of its drafts."""
@@ -123,7 +123,7 @@ class Scheduler:
             seq.switch_rope()
 
     def _continue_streams(self, budget: StepBudget) -> None:
-        """What most steps are made of: sequences one token behind, for which there is room."""
+        """Schedule the sequences that are one token behind if blocks are free for all: most steps are just that."""
         is_stream = self.rows.num_remaining() == 1
         streams = np.flatnonzero(is_stream & (self.rows.num_drafts == 0) if self.rows.with_drafts else is_stream)
         if len(streams) > budget.tokens_left:
@@ -187,7 +187,7 @@ class Scheduler:
             if seq.num_pending:
                 passed_over.append(self.waiting.pop())
                 continue
-            if not self._find_seat(seq, budget):
+            if not self._has_row(seq, budget):
                 break
             begin = self.kv.find_start(seq)
             awaited = None if seq.swapped else self.kv.find_in_flight(seq, begin // self.kv.block_size)
@@ -206,7 +206,7 @@ class Scheduler:
         for seq in passed_over:
             self.waiting.push(seq)
 
-    def _find_seat(self, seq: Sequence, budget: StepBudget) -> bool:
+    def _has_row(self, seq: Sequence, budget: StepBudget) -> bool:
         # A deferred sequence keeps a row: those who pass cannot take it, and no more are deferred than there are rows.
         num_free = min(budget.spare_rows, len(self._free_rows))
         return num_free > self.waiting.num_deferred or self._preempt_lower(seq, budget)

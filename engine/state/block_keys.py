@@ -28,13 +28,13 @@ def root_key(salt: str, variant: int, owner: str = "") -> bytes:
 
 
 class EmbedsDigest:
-    """What embeddings in a prompt add to the keys of the blocks that they reach into."""
+    """Digests of the embeddings in a prompt, which the keys of the blocks that they reach into depend on."""
 
     def __init__(self, embeds: Seq[PromptEmbeds]) -> None:
         self._parts = [(e.start, e.start + e.count, hashlib.sha256(e.data).digest()) for e in embeds]
 
     def of_block(self, begin: int, end: int) -> bytes:
-        """Of the positions `begin` to `end`; empty without embeddings there."""
+        """Digest of the embeddings at positions `begin` to `end`; empty without any."""
         parts = [
             start.to_bytes(8, "little", signed=True) + digest
             for start, stop, digest in ((start - begin, stop, digest) for start, stop, digest in self._parts)

@@ -1,4 +1,4 @@
-"""What one step computes: a plain value from the scheduler to the runner."""
+"""The work of one step: a value from the scheduler to the runner."""
 
 from __future__ import annotations
 

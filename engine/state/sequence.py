@@ -68,7 +68,7 @@ class Sequence:
     first_held: list[int] = field(default_factory=list)
     num_committed: int = 0
     cache_epoch: int = 0
-    """Of the prefix cache when it started; a sequence of another epoch commits no blocks."""
+    """Epoch of the prefix cache when it started; a sequence of another epoch commits no blocks."""
     keys: list[bytes] = field(default_factory=list)
     embeds: EmbedsDigest | None = None
     """Makes block keys depend on embeddings that stand in for tokens."""
