@@ -61,6 +61,8 @@ class Metrics:
         self._queries = self._series(Counter, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._hits = self._series(Counter, "prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = self._series(Counter, "num_preemptions", "Preempted requests")
+        self._drafts = self._series(Counter, "spec_decode_num_draft_tokens", "Draft tokens computed")
+        self._accepted = self._series(Counter, "spec_decode_num_accepted_tokens", "Draft tokens kept")
         self._step_tokens = self._series(Histogram, "iteration_tokens_total", "Tokens of a step", buckets=STEP_TOKENS)
         info = self._series(
             Gauge, "cache_config_info", "KV cache configuration", ("block_size", "cache_dtype", "num_gpu_blocks")
@@ -104,6 +106,8 @@ class Metrics:
         self._queries.inc(max(stats.prefix_queries - seen.prefix_queries, 0))
         self._hits.inc(max(stats.prefix_hits - seen.prefix_hits, 0))
         self._preemptions.inc(max(stats.num_preemptions - seen.num_preemptions, 0))
+        self._drafts.inc(max(stats.num_drafts - seen.num_drafts, 0))
+        self._accepted.inc(max(stats.num_accepted - seen.num_accepted, 0))
         if stats.prefix_queries:
             self._hit_rate.set(stats.prefix_hits / stats.prefix_queries)
         if stats.num_step_tokens:

@@ -39,8 +39,8 @@ async def test_a_stop_string_ends_its_choice_in_the_engine() -> None:
         ends = {event.index: (event.finish_reason, event.stop_reason) for event in events if isinstance(event, Done)}
         assert ends[index] == ("stop", chr(64 + token))
         assert all(ends[k] == ("length", None) for k in range(3) if k != index)
-        # The message takes a few steps to arrive, never as many as were left.
-        assert sum(map(sum, fake.shapes)) < 12 + 2 + 2 * 2 + 2 * 39 + length + 12
+        whole = len(PROMPT) + 2 * (len(PROMPT) - 12) + 3 * 39
+        assert sum(map(sum, fake.shapes)) < whole - (40 - length) // 2, "the message takes a few steps to arrive"
         assert fake.value("generation_tokens_total") == sum(counts)
         assert fake.value("request_success_total", finished_reason="stop") == 1
         assert fake.value("request_success_total", finished_reason="length") == 2
@@ -51,7 +51,7 @@ async def test_the_last_choice_ends_the_request() -> None:
     async with served_fake(0.004) as fake:
         await fake.collect(PROMPT, (chr(64 + told[0][3]),), max_tokens=40, seed=5)
         await until(lambda: fake.value("num_requests_running") == 0)
-        assert len(fake.shapes) < 20
+        assert len(fake.shapes) < 40
 
 
 @EACH_ORDER

@@ -21,15 +21,15 @@ def seconds(fake: Fake, name: str) -> float:
 
 
 async def test_time_in_a_forced_queue() -> None:
-    async with served_fake(0.005, max_num_seqs=1) as fake:
+    async with served_fake(0.01, max_num_seqs=1) as fake:
         start = time.time()
-        first = asyncio.create_task(fake.collect(PROMPT, max_tokens=30, seed=1))
+        first = asyncio.create_task(fake.collect(PROMPT, max_tokens=40, seed=1))
         await until(lambda: fake.value("num_requests_running") == 1)
         assert seconds(fake, "queue_time") == 0
         second = asyncio.create_task(fake.collect([9, 8], max_tokens=2, seed=1))
         await until(lambda: fake.value("num_requests_waiting") == 1)
         await first
-        waited_at_least = 20 * 0.005
+        waited_at_least = 0.1
         await second
         whole = time.time() - start
         assert waited_at_least < seconds(fake, "queue_time") < whole
@@ -41,14 +41,14 @@ async def test_time_in_a_forced_queue() -> None:
         )
         first_tokens = fake.value("time_to_first_token_seconds_sum")
         assert first_tokens == pytest.approx(seconds(fake, "queue_time") + seconds(fake, "prefill_time"), abs=0.02)
-        assert seconds(fake, "decode_time") >= 28 * 0.005
+        assert seconds(fake, "decode_time") >= 38 * 0.01
         assert fake.value("num_requests_running") == fake.value("num_requests_waiting") == 0
 
 
 async def test_without_a_queue_there_is_no_queue_time() -> None:
     async with served_fake() as fake:
         await fake.collect(PROMPT, max_tokens=3, seed=1)
-        assert seconds(fake, "queue_time") < 0.05 and fake.value("request_queue_time_seconds_count") == 1
+        assert seconds(fake, "queue_time") < 0.5 and fake.value("request_queue_time_seconds_count") == 1
 
 
 async def test_a_request_without_tokens_has_a_queue_time_and_no_first_token() -> None:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from test_engine_walk import LAYOUTS, ORDERS, Walk, actions, make_engine, take_actions
 from test_overlap import REQUESTS, answers
 
+from fuseline.api.metrics import Metrics
+from fuseline.engine.messages import EngineReady
 from fuseline.engine.run.speculate.drafting import kept_positions
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
 
@@ -99,6 +101,19 @@ def test_right_drafts_save_steps_and_several_tokens_come_at_once(order) -> None:
     assert lengths == [1] * 16 + [5], "compact deltas are a token each, the end is told with its whole run"
 
 
+def test_drafts_are_counted_for_the_metrics() -> None:
+    walk = Walk(make_engine(drafter=FakeDrafter(wrong=3)))
+    ready = EngineReady(48, 64, 40, 4, "float32", "float32", (0,), "Fake")
+    metrics = Metrics("fuseline:", "fake", ready)
+    walk.submit(PROMPT, max_tokens=20, temperature=0.0)
+    while walk.engine.has_work:
+        metrics.on_step(walk.engine.step())
+    drafting, text = walk.engine.drafting, metrics.text().decode()
+    for name, count in (("draft", drafting.num_drafts), ("accepted", drafting.num_accepted)):
+        assert f'spec_decode_num_{name}_tokens_total{{model_name="fake"}} {count:.1f}' in text
+    assert 0 < drafting.num_accepted < drafting.num_drafts
+
+
 @pytest.mark.parametrize("max_tokens", range(1, 9))
 def test_no_draft_reaches_beyond_the_end(max_tokens) -> None:
     walk = Walk(make_engine(drafter=FakeDrafter()))
@@ -152,6 +167,6 @@ def test_positions_are_kept_up_to_the_first_wrong_draft() -> None:
         ([5, 4, 9, 1, 8, 2], [1, 1, 0, 1, 1, 0]),
     ):
         assert kept_positions(batch, drafts, np.array(tokens), ok).tolist() == [bool(k) for k in expected]
-    assert kept_positions(batch, drafts, np.array([5, 6, 9, 1, 7, 2]), ok & [1, 0, 1, 1, 1, 1]).tolist() == [
-        True, True, False, True, True, True,
-    ]  # fmt: skip
+    ok[1] = False
+    kept = kept_positions(batch, drafts, np.array([5, 6, 9, 1, 7, 2]), ok)
+    assert kept.tolist() == [True, True, False, True, True, True], "a position without a token is the last"

@@ -24,7 +24,8 @@ class BlockPool:
         self._tree = PrefixTree() if tree is None else tree
         self.refs = [0] * (num_blocks + 1)
         self._keys: list[bytes | None] = [None] * (num_blocks + 1)
-        self._owners: list[str | None] = [None] * (num_blocks + 1)  # ids of the requests that committed them
+        self._owners: list[str] = [""] * (num_blocks + 1)  # ids of the requests that committed them
+        self._owned: dict[str, set[int]] = {}  # the same by request
         self._cached: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
 
@@ -72,17 +73,17 @@ class BlockPool:
             self._keys[block] = key
             self._cached[key] = block
             self._owners[block] = owner
+            self._owned.setdefault(owner, set()).add(block)
             self._tree.add(key, parent)
 
     def keys_of(self, owner: str) -> set[bytes]:
         """Keys of the cached blocks that a request has committed."""
-        return {key for key, block in self._cached.items() if self._owners[block] == owner}
+        return {self._keys[block] for block in self._owned.get(owner, ())}
 
     def forget(self, owner: str, keys: Collection[bytes]) -> None:
         """Blocks that `owner` has committed, and blocks with one of `keys`, are no longer found."""
-        for key, block in list(self._cached.items()):
-            if self._owners[block] == owner or key in keys:
-                self._forget(block)
+        for block in {*self._owned.get(owner, ()), *(self._cached[key] for key in keys if key in self._cached)}:
+            self._forget(block)
 
     def forget_all(self) -> None:
         for block in list(self._cached.values()):
@@ -92,5 +93,9 @@ class BlockPool:
         key = self._keys[block]
         if key is not None:
             del self._cached[key]
-            self._keys[block] = self._owners[block] = None
+            self._keys[block] = None
+            owner, self._owners[block] = self._owners[block], ""
+            self._owned[owner].discard(block)
+            if not self._owned[owner]:
+                del self._owned[owner]
             self._tree.remove(key)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class _Node:
     parent: bytes
-    num_uses: int
-    """Blocks of all pools with this key, and keys that continue it."""
+    num_blocks: int = 0
+    """Blocks of all pools with this key."""
+    children: set[bytes] = field(default_factory=set)
 
 
 class PrefixTree:
-    """Parents of block keys. A key stays while a pool has a block with it, or a key that continues it is there: the
-    blocks of a prefix may be evicted before those that were computed from them.
+    """Block keys and the keys that continue them. A key stays while a pool has a block with it, or a key that continues
+    it is there: the blocks of a prefix may be evicted before those that were computed from them.
     """
 
     def __init__(self) -> None:
@@ -29,31 +30,27 @@ class PrefixTree:
         root of its chain.
         """
         node = self._nodes.get(key)
-        if node is not None:
-            node.num_uses += 1
-            return
-        self._nodes[key] = _Node(parent, 1)
-        if parent in self._nodes:
-            self._nodes[parent].num_uses += 1
+        if node is None:
+            node = self._nodes[key] = _Node(parent)
+            if parent in self._nodes:
+                self._nodes[parent].children.add(key)
+        node.num_blocks += 1
 
     def remove(self, key: bytes) -> None:
         """A block with `key` has left the cache."""
-        while (node := self._nodes.get(key)) is not None:
-            node.num_uses -= 1
-            if node.num_uses:
-                return
+        self._nodes[key].num_blocks -= 1
+        while (node := self._nodes.get(key)) is not None and not node.num_blocks and not node.children:
             del self._nodes[key]
+            if node.parent in self._nodes:
+                self._nodes[node.parent].children.discard(key)
             key = node.parent
 
-    def descendants(self, keys: Collection[bytes]) -> set[bytes]:
+    def descendants(self, keys: Iterable[bytes]) -> set[bytes]:
         """Keys that continue one of `keys`, at any distance."""
-        is_below: dict[bytes, bool] = {}
-        for key in self._nodes:
-            path = []
-            while key in self._nodes and key not in is_below:
-                path.append(key)
-                key = self._nodes[key].parent
-            for key in reversed(path):
-                parent = self._nodes[key].parent
-                is_below[key] = parent in keys or is_below.get(parent, False)
-        return {key for key, answer in is_below.items() if answer}
+        found: set[bytes] = set()
+        todo = [key for key in keys if key in self._nodes]
+        while todo:
+            new = self._nodes[todo.pop()].children - found
+            found |= new
+            todo += new
+        return found
