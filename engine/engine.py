@@ -108,7 +108,7 @@ class Engine:
         is_filled = scheduled.num_computed // size != num_settled // size
         for row in scheduled.rows[is_filled].tolist():
             self.kv.commit(rows.sequences[row])
-        for row in scheduled.rows[rows.is_parent[scheduled.rows]].tolist():
+        for row in scheduled.rows[rows.is_parent[scheduled.rows]].tolist() if rows.is_parent.any() else ():
             seq = rows.sequences[row]
             if seq.num_computed >= seq.prompt_len:
                 self.requests.release_children(seq)

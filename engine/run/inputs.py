@@ -51,7 +51,7 @@ class InputBuilder:
         if batch.num_drafts is not None:
             sampled_rows = query_start[batch.sampling] + batch.lengths - 1 - batch.num_computed[batch.sampling]
         logits_rows = np.concatenate((sampled_rows, score_rows), dtype=np.int64)
-        embed_rows, embeds = self._embeds(batch) if self.rows.has_embeds[batch.rows].any() else (None, None)
+        embed_rows, embeds = self._embeds(batch) if self.rows.num_embedded else (None, None)
         return GraphInputs(
             token_ids=torch.from_numpy(self._token_ids[:num_tokens]),
             positions=torch.from_numpy(positions),

@@ -32,10 +32,6 @@ class _Part:
 class PoolArguments:
     parts: list[_Part]
 
-    @property
-    def num_vectors(self) -> int:
-        return sum(part.length > 0 for part in self.parts)
-
 
 class Pooler:
     """A mean over a prompt that several steps compute is summed up on the device."""
@@ -47,18 +43,19 @@ class Pooler:
 
     def prepare(self, batch: ScheduledBatch) -> PoolArguments | None:
         """Which positions of the step are pooled; None without any."""
-        is_pooled = self._rows.is_pooled[batch.rows]
-        if not is_pooled.any():
+        if not self._rows.num_pooled:
             return None
+        is_pooled = self._rows.is_pooled[batch.rows]
         ends = np.cumsum(batch.num_new)
-        return PoolArguments([self._part(batch, i, int(ends[i])) for i in np.flatnonzero(is_pooled).tolist()])
+        parts = [self._part(batch, i, int(ends[i])) for i in np.flatnonzero(is_pooled).tolist()]
+        return PoolArguments(parts) if parts else None
 
-    def launch(self, hidden: Tensor, arguments: PoolArguments) -> Tensor:
-        """hidden [T, H] -> float32 [P, H]: the vectors of the sequences that end in this step, in their order."""
+    def launch(self, hidden: Tensor, arguments: PoolArguments) -> Tensor | None:
+        """hidden [T, H] -> float32 [P, H]: vectors of the sequences that end in this step, in order; None without any."""
         vectors = [
             self._vector(part, hidden[part.begin : part.end]) for part in arguments.parts if self._adds_up(part, hidden)
         ]
-        return torch.stack(vectors) if vectors else hidden.new_empty((0, self.hidden_size), dtype=torch.float32)
+        return torch.stack(vectors) if vectors else None
 
     def _part(self, batch: ScheduledBatch, index: int, end: int) -> _Part:
         row, num_new = int(batch.rows[index]), int(batch.num_new[index])

@@ -126,7 +126,7 @@ class Runner:
             arguments.targets = torch.tensor(targets, dtype=torch.int64)
             most = max(seq.params.prompt_logprobs or 0 for seq, _ in scoring)
             arguments.num_prompt_top = min(most, self.model.info.vocab_size)
-        is_reader = self.rows.reads_tokens[rows]
+        is_reader = self.rows.reads_tokens[rows] if self.rows.reads_tokens.any() else None
         return PreparedBatch(
             scheduled=batch,
             builder=builder,
@@ -136,7 +136,7 @@ class Runner:
             scoring=scoring,
             complete=[self.rows.sequences[row] for row in batch.rows[batch.complete].tolist()],
             drafts=None if batch.num_drafts is None else drafts_of(batch, self.rows),
-            reads_tokens=bool(is_reader.any() and (is_reader & self._is_unknown(batch)).any()),
+            reads_tokens=is_reader is not None and bool((is_reader & self._is_unknown(batch)).any()),
         )
 
     def fill(self, prepared: PreparedBatch) -> None:
@@ -176,7 +176,7 @@ def _scored_rows(batch: ScheduledBatch, state: RequestRows) -> tuple[list[tuple[
     """Who scores which prompt positions, and the tokens of the step whose logits do it."""
     scoring: list[tuple[Sequence, range]] = []
     score_rows: list[int] = []
-    if state.wants_scores[batch.rows].any():
+    if state.wants_scores.any() and state.wants_scores[batch.rows].any():
         start = 0
         counts = zip(batch.rows.tolist(), batch.num_computed.tolist(), batch.num_new.tolist(), strict=True)
         for row, computed, count in counts:

@@ -48,6 +48,8 @@ class RequestRows:
         self.wants_scores = np.zeros(num_rows, bool)
         self.is_pooled = np.zeros(num_rows, bool)
         self.has_embeds = np.zeros(num_rows, bool)
+        self.num_pooled = 0  # rows that are pooled
+        self.num_embedded = 0  # rows with embeddings
         self.state_slot = np.zeros(num_rows, np.int64)  # of its recurrent state
         self.variant = np.zeros(num_rows, np.int64)  # rope table
         self.temperature = np.zeros(num_rows, np.float32)
@@ -78,7 +80,9 @@ class RequestRows:
         self.state_slot[row] = seq.state_slot
         self.has_embeds[row] = seq.embeds is not None
         self.is_parent[row] = bool(seq.children)
-        self.is_pooled[row] = isinstance(seq.params, PoolingParams)
+        self.is_pooled[row] = seq.is_pooled
+        self.num_pooled += seq.is_pooled
+        self.num_embedded += seq.embeds is not None
         seq.rows = self
         if isinstance(seq.params, PoolingParams):
             self._load_pooling(seq)
@@ -94,6 +98,8 @@ class RequestRows:
             self.evicted[row, int(self.generation[row])] = seq
         self.sequences[row] = None
         self.generation[row] += 1
+        self.num_pooled -= seq.is_pooled
+        self.num_embedded -= seq.embeds is not None
         self.num_tokens[row] = self.num_computed[row] = self.num_wanted[row] = self.num_drafts[row] = 0
         seq.row, seq.rows = -1, None
 
