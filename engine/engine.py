@@ -136,8 +136,10 @@ class Engine:
 
     def report(self, batch: PreparedBatch, result: StepResult) -> None:
         scheduled, sampled = batch.scheduled, result.sampled
-        store_prompt_scores(batch, result)
-        self._report_complete(batch, result)
+        if batch.scoring:
+            store_prompt_scores(batch.scoring, result.scores)
+        if batch.complete:
+            self._report_complete(batch, result)
         if sampled is None:
             return
         rows = scheduled.rows[scheduled.sampling]

@@ -19,7 +19,7 @@ from fuseline.engine.messages import (
     TokenOutput,
 )
 from fuseline.engine.run.runner import PreparedBatch
-from fuseline.engine.run.sampling import OK, Sampled, StepResult
+from fuseline.engine.run.sampling import OK, RowScores, Sampled
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.sequence import Sequence
 
@@ -83,14 +83,14 @@ def on_fast_path(batch: PreparedBatch, sampled: Sampled, rows: RequestRows) -> n
     return is_fast
 
 
-def store_prompt_scores(batch: PreparedBatch, result: StepResult) -> None:
-    """Give the sequences of a step the log-probabilities of their prompt tokens."""
+def store_prompt_scores(scoring: list[tuple[Sequence, range]], scores: RowScores) -> None:
+    """Give sequences the log-probabilities of the prompt tokens that a step has scored."""
     row = 0
-    for seq, positions in batch.scoring:
+    for seq, positions in scoring:
         for position in positions if seq.prompt_scores is not None else ():
             scored = row + position - positions.start
             token = seq.tokens[position]
-            seq.prompt_scores[position] = result.scores.position(scored, token, seq.params.prompt_logprobs)
+            seq.prompt_scores[position] = scores.position(scored, token, seq.params.prompt_logprobs)
         row += len(positions)
 
 

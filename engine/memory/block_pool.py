@@ -73,7 +73,10 @@ class BlockPool:
             self._keys[block] = key
             self._cached[key] = block
             self._owners[block] = owner
-            self._owned.setdefault(owner, set()).add(block)
+            owned = self._owned.get(owner)
+            if owned is None:
+                owned = self._owned[owner] = set()
+            owned.add(block)
             self._tree.add(key, parent)
 
     def keys_of(self, owner: str) -> set[bytes]:

@@ -144,11 +144,14 @@ class KVManager:
         if seq.cache_root is None or seq.cache_epoch != self._epoch or end <= seq.num_committed:
             return
         extend_keys(seq.keys, seq.cache_root, seq.rows.tokens[seq.row], self.block_size, end, seq.embeds)
+        parent, owner = seq.keys[seq.num_committed - 1] if seq.num_committed else seq.cache_root, seq.request.request_id
         for index in range(seq.num_committed, end):
-            self.in_flight.pop(seq.keys[index], None)
+            key = seq.keys[index]
+            self.in_flight.pop(key, None)
             for group, blocks in zip(self.groups, seq.blocks, strict=True):
                 if blocks[index] != NULL_BLOCK:
-                    self._commit_block(group, blocks[index], seq, index)
+                    group.pool.commit(blocks[index], key, parent, owner)
+            parent = key
         seq.num_committed = end
 
     def free(self, seq: Sequence) -> None:
@@ -232,18 +235,15 @@ class KVManager:
             targets.append([None if old is not None else new for old, new in zip(cached, blocks, strict=True)])
             seq.blocks.append([NULL_BLOCK] * first + blocks)
             if seq.cache_epoch == self._epoch:
-                for index in range(first, min(num_full, len(seq.keys))):
-                    self._commit_block(group, blocks[index - first], seq, index)
+                parents, owner = [seq.cache_root, *seq.keys], seq.request.request_id
+                for block, key, parent in zip(blocks, seq.keys[first:num_full], parents[first:], strict=False):
+                    group.pool.commit(block, key, parent, owner)
         self.swap.restore(saved, targets)
         seq.swapped = None
         seq.first_held = list(saved.first)
         seq.num_committed = num_full
         self._add_in_flight(seq)
         return True
-
-    def _commit_block(self, group: CacheGroup, block: int, seq: Sequence, index: int) -> None:
-        parent = seq.keys[index - 1] if index else seq.cache_root
-        group.pool.commit(block, seq.keys[index], parent, seq.request.request_id)
 
     def _add_in_flight(self, seq: Sequence) -> None:
         """Tell of the blocks that a starting sequence will fill with the tokens it has."""

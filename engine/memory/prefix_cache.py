@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class _Node:
     parent: bytes
-    num_blocks: int = 0
+    num_blocks: int
     """Blocks of all pools with this key."""
-    children: set[bytes] = field(default_factory=set)
+    children: set[bytes] | None = None
 
 
 class PrefixTree:
@@ -30,11 +30,15 @@ class PrefixTree:
         root of its chain.
         """
         node = self._nodes.get(key)
-        if node is None:
-            node = self._nodes[key] = _Node(parent)
-            if parent in self._nodes:
-                self._nodes[parent].children.add(key)
-        node.num_blocks += 1
+        if node is not None:
+            node.num_blocks += 1
+            return
+        self._nodes[key] = _Node(parent, 1)
+        above = self._nodes.get(parent)
+        if above is not None:
+            if above.children is None:
+                above.children = set()
+            above.children.add(key)
 
     def remove(self, key: bytes) -> None:
         """A block with `key` has left the cache."""
@@ -50,7 +54,7 @@ class PrefixTree:
         found: set[bytes] = set()
         todo = [key for key in keys if key in self._nodes]
         while todo:
-            new = self._nodes[todo.pop()].children - found
+            new = (self._nodes[todo.pop()].children or set()) - found
             found |= new
             todo += new
         return found

@@ -67,6 +67,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self._no_drafts = np.zeros(limits.num_seqs, np.int64)
         self._free_rows = list(range(limits.num_seqs - 1, -1, -1))
 
     @property
@@ -94,7 +95,8 @@ class Scheduler:
         """The next step. Empty only when nothing waits or runs."""
         self._switch_ropes()
         self.waiting.resume(self.kv.in_flight)
-        counts, num_drafts = np.zeros((2, self.limits.num_seqs), np.int64)
+        counts = np.zeros(self.limits.num_seqs, np.int64)
+        num_drafts = np.zeros_like(counts) if self.rows.with_drafts else self._no_drafts
         spare_rows = self.limits.num_logits - len(self.running)
         budget = StepBudget(self.limits.num_tokens, spare_rows, counts, num_drafts)
         self._continue_streams(budget)
