@@ -106,8 +106,8 @@ class Engine:
         if scheduled.num_drafts is not None:
             num_settled -= scheduled.num_drafts
         is_filled = scheduled.num_computed // size != num_settled // size
-        for row in scheduled.rows[is_filled].tolist():
-            self.kv.commit(rows.sequences[row])
+        for row, end in zip(scheduled.rows[is_filled].tolist(), num_settled[is_filled].tolist(), strict=True):
+            self.kv.commit(rows.sequences[row], end)
         for row in scheduled.rows[rows.is_parent[scheduled.rows]].tolist() if rows.is_parent.any() else ():
             seq = rows.sequences[row]
             if seq.num_computed >= seq.prompt_len:
@@ -199,7 +199,7 @@ class Engine:
         rows = np.unique(scheduled.rows[scheduled.sampling[stays]])
         self.rows.settle(rows)
         for row in rows.tolist():
-            self.kv.commit(self.rows.sequences[row])
+            self.kv.commit(self.rows.sequences[row], int(self.rows.num_computed[row]))
 
     def _report_complete(self, batch: PreparedBatch, result: StepResult) -> None:
         """Sequences that want no tokens: they are done, some with a vector."""

@@ -138,9 +138,9 @@ class KVManager:
         self.num_slots[rows] += self.block_size
         return True
 
-    def commit(self, seq: Sequence) -> None:
-        """Make the blocks that the last step filled findable."""
-        end = seq.num_settled // self.block_size
+    def commit(self, seq: Sequence, num_tokens: int) -> None:
+        """Make the blocks of the first `num_tokens` tokens findable: they are known, and computed by a started step."""
+        end = num_tokens // self.block_size
         if seq.cache_root is None or seq.cache_epoch != self._epoch or end <= seq.num_committed:
             return
         extend_keys(seq.keys, seq.cache_root, seq.rows.tokens[seq.row], self.block_size, end, seq.embeds)

@@ -51,7 +51,7 @@ class Pooler:
         return PoolArguments(parts) if parts else None
 
     def launch(self, hidden: Tensor, arguments: PoolArguments) -> Tensor | None:
-        """hidden [T, H] -> float32 [P, H]: vectors of the sequences that end in this step, in order; None if none do."""
+        """hidden [T, H] -> float32 [P, H]: vectors of the sequences that end in this step; None if none do."""
         vectors = [
             self._vector(part, hidden[part.begin : part.end]) for part in arguments.parts if self._adds_up(part, hidden)
         ]
