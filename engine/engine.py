@@ -124,7 +124,7 @@ class Engine:
             batch.kept = kept_positions(scheduled, batch.drafts, tokens, sampled.status == OK)
             is_new = stays & batch.kept
         self.rows.append(places[is_new], tokens[is_new], lengths[is_new])
-        for index in np.flatnonzero(~stays).tolist():
+        for index in (~stays).nonzero()[0].tolist():
             seq = batch.evicted[index] = self.rows.evicted[int(places[index]), int(generation[index])]
             if batch.kept is None or batch.kept[index]:
                 seq.stored.append(int(tokens[index]))
@@ -147,7 +147,7 @@ class Engine:
         self.requests.report.add_deltas(self.rows.handle[rows[is_fast]], sampled.tokens[is_fast])
         is_slow = ~is_fast if batch.kept is None else batch.kept & ~is_fast
         slow: dict[int, list[int]] = {}
-        for index in np.flatnonzero(is_slow).tolist():
+        for index in is_slow.nonzero()[0].tolist():
             slow.setdefault(int(scheduled.sampling[index]), []).append(index)
         for positions in slow.values():
             first = positions[0]

@@ -131,9 +131,9 @@ class TableCopy:
         is_same = (batch.rows == self._rows) & (batch.generation == self._generation)
         begins = np.where(is_same, self._num_blocks, 0)
         num_new = num_blocks - begins
-        grown = np.flatnonzero(num_new == 1)
+        grown = (num_new == 1).nonzero()[0]
         self._tables[:, grown, begins[grown]] = self.kv.tables[:, batch.rows[grown], begins[grown]]
-        for index in np.flatnonzero(num_new > 1).tolist():
+        for index in (num_new > 1).nonzero()[0].tolist():
             part = slice(begins[index], num_blocks[index])
             self._tables[:, index, part] = self.kv.tables[:, batch.rows[index], part]
         self._rows, self._generation, self._num_blocks = batch.rows, batch.generation, num_blocks

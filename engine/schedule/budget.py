@@ -52,12 +52,12 @@ class StepBudget:
 
 
 def make_batch(budget: StepBudget, state: RequestRows, swap: SwapSpace | None = None) -> ScheduledBatch:
-    rows = np.flatnonzero(budget.counts)
+    rows = budget.counts.nonzero()[0]
     num_new, num_computed, num_tokens = budget.counts[rows], state.num_computed[rows], state.num_tokens[rows]
     num_drafts = budget.num_drafts[rows] if state.with_drafts and budget.num_drafts.any() else None
     num_settled = num_computed + num_new if num_drafts is None else num_computed + num_new - num_drafts
     is_last, wants_tokens = num_settled == num_tokens, state.wants_tokens[rows]
-    sampling = np.flatnonzero(is_last & wants_tokens)
+    sampling = (is_last & wants_tokens).nonzero()[0]
     lengths = num_tokens[sampling]
     if num_drafts is not None:
         sampling, lengths = _with_drafts(sampling, lengths, num_drafts)
@@ -68,7 +68,7 @@ def make_batch(budget: StepBudget, state: RequestRows, swap: SwapSpace | None = 
         num_computed=num_computed,
         sampling=sampling,
         lengths=lengths,
-        complete=np.flatnonzero(is_last & ~wants_tokens),
+        complete=(is_last & ~wants_tokens).nonzero()[0],
         started=budget.started,
         num_tokens=int(num_new.sum()),
         num_drafts=num_drafts,

@@ -99,9 +99,10 @@ class Scheduler:
         num_drafts = np.zeros_like(counts) if self.rows.with_drafts else self._no_drafts
         spare_rows = self.limits.num_logits - len(self.running)
         budget = StepBudget(self.limits.num_tokens, spare_rows, counts, num_drafts)
-        self._continue_streams(budget)
+        remaining = self.rows.num_remaining()
+        self._continue_streams(remaining, budget)
         budget.tokens_left = min(budget.tokens_left, self.limits.num_prefill_tokens)
-        self._schedule_running(budget)
+        self._schedule_running(remaining, budget)
         if not budget.has_preempted:
             self._admit_waiting(budget)
         return make_batch(budget, self.rows, self.kv.swap)
@@ -124,10 +125,12 @@ class Scheduler:
             self._requeue(seq)
             seq.switch_rope()
 
-    def _continue_streams(self, budget: StepBudget) -> None:
+    def _continue_streams(self, remaining: np.ndarray, budget: StepBudget) -> None:
         """Schedule the sequences that are one token behind if blocks are free for all: most steps are just that."""
-        is_stream = self.rows.num_remaining() == 1
-        streams = np.flatnonzero(is_stream & (self.rows.num_drafts == 0) if self.rows.with_drafts else is_stream)
+        is_stream = remaining == 1
+        if self.rows.with_drafts:
+            is_stream &= self.rows.num_drafts == 0
+        streams = is_stream.nonzero()[0]
         if len(streams) > budget.tokens_left:
             return
         is_full = self.rows.num_computed[streams] == self.kv.num_slots[streams]
@@ -137,9 +140,8 @@ class Scheduler:
         else:
             budget.add_rows(streams[~is_full])
 
-    def _schedule_running(self, budget: StepBudget) -> None:
-        remaining = self.rows.num_remaining()
-        rows = np.flatnonzero((remaining > 0) & (budget.counts == 0))
+    def _schedule_running(self, remaining: np.ndarray, budget: StepBudget) -> None:
+        rows = ((remaining > 0) & (budget.counts == 0)).nonzero()[0]
         behind = [(self.rows.sequences[row], int(remaining[row])) for row in rows.tolist()]
         # Sequences one token behind go first, so that a long prompt never makes a stream of tokens wait.
         for seq, num_remaining in sorted(behind, key=lambda pair: (pair[1] > 1, pair[0].order)):
