@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from fake_model import FakeModel, fake_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,9 @@ from fuseline.compile.specs import StateSpec
 from fuseline.engine.config import CacheConfig, SchedulerConfig
 from fuseline.engine.memory.sizing import KVBudget, SizingError, size_cache
 from fuseline.engine.memory.state_pool import StatePool
+from fuseline.engine.run.device import HostDevice
 from fuseline.engine.run.sampler_reference import reference_device
+from fuseline.engine.run.warm_up import warm_up
 from fuseline.engine.service import EngineService
 
 PROMPT = list(range(1, 15))
@@ -126,3 +129,30 @@ def test_a_service_gives_the_model_its_slots() -> None:
     walk.submit(PROMPT, max_tokens=4)
     walk.finish()
     walk.check_all((0,), with_state=True)
+
+
+def test_the_profile_run_gives_each_sequence_a_slot() -> None:
+    seen = []
+
+    class Recorder:
+        info = FakeModel(with_state=True).info
+
+        def allocate_caches(self, num_blocks) -> None:
+            seen.append(("blocks", list(num_blocks)))
+
+        def allocate_states(self, num_slots: int) -> None:
+            seen.append(("states", num_slots))
+
+        def run(self, inputs, *more) -> torch.Tensor:
+            seen.append(inputs.state_slots.tolist())
+            return torch.zeros(len(inputs.logits_rows), self.info.vocab_size)
+
+    class Profiling(HostDevice):
+        def profile(self, runs) -> int:
+            for run in runs:
+                run()
+            return 0
+
+    warm_up(Profiling(reference_device().ops), Recorder(), fake_config(max_num_seqs=3), lambda *_: None)
+    assert seen[:2] == [("blocks", [1]), ("states", 3)]
+    assert len(seen) > 5 and all(slots == list(range(len(slots))) for slots in seen[2:])

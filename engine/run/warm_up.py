@@ -72,6 +72,8 @@ class _Trial:
 
     def allocate_caches(self) -> None:
         self.model.allocate_caches([1] * len(self.model.info.cache_groups))
+        if self.model.info.state_specs:
+            self.model.allocate_states(self.config.scheduler.max_num_seqs)
 
     def step(self, counts: list[int], with_history: bool = False, **settings: object) -> Callable[[], None]:
         """Every sequence samples; tokens come from the run before, if there was one. Settings: trial_arguments."""
@@ -128,6 +130,7 @@ class _Trial:
             slot_mapping=torch.full((num_groups, len(positions)), -1),
             block_tables=torch.zeros((num_groups, len(counts), width), dtype=torch.int32),
             logits_rows=ends - 1,
+            state_slots=torch.arange(len(counts)) if self.model.info.state_specs else None,
         )
 
 
