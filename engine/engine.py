@@ -137,7 +137,8 @@ class Engine:
     def report(self, batch: PreparedBatch, result: StepResult) -> None:
         scheduled, sampled = batch.scheduled, result.sampled
         if batch.scoring:
-            store_prompt_scores(batch.scoring, result.scores)
+            for seq in store_prompt_scores(batch.scoring, result.scores):
+                self._fail(seq, NOT_FINITE)
         if batch.complete:
             self._report_complete(batch, result)
         if sampled is None:
@@ -152,7 +153,8 @@ class Engine:
         for positions in slow.values():
             first = positions[0]
             seq = batch.evicted.get(first) or self.rows.sequences[rows[first]]
-            self._take_tokens(seq, sampled, positions, scheduled.lengths)
+            if seq is not None and not seq.is_finished:
+                self._take_tokens(seq, sampled, positions, scheduled.lengths)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. One that cannot be served fails alone, with the next step's outputs."""
@@ -216,9 +218,7 @@ class Engine:
                 self._fail(seq, NOT_FINITE)
 
     def _take_tokens(self, seq: Sequence, sampled: Sampled, positions: list[int], lengths: np.ndarray) -> None:
-        """The newest tokens of a sequence and whatever follows; one that has ended meanwhile has no use for them."""
-        if seq.is_finished:
-            return
+        """Tell the client of the newest tokens of a sequence, which may end by them."""
         try:
             new, status = new_tokens(seq, sampled, positions, lengths, self.max_model_len)
             if new.token_ids:

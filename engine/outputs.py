@@ -83,15 +83,18 @@ def on_fast_path(batch: PreparedBatch, sampled: Sampled, rows: RequestRows) -> n
     return is_fast
 
 
-def store_prompt_scores(scoring: list[tuple[Sequence, range]], scores: RowScores) -> None:
-    """Give sequences the log-probabilities of the prompt tokens that a step has scored."""
-    row = 0
+def store_prompt_scores(scoring: list[tuple[Sequence, range]], scores: RowScores) -> list[Sequence]:
+    """Give sequences the log-probabilities of the prompt tokens that a step has scored. Returns those with a NaN."""
+    row, faulty = 0, []
     for seq, positions in scoring:
         for position in positions if seq.prompt_scores is not None else ():
             scored = row + position - positions.start
             token = seq.tokens[position]
             seq.prompt_scores[position] = scores.position(scored, token, seq.params.prompt_logprobs)
+        if scores.logprobs[row : row + len(positions)].isnan().any():
+            faulty.append(seq)
         row += len(positions)
+    return faulty
 
 
 def new_tokens(

@@ -81,6 +81,19 @@ def test_blocks_of_others_stay_and_its_own_go(order, layout, n) -> None:
 
 
 @EACH_ORDER
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_prompt_scores_that_are_not_finite(order, max_tokens) -> None:
+    walk = Walk(make_engine(order=order))
+    good = walk.submit(SHARED, max_tokens=4, prompt_logprobs=1)
+    bad = walk.submit([*range(20, 28), NAN_TOKEN, *range(28, 36)], max_tokens=max_tokens, prompt_logprobs=1)
+    walk.finish()
+    assert (walk.reason(good), walk.reason(bad)) == ("length", "error")
+    assert "not finite" in walk.outputs[bad, 0][-1].error and len(walk.outputs[bad, 0]) == 1
+    check_no_fault_is_cached(walk)
+    check_all_but(walk, [bad])
+
+
+@EACH_ORDER
 @pytest.mark.parametrize("params", NOTHING_LEFT)
 def test_a_sampler_that_is_left_nothing_spoils_no_block(order, params) -> None:
     walk = Walk(make_engine(order=order))

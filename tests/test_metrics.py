@@ -104,6 +104,41 @@ async def test_forced_preemptions_and_tokens() -> None:
         assert fake.value("inter_token_latency_seconds_count") == 4 * 39
 
 
+async def test_forced_swapping() -> None:
+    settings = {"preemption_mode": "swap", "swap_space": 1e-6, "num_gpu_blocks_override": 16}
+    async with served_fake(**settings) as fake:
+        seen = []
+        fake.client.on_step.append(
+            lambda step: seen.append((fake.value("num_requests_swapped"), fake.value("cpu_cache_usage_perc")))
+        )
+        await asyncio.gather(*(fake.collect([k, *PROMPT], max_tokens=40, seed=k) for k in range(1, 5)))
+        assert any(count > 0 and usage > 0 for count, usage in seen)
+        assert all((count > 0) == (usage > 0) and usage <= 1 for count, usage in seen)
+        assert fake.value("num_requests_swapped") == fake.value("cpu_cache_usage_perc") == 0
+        assert fake.value("num_preemptions_total") > 0
+
+
+async def test_every_request_has_one_time_to_first_token() -> None:
+    async with served_fake(max_num_seqs=2) as fake:
+        await asyncio.gather(*(fake.collect([k, *PROMPT], max_tokens=3, seed=k, n=1 + k % 2) for k in range(6)))
+        for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+            assert fake.value(f"{name}_count") == 6
+        assert fake.value("request_success_total", finished_reason="length") == 9
+        assert fake.value("generation_tokens_total") == 27 and fake.value("prompt_tokens_total") == 6 * 15
+
+
+async def test_the_log_line_tells_of_what_happened(caplog) -> None:
+    async with served_fake(0.003) as fake:
+        fake.metrics.log_line()
+        assert not caplog.records, "nothing has happened"
+        job = asyncio.create_task(fake.collect(PROMPT, max_tokens=40, seed=1))
+        await until(lambda: fake.value("num_requests_running") == 1)
+        with caplog.at_level("INFO", "fuseline.stats"):
+            fake.metrics.log_line()
+        assert "running 1, waiting 0, swapped 0" in caplog.text and "prompt 0.0 tokens/s" not in caplog.text
+        await job
+
+
 async def test_who_is_preempted_before_it_computes_is_looked_up_once() -> None:
     settings = {"scheduling_policy": "priority", "max_num_seqs": 2, "num_gpu_blocks_override": 17}
     async with served_fake(0.003, **settings) as fake:
