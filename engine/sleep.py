@@ -26,6 +26,8 @@ class Sleeper:
         model, num_groups = self._runner.model, len(self._runner.model.info.cache_groups)
         if level >= 1 and "kv_cache" not in self._gone:
             model.allocate_caches([1] * num_groups)
+            if model.info.state_specs:
+                model.allocate_states(1)
             self._gone.add("kv_cache")
         if level == 1 and "weights" not in self._gone:
             if isinstance(model, SleepingModel):

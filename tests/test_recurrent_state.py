@@ -18,6 +18,7 @@ from fuseline.engine.run.device import HostDevice
 from fuseline.engine.run.sampler_reference import reference_device
 from fuseline.engine.run.warm_up import warm_up
 from fuseline.engine.service import EngineService
+from fuseline.engine.sleep import TAGS
 
 PROMPT = list(range(1, 15))
 EACH_ORDER = pytest.mark.parametrize("order", ORDERS)
@@ -127,6 +128,20 @@ def test_a_service_gives_the_model_its_slots() -> None:
     assert len(model.states) == 4 and service.engine.kv.states.num_slots == 4
     walk = Walk(service.engine)
     walk.submit(PROMPT, max_tokens=4)
+    walk.finish()
+    walk.check_all((0,), with_state=True)
+
+
+def test_a_sleeping_engine_gives_its_states_back() -> None:
+    model = FakeModel(with_state=True)
+    service = EngineService(fake_config(), lambda *_: model, reference_device, lambda message: None)
+    walk = Walk(service.engine)
+    walk.submit(PROMPT, max_tokens=8)
+    walk.step()
+    service._sleep(1)
+    assert len(model.states) == 1
+    service._wake_up(TAGS)
+    assert len(model.states) == 4
     walk.finish()
     walk.check_all((0,), with_state=True)
 
