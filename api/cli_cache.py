@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fuseline.api.config import ConfigError, read_environment
-from fuseline.compile.cache import KINDS, MAX_BYTES, Entry, clear, entries
+from fuseline.compile.cache.files import KINDS, MAX_BYTES, Entry, clear, entries
 from fuseline.compile.target import default_cache_dir
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from fuseline.compile.compiler import CompiledModel, compile_model
+from fuseline.compile.backends.cpu_plan.model import CpuModel
+from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import NEEDED_PASSES, PASSES, CompileConfig
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import StepInputs, make_step
 from fuseline.compile.target import detect_target
 
 ALL_ON = 3
@@ -41,16 +42,11 @@ class Row:
     decode_ratio: float
 
 
-def step_inputs(model: CompiledModel, num_tokens: int, end: int) -> GraphInputs:
+def step_inputs(model: CpuModel, num_tokens: int, end: int) -> StepInputs:
     """One sequence whose last `num_tokens` of `end` tokens are computed."""
-    positions = torch.arange(end - num_tokens, end)
     groups, blocks = len(model.info.cache_groups), torch.arange(1, -(-end // BLOCK_SIZE) + 1)
-    return GraphInputs(
-        token_ids=(7919 * positions + 13) % model.info.vocab_size, positions=positions, rope_rows=positions,
-        query_start=torch.tensor([0, num_tokens]).int(), seq_lens=torch.tensor([end]).int(),
-        slot_mapping=(blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).repeat(groups, 1),
-        block_tables=blocks.int().repeat(groups, 1, 1), logits_rows=torch.tensor([num_tokens - 1]),
-    )  # fmt: skip
+    token_ids = (7919 * torch.arange(end - num_tokens, end) + 13) % model.info.vocab_size
+    return make_step([num_tokens], [end], blocks.repeat(groups, 1, 1), BLOCK_SIZE, token_ids)
 
 
 def in_turns(runs: list[Callable[[], object]], budget: float) -> list[list[float]]:
@@ -65,7 +61,7 @@ def in_turns(runs: list[Callable[[], object]], budget: float) -> list[list[float
     return [found[1:] or found for found in times]
 
 
-def compare(base: CompiledModel, other: CompiledModel, prompt: int, budget: float) -> list[tuple[float, float]]:
+def compare(base: CpuModel, other: CpuModel, prompt: int, budget: float) -> list[tuple[float, float]]:
     """(Tokens per second of the other, its ratio to the base) for a prompt, then for decoding behind it."""
     pairs = []
     for num_tokens, share in ((prompt, 0.5), (1, 0.5)):
@@ -78,7 +74,7 @@ def compare(base: CompiledModel, other: CompiledModel, prompt: int, budget: floa
 
 
 def measure(model: str, prompt: int, cpu_threads: int, budget: float, cache: str) -> Iterator[Row]:
-    def build(level: int, *disabled: str) -> CompiledModel:
+    def build(level: int, *disabled: str) -> CpuModel:
         config = CompileConfig(
             model, level=level, disabled_passes=disabled, max_model_len=max(2048, prompt + BLOCK_SIZE),
             max_num_batched_tokens=max(prompt, 256), wait_compiled=True, cache_dir=cache,

@@ -24,6 +24,7 @@ import torch
 import zmq
 
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph_inputs import StepOutput
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
@@ -52,8 +53,8 @@ class NoModel:
     def allocate_caches(self, num_blocks) -> None:
         pass
 
-    def run(self, inputs) -> torch.Tensor:
-        return self.logits[: len(inputs.logits_rows)]
+    def run(self, inputs) -> StepOutput:
+        return StepOutput(self.logits[: len(inputs.logits_rows)])
 
 
 class TimedOps:

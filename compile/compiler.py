@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,40 +10,40 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.backends.artifact import load_optimized, load_or_capture, save_optimized
-from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.eager import EagerExecutable, constant_name
-from fuseline.compile.backends.offload import Offload, choose_offloaded, without_offloaded
-from fuseline.compile.backends.plan import PlanExecutable
-from fuseline.compile.backends.steps import StepPlans, lower
-from fuseline.compile.backends.tune import TUNE_LEVEL, tune_linears
-from fuseline.compile.backends.tune_card import tune_kernels
-from fuseline.compile.backends.upgrade import RegionUpgrade
+from fuseline.compile.backends.cpu_plan.model import CpuModel
+from fuseline.compile.backends.cpu_plan.model import Executable as CpuExecutable
+from fuseline.compile.backends.cpu_plan.steps import lower
+from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.backends.eager import EagerExecutable
+from fuseline.compile.backends.inductor.upgrade import RegionUpgrade
+from fuseline.compile.capture.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
+from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, Stages, run_passes
-from fuseline.compile.graph_inputs import GraphInputs
-from fuseline.compile.memory import Pages
-from fuseline.compile.model_info import describe, model_limit
+from fuseline.compile.model_info import model_limit
 from fuseline.compile.passes.pipeline import stages
+from fuseline.compile.residency.offload import Offload, choose_offloaded, without_offloaded
 from fuseline.compile.specs import CacheSpec, WeightSource
 from fuseline.compile.target import CPU, Target
+from fuseline.compile.tuning.kernels import tune_kernels
+from fuseline.compile.tuning.linears import TUNE_LEVEL, tune_linears
 
 if TYPE_CHECKING:
-    from fuseline.compile.cuda_model import CudaModel
+    from fuseline.compile.backends.cuda.model import CudaModel
 
 GIB = 1 << 30
 Progress = Callable[[str, int, int], None]
-Executable = EagerExecutable | PlanExecutable | StepPlans | CudaExecutable
+Executable = CpuExecutable | CudaExecutable
 
 
 def compile_model(
     config: CompileConfig, target: Target, progress: Progress | None = None, graphs: GraphConfig | None = None
-) -> CompiledModel | CudaModel:
+) -> CpuModel | CudaModel:
     """Raises CaptureError or LoadError, one line each. `graphs` are those that a card captures."""
     report_progress = progress or (lambda phase, done, total: None)
     _C.set_num_threads(target.num_threads)
@@ -62,7 +61,7 @@ def compile_model(
     if isinstance(executable, CudaExecutable):
         weights = without_offloaded(weights, offload)
         return _on_card(config, captured, result, weights, executable, target, graphs)
-    model = CompiledModel(config, captured, result, weights, executable)
+    model = CpuModel(config, captured, result, weights, executable)
     if config.level > 1 and executable.num_regions and "cut_regions" not in config.disabled_passes:
         model.compile_regions(RegionUpgrade(captured.graph, _by_target(captured.graph, weights), config))
         if config.wait_compiled:
@@ -80,7 +79,7 @@ def _tune(graph: fx.GraphModule, weights: Mapping[str, Tensor], config, target: 
 
 
 def _on_card(config, captured, result, weights, executable, target: Target, graphs: GraphConfig | None) -> CudaModel:
-    from fuseline.compile.cuda_model import CudaModel  # needs triton
+    from fuseline.compile.backends.cuda.model import CudaModel  # needs triton
 
     return CudaModel(config, captured, result, weights, executable, target.device, graphs or GraphConfig())
 
@@ -164,76 +163,3 @@ def weight_requests(graph: fx.GraphModule, captured: CapturedModel, result: Pipe
         for node in graph.graph.nodes
         if node.op == "get_attr" and constant_name(node) not in result.constants
     }
-
-
-class CompiledModel:
-    """A model ready to run steps. Logits are valid until the next run."""
-
-    def __init__(self, config, captured, result, weights, executable) -> None:
-        self.info = describe(config, captured, result, weights, executable)
-        self.report = result
-        self._block_size = config.block_size
-        self._keeps_rows = "keep_last_logits" not in config.disabled_passes
-        self._executable = executable
-        self._caches: dict[str, Tensor] = {}
-        self._upgrade: RegionUpgrade | None = None
-
-    def compile_regions(self, upgrade: RegionUpgrade) -> None:
-        """From the step after it is done on, the model runs on compiled regions."""
-        self._upgrade = upgrade
-        weakref.finalize(self, upgrade.stop.set)
-        upgrade.start()
-
-    def wait_compiled(self) -> bool:
-        """Waits for the regions; whether the model now runs on compiled ones."""
-        if self._upgrade is None:
-            return False
-        self._upgrade.join()
-        return self._swap()
-
-    def _swap(self) -> bool:
-        """Between steps only: the logits of the last step lie in the old plan's memory."""
-        upgraded, self._upgrade = self._upgrade.result, None
-        if upgraded is None:
-            return False
-        upgraded.bind(self._caches)
-        self._executable = upgraded
-        return True
-
-    def allocate_caches(self, num_blocks: Sequence[int]) -> None:
-        """Blocks per cache group."""
-        of_layer = {
-            layer: n for group, n in zip(self.info.cache_groups, num_blocks, strict=True) for layer in group.layers
-        }
-        pages = Pages()
-        for spec in self.info.cache_specs:
-            for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
-                shape = (of_layer[spec.layer], spec.num_kv_heads, self._block_size, dim)
-                self._caches[f"{name}_cache_{spec.layer}"] = pages.zeros(shape, getattr(torch, spec.dtype))
-        self._executable.bind(self._caches)
-
-    def run(self, inputs: GraphInputs) -> Tensor:
-        """Logits [R, V] float32 of the wanted rows."""
-        if self._upgrade is not None and not self._upgrade.is_alive():
-            self._swap()
-        values = input_values(inputs)
-        if self.info.rope_switch:
-            values["positions"] = inputs.rope_rows[None]
-        logits = self._executable.run(values).float()[0]
-        return logits if self._keeps_rows else logits[inputs.logits_rows]
-
-
-def input_values(inputs: GraphInputs) -> dict[str, Tensor]:
-    """Graph inputs by placeholder name."""
-    values = {
-        "token_ids": inputs.token_ids[None],
-        "positions": inputs.positions[None],
-        "rope_rows": inputs.rope_rows,
-        "query_start": inputs.query_start,
-        "seq_lens": inputs.seq_lens,
-        "logits_rows": inputs.logits_rows,
-    }
-    for group in range(inputs.slot_mapping.shape[0]):
-        values[f"slots_{group}"] = inputs.slot_mapping[group]
-        values[f"block_table_{group}"] = inputs.block_tables[group]
-    return values

@@ -1,39 +1,92 @@
-"""Batch metadata of one step: the inputs of every compiled graph (DESIGN contract 6).
+"""Inputs and output of one step: names, shapes, padding and construction (DESIGN contract 6).
 
 Legend: T tokens in the step, S sequences in the step, R rows whose logits are wanted, G cache groups,
-M blocks in the longest table of the step.
+M blocks in the longest table of the step, N blocks of a cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of compiled graphs: the field of StepInputs, the placeholder that it feeds, its shape."""
+
+    field: str
+    placeholder: str
+    """Of a grouped input the prefix: group g feeds `<placeholder>_<g>`."""
+    shape: tuple[str, ...]
+    """Symbols of the legend; S1 is S + 1. A grouped field has a leading dim of G."""
+    dtype: torch.dtype
+    padding: int = 0
+    """Value of padding tokens and sequences: token 0 at position 0 that is written nowhere, a sequence without keys."""
+    is_grouped: bool = False
+    is_batched: bool = False
+    """The placeholder has a leading dim of 1."""
+
+
+INPUTS = (
+    InputSpec("token_ids", "token_ids", ("T",), torch.int64, is_batched=True),
+    InputSpec("positions", "positions", ("T",), torch.int64, is_batched=True),
+    InputSpec("rope_rows", "rope_rows", ("T",), torch.int64),
+    InputSpec("query_start", "query_start", ("S1",), torch.int32),
+    InputSpec("seq_lens", "seq_lens", ("S",), torch.int32),
+    InputSpec("logits_rows", "logits_rows", ("R",), torch.int64),
+    InputSpec("slot_mapping", "slots", ("T",), torch.int64, padding=-1, is_grouped=True),
+    InputSpec("block_tables", "block_table", ("S", "M"), torch.int32, is_grouped=True),
+)
+"""Also the order in which padding kernels take them."""
+BY_FIELD = {spec.field: spec for spec in INPUTS}
+BY_PLACEHOLDER = {spec.placeholder: spec for spec in INPUTS}
 
 
 @dataclass
-class GraphInputs:
+class StepInputs:
     """CPU tensors, contiguous. Sequences lie one after the other in the token dimension.
 
     A token's key and value go to slot = block * block_size + offset; a slot of -1 writes nothing.
     """
 
-    token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
-    rope_rows: torch.Tensor  # [T] int64, == positions unless the model has a RopeSwitchSpec
-    query_start: torch.Tensor  # [S + 1] int32, first token of each sequence; query_start[S] == T
-    seq_lens: torch.Tensor  # [S] int32, tokens computed once this step is done (past + this step's)
-    slot_mapping: torch.Tensor  # [G, T] int64
-    block_tables: torch.Tensor  # [G, S, M] int32; blocks a window has left behind may hold any valid id
-    logits_rows: torch.Tensor  # [R] int64, indices into T
-    state_slots: torch.Tensor | None = None  # [S] int64, for a StateSpec; a state at position 0 begins as zero
-    embed_rows: torch.Tensor | None = None  # [E] int64, indices into T: positions that are fed by embeddings
-    embeds: torch.Tensor | None = None  # [E, hidden size] float32
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    rope_rows: Tensor  # [T] int64, == positions unless the model has a RopeSwitchSpec
+    query_start: Tensor  # [S + 1] int32, first token of each sequence; query_start[S] == T
+    seq_lens: Tensor  # [S] int32, tokens computed once this step is done (past + this step's)
+    slot_mapping: Tensor  # [G, T] int64
+    block_tables: Tensor  # [G, S, M] int32; blocks a window has left behind may hold any valid id
+    logits_rows: Tensor  # [R] int64, indices into T
+    sources: Tensor | None = None  # [T] int32: where >= 0, the token is sampled[sources[t]], whatever token_ids has
+    sampled: Tensor | None = None  # [rows] int64 on the device, tokens that the step before sampled
+    state_slots: Tensor | None = None  # [S] int64, for a StateSpec; a state at position 0 begins as zero
+    embed_rows: Tensor | None = None  # [E] int64, indices into T: positions that are fed by embeddings
+    embeds: Tensor | None = None  # [E, D] float32
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The inputs that are there, by name."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+    @property
+    def only_decodes(self) -> bool:
+        """Each sequence computes one token, and the logits of all of them are wanted, in their order."""
+        num_tokens = self.token_ids.shape[0]
+        is_even = self.seq_lens.shape[0] == num_tokens == self.logits_rows.shape[0]
+        return is_even and np.array_equal(self.logits_rows.numpy(), np.arange(num_tokens))
+
+    def fields(self) -> dict[str, Tensor]:
+        """The tensors of INPUTS by field name."""
+        return {spec.field: getattr(self, spec.field) for spec in INPUTS}
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Results of one step, on the device that computed them, valid until the next one."""
+
+    logits: Tensor
+    """[R, V] float32."""
+    hidden: Tensor | None = None
+    """[R, D] in the model's dtype, what the final linear read; None unless the model was compiled to return it."""
 
 
 @dataclass(frozen=True)
@@ -44,3 +97,97 @@ class BlockCopy:
     """From the device to the host."""
     pairs: tuple[np.ndarray, ...]
     """By cache group: [2, N] int64, blocks of the device's caches and of the host's."""
+
+
+def cache_name(kind: str, layer: int) -> str:
+    """Placeholder of a layer's cache of keys (k) or values (v)."""
+    return f"{kind}_cache_{layer}"
+
+
+def is_cache(placeholder: str) -> bool:
+    return placeholder.startswith(("k_cache_", "v_cache_"))
+
+
+def group_placeholder(field: str, group: int) -> str:
+    """Placeholder of a grouped field for cache group `group`."""
+    return f"{BY_FIELD[field].placeholder}_{group}"
+
+
+def graph_values(tensors: Mapping[str, Tensor], has_rope_switch: bool = False) -> dict[str, Tensor]:
+    """Graph inputs by placeholder name, from those fields that are there.
+
+    A model with two rope tables finds the row of its table where others find the position.
+    """
+    values: dict[str, Tensor] = {}
+    for spec in INPUTS:
+        field = "rope_rows" if spec.field == "positions" and has_rope_switch else spec.field
+        if field not in tensors:
+            continue
+        tensor = tensors[field]
+        if spec.is_grouped:
+            values |= {f"{spec.placeholder}_{group}": tensor[group] for group in range(tensor.shape[0])}
+        else:
+            values[spec.placeholder] = tensor[None] if spec.is_batched else tensor
+    return values
+
+
+def padding(sizes: Mapping[str, int], num_groups: int, device: str = "cpu") -> dict[str, Tensor]:
+    """By field name, in the order of INPUTS, the fields whose sizes are all known, filled with padding."""
+    return {
+        spec.field: torch.full(
+            (num_groups,) * spec.is_grouped + tuple(sizes[symbol] for symbol in spec.shape),
+            spec.padding, dtype=spec.dtype, device=device,
+        )
+        for spec in INPUTS if set(spec.shape) <= set(sizes)
+    }  # fmt: skip
+
+
+def narrowed(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Views of the first `sizes` entries along each dimension that is named; by field name."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        spec = BY_FIELD[name]
+        for dim, symbol in enumerate(spec.shape, start=int(spec.is_grouped)):
+            tensor = tensor.narrow(dim, 0, sizes[symbol]) if symbol in sizes else tensor
+        found[name] = tensor
+    return found
+
+
+def meta_input(placeholder: str, like: Tensor, block_size: int, sizes: Mapping[str, int]) -> Tensor:
+    """A meta tensor of the placeholder's shape; `like` is its traced value, `sizes` the value of each symbol."""
+    if is_cache(placeholder):
+        shape = (sizes["N"], like.shape[1], block_size, like.shape[3])
+    else:
+        spec = BY_PLACEHOLDER.get(placeholder) or BY_PLACEHOLDER[placeholder.rpartition("_")[0]]
+        shape = (1,) * spec.is_batched + tuple(sizes[symbol] for symbol in spec.shape)
+    return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+def make_step(
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    tables: Tensor,
+    block_size: int,
+    token_ids: Tensor | None = None,
+    logits_rows: Tensor | None = None,
+) -> StepInputs:
+    """A step in which sequence s computes the last counts[s] of its lengths[s] tokens.
+
+    `tables` [G, S, M]: blocks of each sequence. Token ids of 0 and the logits of each sequence's last token unless
+    given.
+    """
+    lens, num_new = torch.tensor(lengths), torch.tensor(counts)
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), num_new.cumsum(0)))
+    owners = torch.repeat_interleave(torch.arange(len(counts)), num_new)
+    positions = torch.arange(len(owners)) - starts[owners] + (lens - num_new)[owners]
+    slots = tables[:, owners, positions // block_size].long() * block_size + positions % block_size
+    return StepInputs(
+        token_ids=torch.zeros_like(positions) if token_ids is None else token_ids,
+        positions=positions,
+        rope_rows=positions,
+        query_start=starts.int(),
+        seq_lens=lens.int(),
+        slot_mapping=slots,
+        block_tables=tables.int(),
+        logits_rows=starts[1:] - 1 if logits_rows is None else logits_rows,
+    )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from fuseline.compile.capture.captured import ModelFacts
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph_inputs import cache_name
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo
 
 DEFAULT_LIMIT = 2048
@@ -43,3 +47,18 @@ def eos_ids(model: str, facts: ModelFacts) -> tuple[int, ...]:
     if stored is None:
         return facts.eos_token_ids
     return tuple(stored) if isinstance(stored, (list, tuple)) else (int(stored),)
+
+
+def cache_tensors(
+    info: ModelInfo, num_blocks: Sequence[int], block_size: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each layer's caches by placeholder name; `num_blocks` per cache group."""
+    groups = zip(info.cache_groups, num_blocks, strict=True)
+    of_layer = {layer: count for group, count in groups for layer in group.layers}
+    return {
+        cache_name(kind, spec.layer): (
+            (of_layer[spec.layer], spec.num_kv_heads, block_size, dim), getattr(torch, spec.dtype)
+        )
+        for spec in info.cache_specs
+        for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
+    }  # fmt: skip

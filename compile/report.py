@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fuseline.compile.backends.lowering import Call
-from fuseline.compile.backends.region import Region
-from fuseline.compile.backends.steps import StepKind, step_kinds
+from fuseline.compile.backends.cpu_plan.lowering import Call
+from fuseline.compile.backends.cpu_plan.steps import StepKind, step_kinds
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.region import Region
 from fuseline.compile.graph.runner import PipelineResult
 from fuseline.compile.graph.show import show
 

@@ -108,6 +108,8 @@ class ModelInfo:
     cache_groups: tuple[CacheGroup, ...] = field(default=())
     state_specs: tuple[StateSpec, ...] = ()
     takes_embeds: bool = False
-    """GraphInputs may bring embeddings."""
+    """StepInputs may bring embeddings."""
+    gives_hidden: bool = False
+    """StepOutput has hidden states."""
     host_weight_bytes: int = 0
     """Of weights that are copied to the device each step."""

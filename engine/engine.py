@@ -14,7 +14,7 @@ from fuseline.engine.messages import EngineRequest, StepOutputs
 from fuseline.engine.outputs import Ending, new_tokens, on_fast_path, pooled_output, store_prompt_scores
 from fuseline.engine.requests import Requests
 from fuseline.engine.run.device import Device
-from fuseline.engine.run.runner import Model, PoolingModel, PreparedBatch, Runner
+from fuseline.engine.run.runner import Model, PreparedBatch, Runner
 from fuseline.engine.run.sampling import NOT_FINITE, OK, Launched, Sampled, StepResult
 from fuseline.engine.run.speculate.drafting import Drafter, Drafting, kept_positions
 from fuseline.engine.schedule.scheduler import Limits, Scheduler
@@ -64,7 +64,7 @@ class Engine:
         )  # fmt: skip
         self.scheduler = Scheduler(limits, self.rows, self.kv, info.rope_switch)
         self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens, config.logprobs_mode)
-        self.requests = Requests(config, info, self.scheduler, self.max_model_len, isinstance(model, PoolingModel))
+        self.requests = Requests(config, info, self.scheduler, self.max_model_len)
         threshold = info.rope_switch.threshold if info.rope_switch else None
         self.drafting = Drafting(drafter, self.rows, info.vocab_size, threshold) if drafter else None
         self.is_asleep = False

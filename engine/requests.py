@@ -17,13 +17,11 @@ from fuseline.engine.state.sequence import Sequence, SequenceOptions, make_seque
 class Requests:
     """The requests of one engine, and the report that is being written for their client."""
 
-    def __init__(
-        self, config: EngineConfig, info: ModelInfo, scheduler: Scheduler, max_model_len: int, can_pool: bool
-    ) -> None:
+    def __init__(self, config: EngineConfig, info: ModelInfo, scheduler: Scheduler, max_model_len: int) -> None:
         self.report = Report()
         self.live: dict[str, list[Sequence]] = {}  # the unfinished sequences of each request
         self._info, self._scheduler = info, scheduler
-        self._max_model_len, self._can_pool = max_model_len, can_pool
+        self._max_model_len = max_model_len
         switch = info.rope_switch
         self._options = SequenceOptions(
             is_caching=config.cache.enable_prefix_caching,
@@ -122,7 +120,7 @@ class Requests:
         is_pooling = isinstance(params, PoolingParams)
         if num_prompt == 0:
             return "the prompt is empty"
-        if is_pooling and not self._can_pool:
+        if is_pooling and not self._info.gives_hidden:
             return "this model gives no pooled vectors"
         num_new = 0 if is_pooling else min(1, params.max_tokens)
         if num_prompt + num_new > self._max_model_len:

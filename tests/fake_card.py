@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuseline.compile.backends.device_inputs import DeviceInputs, Layout, views
-from fuseline.compile.backends.pieces import map_tensors
-from fuseline.compile.cuda_model import CudaModel
+from fuseline.compile.backends.cuda.model import CudaModel
+from fuseline.compile.backends.cuda.segments import map_tensors
+from fuseline.compile.graph_inputs import StepInputs, StepOutput
 from fuseline.compile.kernels.triton import sampling
+from fuseline.compile.residency.uploads import DeviceInputs, Layout, views
 from fuseline.compile.target import Target
 from fuseline.engine.memory.sizing import Memory
 from fuseline.engine.run.cuda_device import CudaDevice, CudaResults
@@ -170,7 +171,7 @@ class FakeCard(CudaDevice):
         self.log: list[tuple[str, int]] = []
         self.rehearsed: list[int] = []
         run = model.run
-        model.run = lambda *args: self._run(run, *args)
+        model.run = lambda inputs: self._run(run, inputs)
 
     def guard(self) -> TorchFunctionMode:
         """Raises HostSync where the host reads what lies on the card."""
@@ -198,11 +199,12 @@ class FakeCard(CudaDevice):
         self._note(*results.tensors.values())
         return results
 
-    def _run(self, run: Callable[..., Tensor], inputs, sources=None, sampled=None) -> Tensor:
-        with no_host_sync([*inputs.tensors().values(), *([] if sources is None else [sources])]):
-            logits = run(inputs, sources, sampled)
-        self._note(logits)
-        return logits
+    def _run(self, run: Callable[[StepInputs], StepOutput], inputs: StepInputs) -> StepOutput:
+        on_host = [*inputs.fields().values(), *([] if inputs.sources is None else [inputs.sources])]
+        with no_host_sync(on_host):
+            output = run(inputs)
+        self._note(output.logits)
+        return output
 
     def _note(self, *tensors: Tensor) -> None:
         """They stay alive, so that no tensor of the host gets their memory."""

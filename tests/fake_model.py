@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fuseline.compile.backends.device_inputs import Layout
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput
+from fuseline.compile.residency.uploads import Layout
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec, StateSpec
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.run.device import HostDevice, HostResults, SampleOps
@@ -97,6 +97,7 @@ class FakeModel:
             cache_groups=tuple(CacheGroup(w, (i,)) for i, w in enumerate(windows)),
             state_specs=(StateSpec(len(windows), (4,), "float32"),) if with_state else (),
             takes_embeds=True,
+            gives_hidden=True,
         )
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
@@ -105,9 +106,6 @@ class FakeModel:
 
     def allocate_states(self, num_slots: int) -> None:
         self.states = [-1] * num_slots  # nobody's
-
-    def hidden(self) -> torch.Tensor:
-        return self._hidden
 
     def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
         self.host = [np.full((n * self.block_size, 3), -1, np.int64) for n in num_blocks]
@@ -123,11 +121,10 @@ class FakeModel:
                 else:
                     cache[on_device] = host[on_host]
 
-    def run(
-        self, inputs: GraphInputs, sources: torch.Tensor | None = None, sampled: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if sources is not None:
-            inputs.token_ids[sources >= 0] = sampled[sources[sources >= 0].long()]
+    def run(self, inputs: StepInputs) -> StepOutput:
+        if inputs.sources is not None:
+            is_sampled = inputs.sources >= 0
+            inputs.token_ids[is_sampled] = inputs.sampled[inputs.sources[is_sampled].long()]
         time.sleep(self.step_seconds)
         self.num_runs += 1
         self._read(inputs)
@@ -139,9 +136,10 @@ class FakeModel:
             seq = int(np.searchsorted(starts, token_row, side="right")) - 1
             rows.append(self._row(inputs, seq, int(inputs.positions[token_row])))
         self._advance_states(inputs)
-        return torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), VOCAB_SIZE))
+        logits = torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), VOCAB_SIZE))
+        return StepOutput(logits, self._hidden_states(inputs))
 
-    def _write(self, inputs: GraphInputs) -> None:
+    def _write(self, inputs: StepInputs) -> None:
         if KILL_TOKEN in inputs.token_ids:
             os._exit(9)
         variants = (inputs.rope_rows - inputs.positions).numpy()
@@ -152,22 +150,27 @@ class FakeModel:
             assert (slots >= self.block_size).all(), "a token is written to the null block"
             cache[slots] = np.stack([self._content, inputs.positions.numpy(), variants], 1)
 
-    def _read(self, inputs: GraphInputs) -> None:
-        """The tokens, embeddings in their place, and the hidden states."""
+    def _read(self, inputs: StepInputs) -> None:
+        """The tokens, embeddings in their place."""
         self._content = inputs.token_ids.numpy().copy()
         if inputs.embeds is not None:
             self._content[inputs.embed_rows.numpy()] = [embedded(row) for row in inputs.embeds.numpy()]
-        pairs = zip(self._content.tolist(), inputs.positions.tolist(), strict=True)
-        self._hidden = torch.from_numpy(np.array([hidden_state(*pair) for pair in pairs], np.float32))
 
-    def _state(self, inputs: GraphInputs, seq: int, end: int) -> int:
+    def _hidden_states(self, inputs: StepInputs) -> torch.Tensor:
+        """[R, HIDDEN_SIZE] of the wanted rows."""
+        wanted = inputs.logits_rows.numpy()
+        pairs = zip(self._content[wanted].tolist(), inputs.positions.numpy()[wanted].tolist(), strict=True)
+        states = [hidden_state(*pair) for pair in pairs]
+        return torch.from_numpy(np.array(states, np.float32).reshape(len(states), HIDDEN_SIZE))
+
+    def _state(self, inputs: StepInputs, seq: int, end: int) -> int:
         """Of a sequence after the tokens of the step up to `end`."""
         begin = int(inputs.query_start[seq])
         state = 0 if inputs.positions[begin] == 0 else self.states[inputs.state_slots[seq]]
         assert state >= 0, "a state is read that nobody has written"
         return state_after(self._content[begin:end], state)
 
-    def _advance_states(self, inputs: GraphInputs) -> None:
+    def _advance_states(self, inputs: StepInputs) -> None:
         if not self.info.state_specs:
             return
         slots = inputs.state_slots.tolist()
@@ -177,7 +180,7 @@ class FakeModel:
         for slot, state in zip(slots, after, strict=True):
             self.states[slot] = state
 
-    def _row(self, inputs: GraphInputs, seq: int, position: int) -> np.ndarray:
+    def _row(self, inputs: StepInputs, seq: int, position: int) -> np.ndarray:
         assert position < inputs.seq_lens[seq]
         views: list[list[int]] = []
         variants: set[int] = set()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fuseline.compile.compiler import CompiledModel
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.backends.cpu_plan.model import CpuModel
+from fuseline.compile.graph_inputs import StepInputs
 
 BLOCK_SIZE = 16
 
@@ -24,7 +24,7 @@ class Sequence_:
     variant: int = 0
 
 
-def greedy(model: CompiledModel, prompts: Sequence[Sequence[int]], num_tokens: int, chunk: int = 7) -> list[list[int]]:
+def greedy(model: CpuModel, prompts: Sequence[Sequence[int]], num_tokens: int, chunk: int = 7) -> list[list[int]]:
     """`num_tokens` greedy tokens after each prompt; prompt k joins at step k, at most `chunk` tokens of it a step."""
     blocks_each = -(-(max(len(p) for p in prompts) + num_tokens) // BLOCK_SIZE)
     free = list(range(1, blocks_each * len(prompts) + 1))
@@ -40,7 +40,7 @@ def greedy(model: CompiledModel, prompts: Sequence[Sequence[int]], num_tokens: i
     return [s.tokens[s.num_prompt :] for s in sequences]
 
 
-def _run_step(model: CompiledModel, batch: list[Sequence_], chunk: int) -> None:
+def _run_step(model: CpuModel, batch: list[Sequence_], chunk: int) -> None:
     switch = model.info.rope_switch
     tokens, positions, rope_rows, slots, starts = [], [], [], [], [0]
     for sequence in batch:
@@ -55,7 +55,7 @@ def _run_step(model: CompiledModel, batch: list[Sequence_], chunk: int) -> None:
             slots.append(sequence.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE)
         starts.append(len(tokens))
     num_groups = len(model.info.cache_groups)
-    inputs = GraphInputs(
+    inputs = StepInputs(
         token_ids=torch.tensor(tokens),
         positions=torch.tensor(positions),
         rope_rows=torch.tensor(rope_rows),
@@ -65,6 +65,6 @@ def _run_step(model: CompiledModel, batch: list[Sequence_], chunk: int) -> None:
         block_tables=torch.tensor([[s.blocks for s in batch]] * num_groups, dtype=torch.int32),
         logits_rows=torch.tensor(starts[1:]) - 1,
     )
-    for sequence, row in zip(batch, model.run(inputs), strict=True):
+    for sequence, row in zip(batch, model.run(inputs).logits, strict=True):
         if sequence.num_computed == len(sequence.tokens):
             sequence.tokens.append(int(row.argmax()))

@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import zoo
 from torch import SymInt, Tensor, fx
 
-from fuseline.compile import cache
-from fuseline.compile.backends import artifact
-from fuseline.compile.backends.artifact import load_or_capture
+from fuseline.compile.cache import files as cache
+from fuseline.compile.cache import keys, store
+from fuseline.compile.capture import artifact
+from fuseline.compile.capture.artifact import load_or_capture
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.export import capture_model
@@ -56,7 +58,7 @@ def never_capture(monkeypatch):
 
 
 def warnings_in(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == artifact.logger.name]
+    return [record.getMessage() for record in caplog.records if record.name == store.logger.name]
 
 
 def described(value: object) -> object:
@@ -114,33 +116,30 @@ def test_loading_takes_no_part_of_an_export(config, monkeypatch):
 
 
 def test_what_the_graph_depends_on_makes_the_key(config, tmp_path, monkeypatch):
-    keys = [artifact.cache_key(config("llama"))]
-    keys.append(artifact.cache_key(config("llama", dtype="bfloat16")))
-    keys.append(artifact.cache_key(config("llama", hf_overrides=(("rope_theta", 5.0),))))
-    keys.append(artifact.cache_key(config("mistral")))
+    found = [keys.cache_key(config("llama"))]
+    found.append(keys.cache_key(config("llama", dtype="bfloat16")))
+    found.append(keys.cache_key(config("llama", hf_overrides=(("rope_theta", 5.0),))))
+    found.append(keys.cache_key(config("mistral")))
     same = config("llama", max_num_seqs=3, cpu_threads=1, seed=9, max_num_batched_tokens=64)
-    assert artifact.cache_key(same) == keys[0]
+    assert keys.cache_key(same) == found[0]
     for package in ("torch", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(artifact, "version_of", lambda name, package=package: "0" if name == package else name)
-            keys.append(artifact.cache_key(config("llama")))
-    assert len(set(keys)) == len(keys)
+            patch.setattr(keys, "version_of", lambda name, package=package: "0" if name == package else name)
+            found.append(keys.cache_key(config("llama")))
+    assert len(set(found)) == len(found)
 
 
 def test_sources_make_the_keys(config, tmp_path, monkeypatch):
     """Those of capture and of the vocabulary both keys, the rest of the compiler that of the lowered graph."""
-    source = artifact.Path(artifact.fuseline.compile.__file__).parent
     copy = tmp_path / "compile"
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for package, folder in ((artifact.fuseline.compile, copy), (artifact.capture, copy / "capture"),
-                            (artifact.ops, copy / "ops")):  # fmt: skip
-        monkeypatch.setattr(package, "__file__", str(folder / "__init__.py"))
+    shutil.copytree(keys.SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(keys, "SOURCES", copy)
     settings = config("llama")
-    before = artifact.cache_key(settings), artifact.optimized_key(settings)
+    before = keys.cache_key(settings), keys.optimized_key(settings)
     for name, changes in (("passes/clean.py", (False, True)), ("ops/norm.py", (True, True)),
                           ("capture/export.py", (True, True))):  # fmt: skip
         (copy / name).write_text((copy / name).read_text() + "# changed")
-        after = artifact.cache_key(settings), artifact.optimized_key(settings)
+        after = keys.cache_key(settings), keys.optimized_key(settings)
         assert tuple(one != two for one, two in zip(before, after, strict=True)) == changes
         before = after
 
@@ -176,7 +175,7 @@ def test_the_file_of_another_model_is_not_taken(config, llama, caplog):
     load_or_capture(config("mistral"))
     other = only_file(config("mistral"))
     settings = config("llama")
-    other.rename(other.with_name(artifact.cache_key(settings)))
+    other.rename(other.with_name(keys.cache_key(settings)))
     assert_same_nodes(load_or_capture(settings).graph, llama.graph)
     assert "another model" in caplog.text
 
@@ -186,7 +185,7 @@ def seal(body: bytes) -> bytes:
 
 
 def only_file(config: CompileConfig):
-    (path,) = artifact.Path(config.cache_dir, "graphs").iterdir()
+    (path,) = Path(config.cache_dir, "graphs").iterdir()
     return path
 
 
@@ -206,7 +205,7 @@ def test_a_full_disk_leaves_nothing_behind(config, llama, monkeypatch, caplog):
     monkeypatch.setattr(cache.os, "fsync", full)
     load_or_capture(settings)
     assert "No space left on device" in caplog.text
-    assert list(artifact.Path(settings.cache_dir, "graphs").iterdir()) == []
+    assert list(Path(settings.cache_dir, "graphs").iterdir()) == []
 
 
 def test_a_graph_without_a_place_in_the_format_is_not_cached(config, llama, monkeypatch, caplog):

@@ -16,10 +16,10 @@ from torch import nn
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda import count_kernels
+from fuseline.compile.backends.cuda.executable import count_kernels
+from fuseline.compile.backends.cuda.model import CudaModel
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
-from fuseline.compile.cuda_model import CudaModel
 from fuseline.compile.kernels.triton.experts import experts_invariant
 from fuseline.compile.kernels.triton.matmul import TILES, matmul
 from fuseline.compile.kernels.triton.table import paged_attention_invariant
@@ -148,7 +148,7 @@ def test_logits_do_not_depend_on_the_batch(family: str) -> None:
     def last_row(*steps: tuple[list[int], list[int]]) -> torch.Tensor:
         for cache in model._caches.values():
             cache.zero_()
-        return [model.run(mixed_step(counts, lengths, groups))[0].clone() for counts, lengths in steps][-1]
+        return [model.run(mixed_step(counts, lengths, groups)).logits[0].clone() for counts, lengths in steps][-1]
 
     alone = last_row(([20], [20]))
     chunked = (([13, 3, 2], [13, 3, 2]), ([7, 1], [20, 4]))

@@ -14,13 +14,13 @@ from test_weights import assert_same, described, everything
 from transformers import AutoModelForCausalLM
 from zoo import checkpoint, config_of, make_prompts, truth
 
-from fuseline.compile.backends import offload
-from fuseline.compile.backends.offload import NUM_SLOTS, choose_offloaded
 from fuseline.compile.capture import reader, sinks
 from fuseline.compile.capture.sinks import DeviceSink
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
+from fuseline.compile.residency import offload
+from fuseline.compile.residency.offload import NUM_SLOTS, choose_offloaded
 
 GIB, MIB = 1 << 30, 1 << 20
 

@@ -16,7 +16,7 @@ from fp8_cases import CACHED, STORED, fp8_of, numbers_to_round, over_fp8, too_la
 from native_fixtures import FLOATS
 from test_ops import assert_agrees, assert_close, assert_lies_as_fake, cases, copies, outputs
 
-from fuseline.compile.backends.cuda import CudaExecutable
+from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.kernels import cuda_library, native_cuda
 from fuseline.compile.kernels.native_cuda import KERNELS
 from fuseline.compile.ops import codes

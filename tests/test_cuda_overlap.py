@@ -15,12 +15,12 @@ from paged_driver import greedy
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile import target as targets
-from fuseline.compile.backends.cuda import chosen_kernels
-from fuseline.compile.backends.offload import choose_offloaded
+from fuseline.compile.backends.cuda.executable import chosen_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels import cuda_library
 from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap
+from fuseline.compile.residency.offload import choose_offloaded
 from fuseline.compile.target import Target
 
 __all__ = ["triton_interpreter"]

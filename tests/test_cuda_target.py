@@ -13,15 +13,15 @@ from test_native_sampling import Result, make_logits
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda import count_kernels
-from fuseline.compile.backends.device_inputs import ALIGNMENT, DeviceInputs
+from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import StepInputs, make_step
 from fuseline.compile.kernels import cuda_library
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.kernels.triton.table import KERNELS, TritonKernel
+from fuseline.compile.residency.uploads import ALIGNMENT, DeviceInputs
 from fuseline.compile.target import DeviceError, detect_target
 
 FUSED = "triton.linear_act_mul | torch.linear, triton.act_mul"
@@ -92,18 +92,11 @@ def test_padded_graphs_give_the_tokens_of_transformers(family: str, sizes: tuple
     assert set(api.replays) == set(sizes)
 
 
-def decode_step(lengths: list[int], width: int = 2) -> GraphInputs:
+def decode_step(lengths: list[int], width: int = 2) -> StepInputs:
     """One token of each sequence, whose blocks are its own."""
     count = len(lengths)
-    seq_lens = torch.tensor(lengths, dtype=torch.int32)
     tables = torch.arange(1, 1 + count * width, dtype=torch.int32).reshape(1, count, width)
-    positions = seq_lens.long() - 1
-    slots = tables[0].gather(1, positions[:, None] // 16)[:, 0] * 16 + positions % 16
-    return GraphInputs(
-        token_ids=torch.arange(count) + 5, positions=positions, rope_rows=positions,
-        query_start=torch.arange(count + 1, dtype=torch.int32), seq_lens=seq_lens, slot_mapping=slots[None],
-        block_tables=tables, logits_rows=torch.arange(count),
-    )  # fmt: skip
+    return make_step([1] * count, lengths, tables, 16, token_ids=torch.arange(count) + 5)
 
 
 def test_padding_changes_neither_logits_nor_caches() -> None:
@@ -115,7 +108,7 @@ def test_padding_changes_neither_logits_nor_caches() -> None:
         model.capture_graphs(api=FakeGraphs())
         if model.graphs:
             model.graphs.wait()
-        found.append((model.run(inputs).clone(), model.run(inputs).clone(), *model._caches.values()))
+        found.append((model.run(inputs).logits.clone(), model.run(inputs).logits.clone(), *model._caches.values()))
         assert (model.graphs is None) == (not sizes)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -129,7 +122,7 @@ def test_what_a_graph_cannot_do_is_run_op_by_op() -> None:
     model.graphs.wait()
     turned = dataclasses.replace(decode_step([3, 4]), logits_rows=torch.tensor([1, 0]))
     for inputs in (decode_step([3, 4, 5]), decode_step([3, 40], width=3), turned):
-        assert model.run(inputs).shape == (inputs.logits_rows.shape[0], model.info.vocab_size)
+        assert model.run(inputs).logits.shape == (inputs.logits_rows.shape[0], model.info.vocab_size)
     assert not api.replays
     model.run(decode_step([3]))
     assert api.replays == [2]
@@ -137,7 +130,7 @@ def test_what_a_graph_cannot_do_is_run_op_by_op() -> None:
     assert model.graphs is None, "graphs of caches that are gone are gone"
     model.capture_graphs(api=FakeGraphs(fails=lambda results: True))
     model.graphs.wait()
-    assert model.graphs.decode.captured == {} and model.run(decode_step([3])).shape[0] == 1
+    assert model.graphs.decode.captured == {} and model.run(decode_step([3])).logits.shape[0] == 1
 
 
 def rounding_to(fp8: torch.dtype, write):
@@ -171,7 +164,7 @@ def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(
     rounded = build(family)
     for model in (coded, rounded):
         model.allocate_caches([4])
-    assert torch.equal(coded.run(prompt), rounded.run(prompt))
+    assert torch.equal(coded.run(prompt).logits, rounded.run(prompt).logits)
     half, whole = coded.info.cache_specs[0], rounded.info.cache_specs[0]
     assert half.bytes_per_token() * 2 == whole.bytes_per_token()
     assert coded._caches["k_cache_0"].dtype == fp8 and coded._caches["k_cache_0"].float().any()
@@ -197,13 +190,13 @@ def test_a_step_waits_for_nothing() -> None:
         query_start=torch.tensor([0, 3], dtype=torch.int32), slot_mapping=torch.arange(16, 19)[None],
         logits_rows=torch.tensor([2]),
     )  # fmt: skip
-    host = [*vars(step).values(), *vars(prompt).values(), sources]
+    host = [*step.fields().values(), *prompt.fields().values(), sources]
     asked = {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition": 1.1, "output": (3,), "bias": {1: 1.0},
              "banned": (2,), "num_logprobs": 3}  # fmt: skip
 
     with no_host_sync(host):
         model.run(prompt)
-        logits = model.run(step, sources, torch.tensor([7, 9]))
+        logits = model.run(dataclasses.replace(step, sources=sources, sampled=torch.tensor([7, 9]))).logits
     found = Result(logits.clone(), [asked, {"temperature": 0.0}, {}], sample=waiting_for_nothing(sample))
     assert found.ok.tolist() == [1, 1, 1]
 
@@ -220,7 +213,9 @@ def launches(arch: int) -> None:
         for step in (decode_step([3, 20, 1]), decode_step([3] * 5)):
             step.slot_mapping = step.slot_mapping.expand(groups, -1).contiguous()
             step.block_tables = step.block_tables.expand(groups, -1, -1).contiguous()
-            model.run(step, torch.zeros(len(step.token_ids), dtype=torch.int32), torch.zeros(9, dtype=torch.int64))
+            step.sources = torch.zeros(len(step.token_ids), dtype=torch.int32)
+            step.sampled = torch.zeros(9, dtype=torch.int64)
+            model.run(step)
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import torch
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts
 
-from fuseline.compile.backends.artifact import optimized_key
-from fuseline.compile.backends.steps import StepPlans
+from fuseline.compile.backends.cpu_plan.steps import StepPlans
+from fuseline.compile.cache.keys import optimized_key
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import StepInputs, make_step
 from fuseline.compile.report import explain
 from fuseline.compile.target import detect_target
 
@@ -33,7 +33,13 @@ def run_all(model) -> tuple[list[torch.Tensor], Counter]:
     if isinstance(plans, StepPlans):
         for name in ("general", "decode"):
             getattr(plans, name).run = counted(counts, name, getattr(plans, name).run)
-    model.run = lambda inputs: (logits.append(run(inputs).clone()), logits[-1])[1]
+
+    def recorded(inputs):
+        output = run(inputs)
+        logits.append(output.logits.clone())
+        return output
+
+    model.run = recorded
     greedy(model, PROMPTS, NUM_TOKENS)
     return logits, counts
 
@@ -62,17 +68,11 @@ def test_the_decode_plan_gathers_no_rows() -> None:
     assert "decode plan" not in explain(CompileConfig(str(checkpoint("llama", "bfloat16")), level=2))
 
 
-def inputs(counts: list[int], rows: list[int]) -> GraphInputs:
+def inputs(counts: list[int], rows: list[int]) -> StepInputs:
     """Sequences of so many tokens, each in a block of its own; logits of `rows`."""
-    positions = torch.cat([torch.arange(n) for n in counts])
-    starts = torch.tensor([0, *counts]).cumsum(0)
     blocks = torch.arange(1, len(counts) + 1)
-    return GraphInputs(
-        token_ids=(7 * torch.arange(len(positions)) + 3) % 128, positions=positions, rope_rows=positions,
-        query_start=starts.int(), seq_lens=torch.tensor(counts).int(),
-        slot_mapping=(blocks.repeat_interleave(torch.tensor(counts)) * 16 + positions)[None],
-        block_tables=blocks[None, :, None].int(), logits_rows=torch.tensor(rows),
-    )  # fmt: skip
+    tokens = (7 * torch.arange(sum(counts)) + 3) % 128
+    return make_step(counts, counts, blocks[None, :, None], 16, tokens, torch.tensor(rows))
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,16 @@ def test_counts_and_rows_pick_the_plan(counts: list[int], rows: list[int], is_de
         plan = getattr(model._executable, name)
         plan.run = counted(ran, name, plan.run)
     step = inputs(counts, rows)
-    logits = model.run(step).clone()
+    logits = model.run(step).logits.clone()
     assert ran == {"decode" if is_decode else "general": 1}
     all_rows = inputs(counts, list(range(sum(counts))))
     assert torch.equal(logits, build_general(model, all_rows)[step.logits_rows])
 
 
-def build_general(model, step: GraphInputs) -> torch.Tensor:
+def build_general(model, step: StepInputs) -> torch.Tensor:
     """Logits of the step by the plan of every step."""
     model._executable = model._executable.general
-    return model.run(step)
+    return model.run(step).logits
 
 
 def test_levels_above_0_share_what_is_cached() -> None:

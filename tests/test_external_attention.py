@@ -18,7 +18,7 @@ from test_cuda_target import build, decode_step
 from test_ops import assert_close, cases
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda import chosen_kernels
+from fuseline.compile.backends.cuda.executable import chosen_kernels
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels import external
@@ -287,5 +287,5 @@ def test_planning_waits_for_nothing(monkeypatch):
         query_start=torch.tensor([0, 3], dtype=torch.int32), slot_mapping=torch.arange(16, 19)[None],
         logits_rows=torch.tensor([2]),
     )  # fmt: skip
-    with no_host_sync(vars(prompt).values()):
-        assert model.run(prompt).shape[0] == 1
+    with no_host_sync(prompt.fields().values()):
+        assert model.run(prompt).logits.shape[0] == 1

@@ -15,11 +15,11 @@ import pytest
 from test_families import WITH_REGIONS
 from zoo import FAMILIES, checkpoint
 
-from fuseline.compile.backends.lowering import Lowering
-from fuseline.compile.backends.plan import limits_of, meta_inputs
-from fuseline.compile.backends.region import Region
+from fuseline.compile.backends.cpu_plan.lowering import Lowering
+from fuseline.compile.backends.cpu_plan.plan import limits_of, meta_inputs
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.region import Region
 
 FILE = Path(__file__).parent / "goldens.json"
 ATTENTION_LAYERS = 3

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from fake_card import FakeGraphs, HostSync
 from fake_cuda import FakeCuda
 
-from fuseline.compile.backends.card_timer import Arguments, CardTimer
-from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi, recording
+from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
 from fuseline.compile.kernels.choice import Candidate
+from fuseline.compile.tuning import timer as card_timer
+from fuseline.compile.tuning.recording import recording
+from fuseline.compile.tuning.timer import Arguments, CardTimer
 
 CPU = torch.device("cpu")
 
@@ -82,7 +84,7 @@ def test_waiting_for_the_whole_device_spoils_a_capture_of_another_thread(cuda) -
 
 def test_a_candidate_that_cannot_be_captured_leaves_the_others_to_be_measured(cuda, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", cuda.current)
-    monkeypatch.setattr(CardTimer, "_median", lambda self, graph: graph.replay() or 1.0)
+    monkeypatch.setattr(card_timer, "DeviceClock", lambda *_, **__: lambda replay: replay() or 1.0)
     timer, calls = CardTimer("cpu"), []
 
     def waiting(x: torch.Tensor) -> None:

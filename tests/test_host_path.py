@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_model import FakeModel, fake_config
 
+from fuseline.compile.graph_inputs import StepOutput
 from fuseline.engine.engine import Engine
 from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander, TokenDeltas
 from fuseline.engine.run.device import HostDevice, SampleOps
@@ -22,8 +23,8 @@ def always_seven(tokens, logprobs, ranks, top_ids, top_logprobs, ok, *_) -> None
 
 
 class NoModel(FakeModel):
-    def run(self, inputs) -> torch.Tensor:
-        return torch.zeros(len(inputs.logits_rows), self.info.vocab_size)
+    def run(self, inputs) -> StepOutput:
+        return StepOutput(torch.zeros(len(inputs.logits_rows), self.info.vocab_size))
 
 
 def make_engine(num_running: int, num_waiting: int, context: int, ahead: bool) -> Engine:

@@ -16,7 +16,7 @@ from test_pass_serve import K, Q, V, rope_case, turned_alike
 from test_triton_ops import BY_NAME, make
 from zoo import checkpoint
 
-from fuseline.compile.backends.calibrate import scale_of
+from fuseline.compile.backends.cuda.calibrate import scale_of
 from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.kv_scales import find_scales
 from fuseline.compile.compiler import compile_model
@@ -142,7 +142,7 @@ def test_scales_are_computed_from_the_first_step_that_is_kept(level: int, flag: 
     model.graphs.wait()
     model.run(dataclasses.replace(PROMPT, slot_mapping=torch.full((1, 3), -1)))
     assert set(scales_of(model).values()) == {1.0}, "a warm-up step says nothing"
-    with no_host_sync(vars(PROMPT).values()):
+    with no_host_sync(PROMPT.fields().values()):
         model.run(PROMPT)
     plain.run(PROMPT)
     found = scales_of(model)

@@ -10,8 +10,8 @@ import pytest
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts
 
-from fuseline.compile.backends import inductor
-from fuseline.compile.backends.region_file import RegionFileError, check_file, seal
+from fuseline.compile.backends.inductor import regions as inductor
+from fuseline.compile.backends.inductor.library import RegionFileError, check_file, seal
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import NEEDED_PASSES, PASSES, CompileConfig
 from fuseline.compile.target import detect_target

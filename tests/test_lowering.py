@@ -13,16 +13,27 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from pass_cases import DTYPES
-from torch import Tensor, fx
+from torch import fx
 from zoo import checkpoint
 
-from fuseline.compile.backends.arena import ALIGNMENT, Buffer, place
-from fuseline.compile.backends.lowering import Call, Lowered, Lowering
-from fuseline.compile.backends.plan import PlanExecutable, limits_of, meta_inputs
-from fuseline.compile.backends.region import Region, storage_key, tensors_of
-from fuseline.compile.backends.sizes import PRIMES, SYMBOLS, decode, evaluate
+from fuseline.compile.backends.cpu_plan.arena import ALIGNMENT, Buffer, place
+from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered, Lowering
+from fuseline.compile.backends.cpu_plan.plan import PlanExecutable, limits_of, meta_inputs
+from fuseline.compile.backends.cpu_plan.sizes import (
+    FIRST,
+    SECOND,
+    SYMBOLS,
+    Linear,
+    SizeError,
+    evaluate,
+    from_json,
+    read,
+    to_json,
+)
+from fuseline.compile.backends.cpu_plan.symbolic import View, views_of
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.region import Region
 from fuseline.compile.report import explain
 
 aten = torch.ops.aten
@@ -67,15 +78,28 @@ def assert_apart(lives: list[tuple[Buffer, int, int]]) -> None:
 # sizes
 
 
-def test_sizes_are_read_back_from_primes() -> None:
-    for index, prime in enumerate(PRIMES.values()):
-        values = [3 + k for k in range(len(SYMBOLS))]
-        for factor in (1, 2, 64, 4096 * 3):
-            assert decode(factor * prime) == (factor, index)
-            assert evaluate(factor * prime, values) == factor * values[index]
-    assert [decode(n) for n in (0, 1, 128, 151936)] == [0, 1, 128, 151936]
-    with pytest.raises(ValueError, match="the product of two sizes known only at run time"):
-        decode(PRIMES["T"] * PRIMES["S"] * 4)
+def test_sizes_are_read_back_from_two_interpretations() -> None:
+    values = [3 + k for k in range(len(SYMBOLS))]
+    for index, name in enumerate(SYMBOLS):
+        for factor in (1, 2, 64, 4096 * 3, FIRST["T"], FIRST["R"]):
+            for constant in (0, 1, -1, 128, FIRST["T"], SECOND["S"]):
+                size = read(constant + factor * FIRST[name], constant + factor * SECOND[name])
+                assert size == Linear(constant, factor, index) == from_json(to_json(size))
+                assert evaluate(size, values) == constant + factor * values[index]
+    for constant in (0, 1, 128, 151936, 1 << 40, FIRST["T"], SECOND["T"], 12 * FIRST["R"]):
+        assert read(constant, constant) == constant == from_json(to_json(constant)) == evaluate(constant, values)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda size: size["T"] * size["T"], lambda size: 4 * size["T"] * size["S"], lambda size: size["T"] // 2,
+        lambda size: size["T"] + size["R"], lambda size: 9 - size["T"], lambda size: size["T"] * size["T"] - size["T"],
+    ],
+)  # fmt: skip
+def test_other_sizes_are_refused(function: Callable) -> None:
+    with pytest.raises(SizeError, match="not linear in one size known only at run time"):
+        read(function(FIRST), function(SECOND))
 
 
 # random graphs
@@ -174,22 +198,22 @@ def lowered(graph: fx.GraphModule) -> Lowered:
     return Lowering(graph, meta_inputs(graph, CONFIG.block_size), limits_of(CONFIG)).run()
 
 
-def used(steps: list[Call | Region], made: Lowered) -> Iterator[tuple[int, list[Tensor]]]:
+def used(steps: list[Call | Region], made: Lowered) -> Iterator[tuple[int, list[View]]]:
     """Tensors that each step reads or writes, told by the steps alone."""
     for number, step in enumerate(steps):
         if isinstance(step, Call):
             yield number, [t for t in step.tensors if t is not None]
         else:
-            results = [tensors_of(made.values[node])[index or 0] for node, index in step.outputs]
-            yield number, results + [t for node in step.inputs for t in tensors_of(made.values[node])]
-    yield len(steps), tensors_of(made.values[made.output])
+            results = [views_of(made.values[node])[index or 0] for node, index in step.outputs]
+            yield number, results + [view for node in step.inputs for view in views_of(made.values[node])]
+    yield len(steps), views_of(made.values[made.output])
 
 
 def lives(made: Lowered) -> list[tuple[Buffer, int, int]]:
     found: dict[int, tuple[Buffer, int, int]] = {}
     for number, tensors in used(made.steps, made):
         for tensor in tensors:
-            buffer = made.places[storage_key(tensor)].buffer
+            buffer = made.places[tensor.storage].buffer
             if buffer is not None:
                 first = found.get(id(buffer), (buffer, number, number))[1]
                 found[id(buffer)] = (buffer, first, number)

@@ -47,6 +47,40 @@ def test_sizes_follow_symbols():
         assert torch.equal(out, 2 * x[:, :size])
 
 
+def moved_plan():
+    """out[2] = the last two of x[0, :1 + 2 T], through the second half of an arena that the steps share."""
+    plan = _C.Plan()
+    symbol = plan.add_symbol("T")
+    x, out = plan.add_slot("x"), plan.add_slot("out")
+    view = plan.add_tensor(x, (-4, 8, symbol), "f32", [2], [1])
+    temporary = plan.add_tensor(-1, (64, 4, symbol), "f32", [2], [1])
+    result = plan.add_tensor(out, 0, "f32", [2], [1])
+    plan.add_call("copy", [temporary, view], [], [])
+    plan.add_call("copy", [result, temporary], [], [])
+    return plan, x, out
+
+
+def test_offsets_follow_symbols_and_pointers():
+    plan, x_slot, out_slot = moved_plan()
+    arena = torch.zeros(64)
+    plan.set_arena(arena.data_ptr(), arena.nbytes)
+    for size in (3, 8, 8, 1, 2):
+        x, out = torch.randn(2, 32), torch.zeros(2)
+        plan.set_slot(x_slot, x.data_ptr())
+        plan.set_slot(out_slot, out.data_ptr())
+        for now in (size, size + 1):
+            plan.run([now])
+            assert torch.equal(out, x[0, 2 * now - 1 : 2 * now + 1])
+            assert torch.equal(arena[16 + now : 18 + now], out)
+    assert plan.to_text().splitlines()[0] == "copy(out=f32[2]@arena+4*T+64, x=f32[2]@x+8*T-4)"
+    before = arena.clone()
+    with pytest.raises(RuntimeError, match=r"the offset of f32\[2\]@x\+8\*T-4 is negative"):
+        plan.run([0])
+    with pytest.raises(RuntimeError, match="ends at byte 272 of an arena of 256"):
+        plan.run([50])
+    assert torch.equal(arena, before)
+
+
 def test_parts_profile_and_text():
     plan, x_slot, out_slot = doubling_plan()
     x, out, arena = torch.ones(2, 8), torch.zeros(2, 2), torch.zeros(64)
@@ -86,6 +120,10 @@ def test_errors_when_building():
         plan.add_tensor(-1, 0, "f64", [1], [1])
     with pytest.raises(ValueError, match="no symbol 7"):
         plan.add_tensor(-1, 0, "f32", [(1, 7)], [1])
+    with pytest.raises(ValueError, match="no symbol 7"):
+        plan.add_tensor(-1, (4, 7), "f32", [1], [1])
+    with pytest.raises(ValueError, match="negative offset in arena"):
+        plan.add_tensor(-1, -4, "f32", [1], [1])
     with pytest.raises(ValueError, match="no slot 3"):
         plan.add_tensor(3, 0, "f32", [1], [1])
     assert plan.num_calls == 0

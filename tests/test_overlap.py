@@ -89,9 +89,9 @@ class WatchedModel(FakeModel):
         self.num_waited = 0
 
     def run(self, inputs):
-        logits = super().run(inputs)
+        output = super().run(inputs)
         self.num_waited += self.was_prepared.acquire(timeout=1)
-        return logits
+        return output
 
 
 def test_the_next_step_is_prepared_while_one_runs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from paged_driver import greedy
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi, GraphApi
-from fuseline.compile.backends.pieces import Piece, SplitOp, cut
+from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
+from fuseline.compile.backends.cuda.model import CudaModel
+from fuseline.compile.backends.cuda.segments import Piece, SplitOp, cut
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import MIXED_SIZES, CompileConfig, GraphConfig
-from fuseline.compile.cuda_model import CudaModel
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import BY_FIELD, StepInputs, make_step, padding
 from fuseline.compile.kernels.triton.batch import pad_tokens
 
 LAYERS = 3
@@ -39,19 +40,11 @@ def capture(model: CudaModel, api: GraphApi, num_blocks: int = 8) -> None:
     model.graphs.wait()
 
 
-def mixed_step(counts: list[int], lengths: list[int], groups: int = 1, width: int = 2) -> GraphInputs:
+def mixed_step(counts: list[int], lengths: list[int], groups: int = 1, width: int = 2) -> StepInputs:
     """The last counts[s] of lengths[s] tokens of each sequence, whose blocks are its own; the last row of each."""
-    starts = torch.tensor([0, *counts]).cumsum(0).int()
-    pairs = list(zip(counts, lengths, strict=True))
-    positions = torch.cat([torch.arange(n - count, n) for count, n in pairs])
     tables = torch.arange(1, 1 + len(counts) * width, dtype=torch.int32).reshape(1, len(counts), width)
-    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    slots = tables[0, owners, positions // 16].long() * 16 + positions % 16
-    return GraphInputs(
-        token_ids=positions * 3 % 50 + 5, positions=positions, rope_rows=positions, query_start=starts,
-        seq_lens=torch.tensor(lengths, dtype=torch.int32), slot_mapping=slots.expand(groups, -1).contiguous(),
-        block_tables=tables.expand(groups, -1, -1).contiguous(), logits_rows=starts[1:].long() - 1,
-    )  # fmt: skip
+    step = make_step(counts, lengths, tables.expand(groups, -1, -1).contiguous(), 16)
+    return replace(step, token_ids=step.positions * 3 % 50 + 5)
 
 
 @pytest.mark.parametrize(("family", "sizes"), [("llama", (4, 9, 16)), ("gpt_oss", (5, 24)), ("phi3_longrope", (24,))])
@@ -103,9 +96,9 @@ def test_ops_to_split_at_can_be_named() -> None:
     model, api = build("gpt_oss", mixed(8, splitting_ops=splitting)), FakeGraphs()
     step = mixed_step([3, 2], [3, 20], groups=2)
     model.allocate_caches([8, 8])
-    want = model.run(step).clone()
+    want = model.run(step).logits.clone()
     capture(model, api)
-    assert torch.equal(model.run(step), want) and api.piece_replays == 2 * LAYERS + 2
+    assert torch.equal(model.run(step).logits, want) and api.piece_replays == 2 * LAYERS + 2
     wrong = build("llama", mixed(8, splitting_ops=("experts",)))
     wrong.allocate_caches([8])
     with pytest.raises(ValueError, match="^splitting_ops: the model has no op 'experts'$"):
@@ -121,7 +114,7 @@ def test_padding_changes_neither_logits_nor_caches(family: str) -> None:
         groups = len(model.info.cache_groups)
         step = mixed_step([4, 1, 1], [4, 20, 3], groups)
         capture(model, api)
-        found.append((model.run(step).clone(), model.run(step).clone(), *model._caches.values()))
+        found.append((model.run(step).logits.clone(), model.run(step).logits.clone(), *model._caches.values()))
         assert api.piece_replays == (2 * (LAYERS + 1) if sizes else 0)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -139,7 +132,7 @@ def test_what_has_no_pieces_is_run_op_by_op() -> None:
     model.run(mixed_step([5], [5]))
     assert api.piece_replays == LAYERS + 1
     model.stop_capture()
-    assert model.graphs is None and model.run(mixed_step([5], [5])).isfinite().all()
+    assert model.graphs is None and model.run(mixed_step([5], [5])).logits.isfinite().all()
 
     def fails(results: object) -> bool:
         return isinstance(results, tuple) and 4 in [
@@ -166,8 +159,8 @@ def test_a_step_waits_for_nothing() -> None:
     model, sampled = build("gpt_oss", mixed(8), "bfloat16"), torch.tensor([7, 9])
     capture(model, FakeGraphs())
     step, sources = mixed_step([4, 1, 1], [4, 20, 3], groups=2), torch.tensor([-1, -1, -1, -1, 0, 1]).int()
-    with no_host_sync([*vars(step).values(), sources]):
-        model.run(step, sources, sampled)
+    with no_host_sync([*step.fields().values(), sources]):
+        model.run(replace(step, sources=sources, sampled=sampled))
 
 
 def test_logits_of_all_tokens_are_cut_to_the_wanted_rows() -> None:
@@ -177,7 +170,7 @@ def test_logits_of_all_tokens_are_cut_to_the_wanted_rows() -> None:
         for sizes in ((), (8,)):
             model = build("llama", mixed(*sizes), disabled_passes=disabled)
             capture(model, FakeGraphs())
-            found.append(model.run(step).clone())
+            found.append(model.run(step).logits.clone())
     assert found[0].shape == (2, 128)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
@@ -195,13 +188,14 @@ def test_a_program_of_more_than_kernels_is_not_cut() -> None:
 def test_tokens_are_padded() -> None:
     """More than a program's; what was there before is gone."""
     groups, tokens, size = 2, 300, 520
-    shapes = [(600,), (600,), (600,), (groups, 600)]
-    padded = [torch.full(shape, 99) for shape in shapes]
-    step = [torch.arange(tokens) + k for k in range(3)] + [torch.arange(groups * tokens).reshape(groups, tokens)]
+    padded = {name: torch.full_like(memory, 99) for name, memory in padding({"T": 600}, groups).items()}
+    assert list(padded) == ["token_ids", "positions", "rope_rows", "slot_mapping"]
+    step = {name: torch.arange(memory[..., :tokens].numel()).view_as(memory[..., :tokens]) + k
+            for k, (name, memory) in enumerate(padded.items())}  # fmt: skip
     pad_tokens(padded, step, size)
-    for k, (to, source) in enumerate(zip(padded, step, strict=True)):
-        assert torch.equal(to[..., :tokens], source) and (to[..., size:] == 99).all()
-        assert (to[..., tokens:size] == (-1 if k == 3 else 0)).all()
+    for name, to in padded.items():
+        assert torch.equal(to[..., :tokens], step[name]) and (to[..., size:] == 99).all()
+        assert (to[..., tokens:size] == BY_FIELD[name].padding).all()
 
 
 def test_sizes_of_mixed_steps() -> None:
@@ -224,7 +218,7 @@ def launches(arch: int) -> None:
         capture(model, FakeGraphs(), 200)
         for counts, lengths in steps:
             step = mixed_step(counts, lengths, groups, width=5)
-            model.run(step, torch.full((sum(counts),), -1).int(), torch.zeros(9, dtype=torch.int64))
+            model.run(replace(step, sources=torch.full((sum(counts),), -1).int(), sampled=torch.zeros(9).long()))
 
 
 @pytest.mark.slow

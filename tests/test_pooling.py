@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fake_model import HIDDEN_SIZE, build_fake, fake_config, hidden_state
@@ -89,8 +91,9 @@ def test_a_preempted_mean_is_summed_anew(order) -> None:
 def test_vectors_that_are_not_finite_fail_alone(order) -> None:
     walk = PoolWalk(make_engine(order=order))
     model = walk.engine.runner.model
-    real = model.hidden
-    model.hidden = lambda: real().masked_fill(real()[:, :1] == float(hidden_state(40, 2)[0]), float("nan"))
+    real = model._hidden_states
+    bad_state = float(hidden_state(40, 2)[0])
+    model._hidden_states = lambda inputs: real(inputs).masked_fill(real(inputs)[:, :1] == bad_state, float("nan"))
     good, bad = walk.pool(PROMPT), walk.pool([1, 2, 40])
     walk.finish()
     assert walk.outputs[bad, 0][0].finish_reason == "error" and "not finite" in walk.outputs[bad, 0][0].error
@@ -110,14 +113,8 @@ def test_aborted(order, num_steps) -> None:
 
 
 def test_a_model_without_hidden_states_refuses() -> None:
-    class Mute:
-        """The fake model without its hidden states."""
-
-        def __init__(self, model) -> None:
-            self.info, self.run, self.allocate_caches = model.info, model.run, model.allocate_caches
-
-    engine = make_engine()
-    walk = PoolWalk(type(engine)(engine.config, Mute(engine.runner.model), engine.num_blocks, reference_device()))
+    walk = PoolWalk(make_engine())
+    walk.engine.requests._info = replace(walk.engine.runner.model.info, gives_hidden=False)
     name = walk.pool(PROMPT)
     walk.finish()
     (output,) = walk.outputs[name, 0]

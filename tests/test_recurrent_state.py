@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_engine_walk import ORDERS, Walk, actions, make_engine, take_actions
 from test_speculation import FakeDrafter
 
+from fuseline.compile.graph_inputs import StepOutput
 from fuseline.compile.specs import StateSpec
 from fuseline.engine.config import CacheConfig, SchedulerConfig
 from fuseline.engine.memory.sizing import KVBudget, SizingError, size_cache
@@ -158,9 +159,9 @@ def test_the_profile_run_gives_each_sequence_a_slot() -> None:
         def allocate_states(self, num_slots: int) -> None:
             seen.append(("states", num_slots))
 
-        def run(self, inputs, *more) -> torch.Tensor:
+        def run(self, inputs) -> StepOutput:
             seen.append(inputs.state_slots.tolist())
-            return torch.zeros(len(inputs.logits_rows), self.info.vocab_size)
+            return StepOutput(torch.zeros(len(inputs.logits_rows), self.info.vocab_size))
 
     class Profiling(HostDevice):
         def profile(self, runs) -> int:

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 from zoo import checkpoint
 
-from fuseline.compile.backends import inductor, region_check, region_worker, upgrade
-from fuseline.compile.backends.inductor import compile_regions, region_name
-from fuseline.compile.backends.region_check import STEPS, find_fault, is_close, make_tensor
-from fuseline.compile.backends.region_file import seal
-from fuseline.compile.backends.region_worker import rebuild
-from fuseline.compile.backends.steps import step_kinds
-from fuseline.compile.backends.upgrade import _jobs
+from fuseline.compile.backends.cpu_plan.steps import step_kinds
+from fuseline.compile.backends.inductor import check as region_check
+from fuseline.compile.backends.inductor import regions as inductor
+from fuseline.compile.backends.inductor import upgrade
+from fuseline.compile.backends.inductor import worker as region_worker
+from fuseline.compile.backends.inductor.check import STEPS, find_fault, is_close, make_tensor
+from fuseline.compile.backends.inductor.library import seal
+from fuseline.compile.backends.inductor.regions import compile_regions, region_name
+from fuseline.compile.backends.inductor.upgrade import _jobs
+from fuseline.compile.backends.inductor.worker import rebuild
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.passes.cut_regions import mark_regions
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.passes.cut_regions import cut_regions
 
 WIDTH = 64
 
@@ -184,7 +188,7 @@ def test_a_refused_region_is_compiled_and_reported_once(fake_worker: Path, tmp_p
 
 WRONG_WORKER = """
 from torch import fx
-from fuseline.compile.backends import region_worker
+from fuseline.compile.backends.inductor import worker as region_worker
 original = region_worker.make_library
 
 def make_library(graph, examples, path):
@@ -216,7 +220,8 @@ def test_decode_steps_have_the_regions_of_all_steps(family: str, monkeypatch: py
 def texts_of(family: str, dtype: str) -> dict[str, str]:
     config = CompileConfig(model=str(checkpoint(family, dtype)), level=2)
     kind = step_kinds(optimize(config)[0].graph, config)[0]
-    jobs = _jobs(kind.lower(set(range(mark_regions(kind.graph)))))
+    num_regions = cut_regions(kind.graph, PassContext(config, None, 0, 0)).matches
+    jobs = _jobs(kind.lower(set(range(num_regions))))
     return {region_name(job.text): job.text for job in jobs.values()}
 
 
@@ -252,14 +257,14 @@ def test_a_full_disk_costs_the_region_only(tmp_path: Path, monkeypatch) -> None:
         return ""
 
     monkeypatch.setattr(region_worker, "compile_region", compiles)
-    monkeypatch.setattr("fuseline.compile.cache.os.fsync", full_disk)
+    monkeypatch.setattr("fuseline.compile.cache.files.os.fsync", full_disk)
     told = region_worker.answer("a", "{}", tmp_path, 1)
     assert (told["name"], told["fault"]) == ("a", "") and "No space left on device" in told["error"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refusal_that_cannot_be_kept_is_done_without(fake_worker: Path, tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("fuseline.compile.cache.os.fsync", full_disk)
+    monkeypatch.setattr("fuseline.compile.cache.files.os.fsync", full_disk)
     folder = tmp_path / "regions"
     with caplog.at_level(logging.WARNING):
         assert compile_regions({"a": "slow"}, folder, threading.Event()) == {}

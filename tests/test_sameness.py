@@ -23,7 +23,8 @@ from zoo import FAMILIES, checkpoint, texts
 
 from fuseline.api.llm import LLM
 from fuseline.api.llm_values import RequestOutput
-from fuseline.compile.compiler import CompiledModel, compile_model
+from fuseline.compile.backends.cpu_plan.model import CpuModel
+from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
@@ -41,12 +42,12 @@ MODELS = [
 
 
 @pytest.fixture(params=MODELS, ids="-".join)
-def model(request) -> CompiledModel:
+def model(request) -> CpuModel:
     return build(*request.param)
 
 
 @functools.cache
-def build(family: str, dtype: str, level: int = 1) -> CompiledModel:
+def build(family: str, dtype: str, level: int = 1) -> CpuModel:
     path, load_format = (wide(dtype), "dummy") if family == WIDE else (checkpoint(family, dtype), "auto")
     config = CompileConfig(str(path), load_format=load_format, level=level, wait_compiled=True)
     return compile_model(config, detect_target(1))
@@ -78,7 +79,7 @@ def requests() -> list[EngineRequest]:
     return made
 
 
-def make_engine(model: CompiledModel, num_blocks: int = NUM_BLOCKS, caching: bool = True, **scheduler) -> Engine:
+def make_engine(model: CpuModel, num_blocks: int = NUM_BLOCKS, caching: bool = True, **scheduler) -> Engine:
     counts = [num_blocks] * len(model.info.cache_groups)
     model.allocate_caches([count + 1 for count in counts])
     config = EngineConfig(
@@ -108,7 +109,7 @@ def run(engine: Engine, asked: Sequence[EngineRequest], arrivals: Sequence[int] 
 
 
 @functools.cache
-def alone(model: CompiledModel) -> dict[str, tuple]:
+def alone(model: CpuModel) -> dict[str, tuple]:
     """Each request in an engine without any other, or what it left behind."""
     engine = make_engine(model, caching=False)
     found: dict[str, tuple] = {}
@@ -119,13 +120,13 @@ def alone(model: CompiledModel) -> dict[str, tuple]:
     return found
 
 
-def check(model: CompiledModel, found: dict[str, tuple]) -> None:
+def check(model: CpuModel, found: dict[str, tuple]) -> None:
     expected = alone(model)
     assert found and [name for name in found if found[name] != expected[name]] == []
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 16, 64])
-def test_any_batch(model: CompiledModel, batch: int) -> None:
+def test_any_batch(model: CpuModel, batch: int) -> None:
     """The first few by so many places; all 64 by as many places as it takes to start them together."""
     engine = make_engine(model, max_num_seqs=batch if batch < NUM_REQUESTS else 256)
     check(model, run(engine, requests()[: max(batch, 8)]))
@@ -133,19 +134,19 @@ def test_any_batch(model: CompiledModel, batch: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_any_order_of_arrival(model: CompiledModel, seed: int) -> None:
+def test_any_order_of_arrival(model: CpuModel, seed: int) -> None:
     asked, chance = list(requests()[:24]), random.Random(seed)
     chance.shuffle(asked)
     check(model, run(make_engine(model, max_num_seqs=8), asked, [chance.randrange(30) for _ in asked]))
 
 
 @pytest.mark.parametrize("budget", [4, 7, 16, 33, 256])
-def test_any_chunks_of_prompts(model: CompiledModel, budget: int) -> None:
+def test_any_chunks_of_prompts(model: CpuModel, budget: int) -> None:
     settings = {"max_num_seqs": 4, "max_num_batched_tokens": budget, "max_num_partial_prefills": 2}
     check(model, run(make_engine(model, **settings), requests()[:16]))
 
 
-def test_prefix_hits(model: CompiledModel) -> None:
+def test_prefix_hits(model: CpuModel) -> None:
     engine, asked = make_engine(model), requests()[:16]
     check(model, run(engine, asked))
     misses = engine.scheduler.prefix_hits
@@ -153,13 +154,13 @@ def test_prefix_hits(model: CompiledModel) -> None:
     assert misses == 0 and engine.scheduler.prefix_hits > 16 * 5
 
 
-def test_preemption(model: CompiledModel) -> None:
+def test_preemption(model: CpuModel) -> None:
     engine = make_engine(model, num_blocks=10, max_num_seqs=8)
     check(model, run(engine, requests()[:24]))
     assert engine.scheduler.num_preemptions > 1
 
 
-def test_two_threads(model: CompiledModel) -> None:
+def test_two_threads(model: CpuModel) -> None:
     check(model, with_threads(2, lambda: run(make_engine(model, max_num_seqs=16), requests())))
     check(model, with_threads(2, lambda: run(make_engine(model, max_num_seqs=1), requests()[:8])))
 

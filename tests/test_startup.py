@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fuseline.api.bench import startup
 from fuseline.api.cli import main
-from fuseline.compile import cache, compiler
-from fuseline.compile.backends.artifact import load_optimized
+from fuseline.compile import compiler
+from fuseline.compile.cache import files as cache
 from fuseline.compile.capture import unneeded
+from fuseline.compile.capture.artifact import load_optimized
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
 

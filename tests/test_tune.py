@@ -12,12 +12,13 @@ import zoo
 from paged_driver import greedy
 from test_levels import NUM_TOKENS, PROMPTS
 
-from fuseline.compile.backends import tune, tuned
-from fuseline.compile.backends.tune import LINEAR, Product, tune_linears
-from fuseline.compile.cache import CacheError
+from fuseline.compile.cache.files import CacheError
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
+from fuseline.compile.tuning import linears as tune
+from fuseline.compile.tuning import tuned
+from fuseline.compile.tuning.linears import LINEAR, Product, tune_linears
 
 
 @pytest.fixture

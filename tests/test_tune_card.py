@@ -15,15 +15,16 @@ import zoo
 from fake_card import CARD
 from paged_driver import greedy
 
-from fuseline.compile.backends import card_timer, tune_card
-from fuseline.compile.backends.card_timer import Arguments, CardTimer
-from fuseline.compile.backends.cuda import count_kernels
-from fuseline.compile.backends.tune_calls import NORMS, OPS, CallMaker, has_constants
-from fuseline.compile.backends.tune_card import Problem, is_choice, tune_kernels
+from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, dispatcher
 from fuseline.compile.kernels.external import ExternalAttention, Libraries
+from fuseline.compile.tuning import clock as clocks
+from fuseline.compile.tuning import kernels as tune_card
+from fuseline.compile.tuning.calls import NORMS, OPS, CallMaker, has_constants
+from fuseline.compile.tuning.kernels import Problem, is_choice, tune_kernels
+from fuseline.compile.tuning.timer import Arguments, CardTimer
 
 FLASH_3 = Libraries(flash_attn_3=fakes.flash_attn_with_kvcache)
 NO_LIBRARIES = Libraries()
@@ -325,9 +326,9 @@ class FakeEvent:
 
 
 def timer_on(cuda: FakeCuda, monkeypatch) -> CardTimer:
-    monkeypatch.setattr(card_timer, "FLUSHED", 16)
+    monkeypatch.setattr(clocks, "FLUSHED_BYTES", 16)
     for name, value in {
-        "Stream": lambda: cuda, "stream": lambda stream: nullcontext(), "current_stream": lambda: None,
+        "Stream": lambda: cuda, "stream": lambda stream: nullcontext(), "current_stream": lambda: cuda,
         "CUDAGraph": cuda.graph, "graph_pool_handle": lambda: (0, 1), "Event": lambda enable_timing: FakeEvent(cuda),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

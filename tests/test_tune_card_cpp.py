@@ -11,11 +11,11 @@ from fake_card import CARD
 from paged_driver import greedy
 from test_tune_card import OURS, Clock, choices, config
 
-from fuseline.compile.backends import tune_card
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels import cuda_library
 from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL
+from fuseline.compile.tuning import kernels as tune_card
 
 __all__ = ["config"]
 MIXED = f"cuda.decode_attention, {OURS}"

@@ -12,8 +12,9 @@ from test_cuda_target import build
 from test_engine_walk import Walk
 from triton_interpreter import compile_launches
 
-from fuseline.compile.backends.device_inputs import Layout
 from fuseline.compile.config import CompileConfig, GraphConfig
+from fuseline.compile.graph_inputs import StepOutput
+from fuseline.compile.residency.uploads import Layout
 from fuseline.engine.config import EngineConfig, SchedulerConfig
 from fuseline.engine.run.cuda_device import CudaResults
 from fuseline.engine.service import EngineService
@@ -36,7 +37,12 @@ class Recorder(FakeCard):
     def __init__(self, model, num_cut: int) -> None:
         super().__init__(model)
         run, vocab_size = model.run, model.info.vocab_size - num_cut
-        model.run = lambda *args: run(*args)[:, :vocab_size].clone(memory_format=torch.contiguous_format)
+
+        def cut(inputs):
+            logits = run(inputs).logits
+            return StepOutput(logits[:, :vocab_size].clone(memory_format=torch.contiguous_format))
+
+        model.run = cut
         model.info = replace(model.info, vocab_size=vocab_size)
 
     def results(self, layout: Layout) -> CudaResults:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
+from fuseline.compile.graph.edit import constant_name
+
 
 class EagerExecutable:
     """Runs a graph whose constants are in `weights` (by fqn) and whose inputs come by placeholder name."""
@@ -26,8 +28,3 @@ class EagerExecutable:
     def run(self, values: Mapping[str, Tensor]) -> Tensor:
         known = self._bound | values
         return self._graph(*(known[name] for name in self._inputs))
-
-
-def constant_name(node: fx.Node) -> str:
-    """Key of a get_attr node's value: the parameter's path, or the node's own name for one that a pass made."""
-    return node.meta["fqn"] if "fqn" in node.meta else str(node.target)

@@ -88,7 +88,16 @@ def export_repeated(model: nn.Module) -> tuple[fx.GraphModule, set[str]] | None:
 def export_whole(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
     """The graph, and which of its get_attr nodes are buffers. Raises CaptureError."""
     graph, constants = _export(model)
+    number_attention(graph)
     return module_of(graph), constants
+
+
+def number_attention(graph: fx.Graph) -> None:
+    """Gives each attention a cache of its own where modules run several times, or have each other's numbers (HRM)."""
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.fuseline.attention.default)
+    if len({node.args[4] for node in nodes}) < len(nodes):
+        for position, node in enumerate(nodes):
+            node.update_arg(4, position)
 
 
 def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]:

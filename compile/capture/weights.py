@@ -13,8 +13,9 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.artifact import cache_key, cache_path, optimized_key, read_cached, write_cached
-from fuseline.compile.cache import CacheError
+from fuseline.compile.cache.files import CacheError
+from fuseline.compile.cache.keys import cache_key, optimized_key
+from fuseline.compile.cache.store import cache_path, read_cached, write_cached
 from fuseline.compile.capture import pieces
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint

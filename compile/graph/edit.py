@@ -1,9 +1,18 @@
-"""Small edits of a graph that passes share."""
+"""Edits of a graph that passes share. Whatever a pass places goes through here, which keeps the order of definitions.
+
+A call that stands in for others reads its operands at one place, where they were read at several before. `find_place`
+finds a place where that is the same, moving operands up if need be; where there is none, nothing is changed and the
+pass has no match.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_iter
 
 
 def placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
@@ -28,14 +37,198 @@ def constant(graph: fx.GraphModule, name: str, value: Tensor, **meta: object) ->
     return node
 
 
-def replace(graph: fx.Graph, old: fx.Node, target: object, args: tuple) -> fx.Node:
-    """A call in the place of `old`, with its value and users."""
-    with graph.inserting_before(old):
-        new = graph.call_function(target, args)
-    copy_meta(old, new, old.meta["val"])
-    old.replace_all_uses_with(new)
-    graph.erase_node(old)
+def constant_name(node: fx.Node) -> str:
+    """Key of a get_attr node's value: the parameter's path, or the node's own name for one that a pass made."""
+    return node.meta["fqn"] if "fqn" in node.meta else str(node.target)
+
+
+def insert_call(
+    graph: fx.Graph, before: fx.Node, target: object, args: tuple, like: fx.Node, value: object
+) -> fx.Node:  # fmt: skip
+    """A new call before a node, traced where `like` was. Raises ValueError when an operand is defined only later."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    copy_meta(like, node, value)
+    if late := next((arg for arg in node.all_input_nodes if not arg < node), None):
+        raise ValueError(f"{node.name} would read {late.name} before it is defined")
+    return node
+
+
+def replace(graph: fx.Graph, old: fx.Node, target: object, args: tuple) -> fx.Node | None:
+    """A call in the place of `old`, with its value and users; None, and no change, where there is no place for it."""
+    place = find_place(args, [old])
+    if place is None:
+        return None
+    new = insert_call(graph, place, target, args, old, old.meta["val"])
+    take_over(graph, [old], [new])
     return new
+
+
+def replace_all(graph: fx.Graph, olds: Sequence[fx.Node], target: object, args: tuple) -> list[fx.Node] | None:
+    """A call with one result in the place of each of `olds`; None, and no change, where there is no place for it."""
+    place = find_place(args, olds)
+    if place is None:
+        return None
+    values = tuple(old.meta["val"] for old in olds)
+    both = insert_call(graph, place, target, args, olds[0], values)
+    parts = [insert_call(graph, place, operator.getitem, (both, k), old, values[k]) for k, old in enumerate(olds)]
+    take_over(graph, olds, parts)
+    return parts
+
+
+def take_over(graph: fx.Graph, olds: Sequence[fx.Node], news: Sequence[fx.Node]) -> None:
+    """Each of `news` gets the users of its old node, which goes."""
+    for old, new in zip(olds, news, strict=True):
+        old.replace_all_uses_with(new)
+    # What others of them read goes last.
+    for old in sorted(olds, reverse=True):
+        graph.erase_node(old)
+
+
+def find_place(args: object, olds: Sequence[fx.Node]) -> fx.Node | None:
+    """The node before which a call with `args` may stand in for `olds`; None where no place is right.
+
+    It is the first of `olds` if all operands are defined before, else the place behind the last operand. Operands that
+    are defined behind the first user of `olds` are moved up before it. Writes and reads of the same memory keep their
+    order.
+    """
+    operands, ordered = nodes_in(args), _sharing_memory(olds)
+    users = [user for old in olds for user in old.users if user not in olds]
+    limit = min([*users, *(node for old, node in ordered if node > old)], default=None)
+    earlier = [node for old, node in ordered if node < old]
+    place, last = min(olds), max([*operands, *earlier], default=None)
+    moved: list[fx.Node] = []
+    if last is not None and not last < place:
+        if limit is None or last < limit:
+            place = last.next
+        else:
+            place, moved = limit, _defined_late(operands, limit)
+    if any(node in olds or not set(node.all_input_nodes).isdisjoint(olds) for node in moved):
+        return None
+    if any(not node < place for node in earlier) or _crosses_write(operands, olds, place):
+        return None
+    if not all(_can_move_up(node, place) for node in moved):
+        return None
+    for node in moved:
+        place.prepend(node)
+    return place
+
+
+def nodes_in(args: object) -> list[fx.Node]:
+    """The nodes among arguments, however nested."""
+    found: dict[fx.Node, None] = {}
+    fx.node.map_arg(args, lambda node: found.setdefault(node))
+    return list(found)
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    """The tensors in a value, however nested."""
+    return [item for item in tree_iter(value) if isinstance(item, Tensor)]
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether the op writes into one of its arguments."""
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    return schema is not None and schema.is_mutable
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The memory that a write writes, by the node that made it."""
+    specs = node.target._schema.arguments
+    args = dict(zip((spec.name for spec in specs), node.args, strict=False)) | node.kwargs
+    names = [spec.name for spec in specs if spec.alias_info and spec.alias_info.is_write]
+    return [memory_of(args[name]) for name in names if isinstance(args.get(name), fx.Node)]
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node that made the memory which `node` is a view of, or which it has written in place."""
+    while node.op == "call_function" and (source := _viewed(node)) is not None:
+        node = source
+    return node
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory the result may lie in."""
+    if node.target is operator.getitem:
+        return node.args[0]
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(result.alias_info for result in schema.returns)
+    # reshape, contiguous and to() give a view or a copy, which their schemas tell as a view of the first argument.
+    return next((arg for arg in node.args if isinstance(arg, fx.Node)), None) if is_view else None
+
+
+def is_shared_with_write(node: fx.Node) -> bool:
+    """Whether some op writes the memory that the node's value lies in."""
+    return any(is_write(user) and memory_of(node) in written(user) for user in _readers(memory_of(node)))
+
+
+def _readers(memory: fx.Node) -> list[fx.Node]:
+    """What reads or writes the memory, through views too."""
+    found: dict[fx.Node, None] = {}
+    pending = [memory]
+    while pending:
+        for user in pending.pop().users:
+            if user not in found:
+                found[user] = None
+                pending += [user] if memory_of(user) is memory else []
+    return list(found)
+
+
+def _sharing_memory(olds: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """A write among `olds` and another node that reads or writes the same memory."""
+    return [
+        (old, node)
+        for old in olds
+        if is_write(old)
+        for memory in written(old)
+        for node in _readers(memory)
+        if node not in olds
+    ]
+
+
+def _defined_late(operands: Iterable[fx.Node], limit: fx.Node) -> list[fx.Node]:
+    """The operands, and what they are computed from, that are defined at `limit` or later; in order."""
+    late: set[fx.Node] = set()
+    pending = list(operands)
+    while pending:
+        node = pending.pop()
+        if not node < limit and node not in late:
+            late.add(node)
+            pending += node.all_input_nodes
+    return sorted(late)
+
+
+def _crosses_write(operands: Iterable[fx.Node], olds: Sequence[fx.Node], place: fx.Node) -> bool:
+    """Whether an operand is written between the place and where `olds`, or what they are computed from, read it."""
+    known, inner, pending = set(operands), set(olds), list(olds)
+    while pending:
+        new = [arg for arg in pending.pop().all_input_nodes if arg not in known and arg not in inner]
+        inner.update(new)
+        pending += new
+    for operand in known:
+        reads = [user for user in operand.users if user in inner]
+        span = [*reads, place]
+        memory = memory_of(operand)
+        if reads and any(node not in inner and memory in written(node) for node in _writes(min(span), max(span))):
+            return True
+    return False
+
+
+def _can_move_up(node: fx.Node, place: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.op != "call_function" or is_write(node):
+        return False
+    memories = {memory_of(arg) for arg in node.all_input_nodes}
+    return not any(memories.intersection(written(write)) for write in _writes(place, node))
+
+
+def _writes(begin: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    """Writes from `begin` to before `end`."""
+    while begin is not end:
+        if is_write(begin):
+            yield begin
+        begin = begin.next
 
 
 def copy_meta(source: fx.Node, target: fx.Node, value: object) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx, nn
 
+from fuseline.compile.cache.files import CacheError
 from fuseline.compile.specs import WeightSource
 
 NAMESPACES = ("aten", "prims", "fuseline")
@@ -49,7 +50,7 @@ PLAIN: AbstractContextManager = nullcontext()
 """Values that are meta tensors, whatever device they are to have."""
 
 
-class GraphFormatError(Exception):
+class GraphFormatError(CacheError):
     """The graph holds what has no place in the format, or the text is not of the format."""
 
 

@@ -2,7 +2,7 @@
 
 Importing this needs no card and no triton; finding a kernel of ours needs triton, which every torch for CUDA brings.
 An op may have several candidates (choice.py): the first that takes a call is the default, `-O3` measures which is
-fastest for which rows (backends/tune_card.py) and leaves that in the node's meta["choices"].
+fastest for which rows (tuning/kernels.py) and leaves that in the node's meta["choices"].
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, batch_invariant, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, batch_invariant, op
 
 
 @op(
@@ -29,10 +29,11 @@ def attention(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool
 ) -> Tensor:
-    """q[H, T, D] over k[K, L, D], v[K, L, E], the queries being the last T of L positions -> [H, T, E]; fp32 inside."""
+    """q[H, T, D] over k[K, L, D], v[K, L, E], the queries being the last T of L positions -> [H, T, E]; fp32 inside, or wider if q is."""
     heads, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
     group = heads // k.shape[0]
-    scores = q.float() @ k.float().repeat_interleave(group, 0).transpose(1, 2) * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).repeat_interleave(group, 0).transpose(1, 2) * scale
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
     query_at = torch.arange(keys - tokens, keys)[:, None]
@@ -42,9 +43,9 @@ def attend(
         seen = seen & (key_at > query_at - window)
     scores = scores.masked_fill(~seen, float("-inf"))
     if sinks is not None:
-        scores = torch.cat((scores, sinks.float()[:, None, None].expand(heads, tokens, 1)), -1)
+        scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(heads, tokens, 1)), -1)
     weights = scores.softmax(-1)[..., :keys]
-    return (weights @ v.float().repeat_interleave(group, 0)).to(q.dtype)
+    return (weights @ v.to(wide).repeat_interleave(group, 0)).to(q.dtype)
 
 
 def paged_attention_inputs(make: Make) -> Iterator[tuple]:
@@ -70,8 +71,8 @@ def paged_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Workloa
         blocks = keys // block_size
         caches = (make.fill(sequences * blocks, shape.num_kv_heads, block_size, dim) for _ in "kv")
         table = make.order(sequences * blocks).reshape(sequences, blocks).int()
-        starts = (torch.arange(sequences + 1) * tokens).int()
-        lengths = torch.full((sequences,), keys).int()
+        starts = (torch.arange(sequences + 1, device=make.device) * tokens).int()
+        lengths = torch.full((sequences,), keys, device=make.device).int()
         query = make.fill(1, shape.num_heads, sequences * tokens, dim)
         seen = keys if tokens == 1 else (keys + 1) / 2
         yield Workload(
@@ -82,7 +83,7 @@ def paged_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Workloa
 
 
 def gather_rows_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    for rows in TOKENS[1:]:
+    for rows in make.tokens[1:]:
         width = shape.hidden_size
         moved = 2 * rows * width * make.dtype.itemsize
         yield Workload(f"{rows} x {width} of 2048", (make.fill(2048, width), make.ids(2048, rows)), num_bytes=moved)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from fuseline.compile.graph.edit import copy_meta
+from fuseline.compile.graph import edit
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.ops.linear import PANEL
 from fuseline.compile.specs import WeightSource
@@ -53,48 +53,34 @@ class _Packer:
         x, weight, *bias = node.args
         if not is_constant(weight):
             return False
-        num_out = weight.meta["val"].shape[0]
-        self._replace(node, OPS.linear_panels.default, (x, self._pack(weight), bias[0] if bias else None, num_out))
-        return True
+        args = (x, self._pack(weight), bias[0] if bias else None, weight.meta["val"].shape[0])
+        return self._replace(node, OPS.linear_panels.default, args)
 
     def experts(self, node: fx.Node) -> bool:
         x, ids, weights, gate_up, down, gate_up_bias, down_bias, act, transposed, alpha, limit = node.args
         num_hidden = down.meta["val"].shape[1 if transposed else 2]
         packed = (self._pack(gate_up, transposed), self._pack(down, transposed))
         args = (x, ids, weights, *packed, gate_up_bias, down_bias, act, num_hidden, alpha, limit)
-        self._replace(node, OPS.experts_panels.default, args)
-        return True
+        return self._replace(node, OPS.experts_panels.default, args)
 
     def embedding(self, node: fx.Node) -> bool:
         weight, ids = node.args[:2]
         packed = self._packed.get(source_of(weight).names) if is_constant(weight) else None
         if packed is None:
             return False
-        self._replace(node, OPS.embedding_panels.default, (ids, packed, weight.meta["val"].shape[0]))
-        return True
+        return self._replace(node, OPS.embedding_panels.default, (ids, packed, weight.meta["val"].shape[0]))
 
-    def _replace(self, node: fx.Node, target: object, args: tuple) -> None:
-        graph = self._graph.graph
-        with graph.inserting_before(node):
-            new = graph.call_function(target, args)
-        copy_meta(node, new, node.meta["val"])
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+    def _replace(self, node: fx.Node, target: object, args: tuple) -> bool:
+        return edit.replace(self._graph.graph, node, target, args) is not None
 
     def _pack(self, weight: fx.Node, transposed: bool = False) -> fx.Node:
         source, value = source_of(weight), weight.meta["val"]
         if source.names in self._packed:
             return self._packed[source.names]
         rows, cols = (value.shape[-1], value.shape[-2]) if transposed else value.shape[-2:]
-        graph = self._graph.graph
-        with graph.inserting_before(next(iter(graph.nodes))):
-            node = graph.create_node("get_attr", f"{weight.target}__panels")
-        shape = (*value.shape[:-2], -(-rows // PANEL), cols, PANEL)
-        node.meta = {
-            "val": torch.empty(shape, dtype=value.dtype, device="meta"),
-            "weight": replace(source, layout="panels", transpose=source.transpose != bool(transposed)),
-        }
-        self._graph.register_buffer(node.target, node.meta["val"])
+        like = torch.empty(*value.shape[:-2], -(-rows // PANEL), cols, PANEL, dtype=value.dtype, device="meta")
+        packed = replace(source, layout="panels", transpose=source.transpose != bool(transposed))
+        node = edit.constant(self._graph, f"{weight.target}__panels", like, weight=packed)
         self._packed[source.names] = node
         return node
 
@@ -105,8 +91,7 @@ def widen_output(graph: fx.Graph) -> bool:
     logits: fx.Node = output.args[0]
     if logits.meta["val"].dtype == torch.float32:
         return False
-    with graph.inserting_before(output):
-        wide = graph.call_function(torch.ops.prims.convert_element_type.default, (logits, torch.float32))
-    copy_meta(logits, wide, logits.meta["val"].float())
+    convert = torch.ops.prims.convert_element_type.default
+    wide = edit.insert_call(graph, output, convert, (logits, torch.float32), logits, logits.meta["val"].float())
     output.update_arg(0, wide)
     return True

@@ -11,12 +11,13 @@ the same op on the same arguments twice                                    -> on
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant, hoist_constants, replace
+from fuseline.compile.graph.edit import constant, hoist_constants, is_shared_with_write, is_write, memory_of, replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast, is_constant, is_node, is_number
 from fuseline.compile.specs import WeightSource
@@ -41,8 +42,14 @@ def remove_noops(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _forward(graph: fx.Graph, node: fx.Node) -> bool:
-    """The node's first argument takes its place."""
-    node.replace_all_uses_with(node.args[0])
+    """The node's first argument takes its place, unless one of the two is written and the other not."""
+    return _forward_to(graph, node, node.args[0])
+
+
+def _forward_to(graph: fx.Graph, node: fx.Node, source: fx.Node) -> bool:
+    if is_shared_with_write(node) or is_shared_with_write(source):
+        return False
+    node.replace_all_uses_with(source)
     graph.erase_node(node)
     return True
 
@@ -51,8 +58,7 @@ def _cast(graph: fx.Graph, node: fx.Node) -> bool:
     source, dtype = node.args[0], node.meta["val"].dtype
     if source.meta["val"].dtype == dtype:
         return _forward(graph, node)
-    replace(graph, node, cast, (source, dtype))
-    return True
+    return replace(graph, node, cast, (source, dtype)) is not None
 
 
 def _slice(graph: fx.Graph, node: fx.Node) -> bool:
@@ -71,9 +77,7 @@ def _cat(graph: fx.Graph, node: fx.Node) -> bool:
     filled = [part for part in parts if not _is_size(part.meta["val"].shape[dim], 0)]
     if len(filled) != 1 or len(parts) == 1 or filled[0].meta["val"].ndim != node.meta["val"].ndim:
         return False
-    node.replace_all_uses_with(filled[0])
-    graph.erase_node(node)
-    return True
+    return _forward_to(graph, node, filled[0])
 
 
 def _is_size(size: int | torch.SymInt, number: int) -> bool:
@@ -99,7 +103,7 @@ def canonicalize(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         elif node.target is aten.addmm.default and not node.kwargs:
             matches += _to_linear(graph, node)
         elif node.target is aten.silu_.default:
-            node.target = aten.silu.default
+            matches += _out_of_place(node)
     hoist_constants(graph.graph)
     return PassResult(matches, matches > 0)
 
@@ -112,13 +116,31 @@ def _weights_right(node: fx.Node) -> bool:
     return is_swapped
 
 
+def _out_of_place(node: fx.Node) -> bool:
+    """silu_(x) where nothing reads the memory of x afterwards."""
+    x = node.args[0]
+    is_own = memory_of(x) is x or _is_only_reader(x)
+    if not is_own or any(user > node for user in x.users):
+        return False
+    node.target = aten.silu.default
+    return True
+
+
+def _is_only_reader(part: fx.Node) -> bool:
+    """Whether it is a part of a split, and nothing else reads that part of the memory: parts do not overlap."""
+    if part.target is not operator.getitem:
+        return False
+    split = part.args[0]
+    alike = [user for user in split.users if user.target is operator.getitem and user.args[1] == part.args[1]]
+    return alike == [part] and list(memory_of(part).users) == [split]
+
+
 def _split(graph: fx.Graph, node: fx.Node) -> bool:
     dim = node.args[2] if len(node.args) > 2 else 0
     sizes = [part.shape[dim] for part in node.meta["val"]]
     if not all(isinstance(size, int) for size in sizes):
         return False
-    replace(graph, node, aten.split_with_sizes.default, (node.args[0], sizes, dim))
-    return True
+    return replace(graph, node, aten.split_with_sizes.default, (node.args[0], sizes, dim)) is not None
 
 
 def _to_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -130,12 +152,11 @@ def _to_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
     turned = constant(
         graph, f"{weight.target}__turned", value.t(), weight=WeightSource((weight.meta["fqn"],), transpose=True)
     )
-    replace(graph.graph, node, aten.linear.default, (x, turned, bias))
-    return True
+    return replace(graph.graph, node, aten.linear.default, (x, turned, bias)) is not None
 
 
 def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Common subexpressions; ops that write, and attention, stay as they are."""
+    """Common subexpressions; ops that write, what they write, and attention stay as they are."""
     seen: dict[str, fx.Node] = {}
     matches = 0
     for node in list(graph.graph.nodes):
@@ -143,7 +164,7 @@ def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             continue
         key = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
         first = seen.setdefault(key, node)
-        if first is not node:
+        if first is not node and not _sees_writes(node):
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
             matches += 1
@@ -151,5 +172,8 @@ def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _is_effectful(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.target is torch.ops.fuseline.attention.default or bool(schema and schema.is_mutable)
+    return node.target is torch.ops.fuseline.attention.default or is_write(node)
+
+
+def _sees_writes(node: fx.Node) -> bool:
+    return any(is_shared_with_write(value) for value in (node, *node.all_input_nodes))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fuseline.compile.backends.region import tensors_of
+from fuseline.compile.graph.edit import tensors_of
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast
 from fuseline.compile.kernels.native import Kernels
 
@@ -30,8 +31,8 @@ LIBRARY = frozenset({
 """Inductor calls torch's own function for these: compiled regions around them measured slower (DeepSeek's router)."""
 
 
-def mark_regions(graph: fx.GraphModule) -> int:
-    """The number of regions; their nodes carry theirs in meta["region"]."""
+def cut_regions(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Matches are regions, numbered from 0; their nodes carry the number in meta["region"]."""
     kernels = Kernels(lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
     runs: list[list[fx.Node]] = [[]]
     for node in graph.graph.nodes:
@@ -45,7 +46,7 @@ def mark_regions(graph: fx.GraphModule) -> int:
     for number, run in enumerate(regions):
         for node in run:
             node.meta["region"] = number
-    return len(regions)
+    return PassResult(len(regions), False)
 
 
 def is_free(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ import operator
 import torch
 from torch import fx
 
-from fuseline.compile.graph.edit import copy_meta
+from fuseline.compile.graph.edit import replace_all
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import Call, Var, cast, is_node, match
 from fuseline.compile.ops import codes
@@ -62,8 +62,7 @@ def _softmax_first(graph: fx.Graph, topk: fx.Node) -> bool:
         if ratio is None or len(weights.users) != 2 or len(total.users) != 1:
             return False
         weights = ratio
-    _route(graph, topk, source, weights, ids, codes.ROUTE_SOFTMAX_TOPK, is_normed)
-    return True
+    return _route(graph, topk, source, (weights, ids), codes.ROUTE_SOFTMAX_TOPK, is_normed)
 
 
 def _softmax_last(graph: fx.Graph, topk: fx.Node) -> bool:
@@ -75,22 +74,12 @@ def _softmax_last(graph: fx.Graph, topk: fx.Node) -> bool:
         return False
     if softmax.meta["val"].dtype != topk.args[0].meta["val"].dtype:
         return False
-    _route(graph, topk, topk.args[0], softmax, parts[1], codes.ROUTE_TOPK_SOFTMAX, False)
-    return True
+    return _route(graph, topk, topk.args[0], (softmax, parts[1]), codes.ROUTE_TOPK_SOFTMAX, False)
 
 
 def _route(
-    graph: fx.Graph, topk: fx.Node, logits: fx.Node, weights: fx.Node, ids: fx.Node, order: int, is_normed: bool
-) -> None:
-    dtype = weights.meta["val"].dtype
-    with graph.inserting_before(topk):
-        both = graph.call_function(
-            torch.ops.fuseline.route_topk.default, (logits, topk.args[1], order, int(is_normed), dtype)
-        )
-        new = [graph.call_function(operator.getitem, (both, k)) for k in range(2)]
-    copy_meta(topk, both, (weights.meta["val"], ids.meta["val"]))
-    for old, fresh in zip((weights, ids), new, strict=True):
-        copy_meta(old, fresh, old.meta["val"])
-        old.replace_all_uses_with(fresh)
-    for old in (weights, ids):
-        graph.erase_node(old)
+    graph: fx.Graph, topk: fx.Node, logits: fx.Node, results: tuple[fx.Node, fx.Node], order: int, is_normed: bool
+) -> bool:
+    """`results`: the weights and ids that the router gives."""
+    args = (logits, topk.args[1], order, int(is_normed), results[0].meta["val"].dtype)
+    return replace_all(graph, results, torch.ops.fuseline.route_topk.default, args) is not None

@@ -66,13 +66,11 @@ def _replace(graph: fx.Graph, node: fx.Node, found: dict[str, Any], mode: int) -
     value = x.meta["val"]
     if weight is not None and (weight.meta["val"].shape != value.shape[-1:] or weight.meta["val"].dtype != value.dtype):
         return False
-    replace(graph, node, OPS.rms_norm.default, (x, weight, float(found["eps"]), mode))
-    return True
+    return replace(graph, node, OPS.rms_norm.default, (x, weight, float(found["eps"]), mode)) is not None
 
 
 def _layer_norm(graph: fx.Graph, node: fx.Node) -> bool:
     x, shape, weight, bias, eps = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])[:5]
     if len(shape) != 1:
         return False
-    replace(graph, node, OPS.layer_norm.default, (x, weight, bias, float(eps)))
-    return True
+    return replace(graph, node, OPS.layer_norm.default, (x, weight, bias, float(eps))) is not None

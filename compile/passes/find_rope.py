@@ -88,8 +88,8 @@ def _rotate_half(graph: fx.Graph, node: fx.Node, tables: _Tables) -> bool:
     pair = tables.lookup(found["cos"], found["sin"])
     if pair is None:
         return False
-    replace(graph, node, ROPE, (found["x"], *pair, tables.rows, 2 * found["half"], codes.ROPE_HALF))
-    return True
+    args = (found["x"], *pair, tables.rows, 2 * found["half"], codes.ROPE_HALF)
+    return replace(graph, node, ROPE, args) is not None
 
 
 def _two_halves(graph: fx.Graph, node: fx.Node, tables: _Tables) -> bool:
@@ -103,8 +103,8 @@ def _two_halves(graph: fx.Graph, node: fx.Node, tables: _Tables) -> bool:
     pair = tables.lookup(found["cos"], found["sin"])
     if pair is None:
         return False
-    replace(graph, node, ROPE, (whole, *pair, tables.rows, whole.meta["val"].shape[-1], codes.ROPE_HALF))
-    return True
+    args = (whole, *pair, tables.rows, whole.meta["val"].shape[-1], codes.ROPE_HALF)
+    return replace(graph, node, ROPE, args) is not None
 
 
 def _is_half(node: fx.Node, index: int) -> bool:

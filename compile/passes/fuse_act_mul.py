@@ -25,8 +25,8 @@ def fuse_act_mul(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         if found is None or not _is_alike(found["gate"], found["up"]) or len(found["act"].users) > 1:
             continue
         act = codes.UNARY[_name(found["act"])]
-        replace(graph.graph, node, torch.ops.fuseline.act_mul.default, (found["gate"], found["up"], act))
-        matches += 1
+        args = (found["gate"], found["up"], act)
+        matches += replace(graph.graph, node, torch.ops.fuseline.act_mul.default, args) is not None
     return PassResult(matches, matches > 0)
 
 

@@ -25,8 +25,8 @@ def fuse_linear_act(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         linear = _product_of(node)
         if linear is not None:
             x, weight, *bias = linear.args
-            replace(graph.graph, node, OPS.linear_act_mul.default, (x, weight, bias[0] if bias else None, node.args[2]))
-            matches += 1
+            args = (x, weight, bias[0] if bias else None, node.args[2])
+            matches += replace(graph.graph, node, OPS.linear_act_mul.default, args) is not None
     return PassResult(matches, matches > 0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fuseline.compile.graph.edit import copy_meta
+from fuseline.compile.graph.edit import find_place, insert_call
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_node
 
@@ -23,8 +23,7 @@ def fuse_rope_cache(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     for node in [n for n in graph.graph.nodes if n.target is OPS.paged_attention.default]:
         write = writes.get(node.args[1])
         if write is not None and _is_rotated_alike(node.args[0], write.args[2]):
-            _fuse(graph.graph, node, write)
-            matches += 1
+            matches += _fuse(graph.graph, node, write)
     return PassResult(matches, matches > 0)
 
 
@@ -34,15 +33,15 @@ def _is_rotated_alike(q: fx.Node, k: fx.Node) -> bool:
     return q.args[1:] == k.args[1:]
 
 
-def _fuse(graph: fx.Graph, attention: fx.Node, write: fx.Node) -> None:
+def _fuse(graph: fx.Graph, attention: fx.Node, write: fx.Node) -> bool:
     k_cache, v_cache, k, v, slots, *scales = write.args
     q = attention.args[0]
     cos, sin, rows, rotary_dim, layout = q.args[1:]
-    with graph.inserting_before(write):
-        turned = graph.call_function(
-            OPS.rope_cache.default,
-            (k_cache, v_cache, q.args[0], k.args[0], v, cos, sin, rows, slots, rotary_dim, layout, *scales),
-        )
-    copy_meta(q, turned, q.meta["val"])
+    args = (k_cache, v_cache, q.args[0], k.args[0], v, cos, sin, rows, slots, rotary_dim, layout, *scales)
+    place = find_place(args, [write, q])
+    if place is None:
+        return False
+    turned = insert_call(graph, place, OPS.rope_cache.default, args, q, q.meta["val"])
     attention.replace_input_with(q, turned)
     graph.erase_node(write)
+    return True

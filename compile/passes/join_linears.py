@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant, copy_meta
+from fuseline.compile.graph.edit import constant, find_place, insert_call, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
 from fuseline.compile.specs import WeightSource
@@ -38,10 +38,8 @@ def join_linears(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             consumer = _consumer(node)
             if consumer is not None:
                 groups[node.args[0], consumer].append(node)
-    joined = [group for group in groups.values() if len(group) > 1]
-    for group in joined:
-        _join(graph, group)
-    return PassResult(len(joined), bool(joined))
+    matches = sum(_join(graph, group) for group in groups.values() if len(group) > 1)
+    return PassResult(matches, matches > 0)
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -64,31 +62,31 @@ def _consumer(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _join(graph: fx.GraphModule, group: list[fx.Node]) -> None:
+def _join(graph: fx.GraphModule, group: list[fx.Node]) -> bool:
+    place = find_place(group[0].args[0], group)
+    if place is None:
+        return False
     weights = [node.args[1] for node in group]
     sizes = [weight.meta["val"].shape[0] for weight in weights]
     name = "joined__" + "__".join(weight.target for weight in weights)
     like: Tensor = weights[0].meta["val"]
     source = WeightSource(tuple(weight.meta["fqn"] for weight in weights))
-    args: list[fx.Node] = [
-        group[0].args[0],
-        constant(graph, name, like.new_empty(sum(sizes), like.shape[1]), weight=source),
-    ]
+    args = [group[0].args[0], constant(graph, name, like.new_empty(sum(sizes), like.shape[1]), weight=source)]
     biases = [node.args[2] if len(node.args) > 2 else None for node in group]
     if any(bias is not None for bias in biases):
         args.append(_joined_bias(graph, name, biases, sizes, like))
     first = group[0]
     value: Tensor = first.meta["val"]
-    with graph.graph.inserting_before(first):
-        product = graph.graph.call_function(aten.linear.default, tuple(args))
-        split = graph.graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
-        parts = [graph.graph.call_function(operator.getitem, (split, k)) for k in range(len(group))]
-    copy_meta(first, product, value.new_empty(*value.shape[:-1], sum(sizes)))
-    copy_meta(first, split, tuple(node.meta["val"] for node in group))
-    for node, part in zip(group, parts, strict=True):
-        copy_meta(node, part, node.meta["val"])
-        node.replace_all_uses_with(part)
-        graph.graph.erase_node(node)
+
+    def insert(target: object, call_args: tuple, like: fx.Node, value: object) -> fx.Node:
+        return insert_call(graph.graph, place, target, call_args, like, value)
+
+    product = insert(aten.linear.default, tuple(args), first, value.new_empty(*value.shape[:-1], sum(sizes)))
+    results = tuple(node.meta["val"] for node in group)
+    split = insert(aten.split_with_sizes.default, (product, sizes, -1), first, results)
+    parts = [insert(operator.getitem, (split, k), node, results[k]) for k, node in enumerate(group)]
+    take_over(graph.graph, group, parts)
+    return True
 
 
 def _joined_bias(

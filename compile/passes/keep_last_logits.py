@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import copy_meta, meta_int, placeholder
+from fuseline.compile.graph.edit import insert_call, meta_int, placeholder
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast
 
@@ -70,13 +70,9 @@ def _first_by_row(node: fx.Node, behind: list[fx.Node]) -> tuple[fx.Node, int]:
 def _keep(graph: fx.Graph, before: fx.Node, whole: fx.Node, rows: fx.Node) -> fx.Node:
     value = whole.meta["val"]
     kept_value = _with_rows(value)
-    with graph.inserting_before(before):
-        flat = graph.call_function(aten.select.int, (whole, 0, 0))
-        kept = graph.call_function(OPS.gather_rows.default, (flat, rows))
-        batched = graph.call_function(aten.unsqueeze.default, (kept, 0))
-    for node, made in ((flat, value[0]), (kept, kept_value[0]), (batched, kept_value)):
-        copy_meta(whole, node, made)
-    return batched
+    flat = insert_call(graph, before, aten.select.int, (whole, 0, 0), whole, value[0])
+    kept = insert_call(graph, before, OPS.gather_rows.default, (flat, rows), whole, kept_value[0])
+    return insert_call(graph, before, aten.unsqueeze.default, (kept, 0), whole, kept_value)
 
 
 def _with_rows(value: Any) -> Any:

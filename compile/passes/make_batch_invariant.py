@@ -28,10 +28,8 @@ def make_batch_invariant(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     for node in list(graph.graph.nodes):
         if node.target is aten.linear.default:
             x, weight, *bias = node.args
-            replace(graph.graph, node, OPS.linear_invariant.default, (x, weight, bias[0] if bias else None))
+            args = (x, weight, bias[0] if bias else None)
+            matches += replace(graph.graph, node, OPS.linear_invariant.default, args) is not None
         elif node.target in INSTEAD:
-            replace(graph.graph, node, INSTEAD[node.target], node.args)
-        else:
-            continue
-        matches += 1
+            matches += replace(graph.graph, node, INSTEAD[node.target], node.args) is not None
     return PassResult(matches, matches > 0)

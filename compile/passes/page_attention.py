@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant, copy_meta, meta_int, placeholder
+from fuseline.compile.graph.edit import constant, insert_call, meta_int, placeholder, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph_inputs import cache_name, group_placeholder
 from fuseline.compile.specs import FP8_DTYPES, CacheGroup, CacheSpec, scale_names
 
 OPS = torch.ops.fuseline
@@ -63,23 +64,17 @@ def _rewrite(
     q, k, v, sinks, layer, scale, window, softcap, _ = node.args
     dtype = getattr(torch, spec.dtype)
     caches = [
-        placeholder(graph, f"{name}_cache_{layer}", _cache(spec, block_size, dim, dtype))
-        for name, dim in (("k", spec.key_dim), ("v", spec.value_dim))
+        placeholder(graph, cache_name(kind, layer), _cache(spec, block_size, dim, dtype))
+        for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
     ]
-    slots = placeholder(graph, f"slots_{group}", meta_int(2))
-    table = placeholder(graph, f"block_table_{group}", meta_int(2, 2, dtype=torch.int32))
+    slots = placeholder(graph, group_placeholder("slot_mapping", group), meta_int(2))
+    table = placeholder(graph, group_placeholder("block_tables", group), meta_int(2, 2, dtype=torch.int32))
     seq_lens = placeholder(graph, "seq_lens", meta_int(2, dtype=torch.int32))
     query_start = placeholder(graph, "query_start", meta_int(3, dtype=torch.int32))
-    with graph.inserting_before(node):
-        write = graph.call_function(OPS.write_cache.default, (*caches, k, v, slots, *scales))
-        copy_meta(node, write, None)
-        paged = graph.call_function(
-            OPS.paged_attention.default,
-            (q, *caches, table, seq_lens, query_start, sinks, window, scale, softcap, *scales),
-        )
-        copy_meta(node, paged, node.meta["val"])
-    node.replace_all_uses_with(paged)
-    graph.erase_node(node)
+    insert_call(graph, node, OPS.write_cache.default, (*caches, k, v, slots, *scales), node, None)
+    args = (q, *caches, table, seq_lens, query_start, sinks, window, scale, softcap, *scales)
+    paged = insert_call(graph, node, OPS.paged_attention.default, args, node, node.meta["val"])
+    take_over(graph, [node], [paged])
 
 
 def _cache(spec: CacheSpec, block_size: int, dim: int, dtype: torch.dtype) -> Tensor:

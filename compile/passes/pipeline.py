@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from fuseline.compile.graph.graph_pass import GraphPass
 from fuseline.compile.graph.runner import Stages
+from fuseline.compile.passes.bind_kernels import bind_kernels
 from fuseline.compile.passes.choose_kernels import choose_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
+from fuseline.compile.passes.cut_regions import cut_regions
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
 from fuseline.compile.passes.find_rope import find_rope
@@ -16,6 +23,8 @@ from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
 from fuseline.compile.passes.page_attention import page_attention
+from fuseline.compile.passes.plan_decode import plan_decode
+from fuseline.compile.passes.stream_weights import stream_weights
 from fuseline.compile.passes.widen_logits import widen_logits
 
 SERVE = (page_attention, keep_last_logits)
@@ -44,6 +53,20 @@ INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invari
 """With products of one order of summation in place of the fastest ones."""
 
 REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (widen_logits,)))
+
+REGIONS = (cut_regions,)
+"""On the compiled graph, for a CPU from level 2 on, while the server already answers."""
+
+DECODE = (plan_decode,)
+"""On a copy of the compiled graph, for a CPU from level 3 on."""
+
+
+def program_passes(
+    runs: Mapping[str, Callable], device: torch.device, streamed: Sequence[Sequence[str]]
+) -> Sequence[GraphPass]:  # fmt: skip
+    """On a GPU's copy of the compiled graph. No dead code is removed behind them: a release has no users."""
+    bound = bind_kernels(runs, device)
+    return (bound, stream_weights(streamed)) if streamed else (bound,)
 
 
 def stages(level: int, kind: str = "cpu", batch_invariant: bool = False) -> Stages:

@@ -44,9 +44,9 @@ void bind_plan(py::module_& m) {
       .def("add_slot", &Plan::add_slot, py::arg("name"))
       .def(
           "add_tensor",
-          [](Plan& plan, int base, int64_t offset, const std::string& dtype, const py::sequence& sizes,
+          [](Plan& plan, int base, const py::object& offset, const std::string& dtype, const py::sequence& sizes,
              const py::sequence& strides) {
-            return plan.add_tensor(base, offset, dtype, to_dims(sizes), to_dims(strides));
+            return plan.add_tensor(base, to_dim(offset), dtype, to_dims(sizes), to_dims(strides));
           },
           py::arg("base"), py::arg("offset"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"))
       .def(

@@ -34,10 +34,11 @@ void Plan::check_dim(const Dim& dim) const {
   if (dim.symbol >= static_cast<int>(symbol_names_.size())) reject("no symbol " + std::to_string(dim.symbol));
 }
 
-int Plan::add_tensor(int base, int64_t offset, const std::string& dtype, std::vector<Dim> sizes,
+int Plan::add_tensor(int base, Dim offset, const std::string& dtype, std::vector<Dim> sizes,
                      std::vector<Dim> strides) {
   if (base < kArenaBase || base + 1 >= static_cast<int>(bases_.size())) reject("no slot " + std::to_string(base));
-  if (offset < 0) reject("negative offset in " + base_of(base).name);
+  check_dim(offset);
+  if (offset.symbol < 0 && offset.constant < 0) reject("negative offset in " + base_of(base).name);
   if (sizes.size() != strides.size()) reject("sizes and strides differ in length");
   if (sizes.size() > kMaxDims) reject("a tensor has at most " + std::to_string(kMaxDims) + " dimensions");
   for (const auto* dims : {&sizes, &strides})
@@ -83,13 +84,14 @@ void Plan::add_arg(int id) {
   if (id < 0) {
     arg.ndim = -1;
     args_.push_back(arg);
+    offsets_.push_back(0);
     return;
   }
   View& view = views_[id];
   view.is_used = true;
   Base& base = base_of(view.base);
-  base.users.emplace_back(args_.size(), view.offset);
-  arg.data = reinterpret_cast<void*>(base.pointer + view.offset);
+  base.users.push_back(args_.size());
+  arg.data = reinterpret_cast<void*>(base.pointer + view.offset.constant);
   arg.dtype = view.dtype;
   arg.ndim = static_cast<int32_t>(view.sizes.size());
   const size_t index = args_.size();
@@ -100,6 +102,8 @@ void Plan::add_arg(int id) {
     add_patch({Patch::kStride, index, d, view.strides[d]});
   }
   args_.push_back(arg);
+  offsets_.push_back(view.offset.constant);
+  add_patch({Patch::kOffset, index, 0, view.offset});
 }
 
 void Plan::add_patch(Patch patch) {
@@ -108,15 +112,25 @@ void Plan::add_patch(Patch patch) {
 
 int64_t* Plan::target(const Patch& patch) {
   if (patch.kind == Patch::kInt) return &ints_[patch.index];
+  if (patch.kind == Patch::kOffset) return &offsets_[patch.index];
   Tensor& arg = args_[patch.index];
   return patch.kind == Patch::kSize ? &arg.sizes[patch.dim] : &arg.strides[patch.dim];
+}
+
+void Plan::apply(const Patch& patch, const std::vector<int64_t>& symbols) {
+  int64_t* number = target(patch);
+  const int64_t before = *number;
+  *number = patch.value.at(symbols);
+  if (patch.kind != Patch::kOffset) return;
+  void*& data = args_[patch.index].data;
+  data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(data) + (*number - before));
 }
 
 void Plan::set_base(Base& base, uintptr_t pointer) {
   base.is_set = true;
   if (base.pointer == pointer) return;
   base.pointer = pointer;
-  for (const auto& [index, offset] : base.users) args_[index].data = reinterpret_cast<void*>(pointer + offset);
+  for (size_t index : base.users) args_[index].data = reinterpret_cast<void*>(pointer + offsets_[index]);
 }
 
 void Plan::set_slot(int slot, uintptr_t pointer) {
@@ -130,25 +144,26 @@ void Plan::set_arena(uintptr_t pointer, int64_t num_bytes) {
   has_symbols_ = false;
 }
 
-int64_t Plan::last_byte(const View& view, const std::vector<int64_t>& symbols) const {
+// An empty view touches no memory, wherever it lies.
+void Plan::check_view(const View& view, const std::vector<int64_t>& symbols) const {
   int64_t last = 0;
   for (size_t d = 0; d < view.sizes.size(); ++d) {
     const int64_t size = view.sizes[d].at(symbols);
     if (size < 0) refuse("a size of " + view_text(view) + " is negative");
-    if (size == 0) return 0;
+    if (size == 0) return;
     last += (size - 1) * view.strides[d].at(symbols);
   }
-  return view.offset + (last + 1) * dtype_size(view.dtype);
+  const int64_t offset = view.offset.at(symbols);
+  if (offset < 0) refuse("the offset of " + view_text(view) + " is negative");
+  const int64_t end = offset + (last + 1) * dtype_size(view.dtype);
+  if (view.base == kArenaBase && end > arena_bytes_)
+    refuse(view_text(view) + " ends at byte " + std::to_string(end) + " of an arena of " +
+           std::to_string(arena_bytes_));
 }
 
 void Plan::check_sizes(const std::vector<int64_t>& symbols) const {
-  for (const View& view : views_) {
-    if (!view.is_used) continue;
-    const int64_t end = last_byte(view, symbols);
-    if (view.base == kArenaBase && end > arena_bytes_)
-      refuse(view_text(view) + " ends at byte " + std::to_string(end) + " of an arena of " +
-             std::to_string(arena_bytes_));
-  }
+  for (const View& view : views_)
+    if (view.is_used) check_view(view, symbols);
 }
 
 // Patches only what follows a symbol that changed.
@@ -161,7 +176,7 @@ void Plan::prepare(const std::vector<int64_t>& symbols) {
     if (!base.is_set && !base.users.empty()) refuse("no pointer was set for " + base.name);
   for (size_t s = 0; s < symbols.size(); ++s) {
     if (has_symbols_ && symbols[s] == symbols_[s]) continue;
-    for (const Patch& patch : patches_[s]) *target(patch) = patch.value.at(symbols);
+    for (const Patch& patch : patches_[s]) apply(patch, symbols);
   }
   symbols_ = symbols;
   has_symbols_ = true;
@@ -210,7 +225,7 @@ std::string Plan::view_text(const View& view) const {
   std::string text = std::string(dtype_name(view.dtype)) + "[";
   for (size_t d = 0; d < view.sizes.size(); ++d) text += (d ? ", " : "") + dim_text(view.sizes[d]);
   text += "]@" + base_of(view.base).name;
-  return view.offset ? text + "+" + std::to_string(view.offset) : text;
+  return view.offset == Dim{} ? text : text + "+" + dim_text(view.offset);
 }
 
 std::string Plan::to_text() const {

@@ -17,7 +17,7 @@ class Plan {
   int add_symbol(const std::string& name);
   int add_slot(const std::string& name);
   // `offset` counts bytes from the base, which is kArenaBase or a slot; strides count elements.
-  int add_tensor(int base, int64_t offset, const std::string& dtype, std::vector<Dim> sizes, std::vector<Dim> strides);
+  int add_tensor(int base, Dim offset, const std::string& dtype, std::vector<Dim> sizes, std::vector<Dim> strides);
   // A tensor id of -1 is an absent optional argument.
   void add_call(const std::string& op, const std::vector<int>& tensors, const std::vector<Dim>& ints,
                 const std::vector<double>& floats, const std::string& label);
@@ -41,11 +41,11 @@ class Plan {
     std::string name;
     uintptr_t pointer = 0;
     bool is_set = false;
-    std::vector<std::pair<size_t, int64_t>> users;  // (index into args_, byte offset)
+    std::vector<size_t> users;  // indices into args_
   };
   struct View {
     int base;
-    int64_t offset;
+    Dim offset;
     DType dtype;
     std::vector<Dim> sizes, strides;
     bool is_used = false;
@@ -57,9 +57,9 @@ class Plan {
     std::vector<Dim> ints;
     std::string label;
   };
-  // A number of args_ or ints_ that follows a symbol. Indices, not pointers: the vectors grow while building.
+  // A number of args_, offsets_ or ints_ that follows a symbol. Indices, not pointers: the vectors grow while building.
   struct Patch {
-    enum Kind { kSize, kStride, kInt } kind;
+    enum Kind { kSize, kStride, kInt, kOffset } kind;
     size_t index;
     int dim;
     Dim value;
@@ -73,10 +73,11 @@ class Plan {
   void add_arg(int tensor);
   void add_patch(Patch patch);
   int64_t* target(const Patch& patch);
+  void apply(const Patch& patch, const std::vector<int64_t>& symbols);
   void set_base(Base& base, uintptr_t pointer);
   void prepare(const std::vector<int64_t>& symbols);
   void check_sizes(const std::vector<int64_t>& symbols) const;
-  int64_t last_byte(const View& view, const std::vector<int64_t>& symbols) const;
+  void check_view(const View& view, const std::vector<int64_t>& symbols) const;
   std::string view_text(const View& view) const;
   std::string dim_text(const Dim& dim) const;
 
@@ -89,6 +90,7 @@ class Plan {
   std::vector<View> views_;
   std::vector<Call> calls_;
   std::vector<Tensor> args_;
+  std::vector<int64_t> offsets_;                // byte offset of each of args_ from its base
   std::vector<int64_t> ints_;
   std::vector<double> floats_;
 };

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.device_inputs import Layout
+from fuseline.compile.residency.uploads import Layout
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.free_memory import free_memory
 from fuseline.engine.memory.sizing import KVBudget, Memory, ProfiledMemory, kv_budget_on_host

@@ -1,11 +1,11 @@
-"""Builds a step's GraphInputs from the scheduled batch, in arrays that are reused from step to step."""
+"""Builds a step's StepInputs from the scheduled batch, in arrays that are reused from step to step."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import StepInputs
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.state.rows import RequestRows
@@ -13,7 +13,7 @@ from fuseline.engine.state.scheduled_batch import ScheduledBatch
 
 
 class InputBuilder:
-    """Legend as in GraphInputs. The tensors of one step are overwritten by the next.
+    """Legend as in StepInputs. The tensors of one step are overwritten by the next.
 
     `build` leaves out the token ids: `fill_tokens` puts in those that are known when the step is launched.
     """
@@ -35,8 +35,8 @@ class InputBuilder:
         self._seq_lens = np.zeros(num_seqs, np.int32)
         self._tables = TableCopy(kv)
 
-    def build(self, batch: ScheduledBatch, score_rows: np.ndarray) -> GraphInputs:
-        """`score_rows`: tokens of the step, beside the last ones of sampling sequences, whose logits are wanted."""
+    def build(self, batch: ScheduledBatch, more_rows: np.ndarray) -> StepInputs:
+        """`more_rows`: tokens of the step, behind those that sample, whose outputs are wanted."""
         num_seqs, num_tokens = len(batch.rows), batch.num_tokens
         query_start = self._query_start[: num_seqs + 1]
         np.cumsum(batch.num_new, out=query_start[1:])
@@ -50,9 +50,9 @@ class InputBuilder:
         sampled_rows = query_start[batch.sampling + 1] - 1
         if batch.num_drafts is not None:
             sampled_rows = query_start[batch.sampling] + batch.lengths - 1 - batch.num_computed[batch.sampling]
-        logits_rows = np.concatenate((sampled_rows, score_rows), dtype=np.int64)
+        logits_rows = np.concatenate((sampled_rows, more_rows), dtype=np.int64)
         embed_rows, embeds = self._embeds(batch) if self.rows.num_embedded else (None, None)
-        return GraphInputs(
+        return StepInputs(
             token_ids=torch.from_numpy(self._token_ids[:num_tokens]),
             positions=torch.from_numpy(positions),
             rope_rows=torch.from_numpy(self._fill_rope_rows(batch, positions)),
@@ -71,7 +71,7 @@ class InputBuilder:
         self._token_ids[:num_tokens] = self.rows.tokens[self._token_rows, self._positions[:num_tokens]]
 
     def sources(self, batch: ScheduledBatch, sampled_at: np.ndarray) -> torch.Tensor:
-        """[T] int32, as CudaModel.run takes them. sampled_at [rows]: where the step before samples for a row."""
+        """[T] int32, as StepInputs has them. sampled_at [rows]: where the step before samples for a row."""
         rows, positions = self._token_rows, self._positions[: len(self._token_rows)]
         num_known = self.rows.num_known[rows]
         if batch.num_drafts is not None:

@@ -15,12 +15,10 @@ from fuseline.engine.state.scheduled_batch import ScheduledBatch
 
 @dataclass(frozen=True)
 class _Part:
-    """Positions of one sequence in a step."""
+    """Positions of one sequence in a step: all that it computes for a mean, else its last one."""
 
     row: int
-    begin: int
-    end: int
-    """Tokens of the step."""
+    count: int
     is_first: bool
     is_mean: bool
     length: int
@@ -31,6 +29,8 @@ class _Part:
 @dataclass(frozen=True)
 class PoolArguments:
     parts: list[_Part]
+    rows: np.ndarray
+    """[Q] int64: tokens of the step whose hidden states are wanted, one part after the other."""
 
 
 class Pooler:
@@ -39,43 +39,46 @@ class Pooler:
     def __init__(self, rows: RequestRows, device: Device, hidden_size: int) -> None:
         self._rows, self._device = rows, device
         self.hidden_size = hidden_size
-        self._sums: Tensor | None = None  # [R, H] float32, made by the first mean
+        self._sums: Tensor | None = None  # [R, D] float32, made by the first mean
 
     def prepare(self, batch: ScheduledBatch) -> PoolArguments | None:
         """Which positions of the step are pooled; None without any."""
         if not self._rows.num_pooled:
             return None
-        is_pooled = self._rows.is_pooled[batch.rows]
         ends = np.cumsum(batch.num_new)
-        parts = [self._part(batch, i, int(ends[i])) for i in np.flatnonzero(is_pooled).tolist()]
-        return PoolArguments(parts) if parts else None
+        parts, rows = [], []
+        for index in self._rows.is_pooled[batch.rows].nonzero()[0].tolist():
+            part = self._part(batch, index)
+            if part.is_mean or part.length:
+                parts.append(part)
+                rows.append(np.arange(ends[index] - part.count, ends[index]))
+        return PoolArguments(parts, np.concatenate(rows)) if parts else None
 
     def launch(self, hidden: Tensor, arguments: PoolArguments) -> Tensor | None:
-        """hidden [T, H] -> float32 [P, H]: vectors of the sequences that end in this step; None if none do."""
-        vectors = [
-            self._vector(part, hidden[part.begin : part.end]) for part in arguments.parts if self._adds_up(part, hidden)
-        ]
+        """hidden [Q, D] -> float32 [P, D]: vectors of the sequences that end in this step; None if none do."""
+        vectors = []
+        for part, states in zip(arguments.parts, hidden.split([part.count for part in arguments.parts]), strict=True):
+            if part.is_mean:
+                self._add(part, states)
+            if part.length:
+                vectors.append(self._vector(part, states))
         return torch.stack(vectors) if vectors else None
 
-    def _part(self, batch: ScheduledBatch, index: int, end: int) -> _Part:
-        row, num_new = int(batch.rows[index]), int(batch.num_new[index])
+    def _part(self, batch: ScheduledBatch, index: int) -> _Part:
+        row, num_new, first = int(batch.rows[index]), int(batch.num_new[index]), int(batch.num_computed[index])
         seq = self._rows.sequences[row]
-        first = int(batch.num_computed[index])
+        is_mean = seq.params.pooling == "mean"
         length = seq.prompt_len if first + num_new == seq.prompt_len else 0
-        params = seq.params
-        return _Part(row, end - num_new, end, first == 0, params.pooling == "mean", length, params.normalize)
+        return _Part(row, num_new if is_mean else 1, first == 0, is_mean, length, seq.params.normalize)
 
-    def _adds_up(self, part: _Part, hidden: Tensor) -> bool:
-        """Add the part to its sequence's sum if a mean is wanted. True for the last part."""
-        if part.is_mean:
-            if self._sums is None:
-                shape = (len(self._rows.sequences), self.hidden_size)
-                self._sums = self._device.results({"sums": (shape, torch.float32)}).tensors["sums"]
-            if part.is_first:
-                self._sums[part.row].zero_()
-            self._sums[part.row] += hidden[part.begin : part.end].float().sum(0)
-        return part.length > 0
+    def _add(self, part: _Part, states: Tensor) -> None:
+        if self._sums is None:
+            shape = (len(self._rows.sequences), self.hidden_size)
+            self._sums = self._device.results({"sums": (shape, torch.float32)}).tensors["sums"]
+        if part.is_first:
+            self._sums[part.row].zero_()
+        self._sums[part.row] += states.float().sum(0)
 
-    def _vector(self, part: _Part, hidden: Tensor) -> Tensor:
-        vector = self._sums[part.row] / part.length if part.is_mean else hidden[-1].float()
+    def _vector(self, part: _Part, states: Tensor) -> Tensor:
+        vector = self._sums[part.row] / part.length if part.is_mean else states[-1].float()
         return vector / torch.linalg.vector_norm(vector).clamp_min(1e-12) if part.normalize else vector

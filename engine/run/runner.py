@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from fuseline.compile.graph_inputs import BlockCopy, GraphInputs
+from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.run.device import Device
@@ -31,8 +31,7 @@ class Model(Protocol):
 
     def allocate_caches(self, num_blocks: Seq[int]) -> None: ...
 
-    def run(self, inputs: GraphInputs) -> torch.Tensor:
-        """Logits. On an asynchronous device also (inputs, sources, sampled), as CudaModel.run takes them."""
+    def run(self, inputs: StepInputs) -> StepOutput: ...
 
 
 @runtime_checkable
@@ -44,14 +43,6 @@ class SwappingModel(Model, Protocol):
 
     def swap(self, copies: Seq[BlockCopy]) -> None:
         """Copies blocks in this order, before what is run next. Never waits for the device."""
-
-
-@runtime_checkable
-class PoolingModel(Model, Protocol):
-    """A model whose hidden states can be had."""
-
-    def hidden(self) -> torch.Tensor:
-        """[T, hidden size], of all tokens of the step that was run last, on the device."""
 
 
 @runtime_checkable
@@ -79,7 +70,7 @@ class PreparedBatch:
 
     scheduled: ScheduledBatch
     builder: InputBuilder
-    inputs: GraphInputs
+    inputs: StepInputs
     arguments: SampleArguments
     pooling: PoolArguments | None
     scoring: list[tuple[Sequence, range]]
@@ -90,8 +81,6 @@ class PreparedBatch:
     """[N], as `drafts_of` gives them; None without drafts."""
     reads_tokens: bool
     """The host must know the tokens of the step before to launch this one."""
-    sources: torch.Tensor | None = None
-    """[T] int32, of tokens that the host does not know yet: the row of the step before that gives each, else -1."""
     kept: np.ndarray | None = None
     """[N] bool, positions whose token is kept, once drafts are verified; None: all."""
     evicted: dict[int, Sequence] = field(default_factory=dict)
@@ -120,7 +109,9 @@ class Runner:
         self._builders.reverse()
         builder, rows = self._builders[0], batch.rows[batch.sampling]
         scoring, score_rows = _scored_rows(batch, self.rows)
-        inputs, arguments = builder.build(batch, score_rows), self.sampler.prepare(batch)
+        pooling = self.pooler.prepare(batch)
+        more_rows = score_rows if pooling is None else np.concatenate((score_rows, pooling.rows))
+        inputs, arguments = builder.build(batch, more_rows), self.sampler.prepare(batch)
         if scoring:
             targets = [seq.stored[position] for seq, positions in scoring for position in positions]
             arguments.targets = torch.tensor(targets, dtype=torch.int64)
@@ -132,7 +123,7 @@ class Runner:
             builder=builder,
             inputs=inputs,
             arguments=arguments,
-            pooling=self.pooler.prepare(batch),
+            pooling=pooling,
             scoring=scoring,
             complete=[self.rows.sequences[row] for row in batch.rows[batch.complete].tolist()],
             drafts=None if batch.num_drafts is None else drafts_of(batch, self.rows),
@@ -147,7 +138,7 @@ class Runner:
         if is_unknown.any():
             sampled_at = np.zeros(len(self.rows.sequences), np.int64)
             sampled_at[self._sampling_rows] = np.arange(len(self._sampling_rows))
-            prepared.sources = prepared.builder.sources(batch, sampled_at)
+            prepared.inputs.sources = prepared.builder.sources(batch, sampled_at)
             sources = np.where(is_unknown, sampled_at[rows], -1)
         self.sampler.fill(batch, prepared.arguments, sources)
         self._sampling_rows = rows
@@ -162,12 +153,12 @@ class Runner:
     def run(self, prepared: PreparedBatch) -> Launched:
         if prepared.scheduled.copies:
             self.model.swap(prepared.scheduled.copies)
-        if prepared.sources is None:
-            logits = self.model.run(prepared.inputs)
-        else:
-            logits = self.model.run(prepared.inputs, prepared.sources, self._sampled)
-        pooled = self.pooler.launch(self.model.hidden(), prepared.pooling) if prepared.pooling else None
-        launched = launch_sampling(self.device, logits, prepared.arguments, self._sampled, pooled)
+        prepared.inputs.sampled = self._sampled
+        output, pooled = self.model.run(prepared.inputs), None
+        if prepared.pooling:
+            num_others = prepared.arguments.num_rows + len(prepared.arguments.targets)
+            pooled = self.pooler.launch(output.hidden[num_others:], prepared.pooling)
+        launched = launch_sampling(self.device, output.logits, prepared.arguments, self._sampled, pooled)
         self._sampled = launched.tokens
         return launched
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.device_inputs import Layout
+from fuseline.compile.residency.uploads import Layout
 from fuseline.engine.messages import PositionLogprobs
 from fuseline.engine.run.device import Device, Results
 from fuseline.engine.run.histories import History
@@ -124,8 +124,9 @@ class Launched:
 def launch_sampling(
     device: Device, logits: Tensor, arguments: SampleArguments, before: Tensor | None, pooled: Tensor | None = None
 ) -> Launched:
-    """logits [R + P, V] float32. `before`: the tokens of the step before, on the device, if some are unknown. `pooled`:
-    vectors that go to the host with the tokens.
+    """logits [R + P, V] float32; more rows are left alone.
+
+    `before`: tokens of the step before, on the device, if some are unknown. `pooled`: vectors for the host.
     """
     num_rows, num_targets = arguments.num_rows, len(arguments.targets)
     layout = {"tokens": ((num_rows,), torch.int64), "ok": ((num_rows,), torch.uint8)}
@@ -150,7 +151,7 @@ def launch_sampling(
         )  # fmt: skip
     if num_targets:
         scores = [out[f"prompt_{name}"] for name in SCORES]
-        device.ops.row_logprobs(*scores, logits[num_rows:], given["targets"])
+        device.ops.row_logprobs(*scores, logits[num_rows : num_rows + num_targets], given["targets"])
     if pooled is not None:
         out["pooled"].copy_(pooled)
     results.send()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import StepInputs, make_step
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.sizing import ProfiledMemory
 from fuseline.engine.run.device import Device, Progress
@@ -80,8 +80,10 @@ class _Trial:
 
         def run() -> None:
             inputs = self._inputs(counts)
-            sources = None if self._sampled is None else torch.zeros(sum(counts), dtype=torch.int32)
-            logits = self.model.run(inputs, sources, self._sampled)
+            if self._sampled is not None:
+                inputs.sources = torch.zeros(sum(counts), dtype=torch.int32)
+                inputs.sampled = self._sampled
+            logits = self.model.run(inputs).logits
             # Prompt scores of the same rows, once more.
             logits = torch.cat((logits, logits)) if settings.get("with_scores") else logits
             arguments = trial_arguments(len(counts), self._mode, **settings)
@@ -112,26 +114,17 @@ class _Trial:
 
     def _score_prompt(self) -> None:
         """A prompt's part without its end. Its logits lie where no sampled row's come first, which kernels may see."""
-        logits = self.model.run(self._inputs([1]))
+        logits = self.model.run(self._inputs([1])).logits
         launch_sampling(self.device, logits, replace(trial_arguments(0, self._mode), targets=torch.tensor([0])), None)
 
-    def _inputs(self, counts: list[int]) -> GraphInputs:
-        lens = torch.tensor(counts, dtype=torch.int32)
-        ends = lens.cumsum(0)
-        positions = torch.cat([torch.arange(count) for count in counts])
-        num_groups = len(self.model.info.cache_groups)
+    def _inputs(self, counts: list[int]) -> StepInputs:
+        """Whole sequences whose keys are written nowhere."""
         width = -(-self.max_model_len // self.config.cache.block_size)
-        return GraphInputs(
-            token_ids=torch.zeros_like(positions),
-            positions=positions,
-            rope_rows=positions,
-            query_start=torch.cat((torch.zeros(1, dtype=torch.int32), ends.int())),
-            seq_lens=lens,
-            slot_mapping=torch.full((num_groups, len(positions)), -1),
-            block_tables=torch.zeros((num_groups, len(counts), width), dtype=torch.int32),
-            logits_rows=ends - 1,
-            state_slots=torch.arange(len(counts)) if self.model.info.state_specs else None,
-        )
+        tables = torch.zeros((len(self.model.info.cache_groups), len(counts), width), dtype=torch.int32)
+        inputs = make_step(counts, counts, tables, self.config.cache.block_size)
+        inputs.slot_mapping.fill_(-1)
+        inputs.state_slots = torch.arange(len(counts)) if self.model.info.state_specs else None
+        return inputs
 
 
 def trial_arguments(

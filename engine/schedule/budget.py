@@ -46,7 +46,7 @@ class StepBudget:
 
     def _num_extra_rows(self, seq: Sequence) -> int:
         """Logits rows of a sequence beyond its own one."""
-        if seq.prompt_scores is not None:
+        if seq.wants_every_row:
             return max(0, int(self.counts[seq.row]) - 1)
         return int(self.num_drafts[seq.row])
 

@@ -168,7 +168,7 @@ class Scheduler:
             count = min(count, self.limits.long_threshold)
         if not self.limits.is_chunked and count < num_remaining:
             return 0
-        if seq.prompt_scores is not None:
+        if seq.wants_every_row:
             count = min(count, budget.spare_rows + (seq.row >= 0))
         return count
 

@@ -112,8 +112,13 @@ class Sequence:
 
     @property
     def reads_cache(self) -> bool:
-        """Prompt scores and mean pooling need every position's output, so such a sequence computes its whole prompt."""
-        return self.cache_root is not None and self.prompt_scores is None and not self.pools_mean
+        """A sequence that wants the outputs of all its prompt computes all of it."""
+        return self.cache_root is not None and not self.wants_every_row
+
+    @property
+    def wants_every_row(self) -> bool:
+        """Prompt scores and mean pooling need the output of every position of the prompt."""
+        return self.prompt_scores is not None or self.pools_mean
 
     @property
     def is_pooled(self) -> bool:

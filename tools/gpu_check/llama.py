@@ -13,16 +13,16 @@ from kernels import sampling_arguments
 from table import Limits, Table, share_of
 from torch import Tensor
 
-from fuseline.compile.backends.cuda import CudaExecutable
-from fuseline.compile.backends.eager import constant_name
-from fuseline.compile.backends.graph_api import GraphApi
-from fuseline.compile.backends.tune_card import tune_kernels
+from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.backends.cuda.graph_api import GraphApi
+from fuseline.compile.backends.cuda.model import CudaModel
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
-from fuseline.compile.cuda_model import CudaModel
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph_inputs import StepInputs
 from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.target import Target
+from fuseline.compile.tuning.kernels import tune_kernels
 
 BLOCK = 16
 LLAMA_8B = {
@@ -92,11 +92,11 @@ class Runner:
         tokens, sources = None, torch.arange(num_seqs, dtype=torch.int32)
         inputs = [self._step(num_seqs, context + k) for k in range(steps)]
         for step in inputs[:2]:
-            tokens = self._sampled(self.model.run(step))
+            tokens = self._sampled(self.model.run(step).logits)
         self.wait()
         started = time.perf_counter()
         for step in inputs:
-            tokens = self._sampled(self.model.run(step, sources, tokens))
+            tokens = self._sampled(self.model.run(replace(step, sources=sources, sampled=tokens)).logits)
         launched = time.perf_counter() - started
         self.wait()
         return (time.perf_counter() - started) / steps, launched / steps
@@ -105,7 +105,7 @@ class Runner:
         """Seconds from the prompt to its first token on the host."""
         positions = torch.arange(length)
         blocks = torch.arange(1, 1 + -(-length // BLOCK), dtype=torch.int32)
-        prompt = GraphInputs(
+        prompt = StepInputs(
             token_ids=positions % self.model.info.vocab_size, positions=positions, rope_rows=positions,
             query_start=torch.tensor([0, length], dtype=torch.int32),
             seq_lens=torch.tensor([length], dtype=torch.int32), slot_mapping=positions[None] + BLOCK,
@@ -115,15 +115,15 @@ class Runner:
         for _ in range(3):
             self.wait()
             started = time.perf_counter()
-            self._sampled(self.model.run(prompt)).tolist()
+            self._sampled(self.model.run(prompt).logits).tolist()
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    def _step(self, num_seqs: int, context: int) -> GraphInputs:
+    def _step(self, num_seqs: int, context: int) -> StepInputs:
         tables = torch.arange(1, 1 + num_seqs * self.width, dtype=torch.int32).reshape(1, num_seqs, self.width)
         positions = torch.full((num_seqs,), context)
         slots = tables[0, :, context // BLOCK].long() * BLOCK + context % BLOCK
-        return GraphInputs(
+        return StepInputs(
             token_ids=positions % 100, positions=positions, rope_rows=positions,
             query_start=torch.arange(num_seqs + 1, dtype=torch.int32), seq_lens=(positions + 1).int(),
             slot_mapping=slots[None], block_tables=tables, logits_rows=torch.arange(num_seqs),

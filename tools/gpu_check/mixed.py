@@ -8,7 +8,7 @@ import torch
 from llama import BLOCK, Runner
 from table import Table
 
-from fuseline.compile.graph_inputs import GraphInputs
+from fuseline.compile.graph_inputs import StepInputs, make_step
 
 
 def measure_mixed(runner: Runner, num_seqs: int, chunks: tuple[int, ...], context: int, table: Table) -> None:
@@ -24,22 +24,15 @@ def measure_mixed(runner: Runner, num_seqs: int, chunks: tuple[int, ...], contex
     runner.model.graphs = graphs
 
 
-def mixed_step(runner: Runner, num_seqs: int, chunk: int, context: int) -> GraphInputs:
+def mixed_step(runner: Runner, num_seqs: int, chunk: int, context: int) -> StepInputs:
     """The sequence of the chunk comes last; all read `context` tokens before their own."""
-    counts = torch.tensor([1] * num_seqs + [chunk])
-    starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
-    owners = torch.repeat_interleave(torch.arange(num_seqs + 1), counts)
-    positions = context + torch.arange(len(owners)) - starts[owners]
+    counts = [1] * num_seqs + [chunk]
     width = -(-(context + chunk) // BLOCK)
-    tables = torch.arange(1, 1 + (num_seqs + 1) * width, dtype=torch.int32).reshape(1, num_seqs + 1, width)
-    slots = tables[0, owners, positions // BLOCK].long() * BLOCK + positions % BLOCK
-    return GraphInputs(
-        token_ids=positions % 100, positions=positions, rope_rows=positions, query_start=starts.int(),
-        seq_lens=(context + counts).int(), slot_mapping=slots[None], block_tables=tables, logits_rows=starts[1:] - 1,
-    )  # fmt: skip
+    tables = torch.arange(1, 1 + len(counts) * width, dtype=torch.int32).reshape(1, len(counts), width)
+    return make_step(counts, [context + count for count in counts], tables, BLOCK)
 
 
-def timed(runner: Runner, step: GraphInputs, repeats: int = 10) -> tuple[float, float]:
+def timed(runner: Runner, step: StepInputs, repeats: int = 10) -> tuple[float, float]:
     """(host seconds, seconds) a step."""
     runner.model.run(step)
     runner.wait()

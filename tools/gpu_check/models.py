@@ -20,7 +20,7 @@ from paged_driver import greedy
 from table import CardClock, Clock, Table
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.graph_api import CaptureStreams, CudaGraphApi
+from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.kernels.cuda_library import CudaLibrary, library_for

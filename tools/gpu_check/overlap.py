@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from kernels import SILU, Made, Sizes
 from llama import Load, Runner
-from table import Clock, Limits, Table, microseconds, share_of
+from table import Table, microseconds, share_of
 from torch import Tensor
 
-from fuseline.compile.backends.graph_api import GraphApi
+from fuseline.compile.backends.cuda.graph_api import GraphApi
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.kernels import native_cuda
 from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap, library_for
 from fuseline.compile.kernels.native_cuda_attention import decode_or_triton
 from fuseline.compile.target import Target
+from fuseline.compile.tuning.clock import Clock
+from fuseline.compile.tuning.limits import Limits
 
 BLOCK = 16
 CONTEXT = 600  # keys of a sequence: several splits, so that attention is two kernels

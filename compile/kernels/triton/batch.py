@@ -5,7 +5,7 @@ Legend: T tokens of the step, S its sequences, P the padded number of them, G ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import triton
 import triton.language as tl
@@ -22,28 +22,30 @@ def feed_tokens(token_ids: Tensor, sources: Tensor, sampled: Tensor) -> None:
         feed_kernel[grid](token_ids, sources, sampled, token_ids.numel(), SIZE=BLOCK)
 
 
-def pad_decode(padded: Sequence[Tensor], step: Sequence[Tensor], num_padded: int) -> None:
+def pad_decode(padded: Mapping[str, Tensor], step: Mapping[str, Tensor], num_padded: int) -> None:
     """Copies a step of one token a sequence into the inputs of a captured graph, `num_padded` (P) rows of them.
 
-    Both hold token_ids [S], positions [S], rope_rows [S], seq_lens [S], slots [G, S], tables [G, S, M]. Rows behind the
-    step's are sequences without keys whose token is kept nowhere; columns behind the step's are left as they are.
+    Both by field of StepInputs; those in `padded` are copied. Rows behind the step's are sequences without keys whose
+    token is written nowhere; columns behind the step's are left as they are.
     """
-    slots, tables = step[4:]
+    to_slots, to_tables = padded["slot_mapping"], padded["block_tables"]
+    slots, tables = step["slot_mapping"], step["block_tables"]
     pad_kernel[(num_padded,)](
-        *padded, *step, slots.shape[1], tables.shape[2], padded[4].stride(0), slots.stride(0), *padded[5].stride()[:2],
-        *tables.stride()[:2], G=slots.shape[0], SIZE=BLOCK,
+        *padded.values(), *(step[name] for name in padded), slots.shape[1], tables.shape[2], to_slots.stride(0),
+        slots.stride(0), *to_tables.stride()[:2], *tables.stride()[:2], G=slots.shape[0], SIZE=BLOCK,
     )  # fmt: skip
 
 
-def pad_tokens(padded: Sequence[Tensor], step: Sequence[Tensor], num_padded: int) -> None:
-    """Copies a step's tokens into the inputs of captured pieces, `num_padded` (P) of them.
+def pad_tokens(padded: Mapping[str, Tensor], step: Mapping[str, Tensor], num_padded: int) -> None:
+    """Copies a step's tokens into the inputs of captured segments, `num_padded` (P) of them.
 
-    Both hold token_ids [T], positions [T], rope_rows [T], slots [G, T]. Tokens behind the step's are kept nowhere.
+    Both by field of StepInputs; those in `padded` are copied. Tokens behind the step's are written nowhere.
     """
-    to_slots, slots = padded[3], step[3]
+    to_slots, slots = padded["slot_mapping"], step["slot_mapping"]
     pad_tokens_kernel[(triton.cdiv(num_padded, BLOCK),)](
-        *padded, *step, slots.shape[1], num_padded, to_slots.stride(0), slots.stride(0), G=slots.shape[0], SIZE=BLOCK
-    )
+        *padded.values(), *(step[name] for name in padded), slots.shape[1], num_padded, to_slots.stride(0),
+        slots.stride(0), G=slots.shape[0], SIZE=BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

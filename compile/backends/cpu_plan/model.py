@@ -1,0 +1,80 @@
+"""A compiled model on a CPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fuseline.compile.backends.cpu_plan.plan import PlanExecutable
+from fuseline.compile.backends.cpu_plan.steps import StepPlans
+from fuseline.compile.backends.eager import EagerExecutable
+from fuseline.compile.backends.inductor.upgrade import RegionUpgrade
+from fuseline.compile.capture.captured import CapturedModel
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.runner import PipelineResult
+from fuseline.compile.graph_inputs import StepInputs, StepOutput, graph_values
+from fuseline.compile.memory import Pages
+from fuseline.compile.model_info import cache_tensors, describe
+
+Executable = EagerExecutable | PlanExecutable | StepPlans
+
+
+class CpuModel:
+    """Runs steps on a CPU; the output of one is valid until the next."""
+
+    def __init__(
+        self,
+        config: CompileConfig,
+        captured: CapturedModel,
+        result: PipelineResult,
+        weights: Mapping[str, Tensor],
+        executable: Executable,
+    ) -> None:
+        self.info = describe(config, captured, result, weights, executable)
+        self.report = result
+        self._block_size = config.block_size
+        self._keeps_rows = "keep_last_logits" not in config.disabled_passes
+        self._executable = executable
+        self._caches: dict[str, Tensor] = {}
+        self._upgrade: RegionUpgrade | None = None
+
+    def compile_regions(self, upgrade: RegionUpgrade) -> None:
+        """Starts the upgrade; the first step after it is done runs on compiled regions."""
+        self._upgrade = upgrade
+        weakref.finalize(self, upgrade.stop.set)
+        upgrade.start()
+
+    def wait_compiled(self) -> bool:
+        """Waits for the upgrade. Returns whether the model now runs on compiled regions."""
+        if self._upgrade is None:
+            return False
+        self._upgrade.join()
+        return self._swap()
+
+    def _swap(self) -> bool:
+        """Between steps only: the output of the last step lies in the old plan's memory."""
+        upgraded, self._upgrade = self._upgrade.result, None
+        if upgraded is None:
+            return False
+        upgraded.bind(self._caches)
+        self._executable = upgraded
+        return True
+
+    def allocate_caches(self, num_blocks: Sequence[int]) -> None:
+        """`num_blocks` per cache group."""
+        pages = Pages()
+        for name, (shape, dtype) in cache_tensors(self.info, num_blocks, self._block_size).items():
+            self._caches[name] = pages.zeros(shape, dtype)
+        self._executable.bind(self._caches)
+
+    def run(self, inputs: StepInputs) -> StepOutput:
+        """Computes one step. Tokens that `sources` names must have been sampled, since a CPU waits for its steps."""
+        if self._upgrade is not None and not self._upgrade.is_alive():
+            self._swap()
+        if inputs.sources is not None:
+            is_sampled = inputs.sources >= 0
+            inputs.token_ids[is_sampled] = inputs.sampled[inputs.sources[is_sampled].long()]
+        logits = self._executable.run(graph_values(inputs.fields(), self.info.rope_switch is not None)).float()[0]
+        return StepOutput(logits if self._keeps_rows else logits[inputs.logits_rows])

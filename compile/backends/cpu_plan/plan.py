@@ -1,0 +1,231 @@
+"""Level 1 and up: the lowered graph as a C++ list of kernel calls over one arena, replayed without Python.
+
+Where ops have no kernel of ours, the list is cut: the calls before and after are replayed, torch computes what
+is between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from fuseline import _C
+from fuseline.compile.backends.cpu_plan.arena import place
+from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered, MakeInputs
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear, Size, evaluate
+from fuseline.compile.backends.cpu_plan.symbolic import Unread, View, views_of
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.edit import tensors_of
+from fuseline.compile.graph.region import Region
+from fuseline.compile.graph_inputs import group_placeholder, is_cache, meta_input
+
+DTYPES = {
+    torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8", torch.bool: "u8",
+}  # fmt: skip
+
+
+@dataclass
+class Segment:
+    """Calls [begin, end) of the plan."""
+
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class RegionKernel:
+    """A compiled region, called with the real tensors of `args`: inputs, then the memory of its outputs."""
+
+    run: Callable[[list[Tensor]], object]
+    args: tuple[View, ...]
+
+
+class PlanExecutable:
+    """Runs a lowered graph. `weights` by get_attr target; inputs come by placeholder name."""
+
+    def __init__(
+        self, lowered: Lowered, weights: Mapping[str, Tensor], kernels: Mapping[int, RegionKernel] | None = None
+    ) -> None:
+        """`kernels`: compiled regions by their mark."""
+        self._lowered = lowered
+        self._kernels = kernels or {}
+        self.arena_bytes = place(lowered.buffers)
+        # Pages of the arena are touched only as far as the largest step so far reached.
+        self._arena = torch.empty(self.arena_bytes + 64, dtype=torch.uint8)
+        self._base = -self._arena.data_ptr() % 64
+        self._lasting = dict(weights)
+        self._output: tuple[list[int], Tensor] | None = None
+        self._plan = _C.Plan()
+        for name in SYMBOLS:
+            self._plan.add_symbol(name)
+        self._slots: dict[str, int] = {}
+        self._tensors: dict[tuple, int] = {}
+        self._steps = [self._add(step) for step in lowered.steps]
+        self._segments = merge(self._steps)
+        self._plan.set_arena(self._arena.data_ptr() + self._base, self.arena_bytes)
+        self.bind(self._lasting)
+
+    @property
+    def num_regions(self) -> int:
+        return sum(isinstance(step, Region) for step in self._segments)
+
+    @property
+    def num_calls(self) -> int:
+        return self._plan.num_calls
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors of inputs that stay for all runs to come: the caches."""
+        self._lasting |= tensors
+        for name, tensor in tensors.items():
+            if name in self._slots:
+                self._plan.set_slot(self._slots[name], tensor.data_ptr())
+        self._changing = [(name, slot) for name, slot in self._slots.items() if name not in self._lasting]
+        self._num_blocks = next((v.shape[0] for k, v in self._lasting.items() if is_cache(k)), 0)
+
+    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The graph's output, valid until the next run. `values`: all inputs that are not bound."""
+        symbols = self._symbols(values)
+        if symbols[0] < self._lowered.min_tokens:
+            return self._run_torch(values)
+        for name, slot in self._changing:
+            self._plan.set_slot(slot, values[name].data_ptr())
+        for step in self._segments:
+            if isinstance(step, Segment):
+                self._plan.run(symbols, step.begin, step.end)
+            else:
+                self._run_region(step, values, symbols)
+        if self._output is None or self._output[0] != symbols:
+            self._output = symbols, self._view(self._lowered.values[self._lowered.output], values, symbols)
+        return self._output[1]
+
+    def profile(self, values: Mapping[str, Tensor], repeats: int) -> list[tuple[str, str, int]]:
+        """(label, op, nanoseconds) of each call; run() must have set the inputs."""
+        return self._plan.profile(self._symbols(values), repeats)
+
+    def to_text(self) -> str:
+        return self._plan.to_text()
+
+    def _symbols(self, values: Mapping[str, Tensor]) -> list[int]:
+        """Values of SYMBOLS in one step."""
+        sequences = values["seq_lens"].shape[0]
+        return [
+            values["token_ids"].shape[1], sequences, sequences + 1, values["logits_rows"].shape[0],
+            values[group_placeholder("block_tables", 0)].shape[1], self._num_blocks,
+        ]  # fmt: skip
+
+    def _add(self, step: Call | Region) -> Segment | Region:
+        if isinstance(step, Region):
+            return step
+        begin = self._plan.num_calls
+        ids = [-1 if tensor is None else self._tensor(tensor) for tensor in step.tensors]
+        self._plan.add_call(step.native.op, ids, step.ints, list(step.native.floats), step.label)
+        return Segment(begin, begin + 1)
+
+    def _tensor(self, view: View) -> int:
+        where = self._lowered.places[view.storage]
+        base, begin = -1, 0
+        if where.buffer is None:
+            base = self._slots.setdefault(where.slot, -1)
+            if base < 0:
+                base = self._slots[where.slot] = self._plan.add_slot(where.slot)
+        else:
+            begin = where.buffer.offset
+        offset = _in_bytes(view.offset, view.dtype.itemsize, begin)
+        key = (base, offset, view.dtype, view.sizes, view.strides)
+        if key not in self._tensors:
+            self._tensors[key] = self._plan.add_tensor(base, offset, DTYPES[view.dtype], view.sizes, view.strides)
+        return self._tensors[key]
+
+    def _run_torch(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The whole graph with reference ops, for a step too small for the lowered shapes."""
+        known = self._lasting | values
+        done: dict[fx.Node, object] = {}
+        for node in self._lowered.graph.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                done[node] = known[str(node.target)]
+            elif node.op == "call_function":
+                args, kwargs = (fx.node.map_arg(part, done.__getitem__) for part in (node.args, node.kwargs))
+                done[node] = node.target(*args, **kwargs)
+        return done[self._lowered.output]
+
+    def _run_region(self, region: Region, values: Mapping[str, Tensor], symbols: list[int]) -> None:
+        if compiled := self._kernels.get(region.mark):
+            compiled.run([self._view(meta, values, symbols) for meta in compiled.args])
+            return
+        computed: dict[fx.Node, object] = {}
+
+        def real(arg: object) -> object:
+            if not isinstance(arg, fx.Node):
+                return arg
+            if arg in computed:
+                return computed[arg]
+            value = self._lowered.values[arg]
+            if isinstance(value, View):
+                return self._view(value, values, symbols)
+            return call(arg) if isinstance(value, Unread) else evaluate(value, symbols)
+
+        def call(node: fx.Node) -> object:
+            args, kwargs = fx.node.map_aggregate(node.args, real), fx.node.map_aggregate(node.kwargs, real)
+            computed[node] = node.target(*args, **kwargs)
+            return computed[node]
+
+        for node in region.nodes:
+            call(node)
+        for node, index in region.outputs:
+            view = views_of(self._lowered.values[node])[index or 0]
+            self._view(view, values, symbols).copy_(tensors_of(computed[node])[index or 0])
+
+    def _view(self, view: View, values: Mapping[str, Tensor], symbols: list[int]) -> Tensor:
+        """The real tensor of a view."""
+        where = self._lowered.places[view.storage]
+        sizes = [evaluate(size, symbols) for size in view.sizes]
+        strides = [evaluate(stride, symbols) for stride in view.strides]
+        offset = evaluate(view.offset, symbols)
+        if where.buffer is None:
+            source = self._lasting[where.slot] if where.slot in self._lasting else values[where.slot]
+            return source.as_strided(sizes, strides, source.storage_offset() + offset)
+        begin = self._base + where.buffer.offset
+        flat = self._arena[begin : begin + where.buffer.num_bytes].view(view.dtype)
+        return flat.as_strided(sizes, strides, flat.storage_offset() + offset)
+
+
+def _in_bytes(offset: Size, item_bytes: int, begin: int) -> Size:
+    """An offset in elements from `begin` as one in bytes."""
+    if isinstance(offset, Linear):
+        return Linear(offset.constant * item_bytes + begin, offset.factor * item_bytes, offset.symbol)
+    return offset * item_bytes + begin
+
+
+def merge(steps: list[Segment | Region]) -> list[Segment | Region]:
+    """Neighbouring segments become one."""
+    merged: list[Segment | Region] = []
+    for step in steps:
+        if isinstance(step, Segment) and merged and isinstance(merged[-1], Segment):
+            merged[-1].end = step.end
+        else:
+            merged.append(step)
+    return merged
+
+
+def limits_of(config: CompileConfig) -> dict[str, int]:
+    """Largest value of each symbol; caches and block tables are no part of the arena."""
+    seqs = config.max_num_seqs
+    return {"T": config.max_num_batched_tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1}
+
+
+def meta_inputs(graph: fx.GraphModule, block_size: int, same: Mapping[str, str] | None = None) -> MakeInputs:
+    """Makes inputs by placeholder name from sizes. `same`: symbols that have another one's size."""
+    likes = {str(node.target): node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")}
+    return partial(_meta_inputs, likes, block_size, same or {})
+
+
+def _meta_inputs(
+    likes: Mapping[str, Tensor], block_size: int, same: Mapping[str, str], sizes: Mapping[str, int]
+) -> dict[str, Tensor]:
+    sizes = {**sizes, **{name: sizes[other] for name, other in same.items()}}
+    return {name: meta_input(name, like, block_size, sizes) for name, like in likes.items()}

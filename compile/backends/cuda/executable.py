@@ -1,0 +1,106 @@
+"""A graph for a card: each op's kernel called in turn, on the current stream, waiting for nothing.
+
+Results come from torch's caching allocator and go back to it after their last use; under graph capture that is the
+graph's own pool. Launching this way costs the host some microseconds an op: steps of few tokens are replayed as CUDA
+graphs instead (graphs.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from fuseline.compile.backends.cuda.calibrate import WRITES, Calibration
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
+from fuseline.compile.kernels.external import ExternalAttention
+from fuseline.compile.passes.pipeline import program_passes
+from fuseline.compile.passes.stream_weights import PREFETCH
+from fuseline.compile.residency.offload import Offload
+from fuseline.compile.target import Target
+
+
+class CudaExecutable:
+    """`weights` by get_attr target, on the target's device; inputs come by placeholder name, on it too.
+
+    `program` is the graph with each op's kernel in its place; `kernels` are by node of the graph that it was made of,
+    whose names are the program's.
+    """
+
+    num_regions = 0
+
+    def __init__(
+        self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target,
+        external: ExternalAttention | None = None, offload: Offload | None = None,
+    ) -> None:  # fmt: skip
+        """`external`: None for the libraries that are installed."""
+        self.offload = offload
+        self._external = external or ExternalAttention(target)
+        self.kernels = chosen_kernels(graph, target, self._external, _constants(graph, offload))
+        program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
+        self._writes = {node.name: node.target for node in program.graph.nodes if node.target in WRITES}
+        runs = {node.name: kernel.run for node, kernel in self.kernels.items()}
+        layers = offload.layer_keys if offload is not None else []
+        for graph_pass in program_passes(runs, torch.device(target.device), layers):
+            graph_pass(program, PassContext(CompileConfig(""), None, 0, 0, target=target))
+        program.graph.lint()
+        program.recompile()
+        self.program = program
+        self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether a step is to be told to `plan` before it runs."""
+        return self._external.has_plans
+
+    def plan(self, host: Mapping[str, Tensor]) -> None:
+        """The inputs of the step that this thread runs next, by placeholder name, on the host."""
+        self._external.plan(host)
+
+    @property
+    def host_weight_bytes(self) -> int:
+        return self.offload.num_bytes if self.offload else 0
+
+    def run(self, values: Mapping[str, Tensor], is_trial: bool = False) -> Tensor:
+        """Logits [1, R, V] float32, of memory that is this call's own.
+
+        A trial, whose results nobody wants, may run beside other calls: it leaves offloaded weights where they are.
+        """
+        if self.offload is not None:
+            values = {**values, PREFETCH: self.offload.start(is_trial)}
+        return self.program(*(values[name] for name in self._inputs))
+
+    def calibrate(self, values: Mapping[str, Tensor]) -> Tensor:
+        """`run`, which first sets the scales of fp8 caches by what the step writes to them."""
+        if self.offload is not None:
+            values = {**values, PREFETCH: self.offload.start(is_trial=False)}
+        return Calibration(self.program, self._writes).run(*(values[name] for name in self._inputs))
+
+
+def chosen_kernels(
+    graph: fx.GraphModule, target: Target, external: ExternalAttention | None = None, constants: Collection[str] = ()
+) -> dict[fx.Node, CudaKernel]:
+    """Of every call. Needs no card. Raises ValueError for an op that nothing computes."""
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    found = {node: find_kernel(node, target, external, constants) for node in calls}
+    for node, kernel in found.items():
+        if kernel is None:
+            raise ValueError(f"no kernel for {node.format_node()} on {target.isa}")
+    return found
+
+
+def count_kernels(graph: fx.GraphModule, target: Target) -> Counter[str]:
+    """How often each kernel is called in a step."""
+    return Counter(kernel.label for kernel in chosen_kernels(graph, target).values())
+
+
+def _constants(graph: fx.GraphModule, offload: Offload | None) -> set[str]:
+    """Targets of weights that stay as they are while the graph runs: not those that come through slots."""
+    away = frozenset() if offload is None else offload.keys
+    return {str(n.target) for n in graph.graph.nodes if n.op == "get_attr" and constant_name(n) not in away}

@@ -1,0 +1,146 @@
+"""Steps as CUDA graphs, captured in the background while steps are launched op by op.
+
+A step of one token a sequence is one graph, whatever the model. A graph is captured for each size of a list and reads
+its inputs from fixed memory; a step is padded to the next size with sequences that have no keys and whose token is kept
+nowhere. Steps that mix prompts and decoding come after, in pieces (piecewise.py). Largest sizes first: what they leave
+in the pool is room for the smaller ones. Capture computes nothing; its trials see inputs of padding only.
+
+Memory: all graphs share one pool, which they use one after the other. A graph's logits are a view of memory that it
+does not hold: the next replay of any graph may write there, as the contract of run() has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
+from fuseline.compile.backends.cuda.piecewise import MixedGraphs
+from fuseline.compile.graph_inputs import graph_values, narrowed, padding
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+
+class DecodeInputs:
+    """Fixed memory of a graph's inputs for up to `size` sequences of one token each.
+
+    `padded` is what pad_decode writes, by field name; the rest never changes.
+    """
+
+    def __init__(self, size: int, num_groups: int, width: int, has_rope_switch: bool, device: str) -> None:
+        """`width`: columns of the block tables."""
+        self.width = width
+        self.padded = padding({"T": size, "S": size, "M": width}, num_groups, device)
+        self._fixed = {
+            "query_start": torch.arange(size + 1, dtype=torch.int32, device=device),
+            "logits_rows": torch.arange(size, device=device),
+        }
+        self._has_rope_switch = has_rope_switch
+
+    def values(self, size: int) -> dict[str, Tensor]:
+        """Graph inputs by placeholder name, for `size` sequences."""
+        sizes = {"T": size, "S": size, "S1": size + 1, "R": size}
+        return graph_values(narrowed(self.padded | self._fixed, sizes), self._has_rope_switch)
+
+
+@dataclass(frozen=True)
+class DecodeGraph:
+    """`logits` [1, P, V] holds what the last replay gave."""
+
+    replay: Replay
+    logits: Tensor
+
+
+@dataclass
+class DecodeGraphs:
+    """Steps of one token a sequence, by the number of sequences that they are padded to."""
+
+    executable: CudaExecutable
+    caches: Mapping[str, Tensor]
+    sizes: tuple[int, ...]
+    make_inputs: Callable[[int], DecodeInputs]
+    api: GraphApi
+    captured: dict[int, DecodeGraph] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._inputs = self.make_inputs(max(self.sizes)) if self.sizes else None
+
+    def run(self, step: Mapping[str, Tensor]) -> Tensor | None:
+        """Logits [1, S, V] on the current stream; None if no graph fits the step yet.
+
+        `step`: fields of StepInputs on the device.
+        """
+        num_seqs = step["seq_lens"].shape[0]
+        size = next((size for size in self.sizes if size >= num_seqs and size in self.captured), None)
+        if size is None or step["block_tables"].shape[2] > self._inputs.width:
+            return None
+        from fuseline.compile.kernels.triton.batch import pad_decode
+
+        pad_decode(self._inputs.padded, step, size)
+        graph = self.captured[size]
+        graph.replay()
+        return graph.logits[:, :num_seqs]
+
+    def capture(self, size: int, num_warmups: int) -> None:
+        for _ in range(num_warmups):
+            self.api.warm_up(lambda: self._try(size))
+        fixed = self._inputs.values(size)
+        replay, logits = self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
+        self.captured[size] = DecodeGraph(replay, self.api.borrowed(logits))
+
+    def _try(self, size: int) -> Tensor:
+        from fuseline.compile.kernels.triton.batch import pad_decode
+
+        inputs = self.make_inputs(size)
+        pad_decode(inputs.padded, inputs.padded, size)  # compiled before a replay needs it
+        return self.executable.run({**self.caches, **inputs.values(size)}, is_trial=True)
+
+
+@dataclass
+class CapturedSteps:
+    """All graphs of one executable over one set of caches, and the thread that captures them."""
+
+    decode: DecodeGraphs
+    mixed: MixedGraphs
+    num_warmups: int
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, progress: Progress) -> None:
+        """Captures in the background; `progress` is called with ("capturing graphs", done, all)."""
+        self._thread = threading.Thread(target=self._capture_all, args=(progress,), name="capture-graphs", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def stop(self) -> None:
+        """Captures nothing more; returns when nothing is under way."""
+        self._stop.set()
+        self.wait()
+
+    def _capture_all(self, progress: Progress) -> None:
+        total, done = len(self.decode.sizes) + len(self.mixed.sizes), 0
+        for kind, graphs in (("sequences", self.decode), ("tokens, in pieces", self.mixed)):
+            for size in reversed(graphs.sizes):
+                progress("capturing graphs", done, total)
+                if self._stop.is_set():
+                    return
+                try:
+                    is_first = size == graphs.sizes[-1]
+                    graphs.capture(size, max(self.num_warmups, int(is_first)))
+                except Exception as error:  # serving goes on op by op
+                    logger.warning("no CUDA graph of %d %s: %s: %s", size, kind, type(error).__name__, error)
+                    break
+                done += 1
+        progress("capturing graphs", total, total)

@@ -1,0 +1,141 @@
+"""A compiled model on a GPU: a step is one upload, then a replayed graph or the ops in turn; the host never waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
+from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs, Progress
+from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
+from fuseline.compile.config import GraphConfig
+from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput, graph_values
+from fuseline.compile.kernels.triton.batch import feed_tokens
+from fuseline.compile.model_info import cache_tensors, describe
+from fuseline.compile.residency.sleep import Weights
+from fuseline.compile.residency.swap import HostCaches
+from fuseline.compile.residency.uploads import DeviceInputs
+
+
+class CudaModel:
+    """Runs steps on a GPU; the output of one lies on the device and is valid until the next."""
+
+    def __init__(self, config, captured, result, weights, executable, device: str, graphs: GraphConfig) -> None:
+        self.info = describe(config, captured, result, weights, executable)
+        self.report = result
+        self.graphs: CapturedSteps | None = None
+        self._config = config
+        self._executable = executable
+        self._device = torch.device(device)
+        self._graph_config = graphs
+        self._keeps_rows = "keep_last_logits" not in config.disabled_passes
+        has_scales = any(spec.has_scales for spec in self.info.cache_specs)
+        self._is_uncalibrated = config.calculate_kv_scales and has_scales
+        self._caches: dict[str, Tensor] = {}
+        self._host_caches: HostCaches | None = None
+        self._uploads = DeviceInputs(self._device)
+        self._capture_streams = CaptureStreams.of(self._device) if self._device.type == "cuda" else None
+        loaded = (tensor for name, tensor in weights.items() if name not in result.constants)
+        self._weights = Weights(loaded, self._device)
+
+    def allocate_caches(self, num_blocks: Sequence[int]) -> None:
+        """Blocks per cache group. Graphs of other caches are given up."""
+        self.stop_capture()
+        for name, (shape, dtype) in cache_tensors(self.info, num_blocks, self._config.block_size).items():
+            self._caches[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
+        """Blocks per cache group to swap to; allocate_caches comes first."""
+        self._host_caches = None  # gives its memory back first
+        self._host_caches = HostCaches(self._caches, self.info.cache_groups, num_blocks, self._device)
+
+    def swap(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies blocks in this order, before what is run next. Never waits for the device."""
+        self._host_caches.copy(copies)
+
+    def move_weights_to_host(self) -> None:
+        """Until move_weights_back nothing can be run. Graphs are given up."""
+        self.stop_capture()
+        self._weights.to_host()
+
+    def move_weights_back(self) -> None:
+        self._weights.to_device()
+
+    def discard_weights(self) -> None:
+        """For good: the model cannot be run any more."""
+        self.stop_capture()
+        self._weights.discard()
+
+    def capture_graphs(self, progress: Progress | None = None, api: GraphApi | None = None) -> None:
+        """Starts to capture steps as graphs, in the background; allocate_caches comes first.
+
+        Raises ValueError for splitting ops that the model has not.
+        """
+        self.stop_capture()
+        api = api or (CudaGraphApi(self._capture_streams) if self._capture_streams else None)
+        config, caches = self._graph_config, self._caches
+        if api is None or not config.enabled:
+            return
+        sizes = config.resolved(self._config.max_num_seqs)
+        decode = DecodeGraphs(self._executable, caches, sizes, self._decode_inputs, api)
+        sizes = config.resolved_mixed(self._config.max_num_batched_tokens)
+        mixed = MixedGraphs(
+            self._executable, caches, sizes, config.splitting_ops, self._token_inputs, self._config.block_size, api
+        )
+        self.graphs = CapturedSteps(decode, mixed, config.num_warmups)
+        self.graphs.start(progress or (lambda phase, done, total: None))
+
+    def stop_capture(self) -> None:
+        """Drops all graphs and what they hold: their pool goes back to torch's allocator. Steps run op by op until
+        capture_graphs is called again, which has to be after weights or caches have moved. Logits of the last step are
+        not to be read any more.
+        """
+        if self.graphs is not None:
+            self.graphs.stop()
+            self.graphs = None
+
+    def run(self, inputs: StepInputs) -> StepOutput:
+        """Launches one step and never waits for the device.
+
+        Tokens that `sources` names come from `sampled`, which the step before may still be computing.
+        """
+        fields = inputs.fields()
+        step = self._uploads.upload(fields if inputs.sources is None else {**fields, "sources": inputs.sources})
+        if inputs.sources is not None:
+            feed_tokens(step["token_ids"], step.pop("sources"), inputs.sampled)
+        if self._executable.has_plans:
+            self._executable.plan(self._values(fields))
+        if self._is_uncalibrated and (inputs.slot_mapping.numpy() >= 0).any():
+            # The first step whose keys are kept; those of a warm-up say nothing.
+            self._is_uncalibrated = False
+            return self._wanted(self._executable.calibrate(self._caches | self._values(step)), step)
+        logits = self._replayed(inputs, step)
+        if logits is None:
+            logits = self._executable.run(self._caches | self._values(step))
+        return self._wanted(logits, step)
+
+    def _wanted(self, logits: Tensor, step: Mapping[str, Tensor]) -> StepOutput:
+        """The rows whose logits are wanted."""
+        return StepOutput(logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"]))
+
+    def _replayed(self, inputs: StepInputs, step: Mapping[str, Tensor]) -> Tensor | None:
+        """Logits [1, R, V] by graphs; None if none fits the step."""
+        if self.graphs is None:
+            return None
+        logits = self.graphs.decode.run(step) if inputs.only_decodes else None
+        return self.graphs.mixed.run(step, self._values(step)) if logits is None else logits
+
+    def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return graph_values(step, self.info.rope_switch is not None)
+
+    def _decode_inputs(self, size: int) -> DecodeInputs:
+        longest = min(self.info.max_model_len, self._graph_config.max_seq_len)
+        width = -(-longest // self._config.block_size)
+        has_switch = self.info.rope_switch is not None
+        return DecodeInputs(size, len(self.info.cache_groups), width, has_switch, str(self._device))
+
+    def _token_inputs(self, size: int) -> TokenInputs:
+        has_switch = self.info.rope_switch is not None
+        return TokenInputs(size, len(self.info.cache_groups), has_switch, str(self._device))

@@ -1,0 +1,146 @@
+"""A lowered graph cut at the ops that are launched anew in every step.
+
+    embedding .. rope_cache | attention | linear .. rope_cache | attention | .. | gather_rows .. logits
+    piece                     split op    piece                  split op           tail
+
+Attention's launch follows from what only a step knows (sequences, lengths), or a library plans it; what comes behind
+logits_rows works on as many rows as a step samples. All else follows from the number of tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.kernels.cuda import CudaKernel
+
+ATTENTION = ("paged_attention", "paged_attention_invariant")
+ATTENTION_ELSEWHERE = ("unified_attention", "unified_attention_with_output")
+"""What other engines call it."""
+CUT = ("placeholder", "get_attr", "call_function", "output")
+Values = dict[str, Any]
+"""By name of the graph's nodes: tensors, tuples of them, sizes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring ops. `run` takes the values of `inputs` and gives those of `outputs`, a tuple."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: fx.GraphModule
+
+
+@dataclass(frozen=True)
+class SplitOp:
+    """One op; nodes among its arguments stand for values."""
+
+    name: str
+    kernel: CudaKernel
+    args: tuple[object, ...]
+    is_attention: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(arg.name for arg in self.args if isinstance(arg, fx.Node))
+
+    def with_values(self, values: Mapping[str, object]) -> tuple[object, ...]:
+        """The arguments, nodes replaced as far as there are values."""
+        return tuple(values.get(arg.name, arg) if isinstance(arg, fx.Node) else arg for arg in self.args)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """In the order they run; `tail` gives the logits."""
+
+    parts: tuple[Piece | SplitOp, ...]
+    tail: Piece
+
+    def last_uses(self) -> dict[str, int]:
+        """Position of the last part that reads a value, by its name; the tail's is the number of parts."""
+        return {name: at for at, part in enumerate((*self.parts, self.tail)) for name in part.inputs}
+
+
+def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts | None:
+    """None for a program that holds more than calls of kernels. Raises ValueError for an op that it has not."""
+    program = executable.program
+    nodes = list(program.graph.nodes)
+    if any(node.op not in CUT for node in nodes):
+        return None
+    names = {node.name: _op_name(node.target) for node in executable.kernels}
+    kernels = {node.name: kernel for node, kernel in executable.kernels.items()}
+    splitting = {name.replace("::", ".").rpartition(".")[2] for name in splitting_ops}.difference(ATTENTION_ELSEWHERE)
+    if unknown := sorted(splitting - set(names.values())):
+        raise ValueError(f"splitting_ops: the model has no op {unknown[0]!r}")
+    splitting.update(ATTENTION)
+
+    tail = _tail(nodes)
+    make_piece = partial(_piece, program)
+    parts: list[Piece | SplitOp] = []
+    run: list[fx.Node] = []
+    for node in (n for n in nodes if n.op == "call_function" and n not in tail):
+        if names[node.name] not in splitting:
+            run.append(node)
+            continue
+        # A piece first in any case: it has the memory for what the op gives.
+        parts += [make_piece(run)] if run or not parts else []
+        args = tuple(_constant(program, arg) for arg in node.args)
+        parts.append(SplitOp(node.name, kernels[node.name], args, names[node.name] in ATTENTION))
+        run = []
+    parts += [make_piece(run)] if run else []
+    logits = nodes[-1].args[0]
+    return Cuts(tuple(parts), make_piece([n for n in nodes if n in tail], (logits,)))
+
+
+def _op_name(target: object) -> str:
+    return target._schema.name.rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _constant(program: fx.GraphModule, arg: object) -> object:
+    """The tensor of a get_attr node; anything else as it is."""
+    is_constant = isinstance(arg, fx.Node) and arg.op == "get_attr"
+    return getattr(program, arg.target) if is_constant else arg
+
+
+def _tail(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """What depends on which rows are wanted."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "call_function" and any(
+            arg.name == "logits_rows" or arg in found for arg in node.all_input_nodes
+        ):
+            found.add(node)
+    return found
+
+
+def _piece(program: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node] | None = None) -> Piece:
+    """`outputs` are those that somebody else reads, unless given."""
+    inside = set(nodes)
+    if outputs is None:
+        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    read = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside)
+    read |= dict.fromkeys(node for node in outputs if node not in inside)
+    graph, copies = fx.Graph(), {}
+    inputs = [node for node in read if node.op != "get_attr"]
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+    for node in read:
+        if node.op == "get_attr":
+            copies[node] = graph.node_copy(node)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return Piece(
+        tuple(node.name for node in inputs), tuple(node.name for node in outputs), fx.GraphModule(program, graph)
+    )
+
+
+def map_tensors(value: Any, change: Any) -> Any:
+    """The value with its tensors changed, whatever tuples they lie in."""
+    return fx.node.map_aggregate(value, lambda item: change(item) if isinstance(item, torch.Tensor) else item)

@@ -1,0 +1,86 @@
+"""Whether a compiled region computes what torch computes, and faster: asked of each one before it is used.
+
+Both run on the same random inputs, in the sizes of a decode step of one sequence, of sixteen, and of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, evaluate, from_json
+from fuseline.compile.tuning.clock import times_in_turns
+
+STEPS = {(1, 1, 2, 1, 16, 32): 16, (16, 16, 17, 16, 16, 32): 4, (256, 2, 3, 2, 16, 32): 1}
+"""Values of SYMBOLS in the steps that are tried, and how often each counts: decode steps are many."""
+ROUNDING_STEPS = {torch.float32: 12.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+"""How far it may be from torch, relative and absolute to the largest number: the tolerance of ops in ops/library.py."""
+TIMING_SECONDS, MAX_ROUNDS = 0.2, 200
+Run = Callable[[list[Tensor]], object]
+
+
+def find_fault(compiled: Run, eager: Run, tensors: Sequence[dict], num_outputs: int, num_threads: int = 1) -> str:
+    """Why the compiled region must not be used; empty when it may be.
+
+    `tensors` are described as in job.py, the last `num_outputs` are written. `num_threads`: those of torch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        seconds = {"it": 0.0, "torch": 0.0}
+        for symbols, weight in STEPS.items():
+            made = [make_tensor(described, symbols, generator) for described in tensors]
+            if difference := _difference(compiled, eager, made, num_outputs):
+                return f"{difference} ({symbols[0]} tokens)"
+            for name, best in zip(seconds, _time(compiled, eager, made), strict=True):
+                seconds[name] += weight * best
+    finally:
+        torch.set_num_threads(before)
+    took = ", ".join(f"{name} takes {1e6 * value:.0f} us" for name, value in seconds.items())
+    return f"slower than torch: {took} for {sum(STEPS.values())} steps" if seconds["it"] > seconds["torch"] else ""
+
+
+def make_tensor(described: dict, symbols: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random numbers; of integers 0 and 1, which are safe as indices."""
+    assert len(symbols) == len(SYMBOLS)
+    sizes, strides = ([evaluate(from_json(n), symbols) for n in described[key]] for key in ("sizes", "strides"))
+    dtype = getattr(torch, described["dtype"])
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    numbers = (
+        torch.randn(extent, generator=generator)
+        if dtype.is_floating_point
+        else torch.randint(2, (extent,), generator=generator)
+    )
+    return numbers.to(dtype).as_strided(sizes, strides)
+
+
+def _difference(compiled: Run, eager: Run, made: list[Tensor], num_outputs: int) -> str:
+    inputs, outputs = made[: len(made) - num_outputs], made[len(made) - num_outputs :]
+    results = []
+    for run in (eager, compiled):
+        places = [torch.empty_strided(out.shape, out.stride(), dtype=out.dtype) for out in outputs]
+        for place in places:
+            place.fill_(float("nan") if place.is_floating_point() else 1)
+        run([*inputs, *places])
+        results.append(places)
+    for number, (expected, found) in enumerate(zip(*results, strict=True)):
+        if not is_close(found, expected):
+            return f"output {number} is not what torch computes"
+    return ""
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    step = ROUNDING_STEPS.get(expected.dtype, 1.0) * torch.finfo(expected.dtype).eps
+    scale = expected.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=step, atol=step * max(1.0, scale), equal_nan=True)
+
+
+def _time(compiled: Run, eager: Run, made: list[Tensor]) -> list[float]:
+    """Seconds of each, the fastest of many calls in turns: a busy machine slows some of both."""
+    times = times_in_turns([lambda: compiled(made), lambda: eager(made)], MAX_ROUNDS, TIMING_SECONDS)
+    return [min(found) for found in times]

@@ -1,0 +1,53 @@
+"""Names of cache entries: SHA-256 of all that their contents depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import fuseline.compile
+from fuseline import _C
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.target import CPU, Target
+
+SOURCES = Path(fuseline.compile.__file__).parent
+WITHOUT_EFFECT = {
+    "model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0, "wait_compiled": False,
+    "cpu_offload_gb": 0.0, "calculate_kv_scales": False,
+}  # fmt: skip
+"""Settings that change nothing of a graph."""
+
+
+def cache_key(config: CompileConfig) -> str | None:
+    """SHA-256 of all that the captured graph depends on; None when config.json cannot be read."""
+    settings = (config.hf_overrides, config.dtype, config.trust_remote_code)
+    return _key(config, settings, [path for folder in ("capture", "ops") for path in (SOURCES / folder).glob("*.py")])
+
+
+def optimized_key(config: CompileConfig, target: Target = CPU) -> str | None:
+    """The same for the graph after all passes: any source of the compiler may change it."""
+    known = replace(config, **WITHOUT_EFFECT, level=min(config.level, 1))  # all above run the passes of level 1
+    settings = (_C.cpu_isa(), target.kind, sorted(asdict(known).items()))
+    return _key(config, settings, list(SOURCES.rglob("*.py")))
+
+
+def _key(config: CompileConfig, settings: object, sources: list[Path]) -> str | None:
+    folder = Path(config.model)
+    code = sorted(folder.glob("*.py")) if config.trust_remote_code else []
+    try:
+        own = (folder / "config.json").read_bytes()
+    except OSError:
+        return None
+    versions = [version_of(name) for name in ("torch", "transformers", "fuseline")]
+    parts = [own, repr(settings).encode(), repr(versions).encode()]
+    parts += [path.read_bytes() for path in [*code, *sorted(sources)]]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # fuseline run from a source tree
+        return ""

@@ -1,0 +1,163 @@
+"""Captured models, and models after all passes, on disk: a model is exported once, and lowered once a setting.
+
+The body of such a file (cache/store.py): 8 bytes of length (little endian), JSON of that length, safetensors of
+the constants. Nothing here needs Transformers; what captures is imported when there is something to capture.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from fuseline.compile.cache.keys import cache_key, optimized_key
+from fuseline.compile.cache.store import cache_path, pack, read_cached, unpack, write_cached
+from fuseline.compile.capture.captured import (
+    DTYPES,
+    EXAMPLE_TOKENS,
+    MAX_TOKENS,
+    MIN_TOKENS,
+    CapturedModel,
+    ModelFacts,
+)
+from fuseline.compile.capture.unneeded import without_unneeded
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph.graph_json import GraphFormatError, decode, decode_fixed, encode, module_of
+from fuseline.compile.graph.runner import PassReport, PipelineResult
+from fuseline.compile.specs import CacheGroup, CacheSpec, RopeSwitchSpec
+from fuseline.compile.target import CPU, Target
+
+SPECS = {"CacheSpec": CacheSpec, "CacheGroup": CacheGroup}
+Value = TypeVar("Value")
+
+
+def capture_model(config: CompileConfig) -> CapturedModel:
+    with without_unneeded():
+        from fuseline.compile.capture.export import capture_model
+
+        return capture_model(config)
+
+
+def load_or_capture(config: CompileConfig) -> CapturedModel:
+    """capture_model, or what it gave before. A cache that does not work is reported and done without."""
+    key = cache_key(config)
+    if key is None:
+        return capture_model(config)
+    path = cache_path(config, "graphs", key)
+    found = read_cached(path, lambda body: parse_captured(body, key), "the model is captured anew")
+    if found is not None:
+        return found
+    captured = capture_model(config)
+    write_cached(path, lambda: pack(captured_values(captured, key), captured.constants))
+    return captured
+
+
+def load_optimized(config: CompileConfig, target: Target = CPU) -> tuple[CapturedModel, PipelineResult] | None:
+    """What passes made of this model before, if it is in the cache. Meta values are those of EXAMPLE_TOKENS tokens."""
+    key = optimized_key(config, target)
+    if key is None:
+        return None
+    return read_cached(
+        cache_path(config, "models", key), lambda body: parse_optimized(body, key), "its passes run again"
+    )
+
+
+def save_optimized(config: CompileConfig, target: Target, captured: CapturedModel, result: PipelineResult) -> None:
+    """For load_optimized of the next start."""
+    key = optimized_key(config, target)
+    if key is None:
+        return
+    graph = cache_path(config, "graphs", cache_key(config) or "")
+    write_cached(cache_path(config, "models", key), lambda: optimized_body(captured, result, key), earlier=graph)
+
+
+def optimized_body(captured: CapturedModel, result: PipelineResult, key: str) -> bytes:
+    """The body of the file. Raises GraphFormatError."""
+    values = captured_values(captured, key) | {
+        "specs": [[type(spec).__name__, asdict(spec)] for spec in result.specs],
+        "reports": [asdict(report) for report in result.reports],
+        "stage_ops": result.stage_ops,
+        "made": sorted(result.constants),
+    }
+    constants = {f"captured {name}": value for name, value in captured.constants.items()}
+    return pack(values, constants | {f"made {name}": value for name, value in result.constants.items()})
+
+
+def captured_values(captured: CapturedModel, key: str) -> dict[str, Any]:
+    """All but the constants, as JSON. Raises GraphFormatError."""
+    return {
+        "key": key,
+        "facts": asdict(captured.facts),
+        "dtype": name_of(captured.dtype),
+        "parameters": {name: [list(shape), name_of(dtype)] for name, (shape, dtype) in captured.parameters.items()},
+        "tied": captured.tied,
+        "rope_switch": captured.rope_switch and asdict(captured.rope_switch),
+        "graph": encode(captured.graph.graph),
+    }
+
+
+def parse_captured(body: bytes, key: str) -> CapturedModel:
+    """Raises GraphFormatError."""
+    values, constants = unpack(body, key)
+    return _rebuilt(lambda: rebuild(values, decode(values["graph"], MIN_TOKENS, MAX_TOKENS, EXAMPLE_TOKENS), constants))
+
+
+def parse_optimized(body: bytes, key: str) -> tuple[CapturedModel, PipelineResult]:
+    """Raises GraphFormatError."""
+    values, constants = unpack(body, key)
+    of = {
+        kind: {name.removeprefix(kind): value for name, value in constants.items() if name.startswith(kind)}
+        for kind in ("captured ", "made ")
+    }
+    return _rebuilt(
+        lambda: (
+            rebuild(values, decode_fixed(values["graph"], EXAMPLE_TOKENS), of["captured "]),
+            _result(values, of["made "]),
+        )
+    )
+
+
+def _result(values: Mapping[str, Any], constants: dict[str, torch.Tensor]) -> PipelineResult:
+    if sorted(constants) != values["made"]:
+        raise GraphFormatError("constants are missing")
+    return PipelineResult(
+        reports=[PassReport(**report) for report in values["reports"]],
+        stage_ops={stage: Counter(counts) for stage, counts in values["stage_ops"].items()},
+        specs=[SPECS[name](**{k: _frozen(v) for k, v in fields.items()}) for name, fields in values["specs"]],
+        constants=constants,
+    )
+
+
+def _rebuilt(build: Callable[[], Value]) -> Value:
+    try:
+        return build()
+    except GraphFormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GraphFormatError(f"not a captured graph ({type(error).__name__})") from error
+
+
+def rebuild(values: Mapping[str, Any], graph: fx.Graph, constants: dict[str, torch.Tensor]) -> CapturedModel:
+    return CapturedModel(
+        graph=module_of(graph),
+        facts=ModelFacts(**{name: _frozen(value) for name, value in values["facts"].items()}),
+        dtype=DTYPES[values["dtype"]],
+        parameters={
+            name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in values["parameters"].items()
+        },
+        constants=constants,
+        tied=values["tied"],
+        rope_switch=RopeSwitchSpec(**values["rope_switch"]) if values["rope_switch"] else None,
+    )
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

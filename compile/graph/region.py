@@ -1,0 +1,92 @@
+"""What torch computes inside a plan: a run of ops, what enters it and what leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from fuseline.compile.graph.edit import tensors_of
+
+
+@dataclass
+class Region:
+    """Nodes that torch computes, views among them. Only `outputs` (what others read) are copied into the arena."""
+
+    mark: int | None = None
+    """The number that cut_regions gave it."""
+    nodes: list[fx.Node] = field(default_factory=list)
+    inputs: list[fx.Node] = field(default_factory=list)
+    """Tensors from outside."""
+    outputs: list[tuple[fx.Node, int | None]] = field(default_factory=list)
+    """A node, and which of its results where it has several."""
+
+    @property
+    def kind(self) -> str:
+        return f"region of {[node.name for node in self.nodes]}"
+
+
+def draw_borders(regions: Sequence[Region], values: Mapping[fx.Node, object]) -> set[int]:
+    """Completes regions that hold computed nodes only. Returns the storages that no one outside reads."""
+    borders = _Borders(regions, values)
+    inside: set[int] = set()
+    for region in regions:
+        inside |= borders.draw(region)
+    return inside
+
+
+def storage_key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Borders:
+    def __init__(self, regions: Sequence[Region], values: Mapping[fx.Node, object]) -> None:
+        self._values = values
+        self._order = {node: k for k, node in enumerate(values)}
+        self._keys = {node: {storage_key(t) for t in tensors_of(value)} for node, value in values.items()}
+        computed = {node for region in regions for node in region.nodes}
+        self._views: dict[int, list[fx.Node]] = {}
+        for node, keys in self._keys.items():
+            for key in keys if node not in computed else ():
+                self._views.setdefault(key, []).append(node)
+
+    def draw(self, region: Region) -> set[int]:
+        computed = set(region.nodes)
+        made = {key for node in region.nodes for key in self._keys[node] if self._is_made_by(node, key)}
+        inner = computed | {view for key in made for view in self._views.get(key, ())}
+        needed = self._needed(region.nodes, inner)
+        leaving = {
+            key for node in inner if any(user not in inner for user in node.users) for key in self._keys[node] & made
+        }
+        region.nodes = sorted(needed, key=self._order.__getitem__)
+        read = (arg for node in region.nodes for arg in node.all_input_nodes if arg not in needed)
+        region.inputs = list(dict.fromkeys(arg for arg in read if self._keys[arg]))
+        region.outputs = self._outputs([node for node in region.nodes if node in computed], leaving)
+        return made - leaving
+
+    def _is_made_by(self, node: fx.Node, key: int) -> bool:
+        """No argument of the node lives in this storage: its op allocated it."""
+        return all(key not in self._keys[arg] for arg in node.all_input_nodes)
+
+    def _needed(self, nodes: list[fx.Node], inner: set[fx.Node]) -> set[fx.Node]:
+        """The nodes, and the inner views they read."""
+        needed: set[fx.Node] = set()
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if node not in needed:
+                needed.add(node)
+                pending += [arg for arg in node.all_input_nodes if arg in inner]
+        return needed
+
+    def _outputs(self, nodes: list[fx.Node], leaving: set[int]) -> list[tuple[fx.Node, int | None]]:
+        """Of each storage that leaves, the result that is all of it: the first."""
+        outputs, seen = [], set()
+        for node in nodes:
+            value = self._values[node]
+            for index, tensor in enumerate(tensors_of(value)):
+                if storage_key(tensor) in leaving - seen:
+                    seen.add(storage_key(tensor))
+                    outputs.append((node, None if isinstance(value, Tensor) else index))
+        return outputs

@@ -1,0 +1,25 @@
+"""The graph of steps that only decode: each sequence computes one token and wants its logits.
+
+    gather_rows(x, logits_rows)   ->   x
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fuseline.compile.graph.edit import take_over
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+
+OPS = torch.ops.fuseline
+
+
+def plan_decode(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """The logits of every token, in their order."""
+    matches = 0
+    for node in graph.graph.find_nodes(op="call_function", target=OPS.gather_rows.default):
+        x, rows = node.args
+        if rows.op == "placeholder" and rows.target == "logits_rows":
+            take_over(graph.graph, [node], [x])
+            matches += 1
+    return PassResult(matches, matches > 0)

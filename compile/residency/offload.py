@@ -1,0 +1,239 @@
+"""Weights that stay in pinned host memory: each pass copies them to the card, a layer ahead of what computes.
+
+Two slots on the card, each as large as the largest of these layers, take them in turn. On a stream of its own a layer
+is copied to the slot that the layer before the last has left:
+
+    compute   layer 6      layer 7      layer 8      ...
+    copies    8 -> slot 0  9 -> slot 1  10 -> slot 0 ...
+
+Events order the two, so it is the same op by op and in a captured graph, where the copies are nodes of a fork. Passes
+follow each other on one stream; nothing of a slot is used by the next one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx
+
+from fuseline.compile import ops  # noqa: F401  registers those of PRODUCTS
+from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.memory import host_pages
+
+NUM_SLOTS = 2
+ALIGNMENT = 256  # of weights within a slot in bytes, as torch's allocator has it
+aten = torch.ops.aten
+OPS = torch.ops.fuseline
+PRODUCTS = (aten.linear.default, OPS.linear_act_mul.default, OPS.experts.default)
+
+
+@dataclass(frozen=True)
+class HostWeight:
+    key: str
+    begin: int
+    """First byte within the layer."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def view(self, layer: Tensor) -> Tensor:
+        """The weight within the bytes of its layer."""
+        return layer[self.begin : self.begin + self.num_bytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class HostLayer:
+    weights: tuple[HostWeight, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        last = self.weights[-1]
+        return last.begin + last.num_bytes
+
+
+def choose_offloaded(graph: fx.GraphModule, num_bytes: int) -> tuple[HostLayer, ...]:
+    """Weights of products by layer, in the order of the graph: the last ones that fit into `num_bytes`.
+
+    A weight belongs to the layer whose number is in its name; those of no layer (embedding, head) stay on the card.
+    """
+    layers: dict[int, list[fx.Node]] = {}
+    for node in _product_weights(graph):
+        if found := re.search(r"(?:^|\.)(\d+)\.", _name(node)):
+            layers.setdefault(int(found[1]), []).append(node)
+    chosen: list[HostLayer] = []
+    for nodes in reversed(layers.values()):
+        kept = []
+        for node in reversed(nodes):
+            value = node.meta["val"]
+            if value.nbytes <= num_bytes:
+                kept.append(node)
+                num_bytes -= value.nbytes
+        if kept:
+            chosen.append(_layer(kept[::-1]))
+        if len(kept) < len(nodes):
+            break
+    return tuple(reversed(chosen))
+
+
+def _product_weights(graph: fx.GraphModule) -> list[fx.Node]:
+    """Matrices that one product reads and nothing else, in its order."""
+    weights = [
+        arg
+        for node in graph.graph.nodes
+        if node.target in PRODUCTS
+        for arg in node.all_input_nodes
+        if arg.op == "get_attr" and len(arg.users) == 1 and arg.meta["val"].ndim > 1
+    ]
+    times = Counter(_source(node) for node in weights)
+    return [node for node in weights if times[_source(node)] == 1]
+
+
+def _source(node: fx.Node) -> object:
+    return node.meta.get("weight") or node.meta["fqn"]
+
+
+def _name(node: fx.Node) -> str:
+    """Of the parameter, or of the first of those that were joined."""
+    return node.meta["weight"].names[0] if "weight" in node.meta else node.meta["fqn"]
+
+
+def _layer(nodes: Sequence[fx.Node]) -> HostLayer:
+    weights, at = [], 0
+    for node in nodes:
+        value = node.meta["val"]
+        weights.append(HostWeight(constant_name(node), at, tuple(value.shape), value.dtype))
+        at += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+    return HostLayer(tuple(weights))
+
+
+class Lane(Protocol):
+    """A stream for copies beside the current one; tests have their own."""
+
+    def fork(self) -> None:
+        """What is copied from now on comes after what the current stream has been given so far."""
+
+    def copy(self, target: Tensor, source: Tensor) -> object:
+        """A mark behind the copy."""
+
+    def join(self, mark: object) -> None:
+        """What the current stream is given from now on comes after the mark."""
+
+
+class CudaLane:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def fork(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+
+    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def join(self, mark: torch.cuda.Event) -> None:
+        torch.cuda.current_stream().wait_event(mark)
+
+
+class HostLane:
+    """Where a card's kernels are interpreted: a copy is done when the call returns."""
+
+    def fork(self) -> None:
+        """Everything before is done."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def join(self, mark: None) -> None:
+        """Everything before is done."""
+
+
+class Offload:
+    """The layers' host memory and their slots on the device, from which the graph reads (passes/stream_weights.py)."""
+
+    def __init__(
+        self, layers: Sequence[HostLayer], device: torch.device, make_lane: Callable[[], Lane] | None = None
+    ) -> None:
+        self.layers = tuple(layers)
+        pages, self._device = host_pages(device), device
+        self.host = [pages.zeros((layer.num_bytes,), torch.uint8) for layer in self.layers]
+        size = max(layer.num_bytes for layer in self.layers)
+        self.slots = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
+        make_lane = make_lane or ((lambda: CudaLane(device)) if device.type == "cuda" else HostLane)
+        # A stream that a capture has forked into takes no other work: steps go on meanwhile on theirs.
+        self._lane, self._captured_lane = make_lane(), make_lane()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(memory.nbytes for memory in self.host)
+
+    @property
+    def layer_keys(self) -> list[list[str]]:
+        """Of the weights of each layer."""
+        return [[weight.key for weight in layer.weights] for layer in self.layers]
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Of the weights."""
+        return frozenset(weight.key for layer in self.layers for weight in layer.weights)
+
+    def host_tensors(self) -> dict[str, Tensor]:
+        """Where the weights are to be loaded, by key."""
+        pairs = zip(self.layers, self.host, strict=True)
+        return {weight.key: weight.view(memory) for layer, memory in pairs for weight in layer.weights}
+
+    def on_slot(self, index: int) -> tuple[Tensor, ...]:
+        """The weights of a layer as they lie on the device while it computes."""
+        return tuple(weight.view(self.slots[index % NUM_SLOTS]) for weight in self.layers[index].weights)
+
+    def start(self, is_trial: bool) -> Prefetch:
+        """Of a pass that the current stream is about to be given; a trial computes with whatever is in the slots."""
+        if is_trial:
+            return Prefetch(self, None)
+        is_captured = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return Prefetch(self, self._captured_lane if is_captured else self._lane)
+
+
+class Prefetch:
+    """The copies of one pass. Without a lane there are none."""
+
+    def __init__(self, offload: Offload, lane: Lane | None) -> None:
+        self._offload, self._lane = offload, lane
+        self._marks: list[object] = []
+        if lane is not None:
+            lane.fork()
+            self._send(NUM_SLOTS)
+
+    def fetch(self, index: int) -> tuple[Tensor, ...]:
+        """The weights of a layer, for what is launched from now on."""
+        if self._lane is not None:
+            self._lane.join(self._marks[index])
+        return self._offload.on_slot(index)
+
+    def release(self, index: int) -> None:
+        """All that reads the layer has been launched: its slot is for the one after the next."""
+        if self._lane is not None and index + NUM_SLOTS < len(self._offload.layers):
+            self._lane.fork()
+            self._send(1)
+
+    def _send(self, count: int) -> None:
+        offload, begin = self._offload, len(self._marks)
+        for index in range(begin, min(begin + count, len(offload.layers))):
+            source = offload.host[index]
+            self._marks.append(self._lane.copy(offload.slots[index % NUM_SLOTS][: source.numel()], source))
+
+
+def without_offloaded(weights: Mapping[str, Tensor], offload: Offload | None) -> dict[str, Tensor]:
+    """The weights that lie on the device, the slots included."""
+    if offload is None:
+        return dict(weights)
+    on_device = {key: tensor for key, tensor in weights.items() if key not in offload.keys}
+    return on_device | {f"slot {place}": slot for place, slot in enumerate(offload.slots)}

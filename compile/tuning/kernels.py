@@ -1,0 +1,179 @@
+"""Level 3 on a card: which kernel is fastest for which rows, measured once on this card and kept in the cache.
+
+Each distinct problem (an op with its shapes) is measured at some numbers of rows with every candidate that takes them
+(kernels/choice.py); a node's meta["choices"] then says who computes up to how many rows. The default stays unless
+another is clearly faster. A candidate that raises is left out of its problem, with one line in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from fuseline import _C
+from fuseline.compile import kernels
+from fuseline.compile.cache.keys import version_of
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, chosen_label, default_choices
+from fuseline.compile.kernels.cuda import OPS, aten, candidates
+from fuseline.compile.kernels.external import ExternalAttention
+from fuseline.compile.target import Target
+from fuseline.compile.tuning.calls import NORMS, OF_HEADS, CallMaker, described, has_constants
+from fuseline.compile.tuning.timer import CardTimer, Timer
+from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
+
+logger = logging.getLogger(__name__)
+OPS_WITH_CHOICE = (
+    aten.linear.default, OPS.linear_act_mul.default, OPS.experts.default, OPS.paged_attention.default,
+    OPS.act_mul.default, *OF_HEADS, *NORMS,
+)  # fmt: skip
+ROWS = (1, 8, 16, 32, 64, 128, 256)
+"""Ends of the ranges of rows; one more goes on to any number."""
+LARGE = 2048
+"""Rows that stand for the last range, and tokens of the prompt that stands for all of a step with prompts."""
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """Calls that are alike but for their rows."""
+
+    op: str
+    shapes: str
+    """Of everything that does not change from step to step."""
+    labels: str
+    """Of the candidates."""
+
+
+@dataclass
+class Calls:
+    """The nodes of a problem, and what can compute them, less what was seen to fail."""
+
+    nodes: list[fx.Node]
+    candidates: list[Candidate]
+    failed: set[str] = field(default_factory=set)
+
+
+def tune_kernels(
+    graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, target: Target, progress: Progress,
+    timer: Timer | None = None, external: ExternalAttention | None = None,
+) -> None:  # fmt: skip
+    """Gives every node of several candidates its choices, meta["choices"]. `weights` by get_attr target."""
+    # Norms sum a line in orders of their own.
+    ops = [op for op in OPS_WITH_CHOICE if not (config.batch_invariant and op in NORMS)]
+    problems = _problems(graph, target, external or ExternalAttention(target), ops)
+    tuner = _Tuner(weights, config, target, timer or CardTimer())
+    chosen = measured_once(
+        config, _key(problems, config, target), list(problems), lambda which: tuner.choose(which, problems[which]),
+        lambda which, choice: is_choice(problems[which].candidates, choice), progress,
+    )  # fmt: skip
+    for problem, calls in problems.items():
+        for node in calls.nodes:
+            node.meta["choices"] = chosen[problem]
+
+
+def is_choice(of: Sequence[Candidate], choice: object) -> bool:
+    """Whether it names a candidate for every phase and number of rows."""
+    default = default_choices(of)
+    return isinstance(choice, dict) and choice.keys() == default.keys() and all(
+        isinstance(ranges, list) and ranges and all(_is_range(of, phase, found) for found in ranges)
+        and [most for most, _ in ranges] == sorted({most for most, _ in ranges}) and ranges[-1][0] == ANY
+        for phase, ranges in choice.items()
+    )  # fmt: skip
+
+
+def _is_range(of: Sequence[Candidate], phase: str, found: object) -> bool:
+    if not (isinstance(found, list) and len(found) == 2 and isinstance(found[0], int)):
+        return False
+    return any(c.label == found[1] and phase in c.phases and c.most_rows >= found[0] for c in of)
+
+
+class _Tuner:
+    def __init__(
+        self, weights: Mapping[str, Tensor], config: CompileConfig, target: Target, timer: Timer
+    ) -> None:  # fmt: skip
+        self._calls = CallMaker(weights, target.device)
+        self._config = config
+        self._device = target.device
+        self._timer = timer
+
+    def choose(self, problem: Problem, calls: Calls) -> dict[str, list[list]]:
+        """By phase [rows up to which, label of the fastest]."""
+        default = default_choices(calls.candidates)
+        found = {phase: self._ranges(problem, calls, phase, ranges) for phase, ranges in default.items()}
+        if self._device == "cuda":
+            torch.cuda.empty_cache()  # for the next one, and in the end for who sizes caches by what is free
+        return found
+
+    def _ranges(self, problem: Problem, calls: Calls, phase: str, default: Sequence[tuple[int, str]]) -> list[list]:
+        """Neighbours of one label are made one."""
+        found: list[list] = []
+        for end, rows in self._sizes(phase):
+            label = self._fastest(problem, calls, phase, end, rows, chosen_label(default, end))
+            if found and found[-1][1] == label:
+                found.pop()
+            found.append([end, label])
+        return found
+
+    def _sizes(self, phase: str) -> list[tuple[int, int]]:
+        """(end of a range, rows that are measured for it). What no step reaches is measured at what one does."""
+        tokens, seqs = self._config.max_num_batched_tokens, self._config.max_num_seqs
+        if phase == PREFILL:
+            return [(ANY, max(2, min(LARGE, tokens)))]
+        most = seqs if phase == DECODE else min(LARGE, tokens)
+        ends = [end for end in ROWS if end < most]
+        return [*((end, end) for end in ends), (ANY, most)]
+
+    def _fastest(self, problem: Problem, calls: Calls, phase: str, end: int, rows: int, default: str) -> str:
+        good = [c for c in calls.candidates if phase in c.phases and c.most_rows >= end]
+        arguments = self._calls.arguments(calls.nodes, phase, rows)
+        seconds: dict[str, float] = {}
+        for candidate in good:
+            if candidate.label in calls.failed:
+                continue
+            try:
+                seconds[candidate.label] = self._timer(candidate, arguments)
+            except Exception as error:
+                calls.failed.add(candidate.label)
+                first = str(error).strip().partition("\n")[0]
+                logger.warning("%s is not used for %s %s: %s: %s", candidate.label, problem.op, problem.shapes,
+                               type(error).__name__, first)  # fmt: skip
+        if not seconds:
+            return default
+        best = min(seconds, key=seconds.__getitem__)
+        return best if seconds[best] < (1 - MIN_GAIN) * seconds.get(default, float("inf")) else default
+
+
+def _problems(
+    graph: fx.GraphModule, target: Target, external: ExternalAttention, ops: Sequence[object]
+) -> dict[Problem, Calls]:
+    """In the graph's order; only of weights that are constants, which is what is measured with."""
+    nodes: dict[Problem, list[fx.Node]] = defaultdict(list)
+    found: dict[Problem, list[Candidate]] = {}
+    for node in graph.graph.nodes:
+        if node.target not in ops or not has_constants(node):
+            continue
+        of = candidates(node, target, external)
+        problem = Problem(node.target._schema.name, described(node), ", ".join(c.label for c in of))
+        if len(of) > 1:
+            nodes[problem].append(node)
+            found[problem] = of
+    return {problem: Calls(alike, found[problem]) for problem, alike in nodes.items()}
+
+
+def _key(problems: Mapping[Problem, Calls], config: CompileConfig, target: Target) -> str:
+    """Problems, kernels, libraries, card and the sizes of steps decide."""
+    sources = sorted(Path(kernels.__file__).parent.rglob("*.py"))
+    native = sorted(Path(_C.__file__).parent.glob("*.so"))
+    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*native, *sources)]
+    card = torch.cuda.get_device_name() if target.device == "cuda" else ""
+    packages = ("torch", "triton", "flash_attn", "flash_attn_3", "flashinfer-python")
+    sizes = (config.max_num_batched_tokens, config.max_num_seqs)
+    parts = (code, card, target.isa, [version_of(name) for name in packages], torch.version.cuda, sizes, list(problems))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

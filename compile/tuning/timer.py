@@ -1,0 +1,49 @@
+"""How long a kernel takes on a card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.kernels.choice import Candidate
+from fuseline.compile.tuning.clock import DeviceClock
+from fuseline.compile.tuning.recording import recording
+
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Calls of one op and size, one tuple for each weight that is read in turns. `host`: what is planned by."""
+
+    calls: Sequence[tuple]
+    host: Mapping[str, Tensor] | None = None
+
+
+class Timer(Protocol):
+    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+        """Seconds that the device takes for one call. Raises what the candidate raises."""
+
+
+class CardTimer:
+    """Time of a captured graph of the calls, which the host cannot hold up; the L2 cache is cold before a replay."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        self._clock = DeviceClock(device, REPEATS, warm_ups=1)
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+        self._stream.wait_stream(torch.cuda.current_stream())  # the arguments are made there
+        with torch.cuda.stream(self._stream):
+            if candidate.plan:
+                candidate.plan(arguments.host)
+            candidate.run(*arguments.calls[0])  # compiles and takes workspaces, which a capture must not do
+            self._stream.synchronize()
+            with recording() as graph:
+                for args in arguments.calls:
+                    candidate.run(*args)
+            return self._clock(graph.replay) / len(arguments.calls)
