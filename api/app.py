@@ -13,11 +13,12 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 import fuseline
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
-from fuseline.api.middleware import KeyMiddleware, RequestIdMiddleware
+from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddleware, RequestIdMiddleware
 from fuseline.api.prompt.tokens import TextTokenizer
 from fuseline.api.routes import chat, completions, operation, tokenizer, web
 from fuseline.api.served import build_served, load_tokenizer
@@ -25,6 +26,23 @@ from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady
 
 LOG = logging.getLogger("fuseline.http")
+
+
+class Application(FastAPI):
+    """FastAPI answers unexpected errors outside of its middleware; what every answer carries is outside of that."""
+
+    def __init__(self, config: ServerConfig, **options) -> None:
+        super().__init__(**options)
+        self._config = config
+
+    def build_middleware_stack(self) -> ASGIApp:
+        config = self._config
+        stack: ASGIApp = RefusalMiddleware(HeadMiddleware(super().build_middleware_stack()))
+        stack = CORSMiddleware(
+            stack, allow_origins=config.allowed_origins, allow_credentials=config.allow_credentials,
+            allow_methods=config.allowed_methods, allow_headers=config.allowed_headers,
+        )  # fmt: skip
+        return RequestIdMiddleware(stack) if config.enable_request_id_headers else stack
 
 
 def build_app(
@@ -35,7 +53,7 @@ def build_app(
     Raises ConfigError for a tokenizer, template or middleware that cannot be used.
     """
     docs = {} if not config.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
-    app = FastAPI(title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
+    app = Application(config, title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
     app.state.served = build_served(config, client, ready, loaded or load_tokenizer(config))
     app.state.unknown_fields = set()
     for routes in (operation.router, completions.router, chat.router, tokenizer.router, web.router()):
@@ -44,7 +62,7 @@ def build_app(
         app.include_router(operation.dev_router)
     for kind in (ApiError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _answer_error)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(ClientDisconnect, _answer_incomplete)
     _add_middleware(app, config)
     return app
 
@@ -56,22 +74,18 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     return mapped.response()
 
 
-async def _answer_nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)
+async def _answer_incomplete(request: Request, error: Exception) -> Response:
+    """The body did not come: the client has left (nobody reads this), or the connection has refused it."""
+    refusal: ApiError | None = getattr(request.state, "refusal", None)
+    return Response(status_code=499) if refusal is None else refusal.response()
 
 
 def _add_middleware(app: FastAPI, config: ServerConfig) -> None:
-    """The last one added is the outermost."""
+    """The last one added is the outermost; around them is what Application adds."""
     for path in config.middleware:
         _add_custom(app, path)
     if config.api_key:
         app.add_middleware(KeyMiddleware, keys=config.api_key, root_path=config.root_path)
-    app.add_middleware(
-        CORSMiddleware, allow_origins=config.allowed_origins, allow_credentials=config.allow_credentials,
-        allow_methods=config.allowed_methods, allow_headers=config.allowed_headers,
-    )  # fmt: skip
-    if config.enable_request_id_headers:
-        app.add_middleware(RequestIdMiddleware)
 
 
 def _add_custom(app: FastAPI, path: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
-        "model served_model_name task tokenizer skip_tokenizer_init trust_remote_code load_format "
+        "model served_model_name task download_dir tokenizer skip_tokenizer_init trust_remote_code load_format "
         "hf_overrides dtype max_model_len generation_config override_generation_config device seed"
     ).split(),
     "compiler": (
@@ -30,6 +30,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "allowed_headers ssl_keyfile ssl_certfile ssl_ca_certs ssl_cert_reqs root_path middleware "
         "disable_frontend_multiprocessing enable_sleep_mode enable_request_id_headers disable_fastapi_docs "
         "enable_server_load_tracking shutdown_timeout sse_keep_alive_interval metrics_prefix"
+    ).split(),
+    "bounds of a request": (
+        "max_num_prompts max_n max_stop_strings max_stop_length max_logit_bias max_bad_words max_stop_token_ids "
+        "h11_max_incomplete_event_size h11_max_header_count request_header_timeout request_body_timeout "
+        "request_body_min_rate keep_alive_timeout response_write_timeout"
     ).split(),
     "logging": "disable_log_requests max_log_len enable_log_outputs disable_log_stats".split(),
 }
@@ -127,7 +132,6 @@ RECORDED: dict[str, Recorded] = {
     "additional_config": Recorded((), "this platform has no extras"),
     "tokenizer_pool_type": Recorded("ray", "the pool size is 0"),
     "tokenizer_pool_extra_config": Recorded((), "the pool size is 0"),
-    "download_dir": Recorded("", "only local and cached models are read"),
 }
 
 

@@ -39,6 +39,8 @@ class ServerConfig:
     """Names clients may use; the first is used in responses and metrics. Default: the model as given."""
     tokenizer: str = ""
     """Directory of another tokenizer; empty takes the model's."""
+    download_dir: str = ""
+    """Directory of downloaded hub models, of which this server only reads. Default: the Hugging Face cache."""
     skip_tokenizer_init: bool = False
     """Load no tokenizer: only token-id prompts, answers carry ids."""
     task: Literal["auto", "generate", "embedding", "embed", "classify", "score", "reward", "transcription"] = "auto"
@@ -86,6 +88,34 @@ class ServerConfig:
     """Run the engine in a thread of the server process."""
     enable_sleep_mode: bool = False
     """Allow POST /sleep (a development route) to give memory back: KV and weights, on a CPU as on a card."""
+    max_num_prompts: int = 1024
+    """Prompts of one request."""
+    max_n: int = 128
+    """Choices (n) that a request may ask for."""
+    max_stop_strings: int = 16
+    """Stop strings of a request."""
+    max_stop_length: int = 1024
+    """Characters of a stop string."""
+    max_logit_bias: int = 1024
+    """Entries of a request's logit_bias."""
+    max_bad_words: int = 1024
+    """Entries of a request's bad_words."""
+    max_stop_token_ids: int = 1024
+    """Entries of a request's stop_token_ids."""
+    h11_max_incomplete_event_size: int = 65536
+    """Bytes of a request's line and headers; more get 431."""
+    h11_max_header_count: int = 256
+    """Headers of a request; more get 431."""
+    request_header_timeout: float = 10.0
+    """Seconds that a request's line and headers may take to arrive; then 408."""
+    request_body_timeout: float = 30.0
+    """Seconds that a request's body may take to arrive, beside those it takes at request-body-min-rate; then 408."""
+    request_body_min_rate: int = 4096
+    """Bytes a second below which a body is too slow, once request-body-timeout has passed."""
+    keep_alive_timeout: float = 5.0
+    """Seconds that a connection is kept open between two requests."""
+    response_write_timeout: float = 60.0
+    """Seconds that a client may leave an answer unread before its connection is dropped."""
     enable_request_id_headers: bool = False
     """Send X-Request-Id with every response."""
     disable_fastapi_docs: bool = False
@@ -183,23 +213,27 @@ def demo_dir() -> Path:
     return Path(fuseline.__file__).parent / "demo"
 
 
-def find_checkpoint(model: str) -> str:
-    """Directory of a checkpoint: a path, `demo`, or the cached snapshot of a hub id. Raises ConfigError."""
+def find_checkpoint(model: str, download_dir: str = "") -> str:
+    """Directory of a checkpoint: a path, `demo`, or the snapshot of a hub id in `download_dir` (empty: the hub's own).
+
+    Raises ConfigError.
+    """
     path = demo_dir() if model == "demo" and not Path("demo").is_dir() else Path(model).expanduser()
     if os.path.isfile(path):
         raise ConfigError(f"{model} is a file; give the directory of a checkpoint (single-file formats come later)")
     if model == "demo" and not path.is_dir():
         raise ConfigError("the bundled demo model is not in this installation; give a checkpoint directory")
     if not os.path.isdir(path):
-        path = _cached_snapshot(model)
+        path = _cached_snapshot(model, download_dir)
     return str(path.resolve())
 
 
-def _cached_snapshot(model: str) -> Path:
+def _cached_snapshot(model: str, download_dir: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, local_files_only=True))
+        return Path(snapshot_download(model, local_files_only=True, cache_dir=download_dir or None))
     except Exception as error:  # any reason (bad id, not cached, no package) means the same to the user
-        message = f"model {model!r} is neither a directory nor a hub id whose files are in the local Hugging Face cache"
+        where = download_dir or "the local Hugging Face cache"
+        message = f"model {model!r} is neither a directory nor a hub id whose files are in {where}"
         raise ConfigError(message + "; give a checkpoint directory") from error

@@ -51,7 +51,9 @@ KEYS: dict[str, LevelKey] = {
     "level": LevelKey(_is_level, "is 0, 1, 2 or 3", "the level; 2 when it is left out"),
     "backend": LevelKey(lambda value: value in BACKENDS, "is inductor or eager", "eager compiles no regions"),
     "cache_dir": LevelKey(lambda value: isinstance(value, str), "is a directory", "as --cache-dir"),
-    "compile_sizes": LevelKey(_is_sizes, "is a list of numbers above 0"),
+    "compile_sizes": LevelKey(
+        lambda value: value in ([], ()), "can only be an empty list (one plan serves every size)", "none may be given"
+    ),
     "cudagraph_capture_sizes": LevelKey(
         _is_sizes, "is a list of numbers above 0", "on a card: sequences of the decode steps that are captured", True
     ),

@@ -37,7 +37,8 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     refuse_unavailable(given)
     levels = dict(_items(given.get("compilation_config", 2), "level"))
     model = str(given.get("model") or "demo")
-    checkpoint = find_checkpoint(model)
+    folder = str(given.get("download_dir", ""))
+    checkpoint = find_checkpoint(model, folder)
     given |= level_values(levels, given) | {"graphs": graph_config(levels, given)}
     given |= _prefill_values(given) | _context_values(checkpoint, given, environment or Environment())
     engine = _engine(given, checkpoint)
@@ -49,7 +50,7 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
         "recorded": tuple((name, given.get(name, row.default)) for name, row in tables.RECORDED.items()),
     }
     if tokenizer := own.get("tokenizer"):
-        own["tokenizer"] = find_checkpoint(str(tokenizer))
+        own["tokenizer"] = find_checkpoint(str(tokenizer), folder)
     config = ServerConfig(**own)
     check(config)
     return config

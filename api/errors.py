@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -11,7 +13,10 @@ from fuseline.engine.client import EngineDeadError
 MAX_MESSAGE = 2000
 """Characters of a message; keeps a body below 4 KB."""
 KINDS = {429: "rate_limit_error", 500: "server_error", 501: "server_error", 503: "server_error"}
-CODES = {405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type", 404: "not_found"}
+CODES = {
+    404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large",
+    415: "unsupported_media_type", 429: "rate_limit_exceeded", 431: "request_headers_too_large",
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -24,6 +29,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -31,6 +37,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code or CODES.get(status)
         self.retry_after = retry_after
+        self.headers = dict(headers or {})
 
     def body(self) -> dict:
         kind = KINDS.get(self.status, "invalid_request_error")
@@ -38,7 +45,7 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = self.headers | ({} if self.retry_after is None else {"Retry-After": str(self.retry_after)})
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
@@ -57,23 +64,23 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineDeadError):
         return ApiError(503, "the engine is being restarted; try again", code="engine_restarting", retry_after=5)
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "internal error; the server's log has the cause", code="internal_error")
 
 
 def _from_validation(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
-    param = _path(first["loc"])
+    param = field_path(first["loc"])
     message = str(first["msg"]).removeprefix("Value error, ")
     return bad_request(f"{param}: {message}" if param else message, param or None)
 
 
-def _path(parts: tuple) -> str:
-    """('messages', 2, 'content') -> messages[2].content; names of union branches are left out."""
+def field_path(parts: tuple) -> str:
+    """('messages', 2, 'content') -> messages[2].content; keys that are no names and union branches are left out."""
     path = ""
     for part in parts:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and not (path and part in ("str", "int", "float", "bool")):
+        elif str(part).isidentifier() and not (path and part in ("str", "int", "float", "bool")):
             path += f".{part}" if path else part
     return path

@@ -113,8 +113,9 @@ class LLM:
         self.close()
 
     async def _post_all(self, path: str, bodies: list[dict[str, Any]], use_tqdm: bool) -> list[dict[str, Any]]:
-        """Answers in order; at most as many requests in flight as the engine runs and queues."""
-        places = asyncio.Semaphore(self.config.engine.scheduler.max_num_seqs)
+        """Answers in order; at most as many sequences in flight as the engine runs at a time."""
+        most = max((n for body in bodies if isinstance(n := body.get("n"), int)), default=1)
+        places = asyncio.Semaphore(max(self.config.engine.scheduler.max_num_seqs // max(most, 1), 1))
         common = {"model": self.config.served_model_name[0], "return_token_ids": True}
         with tqdm(total=len(bodies), desc="requests", disable=not use_tqdm) as bar:
 

@@ -1,4 +1,4 @@
-"""ASGI middleware: API keys on the raw path, request ids."""
+"""ASGI middleware: refusals of the connection, API keys on the raw path, HEAD, request ids."""
 
 from __future__ import annotations
 
@@ -40,6 +40,33 @@ class KeyMiddleware:
         # Every key is compared, so that time tells nothing about which one was close.
         matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+class RefusalMiddleware:
+    """Answers requests that the connection has refused before they were complete (api/http1.py)."""
+
+    def __init__(self, app) -> None:
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        refusal: ApiError | None = scope.get("state", {}).get("refusal")
+        await (self._app if refusal is None else refusal.response())(scope, receive, send)
+
+
+class HeadMiddleware:
+    """HEAD is GET without the body, on every route."""
+
+    def __init__(self, app) -> None:
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self._app(scope, receive, send)
+
+        async def without_body(message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, without_body)
 
 
 class RequestIdMiddleware:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuseline.api.config import ServerConfig
-from fuseline.api.errors import ApiError, bad_request
-from fuseline.api.metrics import FinishedRequest, Metrics
-from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
-from fuseline.api.output.generation import TextOptions, generate_events
-from fuseline.api.output.interval import in_intervals
+from pydantic import ValidationError
+
+from fuseline.api.admission import Admission
+from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.errors import ApiError, bad_request, to_api_error
+from fuseline.api.metrics import Metrics
+from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.logprobs import LogprobWriter
+from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.chat_template import ChatTemplate, template_text
-from fuseline.api.prompt.sampling import SamplingBuilder, queue_is_full
+from fuseline.api.prompt.sampling import SamplingBuilder
 from fuseline.api.prompt.tokens import TextTokenizer, read_json
-from fuseline.api.protocol.common import GenerateRequest
-from fuseline.engine.client import EngineClient, EngineDeadError
+from fuseline.api.protocol.common import GenerateRequest, GenerationDefaults
+from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
 LOG = logging.getLogger("fuseline.requests")
@@ -40,6 +40,7 @@ class Served:
     template: ChatTemplate | None
     sampling: SamplingBuilder
     metrics: Metrics | None
+    admission: Admission
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     num_requests: int = 0
@@ -55,8 +56,6 @@ class Served:
     def check_ready(self) -> None:
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", code="server_stopping", retry_after=5)
-        if full := queue_is_full(self.client.num_in_flight, self.config):
-            raise full
 
     def need_tokenizer(self) -> TextTokenizer:
         if self.tokenizer is None:
@@ -67,69 +66,22 @@ class Served:
         asked = request.return_tokens_as_token_ids
         return LogprobWriter(self.tokenizer, self.config.return_tokens_as_token_ids if asked is None else asked)
 
-    async def events(
+    def generation(
         self, request: GenerateRequest, prompt: list[int], params: SamplingParams, label: str
-    ) -> AsyncIterator[Event]:
-        """Runs one prompt through the engine, with metrics and the request log, in deltas of --stream-interval."""
-        interval = self.config.stream_interval
-        async with aclosing(self._observed(request, prompt, params, label)) as observed:
-            async for event in in_intervals(observed, interval) if interval > 1 else observed:
-                yield event
-
-    async def _observed(
-        self, request: GenerateRequest, prompt: list[int], params: SamplingParams, label: str
-    ) -> AsyncIterator[Event]:
-        arrival = time.time()
+    ) -> Generation:
+        """One prompt on its way through the engine, with metrics and the request log."""
         engine_request = EngineRequest(
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(prompt), params=params,
-            priority=request.priority or 0, arrival_time=arrival,
+            priority=request.priority or 0, arrival_time=time.time(), cache_salt=request.cache_salt or "",
         )  # fmt: skip
         options = TextOptions(
-            request.stops,
-            bool(request.include_stop_str_in_output),
-            request.skip_special_tokens is not False,
-            params.min_tokens,
+            request.stops, bool(request.include_stop_str_in_output), request.skip_special_tokens is not False,
+            params.min_tokens, self.config.stream_interval,
+        )  # fmt: skip
+        watch = RequestWatch(
+            engine_request, label, self.metrics, self.config.enable_log_outputs, self.config.max_log_len
         )
-        kept = FinishedRequest(len(prompt), params.n, params.max_tokens, arrival)
-        texts: dict[int, str] = {}
-        try:
-            async with aclosing(generate_events(self.client, engine_request, self.tokenizer, options)) as events:
-                async for event in events:
-                    self._observe(kept, event)
-                    if self.config.enable_log_outputs:
-                        self._log_output(label, texts, event)
-                    yield event
-        except (ApiError, EngineDeadError):
-            kept.reasons += ["error"] * (params.n - len(kept.reasons))
-            raise
-        finally:
-            if len(kept.reasons) < params.n:
-                LOG.info("%s aborted", label)
-                kept.reasons += ["abort"] * (params.n - len(kept.reasons))
-            if self.metrics:
-                self.metrics.take_finished(kept)
-
-    def _observe(self, kept: FinishedRequest, event: Event) -> None:
-        if isinstance(event, PromptInfo):
-            kept.queue_seconds = event.queue_seconds
-        elif isinstance(event, Done):
-            kept.reasons.append(event.finish_reason)
-        elif isinstance(event, TextDelta) and event.token_ids:
-            kept.num_generated += len(event.token_ids)
-            now = time.time()
-            last = kept.last.get(event.index)
-            kept.first_token = kept.first_token or now
-            if last is not None and self.metrics:
-                self.metrics.take_gap(now - last, len(event.token_ids))
-            kept.last[event.index] = now
-
-    def _log_output(self, label: str, texts: dict[int, str], event: Event) -> None:
-        """One line per choice, when it ends."""
-        if isinstance(event, TextDelta):
-            texts[event.index] = texts.get(event.index, "") + event.text
-        elif isinstance(event, Done):
-            text = texts.pop(event.index, "")[: self.config.max_log_len]
-            LOG.info("%s: output %d %r, %s", label, event.index, text, event.finish_reason)
+        return Generation(engine_request, self.tokenizer, options, watch)
 
     def log_request(self, label: str, prompt: Any, params: SamplingParams) -> None:
         if self.config.disable_log_requests:
@@ -154,7 +106,7 @@ def build_served(
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
         client.on_step.append(metrics.on_step)
     sampling = SamplingBuilder(config, ready, tokenizer, generation_defaults(config))
-    return Served(config, client, ready, tokenizer, template, sampling, metrics)
+    return Served(config, client, ready, tokenizer, template, sampling, metrics, Admission(config))
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:
@@ -163,5 +115,15 @@ def generation_defaults(config: ServerConfig) -> dict[str, Any]:
         config.generation_config, config.generation_config
     )
     stored = read_json(Path(folder) / "generation_config.json") if folder else {}
-    merged = {**stored, **dict(config.override_generation_config)}
-    return {name: merged[name] for name in DEFAULTS if merged.get(name) is not None}
+    overrides = dict(config.override_generation_config)
+    if unknown := sorted(set(overrides) - set(DEFAULTS)):
+        raise ConfigError(
+            f"--override-generation-config: {unknown[0]} has no effect here (keys: {', '.join(sorted(DEFAULTS))})"
+        )
+    merged = {**stored, **overrides}
+    found = {name: merged[name] for name in DEFAULTS if merged.get(name) is not None}
+    try:
+        GenerationDefaults.model_validate(found, strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"generation config: {to_api_error(error).message}") from error
+    return found

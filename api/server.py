@@ -10,10 +10,12 @@ import ssl
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.progress import StartupProgress, startup_table
+from fuseline.api.route_table import route_table
 from fuseline.engine.client import EngineClient, EngineStartError
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from fuseline.api.served import Served
 
 LOG = logging.getLogger("fuseline.server")
-KEEP_ALIVE_SECONDS = 5
 OnPhase = Callable[[str], None]
 ENGINE_PHASES = {("capturing", False): "engine imports", ("capturing", True): "graph", ("loading", True): "weights"}
 """What ends when the engine tells of this progress: (phase, whether it is complete)."""
@@ -75,7 +76,7 @@ def prepare(config: ServerConfig) -> TextTokenizer | None:
     """What takes long and needs no engine, done while that starts: imports and the tokenizer. Raises ConfigError."""
     import uvicorn  # noqa: F401
 
-    from fuseline.api import app  # noqa: F401
+    from fuseline.api import app, http1  # noqa: F401
     from fuseline.api.served import load_tokenizer
 
     return load_tokenizer(config)
@@ -144,9 +145,12 @@ class _Server:
     def _uvicorn_server(self, app) -> uvicorn.Server:
         import uvicorn
 
+        from fuseline.api.http1 import Connection, connection_limits
+
         config = self._config
         made = uvicorn.Config(
-            app, log_level=config.uvicorn_log_level, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="off",
+            app, http=partial(Connection, connection_limits(config)), ws="none", log_level=config.uvicorn_log_level,
+            lifespan="off",
             ssl_keyfile=config.ssl_keyfile or None, ssl_certfile=config.ssl_certfile or None,
             ssl_ca_certs=config.ssl_ca_certs or None, ssl_cert_reqs=config.ssl_cert_reqs,
             timeout_graceful_shutdown=max(int(config.shutdown_timeout), 1),
@@ -161,10 +165,8 @@ class _Server:
         scheme = "https" if self._config.ssl_certfile else "http"
         host, port = self._listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        for route in app.routes:
-            LOG.info(
-                "route %s %s", ",".join(sorted(getattr(route, "methods", None) or ())), getattr(route, "path", route)
-            )
+        for path, methods in route_table(app):
+            LOG.info("route %s %s", ",".join(methods), path)
         print(startup_table(self._config, ready, f"{scheme}://{host}:{port}"), file=sys.stderr, flush=True)
 
     async def _serve(self, server: uvicorn.Server) -> None:

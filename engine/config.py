@@ -34,7 +34,7 @@ class SchedulerConfig:
     max_num_seqs: int = 256
     """Sequences in a step."""
     max_num_queued_reqs: int = 0
-    """Requests that may wait before new ones get 429; 0 means 4 x max-num-seqs."""
+    """Sequences (prompts x n) that may wait before new requests get 429; 0 means 4 x max-num-seqs."""
     async_scheduling: bool = False
     """Schedule the next step while the last one runs; tokens are the same. A card always works so."""
     scheduling_policy: str = "fcfs"

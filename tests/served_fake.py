@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
 from fake_model import FakeModel, fake_config
@@ -14,9 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fuseline.api.metrics import Metrics
 from fuseline.api.output.events import Event
-from fuseline.api.served import Served
+from fuseline.api.output.generation import Generation, TextOptions
+from fuseline.api.output.watch import RequestWatch
 from fuseline.engine.client import EngineClient
-from fuseline.engine.messages import SamplingParams
+from fuseline.engine.messages import EngineRequest, SamplingParams
 from fuseline.engine.run.sampler_reference import reference_device
 
 
@@ -28,23 +29,23 @@ class Letters:
 
 
 class Fake:
-    """A served fake model whose steps take `step_seconds`; `shapes`: tokens of each sequence of each step."""
+    """A served fake model; `shapes`: tokens of each sequence of each step."""
 
     def __init__(self, client: EngineClient, shapes: list[list[int]]) -> None:
         self.client, self.shapes = client, shapes
         self.metrics = Metrics("fuseline:", "fake", client.ready)
         client.on_step.append(self.metrics.on_step)
-        config = SimpleNamespace(stream_interval=1, enable_log_outputs=False)
-        self.served = Served(config, client, client.ready, Letters(), None, None, self.metrics)
 
-    def events(self, prompt: list[int], stops: tuple[str, ...] = (), **params: Any) -> AsyncIterator[Event]:
-        request = SimpleNamespace(
-            priority=params.pop("priority", 0), stops=stops, include_stop_str_in_output=False, skip_special_tokens=True
-        )
-        return self.served.events(request, prompt, SamplingParams(**params), "test")
-
-    async def collect(self, prompt: list[int], stops: tuple[str, ...] = (), **params: Any) -> list[Event]:
-        return [event async for event in self.events(prompt, stops, **params)]
+    async def collect(self, prompt: list[int], stops: tuple[str, ...] = (), priority: int = 0, **params) -> list[Event]:
+        """The events of one request, as a route would get them."""
+        request = EngineRequest(
+            request_id=uuid.uuid4().hex, prompt_token_ids=tuple(prompt), params=SamplingParams(**params),
+            priority=priority, arrival_time=time.time(),
+        )  # fmt: skip
+        events: list[Event] = []
+        watch = RequestWatch(request, "test", self.metrics, False, None)
+        await Generation(request, Letters(), TextOptions(stops), watch).run(self.client, events.append)
+        return events
 
     def value(self, sample: str, **labels: str) -> float:
         """Of one sample of the metrics, without the prefix."""

@@ -92,7 +92,7 @@ LEVEL_KEYS = {
     "level": ([0, 1, 2, 3], [4, -1, True, "2", 1.5, None]),
     "backend": (["inductor", "eager", None], ["openxla", 1]),
     "cache_dir": (["/c", None], [3]),
-    "compile_sizes": ([[1, 8], []], [8, ["8"], [0], [True]]),
+    "compile_sizes": ([[], None], [[1, 8], 8, ["8"], [0], [True], {}]),
     "cudagraph_capture_sizes": ([[1, 2, 4]], [[1.5], "all"]),
     "cudagraph_num_of_warmups": ([0, 3], [-1, "1", False]),
     "custom_ops": ([["none", "+rms_norm"], ["-linear"], ["all"], []], ["none", ["rms_norm"], ["+x"], ["all", "none"]]),
@@ -301,11 +301,11 @@ def test_a_card_takes_what_a_cpu_refuses(model: str, monkeypatch) -> None:
 
 def test_flags_without_effect_are_named(model: str) -> None:
     assert without_effect(resolve({"model": model})) == []
-    levels = {"splitting_ops": [], "compile_sizes": [1], "custom_ops": ["all"], "cudagraph_capture_sizes": None}
+    levels = {"splitting_ops": [], "compile_sizes": [], "custom_ops": ["all"], "cudagraph_capture_sizes": None}
     given = {"model": model, "disable_async_output_proc": True, "swap_space": 1.0, "compilation_config": levels}
     lines = without_effect(resolve(given))
     assert lines == [
         "--disable-async-output-proc has no effect: output is processed in another process",
         "--swap-space has no effect: on a CPU there is nothing to swap to",
-        "--compilation-config: no effect on this device: compile_sizes, splitting_ops",
+        "--compilation-config: no effect on this device: splitting_ops",
     ]

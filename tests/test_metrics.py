@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
 
 import pytest
 from fake_model import NAN_TOKEN
@@ -60,14 +59,15 @@ async def test_a_request_without_tokens_has_a_queue_time_and_no_first_token() ->
 
 
 async def test_aborts_in_the_queue_and_while_running() -> None:
-    async with served_fake(0.005, max_num_seqs=1) as fake:
-        async with aclosing(fake.events(PROMPT, max_tokens=60, seed=1)) as running:
-            await anext(running)
-            queued = asyncio.create_task(fake.collect([5], max_tokens=2))
-            await until(lambda: fake.value("num_requests_waiting") == 1)
-            queued.cancel()
-            await until(lambda: fake.value("num_requests_waiting") == 0)
-            assert fake.value("num_requests_running") == 1 and fake.value("kv_cache_usage_perc") > 0
+    async with served_fake(0.02, max_num_seqs=1) as fake:
+        running = asyncio.create_task(fake.collect(PROMPT, max_tokens=45, seed=1))
+        await until(lambda: fake.value("num_requests_running") == 1)
+        queued = asyncio.create_task(fake.collect([5], max_tokens=2))
+        await until(lambda: fake.value("num_requests_waiting") == 1)
+        queued.cancel()
+        await until(lambda: fake.value("num_requests_waiting") == 0)
+        assert fake.value("num_requests_running") == 1 and fake.value("kv_cache_usage_perc") > 0
+        running.cancel()
         await until(lambda: fake.value("num_requests_running") == 0)
         assert fake.value("request_success_total", finished_reason="abort") == 2
         assert fake.value("kv_cache_usage_perc") == 0

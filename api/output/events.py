@@ -31,9 +31,17 @@ class PromptInfo:
     """Facts of the prompt: one event, before all others."""
 
     num_cached_tokens: int = 0
-    queue_seconds: float | None = None
-    """From the arrival to the first step that computed for the request."""
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+
+
+@dataclass
+class Prompt:
+    """One prompt of the request; its choices are numbered from `first`."""
+
+    ids: list[int]
+    first: int = 0
+    echo: str | None = None
+    info: PromptInfo = field(default_factory=PromptInfo)
 
 
 Event = TextDelta | Done | PromptInfo

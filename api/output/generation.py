@@ -1,15 +1,17 @@
-"""One engine request as events: tokens to text, stop strings, endings."""
+"""One prompt in the engine: its outputs become events (text, stop strings, endings), counted and logged on the way."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
+from fuseline.api.output.interval import Interval
 from fuseline.api.output.stop import StopStrings
+from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.tokens import TextTokenizer
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineRequest, TokenOutput
@@ -21,30 +23,51 @@ class TextOptions:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
+    interval: int = 1
+    """Tokens of a choice that a delta waits for."""
 
 
-async def generate_events(
-    client: EngineClient, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions
-) -> AsyncIterator[Event]:
-    """Events of all choices in the order of their tokens; closing it aborts the request. Raises ApiError."""
-    choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
-    num_open, is_started = len(choices), False
-    async with aclosing(client.generate(request)) as outputs:
-        async for output in outputs:
-            if output.finish_reason == "error":
-                raise _error(output)
-            if not is_started:
-                is_started = True
-                yield PromptInfo(output.num_cached_tokens, output.queue_seconds, output.prompt_logprobs)
-            for event in choices[output.index].take(output):
-                if isinstance(event, Done):
-                    num_open -= 1
-                    if num_open and output.finish_reason is None:
-                        # Ended by a stop string, of which the engine knows nothing.
-                        client.abort_choice(request.request_id, output.index)
-                yield event
-            if not num_open:
-                return
+class Generation:
+    """Used once."""
+
+    def __init__(
+        self, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions, watch: RequestWatch
+    ) -> None:
+        self._request, self._watch = request, watch
+        self._choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
+        self._num_open = len(self._choices)
+        self._interval = options.interval
+        self._is_started = False
+
+    async def run(self, client: EngineClient, sink: Callable[[Event], None]) -> None:
+        """Hand the events of all choices to `sink` in the order of their tokens.
+
+        Cancelling it aborts the request in the engine. Raises ApiError and EngineDeadError.
+        """
+        deliver = sink if self._interval == 1 else Interval(self._interval, sink).feed
+        with self._watch as watch:
+            async with aclosing(client.generate(self._request)) as outputs:
+                async for output in outputs:
+                    watch.see_output(output)
+                    for event in self._take(client, output):
+                        watch.see(event)
+                        deliver(event)
+                    if not self._num_open:
+                        return
+
+    def _take(self, client: EngineClient, output: TokenOutput) -> Iterable[Event]:
+        if output.finish_reason == "error":
+            raise _error(output)
+        events = self._choices[output.index].take(output)
+        if len(events) > 1 and isinstance(events[-1], Done):
+            self._num_open -= 1
+            if self._num_open and output.finish_reason is None:
+                # Ended by a stop string, of which the engine knows nothing.
+                client.abort_choice(self._request.request_id, output.index)
+        if self._is_started:
+            return events
+        self._is_started = True
+        return (PromptInfo(output.num_cached_tokens, output.prompt_logprobs), *events)
 
 
 def _error(output: TokenOutput) -> ApiError:
@@ -65,9 +88,9 @@ class _Choice:
         self._num_tokens = 0
         self._is_done = False
 
-    def take(self, output: TokenOutput) -> list[Event]:
+    def take(self, output: TokenOutput) -> Sequence[Event]:
         if self._is_done:
-            return []
+            return ()
         delta = TextDelta(self._index, "")
         for k, token in enumerate(output.token_ids):
             delta.token_ids.append(token)
@@ -79,7 +102,7 @@ class _Choice:
             if stop is not None:
                 return self._end(delta, "stop", stop)
         if output.finish_reason is None:
-            return [delta] if delta.token_ids else []
+            return (delta,) if delta.token_ids else ()
         if self._detokenizer:
             text, stop = self._stops.feed(self._detokenizer.finish(), self._is_checked)
             delta.text += text
@@ -98,6 +121,6 @@ class _Choice:
             return "", None
         return self._stops.feed(self._detokenizer.feed(token), self._is_checked)
 
-    def _end(self, delta: TextDelta, reason: str, stop_reason: str | int | None) -> list[Event]:
+    def _end(self, delta: TextDelta, reason: str, stop_reason: str | int | None) -> Sequence[Event]:
         self._is_done = True
-        return [delta, Done(self._index, reason, stop_reason)]
+        return delta, Done(self._index, reason, stop_reason)

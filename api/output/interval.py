@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 
 from fuseline.api.output.events import Done, Event, TextDelta
 
 
-async def in_intervals(events: AsyncIterator[Event], interval: int) -> AsyncIterator[Event]:
-    """The events, a choice's text in deltas of `interval` tokens; its first token and its end wait for none."""
-    held: dict[int, TextDelta] = {}
-    started: set[int] = set()
-    async for event in events:
+class Interval:
+    """Joins a choice's text to deltas of `num_tokens` tokens; its first token and its end wait for none."""
+
+    def __init__(self, num_tokens: int, sink: Callable[[Event], None]) -> None:
+        self._num_tokens, self._sink = num_tokens, sink
+        self._held: dict[int, TextDelta] = {}
+        self._started: set[int] = set()
+
+    def feed(self, event: Event) -> None:
+        """Hand on what is to be sent now."""
         if isinstance(event, TextDelta):
-            delta = _joined(held.pop(event.index, None), event)
-            if event.index in started and len(delta.token_ids) < interval:
-                held[event.index] = delta
-                continue
-            started.add(event.index)
-            yield delta
-            continue
-        if isinstance(event, Done) and event.index in held:
-            yield held.pop(event.index)
-        yield event
+            event = _joined(self._held.pop(event.index, None), event)
+            if event.index in self._started and len(event.token_ids) < self._num_tokens:
+                self._held[event.index] = event
+                return
+            self._started.add(event.index)
+        elif isinstance(event, Done) and event.index in self._held:
+            self._sink(self._held.pop(event.index))
+        self._sink(event)
 
 
 def _joined(before: TextDelta | None, delta: TextDelta) -> TextDelta:

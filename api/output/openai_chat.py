@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
-from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
+from fuseline.api.output.events import Done, Event, Prompt, PromptInfo, TextDelta
 from fuseline.api.output.openai_completion import Shape, Totals
 from fuseline.engine.messages import PositionLogprobs
 
@@ -13,43 +12,46 @@ from fuseline.engine.messages import PositionLogprobs
 class ChatWriter:
     """One conversation with n choices."""
 
-    def __init__(self, shape: Shape, prompt_ids: list[int], n: int) -> None:
-        self._shape, self._ids, self._n = shape, prompt_ids, n
-        self._totals = Totals(prompt=len(prompt_ids))
+    def __init__(self, shape: Shape, prompt: Prompt, n: int) -> None:
+        self._shape, self._ids, self._n = shape, prompt.ids, n
+        self._totals = Totals(prompt=len(prompt.ids))
         self._info = PromptInfo()
         self._text = [shape.echo] * n
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
         self._ends: list[Done | None] = [None] * n
+        self._is_started = False
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[dict[str, Any]]:
-        is_started = False
-        async for event in events:
-            self._take(event)
-            if not is_started:
-                is_started = True
-                for chunk in self._opening():
-                    yield chunk
-            if isinstance(event, TextDelta) and (event.text or event.token_ids):
-                choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
-                if self._shape.wants_logprobs:
-                    choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
-                if self._shape.wants_ids:
-                    choice["token_ids"] = event.token_ids
-                yield self._envelope(choice)
-            elif isinstance(event, Done):
-                choice = {"index": event.index, "delta": {}, "finish_reason": event.finish_reason}
-                if event.stop_reason is not None:
-                    choice["stop_reason"] = event.stop_reason
-                yield self._envelope(choice)
-        if self._shape.include_usage:
-            yield {**self._common(), "choices": [], "usage": self._totals.body(self._shape.shows_cached)}
+    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
+        self._take(event)
+        chunks = [] if self._is_started else self._opening()
+        self._is_started = True
+        if isinstance(event, TextDelta) and (event.text or event.token_ids):
+            choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
+            if self._shape.wants_logprobs:
+                choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
+            if self._shape.wants_ids:
+                choice["token_ids"] = event.token_ids
+            chunks.append(self._envelope(choice))
+        elif isinstance(event, Done):
+            choice = {"index": event.index, "delta": {}, "finish_reason": event.finish_reason}
+            if event.stop_reason is not None:
+                choice["stop_reason"] = event.stop_reason
+            chunks.append(self._envelope(choice))
+        return chunks
 
-    async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-        async for event in events:
-            self._take(event)
-            if isinstance(event, TextDelta):
-                self._text[event.index] += event.text
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """The usage chunk, where it was asked for."""
+        usage = self._totals.body(self._shape.shows_cached)
+        return [{**self._common(), "choices": [], "usage": usage}] if self._shape.include_usage else []
+
+    def fold(self, prompt: Prompt, event: Event) -> None:
+        self._take(event)
+        if isinstance(event, TextDelta):
+            self._text[event.index] += event.text
+
+    def whole(self) -> dict[str, Any]:
+        """The answer that the folded events make."""
         positions = self._info.prompt_logprobs
         body = {
             "id": self._shape.id, "object": "chat.completion", "created": self._shape.created,

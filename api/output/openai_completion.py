@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
+from fuseline.api.output.events import Event, Prompt, PromptInfo, TextDelta
 from fuseline.api.output.logprobs import LogprobWriter
 from fuseline.engine.messages import PositionLogprobs
 
@@ -30,16 +29,6 @@ class Shape:
 
 
 @dataclass
-class Prompt:
-    """One prompt of the request; its choices are numbered from `first`."""
-
-    ids: list[int]
-    first: int
-    echo: str | None = None
-    info: PromptInfo = field(default_factory=PromptInfo)
-
-
-@dataclass
 class Totals:
     prompt: int = 0
     completion: int = 0
@@ -51,9 +40,6 @@ class Totals:
             "prompt_tokens": self.prompt, "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion, "prompt_tokens_details": details,
         }  # fmt: skip
-
-
-Numbered = AsyncIterator[tuple[Prompt, Event]]
 
 
 @dataclass
@@ -68,33 +54,37 @@ class _Choice:
 
 
 class CompletionWriter:
-    """Turns events into chunks; `whole` folds the same events into one object."""
+    """Events to chunks, or folded into one object."""
 
     def __init__(self, shape: Shape, prompts: list[Prompt], n: int) -> None:
         self._shape, self._prompts, self._n = shape, prompts, n
         self._choices = [_Choice() for _ in range(len(prompts) * n)]
         self._totals = Totals(prompt=sum(len(prompt.ids) for prompt in prompts))
 
-    async def chunks(self, events: Numbered) -> AsyncIterator[dict[str, Any]]:
-        async for prompt, event in events:
-            index = self._take(prompt, event)
-            if isinstance(event, TextDelta):
-                chunk = self._delta(prompt, index, event)
-                if chunk is not None:
-                    yield self._envelope([chunk], index)
-            elif isinstance(event, Done):
-                end = {"index": index, "text": "", "logprobs": None, "finish_reason": event.finish_reason,
-                       "stop_reason": event.stop_reason}  # fmt: skip
-                yield self._envelope([end], index)
-        if self._shape.include_usage:
-            yield {**self._envelope([], None), "usage": self._totals.body(self._shape.shows_cached)}
+    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
+        index = self._take(prompt, event)
+        if isinstance(event, TextDelta):
+            chunk = self._delta(prompt, index, event)
+            return [] if chunk is None else [self._envelope([chunk], index)]
+        if isinstance(event, PromptInfo):
+            return []
+        end = {"index": index, "text": "", "logprobs": None, "finish_reason": event.finish_reason,
+               "stop_reason": event.stop_reason}  # fmt: skip
+        return [self._envelope([end], index)]
 
-    async def whole(self, events: Numbered) -> dict[str, Any]:
-        async for prompt, event in events:
-            index = self._take(prompt, event)
-            if isinstance(event, TextDelta):
-                self._start(prompt, index)
-                self._choices[index].text += event.text
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """The usage chunk, where it was asked for."""
+        usage = self._totals.body(self._shape.shows_cached)
+        return [{**self._envelope([], None), "usage": usage}] if self._shape.include_usage else []
+
+    def fold(self, prompt: Prompt, event: Event) -> None:
+        index = self._take(prompt, event)
+        if isinstance(event, TextDelta):
+            self._start(prompt, index)
+            self._choices[index].text += event.text
+
+    def whole(self) -> dict[str, Any]:
+        """The answer that the folded events make."""
         choices = [self._whole_choice(k) for k in range(len(self._choices))]
         return {**self._envelope(choices, None), "usage": self._totals.body(self._shape.shows_cached)}
 

@@ -15,11 +15,15 @@ class Outbox:
         self._events: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
         self._is_closed = False
+        self._error: Exception | None = None
+        self.has_begun = False
+        """Something has been added."""
         self._seconds = seconds
         self._last_write = self._loop.time()
         self._timer = self._loop.call_later(seconds, self._check_silence) if seconds > 0 else None
 
     def add(self, event: bytes) -> None:
+        self.has_begun = True
         self._events.append(event)
         self._wake()
 
@@ -30,11 +34,18 @@ class Outbox:
             self._timer.cancel()
         self._wake()
 
+    def fail(self, error: Exception) -> None:
+        """Nothing has been added and nothing will be, because of `error`, which take() raises."""
+        self._error = error
+        self.close()
+
     async def take(self) -> bytes:
         """All that has been added since the last time; waits for it. Empty once closed and taken."""
         while not self._events and not self._is_closed:
             self._waiter = self._loop.create_future()
             await self._waiter
+        if self._error is not None:
+            raise self._error
         events, self._events = self._events, []
         self._last_write = self._loop.time()
         return b"".join(events)
@@ -46,6 +57,6 @@ class Outbox:
     def _check_silence(self) -> None:
         """One timer for the whole answer rather than one for each write."""
         left = self._last_write + self._seconds - self._loop.time()
-        if left <= 0 and self._waiter is not None and not self._waiter.done():
+        if left <= 0 and self.has_begun and self._waiter is not None and not self._waiter.done():
             self.add(KEEP_ALIVE)
         self._timer = self._loop.call_later(left if left > 0 else self._seconds, self._check_silence)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fuseline.api.config import ServerConfig
-from fuseline.api.errors import ApiError, bad_request
+from fuseline.api.errors import bad_request
 from fuseline.api.prompt.tokens import TextTokenizer
-from fuseline.api.protocol.common import MAX_STOP_STRINGS, GenerateRequest
+from fuseline.api.protocol.common import GenerateRequest
 from fuseline.engine.messages import EngineReady, SamplingParams
 
 MAX_BIAS = 100.0
@@ -32,6 +32,9 @@ def refuse_unsupported(request: GenerateRequest) -> None:
             raise bad_request(f"{name}: structured output is not supported yet", name, "unsupported_value")
     if request.use_beam_search:
         raise bad_request("use_beam_search is not supported yet", "use_beam_search", "unsupported_value")
+    if request.length_penalty not in (None, 1.0):
+        message = "length_penalty goes with use_beam_search, which is not supported yet"
+        raise bad_request(message, "length_penalty", "unsupported_value")
     if request.logits_processors:
         raise bad_request(
             "The `logits_processors` argument is not supported by this server.",
@@ -76,7 +79,7 @@ class SamplingBuilder:
         ignore_eos = bool(request.ignore_eos)
         self._check_stops(request)
         self.check_priority(request.priority)
-        return SamplingParams(
+        params = SamplingParams(
             n=request.n or 1,
             temperature=temperature,
             top_k=min(max(self._value(request, "top_k", 0), 0), self._vocab),
@@ -97,6 +100,8 @@ class SamplingBuilder:
             allowed_token_ids=self._allowed(request.allowed_token_ids),
             bad_words=self._bad_words(request.bad_words),
         )
+        check_choice(params, self._vocab)
+        return params
 
     def max_tokens(self, num_prompt: int, asked: int | None) -> int:
         """The effective cap; 400 when the prompt and the ask do not fit."""
@@ -154,8 +159,6 @@ class SamplingBuilder:
         stops = request.stops
         if any(not stop for stop in stops):
             raise bad_request("stop cannot contain an empty string.", "stop")
-        if len(stops) > MAX_STOP_STRINGS:
-            raise bad_request(f"stop: at most {MAX_STOP_STRINGS} stop strings are allowed", "stop")
         if stops and self._tokenizer is None:
             raise bad_request("stop needs a tokenizer; this server runs without one", "stop")
 
@@ -163,7 +166,7 @@ class SamplingBuilder:
         for token in ids or ():
             if not 0 <= token < self._vocab:
                 raise bad_request(f"{param}: token id {token} is out of vocabulary", param)
-        return tuple(ids or ())
+        return tuple(dict.fromkeys(ids or ()))
 
     def _allowed(self, ids: list[int] | None) -> tuple[int, ...]:
         if ids is not None and not ids:
@@ -211,10 +214,12 @@ class SamplingBuilder:
         return tuple(found)
 
 
-def queue_is_full(in_flight: int, config: ServerConfig) -> ApiError | None:
-    """D19: more waiting than allowed."""
-    scheduler = config.engine.scheduler
-    limit = (scheduler.max_num_queued_reqs or 4 * scheduler.max_num_seqs) + scheduler.max_num_seqs
-    if in_flight < limit:
-        return None
-    return ApiError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded", retry_after=1)
+def check_choice(params: SamplingParams, vocab_size: int) -> None:
+    """Raises ApiError 400 when every token is banned from the first one on: nothing could be sampled."""
+    banned = {word[0] for word in params.bad_words if len(word) == 1}
+    if params.min_tokens:
+        banned |= {*params.masked_eos_token_ids, *params.stop_token_ids}
+    if set(params.allowed_token_ids) - banned or (not params.allowed_token_ids and len(banned) < vocab_size):
+        return
+    field = "allowed_token_ids" if params.allowed_token_ids else "bad_words"
+    raise bad_request(f"{field}: no token is left that may be sampled (bad_words and min_tokens ban them all)", field)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from fuseline.api.protocol.common import GenerateRequest
+from fuseline.api.protocol.common import Fields, GenerateRequest
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class Message(Fields):
     role: str
     content: str | list[Any] | None = None
     name: str | None = None
@@ -42,9 +40,7 @@ class ChatRequest(ChatFields, GenerateRequest):
     reasoning_effort: str | None = None
 
 
-class TokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class TokenizeRequest(Fields):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
@@ -57,8 +53,6 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class DetokenizeRequest(Fields):
     model: str | None = None
     tokens: list[int]

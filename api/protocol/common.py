@@ -6,8 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MAX_STOP_STRINGS = 16
+MAX_PENALTY = 1e30
+"""Largest repetition penalty, and one over the smallest: logits times or over it stay finite in float32."""
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+class Fields(BaseModel):
+    """Unknown fields are accepted and ignored; no number is NaN or infinite, also not as text ("nan")."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
 class StreamOptions(BaseModel):
@@ -15,21 +22,29 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class ResponseFormat(Fields):
     type: str
 
 
-class GenerateRequest(BaseModel):
-    """Unknown fields are accepted and ignored; null means the default."""
+class GenerationDefaults(Fields):
+    """Sampling fields that the server may have defaults for (SPEC 6.12)."""
 
-    model_config = ConfigDict(extra="allow")
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=1 / MAX_PENALTY, le=MAX_PENALTY)
+    max_new_tokens: int | None = Field(None, ge=1)
+
+
+class GenerateRequest(Fields):
+    """null means the default. How many of each a request may have is in api/admission.py."""
 
     model: str | None = None
     best_of: int | None = Field(None, ge=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
-    n: int | None = Field(None, ge=1, le=128)
+    n: int | None = Field(None, ge=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: Int64 | None = None
     stop: str | list[str] | None = None
@@ -41,7 +56,7 @@ class GenerateRequest(BaseModel):
     use_beam_search: bool | None = None
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=1 / MAX_PENALTY, le=MAX_PENALTY)
     length_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
@@ -61,6 +76,7 @@ class GenerateRequest(BaseModel):
     guided_grammar: str | None = None
     structured_outputs: dict[str, Any] | None = None
     priority: Int64 | None = None
+    cache_salt: str | None = Field(None, min_length=1)
     logits_processors: list[Any] | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fuseline.api.errors import bad_request
+from fuseline.api.output.events import Prompt
 from fuseline.api.output.openai_chat import ChatWriter
 from fuseline.api.output.openai_completion import Shape
+from fuseline.api.output.response import Answer
 from fuseline.api.prompt.features import render_chat
 from fuseline.api.prompt.sampling import refuse_unsupported
 from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.routes.completions import encode
-from fuseline.api.routes.http import json_response, new_id, read_body, stream, until_disconnect
+from fuseline.api.routes.http import new_id, read_body
 from fuseline.api.served import Served
 
 router = APIRouter()
@@ -29,6 +32,15 @@ async def chat_completions(request: Request) -> Response:
     served.check_ready()
     refuse_unsupported(body)
     _check(body)
+    with ExitStack() as stack:
+        stack.enter_context(served.admission.take(served.admission.check(body)))
+        return await _answer(request, served, body, stack)
+
+
+async def _answer(request: Request, served: Served, body: ChatRequest, stack: ExitStack) -> Response:
+    """The prepared answer, which takes over what `stack` holds."""
+    if body.reasoning_effort is not None:  # a variable of the templates that know it
+        body.chat_template_kwargs = {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
     text = render_chat(body, served.config, served.template, served.need_tokenizer())
     ids = await encode(served, text, bool(body.add_special_tokens))
     served.sampling.check_prompt(ids, "messages")
@@ -38,11 +50,11 @@ async def chat_completions(request: Request) -> Response:
     params = served.sampling.build(body, ids, limit, logprobs)
     id = new_id("chatcmpl-", request, body.request_id)
     served.log_request(id, text, params)
-    writer = ChatWriter(_shape(served, body, id), ids, params.n)
-    events = served.events(body, ids, params, id)
-    if body.stream:
-        return await stream(request, writer.chunks(events), served.config.sse_keep_alive_interval)
-    return json_response(await until_disconnect(request, writer.whole(events)))
+    prompt = Prompt(ids)
+    writer = ChatWriter(_shape(served, body, id), prompt, params.n)
+    runs = [(prompt, served.generation(body, ids, params, id))]
+    keep_alive = served.config.sse_keep_alive_interval if body.stream else None
+    return Answer(served.client, runs, writer, stack.pop_all(), keep_alive)
 
 
 def _check(body: ChatRequest) -> None:

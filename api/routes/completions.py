@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import ExitStack
 
 from fastapi import APIRouter
 from msgspec.structs import replace
@@ -13,16 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fuseline.api.errors import bad_request
-from fuseline.api.output.events import Event
-from fuseline.api.output.openai_completion import CompletionWriter, Numbered, Prompt, Shape
+from fuseline.api.output.events import Prompt
+from fuseline.api.output.openai_completion import CompletionWriter, Shape
+from fuseline.api.output.response import Answer
 from fuseline.api.prompt.sampling import refuse_unsupported
 from fuseline.api.protocol.completion import CompletionRequest
-from fuseline.api.routes.http import json_response, new_id, read_body, stream, until_disconnect
+from fuseline.api.routes.http import new_id, read_body
 from fuseline.api.served import Served
 from fuseline.engine.messages import SamplingParams
 
 router = APIRouter()
-MAX_PROMPTS = 1024
 
 
 @router.post("/v1/completions")
@@ -33,16 +32,21 @@ async def completions(request: Request) -> Response:
     served.check_ready()
     refuse_unsupported(body)
     _check(body)
+    with ExitStack() as stack:
+        stack.enter_context(served.admission.take(served.admission.check(body, len(_as_list(body.prompt)))))
+        return await _answer(request, served, body, stack)
+
+
+async def _answer(request: Request, served: Served, body: CompletionRequest, stack: ExitStack) -> Response:
+    """The prepared answer, which takes over what `stack` holds."""
     id = new_id("cmpl-", request)
     prompts, params = await _prepare(served, body)
     for prompt, one in zip(prompts, params, strict=True):
         served.log_request(id, prompt.ids, one)
-    shape = _shape(served, body, id)
-    writer = CompletionWriter(shape, prompts, body.n or 1)
-    events = merge([(p, served.events(body, p.ids, one, id)) for p, one in zip(prompts, params, strict=True)])
-    if body.stream:
-        return await stream(request, writer.chunks(events), served.config.sse_keep_alive_interval)
-    return json_response(await until_disconnect(request, writer.whole(events)))
+    writer = CompletionWriter(_shape(served, body, id), prompts, body.n or 1)
+    runs = [(p, served.generation(body, p.ids, one, id)) for p, one in zip(prompts, params, strict=True)]
+    keep_alive = served.config.sse_keep_alive_interval if body.stream else None
+    return Answer(served.client, runs, writer, stack.pop_all(), keep_alive)
 
 
 def _check(body: CompletionRequest) -> None:
@@ -56,11 +60,8 @@ def _check(body: CompletionRequest) -> None:
 
 async def _prepare(served: Served, body: CompletionRequest) -> tuple[list[Prompt], list[SamplingParams]]:
     n = body.n or 1
-    texts = _as_list(body.prompt)
-    if len(texts) > MAX_PROMPTS:
-        raise bad_request(f"at most {MAX_PROMPTS} prompts in one request", "prompt")
     prompts, params = [], []
-    for k, text in enumerate(texts):
+    for k, text in enumerate(_as_list(body.prompt)):
         ids = await _encode(served, text, body)
         served.sampling.check_prompt(ids)
         ids = served.sampling.truncate(ids, body.truncate_prompt_tokens)
@@ -110,40 +111,3 @@ def _shape(served: Served, body: CompletionRequest, id: str) -> Shape:
         include_usage=usage, continuous_usage=bool(options and options.continuous_usage_stats),
         shows_cached=served.config.enable_prompt_tokens_details,
     )  # fmt: skip
-
-
-async def merge(sources: list[tuple[Prompt, AsyncIterator[Event]]]) -> Numbered:
-    """Events of all prompts as they come. The first error ends all."""
-    if len(sources) == 1:
-        prompt, events = sources[0]
-        async with aclosing(events):
-            async for event in events:
-                yield prompt, event
-        return
-    queue: asyncio.Queue = asyncio.Queue()
-
-    async def pump(prompt: Prompt, events: AsyncIterator[Event]) -> None:
-        try:
-            async with aclosing(events):
-                async for event in events:
-                    queue.put_nowait((prompt, event))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(*source)) for source in sources]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await queue.get()
-            if item is None:
-                num_open -= 1
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)

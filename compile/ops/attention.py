@@ -29,7 +29,10 @@ def attention(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool
 ) -> Tensor:
-    """q[H, T, D] over k[K, L, D], v[K, L, E], the queries being the last T of L positions -> [H, T, E]; fp32 inside, or wider if q is."""
+    """q[H, T, D] over k[K, L, D], v[K, L, E], the queries being the last T of L positions -> [H, T, E].
+
+    Computed in float32, in float64 for queries of it.
+    """
     heads, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
     group = heads // k.shape[0]
     wide = torch.promote_types(q.dtype, torch.float32)

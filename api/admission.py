@@ -1,0 +1,59 @@
+"""What one request may ask for, and how much all of them together: checked before anything is rendered or encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fuseline.api.config import ServerConfig
+from fuseline.api.errors import ApiError, bad_request
+from fuseline.api.protocol.common import GenerateRequest
+
+
+class Admission:
+    """Counts sequences (prompts x n) from the moment they are taken in until their answer has ended."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        scheduler = config.engine.scheduler
+        self._config = config
+        self._num_queued = scheduler.max_num_queued_reqs or 4 * scheduler.max_num_seqs
+        self._capacity = scheduler.max_num_seqs + self._num_queued
+        self.num_sequences = 0
+
+    @contextmanager
+    def take(self, num_sequences: int) -> Iterator[None]:
+        """Hold places for as many sequences. Raises ApiError 429 when they do not all fit (SPEC D19)."""
+        if self.num_sequences + num_sequences > self._capacity:
+            raise self._full(num_sequences)
+        self.num_sequences += num_sequences
+        try:
+            yield
+        finally:
+            self.num_sequences -= num_sequences
+
+    def _full(self, num_sequences: int) -> ApiError:
+        message = "too many requests are waiting; try again later"
+        if num_sequences > self._capacity:
+            message = (
+                f"the request asks for {num_sequences} sequences (prompts x n), and this server takes in at most "
+                f"{self._capacity} (--max-num-seqs and --max-num-queued-reqs); send several smaller requests"
+            )
+        return ApiError(429, message, code="rate_limit_exceeded", retry_after=1)
+
+    def check(self, request: GenerateRequest, num_prompts: int = 1) -> int:
+        """The request's number of sequences. Raises ApiError 400 for more of anything than the flags allow."""
+        config, n = self._config, request.n or 1
+        _at_most(config.max_num_prompts, num_prompts, "prompt", "prompts in one request", "max-num-prompts")
+        _at_most(config.max_n, n, "n", "choices", "max-n")
+        _at_most(config.max_stop_strings, len(request.stops), "stop", "stop strings", "max-stop-strings")
+        longest = max(map(len, request.stops), default=0)
+        _at_most(config.max_stop_length, longest, "stop", "characters in a stop string", "max-stop-length")
+        for field in ("logit_bias", "bad_words", "stop_token_ids"):
+            flag = f"max_{field}"
+            _at_most(getattr(config, flag), len(getattr(request, field) or ()), field, "entries", flag)
+        return num_prompts * n
+
+
+def _at_most(limit: int, found: int, field: str, things: str, flag: str) -> None:
+    if found > limit:
+        raise bad_request(f"{field}: at most {limit} {things} are allowed (--{flag.replace('_', '-')})", field)

@@ -1,0 +1,167 @@
+"""From tokens to bytes: what the engine makes of all prompts of one request, written to its client.
+
+    engine --TokenOutput--> Generation --Event--> Writer --chunk--> Outbox --bytes--> client
+
+A task a prompt runs the first half, all of it plain calls; this response is the second. A whole answer folds the same
+events into one object. Nothing is sent before the first event, so that a refusal keeps its status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fuseline.api.errors import ApiError, to_api_error
+from fuseline.api.output.events import Event, Prompt
+from fuseline.api.output.generation import Generation
+from fuseline.api.output.outbox import Outbox
+from fuseline.engine.client import EngineClient
+
+LOG = logging.getLogger("fuseline.http")
+DONE = b"data: [DONE]\n\n"
+STREAM_START = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ],
+}
+Run = tuple[Prompt, Generation]
+
+
+class Writer(Protocol):
+    """The shape of an API: chunks of a stream, or the fold of them."""
+
+    def fold(self, prompt: Prompt, event: Event) -> None: ...
+
+    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]: ...
+
+    def last_chunks(self) -> list[dict[str, Any]]: ...
+
+    def whole(self) -> dict[str, Any]: ...
+
+
+class Answer(Response):
+    """The answer to one request. `held` is left once it has been written, or its client has gone."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        runs: list[Run],
+        writer: Writer,
+        held: AbstractContextManager,
+        keep_alive: float | None,
+    ) -> None:
+        """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole."""
+        super().__init__()
+        self._client, self._runs, self._writer, self._held = client, runs, writer, held
+        self._keep_alive = keep_alive
+        self._has_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            write = self._write_whole(scope, receive, send) if self._keep_alive is None else self._write_stream(send)
+            if not await until_disconnect(receive, write) and not self._has_begun:
+                raise ClientDisconnect()
+
+    async def _write_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._generate(self._writer.fold)
+        self._has_begun = True
+        await json_response(self._writer.whole())(scope, receive, send)
+
+    async def _write_stream(self, send: Send) -> None:
+        outbox = Outbox(self._keep_alive)
+        filling = asyncio.ensure_future(self._fill(outbox))
+        try:
+            written = await outbox.take()
+            self._has_begun = True
+            await send(STREAM_START)
+            while written:
+                await send({"type": "http.response.body", "body": written, "more_body": True})
+                written = await outbox.take()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            outbox.close()
+            await _end(filling)
+
+    async def _fill(self, outbox: Outbox) -> None:
+        """Every chunk as a server-sent event. An error is the last one, or refuses the request if it comes first."""
+
+        def add(prompt: Prompt, event: Event) -> None:
+            for chunk in self._writer.chunks(prompt, event):
+                outbox.add(sse(chunk))
+
+        try:
+            await self._generate(add)
+            for chunk in self._writer.last_chunks():
+                outbox.add(sse(chunk))
+        except Exception as error:
+            if not outbox.has_begun:
+                outbox.fail(error)
+                return
+            outbox.add(sse(_failure(error).body()))
+        outbox.add(DONE)
+        outbox.close()
+
+    async def _generate(self, sink: Callable[[Prompt, Event], None]) -> None:
+        """Run all prompts; the first error ends all."""
+        if len(self._runs) == 1:
+            prompt, generation = self._runs[0]
+            await generation.run(self._client, partial(sink, prompt))
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for prompt, generation in self._runs:
+                    group.create_task(generation.run(self._client, partial(sink, prompt)))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+
+async def until_disconnect(receive: Receive, work: Any) -> bool:
+    """Whether `work` was done before the client went away, which cancels it. Raises what it raises."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        return task.done()
+    finally:
+        await _end(task, gone)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failure(error: Exception) -> ApiError:
+    mapped = to_api_error(error)
+    if mapped.code == "internal_error" and not isinstance(error, ApiError):
+        LOG.exception("error in a stream", exc_info=error)
+    return mapped
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def json_response(body: Any) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
