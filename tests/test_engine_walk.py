@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,16 @@ def expected_tokens(request: EngineRequest, index: int, windows, threshold=None,
     return tokens[len(request.prompt_token_ids) :]
 
 
+def check_tree(kv) -> None:
+    nodes = kv._tree._nodes
+    counts = Counter(key for group in kv.groups for key in group.pool._cached)
+    for key, node in nodes.items():
+        assert node.num_blocks == counts[key] and (node.num_blocks or node.children)
+        assert not node.parent or key in nodes[node.parent].children
+        assert all(nodes[child].parent == key for child in node.children or ())
+    assert counts.keys() <= nodes.keys()
+
+
 def check_invariants(engine: Engine) -> None:
     scheduler, kv = engine.scheduler, engine.kv
     rows = [seq.row for seq in scheduler.running]
@@ -81,6 +93,7 @@ def check_invariants(engine: Engine) -> None:
             assert seq.blocks[index] == kv.tables[index, seq.row, : len(seq.blocks[index])].tolist()
             first = group.first_visible(max(0, seq.num_settled - 1))
             assert all(seq.blocks[index][first : -(-seq.num_computed // BLOCK_SIZE)]), "a visible block is null"
+    check_tree(kv)
     if kv.states:
         held = [seq.state_slot for seq in scheduler.running]
         assert sorted(held + kv.states._free) == list(range(kv.states.num_slots)), "each is held once, or free"

@@ -217,15 +217,30 @@ def test_any_failures_leave_the_others_blocks(layout, order, before, after, host
 
 
 def test_ancestors_are_known_as_long_as_a_descendant_is_cached() -> None:
-    tree = PrefixTree()
+    tree, keys = PrefixTree(), [b"1", b"2", b"3"]
     pool = BlockPool(3, tree)
     first, middle, last = pool.allocate(3)
-    pool.commit(first, b"1", b"root", "bad")
-    pool.commit(middle, b"2", b"1", "bad")
-    pool.commit(last, b"3", b"2", "good")
+    pool.commit(first, keys, 0, "bad")
+    pool.commit(middle, keys, 1, "bad")
+    pool.commit(last, keys, 2, "good")
     pool.release(middle)
     (reused,) = pool.allocate(1)
     assert reused == middle and pool.find(b"2") is None
     assert tree.descendants({b"1"}) == {b"2", b"3"}
     pool.forget("bad", tree.descendants(pool.keys_of("bad")))
     assert pool.find(b"3") is None and len(tree) == 0
+
+
+def test_ancestors_that_left_before_their_descendant_came_are_known() -> None:
+    """Whoever computed a block that another had in the cache holds its own, without a key."""
+    tree, keys = PrefixTree(), [b"1", b"2", b"3"]
+    pool = BlockPool(4, tree)
+    first, last = pool.allocate(2)
+    pool.commit(last, keys, 2, "good")
+    assert len(tree) == 3, "its chain"
+    pool.commit(first, keys, 0, "bad")
+    assert tree.descendants({b"1"}) == {b"2", b"3"}
+    pool.forget("good", ())
+    assert len(tree) == 1 and pool.find(b"1") == first
+    pool.forget("bad", ())
+    assert len(tree) == 0

@@ -36,7 +36,7 @@ def test_free_blocks_are_reused_uncached_first_then_oldest() -> None:
     pool = BlockPool(4)
     first, second, third, fourth = pool.allocate(4)
     for block, key in ((first, b"1"), (second, b"2"), (fourth, b"4")):
-        pool.commit(block, key, b"root", "r")
+        pool.commit(block, [key], 0, "r")
     for block in (second, third, first, fourth):
         pool.release(block)
     pool.take(first)
@@ -48,7 +48,7 @@ def test_free_blocks_are_reused_uncached_first_then_oldest() -> None:
 def test_shared_block_is_free_only_when_all_holders_are_gone() -> None:
     pool = BlockPool(2)
     (block,) = pool.allocate(1)
-    pool.commit(block, b"k", b"root", "r")
+    pool.commit(block, [b"k"], 0, "r")
     pool.take(pool.find(b"k"))
     pool.release(block)
     assert not pool.is_free(block) and pool.num_free == 1
@@ -59,8 +59,8 @@ def test_shared_block_is_free_only_when_all_holders_are_gone() -> None:
 def test_first_block_with_a_key_keeps_it() -> None:
     pool = BlockPool(2)
     first, second = pool.allocate(2)
-    pool.commit(first, b"k", b"root", "r")
-    pool.commit(second, b"k", b"root", "r")
+    pool.commit(first, [b"k"], 0, "r")
+    pool.commit(second, [b"k"], 0, "r")
     pool.release(second)
     pool.allocate(1)
     assert pool.find(b"k") == first
@@ -79,14 +79,14 @@ def test_window_hit_needs_only_the_visible_blocks() -> None:
     keys = keys_of(6)
     blocks = group.pool.allocate(6)
     for index in (0, 2, 3, 5):
-        group.pool.commit(blocks[index], keys[index], b"root", "r")
+        group.pool.commit(blocks[index], keys, index, "r")
     # A query at 16 sees 11..15, blocks 2 and 3; one at 24 sees block 4, which is missing.
     assert group.longest_hit(keys, 6) == 4
     assert group.hit_blocks(keys, 4) == [0, 0, blocks[2], blocks[3]]
     assert group.longest_hit(keys, 3) == 1
     full = CacheGroup(window=0, block_size=4, num_blocks=8)
     for index, block in enumerate(full.pool.allocate(3)):
-        full.pool.commit(block, keys[(0, 1, 3)[index]], b"root", "r")
+        full.pool.commit(block, keys, (0, 1, 3)[index], "r")
     assert full.longest_hit(keys, 6) == 2
 
 

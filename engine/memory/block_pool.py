@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from fuseline.engine.memory.prefix_cache import PrefixTree
 
@@ -64,11 +64,12 @@ class BlockPool:
             if self._keys[block] is None:
                 self._free.move_to_end(block, last=False)
 
-    def commit(self, block: int, key: bytes, parent: bytes, owner: str) -> None:
-        """Make a full block findable. The first block with a key keeps it.
+    def commit(self, block: int, keys: Sequence[bytes], index: int, owner: str) -> None:
+        """Make a full block findable, by `keys[index]`. The first block with a key keeps it.
 
-        `parent`: key of the block before it, or the root of the chain. `owner`: id of the request that computed it.
+        `keys`: those of the blocks before it come before. `owner`: id of the request that computed it.
         """
+        key = keys[index]
         if self._keys[block] is None and key not in self._cached:
             self._keys[block] = key
             self._cached[key] = block
@@ -77,7 +78,7 @@ class BlockPool:
             if owned is None:
                 owned = self._owned[owner] = set()
             owned.add(block)
-            self._tree.add(key, parent)
+            self._tree.add(keys, index)
 
     def keys_of(self, owner: str) -> set[bytes]:
         """Keys of the cached blocks that a request has committed."""

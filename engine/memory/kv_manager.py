@@ -144,14 +144,11 @@ class KVManager:
         if seq.cache_root is None or seq.cache_epoch != self._epoch or end <= seq.num_committed:
             return
         extend_keys(seq.keys, seq.cache_root, seq.rows.tokens[seq.row], self.block_size, end, seq.embeds)
-        parent, owner = seq.keys[seq.num_committed - 1] if seq.num_committed else seq.cache_root, seq.request.request_id
         for index in range(seq.num_committed, end):
-            key = seq.keys[index]
-            self.in_flight.pop(key, None)
+            self.in_flight.pop(seq.keys[index], None)
             for group, blocks in zip(self.groups, seq.blocks, strict=True):
                 if blocks[index] != NULL_BLOCK:
-                    group.pool.commit(blocks[index], key, parent, owner)
-            parent = key
+                    group.pool.commit(blocks[index], seq.keys, index, seq.request.request_id)
         seq.num_committed = end
 
     def free(self, seq: Sequence) -> None:
@@ -235,9 +232,8 @@ class KVManager:
             targets.append([None if old is not None else new for old, new in zip(cached, blocks, strict=True)])
             seq.blocks.append([NULL_BLOCK] * first + blocks)
             if seq.cache_epoch == self._epoch:
-                parents, owner = [seq.cache_root, *seq.keys], seq.request.request_id
-                for block, key, parent in zip(blocks, seq.keys[first:num_full], parents[first:], strict=False):
-                    group.pool.commit(block, key, parent, owner)
+                for index in range(first, min(num_full, len(seq.keys))):
+                    group.pool.commit(blocks[index - first], seq.keys, index, seq.request.request_id)
         self.swap.restore(saved, targets)
         seq.swapped = None
         seq.first_held = list(saved.first)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class _Node:
     parent: bytes
+    """Empty for the first block of a sequence."""
     num_blocks: int
     """Blocks of all pools with this key."""
     children: set[bytes] | None = None
@@ -25,27 +26,33 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def add(self, key: bytes, parent: bytes) -> None:
-        """A block with `key` is committed; its KV was computed from the block with the key `parent`, or `parent` is the
-        root of its chain.
+    def add(self, keys: Sequence[bytes], index: int) -> None:
+        """A block with the key `keys[index]` is committed. Its KV was computed from the blocks before it, whose keys are
+        those before its own; they need not be in the cache.
         """
-        node = self._nodes.get(key)
+        node = self._nodes.get(keys[index])
         if node is not None:
             node.num_blocks += 1
             return
-        self._nodes[key] = _Node(parent, 1)
-        above = self._nodes.get(parent)
-        if above is not None:
+        self._nodes[keys[index]] = _Node(keys[index - 1] if index else b"", 1)
+        while index:
+            above = self._nodes.get(keys[index - 1])
+            is_known = above is not None
+            if above is None:
+                above = self._nodes[keys[index - 1]] = _Node(keys[index - 2] if index > 1 else b"", 0)
             if above.children is None:
                 above.children = set()
-            above.children.add(key)
+            above.children.add(keys[index])
+            if is_known:
+                return
+            index -= 1
 
     def remove(self, key: bytes) -> None:
         """A block with `key` has left the cache."""
         self._nodes[key].num_blocks -= 1
-        while (node := self._nodes.get(key)) is not None and not node.num_blocks and not node.children:
+        while key and not (node := self._nodes[key]).num_blocks and not node.children:
             del self._nodes[key]
-            if node.parent in self._nodes:
+            if node.parent:
                 self._nodes[node.parent].children.discard(key)
             key = node.parent
 
