@@ -27,8 +27,8 @@ class PrefixTree:
         return len(self._nodes)
 
     def add(self, keys: Sequence[bytes], index: int) -> None:
-        """A block with the key `keys[index]` is committed. Its KV was computed from the blocks before it, whose keys are
-        those before its own; they need not be in the cache.
+        """A block with the key `keys[index]` is committed. Its KV was computed from blocks with the keys before its own,
+        which need not be in the cache.
         """
         node = self._nodes.get(keys[index])
         if node is not None:
