@@ -27,7 +27,7 @@ class PrefixTree:
         return len(self._nodes)
 
     def add(self, keys: Sequence[bytes], index: int) -> None:
-        """A block with the key `keys[index]` is committed. Its KV was computed from blocks with the keys before its own,
+        """A block with the key `keys[index]` is committed. Its KV was computed from those with the keys before its own,
         which need not be in the cache.
         """
         node = self._nodes.get(keys[index])
