@@ -19,7 +19,7 @@ import fuseline
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddleware, RequestIdMiddleware
-from fuseline.api.prompt.tokens import TextTokenizer
+from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.routes import chat, completions, operation, tokenizer, web
 from fuseline.api.served import build_served, load_tokenizer
 from fuseline.engine.client import EngineClient

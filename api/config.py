@@ -148,6 +148,25 @@ class ServerConfig:
     stream_interval: int = 1
     """Tokens gathered before a chunk of a stream is sent; the first token is sent at once."""
 
+    max_request_bytes: int = 32 * 2**20
+    """Largest body of a request, in bytes; a larger one is refused with 413. Bodies that wait to be read may together
+    take eight times as much; a request beyond that gets 429."""
+    max_prompt_bytes: int = 32 * 2**20
+    """Longest prompt that a chat template may render, in bytes of UTF-8; a longer one is refused with 400."""
+    max_messages: int = 16384
+    """Most messages of one conversation."""
+    max_token_rules: int = 131072
+    """Most entries that logit_bias, allowed_token_ids, stop_token_ids and bad_words may have together, counted once
+    for each choice of each prompt."""
+    prompt_workers: int = 2
+    """Processes that render and encode large requests, and as many again that do so for short conversations. 0 does it
+    all in the server's process, where a large request delays the others."""
+    prompt_timeout: float = 30.0
+    """Seconds that reading, rendering and encoding one request may take in such a process; it is ended then and the
+    request refused with 400."""
+    prompt_memory: int = 2 * 2**30
+    """Bytes of memory that such a process may take for one request."""
+
     disable_log_requests: bool = False
     """No log line per request."""
     max_log_len: int | None = None

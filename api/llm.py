@@ -40,7 +40,8 @@ class LLM:
 
     def __init__(self, model: str = "demo", *, show_progress: bool = True, **fields: Any) -> None:
         environment = replace(read_environment(), api_key="")
-        values = {"disable_frontend_multiprocessing": True, "disable_log_requests": True, **fields, "model": model}
+        defaults = {"disable_frontend_multiprocessing": True, "disable_log_requests": True, "prompt_workers": 0}
+        values = {**defaults, **fields, "model": model}
         self.config = resolve(values, environment)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fuseline-llm", daemon=True)
@@ -188,4 +189,9 @@ async def start_app(
         if progress:
             progress.close()
     app = build_app(config, client, ready)
-    return app, lambda: client.shutdown(config.shutdown_timeout), ready
+
+    async def stop() -> None:
+        app.state.served.close()
+        await client.shutdown(config.shutdown_timeout)
+
+    return app, stop, ready

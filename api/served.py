@@ -5,27 +5,46 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from array import array
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from fuseline.api.admission import Admission
 from fuseline.api.config import ConfigError, ServerConfig
-from fuseline.api.errors import ApiError, bad_request, to_api_error
+from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.metrics import Metrics
+from fuseline.api.output.events import Prompt
 from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.logprobs import LogprobWriter
+from fuseline.api.output.openai_completion import Shape
+from fuseline.api.output.response import Run
 from fuseline.api.output.watch import RequestWatch
-from fuseline.api.prompt.chat_template import ChatTemplate, template_text
-from fuseline.api.prompt.sampling import SamplingBuilder
-from fuseline.api.prompt.tokens import TextTokenizer, read_json
-from fuseline.api.protocol.common import GenerateRequest, GenerationDefaults
+from fuseline.api.prompt.bodies import Bodies
+from fuseline.api.prompt.chat import template_text
+from fuseline.api.prompt.encode import TextTokenizer, read_json
+from fuseline.api.prompt.pool import PromptPool
+from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
+from fuseline.api.prompt.prepared import Prepared, Refused, Written
+from fuseline.api.protocol.common import GenerationDefaults
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
 LOG = logging.getLogger("fuseline.requests")
+SMALL_BYTES = 8192
+"""A completion's body up to this size is prepared in this process: less than 10 ms, whatever it holds."""
+SHORT_BYTES = 65536
+"""Bodies up to this size have processes of their own, so that they wait for none of the large ones."""
+NICENESS = 5
+"""Of the processes for large bodies, which may not take the cores from the engine."""
+MAX_SHOWN = 32
+"""Entries of a list that a log line shows."""
+NO_PARAMS = SamplingParams()
 DEFAULTS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 
 
@@ -37,8 +56,10 @@ class Served:
     client: EngineClient
     ready: EngineReady
     tokenizer: TextTokenizer | None
-    template: ChatTemplate | None
-    sampling: SamplingBuilder
+    preparer: Preparer
+    pools: tuple[PromptPool, PromptPool] | None
+    """For short and for large bodies; None prepares in this process."""
+    bodies: Bodies
     metrics: Metrics | None
     admission: Admission
     created: int = field(default_factory=lambda: int(time.time()))
@@ -50,44 +71,85 @@ class Served:
         return self.config.served_model_name[0]
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.config.served_model_name:
-            raise ApiError(404, f"The model `{name}` does not exist.", "model", "model_not_found")
+        self.preparer.limits.check_model(name)
 
     def check_ready(self) -> None:
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", code="server_stopping", retry_after=5)
 
-    def need_tokenizer(self) -> TextTokenizer:
-        if self.tokenizer is None:
-            raise bad_request("this server runs without a tokenizer (--skip-tokenizer-init): send token ids", "prompt")
-        return self.tokenizer
+    async def prepare(self, kind: Kind, pieces: list[bytes]) -> Prepared | Written:
+        """A body made ready for the engine, or the answer where that needs none. Raises ApiError."""
+        size = sum(map(len, pieces))
+        if self.pools is None or (kind == "completion" and size <= SMALL_BYTES):
+            reply = self.preparer.prepare(kind, b"".join(pieces))
+        else:
+            reply = await self.pools[size > SHORT_BYTES].prepare(kind, pieces)
+        if isinstance(reply, Refused):
+            raise ApiError(reply.status, reply.message, reply.param, reply.code)
+        return reply
 
-    def logprob_writer(self, request: GenerateRequest) -> LogprobWriter:
-        asked = request.return_tokens_as_token_ids
-        return LogprobWriter(self.tokenizer, self.config.return_tokens_as_token_ids if asked is None else asked)
+    def prompts(self, prepared: Prepared) -> list[Prompt]:
+        n = prepared.params.n
+        return [Prompt(prompt.ids, k * n, prompt.echo) for k, prompt in enumerate(prepared.prompts)]
 
-    def generation(
-        self, request: GenerateRequest, prompt: list[int], params: SamplingParams, label: str
-    ) -> Generation:
-        """One prompt on its way through the engine, with metrics and the request log."""
+    def shape(self, prepared: Prepared, id: str) -> Shape:
+        """What all chunks of the answer share."""
+        answer, config = prepared.answer, self.config
+        shows_ids = config.return_tokens_as_token_ids if answer.shows_ids is None else answer.shows_ids
+        return Shape(
+            id=id, created=int(time.time()), model=self.name, writer=LogprobWriter(self.tokenizer, shows_ids),
+            wants_logprobs=answer.num_logprobs is not None, num_top=answer.num_logprobs or 0,
+            wants_ids=answer.wants_ids, include_usage=answer.include_usage or config.enable_force_include_usage,
+            continuous_usage=answer.continuous_usage, shows_cached=config.enable_prompt_tokens_details,
+            role=answer.role, echo=answer.echo,
+        )  # fmt: skip
+
+    def runs(self, prepared: Prepared, prompts: list[Prompt], label: str) -> list[Run]:
+        """The prompts with what runs them, which is made when its turn comes."""
+        return [(prompt, partial(self.generation, prepared, k, label)) for k, prompt in enumerate(prompts)]
+
+    def keep_alive(self, prepared: Prepared) -> float | None:
+        """Seconds of silence in a stream before a comment; None for an answer that comes whole."""
+        return self.config.sse_keep_alive_interval if prepared.answer.stream else None
+
+    def generation(self, prepared: Prepared, index: int, label: str) -> Generation:
+        """One of the prompts on its way through the engine, with metrics and the request log."""
+        config, prompt, answer = self.config, prepared.prompts[index], prepared.answer
+        params = replace(prepared.params, max_tokens=prompt.max_tokens)
+        ids = prompt.ids
+        self.log_request(label, ids if prepared.text is None else prepared.text, params)
         engine_request = EngineRequest(
-            request_id=uuid.uuid4().hex, prompt_token_ids=tuple(prompt), params=params,
-            priority=request.priority or 0, arrival_time=time.time(), cache_salt=request.cache_salt or "",
+            request_id=uuid.uuid4().hex, prompt_token_ids=tuple(ids), params=params,
+            priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
         )  # fmt: skip
         options = TextOptions(
-            request.stops, bool(request.include_stop_str_in_output), request.skip_special_tokens is not False,
-            params.min_tokens, self.config.stream_interval,
-        )  # fmt: skip
-        watch = RequestWatch(
-            engine_request, label, self.metrics, self.config.enable_log_outputs, self.config.max_log_len
+            answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens, config.stream_interval
         )
+        watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
         return Generation(engine_request, self.tokenizer, options, watch)
 
-    def log_request(self, label: str, prompt: Any, params: SamplingParams) -> None:
+    def log_request(self, label: str, prompt: str | array[int], params: SamplingParams) -> None:
         if self.config.disable_log_requests:
             return
         limit = self.config.max_log_len
-        LOG.info("%s: prompt %r, %s", label, prompt if limit is None else prompt[:limit], params)
+        shown = prompt[:limit]
+        LOG.info("%s: prompt %r, %s", label, shown if isinstance(shown, str) else shown.tolist(), _brief(params))
+
+    def close(self) -> None:
+        """End the processes that prepare requests."""
+        for pool in self.pools or ():
+            pool.close()
+
+
+def _brief(params: SamplingParams) -> str:
+    """The settings that are not the default; of a long list its length."""
+    shown = []
+    for name, value in msgspec.structs.asdict(params).items():
+        if value == getattr(NO_PARAMS, name):
+            continue
+        is_long = isinstance(value, tuple) and len(value) > MAX_SHOWN
+        shown.append(f"{name}=<{len(value)} entries>" if is_long else f"{name}={value!r}")
+    return ", ".join(shown)
 
 
 def load_tokenizer(config: ServerConfig) -> TextTokenizer | None:
@@ -99,14 +161,19 @@ def build_served(
     config: ServerConfig, client: EngineClient, ready: EngineReady, tokenizer: TextTokenizer | None
 ) -> Served:
     """Raises ConfigError for a template that cannot be used."""
-    text = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
-    template = ChatTemplate(text, config.chat_template_content_format) if text else None
+    template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
+    settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
+    preparer = Preparer(settings, tokenizer)
     metrics = None
     if not config.engine.disable_log_stats:
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
         client.on_step.append(metrics.on_step)
-    sampling = SamplingBuilder(config, ready, tokenizer, generation_defaults(config))
-    return Served(config, client, ready, tokenizer, template, sampling, metrics, Admission(config))
+    pools = None
+    if config.prompt_workers:
+        pools = (PromptPool(settings, config.prompt_workers), PromptPool(settings, config.prompt_workers, NICENESS))
+        pools[0].start()
+    bodies = Bodies(config.max_request_bytes)
+    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:

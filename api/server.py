@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -21,7 +22,7 @@ from fuseline.engine.client import EngineClient, EngineStartError
 if TYPE_CHECKING:
     import uvicorn
 
-    from fuseline.api.prompt.tokens import TextTokenizer
+    from fuseline.api.prompt.encode import TextTokenizer
     from fuseline.api.served import Served
 
 LOG = logging.getLogger("fuseline.server")
@@ -114,6 +115,8 @@ class _Server:
         finally:
             for task in self._tasks:
                 task.cancel()
+            if self._served is not None:
+                self._served.close()
             await self._client.shutdown(5)
         return self._exit_status
 
@@ -172,6 +175,8 @@ class _Server:
     async def _serve(self, server: uvicorn.Server) -> None:
         self._client.on_death.append(self._on_engine_death)
         self._spawn(self._log_stats())
+        gc.collect()
+        gc.freeze()  # what the start has left is not searched again: a full collection would take tens of milliseconds
         serving = asyncio.ensure_future(_serve_without_signals(server, self._listener))
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)

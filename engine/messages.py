@@ -112,8 +112,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     pass
 
 
-class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position: the token itself first, then the best ones in descending order."""
+class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probabilities at one position: the token itself first, then the best ones in descending order.
+
+    Not tracked by the garbage collector: a prompt has thousands, and they refer to numbers only.
+    """
 
     token_id: int
     logprob: float

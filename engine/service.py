@@ -37,6 +37,8 @@ from fuseline.engine.sleep import TAGS, Sleeper
 
 logger = logging.getLogger("fuseline.engine")
 
+MAX_MESSAGES = 64
+"""Messages that are handled between two steps."""
 Send = Callable[[FromEngine], None]
 """From any thread."""
 
@@ -78,13 +80,17 @@ class EngineService:
             self.device.stop_capture(self.engine.runner.model)
 
     def _take_messages(self, inbox: Inbox) -> bool:
-        """Handle what has come in; wait for it when there is nothing else to do. False on shutdown."""
-        message = inbox.receive(wait=not self.engine.has_work)
-        while message is not None:
+        """Handle what has come in; wait for it when there is nothing else to do. False on shutdown.
+
+        At most MAX_MESSAGES, so that a thousand requests at once do not hold up the tokens of those that run.
+        """
+        for _ in range(MAX_MESSAGES):
+            message = inbox.receive(wait=not self.engine.has_work)
             if isinstance(message, Shutdown):
                 return False
+            if message is None:
+                break
             self._handle(message)
-            message = inbox.receive(wait=False)
         return True
 
     def _handle(self, message: ToEngine) -> None:

@@ -79,7 +79,7 @@ class Answer:
 
 
 def open_app(**flags: Any):
-    config = resolve({"model": "demo", **flags})
+    config = resolve({"model": "demo", "prompt_workers": 0, **flags})
     ready = EngineReady(
         vocab_size=5000, max_model_len=256, num_blocks=9, block_size=16, dtype="float32", kv_cache_dtype="float32",
         eos_token_ids=(0,), architecture="Stepped",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuseline.api.prompt.tokens import TextTokenizer
+from fuseline.api.prompt.encode import TextTokenizer
 
 MAX_HELD = 8
 """Tokens after which bytes that still form no character are shown as U+FFFD."""

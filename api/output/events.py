@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from fuseline.engine.messages import PositionLogprobs
@@ -38,7 +39,7 @@ class PromptInfo:
 class Prompt:
     """One prompt of the request; its choices are numbered from `first`."""
 
-    ids: list[int]
+    ids: array[int]
     first: int = 0
     echo: str | None = None
     info: PromptInfo = field(default_factory=PromptInfo)

@@ -12,7 +12,7 @@ from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.interval import Interval
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.output.watch import RequestWatch
-from fuseline.api.prompt.tokens import TextTokenizer
+from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineRequest, TokenOutput
 

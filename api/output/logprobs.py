@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from fuseline.api.prompt.tokens import TextTokenizer
+import msgspec
+
+from fuseline.api.output.pace import Pace
+from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.messages import PositionLogprobs
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have."""
+SLICE = 32
+"""Positions that are written without a pause."""
+Positions = Sequence[PositionLogprobs | None]
 
 
 class LogprobWriter:
@@ -23,7 +30,10 @@ class LogprobWriter:
 
     def chat(self, positions: Sequence[PositionLogprobs], num_top: int) -> dict:
         """choices[].logprobs of chat."""
-        return {"content": [self._chat_token(p, num_top) for p in positions]}
+        return {"content": self.chat_tokens(positions, num_top)}
+
+    def chat_tokens(self, positions: Positions, num_top: int) -> list[dict]:
+        return [self._chat_token(position, num_top) for position in positions]
 
     def _chat_token(self, position: PositionLogprobs, num_top: int) -> dict:
         pairs = list(zip(position.top_ids, position.top_logprobs, strict=True))[:num_top]
@@ -34,23 +44,26 @@ class LogprobWriter:
         raw = self._tokenizer.token_bytes(token_id) if self._tokenizer else b""
         return {"token": self.text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
-    def completion(self, positions: Sequence[PositionLogprobs | None], tokens: Sequence[int], offset: int) -> dict:
+    def completion(self, positions: Positions, tokens: Sequence[int], offset: int) -> dict[str, list]:
         """choices[].logprobs of completions; `offset` is the text before the first token, None stands for no value."""
         out: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for token, position in zip(tokens, positions, strict=True):
-            text = self.text(token)
             out["text_offset"].append(offset)
-            out["tokens"].append(text)
+            out["tokens"].append(self.text(token))
             out["token_logprobs"].append(None if position is None else finite(position.logprob))
             out["top_logprobs"].append(None if position is None else self._top(position))
-            offset += len(self._tokenizer.token_text(token)) if self._tokenizer else len(text)
+            offset += self.length(token)
         return out
+
+    def length(self, token_id: int) -> int:
+        """Characters of a token's text."""
+        return len(self._tokenizer.token_text(token_id) if self._tokenizer else self.text(token_id))
 
     def _top(self, position: PositionLogprobs) -> dict[str, float]:
         top = {self.text(t): finite(v) for t, v in zip(position.top_ids, position.top_logprobs, strict=True)}
         return {**top, self.text(position.token_id): finite(position.logprob)}
 
-    def prompt(self, positions: Sequence[PositionLogprobs | None]) -> list[dict | None]:
+    def prompt(self, positions: Positions) -> list[dict | None]:
         """prompt_logprobs: token id -> logprob, rank, decoded token."""
         return [None if p is None else self._prompt_entry(p) for p in positions]
 
@@ -63,6 +76,51 @@ class LogprobWriter:
             "logprob": finite(position.logprob), "rank": position.rank, "decoded_token": self.text(position.token_id),
         }  # fmt: skip
         return entries
+
+
+class JsonList:
+    """A list that is encoded while it grows."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def extend(self, items: Sequence[Any]) -> None:
+        if items:
+            self._parts.append(msgspec.json.encode(items)[1:-1])
+
+    def raw(self) -> msgspec.Raw:
+        return msgspec.Raw(b"[" + b",".join(self._parts) + b"]")
+
+
+class CompletionLogprobs:
+    """choices[].logprobs of one completion, encoded while it grows."""
+
+    def __init__(self, writer: LogprobWriter, offset: int = 0) -> None:
+        """`offset`: characters of the choice's text before the first token."""
+        self._writer = writer
+        self._offset = offset
+        self._lists: dict[str, JsonList] = {}
+
+    async def extend(self, positions: Positions, tokens: Sequence[int], pace: Pace) -> None:
+        for at in range(0, len(tokens), SLICE):
+            out = self._writer.completion(positions[at : at + SLICE], tokens[at : at + SLICE], self._offset)
+            for name, items in out.items():
+                self._lists.setdefault(name, JsonList()).extend(items)
+            self._offset = out["text_offset"][-1] + self._writer.length(tokens[min(at + SLICE, len(tokens)) - 1])
+            await pace.rest()
+
+    def raw(self) -> dict[str, msgspec.Raw]:
+        names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
+        return {name: self._lists.get(name, JsonList()).raw() for name in names}
+
+
+async def encode_slices(write: Callable[[Positions], list], positions: Positions, pace: Pace) -> msgspec.Raw:
+    """What `write` makes of the positions, as one list."""
+    made = JsonList()
+    for at in range(0, len(positions), SLICE):
+        made.extend(write(positions[at : at + SLICE]))
+        await pace.rest()
+    return made.raw()
 
 
 def finite(value: float) -> float:

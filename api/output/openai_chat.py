@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import msgspec
+
 from fuseline.api.output.events import Done, Event, Prompt, PromptInfo, TextDelta
+from fuseline.api.output.logprobs import encode_slices
 from fuseline.api.output.openai_completion import Shape, Totals
+from fuseline.api.output.pace import Pace
 from fuseline.engine.messages import PositionLogprobs
 
 
@@ -16,7 +21,8 @@ class ChatWriter:
         self._shape, self._ids, self._n = shape, prompt.ids, n
         self._totals = Totals(prompt=len(prompt.ids))
         self._info = PromptInfo()
-        self._text = [shape.echo] * n
+        self._text = [[shape.echo] for _ in range(n)]
+        self._pace = Pace()
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
         self._ends: list[Done | None] = [None] * n
@@ -48,18 +54,24 @@ class ChatWriter:
     def fold(self, prompt: Prompt, event: Event) -> None:
         self._take(event)
         if isinstance(event, TextDelta):
-            self._text[event.index] += event.text
+            self._text[event.index].append(event.text)
 
-    def whole(self) -> dict[str, Any]:
-        """The answer that the folded events make."""
+    async def whole(self) -> list[bytes]:
+        """Pieces of the answer that the folded events make, as JSON."""
+        pieces = [msgspec.json.encode({**self._common(), "object": "chat.completion"})[:-1] + b',"choices":[']
+        for index in range(self._n):
+            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
+            await self._pace.rest()
+        return [*pieces, b"]," + msgspec.json.encode(await self._tail())[1:]]
+
+    async def _tail(self) -> dict[str, Any]:
+        """What stands behind the choices."""
         positions = self._info.prompt_logprobs
-        body = {
-            "id": self._shape.id, "object": "chat.completion", "created": self._shape.created,
-            "model": self._shape.model, "choices": [self._whole_choice(k) for k in range(self._n)],
-            "usage": self._totals.body(self._shape.shows_cached),
-            "prompt_logprobs": None if positions is None else self._shape.writer.prompt(positions),
-        }  # fmt: skip
-        return {**body, "prompt_token_ids": self._ids} if self._shape.wants_ids else body
+        scores = None
+        if positions is not None:
+            scores = await encode_slices(self._shape.writer.prompt, positions, self._pace)
+        tail = {"usage": self._totals.body(self._shape.shows_cached), "prompt_logprobs": scores}
+        return {**tail, "prompt_token_ids": self._ids.tolist()} if self._shape.wants_ids else tail
 
     def _take(self, event: Event) -> None:
         if isinstance(event, PromptInfo):
@@ -84,17 +96,20 @@ class ChatWriter:
         ]
         return [self._envelope(choice, is_opening=True) for choice in (*role, *echo)]
 
-    def _whole_choice(self, index: int) -> dict[str, Any]:
-        end = self._ends[index]
-        wants = self._shape.wants_logprobs
+    async def _whole_choice(self, index: int) -> dict[str, Any]:
+        shape, end = self._shape, self._ends[index]
+        logprobs = None
+        if shape.wants_logprobs:
+            write = partial(shape.writer.chat_tokens, num_top=shape.num_top)
+            logprobs = {"content": await encode_slices(write, self._logprobs[index], self._pace)}
         choice = {
             "index": index,
-            "message": {"role": self._shape.role, "reasoning_content": None, "content": self._text[index]},
-            "logprobs": self._shape.writer.chat(self._logprobs[index], self._shape.num_top) if wants else None,
+            "message": {"role": shape.role, "reasoning_content": None, "content": "".join(self._text[index])},
+            "logprobs": logprobs,
             "finish_reason": end.finish_reason if end else None,
             "stop_reason": end.stop_reason if end else None,
         }
-        return {**choice, "token_ids": self._tokens[index]} if self._shape.wants_ids else choice
+        return {**choice, "token_ids": self._tokens[index]} if shape.wants_ids else choice
 
     def _envelope(self, choice: dict[str, Any], is_opening: bool = False) -> dict[str, Any]:
         body = {**self._common(), "choices": [choice]}

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from fuseline.api.output.events import Event, Prompt, PromptInfo, TextDelta
-from fuseline.api.output.logprobs import LogprobWriter
+from fuseline.api.output.logprobs import CompletionLogprobs, LogprobWriter, encode_slices
+from fuseline.api.output.pace import Pace
 from fuseline.engine.messages import PositionLogprobs
 
 
@@ -44,7 +47,7 @@ class Totals:
 
 @dataclass
 class _Choice:
-    text: str = ""
+    text: list[str] = field(default_factory=list)
     offset: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs | None] = field(default_factory=list)
@@ -60,6 +63,7 @@ class CompletionWriter:
         self._shape, self._prompts, self._n = shape, prompts, n
         self._choices = [_Choice() for _ in range(len(prompts) * n)]
         self._totals = Totals(prompt=sum(len(prompt.ids) for prompt in prompts))
+        self._pace = Pace()
 
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
         index = self._take(prompt, event)
@@ -81,12 +85,16 @@ class CompletionWriter:
         index = self._take(prompt, event)
         if isinstance(event, TextDelta):
             self._start(prompt, index)
-            self._choices[index].text += event.text
+            self._choices[index].text.append(event.text)
 
-    def whole(self) -> dict[str, Any]:
-        """The answer that the folded events make."""
-        choices = [self._whole_choice(k) for k in range(len(self._choices))]
-        return {**self._envelope(choices, None), "usage": self._totals.body(self._shape.shows_cached)}
+    async def whole(self) -> list[bytes]:
+        """Pieces of the answer that the folded events make, as JSON."""
+        pieces = [msgspec.json.encode(self._common())[:-1] + b',"choices":[']
+        for index in range(len(self._choices)):
+            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
+            await self._pace.rest()
+        usage = msgspec.json.encode({"usage": self._totals.body(self._shape.shows_cached)})
+        return [*pieces, b"]," + usage[1:]]
 
     def _take(self, prompt: Prompt, event: Event) -> int:
         if isinstance(event, PromptInfo):
@@ -111,7 +119,7 @@ class CompletionWriter:
         choice.is_started = True
         if prompt.echo is None:
             return "", [], []
-        choice.text += prompt.echo
+        choice.text.append(prompt.echo)
         positions = prompt.info.prompt_logprobs
         return prompt.echo, (prompt.ids if positions is not None else []), list(positions or ())
 
@@ -129,34 +137,41 @@ class CompletionWriter:
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
         return {**chunk, "token_ids": event.token_ids} if self._shape.wants_ids else chunk
 
-    def _whole_choice(self, index: int) -> dict[str, Any]:
+    async def _whole_choice(self, index: int) -> dict[str, Any]:
         choice, prompt = self._choices[index], self._prompts[index // self._n]
-        prompt_positions = prompt.info.prompt_logprobs
-        logprobs = None
-        if self._shape.wants_logprobs:
-            echoed = prompt.echo is not None and prompt_positions is not None
-            tokens = [*(prompt.ids if echoed else ()), *choice.tokens]
-            positions = [*(prompt_positions if echoed else ()), *choice.logprobs]
-            logprobs = self._shape.writer.completion(positions, tokens, 0)
         body = {
-            "index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-            "prompt_logprobs": None if prompt_positions is None else self._shape.writer.prompt(prompt_positions),
+            "index": index, "text": "".join(choice.text), "logprobs": await self._whole_logprobs(choice, prompt),
+            "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason,
+            "prompt_logprobs": await self._prompt_logprobs(prompt),
         }  # fmt: skip
         if self._shape.wants_ids:
-            body |= {"token_ids": choice.tokens, "prompt_token_ids": prompt.ids}
+            body |= {"token_ids": choice.tokens, "prompt_token_ids": prompt.ids.tolist()}
         return body
+
+    async def _whole_logprobs(self, choice: _Choice, prompt: Prompt) -> dict[str, msgspec.Raw] | None:
+        if not self._shape.wants_logprobs:
+            return None
+        made, positions = CompletionLogprobs(self._shape.writer), prompt.info.prompt_logprobs
+        if prompt.echo is not None and positions is not None:
+            await made.extend(positions, prompt.ids, self._pace)
+        await made.extend(choice.logprobs, choice.tokens, self._pace)
+        return made.raw()
+
+    async def _prompt_logprobs(self, prompt: Prompt) -> msgspec.Raw | None:
+        positions = prompt.info.prompt_logprobs
+        return None if positions is None else await encode_slices(self._shape.writer.prompt, positions, self._pace)
 
     def _envelope(self, choices: list[dict[str, Any]], index: int | None) -> dict[str, Any]:
         shape = self._shape
-        body: dict[str, Any] = {
-            "id": shape.id, "object": "text_completion", "created": shape.created, "model": shape.model,
-            "choices": choices,
-        }  # fmt: skip
+        body: dict[str, Any] = {**self._common(), "choices": choices}
         if index is not None:
             usage = self._running(index) if shape.include_usage and shape.continuous_usage else None
             body["usage"] = usage
         return body
+
+    def _common(self) -> dict[str, Any]:
+        shape = self._shape
+        return {"id": shape.id, "object": "text_completion", "created": shape.created, "model": shape.model}
 
     def _running(self, index: int) -> dict[str, Any]:
         prompt = self._prompts[index // self._n]

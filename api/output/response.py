@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fuseline.api.errors import ApiError, to_api_error
@@ -37,7 +37,12 @@ STREAM_START = {
         (b"x-accel-buffering", b"no"),
     ],
 }
-Run = tuple[Prompt, Generation]
+WRITE_BYTES = 262144
+"""Most bytes that one write hands to a connection."""
+STARTED_AT_ONCE = 16
+"""Prompts of a request that start without a pause: 2 to 3 ms."""
+Run = tuple[Prompt, Callable[[], Generation]]
+"""A prompt and what makes its way through the engine, called when its turn comes."""
 
 
 class Writer(Protocol):
@@ -49,7 +54,7 @@ class Writer(Protocol):
 
     def last_chunks(self) -> list[dict[str, Any]]: ...
 
-    def whole(self) -> dict[str, Any]: ...
+    async def whole(self) -> list[bytes]: ...
 
 
 class Answer(Response):
@@ -78,7 +83,7 @@ class Answer(Response):
     async def _write_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._generate(self._writer.fold)
         self._has_begun = True
-        await json_response(self._writer.whole())(scope, receive, send)
+        await raw_response(await self._writer.whole())(scope, receive, send)
 
     async def _write_stream(self, send: Send) -> None:
         outbox = Outbox(self._keep_alive)
@@ -115,15 +120,17 @@ class Answer(Response):
         outbox.close()
 
     async def _generate(self, sink: Callable[[Prompt, Event], None]) -> None:
-        """Run all prompts; the first error ends all."""
+        """Run all prompts; the first error ends all. They start in slices, between which others have their turn."""
         if len(self._runs) == 1:
-            prompt, generation = self._runs[0]
-            await generation.run(self._client, partial(sink, prompt))
+            prompt, make = self._runs[0]
+            await make().run(self._client, partial(sink, prompt))
             return
         try:
             async with asyncio.TaskGroup() as group:
-                for prompt, generation in self._runs:
-                    group.create_task(generation.run(self._client, partial(sink, prompt)))
+                for k, (prompt, make) in enumerate(self._runs, start=1):
+                    group.create_task(make().run(self._client, partial(sink, prompt)))
+                    if k % STARTED_AT_ONCE == 0:
+                        await asyncio.sleep(0)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
@@ -164,4 +171,19 @@ def sse(body: dict[str, Any]) -> bytes:
 
 
 def json_response(body: Any) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return raw_response([msgspec.json.encode(body)])
+
+
+def raw_response(pieces: list[bytes]) -> Response:
+    """A JSON body in pieces; a large one is written at the client's pace."""
+    size = sum(map(len, pieces))
+    if size <= WRITE_BYTES:
+        return Response(b"".join(pieces), media_type="application/json")
+    headers = {"Content-Length": str(size)}
+    return StreamingResponse(_in_writes(pieces), media_type="application/json", headers=headers)
+
+
+async def _in_writes(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        for at in range(0, len(piece), WRITE_BYTES):
+            yield piece[at : at + WRITE_BYTES]

@@ -1,4 +1,4 @@
-"""Request fields to engine sampling parameters: the one validator behind every route (SPEC 4.1, 4.4, 6)."""
+"""Request fields to engine sampling parameters (SPEC 4.1, 6)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from fuseline.api.config import ServerConfig
 from fuseline.api.errors import bad_request
-from fuseline.api.prompt.tokens import TextTokenizer
+from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.limits import Limits
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.engine.messages import EngineReady, SamplingParams
 
@@ -48,40 +49,39 @@ def refuse_unsupported(request: GenerateRequest) -> None:
 
 
 class SamplingBuilder:
-    """Knows the server's limits and defaults."""
+    """Knows the server's defaults."""
 
     def __init__(
-        self, config: ServerConfig, ready: EngineReady, tokenizer: TextTokenizer | None, defaults: Mapping[str, Any]
+        self,
+        config: ServerConfig,
+        ready: EngineReady,
+        tokenizer: TextTokenizer | None,
+        limits: Limits,
+        defaults: Mapping[str, Any],
     ) -> None:
         self._max_logprobs = config.engine.max_logprobs
-        self._priority = config.engine.scheduler.scheduling_policy == "priority"
         self._vocab = ready.vocab_size
-        self._context = ready.max_model_len
         self._tokenizer = tokenizer
+        self._limits = limits
         self._defaults = defaults
         own = tokenizer.eos_id if tokenizer else None
         self._eos = tuple(dict.fromkeys(([own] if own is not None else []) + list(ready.eos_token_ids)))
-        self._own_eos = own
 
-    @property
-    def context(self) -> int:
-        return self._context
+    def max_tokens(self, request: GenerateRequest, num_prompt: int, asked: int | None) -> int:
+        """Tokens that a prompt may generate; `asked` None fills the context. Raises ApiError 400."""
+        limit = self._limits.max_tokens(num_prompt, asked, self._defaults.get("max_new_tokens"))
+        if (request.min_tokens or 0) > limit:
+            raise bad_request(f"min_tokens ({request.min_tokens}) must not exceed max_tokens ({limit})", "min_tokens")
+        return limit
 
-    def build(
-        self, request: GenerateRequest, prompt: list[int], max_tokens: int | None, logprobs: int | None
-    ) -> SamplingParams:
-        """`max_tokens` None fills the context. Raises ApiError 400."""
-        limit = self.max_tokens(len(prompt), max_tokens)
-        min_tokens = request.min_tokens or 0
-        if min_tokens > limit:
-            raise bad_request(f"min_tokens ({min_tokens}) must not exceed max_tokens ({limit})", "min_tokens")
-        temperature = self._value(request, "temperature", 1.0)
+    def build(self, request: GenerateRequest, logprobs: int | None, max_tokens: int) -> SamplingParams:
+        """What all prompts of a request share, and the `max_tokens` of one. Raises ApiError 400."""
         ignore_eos = bool(request.ignore_eos)
-        self._check_stops(request)
-        self.check_priority(request.priority)
+        self._limits.check_stops(request)
+        self._limits.check_priority(request.priority)
         params = SamplingParams(
             n=request.n or 1,
-            temperature=temperature,
+            temperature=self._value(request, "temperature", 1.0),
             top_k=min(max(self._value(request, "top_k", 0), 0), self._vocab),
             top_p=self._value(request, "top_p", 1.0),
             min_p=self._value(request, "min_p", 0.0),
@@ -89,8 +89,8 @@ class SamplingBuilder:
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             seed=None if request.seed in (None, -1) else request.seed,
-            max_tokens=limit,
-            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            min_tokens=request.min_tokens or 0,
             stop_token_ids=self._ids(request.stop_token_ids, "stop_token_ids"),
             eos_token_ids=() if ignore_eos else self._eos,
             masked_eos_token_ids=self._eos,
@@ -103,64 +103,9 @@ class SamplingBuilder:
         check_choice(params, self._vocab)
         return params
 
-    def max_tokens(self, num_prompt: int, asked: int | None) -> int:
-        """The effective cap; 400 when the prompt and the ask do not fit."""
-        cap = self._defaults.get("max_new_tokens")
-        if num_prompt >= self._context and asked != 0 or num_prompt > self._context:
-            raise bad_request(
-                f"This model's maximum context length is {self._context} tokens, but the prompt has {num_prompt}. "
-                "Please shorten the prompt.",
-                "prompt", "context_length_exceeded",
-            )  # fmt: skip
-        if asked is not None and num_prompt + asked > self._context:
-            raise bad_request(
-                f"This model's maximum context length is {self._context} tokens. However, you requested "
-                f"{num_prompt + asked} tokens ({num_prompt} in the prompt, {asked} in the completion). "
-                "Please reduce the length of the prompt or the completion.",
-                "max_tokens", "context_length_exceeded",
-            )  # fmt: skip
-        limits = [self._context - num_prompt, asked, cap]
-        return min(limit for limit in limits if limit is not None)
-
-    def check_priority(self, priority: int | None) -> None:
-        if priority and not self._priority:
-            raise bad_request(f"Got priority {priority} but Priority scheduling is not enabled.", "priority")
-
-    def check_prompt(self, ids: list[int], param: str = "prompt") -> None:
-        if not ids:
-            raise bad_request("Prompt cannot be empty", param)
-        top = self._vocab
-        for token in ids:
-            if not 0 <= token < top:
-                raise bad_request(f"Token id {token} is out of vocabulary", param)
-
-    def truncate(self, ids: list[int], keep: int | None) -> list[int]:
-        """The last `keep` tokens; -1 keeps what fits the context."""
-        if keep is None:
-            return ids
-        if keep == -1:
-            keep = self._context
-        if keep < 1:
-            raise bad_request(
-                "truncate_prompt_tokens must be at least 1 (or -1 for the context length)", "truncate_prompt_tokens"
-            )
-        if keep > self._context:
-            raise bad_request(
-                f"truncate_prompt_tokens ({keep}) is above the context length ({self._context})",
-                "truncate_prompt_tokens",
-            )
-        return ids[-keep:]
-
     def _value(self, request: GenerateRequest, name: str, built_in: Any) -> Any:
         given = getattr(request, name)
         return given if given is not None else self._defaults.get(name, built_in)
-
-    def _check_stops(self, request: GenerateRequest) -> None:
-        stops = request.stops
-        if any(not stop for stop in stops):
-            raise bad_request("stop cannot contain an empty string.", "stop")
-        if stops and self._tokenizer is None:
-            raise bad_request("stop needs a tokenizer; this server runs without one", "stop")
 
     def _ids(self, ids: list[int] | None, param: str) -> tuple[int, ...]:
         for token in ids or ():

@@ -8,9 +8,12 @@ from pydantic import BaseModel, Field
 
 from fuseline.api.protocol.common import Fields, GenerateRequest
 
+MAX_NAME = 256
+"""Characters of what the chunks of an answer repeat."""
+
 
 class Message(Fields):
-    role: str
+    role: str = Field(max_length=MAX_NAME)
     content: str | list[Any] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
@@ -36,7 +39,7 @@ class ChatRequest(ChatFields, GenerateRequest):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     parallel_tool_calls: bool | None = None
-    request_id: str | None = None
+    request_id: str | None = Field(None, max_length=MAX_NAME)
     reasoning_effort: str | None = None
 
 

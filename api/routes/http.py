@@ -1,55 +1,67 @@
-"""What the routes share: reading a body, response ids."""
+"""What the routes share: reading a body, having it prepared, response ids."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
-from typing import TypeVar
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from fuseline.api.errors import ApiError, bad_request, to_api_error
-from fuseline.api.output.response import json_response
-from fuseline.api.protocol.common import FieldError
-from fuseline.api.protocol.json_body import parse_object
+from fuseline.api.errors import ApiError
+from fuseline.api.output.response import json_response, raw_response, until_disconnect
+from fuseline.api.prompt.bodies import Held
+from fuseline.api.prompt.prepared import Prepared, Written
 
-__all__ = ["json_response", "new_id", "read_body"]
+if TYPE_CHECKING:
+    from fuseline.api.prompt.prepare import Kind
+    from fuseline.api.served import Served
+
+__all__ = ["json_response", "new_id", "prepare", "raw_response", "read_body"]
 LOG = logging.getLogger("fuseline.http")
-MAX_BODY = 64 * 2**20
-Body = TypeVar("Body", bound=BaseModel)
+SMALL_BYTES = 65536
+"""A body up to this size is prepared so soon that its client's leaving meanwhile is not looked for."""
+T = TypeVar("T")
 
 
-async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The validated body. Raises ApiError 400, 413, 415."""
+async def prepare(request: Request, kind: Kind) -> Prepared | Written:
+    """The body parsed, validated, rendered and encoded. Raises ApiError; a client that leaves frees its place."""
+    served: Served = request.app.state.served
+    with served.bodies.hold() as held:
+        pieces = await read_body(request, held)
+        preparing = served.prepare(kind, pieces)
+        is_small = held.num_bytes <= SMALL_BYTES
+        reply = await (preparing if is_small else _unless_gone(request, preparing))
+    _warn_unknown(request, reply.unknown)
+    return reply
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    task = asyncio.ensure_future(work)
+    if not await until_disconnect(request.receive, task):
+        raise ClientDisconnect()
+    return task.result()
+
+
+async def read_body(request: Request, held: Held) -> list[bytes]:
+    """The pieces of a JSON body. Raises ApiError 413, 415, 429."""
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media != "application/json":
         raise ApiError(415, "Unsupported media type: only application/json is allowed.")
-    fields = parse_object(await _read(request))
-    try:
-        body = kind.model_validate(fields)
-    except ValidationError as error:
-        inner = error.errors()[0].get("ctx", {}).get("error")
-        if isinstance(inner, FieldError):
-            raise bad_request(str(inner), inner.param) from error
-        raise to_api_error(error) from error
-    _warn_unknown(request, body)
-    return body
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit():
+        request.app.state.served.bodies.check(int(announced))
+    pieces: list[bytes] = []
+    async for piece in request.stream():
+        held.add(len(piece))
+        pieces.append(piece)
+    return pieces
 
 
-async def _read(request: Request) -> bytes:
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _warn_unknown(request: Request, body: BaseModel) -> None:
+def _warn_unknown(request: Request, names: tuple[str, ...]) -> None:
     """Once per set of names, so that a client cannot fill the log."""
-    names = tuple(sorted(body.model_extra or ()))
     seen: set = request.app.state.unknown_fields
     if names and names not in seen and len(seen) < 100:
         seen.add(names)

@@ -10,6 +10,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, pre_tokenizers
 
 from fuseline.api.config import ConfigError
+from fuseline.api.prompt.token_bound import TextBound, find_bound
+
+LONG_TEXT = 8192
+"""Characters from which on starting the library's own threads pays."""
 
 
 class TextTokenizer:
@@ -52,8 +56,20 @@ class TextTokenizer:
         text = self.special_tokens.get("eos_token")
         return None if text is None else self._tokenizer.token_to_id(text)
 
+    @cached_property
+    def bytes_per_token(self) -> TextBound | None:
+        """The most text that one token can stand for; None where a token can stand for text without end."""
+        return find_bound(self._tokenizer)
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the tokens that `text` encodes to, at a small part of the cost of encoding; 0 if unknown."""
+        return self.bytes_per_token.fewest_tokens(text) if self.bytes_per_token else 0
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < LONG_TEXT:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one keeps no offsets (a third less time and memory) and lets other threads run meanwhile.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

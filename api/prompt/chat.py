@@ -1,9 +1,11 @@
-"""Conversations to prompt text: sandboxed Jinja, compiled once (SPEC 11)."""
+"""Conversations to prompt text: sandboxed Jinja, compiled once, and the options of a request (SPEC 5, 11)."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,103 @@ from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fuseline.api.config import ConfigError
+from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import bad_request
+
+REFUSED_VARIABLES = ("chat_template", "tokenize")
+"""Names in chat_template_kwargs that would change how the server renders, not what the template sees."""
+SWITCHES = ("add_generation_prompt", "continue_final_message")
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """Prompt text of a conversation."""
+
+    text: str
+    opens_answer: bool
+    """The prompt ends with the beginning of an answer; otherwise the last message is continued or simply ends."""
+
+
+class ChatRenderer:
+    """The conversations of one server as prompt text."""
+
+    def __init__(self, config: ServerConfig, template: ChatTemplate | None, special_tokens: Mapping[str, str]) -> None:
+        self._template = template
+        self._special_tokens = special_tokens
+        self._defaults = dict(config.default_chat_template_kwargs)
+        self._max_bytes = config.max_prompt_bytes
+
+    def render(self, fields: Any) -> RenderedChat:
+        """The prompt of a request with ChatFields. Raises ApiError 400."""
+        variables = self._variables(fields)
+        adds, continues = (bool(variables[name]) for name in SWITCHES)
+        messages = prepare_messages([message.model_dump(exclude_none=True) for message in fields.messages])
+        text = self._template.render(messages, variables, self._max_bytes)
+        return RenderedChat(_cut_after_last(text, messages[-1]) if continues else text, adds and not continues)
+
+    def _variables(self, fields: Any) -> dict[str, Any]:
+        """What the template sees beside the messages."""
+        self._check(fields)
+        own = fields.chat_template_kwargs or {}
+        chosen = getattr(fields, "tool_choice", None)
+        return {
+            **self._special_tokens,
+            "tools": getattr(fields, "tools", None) if chosen != "none" else None,
+            "documents": getattr(fields, "documents", None),
+            **self._defaults,
+            **own,
+            **self._switches(fields, own),
+        }
+
+    def _check(self, fields: Any) -> None:
+        if not fields.messages:
+            raise bad_request("messages must not be empty", "messages")
+        for name in REFUSED_VARIABLES:
+            if name in (fields.chat_template_kwargs or ()):
+                where = f"chat_template_kwargs.{name}"
+                raise bad_request(f"{where} is not accepted in requests by this server", where)
+        if fields.chat_template is not None:
+            raise bad_request(
+                "chat_template is not accepted in requests by this server; start it with --chat-template",
+                "chat_template",
+            )
+        if self._template is None:
+            raise bad_request(
+                "the model has no chat template: start the server with --chat-template, or use /v1/completions",
+                "messages",
+            )
+
+    def _switches(self, fields: Any, own: Mapping[str, Any]) -> dict[str, bool]:
+        """add_generation_prompt and continue_final_message: of chat_template_kwargs, else the fields, else defaults."""
+        found: dict[str, bool | None] = {}
+        for name in SWITCHES:
+            found[name] = own[name] if name in own else getattr(fields, name)
+            if found[name] not in (True, False, None):
+                where = f"chat_template_kwargs.{name}"
+                raise bad_request(f"{where} must be true or false", where)
+        if all(found.values()):
+            raise bad_request(
+                "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
+                "continue_final_message",
+            )
+        for name, fallback in zip(SWITCHES, (not found["continue_final_message"], False), strict=True):
+            if found[name] is None:
+                found[name] = bool(self._defaults.get(name, fallback))
+        return found
+
+
+def _cut_after_last(text: str, message: dict[str, Any]) -> str:
+    """Leaves the last message open: the text up to the end of its content."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content.strip():
+        raise bad_request("continue_final_message needs a last message with text", "continue_final_message")
+    found = text.rfind(content.strip())
+    if found < 0:
+        raise bad_request(
+            "continue_final_message: the template changes the last message's text, so it cannot be continued",
+            "continue_final_message",
+        )
+    return text[: found + len(content.strip())]
 
 
 def environment() -> ImmutableSandboxedEnvironment:
@@ -45,15 +142,23 @@ class ChatTemplate:
             raise ConfigError(f"the chat template does not parse: {error}") from error
         self.content_format = detected if content_format == "auto" else content_format
 
-    def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+    def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], max_bytes: int) -> str:
         """`variables` of any names, which never replace the messages. Raises ApiError 400 in the template's words."""
         shaped = [self._shape(message, k) for k, message in enumerate(messages)]
+        pieces, left = [], max_bytes
         try:
-            return self._template.render({**variables, "messages": shaped})
+            for piece in self._template.generate({**variables, "messages": shaped}):
+                pieces.append(piece)
+                left -= len(piece) if piece.isascii() else len(piece.encode(errors="replace"))
+                if left < 0:
+                    raise bad_request(
+                        f"the chat template renders more than {max_bytes} bytes (--max-prompt-bytes)", "messages"
+                    )
         except jinja2.TemplateError as error:
             raise bad_request(f"the chat template refused the messages: {error}", "messages") from error
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise bad_request(f"the chat template failed: {type(error).__name__}: {error}", "messages") from error
+        return "".join(pieces)
 
     def _shape(self, message: dict[str, Any], index: int) -> dict[str, Any]:
         content = message.get("content")
@@ -103,7 +208,7 @@ def template_text(flag: str, own: str | dict[str, str] | None) -> str | None:
         return (own.get("default") or next(iter(own.values()))) if isinstance(own, dict) else own
     if isinstance(own, dict) and flag in own:
         return own[flag]
-    if Path(flag).is_file():
+    if os.path.isfile(flag):
         return Path(flag).read_text()
     if not any(c in flag for c in "{}\n"):
         raise ConfigError(f"--chat-template {flag}: no such file, and it does not look like a template")

@@ -1,0 +1,79 @@
+"""A request that is ready for the engine, as typed messages: they also cross the border of a worker process."""
+
+from __future__ import annotations
+
+from array import array
+
+import msgspec
+
+from fuseline.engine.messages import SamplingParams
+
+
+class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the answer shall look like: the same for all prompts and choices of a request."""
+
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    num_logprobs: int | None = None
+    """Alternatives shown for each token; None shows no log-probabilities."""
+    wants_ids: bool = False
+    shows_ids: bool | None = None
+    """Tokens of log-probabilities as token_id:N; None is the server's default."""
+    stops: tuple[str, ...] = ()
+    includes_stop: bool = False
+    skips_special: bool = True
+    priority: int = 0
+    cache_salt: str = ""
+    request_id: str | None = None
+    role: str = "assistant"
+    echo: str = ""
+    """Text in front of a chat's answer."""
+
+
+class PreparedPrompt(msgspec.Struct, frozen=True, array_like=True):
+    packed_ids: bytes
+    """int32 token ids."""
+    max_tokens: int
+    echo: str | None = None
+    """Text in front of a completion."""
+
+    @property
+    def ids(self) -> array[int]:
+        return array("i", self.packed_ids)
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
+    """Prompts with their common sampling settings."""
+
+    prompts: tuple[PreparedPrompt, ...]
+    params: SamplingParams
+    """Of the first prompt; the others differ in max_tokens."""
+    answer: AnswerOptions
+    text: str | None = None
+    """The prompt as the log shows it, where it was rendered and not cut."""
+    unknown: tuple[str, ...] = ()
+    """Names of fields that were ignored."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.params.n
+
+
+class Written(msgspec.Struct, tag="written"):
+    """An answer that needs no engine, as the pieces of a JSON body."""
+
+    pieces: list[bytes]
+    unknown: tuple[str, ...] = ()
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """An ApiError."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+Reply = Prepared | Written | Refused

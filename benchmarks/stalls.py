@@ -1,0 +1,232 @@
+"""The longest time for which one request keeps a server from answering others.
+
+    python -P benchmarks/stalls.py [--base-url http://127.0.0.1:8000] [--kinds "chat,1M ids"] [--json FILE]
+
+While each large request runs, a process of its own asks for /health every 10 ms and reads the tokens of a stream.
+Reported are the slowest answer of /health, the longest gap between tokens of the stream, how long the machine kept the
+probing process itself waiting (take that off), and what became of the large request. The kinds are sizes and shapes
+that a server could choke on: large messages, many messages, many prompts, token ids, nesting, logit_bias, stop
+strings, tools, unknown fields, images, large answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import multiprocessing
+import multiprocessing.synchronize
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+
+MB = 2**20
+WORDS = "The quick brown fox jumps over the lazy dog and keeps running. "
+CHAT, COMPLETIONS, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
+
+
+def text(num_bytes: int) -> str:
+    return (WORDS * (num_bytes // len(WORDS) + 1))[:num_bytes]
+
+
+def user(content: object) -> dict:
+    return {"role": "user", "content": content}
+
+
+def chat(content: object, **fields: object) -> tuple[str, dict]:
+    return CHAT, {"messages": [user(content)], "max_tokens": 1, **fields}
+
+
+def prompt(value: object, **fields: object) -> tuple[str, dict]:
+    return COMPLETIONS, {"prompt": value, "max_tokens": 1, **fields}
+
+
+def nested(depth: int) -> bytes:
+    return b'{"prompt": "x", "deep": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+KINDS: dict[str, Callable[[], tuple[str, dict | bytes]]] = {
+    "chat of 54 MB": lambda: chat(text(54 * MB)),
+    "chat of 8 MB": lambda: chat(text(8 * MB)),
+    "chat of 200 kB": lambda: chat(text(200_000)),
+    "100,000 messages": lambda: (CHAT, {"messages": [user("Hello there!")] * 100_000, "max_tokens": 1}),
+    "1,024 prompts of 8 kB": lambda: prompt([text(8192)] * 1024),
+    "1,024 prompts of 4 words": lambda: prompt(["The quick brown fox"] * 1024),
+    "one prompt of 8 MB": lambda: prompt(text(8 * MB)),
+    "one word of 8 MB": lambda: prompt("a" * (8 * MB)),
+    "8 MB cut to 16 tokens": lambda: prompt(text(8 * MB), truncate_prompt_tokens=16),
+    "4M token ids": lambda: prompt([100] * 4_000_000),
+    "1,024 prompts of 4k ids": lambda: prompt([[100] * 4096] * 1024),
+    "1M prompts": lambda: prompt([[5]] * 1_000_000),
+    "1M ids and a text": lambda: prompt([*[100] * 1_000_000, "a"]),
+    "nesting of 5 MB": lambda: (COMPLETIONS, nested(5 * MB)),
+    "logit_bias of 500k": lambda: prompt("Hi", logit_bias={str(k): 1.0 for k in range(500_000)}),
+    "1M stop strings": lambda: prompt("Hi", stop=["abc"] * 1_000_000),
+    "1M stop_token_ids": lambda: prompt("Hi", stop_token_ids=[7] * 1_000_000),
+    "1M bad_words": lambda: prompt("Hi", bad_words=["abc def"] * 1_000_000),
+    "1M bad values": lambda: prompt("Hi", allowed_token_ids=["x"] * 1_000_000),
+    "100,000 tools": lambda: chat("Hi", tools=[TOOL] * 100_000, tool_choice="none"),
+    "an unknown field of 16 MB": lambda: chat("Hi", metadata={"a": [text(1000)] * 16_000}),
+    "100,000 unknown fields": lambda: chat("Hi", **{f"field{k}": k for k in range(100_000)}),
+    "an image of 20 MB": lambda: chat([{"type": "image_url", "image_url": {"url": "data:;base64," + "A" * (20 * MB)}}]),
+    "200,000 parts of content": lambda: chat([{"type": "text", "text": "a b"}] * 200_000),
+    "tokenize 8 MB": lambda: (TOKENIZE, {"prompt": text(8 * MB), "return_token_strs": True}),
+    "tokenize a chat of 8 MB": lambda: (TOKENIZE, {"messages": [user(text(8 * MB))]}),
+    "detokenize 2M ids": lambda: ("/detokenize", {"tokens": [100] * 2_000_000}),
+    "log-probabilities of a prompt": lambda: prompt([100] * 1900, prompt_logprobs=20, echo=True, logprobs=20),
+    "128 choices with log-probabilities": lambda: prompt("Hi", n=128, logprobs=20, max_tokens=64, ignore_eos=True),
+    "32 prompts and their log-probabilities": lambda: prompt([[100] * 1500] * 32, prompt_logprobs=20),
+}
+"""Name -> path and body (bytes: as they are) of a large request."""
+
+
+@dataclass
+class Stall:
+    kind: str
+    status: str
+    seconds: float
+    """How long the large request took."""
+    health: float
+    """The slowest answer of /health, seconds."""
+    stream: float
+    """The longest gap in the stream, seconds."""
+    machine: float
+    """The longest that the probing process itself was kept from running, seconds."""
+
+
+def measure(base_url: str, kind: str) -> Stall:
+    """Run the large request of `kind` beside the probes of /health and of a stream."""
+    path, body = KINDS[kind]()
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return measure_body(base_url, kind, path, data)
+
+
+def measure_body(base_url: str, kind: str, path: str, data: bytes) -> Stall:
+    spawn = multiprocessing.get_context("spawn")
+    found, stop = spawn.Queue(), spawn.Event()
+    started = spawn.Event()
+    prober = spawn.Process(target=_probe, args=(base_url, stop, started, found), daemon=True)
+    prober.start()
+    try:
+        if not started.wait(60):
+            raise TimeoutError(f"{base_url} does not answer")
+        time.sleep(0.5)
+        begin = time.perf_counter()
+        status = send(base_url, path, data)
+        seconds = time.perf_counter() - begin
+        time.sleep(0.3)
+    finally:
+        stop.set()
+    health, stream, machine = found.get(timeout=120)
+    prober.join(10)
+    return Stall(kind, status, seconds, health, stream, machine)
+
+
+def send(base_url: str, path: str, data: bytes, timeout: float = 180) -> str:
+    """Status and the beginning of an error's message, or what broke the connection."""
+    connection = _connect(base_url, timeout)
+    try:
+        connection.request("POST", path, data, {"Content-Type": "application/json"})
+    except OSError as error:  # refused while it was sent: the answer may be there
+        failure = type(error).__name__
+    else:
+        failure = ""
+    try:
+        response = connection.getresponse()
+        answer = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        return failure or type(error).__name__
+    finally:
+        connection.close()
+    return str(response.status) + ("" if response.status == 200 else f" {_message(answer)}")
+
+
+def _message(answer: bytes) -> str:
+    try:
+        return json.loads(answer)["error"]["message"][:80]
+    except (ValueError, KeyError, TypeError):
+        return answer[:80].decode(errors="replace")
+
+
+def _connect(base_url: str, timeout: float) -> http.client.HTTPConnection:
+    parts = urlsplit(base_url)
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+
+
+def _probe(base_url: str, stop: multiprocessing.synchronize.Event, started: object, found: object) -> None:
+    """Entry of the probing process: puts the last three figures of a Stall once told to stop."""
+    gaps: list[float] = []
+    late: list[float] = []
+    Thread(target=_watch_clock, args=(stop, late), daemon=True).start()
+    streaming = Thread(target=_follow_streams, args=(base_url, stop, gaps), daemon=True)
+    streaming.start()
+    delays = _ask_health(base_url, stop, started)
+    streaming.join(60)
+    found.put((max(delays), max(gaps, default=0.0), max(late, default=0.0)))
+
+
+def _watch_clock(stop: multiprocessing.synchronize.Event, late: list[float]) -> None:
+    while not stop.is_set():
+        begin = time.perf_counter()
+        time.sleep(0.01)
+        late.append(time.perf_counter() - begin - 0.01)
+
+
+def _ask_health(base_url: str, stop: multiprocessing.synchronize.Event, started: object) -> list[float]:
+    connection = _connect(base_url, 180)
+    delays = []
+    while not stop.is_set():
+        begin = time.perf_counter()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        delays.append(time.perf_counter() - begin)
+        started.set()
+        time.sleep(max(0.0, 0.01 - delays[-1]))
+    return delays
+
+
+def _follow_streams(base_url: str, stop: multiprocessing.synchronize.Event, gaps: list[float]) -> None:
+    """Gaps between the tokens of one stream after the other."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "stream": True}).encode()
+    while not stop.is_set():
+        connection = _connect(base_url, 180)
+        connection.request("POST", COMPLETIONS, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        last = None
+        while not stop.is_set() and (line := response.readline()):
+            now = time.perf_counter()
+            if line.startswith(b"data: {"):
+                gaps.append(now - last if last else 0.0)
+                last = now
+        connection.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000")
+    parser.add_argument("--kinds", default="", help="names that begin so, separated by commas; default all")
+    parser.add_argument("--json", default="", help="file for the figures")
+    options = parser.parse_args()
+    wanted = tuple(options.kinds.split(","))
+    rows = []
+    print(f"{'request':40}{'/health, ms':>12}{'stream, ms':>12}{'machine, ms':>13}{'took, s':>9}  answer")
+    for kind in (kind for kind in KINDS if kind.startswith(wanted)):
+        row = measure(options.base_url, kind)
+        rows.append(row)
+        times = f"{row.health * 1e3:12.0f}{row.stream * 1e3:12.0f}{row.machine * 1e3:13.0f}{row.seconds:9.1f}"
+        print(f"{kind:40}{times}  {row.status}", flush=True)
+    quiet = statistics.median(row.health for row in rows)
+    print(f"median of the slowest answers of /health: {quiet * 1e3:.0f} ms")
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

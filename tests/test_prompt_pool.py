@@ -1,0 +1,111 @@
+"""Worker processes: a request that takes too long, too much memory or too much text fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from prompt_cases import SPINNING, body, chat, preparer, settings, turned_on
+
+from fuseline.api.errors import ApiError
+from fuseline.api.prompt.pool import PromptPool
+from fuseline.api.prompt.prepared import Prepared, Refused, Written
+
+FLAGS = {"chat_template": SPINNING, "prompt_timeout": 2.0, "prompt_memory": 256 * 2**20, "max_prompt_bytes": 10**6}
+LONG = "word " * 20_000
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[PromptPool]:
+    made = PromptPool(settings(**FLAGS), 2)
+    assert isinstance(await made.prepare("chat", [chat()]), Prepared)
+    yield made
+    made.close()
+
+
+async def test_an_endless_template_is_ended_and_holds_nobody_up(pool: PromptPool) -> None:
+    begin = time.monotonic()
+    spinning = asyncio.create_task(pool.prepare("chat", [turned_on("spin")]))
+    others = 0
+    while not spinning.done():
+        assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+        others += 1
+    assert others > 3
+    with pytest.raises(ApiError, match="--prompt-timeout") as refused:
+        await spinning
+    assert refused.value.status == 400 and time.monotonic() - begin < 30
+    assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+
+
+@pytest.mark.parametrize("fault, flag", [("much", "--max-prompt-bytes"), ("wide", "--prompt-memory")])
+async def test_endless_text_and_memory_are_refused_in_words(pool: PromptPool, fault: str, flag: str) -> None:
+    reply = await pool.prepare("chat", [turned_on(fault)])
+    assert isinstance(reply, Refused) and reply.status == 400 and flag in reply.message
+    assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+
+
+async def test_a_process_that_ends_fails_its_request_alone(pool: PromptPool) -> None:
+    spinning = asyncio.create_task(pool.prepare("chat", [turned_on("spin")]))
+    await asyncio.sleep(0.3)
+    (busy,) = pool._busy
+    busy._process.kill()
+    with pytest.raises(ApiError) as failed:
+        await spinning
+    assert failed.value.status == 503 and failed.value.code == "prompt_worker_ended"
+    assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+
+
+async def test_a_client_that_leaves_frees_its_place(pool: PromptPool) -> None:
+    leaving = [asyncio.create_task(pool.prepare("chat", [turned_on("spin")])) for _ in range(2)]
+    await asyncio.sleep(0.3)
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    assert not pool._busy
+    assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+
+
+async def test_requests_wait_for_a_place_and_are_refused_after_their_time() -> None:
+    pool = PromptPool(settings(**{**FLAGS, "prompt_timeout": 0.5}), 1)
+    try:
+        results = await asyncio.gather(
+            *(pool.prepare("chat", [turned_on("spin")]) for _ in range(3)), return_exceptions=True
+        )
+    finally:
+        pool.close()
+    codes = sorted(error.code for error in results)
+    assert codes[0] == "prompt_workers_busy" and codes[-1] == "request_too_slow"
+
+
+CASES = {
+    "a chat": ("chat", chat("What is the capital of France?", echo=True, stop=["a"])),
+    "a long chat": ("chat", chat(LONG, truncate_prompt_tokens=100)),
+    "text": ("completion", body(prompt=["Once", "upon a time"], echo=True, logit_bias={"5": 1.0}, n=2)),
+    "token ids": ("completion", body(prompt=[[1, 2], [3]], unheard_of=1, bad_words=["no"])),
+    "tokens of a text": ("tokenize", body(prompt=LONG, return_token_strs=True)),
+    "tokens of a chat": ("tokenize", body(messages=[{"role": "user", "content": "Hi"}])),
+    "text of tokens": ("detokenize", body(tokens=[100] * 50_000)),
+    "a refusal": ("completion", body(prompt="x", top_p=2)),
+    "another model": ("chat", chat(model="nobody")),
+    "no JSON": ("chat", b"{"),
+    "nothing": ("chat", b""),
+    "deep": ("completion", b'{"prompt": "x", "y": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+}
+
+
+async def test_a_process_answers_as_the_server_itself() -> None:
+    pool = PromptPool(settings(), 1)
+    own = preparer()
+    try:
+        for name, (kind, raw) in CASES.items():
+            pieces = [raw[at : at + 5000] for at in range(0, len(raw), 5000)]
+            reply = await pool.prepare(kind, pieces)
+            expected = own.prepare(kind, raw)
+            if isinstance(expected, Written):
+                assert b"".join(reply.pieces) == b"".join(expected.pieces), name
+            else:
+                assert reply == expected, name
+    finally:
+        pool.close()
