@@ -101,6 +101,21 @@ def test_right_drafts_save_steps_and_several_tokens_come_at_once(order) -> None:
     assert lengths == [1] * 16 + [5], "compact deltas are a token each, the end is told with its whole run"
 
 
+@pytest.mark.parametrize("order", ORDERS[1:])
+@pytest.mark.parametrize("host", [0, 60])
+@pytest.mark.parametrize("num_steps", range(1, 8))
+def test_kept_drafts_cross_the_rope_threshold_while_their_sequence_is_evicted(order, host, num_steps) -> None:
+    drafter = FakeDrafter(threshold=16)
+    settings = {"scheduling_policy": "priority", "max_num_seqs": 1, "num_host_blocks": host}
+    walk = Walk(make_engine(order=order, drafter=drafter, rope_threshold=16, **settings))
+    walk.submit(PROMPT[:11], max_tokens=12, temperature=0.0, priority=5)
+    for _ in range(num_steps):
+        walk.step()
+    walk.submit([9, 8], max_tokens=2, priority=1)
+    walk.finish()
+    walk.check_all((0,), 16)
+
+
 def test_drafts_are_counted_for_the_metrics() -> None:
     walk = Walk(make_engine(drafter=FakeDrafter(wrong=3)))
     ready = EngineReady(48, 64, 40, 4, "float32", "float32", (0,), "Fake")

@@ -193,6 +193,10 @@ class Scheduler:
                 continue
             if not self._has_row(seq, budget):
                 break
+            if self.rope_switch and seq.variant == 0 and seq.num_tokens > self.rope_switch.threshold:
+                # It lost its row while a step kept several of its drafts.
+                self.kv.discard_swapped(seq)
+                seq.switch_rope()
             begin = self.kv.find_start(seq)
             awaited = None if seq.swapped else self.kv.find_in_flight(seq, begin // self.kv.block_size)
             if awaited is not None:
