@@ -17,10 +17,10 @@ from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import GraphInputs
-from fuseline.compile.kernels import cuda_library
+from fuseline.compile.kernels.cuda import library as cuda_library
+from fuseline.compile.kernels.registry import implementations
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.kernels.triton.sampling import sample
-from fuseline.compile.kernels.triton.table import KERNELS, TritonKernel
 from fuseline.compile.residency.uploads import ALIGNMENT, DeviceInputs
 from fuseline.compile.target import DeviceError, detect_target
 
@@ -166,8 +166,9 @@ def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(
         logits_rows=torch.tensor([2]),
     )  # fmt: skip
     coded = build(family, kv_cache_dtype=flag)
-    target = getattr(torch.ops.fuseline, op).default
-    monkeypatch.setitem(KERNELS, target, TritonKernel(rounding_to(fp8, KERNELS[target].run)))
+    (*_, kernel) = implementations("cuda")[op]
+    write = dataclasses.replace(kernel, run=rounding_to(fp8, kernel.run), tunings=())
+    monkeypatch.setitem(implementations("cuda"), op, (write,))
     rounded = build(family)
     for model in (coded, rounded):
         model.allocate_caches([4])

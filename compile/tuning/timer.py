@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.backends.cuda.graph_api import recording
-from fuseline.compile.kernels.choice import Candidate
+from fuseline.compile.kernels.registry import Implementation
 
 FLUSHED = 256 << 20
 """Bytes written to leave nothing else in the L2 cache."""
@@ -20,14 +20,14 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Arguments:
-    """Calls of one op and size, one tuple for each weight that is read in turns. `host`: what is planned by."""
+    """Calls of one op and size, one tuple for each weight that is read in turns. `host`: inputs to prepare for them."""
 
     calls: Sequence[tuple]
     host: Mapping[str, Tensor] | None = None
 
 
 class Timer(Protocol):
-    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+    def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
         """Seconds that the device takes for one call. Raises what the candidate raises."""
 
 
@@ -39,11 +39,11 @@ class CardTimer:
         self._other = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream()
 
-    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+    def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
         self._stream.wait_stream(torch.cuda.current_stream())  # the arguments are made there
         with torch.cuda.stream(self._stream):
-            if candidate.plan:
-                candidate.plan(arguments.host)
+            if candidate.prepare:
+                candidate.prepare(arguments.host)
             candidate.run(*arguments.calls[0])  # compiles and takes workspaces, which a capture must not do
             self._stream.synchronize()
             with recording() as graph:

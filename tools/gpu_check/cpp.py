@@ -7,8 +7,12 @@ from collections.abc import Iterator
 import torch
 from kernels import SILU, Case, Made, Sizes, decode_arguments, head_arguments
 
-from fuseline.compile.kernels import native_cuda, native_cuda_attention
-from fuseline.compile.kernels.cuda_library import CudaLibrary
+from fuseline.compile.kernels.cuda import activation as cuda_activation
+from fuseline.compile.kernels.cuda import attention as cuda_attention
+from fuseline.compile.kernels.cuda import linear as cuda_linear
+from fuseline.compile.kernels.cuda import norm as cuda_norm
+from fuseline.compile.kernels.cuda import rope as cuda_rope
+from fuseline.compile.kernels.cuda.library import CudaLibrary
 
 
 def cases(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
@@ -22,22 +26,22 @@ def _lines(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
         x, weight = make(tokens, s.hidden), make(s.hidden)
         yield Case(
             f"add_rms_norm of {tokens} rows, C++",
-            lambda x=x, w=weight: native_cuda.add_rms_norm(lib, x, x, w, 1e-5, 0), 4 * x.nbytes,
+            lambda x=x, w=weight: cuda_norm.add_rms_norm(lib, x, x, w, 1e-5, 0), 4 * x.nbytes,
         )  # fmt: skip
     gate, up = make(s.tokens, 2 * s.inner).split(s.inner, -1)
-    yield Case("act_mul, C++", lambda: native_cuda.act_mul(lib, gate, up, SILU), 3 * gate.numel() * 2)
+    yield Case("act_mul, C++", lambda: cuda_activation.act_mul(lib, gate, up, SILU), 3 * gate.numel() * 2)
     args, moved = head_arguments(s, make)
-    yield Case("rope_cache, C++", lambda: native_cuda.rope_cache(lib, *args), moved)
+    yield Case("rope_cache, C++", lambda: cuda_rope.rope_cache(lib, *args), moved)
 
 
 def _attention(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
     for num_seqs in s.decode:
         q, caches, batch = decode_arguments(s, make, num_seqs)
         args = (q, *caches, *batch, None)
-        if native_cuda_attention.supports_attention(*args):
+        if cuda_attention.supports_attention(*args):
             yield Case(
                 f"attention, decode {num_seqs} x {s.context}, C++",
-                lambda a=args: native_cuda_attention.decode_or_triton(lib, *a, 0, s.head_dim**-0.5, 0.0),
+                lambda a=args: cuda_attention.decode_or_triton(lib, *a, 0, s.head_dim**-0.5, 0.0),
                 caches.nbytes, goal="85 %",
             )  # fmt: skip
 
@@ -51,7 +55,7 @@ def _linears(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
         x, weight = make(rows, num_in), make(num_out, num_in)
         yield Case(
             f"linear of {rows} rows, {num_in} -> {num_out}, C++",
-            lambda x=x, w=weight: native_cuda.linear(lib, x, w), weight.nbytes, goal="85 %",
+            lambda x=x, w=weight: cuda_linear.linear(lib, x, w), weight.nbytes, goal="85 %",
         )  # fmt: skip
         yield Case(
             f"linear of {rows} rows, {num_in} -> {num_out}, torch",
@@ -62,5 +66,5 @@ def _linears(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
         x = make(rows, s.hidden)
         yield Case(
             f"linear_act_mul of {rows} rows, C++",
-            lambda x=x: native_cuda.linear_act_mul(lib, x, weight, None, SILU), weight.nbytes, goal="85 %",
+            lambda x=x: cuda_linear.linear_act_mul(lib, x, weight, None, SILU), weight.nbytes, goal="85 %",
         )  # fmt: skip

@@ -28,7 +28,7 @@ from overlap import measure_overlap
 from serving import Batch, measure_serving
 from table import CardClock, Limits, Table, is_card_lost
 
-from fuseline.compile.kernels.cuda_library import library_for
+from fuseline.compile.kernels.cuda.library import library_for
 from fuseline.compile.target import detect_target
 from fuseline.engine.run.card import CudaDevice
 

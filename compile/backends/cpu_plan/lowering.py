@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_iter
 from fuseline.compile.backends.cpu_plan.arena import Buffer
 from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, evaluate
 from fuseline.compile.graph.region import Region, draw_borders, storage_key, tensors_of
-from fuseline.compile.kernels.native import Kernels, NativeCall
+from fuseline.compile.kernels.plan_call import plan_call
+from fuseline.compile.kernels.registry import PlanCall
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ class Place:
 class Call:
     """One native call; tensors are meta tensors whose storages have places, or None."""
 
-    native: NativeCall
+    native: PlanCall
     tensors: list[Tensor | None]
     label: str
 
@@ -68,7 +69,6 @@ class Lowering:
         self._places: dict[int, Place] = {}
         self._buffer_of: dict[int, Buffer] = {}
         self._steps: list[Call | Region] = []
-        self._kernels = Kernels(self.value)
         self._keep: list[Tensor] = []
 
     def run(self) -> Lowered:
@@ -106,7 +106,7 @@ class Lowering:
         tensors = tensors_of(result)
         if node.target is aten.cat.default and mark is None:
             return self._add_cat(node, result)
-        native = self._kernels.find(node) if mark is None else None
+        native = plan_call(node, self.value) if mark is None else None
         is_view = all(storage_key(t) in self._places for t in tensors) and not (native or writes_in_place(node))
         if is_view:
             return
@@ -122,7 +122,7 @@ class Lowering:
         begin = 0
         for part in node.args[0]:
             size = self.value(part).shape[dim]
-            self._add_call(NativeCall("copy", (part,)), [result.narrow(dim, begin, size)], node.name)
+            self._add_call(PlanCall("copy", (part,)), [result.narrow(dim, begin, size)], node.name)
             begin += size
         self._use([result], len(self._steps) - 1)
 
@@ -134,7 +134,7 @@ class Lowering:
         if is_in_region or node.target is not aten.reshape.default or storage_key(result) in self._places:
             return result
         fresh = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
-        self._add_call(NativeCall("copy", (node.args[0],)), [fresh], node.name)
+        self._add_call(PlanCall("copy", (node.args[0],)), [fresh], node.name)
         return fresh.view(result.shape)
 
     def _meta_arg(self, arg: object) -> object:
@@ -142,7 +142,7 @@ class Lowering:
             return torch.device("meta")
         return self.value(arg)
 
-    def _add_call(self, native: NativeCall, outputs: list[Tensor], label: str) -> None:
+    def _add_call(self, native: PlanCall, outputs: list[Tensor], label: str) -> None:
         inputs = [None if arg is None else self.value(arg) for arg in native.inputs]
         mutated = [self.value(arg) for arg in native.mutated]
         step = len(self._steps)

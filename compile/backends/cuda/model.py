@@ -116,8 +116,8 @@ class CudaModel:
         step = self._uploads.upload(tensors)
         if sources is not None:
             feed_tokens(step["token_ids"], step["sources"], sampled)
-        if self._executable.has_plans:
-            self._executable.plan(self._values(vars(inputs)))
+        if self._executable.has_prepared:
+            self._executable.prepare(self._values(vars(inputs)))
         if self._is_uncalibrated and (inputs.slot_mapping.numpy() >= 0).any():
             # The first step whose keys are kept; those of a warm-up say nothing.
             self._is_uncalibrated = False

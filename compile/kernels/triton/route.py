@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.ops import codes
 
 TOPK_SOFTMAX = tl.constexpr(codes.ROUTE_TOPK_SOFTMAX)
@@ -58,3 +59,6 @@ def route_kernel(
         if IS_RENORMALIZED:
             share = share / tl.sum(share, 1)[:, None]
     tl.store(weights + token * K + place, share.to(weights.dtype.element_ty), mask=(token < num_tokens) & (place < K))
+
+
+IMPLEMENTATIONS = (Implementation("route_topk", "triton.route_topk", "cuda", route_topk),)

@@ -1,7 +1,8 @@
-"""The library of CUDA C++ kernels (csrc/cuda): plain C functions, found by name, called with addresses and numbers.
+"""The library of CUDA C++ kernels (csrc/cuda): plain C functions, found by name, called with named arguments.
 
 It is a shared object of its own, `_cuda.so` beside `fuseline._C`, and knows no torch: the same file serves every torch,
-and a call costs the host a few microseconds. Functions and the types of their arguments come from the library itself.
+and a call costs the host a few microseconds. Functions and the names and types of their arguments come from the library
+itself, which has them from csrc/cuda/kernels.def.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import copy
 import ctypes
 import functools
 import logging
+import operator
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from enum import IntEnum
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 import fuseline
+from fuseline.compile.kernels.registry import NATIVE, Implementation, OpCall, with_library
 from fuseline.compile.target import Target
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ class Overlap(IntEnum):
 
 
 class _Entry(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("types", ctypes.c_char_p)]
+    _fields_ = [("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("fields", ctypes.c_char_p)]
 
 
 class CudaLibrary:
@@ -57,14 +60,17 @@ class CudaLibrary:
         self.overlap = Overlap.HEADS if library.fuseline_cuda_can_overlap() else Overlap.NONE
         self._describe = library.fuseline_cuda_describe
         self._functions: dict[str, Callable[[int | None, int, bytes], int]] = {}
-        self._packs: dict[str, Callable[..., bytes]] = {}
+        self._fields: dict[str, tuple[Callable[[Mapping], tuple], Callable[..., bytes], frozenset[str]]] = {}
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
         for entry in library.fuseline_cuda_entries():
             if not entry.name:
                 break
             name = entry.name.decode()
             self._functions[name] = prototype(entry.function)
-            self._packs[name] = struct.Struct(entry.types.decode()).pack
+            fields = entry.fields.decode().split()
+            names = tuple(field[1:] for field in fields)
+            pack = struct.Struct("".join(field[0] for field in fields)).pack
+            self._fields[name] = operator.itemgetter(*names), pack, frozenset(names)
         self._library = library
 
     def overlapping(self, overlap: Overlap) -> CudaLibrary:
@@ -73,16 +79,35 @@ class CudaLibrary:
         other.overlap = overlap if self.overlap else Overlap.NONE
         return other
 
-    def call(self, name: str, device: Tensor, *args: int | float) -> None:
-        """Puts a function's kernels on the current stream of `device`'s device.
+    def call(self, name: str, on: Tensor, **fields: Tensor | int | float | None) -> None:
+        """Puts a function's kernels on the current stream of the device of `on`. A tensor is given by its address.
 
-        Raises struct.error for arguments that are not those of the function, RuntimeError for what the device refuses.
+        Raises TypeError for a field that is missing or unknown or of another type, RuntimeError for what the device
+        refuses.
         """
-        packed = self._packs[name](*args)
-        stream = torch._C._cuda_getCurrentRawStream(device.device.index) if device.is_cuda else None
+        find, pack, names = self._fields[name]
+        if fields.keys() != names:
+            raise TypeError(_mismatch(name, fields.keys(), names))
+        try:
+            packed = pack(*[_number(value) for value in find(fields)])
+        except struct.error as error:
+            raise TypeError(f"cuda.{name}: {error}") from error
+        stream = torch._C._cuda_getCurrentRawStream(on.device.index) if on.is_cuda else None
         error = self._functions[name](stream, self.overlap, packed)
         if error:
             raise RuntimeError(f"cuda.{name}: {self._describe(error).decode()}")
+
+
+def _number(value: Tensor | int | float | None) -> int | float:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return 0 if value is None else value
+
+
+def _mismatch(name: str, given: Set[str], wanted: Set[str]) -> str:
+    wrong = [f"field {field} is missing" for field in sorted(wanted - given)]
+    wrong += [f"there is no field {field}" for field in sorted(given - wanted)]
+    return f"cuda.{name}: {', '.join(wrong)}"
 
 
 def library_for(target: Target) -> CudaLibrary | None:
@@ -107,5 +132,27 @@ def _installed() -> CudaLibrary | None:
     return library
 
 
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def native(
+    op: str, run: Callable, supports: Callable[..., bool], *, label: str = "", reads_early: str = "", **more: object
+) -> Implementation:
+    """A kernel of the library, where that is installed. `reads_early` is the argument that the kernel may read before
+    the kernels ahead of it have ended, if nothing on the device writes it (Overlap.WEIGHTS)."""
+    label = label or f"cuda.{op.removeprefix('aten.')}"
+    bind = functools.partial(_bind, reads_early)
+    # Looked up at each call: tests put another library in its place.
+    return Implementation(
+        op, label, "cuda", run, supports=supports, order=NATIVE, library=lambda target: library_for(target), bind=bind,
+        **more,
+    )  # fmt: skip
+
+
+def _bind(
+    reads_early: str, implementation: Implementation, library: CudaLibrary, call: OpCall, ours: None
+) -> Implementation:
+    is_kept = reads_early in call.kept
+    return with_library(implementation, library.overlapping(Overlap.WEIGHTS) if is_kept else library, call, ours)
+
+
+def has_one_dtype(x: Tensor, *rest: object) -> bool:
+    """All tensors are of one dtype."""
+    return x.dtype in DTYPES and all(t.dtype == x.dtype for t in rest if isinstance(t, Tensor))
