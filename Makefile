@@ -1,16 +1,21 @@
-# make serve: install, build, serve the bundled demo model on 127.0.0.1:8000
-# make test:  install, build, run the whole suite
+# make serve:       install, build, serve the bundled demo model on 127.0.0.1:8000
+# make test:        install, build, run the whole suite
+# make newest:      the server's tests on the newest versions that pyproject.toml allows, in .venv-newest
+# make constraints: write constraints.txt, the exact versions of the first two, anew
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
 JOBS ?= $(shell nproc)
 SERVE_ARGS ?=
 TEST_ARGS ?=
-SOURCES := pyproject.toml setup.py csrc/cuda/nvcc.py $(shell find CMakeLists.txt csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.def' -o -name CMakeLists.txt)
+SERVER_TESTS := $(wildcard tests/api tests/test_api_*.py tests/test_bench_*.py tests/test_cli*.py tests/test_config.py \
+  tests/test_engine_client.py tests/test_llm.py tests/test_serve.py)
+SOURCES := pyproject.toml constraints.txt setup.py csrc/cuda/nvcc.py $(shell find CMakeLists.txt csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.def' -o -name CMakeLists.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test quick lint asan clean
+.PHONY: serve test quick lint newest constraints asan clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -25,20 +30,35 @@ quick: $(VENV)/.test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/python tools/list_large.py
 
 # What the build needs; the package is then built without isolation, so torch is downloaded once.
-$(VENV)/.build:
+BUILD_REQUIRES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
+
+$(VENV)/.build: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --progress-bar off "torch>=2.11,<=2.13.0" "setuptools>=77" wheel "pybind11>=2.13" ninja "cmake>=3.26"
+	$(BIN)/python -c '$(BUILD_REQUIRES)' | $(BIN)/pip install -q --progress-bar off -c constraints.txt -r /dev/stdin
 	touch $@
 
 $(VENV)/.serve: $(VENV)/.build $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --progress-bar off --no-build-isolation -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --progress-bar off --no-build-isolation -c constraints.txt -e ".[bench]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.build $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --progress-bar off --no-build-isolation -e ".[test]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --progress-bar off --no-build-isolation -c constraints.txt -e ".[bench,test]"
 	touch $@ $(VENV)/.serve
+
+# Installed anew each time, since newer versions appear. The library that it builds serves .venv too: torch's ABI is stable.
+newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -c '$(BUILD_REQUIRES)' | $(NEWEST)/bin/pip install -q --progress-bar off -r /dev/stdin
+	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/pip install -q --progress-bar off --no-build-isolation -e ".[bench,test]"
+	$(NEWEST)/bin/pip list
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -P -m pytest -q -n $(JOBS) --dist loadfile $(SERVER_TESTS) $(TEST_ARGS)
+
+constraints: $(VENV)/.build
+	$(BIN)/pip install -q --progress-bar off "uv>=0.13,<0.14"
+	$(BIN)/python tools/make_constraints.py
 
 # Every kernel of every instruction set under the address and undefined-behaviour sanitizers.
 asan: $(VENV)/.build
@@ -47,4 +67,4 @@ asan: $(VENV)/.build
 	build/asan/csrc/tests/kernel_driver
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .cache
+	rm -rf build dist *.egg-info $(VENV) $(NEWEST) .cache

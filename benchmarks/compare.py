@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from machine import matrix_rate, read_bandwidth
+from machine import limits_of
 
 BIN = Path(sys.executable).parent
 START_SECONDS = 600
@@ -223,9 +223,9 @@ def compare_offline(options: argparse.Namespace) -> dict[str, Row]:
     for number in range(options.rounds):
         for threads in range(1, len(os.sched_getaffinity(0)) + 1):
             print(f"round {number + 1}: {threads} threads", file=sys.stderr, flush=True)
-            machine = results["machine"]
-            machine[f"{threads} threads", "read GB/s"].append(read_bandwidth(threads) / 1e9)
-            machine[f"{threads} threads", "fp32 product GFLOP/s"].append(matrix_rate(threads) / 1e9)
+            machine, limits = results["machine"], limits_of(threads)
+            machine[f"{threads} threads", "read GB/s"].append(limits.bandwidth / 1e9)
+            machine[f"{threads} threads", "fp32 product GFLOP/s"].append(limits.matrix_rate / 1e9)
             for name, speeds in (("fuseline", our_speeds), ("llama.cpp", llama_speeds)):
                 for figure, value in speeds(options, threads).items():
                     results[name][f"{threads} threads", figure].append(value)

@@ -24,6 +24,7 @@ from fuseline import _C
 from fuseline.api.bench.kernels import SHAPES
 from fuseline.compile.ops.linear import pack
 from fuseline.compile.target import detect_target
+from fuseline.compile.tuning.clock import HostClock
 
 LAYERS = {"135m": 30, "0.5b": 24}
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -72,17 +73,13 @@ def seconds(product: Product, rows: int, rounds: int) -> dict[str, float]:
     calls = [
         ways(product, torch.randn(product.num_out, product.num_in, dtype=torch.bfloat16), x) for _ in range(copies)
     ]
+    clock = HostClock(repeats=1, warm_ups=1)
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
             # The threads of the way before spin for a while: they would be timed too.
             time.sleep(PAUSE_SECONDS)
-            for is_timed in (False, True):
-                begin = time.perf_counter()
-                for copy in calls:
-                    copy[way]()
-                if is_timed:
-                    times[way].append((time.perf_counter() - begin) / copies)
+            times[way].append(clock(lambda way=way: [copy[way]() for copy in calls]) / copies)
     return {way: statistics.median(of_way) for way, of_way in times.items()}
 
 

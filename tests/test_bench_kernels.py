@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from fuseline.api.bench.kernels import Machine, Timing
 from fuseline.api.cli import main
 from fuseline.compile.backends.cpu_plan.single import SingleCall, single_call, time_call
 from fuseline.compile.kernels.registry import PlanCall, implementations
-from fuseline.compile.ops.library import Make, ModelShape
+from fuseline.compile.ops.library import Make, ModelShape, moved_bytes
 from fuseline.compile.ops.registry import registry
+from fuseline.compile.tuning import limits
 
 SMALL = ModelShape(64, 96, 4, 2, 16, 130)
 NATIVE = [op for name, op in registry().items() if name in implementations("cpu")]
@@ -46,6 +48,25 @@ def test_arithmetic_of_a_product() -> None:
     (work, *_) = registry()["linear_panels"].workloads(Make(torch.bfloat16, torch.Generator()), SMALL)
     assert work.label == "1 x 64 -> 128" and work.flops == 2 * 64 * 128
     assert single_call(registry()["linear_panels"], work.args).num_bytes == 2 * (64 + 64 * 128 + 128)
+
+
+@pytest.mark.parametrize("op", [op for op in NATIVE if op.workloads], ids=lambda op: op.name)
+def test_workloads_are_made_where_and_for_the_steps_that_are_asked_for(op) -> None:
+    """Every tensor on the device; 2,000 tokens fit what they are written to."""
+    make = Make(torch.bfloat16, torch.Generator().manual_seed(0), (1, 2000), "meta")
+    for work in op.workloads(make, SMALL):
+        assert all(arg.device.type == "meta" for arg in work.args if isinstance(arg, torch.Tensor))
+        assert moved_bytes(op, work) > 0
+    if op.name in ("add_rms_norm", "act_mul", "rope_cache", "write_cache"):
+        assert [work.label.split(" ")[0] for work in op.workloads(make, SMALL)] == ["1", "2000"]
+
+
+def test_what_a_work_moves() -> None:
+    """Arguments and results once, unless the work says it."""
+    ops, make = registry(), Make(torch.bfloat16, torch.Generator(), (3,))
+    (norm,), (rope,) = (list(ops[name].workloads(make, SMALL)) for name in ("add_rms_norm", "rope_cache"))
+    assert moved_bytes(ops["add_rms_norm"], norm) == 2 * (4 * 3 * 64 + 64)
+    assert moved_bytes(ops["rope_cache"], rope) == rope.num_bytes == 2 * 3 * 16 * (2 * 4 + 4 * 2 + 2)
 
 
 def test_large_tensors_are_read_from_memory(monkeypatch) -> None:
@@ -93,8 +114,8 @@ def test_the_table(small, capsys, tmp_path) -> None:
 
 
 def test_the_machine_is_measured(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(kernels, "PRODUCT_SIZE", 64)
+    small = partial(limits.measure_limits, num_bytes=1 << 20, size=64)
+    monkeypatch.setattr(limits, "measure_limits", small)
     before = torch.get_num_threads()
     try:
         machine = with_threads(1, lambda: kernels.measure_machine("float32", 1))

@@ -20,8 +20,11 @@ from fake_cuda import FakeCuda
 
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.kernels.cuda import library as cuda_library
+from fuseline.compile.tuning.clock import HostClock
+from fuseline.compile.tuning.limits import Limits
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_check"
+TRIAL = HostClock(repeats=1, warm_ups=0)
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "max_position_embeddings": 64,
@@ -139,10 +142,11 @@ def test_every_kernel_is_measured(tool) -> None:
     kernels, _, _, tables = tool
     sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16)
     found = tables.Table()
-    limits = kernels.measure_limits(sizes, "cpu", tables.HostClock(), found)
-    kernels.measure_kernels(sizes, CARD, tables.HostClock(), limits, found)
+    limits = kernels.measure_limits(sizes, "cpu", TRIAL, found)
+    kernels.measure_kernels(sizes, CARD, TRIAL, limits, found)
     names = " ".join(row[0] for row in found.rows)
-    for name in ("copy", "add_rms_norm", "act_mul", "rope_cache", "attention, decode 2", "prompt of 32", "greedy",
+    for name in ("copy", "add_rms_norm, 32 x 64", "act_mul, 32 x 48", "rope_cache, 32 x 4 + 2 heads",
+                 "attention, decode 2", "prompt of 32", "greedy",
                  "top_k", "linear of 16 rows, torch.linear", "linear of 16 rows, triton.linear",
                  "linear_act_mul of 1 rows, triton", "experts, 16 tokens x 2 of 4, triton.experts 64x128",
                  "linear, 64 x 48 -> 64, invariant", "decode 2 x 32, invariant"):  # fmt: skip
@@ -164,7 +168,7 @@ def test_what_fails_is_marked_and_the_file_holds_what_was_measured(tool, tmp_pat
         kernels.Case("fine", lambda: None, moved=1),
     ]  # fmt: skip
     with pytest.raises(RuntimeError, match="1 failed: no$"):
-        kernels.measure_cases(cases, tables.HostClock(), tables.Limits(1.0, 1.0), found)
+        kernels.measure_cases(cases, TRIAL, Limits(1.0, 1.0), found)
     assert [row[0] for row in found.rows] == ["no", "tuning", "fine"]
     assert found.rows[0][1] == found.rows[1][1] == "FAILED: RuntimeError: out of resource"
     assert (tmp_path / "table.md").read_text() == found.text("a card")
@@ -177,12 +181,12 @@ def test_every_kernel_in_cpp_is_measured(tool) -> None:
     sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32)
     found = tables.Table()
     cases = cpp.cases(sizes, kernels.Made(sizes, "cpu"), cuda_twin.twin())
-    kernels.measure_cases(cases, tables.HostClock(), tables.Limits(1e9, 1e9), found)
+    kernels.measure_cases(cases, TRIAL, Limits(1e9, 1e9), found)
     names = " ".join(row[0] for row in found.rows)
     for name in (
-        "add_rms_norm of 1 rows",
-        "act_mul",
-        "rope_cache",
+        "add_rms_norm, 1 x 64, C++",
+        "act_mul, 32 x 48, C++",
+        "rope_cache, 32 x 4 + 2 heads, C++",
         "decode 2 x 32",
         "48 -> 64",
         "linear_act_mul of 16",
@@ -196,12 +200,12 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
 
     load, found = llama.small(llama.Load()), tables.Table()
     runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
-    llama.measure_model(runner, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
+    llama.measure_model(runner, load, Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows] == [
         "graphs: 1 of 1 sizes whole, 1 of 1 in pieces", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
         "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
-    overlap.measure_overlap(runner, CARD, load, tables.Limits(1e9, 1e9), found, FakeGraphs())
+    overlap.measure_overlap(runner, CARD, load, Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows[-2:]] == [
         "decode 1 x 20, one after the other", "decode 1 x 20, early launches off",
     ]  # fmt: skip
@@ -226,7 +230,7 @@ def test_early_launches_are_compared(tool) -> None:
     for lib, wrong in ((cuda_twin.twin(), 0), (loses, 2 * 2 * 2)):
         found = tables.Table()
         make = kernels.Made(sizes, "cpu")
-        assert check_overlap(sizes, make, lib, FakeGraphs(), found, tables.HostClock(), num_replays=2) == wrong
+        assert check_overlap(sizes, make, lib, FakeGraphs(), found, TRIAL, num_replays=2) == wrong
         names = [row[0] for row in found.rows]
         assert names[1:3] == ["chain of 1 rows, one after the other", "chain of 1 rows, early"] and len(names) == 6
 
@@ -242,7 +246,7 @@ def test_early_launches_are_a_part_of_the_models(tool, monkeypatch, capsys, has_
     sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
     library = cuda_twin.twin() if has_library else None
     # What was recorded is replayed by nobody, and so differs from what is launched.
-    assert models.check_early_launches(library, sizes, "cpu", tables.HostClock, num_replays=1) == has_library
+    assert models.check_early_launches(library, sizes, "cpu", lambda: TRIAL, num_replays=1) == has_library
     assert ("overlap HEADS: DIFFERS" in capsys.readouterr().out) == has_library
 
 

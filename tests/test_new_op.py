@@ -30,7 +30,7 @@ OP = '''
 import torch
 from torch import Tensor
 
-from fuseline.compile.ops.library import TOKENS, Workload, op
+from fuseline.compile.ops.library import Workload, op
 
 
 def scale_inputs(make):
@@ -39,7 +39,7 @@ def scale_inputs(make):
 
 
 def scale_workloads(make, shape):
-    for tokens in TOKENS:
+    for tokens in shape.tokens:
         yield Workload(f"{tokens} rows", (make.fill(1, tokens, shape.hidden_size), make.fill(shape.hidden_size)))
 
 

@@ -24,8 +24,8 @@ from fuseline.compile.kernels.registry import ANY, Implementation
 from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.ops.registry import op_of
+from fuseline.compile.tuning import clock as clocks
 from fuseline.compile.tuning import kernels as tune_card
-from fuseline.compile.tuning import timer as card_timer
 from fuseline.compile.tuning.calls import CallMaker, has_constants
 from fuseline.compile.tuning.kernels import Problem, is_choice, tune_kernels
 from fuseline.compile.tuning.timer import Arguments, CardTimer
@@ -333,9 +333,9 @@ class FakeEvent:
 
 
 def timer_on(cuda: FakeCuda, monkeypatch) -> CardTimer:
-    monkeypatch.setattr(card_timer, "FLUSHED", 16)
+    monkeypatch.setattr(clocks, "FLUSHED_BYTES", 16)
     for name, value in {
-        "Stream": lambda: cuda, "stream": lambda stream: nullcontext(), "current_stream": lambda: None,
+        "Stream": lambda: cuda, "stream": lambda stream: nullcontext(), "current_stream": lambda: cuda,
         "CUDAGraph": cuda.graph, "graph_pool_handle": lambda: (0, 1), "Event": lambda enable_timing: FakeEvent(cuda),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -80,8 +81,10 @@ def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> st
 
 
 def main() -> int:
-    text = make_text()
-    if "--check" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit status 1 when the file is out of date")
+    is_check, text = parser.parse_args().check, make_text()
+    if is_check:
         return 0 if TARGET.exists() and TARGET.read_text() == text else 1
     TARGET.write_text(text)
     return 0

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from fuseline.api.bench.files import save_json
@@ -24,7 +23,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "0.5b": (896, 4864, 14, 2, 64, 151936),  # Qwen2.5-0.5B
 }
 """The fields of ModelShape."""
-READ_BYTES, PRODUCT_SIZE = 1 << 30, 1536
 MAX_REPEATS = 10_000
 
 
@@ -104,34 +102,19 @@ def _checked(options: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def measure_machine(dtype: str, cpu_threads: int) -> Machine:
-    """Also sets the threads that kernels run on.
-
-    The rate of bf16 products is twice that of torch's fp32 product where the CPU has an instruction for them.
-    """
+    """Also sets the threads that kernels run on."""
     import torch
 
     from fuseline import _C
     from fuseline.compile.target import detect_target
+    from fuseline.compile.tuning.clock import HostClock
+    from fuseline.compile.tuning.limits import measure_limits
 
     threads = detect_target(cpu_threads).num_threads
     _C.set_num_threads(threads)
     torch.set_num_threads(threads)
-    data = torch.ones(READ_BYTES // 8, dtype=torch.float64)
-    bandwidth = READ_BYTES / _fastest(data.sum)
-    a, b = torch.rand(PRODUCT_SIZE, PRODUCT_SIZE), torch.rand(PRODUCT_SIZE, PRODUCT_SIZE)
-    flops = 2 * PRODUCT_SIZE**3 / _fastest(lambda: a @ b)
-    is_double = dtype == "bfloat16" and _C.cpu_isa().endswith("bf16")
-    return Machine(_C.cpu_isa(), threads, bandwidth, flops * (2 if is_double else 1))
-
-
-def _fastest(run: Callable[[], object], repeats: int = 7) -> float:
-    """Shortest seconds: what the machine can do, whatever neighbours took of the others."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    limits = measure_limits(HostClock(), "cpu", getattr(torch, dtype))
+    return Machine(_C.cpu_isa(), threads, limits.bandwidth, limits.matrix_rate)
 
 
 def time_kernels(

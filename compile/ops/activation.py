@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 
 ACTIVATIONS = {
     codes.UNARY["silu"]: F.silu,
@@ -29,7 +29,7 @@ def act_mul_inputs(make: Make) -> Iterator[tuple]:
 def act_mul_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     """The two halves of one product."""
     width = shape.intermediate_size
-    for tokens in TOKENS:
+    for tokens in make.tokens:
         joined = make.fill(1, tokens, 2 * width)
         yield Workload(f"{tokens} x {width}", (joined[..., :width], joined[..., width:], codes.UNARY["silu"]))
 

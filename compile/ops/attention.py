@@ -14,7 +14,6 @@ from fuseline.compile.ops.attention_batch import AttentionLayer, make_batch
 from fuseline.compile.ops.library import (
     DECODE,
     PREFILL,
-    TOKENS,
     CallShape,
     Make,
     ModelShape,
@@ -85,8 +84,8 @@ def paged_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Workloa
         blocks = keys // block_size
         caches = (make.fill(sequences * blocks, shape.num_kv_heads, block_size, dim) for _ in "kv")
         table = make.order(sequences * blocks).reshape(sequences, blocks).int()
-        starts = (torch.arange(sequences + 1) * tokens).int()
-        lengths = torch.full((sequences,), keys).int()
+        starts = (torch.arange(sequences + 1, device=make.device) * tokens).int()
+        lengths = torch.full((sequences,), keys, device=make.device).int()
         query = make.fill(1, shape.num_heads, sequences * tokens, dim)
         seen = keys if tokens == 1 else (keys + 1) / 2
         yield Workload(
@@ -97,7 +96,7 @@ def paged_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Workloa
 
 
 def gather_rows_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    for rows in TOKENS[1:]:
+    for rows in make.tokens[1:]:
         width = shape.hidden_size
         moved = 2 * rows * width * make.dtype.itemsize
         yield Workload(f"{rows} x {width} of 2048", (make.fill(2048, width), make.ids(2048, rows)), num_bytes=moved)

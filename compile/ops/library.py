@@ -157,20 +157,32 @@ class Make:
 
     dtype: torch.dtype
     generator: torch.Generator
+    tokens: tuple[int, ...] = TOKENS
+    """Tokens of the steps that workloads are made for."""
+    device: str = "cpu"
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=self.generator) * scale).to(self.dtype)
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.device, self.dtype)
 
     def fill(self, *shape: int) -> torch.Tensor:
         """The same number everywhere: quick to make, and as good as any other to time."""
-        return torch.full(shape, 0.01, dtype=self.dtype)
+        return torch.full(shape, 0.01, dtype=self.dtype, device=self.device)
 
     def ids(self, below: int, *shape: int) -> torch.Tensor:
-        return torch.randint(below, shape, generator=self.generator)
+        return torch.randint(below, shape, generator=self.generator).to(self.device)
 
     def order(self, count: int) -> torch.Tensor:
         """0 .. count - 1, shuffled."""
-        return torch.randperm(count, generator=self.generator)
+        return torch.randperm(count, generator=self.generator).to(self.device)
+
+
+def moved_bytes(op: Op, work: Workload) -> int:
+    """Bytes that the work has to move: as it says, or all tensors among arguments and results, once."""
+    if work.num_bytes:
+        return work.num_bytes
+    results = op.fake(*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in work.args))
+    tensors = (*work.args, *(results if isinstance(results, tuple) else (results,)))
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 def op(

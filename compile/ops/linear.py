@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import act_mul
-from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 from fuseline.compile.ops.moe import EXPERT_WEIGHTS, experts
 
 PANEL = 16
@@ -60,7 +60,7 @@ def linear_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     d, width = shape.hidden_size, shape.intermediate_size
     joined = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     products = [(1, joined, d), (1, d, shape.num_heads * shape.head_dim), (1, 2 * width, d), (1, d, width)]
-    products += [(1, shape.vocab_size, d), *((tokens, 2 * width, d) for tokens in TOKENS[1:])]
+    products += [(1, shape.vocab_size, d), *((tokens, 2 * width, d) for tokens in make.tokens[1:])]
     for tokens, num_out, num_in in products:
         panels = make.fill(-(-num_out // PANEL), num_in, PANEL)
         args = (make.fill(1, tokens, num_in), panels, None, num_out)
@@ -70,7 +70,7 @@ def linear_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 def embedding_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     d = shape.hidden_size
     panels = make.fill(-(-shape.vocab_size // PANEL), d, PANEL)
-    for tokens in TOKENS:
+    for tokens in make.tokens:
         moved = 2 * tokens * d * make.dtype.itemsize
         args = (make.ids(shape.vocab_size, 1, tokens), panels, shape.vocab_size)
         yield Workload(f"{tokens} x {d} of {shape.vocab_size}", args, num_bytes=moved)
@@ -81,8 +81,8 @@ def experts_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     d, num, chosen = shape.hidden_size, shape.num_experts, shape.num_experts_per_tok
     width = shape.intermediate_size // chosen // PANEL * PANEL
     first, second = make.fill(num, 2 * width // PANEL, d, PANEL), make.fill(num, d // PANEL, width, PANEL)
-    for tokens in TOKENS:
-        ids = torch.arange(tokens * chosen).reshape(tokens, chosen) % num
+    for tokens in make.tokens:
+        ids = torch.arange(tokens * chosen, device=make.device).reshape(tokens, chosen) % num
         used = min(num, tokens * chosen) * 3 * d * width + 2 * tokens * d
         yield Workload(
             f"{tokens} x {chosen} of {num}, {d} -> {width}",

@@ -10,7 +10,6 @@ from torch import Tensor
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import ACTIVATIONS
 from fuseline.compile.ops.library import (
-    TOKENS,
     CallShape,
     Make,
     ModelShape,
@@ -100,7 +99,7 @@ def route_topk_inputs(make: Make) -> Iterator[tuple]:
 
 def route_topk_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     num, chosen = shape.num_experts, shape.num_experts_per_tok
-    for tokens in TOKENS:
+    for tokens in make.tokens:
         scores = make.normal(tokens, num)
         yield Workload(f"{tokens} x {chosen} of {num}", (scores, chosen, codes.ROUTE_SOFTMAX_TOPK, 1, make.dtype))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import TOKENS, Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 
 MODES = (codes.NORM_CAST_THEN_SCALE, codes.NORM_SCALE_THEN_CAST, codes.NORM_ONE_PLUS)
 
@@ -26,7 +26,7 @@ def norm_workloads(num_inputs: int, takes_bias: bool) -> Callable[[Make, ModelSh
 
     def workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
         d = shape.hidden_size
-        for tokens in TOKENS:
+        for tokens in make.tokens:
             rows = tuple(make.fill(1, tokens, d) for _ in range(num_inputs))
             rest = (make.fill(d), 1e-5) if takes_bias else (1e-5, codes.NORM_CAST_THEN_SCALE)
             yield Workload(f"{tokens} x {d}", (*rows, make.fill(d), *rest))

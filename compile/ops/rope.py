@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import ROWS, TOKENS, CallShape, Make, ModelShape, StepSize, Workload, op
+from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, StepSize, Workload, op
 from fuseline.compile.specs import FP8_DTYPES
 
 FP8 = tuple(getattr(torch, name) for name in dict.fromkeys(FP8_DTYPES.values()))
@@ -91,7 +91,14 @@ def heads(make: Make, shape: ModelShape, tokens: int, *counts: int) -> tuple[Ten
 
 
 def caches(make: Make, shape: ModelShape) -> tuple[Tensor, Tensor]:
-    return tuple(make.fill(64, shape.num_kv_heads, 16, shape.head_dim) for _ in "kv")
+    """With room for 1,024 tokens, or for as many as a step has."""
+    num_blocks = max(64, -(-max(make.tokens) // 16))
+    return tuple(make.fill(num_blocks, shape.num_kv_heads, 16, shape.head_dim) for _ in "kv")
+
+
+def slots_for(make: Make, cache: Tensor, tokens: int) -> Tensor:
+    """Places anywhere in the cache [N, K, B, D]."""
+    return make.order(cache.shape[0] * cache.shape[2])[:tokens]
 
 
 def turning(make: Make, shape: ModelShape, tokens: int) -> tuple[Tensor, ...]:
@@ -101,7 +108,7 @@ def turning(make: Make, shape: ModelShape, tokens: int) -> tuple[Tensor, ...]:
 
 
 def rope_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    for tokens in TOKENS:
+    for tokens in make.tokens:
         (q,) = heads(make, shape, tokens, shape.num_heads)
         rest = (*turning(make, shape, tokens), shape.head_dim, codes.ROPE_HALF)
         moved = (2 * q.numel() + 2 * tokens * shape.head_dim) * make.dtype.itemsize
@@ -109,17 +116,19 @@ def rope_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 
 def write_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    for tokens in TOKENS:
+    for tokens in make.tokens:
         k, v = heads(make, shape, tokens, shape.num_kv_heads, shape.num_kv_heads)
-        args = (*caches(make, shape), k, v, make.order(64 * 16)[:tokens])
+        kept = caches(make, shape)
+        args = (*kept, k, v, slots_for(make, kept[0], tokens))
         yield Workload(f"{tokens} x {shape.num_kv_heads} heads", args, num_bytes=4 * k.numel() * make.dtype.itemsize)
 
 
 def rope_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    for tokens in TOKENS:
+    for tokens in make.tokens:
         q, k, v = heads(make, shape, tokens, shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-        slots = make.order(64 * 16)[:tokens]
-        args = (*caches(make, shape), q, k, v, *turning(make, shape, tokens), slots, shape.head_dim, codes.ROPE_HALF)
+        kept = caches(make, shape)
+        slots = slots_for(make, kept[0], tokens)
+        args = (*kept, q, k, v, *turning(make, shape, tokens), slots, shape.head_dim, codes.ROPE_HALF)
         moved = (2 * q.numel() + 4 * k.numel() + 2 * tokens * shape.head_dim) * make.dtype.itemsize
         yield Workload(f"{tokens} x {shape.num_heads} + {shape.num_kv_heads} heads", args, num_bytes=moved)
 

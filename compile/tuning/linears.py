@@ -7,10 +7,10 @@ A choice says which weights lie side by side in registers and how many a thread 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import cpu_features
+from fuseline.compile.tuning.clock import times_in_turns
 from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
 
 TUNE_LEVEL = 3
@@ -81,15 +82,16 @@ def seconds_of(product: Product, rows: int, choices: Sequence[int]) -> list[floa
     x = torch.randn(rows, product.panels[0].shape[1]).to(product.dtype)
     out = torch.empty(rows, product.num_out, dtype=product.dtype)
 
-    def one_round(choice: int) -> float:
-        begin = time.perf_counter()
+    def one_round(choice: int) -> None:
         for panels in product.panels:
             torch.ops.fuseline_cpu.linear(out, x, panels, product.bias, product.num_out, choice)
-        return (time.perf_counter() - begin) / len(product.panels)
 
-    if one_round(0) > SLOW_SECONDS:
+    num_calls = len(product.panels)
+    ((first,),) = times_in_turns([partial(one_round, 0)], 1)
+    if first > SLOW_SECONDS * num_calls:
         return [0.0] * len(choices)
-    return [min(times) for times in zip(*([one_round(c) for c in choices] for _ in range(ROUNDS)), strict=True)]
+    times = times_in_turns([partial(one_round, choice) for choice in choices], ROUNDS)
+    return [min(found) / num_calls for found in times]
 
 
 def _nodes(graph: fx.GraphModule) -> dict[Shape, list[fx.Node]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from fuseline.compile.backends.cuda.graph_api import recording
 from fuseline.compile.kernels.registry import Implementation
+from fuseline.compile.tuning.clock import DeviceClock
 
-FLUSHED = 256 << 20
-"""Bytes written to leave nothing else in the L2 cache."""
 REPEATS = 7
 
 
@@ -32,11 +30,10 @@ class Timer(Protocol):
 
 
 class CardTimer:
-    """Median of CUDA events around a graph of the calls, which the host cannot hold up; the L2 cache holds nothing of
-    theirs before a replay."""
+    """Time of a captured graph of the calls, which the host cannot hold up; the L2 cache is cold before a replay."""
 
     def __init__(self, device: str = "cuda") -> None:
-        self._other = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+        self._clock = DeviceClock(device, REPEATS, warm_ups=1)
         self._stream = torch.cuda.Stream()
 
     def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
@@ -49,15 +46,4 @@ class CardTimer:
             with recording() as graph:
                 for args in arguments.calls:
                     candidate.run(*args)
-            return self._median(graph) / len(arguments.calls)
-
-    def _median(self, graph: torch.cuda.CUDAGraph) -> float:
-        graph.replay()
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-        for begin, end in pairs:
-            self._other.zero_()
-            begin.record()
-            graph.replay()
-            end.record()
-        self._stream.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+            return self._clock(graph.replay) / len(arguments.calls)

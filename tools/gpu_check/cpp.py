@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from kernels import SILU, Case, Made, Sizes, decode_arguments, head_arguments
+from kernels import SILU, Case, Made, Sizes, decode_arguments, line_cases
 
 from fuseline.compile.kernels.cuda import activation as cuda_activation
 from fuseline.compile.kernels.cuda import attention as cuda_attention
@@ -22,16 +23,9 @@ def cases(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
 
 
 def _lines(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
-    for tokens in (1, s.tokens):
-        x, weight = make(tokens, s.hidden), make(s.hidden)
-        yield Case(
-            f"add_rms_norm of {tokens} rows, C++",
-            lambda x=x, w=weight: cuda_norm.add_rms_norm(lib, x, x, w, 1e-5, 0), 4 * x.nbytes,
-        )  # fmt: skip
-    gate, up = make(s.tokens, 2 * s.inner).split(s.inner, -1)
-    yield Case("act_mul, C++", lambda: cuda_activation.act_mul(lib, gate, up, SILU), 3 * gate.numel() * 2)
-    args, moved = head_arguments(s, make)
-    yield Case("rope_cache, C++", lambda: cuda_rope.rope_cache(lib, *args), moved)
+    kernels = (cuda_norm.add_rms_norm, cuda_activation.act_mul, cuda_rope.rope_cache)
+    runs = {kernel.__name__: partial(kernel, lib) for kernel in kernels}
+    return line_cases(s, make.device, runs, (1, s.tokens), ", C++")
 
 
 def _attention(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:

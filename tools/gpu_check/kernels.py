@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
 import torch
-from table import Clock, Limits, Table, microseconds, share_of
+from table import Table, microseconds, share_of
 from torch import Tensor
 
 from fuseline.compile.kernels.registry import Implementation, OpCall
@@ -16,9 +16,12 @@ from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.kernels.triton import activation, attention, matmul, norm, rope, sampling
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.attention_batch import AttentionLayer, make_batch
-from fuseline.compile.ops.library import DECODE, PREFILL, ROWS
+from fuseline.compile.ops.library import DECODE, PREFILL, ROWS, Make, ModelShape, moved_bytes
 from fuseline.compile.ops.registry import registry
 from fuseline.compile.target import Target
+from fuseline.compile.tuning import limits as machine
+from fuseline.compile.tuning.clock import Clock
+from fuseline.compile.tuning.limits import Limits
 
 TABLE = "block_table_0"
 SILU = codes.UNARY["silu"]
@@ -56,14 +59,10 @@ class Case:
 
 
 def measure_limits(sizes: Sizes, device: str, clock: Clock, table: Table) -> Limits:
-    source = torch.empty(sizes.copied, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * sizes.copied / clock(lambda: target.copy_(source))
-    a, b = (torch.randn(sizes.square, sizes.square, device=device).bfloat16() for _ in range(2))
-    rate = 2 * sizes.square**3 / clock(lambda: a @ b)
-    table.add("copy, read and written", f"{bandwidth / 1e12:.2f} TB/s")
-    table.add(f"bf16 product of {sizes.square}^3", f"{rate / 1e12:.0f} TFLOP/s")
-    return Limits(bandwidth, rate)
+    limits = machine.measure_limits(clock, device, torch.bfloat16, sizes.copied, sizes.square)
+    table.add("copy, read and written", f"{limits.bandwidth / 1e12:.2f} TB/s")
+    table.add(f"bf16 product of {sizes.square}^3", f"{limits.matrix_rate / 1e12:.0f} TFLOP/s")
+    return limits
 
 
 def measure_kernels(sizes: Sizes, target: Target, clock: Clock, limits: Limits, table: Table) -> None:
@@ -123,26 +122,21 @@ class Made:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
 
 
+def line_cases(
+    s: Sizes, device: str, runs: Mapping[str, Callable], tokens: tuple[int, ...], label: str = ""
+) -> Iterator[Case]:
+    """Each op of `runs` on the workloads that it declares, for steps of so many tokens; `label` ends the names."""
+    make = Make(torch.bfloat16, torch.Generator().manual_seed(0), tokens, device)
+    shape = ModelShape(s.hidden, s.inner, s.heads, s.kv_heads, s.head_dim, s.vocab, s.num_experts)
+    for name, run in runs.items():
+        declared = registry()[name]
+        for work in declared.workloads(make, shape):
+            yield Case(f"{name}, {work.label}{label}", partial(run, *work.args), moved_bytes(declared, work))
+
+
 def _lines(s: Sizes, make: Made) -> Iterator[Case]:
-    x, weight = make(s.tokens, s.hidden), make(s.hidden)
-    yield Case("add_rms_norm", lambda: norm.add_rms_norm(x, x, weight, 1e-5, 0), 4 * x.nbytes)
-    joined = make(s.tokens, 2 * s.inner)
-    gate, up = joined.split(s.inner, -1)
-    yield Case("act_mul", lambda: activation.act_mul(gate, up, SILU), 3 * gate.numel() * 2)
-    args, moved = head_arguments(s, make)
-    yield Case("rope_cache", lambda: rope.rope_cache(*args), moved)
-
-
-def head_arguments(s: Sizes, make: Made) -> tuple[tuple, int]:
-    """Of rope_cache for a prompt, and the bytes it moves."""
-    q, k = (
-        make(1, s.tokens, s.heads, s.head_dim).transpose(1, 2),
-        make(1, s.tokens, s.kv_heads, s.head_dim).transpose(1, 2),
-    )
-    caches = make(2, s.tokens // 16 + 1, s.kv_heads, 16, s.head_dim)
-    tables, at = make(s.tokens, s.head_dim), make.ints(torch.arange(s.tokens), torch.int64)
-    args = (*caches, q, k, k, tables, tables, at, at, s.head_dim, 0)
-    return args, 2 * (q.nbytes + 2 * k.nbytes) + 2 * tables.nbytes
+    runs = {"add_rms_norm": norm.add_rms_norm, "act_mul": activation.act_mul, "rope_cache": rope.rope_cache}
+    return line_cases(s, make.device, runs, (s.tokens,))
 
 
 def _attention(s: Sizes, target: Target) -> Iterator[Case]:

@@ -26,10 +26,12 @@ from llama import Load, Runner, against_transformers, measure_model
 from mixed import measure_mixed
 from overlap import measure_overlap
 from serving import Batch, measure_serving
-from table import CardClock, Limits, Table, is_card_lost
+from table import Table, is_card_lost
 
 from fuseline.compile.kernels.cuda.library import library_for
 from fuseline.compile.target import detect_target
+from fuseline.compile.tuning.clock import Clock, DeviceClock
+from fuseline.compile.tuning.limits import Limits
 from fuseline.engine.run.card import CudaDevice
 
 Part = tuple[str, Callable[[], object]]
@@ -38,7 +40,7 @@ Part = tuple[str, Callable[[], object]]
 def main(out: Path, num_done: int = 0) -> int:
     """`num_done`: parts that a process before this one has been through, the last of them in vain."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    table, clock, sizes = Table.resumed(out) if num_done else Table(out, title()), CardClock(), Sizes()
+    table, clock, sizes = Table.resumed(out) if num_done else Table(out, title()), DeviceClock(), Sizes()
     limits = measure_limits(sizes, "cuda", clock, table)
     with tempfile.TemporaryDirectory() as folder:
         parts = model_parts(Path(folder), limits, table, num_done > 0) + kernel_parts(sizes, clock, limits, table)
@@ -92,7 +94,7 @@ def model_parts(folder: Path, limits: Limits, table: Table, is_resumed: bool) ->
     ]
 
 
-def kernel_parts(sizes: Sizes, clock: CardClock, limits: Limits, table: Table) -> list[Part]:
+def kernel_parts(sizes: Sizes, clock: Clock, limits: Limits, table: Table) -> list[Part]:
     return [
         ("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table)),
         ("kernels in C++", lambda: measure_cpp(sizes, clock, limits, table)),
@@ -119,7 +121,7 @@ class Once:
         torch.cuda.empty_cache()
 
 
-def measure_cpp(sizes: Sizes, clock: CardClock, limits: Limits, table: Table) -> None:
+def measure_cpp(sizes: Sizes, clock: Clock, limits: Limits, table: Table) -> None:
     library = library_for(detect_target(device="cuda"))
     if library is None:
         raise RuntimeError("not built: nvcc is not installed, or the library does not load")

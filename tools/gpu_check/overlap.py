@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from kernels import SILU, Made, Sizes
 from llama import Load, Runner
-from table import Clock, Limits, Table, microseconds, share_of
+from table import Table, microseconds, share_of
 from torch import Tensor
 
 from fuseline.compile.backends.cuda.graph_api import GraphApi
@@ -20,6 +20,8 @@ from fuseline.compile.kernels.cuda import rope as cuda_rope
 from fuseline.compile.kernels.cuda.attention import decode_or_triton
 from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap, library_for
 from fuseline.compile.target import Target
+from fuseline.compile.tuning.clock import Clock
+from fuseline.compile.tuning.limits import Limits
 
 BLOCK = 16
 CONTEXT = 600  # keys of a sequence: several splits, so that attention is two kernels

@@ -1,57 +1,17 @@
-"""Rows of the one table, and the clock that fills them."""
+"""Rows of the one table."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
+from fuseline.compile.tuning.clock import Clock, DeviceClock
+from fuseline.compile.tuning.limits import Limits
 
-class Clock(Protocol):
-    """Seconds that the device takes for a call, between two moments of its own."""
-
-    def __call__(self, call: Callable[[], object], repeats: int = 20) -> float: ...
-
-
-class CardClock:
-    """Median of CUDA events; the L2 cache is filled with something else before each call."""
-
-    def __init__(self) -> None:
-        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def __call__(self, call: Callable[[], object], repeats: int = 20) -> float:
-        for _ in range(3):
-            call()
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for begin, end in pairs:
-            self._flush.zero_()
-            begin.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
-
-
-class HostClock:
-    """For trials without a card."""
-
-    def __call__(self, call: Callable[[], object], repeats: int = 1) -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the card was measured to do in the same run: bytes moved and multiplications-and-additions (2 each), a s."""
-
-    bandwidth: float
-    matrix_rate: float
+__all__ = ["CardClock", "Clock", "Limits", "Table", "is_card_lost", "microseconds", "share_of"]
+CardClock = DeviceClock
 
 
 @dataclass

@@ -5,13 +5,13 @@ Both run on the same random inputs, in the sizes of a decode step of one sequenc
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS
+from fuseline.compile.tuning.clock import times_in_turns
 
 STEPS = {(1, 1, 2, 1, 16, 32): 16, (16, 16, 17, 16, 16, 32): 4, (256, 2, 3, 2, 16, 32): 1}
 """Values of SYMBOLS in the steps that are tried, and how often each counts: decode steps are many."""
@@ -84,13 +84,5 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
 
 def _time(compiled: Run, eager: Run, made: list[Tensor]) -> list[float]:
     """Seconds of each, the fastest of many calls in turns: a busy machine slows some of both."""
-    best = [float("inf")] * 2
-    deadline = time.perf_counter() + TIMING_SECONDS
-    for _ in range(MAX_ROUNDS):
-        for which, run in enumerate((compiled, eager)):
-            begin = time.perf_counter()
-            run(made)
-            best[which] = min(best[which], time.perf_counter() - begin)
-        if time.perf_counter() > deadline:
-            break
-    return best
+    times = times_in_turns([lambda: compiled(made), lambda: eager(made)], MAX_ROUNDS, TIMING_SECONDS)
+    return [min(found) for found in times]
