@@ -21,7 +21,7 @@ from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import load_weights
-from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
+from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig
 from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, Stages, run_passes
@@ -47,6 +47,7 @@ def compile_model(
     config: CompileConfig, target: Target, progress: Progress | None = None, graphs: GraphConfig | None = None
 ) -> CompiledModel | CudaModel:
     """Raises CaptureError or LoadError, one line each. `graphs` are those that a card captures."""
+    config = _with_dtype_of(config, target)
     report_progress = progress or (lambda phase, done, total: None)
     _C.set_num_threads(target.num_threads)
     torch.set_num_threads(target.num_threads)
@@ -93,6 +94,7 @@ def optimize(
 
     `keep`: for the next start, which then runs no pass.
     """
+    config = _with_dtype_of(config, target)
     captured = load_or_capture(config)
     limit, switch = model_limit(config, captured.facts), captured.rope_switch
     rope_rows = 2 * switch.table_rows if switch else limit
@@ -101,6 +103,11 @@ def optimize(
     if keep:
         save_optimized(config, target, captured, result)
     return captured, result
+
+
+def _with_dtype_of(config: CompileConfig, target: Target) -> CompileConfig:
+    """fp16 stays fp16 on a card, which computes it as fast as bf16."""
+    return replace(config, dtype=STORED) if config.dtype == "auto" and target.kind == "cuda" else config
 
 
 def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:

@@ -17,6 +17,10 @@ MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 beyond, products take longer than their launches do."""
 
 
+STORED = "stored"
+"""As `dtype` what auto means on a card: the checkpoint's, whatever it is. No flag has it."""
+
+
 @dataclass(frozen=True)
 class CompileConfig:
     """Settings of one compiled model.

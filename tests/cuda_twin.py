@@ -20,8 +20,10 @@ import nvcc as toolkit  # noqa: E402
 
 COMMAND = (
     "g++", "-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-    f"-I{CSRC}", f"-I{CSRC / 'include'}",
+    "-U_FORTIFY_SOURCE", "-fno-gnu-unique", f"-I{CSRC}", f"-I{CSRC / 'include'}",
 )  # fmt: skip
+"""Some g++ (Ubuntu's) fortify by themselves: a longjmp to another thread's stack then ends the process. A unique symbol
+would be the same object for this library and for a card's in one process."""
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def twin() -> CudaLibrary:
         objects = [own / f"{source.stem}.o" for source in toolkit.SOURCES]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(_compile, toolkit.SOURCES, objects))
-        subprocess.run(["g++", "-shared", *objects, "-o", own / "twin.so"], check=True)
+        subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", own / "twin.so"], check=True)
         os.replace(own / "twin.so", library)
     return CudaLibrary(library)
 

@@ -59,6 +59,24 @@ def test_streamed_weights_are_those_of_the_host(family: str, block_bytes: int, m
     assert 1 < copies.most_under_way <= sinks.NUM_BUFFERS, "the next block is read while others are copied"
 
 
+def test_dummy_weights_are_made_on_the_card(monkeypatch) -> None:
+    """Where nothing can be copied from a host, but what a pass or the checkpoint's config has computed."""
+
+    class Generator:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "meta"
+
+        def manual_seed(self, seed: int) -> None:
+            """None takes the device's own."""
+
+    config = CompileConfig(model=str(checkpoint("llama", "float32")), load_format="dummy")
+    captured, copies = described(config), LateCopies()
+    monkeypatch.setattr(torch, "Generator", Generator)
+    requests = {key: source for key, source in everything(captured).items() if source.names[0] in captured.parameters}
+    found = load_weights(requests, captured, config, sink=DeviceSink(torch.device("meta"), copies=copies))
+    assert {tensor.device.type for tensor in found.values()} == {"meta"} and copies.most_under_way == 0
+
+
 PEAK = """
 import sys, torch
 from test_weights import CompileConfig, described, everything, load_weights

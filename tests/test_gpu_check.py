@@ -100,6 +100,27 @@ def test_a_stage_that_takes_too_long_leaves_nothing_running(tool, tmp_path, monk
     assert main.run(main.Stage("models", 9), None) == "exit status 3"
 
 
+def test_tests_that_failed_are_known_though_the_stage_was_killed(tool, tmp_path, monkeypatch, capsys) -> None:
+    """And run first the next time; a run that finds nothing leaves nothing to print."""
+    main = main_of_tool(tmp_path, monkeypatch)
+    tests = tmp_path / "test_some.py"
+    tests.write_text("import time\ndef test_fine(): pass\ndef test_bad(): assert 0\ndef test_slow(): time.sleep(60)\n")
+    script = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "on_card", "-p", "no:cacheprovider", "-c", "/dev/null",
+              "--rootdir", str(tmp_path), "--failures", str(tmp_path), str(tests)]  # fmt: skip
+    monkeypatch.setattr(main, "command", lambda name, args: script)
+    monkeypatch.setattr(main, "STAGES", (main.Stage("tests", 25),))
+    monkeypatch.setattr(main, "missing_card", lambda: "")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--only", "tests"])
+    assert main.main() == 1
+    assert "  failed: test_some.py::test_bad\ngpu_check: tests: not done after 25 s" in capsys.readouterr().out
+    tests.write_text(tests.read_text().replace("assert 0", "pass").replace("60", "0"))
+    assert main.failures.now(tmp_path) == ["test_some.py::test_bad"], "of the run that was killed"
+    main.failures.begin(tmp_path)
+    ordered = subprocess.run([*script, "-vv"], env=main.environment(), capture_output=True, text=True).stdout
+    assert ordered.index("test_bad") < ordered.index("test_fine")
+    assert main.failures.now(tmp_path) == [] and main.failures.before(tmp_path) == ["test_some.py::test_bad"]
+
+
 def test_parts_after_a_lost_card_are_another_process(tool, tmp_path) -> None:
     import measure
 
@@ -212,6 +233,32 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     serving.measure_serving(runner, FakeCard(runner.model), serving.Batch(2, 6, 5, 8), found)
     names = [row[0] for row in found.rows[-3:]]
     assert names == ["engine, 2 x 6 in, 5 out", "engine, a decode step", "engine, card idle between decode steps"]
+
+
+def test_the_peer_computes_with_the_same_weights(tool, tmp_path, monkeypatch) -> None:
+    """In the same memory; both are measured, with the same prompts."""
+    _, llama, serving, tables = tool
+    import peer
+
+    load, found = llama.small(llama.Load()), tables.Table()
+    runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
+    model = peer.peer_of(runner, tmp_path)
+    prompt, owned = runner.prompt(24), {t.untyped_storage().data_ptr() for t in runner.parameters().values()}
+    assert {p.untyped_storage().data_ptr() for p in model.parameters()} == owned
+    with torch.no_grad():
+        want = model(input_ids=prompt.token_ids[None]).logits[0, -1].float()
+    torch.testing.assert_close(runner.model.run(prompt)[0].float(), want, rtol=0.02, atol=0.02)
+    asked = []
+
+    def generate_all(peer_model, same_runner, batch):
+        asked.append(serving.prompts_of(batch, runner.model.info.vocab_size))
+        return [[1] * batch.generated] * batch.num_seqs
+
+    monkeypatch.setattr(peer, "generate_all", generate_all)
+    batch = serving.Batch(2, 6, 5, 8)
+    peer.against_transformers(runner, FakeCard(runner.model), found, tmp_path, batch)
+    assert len(asked) == 2 and [len(prompt) for prompt in asked[0]] == [6, 6]
+    assert [row[0] for row in found.rows] == ["2 x 6 in, 5 out", "the same by transformers' continuous batching"]
 
 
 def test_early_launches_are_compared(tool) -> None:

@@ -39,7 +39,7 @@ def scale_inputs(make):
 
 
 def scale_workloads(make, shape):
-    for tokens in shape.tokens:
+    for tokens in make.tokens:
         yield Workload(f"{tokens} rows", (make.fill(1, tokens, shape.hidden_size), make.fill(shape.hidden_size)))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 import triton_interpreter
 from declared import declared, without_library
 from fp8_cases import CACHED, STORED, fp8_of, numbers_to_round, over_fp8, too_large
@@ -14,6 +16,7 @@ from triton_interpreter import assert_fits, compile_launches
 from fuseline.compile.kernels.triton import linear, norm, rope
 from fuseline.compile.kernels.triton.experts import SORTED, default_tile, experts, tiles
 from fuseline.compile.kernels.triton.experts_kernels import sort_kernel
+from fuseline.compile.kernels.triton.lines import line_sums
 from fuseline.compile.ops import codes
 from fuseline.compile.ops import norm as norm_reference
 from fuseline.compile.ops.library import Make
@@ -74,6 +77,21 @@ def test_a_row_of_a_norm_does_not_depend_on_the_others():
     x, weight = make().normal(9, 77), make().normal(77)
     whole = norm.rms_norm(x, weight, 1e-5, 0)
     assert torch.equal(norm.rms_norm(x[4:5], weight, 1e-5, 0), whole[4:5])
+
+
+@triton.jit
+def sums_kernel(out, x, SIZE: tl.constexpr):
+    row, column = tl.arange(0, 4), tl.arange(0, SIZE)
+    tl.store(out + row, line_sums(tl.load(x + row[:, None] * SIZE + column[None, :])))
+
+
+@pytest.mark.parametrize("size", (1, 2, 64))
+def test_numbers_of_a_line_are_added_two_at_a_time(size):
+    x, out = make().normal(4, size, scale=1e3), torch.zeros(4)
+    sums_kernel[(1,)](out, x, SIZE=size)
+    while x.shape[1] > 1:
+        x = x[:, ::2] + x[:, 1::2]
+    assert torch.equal(out, x[:, 0])
 
 
 @pytest.mark.parametrize("fp8", FP8, ids=str)

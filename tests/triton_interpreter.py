@@ -174,7 +174,7 @@ def assert_fits(entries: list[dict]) -> None:
         assert entry["shared"] <= SHARED_LIMITS[entry["arch"]], entry
 
 
-def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
+def source_of(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
     bound = kernel.signature.bind(*args, **{k: v for k, v in kwargs.items() if k not in OPTIONS}).arguments
     types, constants, attributes = {}, {}, {}
     for i, param in enumerate(kernel.params):
@@ -193,8 +193,9 @@ def _source(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
 
 
 def _code(done: triton.compiler.CompiledKernel) -> dict:
-    """Of machine code: registers, bytes of the stack (spilled registers), matrix instructions by kind, and the bytes of
-    its accesses: `copies` (global to shared memory, asynchronous), `loads`, `stores`."""
+    """Of machine code: registers, bytes of the stack (spilled registers), matrix instructions by kind, differences that
+    a product was fused with, and the bytes of its accesses: `copies` (global to shared memory, asynchronous), `loads`,
+    `stores`."""
     ptx, cubin = done.asm["ptx"], Path(f"{os.environ['TRITON_CACHE_DIR']}/{os.getpid()}.cubin")
     cubin.write_bytes(done.asm["cubin"])
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -205,10 +206,13 @@ def _code(done: triton.compiler.CompiledKernel) -> dict:
         found = re.findall(rf"{access}\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)", ptx)
         return sorted({int(count or 1) * int(bits) // 8 for count, bits in found})
 
+    negated = set(re.findall(r"neg\.f32\s+(%\w+)", ptx))
+    added = re.findall(r"fma\.rn\.f32\s+[^;]*, (%\w+);", ptx)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (0x\w+|\d+)", ptx)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"), "divisions": ptx.count("div.rn."),
+        "fused_differences": sum(number in negated for number in added),
         "loads": widths("ld"), "stores": widths("st"), "copies": sorted({int(size, 0) for size in copies}),
         "waits": [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)],
     }  # fmt: skip
@@ -219,7 +223,7 @@ def _main(module: str, *archs: str) -> None:
     for arch in map(int, archs):
 
         def compile_instead(kernel, *args, grid, warmup, arch=arch, **kwargs):
-            source = _source(kernel, args, kwargs)
+            source = source_of(kernel, args, kwargs)
             options = {k: v for k, v in kwargs.items() if k in OPTIONS}
             key = (source.hash(), str(options), arch)
             if key in seen:

@@ -1,4 +1,8 @@
-"""Random weights, for runs without a checkpoint's values: the same for a name and a seed on every machine."""
+"""Random weights, for runs without a checkpoint's values: the same for a name and a seed on every CPU.
+
+They are made where they come to lie: a card makes those of an 8B model in a second, a host in a minute, and its numbers
+are others.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,9 @@ class DummyWeights:
 
     origin = "dummy weights"
 
-    def __init__(self, captured: CapturedModel, seed: int) -> None:
+    def __init__(self, captured: CapturedModel, seed: int, device: torch.device) -> None:
         self._captured = captured
-        self._seed = seed
+        self._seed, self._device = seed, device
         self._std = captured.facts.initializer_range or DEFAULT_STD
 
     def find(self, name: str) -> Unread | None:
@@ -29,12 +33,13 @@ class DummyWeights:
             return None
         shape, dtype = self._captured.parameters[name]
         if name.endswith("bias"):
-            return pieces.computed(torch.zeros(shape, dtype=dtype))
+            return pieces.computed(torch.zeros(shape, dtype=dtype, device=self._device))
         if len(shape) < 2:
-            return pieces.computed(torch.ones(shape, dtype=dtype))
+            return pieces.computed(torch.ones(shape, dtype=dtype, device=self._device))
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return pieces.computed(torch.empty(shape, dtype=dtype).normal_(0.0, self._std, generator=generator))
+        generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        made = torch.empty(shape, dtype=dtype, device=self._device)
+        return pieces.computed(made.normal_(0.0, self._std, generator=generator))
 
     def check_tied(self, reader: Reader) -> None:
         """Nothing to check: one of the tied is made."""

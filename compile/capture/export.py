@@ -19,7 +19,7 @@ from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config, one_line
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.capture.repeat import find_layers, layer_at, only_chosen, repeat_layers
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.graph_json import module_of
 
 
@@ -33,12 +33,12 @@ class _Wrapped(nn.Module):
 
 
 def resolve_dtype(config: CompileConfig, hf_config: PreTrainedConfig) -> torch.dtype:
-    """auto: bf16 checkpoints stay, fp16 becomes bf16, fp32 stays."""
-    if config.dtype != "auto":
+    """auto: bf16 checkpoints stay, fp16 becomes bf16, fp32 stays; STORED: all stay."""
+    if config.dtype not in ("auto", STORED):
         return DTYPES[config.dtype]
     stored = getattr(hf_config, "dtype", None) or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    return torch.bfloat16 if stored == torch.float16 else stored
+    return torch.bfloat16 if stored == torch.float16 and config.dtype != STORED else stored
 
 
 def capture_model(config: CompileConfig) -> CapturedModel:

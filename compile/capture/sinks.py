@@ -20,6 +20,9 @@ NUM_BUFFERS = 8
 class Sink(Protocol):
     """Used by several threads at once, each with tensors of its own."""
 
+    device: torch.device
+    """Where they come to lie."""
+
     def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The tensor of that request, to be written box by box."""
 
@@ -31,6 +34,8 @@ class Sink(Protocol):
 
 
 class HostSink:
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         self._pages = Pages()
 
@@ -70,7 +75,7 @@ class DeviceSink:
     def __init__(
         self, device: torch.device, on_host: Mapping[str, Tensor] | None = None, copies: Copies | None = None
     ) -> None:
-        self._device = device
+        self.device = device
         self._on_host = on_host or {}
         self._host_ids = {id(tensor) for tensor in self._on_host.values()}
         self._copies = copies or (CudaCopies() if device.type == "cuda" else HostCopies())
@@ -80,12 +85,13 @@ class DeviceSink:
 
     def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         found = self._on_host.get(key)
-        return torch.zeros(shape, dtype=dtype, device=self._device) if found is None else found
+        return torch.zeros(shape, dtype=dtype, device=self.device) if found is None else found
 
     def write(self, target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
         if layout != "rows":
             raise ValueError(f"weights of a card lie in rows, not {layout}")
-        if id(target) in self._host_ids:
+        if id(target) in self._host_ids or block.device.type != "cpu":
+            # Dummy weights are on the card already.
             write_box(target, block, start)
             return
         for at, part in _parts(start, block, BLOCK_BYTES // target.element_size()):

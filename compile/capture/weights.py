@@ -45,12 +45,12 @@ def load_weights(
 
     `sink` is where they come to lie, this machine's memory if none is given.
     """
-    weights = open_weights(captured, config)
+    sink = sink or HostSink()
+    weights = open_weights(captured, config, sink.device)
     num_readers = max(1, min(MAX_READERS, torch.get_num_threads()))
     sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
     with Reader() as reader:
         weights.check_tied(reader)
-    sink = sink or HostSink()
     distinct: dict[WeightSource, str] = {}
     for key, source in sources.items():
         distinct.setdefault(source, key)
@@ -145,10 +145,12 @@ def resolve(stored: Mapping[str, StoredTensor], captured: CapturedModel, config:
     return StoredWeights(stored, build_on_meta(load_config(config), captured.dtype, config.trust_remote_code))
 
 
-def open_weights(captured: CapturedModel, config: CompileConfig) -> CheckpointWeights | DummyWeights:
-    """Where parameters come from."""
+def open_weights(
+    captured: CapturedModel, config: CompileConfig, device: torch.device
+) -> CheckpointWeights | DummyWeights:
+    """Where parameters come from; `device` is where they go."""
     if config.load_format == "dummy":
-        return DummyWeights(captured, config.seed)
+        return DummyWeights(captured, config.seed, device)
     return CheckpointWeights(captured, config)
 
 

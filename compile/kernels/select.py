@@ -76,7 +76,7 @@ class Kernels:
         if call.op.namespace in SPACES:
             label = f"torch.{call.op._schema.name.rpartition('::')[2]}"
             found.append(Implementation(op_name(call.op), label, "cuda", call.op, order=TORCH))
-        found = _without_hidden(sorted(found, key=lambda one: one.order))
+        found = _distinct(sorted(found, key=lambda one: one.order))
         return [*found, *(tuned for one in found for tuned in one.with_tunings(call.args))]
 
     @property
@@ -140,8 +140,12 @@ def _bound(one: Implementation, call: OpCall) -> Implementation | None:
     return None if library is None else one.bind(one, library, call, None)
 
 
-def _without_hidden(found: Sequence[Implementation]) -> list[Implementation]:
-    """Less what others hide of them."""
-    hidden = {(label, phase) for one in found for label in one.hides for phase in one.phases}
-    left = [replace(one, phases=tuple(p for p in one.phases if (one.label, p) not in hidden)) for one in found]
-    return [one for one in left if one.phases]
+def _distinct(found: Sequence[Implementation]) -> list[Implementation]:
+    """The first of each label and phase, less what others hide of them."""
+    taken = {(label, phase) for one in found for label in one.hides for phase in one.phases}
+    left = []
+    for one in found:
+        phases = tuple(phase for phase in one.phases if (one.label, phase) not in taken)
+        taken.update((one.label, phase) for phase in phases)
+        left += [replace(one, phases=phases)] if phases else []
+    return left

@@ -21,6 +21,7 @@ from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph_inputs import GraphInputs
 from fuseline.compile.kernels.triton.sampling import sample
+from fuseline.compile.specs import WeightSource
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.kernels import tune_kernels
 
@@ -74,6 +75,21 @@ class Runner:
         executable = CudaExecutable(captured.graph, weights, target)
         return CudaModel(config, captured, result, weights, executable, target.device, graphs)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's own parameters by name: views of the weights, of which passes have joined some."""
+        _, captured, _, weights = self._loaded
+        found: dict[str, Tensor] = {}
+        for node in captured.graph.graph.nodes:
+            if node.op != "get_attr" or ("weight" not in node.meta and "fqn" not in node.meta):
+                continue
+            source = node.meta.get("weight") or WeightSource((node.meta["fqn"],))
+            names = [name for name in source.names if name in captured.parameters]
+            if len(names) != len(source.names) or source.transpose or source.layout != "rows":
+                continue
+            sizes = [captured.parameters[name][0][0] for name in names]
+            found |= dict(zip(names, weights[str(node.target)].split(sizes), strict=True))
+        return found
+
     @property
     def kernels(self) -> Counter[str]:
         """How many calls each computes, by label."""
@@ -103,21 +119,24 @@ class Runner:
 
     def first_token(self, length: int) -> float:
         """Seconds from the prompt to its first token on the host."""
-        positions = torch.arange(length)
-        blocks = torch.arange(1, 1 + -(-length // BLOCK), dtype=torch.int32)
-        prompt = GraphInputs(
-            token_ids=positions % self.model.info.vocab_size, positions=positions, rope_rows=positions,
-            query_start=torch.tensor([0, length], dtype=torch.int32),
-            seq_lens=torch.tensor([length], dtype=torch.int32), slot_mapping=positions[None] + BLOCK,
-            block_tables=blocks[None, None], logits_rows=torch.tensor([length - 1]),
-        )  # fmt: skip
-        seconds = []
+        prompt, seconds = self.prompt(length), []
         for _ in range(3):
             self.wait()
             started = time.perf_counter()
             self._sampled(self.model.run(prompt)).tolist()
             seconds.append(time.perf_counter() - started)
         return min(seconds)
+
+    def prompt(self, length: int) -> GraphInputs:
+        """A step of one sequence, from its first token on."""
+        positions = torch.arange(length)
+        blocks = torch.arange(1, 1 + -(-length // BLOCK), dtype=torch.int32)
+        return GraphInputs(
+            token_ids=positions % self.model.info.vocab_size, positions=positions, rope_rows=positions,
+            query_start=torch.tensor([0, length], dtype=torch.int32),
+            seq_lens=torch.tensor([length], dtype=torch.int32), slot_mapping=positions[None] + BLOCK,
+            block_tables=blocks[None, None], logits_rows=torch.tensor([length - 1]),
+        )  # fmt: skip
 
     def _step(self, num_seqs: int, context: int) -> GraphInputs:
         tables = torch.arange(1, 1 + num_seqs * self.width, dtype=torch.int32).reshape(1, num_seqs, self.width)
@@ -174,33 +193,6 @@ def measure_model(runner: Runner, load: Load, limits: Limits, table: Table, api:
         operations = runner.weight_bytes * length  # two bytes a weight, two operations
         table.add(f"first token of {length}", f"{step * 1e3:.0f} ms",
                   f"{share_of(limits.matrix_rate, operations, step)} of matrix rate")  # fmt: skip
-
-
-def against_transformers(runner: Runner, table: Table, folder: Path, num_seqs: int = 64, prompt: int = 128,
-                         generated: int = 64) -> None:  # fmt: skip
-    """Continuous batching of both, all requests at once, greedy."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    step, _ = runner.decode(num_seqs, prompt, min(generated, runner.width * BLOCK - prompt - 1))
-    ours = num_seqs * generated / (runner.first_token(num_seqs * prompt) + step * generated)
-    table.add(f"{num_seqs} x {prompt} in, {generated} out", f"{ours:.0f} token/s")
-    runner.model.stop_capture()
-    torch.set_default_device("cuda")
-    config = replace_attention(AutoConfig.from_pretrained(folder))
-    peer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    torch.set_default_device("cpu")
-    settings = GenerationConfig(max_new_tokens=generated, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    prompts = [[(7 * k + i) % 1000 + 3 for i in range(prompt)] for k in range(num_seqs)]
-    peer.generate_batch(prompts[:2], generation_config=settings)
-    started = time.perf_counter()
-    outputs = peer.generate_batch(prompts, generation_config=settings)
-    theirs = sum(len(o.generated_tokens) for o in outputs.values()) / (time.perf_counter() - started)
-    table.add("the same by transformers' continuous batching", f"{theirs:.0f} token/s", f"ours {ours / theirs:.1f} x")
-
-
-def replace_attention(config: object) -> object:
-    config._attn_implementation = "sdpa"
-    return config
 
 
 def small(load: Load) -> Load:

@@ -22,9 +22,10 @@ import cpp
 import torch
 import triton
 from kernels import Made, Sizes, measure_cases, measure_kernels, measure_limits
-from llama import Load, Runner, against_transformers, measure_model
+from llama import Load, Runner, measure_model
 from mixed import measure_mixed
 from overlap import measure_overlap
+from peer import against_transformers
 from serving import Batch, measure_serving
 from table import Table, is_card_lost
 
@@ -89,7 +90,7 @@ def model_parts(folder: Path, limits: Limits, table: Table, is_resumed: bool) ->
         ("early launches", lambda: measure_overlap(made(), target, load, limits, table)),
         ("mixed steps", lambda: measure_mixed(made(), 32, (64, 224, 480), load.context, table)),
         ("engine", lambda: measure_serving(made(), CudaDevice(target), Batch(), table)),
-        ("transformers", lambda: against_transformers(made(), table, folder)),
+        ("transformers", lambda: against_transformers(made(), CudaDevice(target), table, folder)),
         ("model given back", made.forget),
     ]
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import cuda_twin
+import failures
 import pytest
 import torch
 from table import is_card_lost
@@ -46,7 +48,33 @@ class Carried:
             here.copy_(there)
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--failures", type=Path, help="folder of the lists of failed tests (failures.py)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that failed last time first: the same order in every worker."""
+    folder = config.getoption("--failures")
+    if folder is not None:
+        early = set(failures.before(folder))
+        items.sort(key=lambda item: item.nodeid not in early)
+
+
+class Recorder:
+    """Of the process that workers report to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            failures.add(self._folder, report.nodeid)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--failures")
+    if folder is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(Recorder(folder))
     carry_triton()
     library = library_for(Target("cuda", "", 1))
     if library is not None:

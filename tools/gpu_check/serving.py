@@ -93,6 +93,10 @@ class TimedEngine:
         return steps
 
 
+def prompts_of(batch: Batch, vocab: int) -> list[tuple[int, ...]]:
+    return [tuple((7 * k + i) % vocab for i in range(batch.prompt)) for k in range(batch.num_seqs)]
+
+
 def make_engine(runner: Runner, waits: Waits, batch: Batch, name: str) -> TimedEngine:
     """With all requests queued, over the runner's caches."""
     config = EngineConfig(
@@ -100,8 +104,6 @@ def make_engine(runner: Runner, waits: Waits, batch: Batch, name: str) -> TimedE
     )
     engine = Engine(config, runner.model, [runner.num_blocks - 1], waits)
     params = SamplingParams(max_tokens=batch.generated, temperature=0.0)
-    vocab = runner.model.info.vocab_size
-    for k in range(batch.num_seqs):
-        prompt = tuple((7 * k + i) % vocab for i in range(batch.prompt))
+    for k, prompt in enumerate(prompts_of(batch, runner.model.info.vocab_size)):
         engine.add(EngineRequest(request_id=f"{name}{k}", prompt_token_ids=prompt, params=params))
     return TimedEngine(engine, waits)

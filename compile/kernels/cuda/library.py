@@ -133,15 +133,16 @@ def _installed() -> CudaLibrary | None:
 
 
 def native(
-    op: str, run: Callable, supports: Callable[..., bool], *, label: str = "", reads_early: str = "", **more: object
-) -> Implementation:
+    op: str, run: Callable, supports: Callable[..., bool], *, label: str = "", reads_early: str = "",
+    order: int = NATIVE, **more: object,
+) -> Implementation:  # fmt: skip
     """A kernel of the library, where that is installed. `reads_early` is the argument that the kernel may read before
     the kernels ahead of it have ended, if nothing on the device writes it (Overlap.WEIGHTS)."""
     label = label or f"cuda.{op.removeprefix('aten.')}"
     bind = functools.partial(_bind, reads_early)
     # Looked up at each call: tests put another library in its place.
     return Implementation(
-        op, label, "cuda", run, supports=supports, order=NATIVE, library=lambda target: library_for(target), bind=bind,
+        op, label, "cuda", run, supports=supports, order=order, library=lambda target: library_for(target), bind=bind,
         **more,
     )  # fmt: skip
 

@@ -275,9 +275,9 @@ def _attend(
             behind = PADDED_D + tl.arange(0, REST)
             k = tl.load(line[None, :] + behind[:, None], mask=there[None, :] & (behind < D)[:, None], other=0.0)
             scores = tl.dot(q_rest, _as_number(k, q.dtype), scores, input_precision="ieee")
-        scores = scores * scale
+        scores = _product(scores, scale)
         if HAS_SOFTCAP:
-            scores = softcap * LOG2_E * _tanh(scores / (softcap * LOG2_E))
+            scores = _product(_tanh(scores / (softcap * LOG2_E)), softcap * LOG2_E)
         if IS_MASKED:
             seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window) & there[None, :]
             scores = tl.where(seen, scores, float("-inf"))
@@ -289,6 +289,13 @@ def _attend(
         acc = tl.dot(p.to(q.dtype), _as_number(v, q.dtype), acc * shrink[:, None], input_precision="ieee")
         m = new_m
     return m, mass, acc
+
+
+@triton.jit
+def _product(x, by):
+    """x[R, C] * by, rounded whatever follows: where a difference does, and no mask between the two, a compiler would
+    fuse them, and a row's bits would depend on whether its tile hides a key."""
+    return tl.fma(x, tl.full([x.shape[0], x.shape[1]], by, tl.float32), tl.zeros([x.shape[0], x.shape[1]], tl.float32))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from fuseline.compile.kernels.triton.experts_kernels import combine_kernel, down
 from fuseline.compile.kernels.triton.tile import Tile
 
 FEATURES = 1024  # of a program that adds the experts of a token up
+MANY = 256  # pairs an expert, of which few tiles of 128 are cut off
 SORTED = 2048  # pairs that the sort looks at in one step: more of them are more than its registers hold
 
 
@@ -67,8 +68,11 @@ def experts_invariant(x: Tensor, *args: object) -> Tensor:
 
 
 def default_tile(num_pairs: int, num_experts: int, item_size: int) -> Tile:
-    """Low while an expert has few pairs: then the weights' way through memory is all there is."""
-    return Tile(16, 64, 256 // item_size, 4, 3) if num_pairs <= 32 * num_experts else high_tile(item_size)
+    """Low while an expert has few pairs: then the weights' way through memory is all there is. Of half precision the
+    highest where they are many: 60 % of an H200's matrix rate instead of 48."""
+    if num_pairs <= 32 * num_experts:
+        return Tile(16, 64, 256 // item_size, 4, 3)
+    return Tile(128, 128, 64, 8, 3) if item_size == 2 and num_pairs >= MANY * num_experts else high_tile(item_size)
 
 
 def high_tile(item_size: int) -> Tile:

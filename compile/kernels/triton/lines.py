@@ -60,6 +60,20 @@ def place_of(line, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def line_sums(x):
+    """Sums of the lines of x [R, a power of two]: neighbours first, then pairs of them, and so on.
+
+    tl.sum adds what a thread holds and then what threads have, so that its order, and with it the last bit, follows
+    from how x lies in registers: from strides, alignment and what else the kernel loads. Two numbers have one sum.
+    """
+    SIZE: tl.constexpr = x.shape[1]
+    if SIZE == 1:
+        return tl.reshape(x, [x.shape[0]])
+    else:
+        return line_sums(tl.sum(tl.reshape(x, [x.shape[0], SIZE // 2, 2]), 2))
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 x as `dtype` holds it."""
     return x.to(dtype).to(tl.float32)

@@ -1,6 +1,7 @@
 """Norms on CUDA, with the residual's sum where it comes first. Legend: D features; the dims before it are lines.
 
-A line is read once and summed in one order, whatever the batch. Rounding as in compile/ops/norm.py.
+A line is read once and summed in one order, whatever the batch, its strides and the warps; a product and a sum are not
+fused, which would happen where a pair is one thread's and not elsewhere. Rounding as in compile/ops/norm.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseline.compile.kernels.registry import Implementation, tunings
-from fuseline.compile.kernels.triton.lines import Lines, lined, place_of, rounded
+from fuseline.compile.kernels.triton.lines import Lines, line_sums, lined, place_of, rounded
 from fuseline.compile.ops import codes
 
 CAST_THEN_SCALE = tl.constexpr(codes.NORM_CAST_THEN_SCALE)
@@ -84,7 +85,7 @@ def _launch(
     block = triton.next_power_of_2(dim)
     rows = max(1, min(16, LINE // block))
     num_warps = num_warps or min(16, max(4, block // 512))
-    options = {"D": dim, "BLOCK": block, "ROWS": rows, "num_warps": num_warps}
+    options = {"D": dim, "BLOCK": block, "ROWS": rows, "num_warps": num_warps, "enable_fp_fusion": False}
     return (out, total, x, None if residual is None else other), Lines.of(out, x, other), options
 
 
@@ -112,7 +113,7 @@ def rms_norm_kernel(
     wide = _sum(
         total, x, residual, line, inner, out_outer, out_inner, x_outer, x_inner, y_outer, y_inner, there, column
     )
-    wide = wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
+    wide = wide * tl.rsqrt(line_sums(wide * wide) / D + eps)[:, None]
     if weight is not None:
         scale = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         if MODE == CAST_THEN_SCALE:
@@ -136,8 +137,8 @@ def layer_norm_kernel(
     wide = _sum(
         total, x, residual, line, inner, out_outer, out_inner, x_outer, x_inner, y_outer, y_inner, there, column
     )
-    wide = tl.where(column < D, wide - (tl.sum(wide, 1) / D)[:, None], 0.0)
-    wide = wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
+    wide = tl.where(column < D, wide - (line_sums(wide) / D)[:, None], 0.0)
+    wide = wide * tl.rsqrt(line_sums(wide * wide) / D + eps)[:, None]
     if weight is not None:
         wide = wide * tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     if bias is not None:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseline.compile.kernels.registry import Implementation
+from fuseline.compile.kernels.triton.lines import line_sums
 from fuseline.compile.ops import codes
 
 TOPK_SOFTMAX = tl.constexpr(codes.ROUTE_TOPK_SOFTMAX)
@@ -23,7 +24,7 @@ def route_topk(logits: Tensor, k: int, order: int, renormalize: int, dtype: torc
         route_kernel[(triton.cdiv(num_tokens, ROWS),)](
             weights, ids, logits, num_tokens, *logits.stride(), E=num_experts,
             PADDED_E=triton.next_power_of_2(num_experts), K=k, PADDED_K=triton.next_power_of_2(k), ROWS=ROWS,
-            ORDER=order, IS_RENORMALIZED=bool(renormalize), num_warps=4,
+            ORDER=order, IS_RENORMALIZED=bool(renormalize), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return weights, ids
 
@@ -41,7 +42,7 @@ def route_kernel(
     x = tl.load(logits + token * stride_t + expert * stride_e, mask=there, other=float("-inf")).to(tl.float32)
     x = tl.where(token < num_tokens, x, 0.0)
     top = tl.max(x, 1)[:, None]
-    mass = tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)), 1)[:, None]
+    mass = line_sums(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)))[:, None]
     left = tl.where(expert < E, 1, 0) + tl.zeros([ROWS, PADDED_E], tl.int32)
     best = tl.full([ROWS, PADDED_K], float("-inf"), tl.float32)
     for k in tl.static_range(K):
@@ -53,11 +54,11 @@ def route_kernel(
         tl.store(ids + token * K + k, id.to(tl.int64), mask=token < num_tokens)
     share = tl.exp(best - tl.where(top == float("-inf"), 0.0, top))
     if ORDER == TOPK_SOFTMAX:
-        share = share / tl.sum(share, 1)[:, None]
+        share = share / line_sums(share)[:, None]
     else:
         share = share / mass
         if IS_RENORMALIZED:
-            share = share / tl.sum(share, 1)[:, None]
+            share = share / line_sums(share)[:, None]
     tl.store(weights + token * K + place, share.to(weights.dtype.element_ty), mask=(token < num_tokens) & (place < K))
 
 

@@ -2,7 +2,9 @@
 
 The same arguments, results and random stream as csrc/cpu/kernels/sampling.cpp. Up to four launches: rows with masks,
 bias or penalties are edited into a copy; all rows are summed up in blocks; then one program a row truncates, draws and
-reports. Which launches are needed follows from the arguments' shapes alone, so nothing waits for the device.
+reports. Which launches are needed follows from the arguments' shapes alone, so nothing waits for the device. A row's
+bits follow from the row: sums have one order however a launch lays the entries out, and no product is fused with a sum
+in one launch and not in another.
 
 Legend: R rows, V vocabulary, L most log-probabilities of a row, NB blocks of a row.
 """
@@ -50,19 +52,20 @@ def sample(
             work, counts, edited, logits, repetition, frequency, presence, history_start, history, prompt_len,
             bias_start, bias_ids, bias_values, banned_start, banned_ids, allowed_start, allowed_ids, bitmask,
             num_rows if history_start.dim() == 2 else 1, logits.stride(0),
-            0 if bitmask is None else bitmask.stride(0), vocab, num_warps=8,
+            0 if bitmask is None else bitmask.stride(0), vocab, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     stats = logits.new_empty(4, num_rows, num_blocks)
     scan_kernel[(num_rows, triton.cdiv(num_blocks, SCAN_BLOCKS.value))](
-        stats, logits, work, edited, temperature, num_logprobs, logits.stride(0), vocab, num_blocks, logprobs_mode
-    )
+        stats, logits, work, edited, temperature, num_logprobs, logits.stride(0), vocab, num_blocks, logprobs_mode,
+        enable_fp_fusion=False,
+    )  # fmt: skip
     # With 128 registers two programs share a multiprocessor, so that the rows of a full step all run at once.
     sample_kernel[(num_rows,)](
         tokens, logprobs, ranks, top_ids, top_logprobs, ok, logits, work, edited, stats,
         _ints(logits, num_rows, num_blocks), logits.new_empty(num_rows, num_blocks), temperature, top_k, top_p, min_p,
         seed, counter, num_logprobs, tokens.stride(0), ok.stride(0), logprobs.stride(0), ranks.stride(0),
         *top_ids.stride(), *top_logprobs.stride(), logits.stride(0), vocab, num_blocks,
-        triton.next_power_of_2(num_blocks), logprobs_mode, num_warps=8, maxnreg=128,
+        triton.next_power_of_2(num_blocks), logprobs_mode, num_warps=8, maxnreg=128, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -76,12 +79,13 @@ def row_logprobs(
     num_blocks = -(-vocab // SUB.value)
     stats = logits.new_empty(2, num_rows, num_blocks)
     scan_kernel[(num_rows, triton.cdiv(num_blocks, SCAN_BLOCKS.value))](
-        stats, logits, None, None, None, None, logits.stride(0), vocab, num_blocks, 0
+        stats, logits, None, None, None, None, logits.stride(0), vocab, num_blocks, 0, enable_fp_fusion=False
     )
     score_kernel[(num_rows,)](
         logprobs, ranks, top_ids, top_logprobs, logits, targets, stats, _ints(logits, num_rows, num_blocks),
         top_ids.shape[1], logprobs.stride(0), ranks.stride(0), *top_ids.stride(), *top_logprobs.stride(),
         logits.stride(0), vocab, num_blocks, triton.next_power_of_2(num_blocks), num_warps=8,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fuseline.compile.kernels.triton.lines import line_sums
 from fuseline.compile.kernels.triton.sampling_rows import (
     SUB,
     best_id,
@@ -46,7 +47,9 @@ def edit_kernel(
     often = tl.load(frequency + r)
     once = tl.load(presence + r)
     has_penalty = ((alpha != 1.0) | (often != 0.0) | (once != 0.0)) & (past < past_end)
-    is_edited = has_penalty | (bias < bias_end) | (banned < banned_end) | (allowed < allowed_end)
+    is_edited = (bias < bias_end) | (banned < banned_end) | (allowed < allowed_end)
+    if counts is not None:
+        is_edited = is_edited | has_penalty
     if bitmask is not None:
         is_edited = is_edited | (r >= 0)
     tl.store(edited + r, is_edited.to(tl.int32))
@@ -74,9 +77,11 @@ def edit_kernel(
         ids, there, at = _items(bias_ids, first, bias_end, V)
         tl.atomic_add(z + ids, tl.load(bias_values + at, mask=there, other=0.0), mask=there)
     tl.debug_barrier()
-    if has_penalty:
-        first_output = past + tl.load(prompt_len + r).to(tl.int64)
-        _penalize(z, counts + r.to(tl.int64) * V, history, past, past_end, first_output, alpha, often, once, V)
+    # A branch that only a run decides is compiled whatever the arguments are: what is None is asked for first.
+    if counts is not None:
+        if has_penalty:
+            first_output = past + tl.load(prompt_len + r).to(tl.int64)
+            _penalize(z, counts + r.to(tl.int64) * V, history, past, past_end, first_output, alpha, often, once, V)
 
 
 @triton.jit
@@ -170,7 +175,7 @@ def _mass(x, top, heat):
     scale = LOG2_E
     if heat is not None:
         scale = tl.minimum(1.0 / heat, LARGEST) * LOG2_E
-    return tl.sum(tl.exp2(less * scale), 1)
+    return line_sums(tl.exp2(less * scale))
 
 
 @triton.jit(do_not_specialize=["top_ids_stride_r", "top_logprobs_stride_r"])

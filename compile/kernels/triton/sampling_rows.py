@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fuseline.compile.kernels.triton.lines import line_sums
+
 SUB = tl.constexpr(64)  # entries of a block
 TILE = tl.constexpr(64)  # blocks read together, and held while they are bisected
 NOTHING = tl.constexpr(-(1 << 31))  # below the order of any float
@@ -88,7 +90,7 @@ def mass_of(src, heat, V, top, places, count, threshold, total, first):
     [TILE] float64."""
     for at in range(first, count, TILE):
         x, _, _ = read(src, heat, V, places, count, at)
-        total += tl.sum(tl.where(x >= threshold, tl.exp(x - top), 0.0), 1).to(tl.float64)
+        total += line_sums(tl.where(x >= threshold, tl.exp(x - top), 0.0)).to(tl.float64)
     return tl.sum(total, 0)
 
 
@@ -177,7 +179,7 @@ def nucleus(src, heat, V, top, maxima, sums, places, low, p):
 @triton.jit
 def _heavy(entries, weights, threshold):
     """Of each line the weights of entries no less than the threshold, float64."""
-    return tl.sum(tl.where(entries >= threshold, weights, 0.0), 1).to(tl.float64)
+    return line_sums(tl.where(entries >= threshold, weights, 0.0)).to(tl.float64)
 
 
 @triton.jit
@@ -202,7 +204,7 @@ def kept_masses(src, heat, V, top, maxima, places, masses, value, last_id):
     count = place((maxima >= value) & (maxima > float("-inf")), places)
     for first in range(0, count, TILE):
         x, ids, _ = read(src, heat, V, places, count, first)
-        mass = tl.sum(tl.where(keeps(x, ids, value, last_id), tl.exp(x - top), 0.0), 1)
+        mass = line_sums(tl.where(keeps(x, ids, value, last_id), tl.exp(x - top), 0.0))
         tl.store(masses + first + tl.arange(0, TILE), mass, mask=first + tl.arange(0, TILE) < count)
     tl.debug_barrier()
     return tl.load(masses + slot, mask=slot < count, other=0.0)

@@ -1,0 +1,63 @@
+"""Every Triton kernel compiles for all that its launchers can give it.
+
+An interpreter takes a branch when a run does, the compiler takes both: an argument that is None must be neither read
+nor computed with in any.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import triton_cases
+import triton_faulty_cases
+import triton_interpreter
+from triton_combinations import compile_combinations
+
+from fuseline.compile.kernels.triton import table
+
+__all__ = ["triton_interpreter"]
+BY_PRODUCTS = {"decode_kernel", "prefill_kernel"}
+"""Their sums are of what a matrix product gives, which lies in one way."""
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[dict]:
+    return compile_combinations("triton_cases", 80, 90)
+
+
+@pytest.mark.slow
+def test_every_combination_compiles(entries):
+    failed = [f"{e['kernel']} sm_{e['arch']} without {e['none']}: {e['error'][-300:]}" for e in entries if "error" in e]
+    assert not failed, "\n".join(failed[:5])
+    for stage in ("ttir", "llir"):
+        assert {e["kernel"] for e in entries if e["stage"] == stage} == triton_cases.launched_kernels()
+
+
+@pytest.mark.slow
+def test_no_sum_has_an_order_of_its_launch(entries):
+    """Sums of float32 are of two numbers at a time, and no product is fused with them."""
+    adding = [e for e in entries if e.get("sums") and e["kernel"] not in BY_PRODUCTS]
+    assert {e["kernel"] for e in adding} >= {"rms_norm_kernel", "layer_norm_kernel", "scan_kernel", "sample_kernel"}
+    assert not [e for e in adding if e["sums"] != [2] or e["fused"]]
+
+
+def test_a_branch_that_only_a_run_decides_is_compiled():
+    """What the launcher of this one can leave out is found by its signature; one of four combinations is at fault."""
+    entries = compile_combinations("triton_faulty_cases", 90)
+    of_code = [e for e in entries if e["stage"] == "ttir"]
+    assert sorted(e["none"] for e in of_code) == [[], ["by"], ["by", "only"], ["only"]]
+    assert [e["none"] for e in of_code if "error" in e] == [["by"]]
+    assert all("NoneType" in e["error"] or "has no attribute" in e["error"] for e in of_code if "error" in e)
+
+
+def test_every_launcher_that_may_get_none_has_a_case():
+    """By the signatures of the package's functions."""
+    assert triton_faulty_cases.CASES[0].optional == ["by", "only"]
+    cases = {case.launch for case in triton_cases.CASES}
+    for module in triton_cases.modules():
+        if module is table:
+            continue  # ops of the graph, which call the launchers
+        for function in vars(module).values():
+            if inspect.isfunction(function) and function.__module__ == module.__name__ and function.__name__[0] != "_":
+                assert function in cases or not triton_cases.Case(function, dict, {}).optional, function

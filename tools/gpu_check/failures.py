@@ -1,0 +1,32 @@
+"""Which tests failed: written down as they do, a line each, and read by the next run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NOW, BEFORE = "failed.txt", "failed_before.txt"
+
+
+def begin(folder: Path) -> None:
+    """What failed is what failed before from here on; of a run that said nothing, what it had found before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if found := now(folder):
+        (folder / BEFORE).write_text("".join(f"{test}\n" for test in found))
+    (folder / NOW).write_text("")
+
+
+def add(folder: Path, test: str) -> None:
+    with (folder / NOW).open("a") as file:
+        file.write(f"{test}\n")
+
+
+def now(folder: Path) -> list[str]:
+    return _lines(folder / NOW)
+
+
+def before(folder: Path) -> list[str]:
+    return _lines(folder / BEFORE)
+
+
+def _lines(path: Path) -> list[str]:
+    return list(dict.fromkeys(path.read_text().split("\n")[:-1])) if path.exists() else []
