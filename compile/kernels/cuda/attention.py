@@ -70,14 +70,15 @@ def decode_attention(
         size = min(num_tokens, num_seqs) * num_heads * most * (dim + 2)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     workers = num_workers or min(max(4, GRID_TARGET // (num_seqs * parts)), most)
+    (_, out_token, out_head, _), (_, q_head, q_token, _) = out.stride(), q.stride()
+    (k_block, k_head, k_token, _), (v_block, v_head, v_token, _) = k_cache.stride(), v_cache.stride()
     lib.call(
         "decode_attention", q, out=out, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
         seq_lens=seq_lens, query_start=query_start, sinks=sinks, k_scale=k_scale, v_scale=v_scale, workspace=workspace,
         num_tokens=num_tokens, num_seqs=num_seqs, num_heads=num_heads, num_kv_heads=kv_heads, dim=dim,
-        num_splits=max(most, 1), num_workers=workers, out_token=out.stride(1), out_head=out.stride(2),
-        q_head=q.stride(1), q_token=q.stride(2), k_block=k_cache.stride(0), k_head=k_cache.stride(1),
-        k_token=k_cache.stride(2), v_block=v_cache.stride(0), v_head=v_cache.stride(1), v_token=v_cache.stride(2),
-        table_stride=block_table.stride(0), block_shift=block_size.bit_length() - 1,
+        num_splits=max(most, 1), num_workers=workers, out_token=out_token, out_head=out_head, q_head=q_head,
+        q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block, v_head=v_head,
+        v_token=v_token, table_stride=block_table.stride(0), block_shift=block_size.bit_length() - 1,
         window=window if window > 0 else NO_WINDOW, scale=scale, softcap=softcap, dtype=DTYPES[q.dtype],
         cache_dtype=DTYPES[k_cache.dtype],
     )  # fmt: skip

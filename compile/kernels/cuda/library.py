@@ -86,10 +86,14 @@ class CudaLibrary:
         refuses.
         """
         find, pack, names = self._fields[name]
-        if fields.keys() != names:
+        try:
+            values = find(fields)
+        except KeyError:
+            raise TypeError(_mismatch(name, fields.keys(), names)) from None
+        if len(fields) != len(names):
             raise TypeError(_mismatch(name, fields.keys(), names))
         try:
-            packed = pack(*[_number(value) for value in find(fields)])
+            packed = pack(*[value if value.__class__ is int else _number(value) for value in values])
         except struct.error as error:
             raise TypeError(f"cuda.{name}: {error}") from error
         stream = torch._C._cuda_getCurrentRawStream(on.device.index) if on.is_cuda else None

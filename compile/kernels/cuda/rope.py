@@ -55,18 +55,24 @@ def _rope_cache(
     v = v if v.stride(3) == 1 else v.contiguous()
     k = k if k.stride(3) == 1 else k.contiguous()
     cos, sin, rows = tables
-    (q_head, q_token), (out_head, out_token) = ((0, 0) if x is None else x.stride()[1:3] for x in (q, out))
+    _, num_kv_heads, num_tokens, dim = k.shape
+    (_, k_head, k_token, _), (_, v_head, v_token, _) = k.stride(), v.stride()
+    k_cache_block, k_cache_head, k_cache_token, _ = k_cache.stride()
+    v_cache_block, v_cache_head, v_cache_token, _ = v_cache.stride()
+    num_heads = q_head = q_token = out_head = out_token = table_stride = columns = 0
+    table_dtype = k.dtype
+    if q is not None:
+        num_heads, (_, q_head, q_token, _), (_, out_head, out_token, _) = q.shape[1], q.stride(), out.stride()
+        table_stride, columns, table_dtype = cos.stride(0), cos.shape[1], cos.dtype
     lib.call(
         "rope_cache", k, q_out=out, k_cache=k_cache, v_cache=v_cache, q=q, k=k, v=v, cos=cos, sin=sin, rows=rows,
-        slots=slots, k_scale=scales[0], v_scale=scales[1], num_heads=0 if q is None else q.shape[1],
-        num_kv_heads=k.shape[1], num_tokens=k.shape[2], dim=k.shape[3], value_dim=v.shape[3],
-        q_head=q_head, q_token=q_token, k_head=k.stride(1), k_token=k.stride(2), v_head=v.stride(1),
-        v_token=v.stride(2), out_head=out_head, out_token=out_token, k_cache_block=k_cache.stride(0),
-        k_cache_head=k_cache.stride(1), k_cache_token=k_cache.stride(2), v_cache_block=v_cache.stride(0),
-        v_cache_head=v_cache.stride(1), v_cache_token=v_cache.stride(2), block_size=k_cache.shape[2],
-        table_stride=0 if cos is None else cos.stride(0), rotary_dim=rotary_dim,
-        columns=0 if cos is None else cos.shape[1], layout=layout, dtype=DTYPES[k.dtype],
-        table_dtype=DTYPES[k.dtype if cos is None else cos.dtype], cache_dtype=DTYPES[k_cache.dtype],
+        slots=slots, k_scale=scales[0], v_scale=scales[1], num_heads=num_heads, num_kv_heads=num_kv_heads,
+        num_tokens=num_tokens, dim=dim, value_dim=v.shape[3], q_head=q_head, q_token=q_token, k_head=k_head,
+        k_token=k_token, v_head=v_head, v_token=v_token, out_head=out_head, out_token=out_token,
+        k_cache_block=k_cache_block, k_cache_head=k_cache_head, k_cache_token=k_cache_token,
+        v_cache_block=v_cache_block, v_cache_head=v_cache_head, v_cache_token=v_cache_token,
+        block_size=k_cache.shape[2], table_stride=table_stride, rotary_dim=rotary_dim, columns=columns, layout=layout,
+        dtype=DTYPES[k.dtype], table_dtype=DTYPES[table_dtype], cache_dtype=DTYPES[k_cache.dtype],
     )  # fmt: skip
 
 
