@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def against_transformers(runner: Runner, device: Device, table: Table, folder: P
               f"ours {theirs / ours:.1f} x")  # fmt: skip
 
 
-def seconds_of(call) -> float:
+def seconds_of(call: Callable[[str], object]) -> float:
     """Of its second run."""
     call("peer warm ")
     started = time.perf_counter()
