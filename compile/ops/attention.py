@@ -169,6 +169,7 @@ paged_attention_invariant = batch_invariant(paged_attention)
     tolerance=0.0,
     workloads=gather_rows_workloads,
     sums=False,
+    picks_rows=True,
 )
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[T, D] -> the lines rows[R]."""

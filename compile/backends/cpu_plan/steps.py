@@ -20,8 +20,8 @@ from fuseline.compile.backends.cpu_plan.lowering import Lowered, Lowering
 from fuseline.compile.backends.cpu_plan.plan import PlanExecutable, limits_of, meta_inputs
 from fuseline.compile.backends.cpu_plan.sizes import PRIMES
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.ops.registry import op_of
 
-OPS = torch.ops.fuseline
 DECODE_LEVEL = 3
 DECODE_PRIMES = PRIMES | {"S": PRIMES["T"], "R": PRIMES["T"]}
 
@@ -54,7 +54,7 @@ def decode_graph(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy that computes the logits of every token."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
-    for node in copied.find_nodes(op="call_function", target=OPS.gather_rows.default):
+    for node in [node for node in copied.nodes if (op := op_of(node.target)) and op.picks_rows]:
         x, rows = node.args
         if rows.op == "placeholder" and rows.target == "logits_rows":
             node.replace_all_uses_with(x)
