@@ -66,7 +66,10 @@ def tune_linears(
     graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, progress: Progress,
     measure: Measure | None = None,
 ) -> None:  # fmt: skip
-    """Gives every node that the native kernel `linear` computes its choices, meta["choices"]. `weights` by get_attr target."""
+    """Gives every node that the native kernel `linear` computes its choices, meta["choices"].
+
+    `weights` by get_attr target.
+    """
     nodes = _nodes(graph)
     most, measure = config.max_num_batched_tokens, measure or seconds_of
     choices = measured_once(
