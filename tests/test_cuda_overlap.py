@@ -20,6 +20,7 @@ from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.cuda import library as cuda_library
 from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap
+from fuseline.compile.kernels.registry import implementations
 from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.residency.offload import choose_offloaded
 from fuseline.compile.target import Target
@@ -134,8 +135,12 @@ def test_only_a_weight_that_nothing_writes_is_read_early(called, overlaps, of_co
 
 
 def test_weights_that_come_through_slots_are_not_read_early(called, monkeypatch) -> None:
-    """The last of three layers is offloaded."""
+    """The last of three layers is offloaded. The fused product is no default: here it comes first."""
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
+    kernels = implementations("cuda")
+    fused = [one for one in kernels["linear_act_mul"] if one.label == "cuda.linear_act_mul"]
+    others = [one for one in kernels["linear_act_mul"] if one not in fused]
+    monkeypatch.setitem(kernels, "linear_act_mul", (*(replace(one, order=0) for one in fused), *others))
     path = str(checkpoint("llama", "bfloat16"))
     graph = optimize(CompileConfig(model=path), CARD)[0].graph
     last = choose_offloaded(graph, 1 << 30)[-1].num_bytes
