@@ -76,7 +76,7 @@ def _caches(node: fx.Node, op: Op) -> str:
 
 
 def _finder(ctx: PassContext) -> Callable[[fx.Node], object]:
-    """What finds the kernel of a node, or None."""
+    """A function that finds the kernel of a node, or None."""
     if ctx.target.kind == "cuda":
         return Kernels(ctx.target, {}).find
     return lambda node: plan_call(node, meta_value)

@@ -37,7 +37,7 @@ def chosen_label(ranges: Ranges, rows: int) -> str:
 def dispatcher(
     candidates: Sequence[Implementation], choices: Choices, size: Callable[..., tuple[str, int]]
 ) -> Implementation:
-    """What may run, as one: its label names all that do, `into` is there where one of them has it.
+    """One implementation that runs the chosen ones: its label names all, `into` is there where one of them has it.
 
     `size` gives a call's phase and rows from its arguments.
     """

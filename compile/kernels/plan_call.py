@@ -32,7 +32,7 @@ def plan_call(node: fx.Node, value: Callable[[object], object]) -> PlanCall | No
 
 
 def meta_value(arg: object) -> object:
-    """What a pass knows of an argument."""
+    """The meta value of a node of a graph that passes work on; anything else as it is."""
     return arg.meta["val"] if isinstance(arg, fx.Node) else arg
 
 

@@ -93,7 +93,7 @@ class Implementation:
     """One way to compute an op."""
 
     op: str
-    """As ops.library.op_name has it: rms_norm, aten.add.Tensor."""
+    """The name that ops.library.op_name gives: rms_norm, aten.add.Tensor."""
     label: str
     """Name of the kernel: cuda.rms_norm, flash_attn_3. Distinct within a phase of an op."""
     device: str
@@ -111,7 +111,7 @@ class Implementation:
     tunings: Sequence[Tuning] | Callable[..., Sequence[Tuning]] = ()
     """Perhaps by the op's arguments."""
     into: Callable | None = None
-    """As `run`, but the result is written to a tensor that comes first (behind the library)."""
+    """The same as `run`, but writes the result to a tensor that comes first (behind the library)."""
     prepare: Callable[[Mapping[str, Tensor]], None] | None = None
     """Is given a step's inputs on the host, by placeholder name, before the step's ops, by the thread that runs it."""
     library: Callable[[Target], object | None] | None = None

@@ -51,7 +51,7 @@ class Kernels:
         self._trusted: dict[tuple, list[Implementation]] = {}
 
     def find(self, node: fx.Node, constants: Collection[str] = ()) -> Implementation | None:
-        """What computes a node, by default or by its choices; None for an op that nothing computes.
+        """The kernel of a node, by default or by its choices; None for an op that nothing computes.
 
         `constants` are targets of get_attr nodes whose memory nothing on the device writes.
         """

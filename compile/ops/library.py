@@ -84,7 +84,7 @@ class Op:
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None
     """Argument tuples that cover the op; None for one that no kernel computes."""
     workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None
-    """What a model of that shape asks of the op, for `fuseline bench kernels`."""
+    """Calls that a model of that shape makes, for `fuseline bench kernels`."""
     tolerance: float
     """How far a kernel may be from the reference in float32, relative and absolute, in rounding steps at 1.
 

@@ -77,7 +77,7 @@ def embedding_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 
 def experts_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    """Of the width of a dense layer all together; every expert a token of its own where there are enough."""
+    """Experts that are together as wide as a dense layer; every expert a token of its own where there are enough."""
     d, num, chosen = shape.hidden_size, shape.num_experts, shape.num_experts_per_tok
     width = shape.intermediate_size // chosen // PANEL * PANEL
     first, second = make.fill(num, 2 * width // PANEL, d, PANEL), make.fill(num, d // PANEL, width, PANEL)

@@ -12,7 +12,7 @@ from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, Step
 from fuseline.compile.specs import FP8_DTYPES
 
 FP8 = tuple(getattr(torch, name) for name in dict.fromkeys(FP8_DTYPES.values()))
-"""Of caches whose numbers are scaled."""
+"""Dtypes of caches whose numbers are scaled."""
 
 
 def rope_size(x: Tensor, *_: object) -> tuple[str, int]:

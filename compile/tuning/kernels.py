@@ -44,9 +44,9 @@ class Problem:
 
     op: str
     shapes: str
-    """Of everything that does not change from step to step."""
+    """Everything that does not change from step to step."""
     labels: str
-    """Of the candidates."""
+    """Names of the candidates."""
 
 
 @dataclass

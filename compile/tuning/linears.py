@@ -39,7 +39,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """What decides how a product is best cut."""
+    """Sizes and dtypes that decide how a product is best cut."""
 
     num_k: int
     num_out: int

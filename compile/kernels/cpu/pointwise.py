@@ -35,7 +35,7 @@ def gelu(code: str, spelling: str) -> Implementation:
 
 
 def binary(name: str) -> tuple[Implementation, Implementation]:
-    """Of two tensors, and of a tensor and a number."""
+    """Implementations for two tensors, and for a tensor and a number."""
     code, op = codes.BINARY[name], f"aten.{name}.Tensor"
 
     def takes_tensors(left: object, right: object, **_: object) -> bool:

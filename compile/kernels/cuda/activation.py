@@ -25,7 +25,7 @@ def act_mul(lib: CudaLibrary, gate: Tensor, up: Tensor, act: int) -> Tensor:
 
 
 def _line_stride(x: Tensor) -> int | None:
-    """From line to line where one number tells; None where it takes more."""
+    """Elements from a row to the next; None where one number cannot say that."""
     if x.stride(-1) != 1:
         return None
     if x.is_contiguous():
