@@ -1,4 +1,4 @@
-// The library's one exported name: a table of its functions with their arguments' types, read by
+// The library's only exported symbol: a table of its functions with their argument types, read by
 // compile/kernels/native_cuda.py.
 #include <utility>
 
@@ -10,11 +10,11 @@ namespace {
 
 #ifdef __CUDACC__
 
-constexpr int kMinOverlapCode = 90, kMinOverlapDriver = 12030;  // sm_90; graphs keep early launches from CUDA 12.3 on
+constexpr int kMinOverlapCode = 90, kMinOverlapDriver = 12030;  // sm_90; CUDA graphs support early launches since 12.3
 
 __global__ void probe_kernel(int) {}
 
-// What keeps the kernels from running on the present device; empty when nothing does.
+// Why the kernels cannot run on the current device; empty if they can.
 const char* problem() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
@@ -22,7 +22,7 @@ const char* problem() {
 }
 const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// It is the code that counts, not the card: what a new card translates from code for an old one does not wait.
+// Depends on the compiled code, not on the device: PTX of an older target, translated for a new GPU, does not wait.
 bool can_overlap() {
   cudaFuncAttributes attributes;
   int driver = 0;
@@ -31,25 +31,25 @@ bool can_overlap() {
          driver >= kMinOverlapDriver;
 }
 
-// For tests without a card (csrc/tests/cuda_emulation.h).
+// The early-launch race check exists in the CPU emulator only (csrc/tests/cuda_emulation.h).
 template <class F>
-void rehearse(const F&) {}
+void check_race(const F&) {}
 
 #else
 
 const char* problem() { return ""; }
 const char* describe(int) { return "the emulation takes no such arguments"; }
 bool can_overlap() { return true; }
-using emulated::rehearse;
+using emulated::check_race;
 
 #endif
 
-// A function takes the stream, a value of Overlap, and its arguments in one array, eight bytes each: a caller packs
-// them faster than it passes them one by one.
+// A function takes the stream, an Overlap value and one array of its arguments, eight bytes each: for the caller,
+// packing them is faster than passing them separately.
 struct Entry {
   const char* name;
   int (*function)(void* stream, int overlap, const uint64_t* arguments);
-  const char* types;  // a letter an argument, as Python's struct has them: q pointer or int64, d double
+  const char* types;  // one letter per argument as in Python's struct: q pointer or int64, d double
 };
 
 template <class A>
@@ -63,7 +63,7 @@ A argument(uint64_t bits) {
 
 template <auto kFunction, class... A, size_t... kIndex>
 int unpack(Stream stream, const uint64_t* arguments, int (*)(Stream, A...), std::index_sequence<kIndex...>) {
-  rehearse([&](const auto& hidden) { kFunction(stream, hidden(argument<A>(arguments[kIndex]))...); });
+  check_race([&](const auto& hidden) { kFunction(stream, hidden(argument<A>(arguments[kIndex]))...); });
   return kFunction(stream, argument<A>(arguments[kIndex])...);
 }
 
@@ -88,7 +88,7 @@ Entry entry(const char* name) {
 
 extern "C" {
 
-// Ends with an entry without a name.
+// The last entry has no name.
 __attribute__((visibility("default"))) const Entry* fuseline_cuda_entries() {
   static const Entry entries[] = {
       entry<linear>("linear"),
