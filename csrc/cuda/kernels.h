@@ -56,8 +56,8 @@ int rope_cache(Stream stream, void* q_out, void* k_cache, void* v_cache, const v
 
 // out[T, H, D] of q[H, T, D] over caches [N, K, B, D], B = 1 << block_shift. If a batch has more tokens than sequences,
 // only sequences of one token are computed. A token's keys are cut into at most num_splits splits, shared by
-// num_workers blocks. `workspace` holds min(T, num_seqs) * H * num_splits * (D + 2) float32; it may be absent if no sequence can
-// have more than 256 keys. window w > 0: a token sees the last w keys, itself included.
+// num_workers blocks. `workspace` holds min(T, num_seqs) * H * num_splits * (D + 2) float32; it may be absent if no
+// sequence can have more than 256 keys. window w > 0: a token sees the last w keys, itself included.
 int decode_attention(Stream stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
                      block_table, const void* seq_lens, const void* query_start, const void* sinks, const void* k_scale,
                      const void* v_scale, void* workspace, int64_t num_tokens, int64_t num_seqs, int64_t num_heads,

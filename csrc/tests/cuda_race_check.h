@@ -1,8 +1,8 @@
 // Early-launch race check of the CPU emulator: finds kernels that touch memory before the kernels ahead have ended.
 //
 // Each call is made twice. In the first, the check, every pointer except those that may be read early (Weight) points
-// to inaccessible memory, and each block runs only until all its threads wait for the kernels ahead. A thread that touches
-// that memory, or ends without waiting, ends the process with a message.
+// to inaccessible memory, and each block runs only until all its threads wait for the kernels ahead. A thread that
+// touches that memory, or ends without waiting, ends the process with a message.
 #pragma once
 #include <signal.h>
 #include <sys/mman.h>

@@ -378,6 +378,7 @@ void run_all(Attention& job) {
 
 // t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?; i: window (0: none); f: scale,
 // softcap (0: none). keys.h gives the layout of keys. Keys from seq_lens on, and blocks before the window, are not read.
+void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
   Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], i[0], static_cast<float>(f[0]),
                 static_cast<float>(f[1])};
   job.num_seqs = job.seq_lens.sizes[0];
