@@ -1,4 +1,4 @@
-"""The contract of a pass (DESIGN contract 1)."""
+"""The interface of a pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fuseline.compile.target import CPU, Target
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pass may know besides the graph."""
+    """Information a pass may use besides the graph."""
 
     config: CompileConfig
     facts: object
@@ -28,7 +28,7 @@ class PassContext:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did. `specs` is what upper layers must know; `constants` are new ones it computed, by fqn."""
+    """Result of a pass: `specs` are facts for upper layers, `constants` the new ones it computed, by fqn."""
 
     matches: int
     changed: bool

@@ -1,4 +1,4 @@
-"""How an op of the vocabulary is declared: one decorator registers reference and fake as torch.ops.fuseline.<name>."""
+"""Declaration of ops: one decorator registers a reference and a fake implementation as torch.ops.fuseline.<name>."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARY = torch.library.Library("fuseline", "DEF")
 
 @dataclass(frozen=True)
 class Op:
-    """One op of the vocabulary; `<reference>.op` of the decorated function."""
+    """An op of the vocabulary; the decorated function has it as `.op`."""
 
     name: str
     schema: str
@@ -34,7 +34,7 @@ class Op:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model, by the names of config.json."""
+    """Sizes of a model, named as in config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -48,7 +48,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """Arguments of real sizes, and what the work amounts to."""
+    """Arguments at real sizes, with the bytes and operations they cost."""
 
     label: str
     args: tuple[Any, ...]
@@ -59,7 +59,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Make:
-    """Makes tensors for generated tests and benchmarks, the same on every run."""
+    """Makes the tensors of generated tests and benchmarks, the same in every run."""
 
     dtype: torch.dtype
     generator: torch.Generator
@@ -71,19 +71,19 @@ class Make:
         return (torch.randn(shape, generator=self.generator) * scale).to(self.device, self.dtype)
 
     def fill(self, *shape: int) -> torch.Tensor:
-        """The same number everywhere: quick to make, and as good as any other to time."""
+        """A constant tensor: quick to make, and timed like any other."""
         return torch.full(shape, 0.01, dtype=self.dtype, device=self.device)
 
     def ids(self, below: int, *shape: int) -> torch.Tensor:
         return torch.randint(below, shape, generator=self.generator).to(self.device)
 
     def order(self, count: int) -> torch.Tensor:
-        """0 .. count - 1, shuffled."""
+        """A random permutation of 0 .. count - 1."""
         return torch.randperm(count, generator=self.generator).to(self.device)
 
 
 def moved_bytes(op: Op, work: Workload) -> int:
-    """Bytes that the work has to move: as it says, or all tensors among arguments and results, once."""
+    """Bytes the work must move: those it declares, or every argument and result once."""
     if work.num_bytes:
         return work.num_bytes
     results = op.fake(*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in work.args))
@@ -98,8 +98,8 @@ def op(
     tolerance: float = 2.0,
     workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Registers the decorated reference under `schema`; `fake` gives shapes, `inputs` the arguments for tests,
-    `workloads` those for benchmarks.
+    """Registers the decorated reference under `schema`. `fake` computes result shapes, `inputs` yields test arguments,
+    `workloads` benchmark arguments.
     """
     name = schema.split("(", 1)[0]
 
@@ -114,7 +114,7 @@ def op(
 
 
 def batch_invariant(of: Callable) -> Callable:
-    """Registers a declared op as NAME_invariant too: kernels of that compute a row in one order, whatever the batch."""
+    """Registers a declared op also as NAME_invariant, whose kernels compute a row in one order for any batch."""
     found: Op = of.op
     schema = found.schema.replace(found.name, f"{found.name}_invariant", 1)
     return op(schema, found.fake, found.inputs, found.tolerance)(lambda *args: of(*args))

@@ -7,6 +7,6 @@ from fuseline.compile.ops.library import Op
 
 
 def registry() -> dict[str, Op]:
-    """Op by name."""
+    """Ops by name."""
     found = [value.op for name in ops.__all__ for value in vars(getattr(ops, name)).values() if hasattr(value, "op")]
     return {entry.name: entry for entry in found if isinstance(entry, Op)}

@@ -1,9 +1,9 @@
-"""How far a region that torch (from level 2 on: inductor) computes reaches. Marks nodes, changes nothing.
+"""Marks the regions that torch computes (compiled by inductor from level 2 on). Changes no node.
 
     linear -> [neg -> stack -> mul -> add] -> attention     only the stack has no kernel of ours; the rest joins it
 
-A run of plain aten ops is one region when at least one of them has no kernel. Ops whose kernels round or sum in a way
-of their own (sigmoid, exp, products, norms) keep their kernels: a region rounds where eager torch rounds.
+A run of plain aten ops becomes one region if at least one of them has no kernel. Ops whose kernels round or sum in
+their own way (sigmoid, exp, linears, norms) keep their kernels: a region rounds where eager torch rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LIBRARY = frozenset({
 
 
 def cut_regions(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Matches are regions, numbered from 0; their nodes carry the number in meta["region"]."""
+    """Each match is a region, numbered from 0; its nodes carry the number in meta["region"]."""
     kernels = Kernels(lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
     runs: list[list[fx.Node]] = [[]]
     for node in graph.graph.nodes:
@@ -50,7 +50,7 @@ def cut_regions(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def is_free(node: fx.Node) -> bool:
-    """Sizes, views, parts of a tuple: they cost nothing and end no run."""
+    """Sizes, views and tuple items: they cost nothing and do not end a run."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not tensors_of(node.meta.get("val")):
         return True
