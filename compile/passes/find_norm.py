@@ -58,7 +58,7 @@ def _rms_norm(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, found: dict[str, Any], mode: int) -> bool:
-    """Returns False if the result's dtype differs from the input's (a later cast is part of the norm) or the weight's."""
+    """Returns False if the result's dtype differs from the input's (a later cast is the norm's) or the weight's."""
     x = found["wide"].args[0] if found["wide"].target is cast else found["wide"]
     if x.meta["val"].dtype != node.meta["val"].dtype:
         return False
