@@ -28,7 +28,7 @@ def find_nvcc() -> str | None:
 
 
 def is_wanted(flag: str, torch_cuda: str | None, nvcc: str | None) -> bool:
-    """Decides by $FUSELINE_CUDA, torch's CUDA version and nvcc. Exits with a message if a required build cannot be done."""
+    """Decides by $FUSELINE_CUDA, torch's CUDA version and nvcc. Exits with a message if a required build fails."""
     if flag not in ("", "0", "1"):
         raise SystemExit(f"FUSELINE_CUDA={flag}: 0, 1 or unset (built where torch is for CUDA and nvcc is installed)")
     if flag == "1" and nvcc is None:
