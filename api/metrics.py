@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from fuseline.engine.messages import EngineReady, StepOutputs, StepStats
+from fuseline.engine.messages import EngineReady, StepOutputs, StepStats, TokenOutput
 
 LOG = logging.getLogger("fuseline.stats")
 LOG_SECONDS = 10.0
@@ -61,6 +61,8 @@ class Metrics:
         self._queries = self._series(Counter, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._hits = self._series(Counter, "prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = self._series(Counter, "num_preemptions", "Preempted requests")
+        self._drafts = self._series(Counter, "spec_decode_num_draft_tokens", "Draft tokens computed")
+        self._accepted = self._series(Counter, "spec_decode_num_accepted_tokens", "Draft tokens kept")
         self._step_tokens = self._series(Histogram, "iteration_tokens_total", "Tokens of a step", buckets=STEP_TOKENS)
         info = self._series(
             Gauge, "cache_config_info", "KV cache configuration", ("block_size", "cache_dtype", "num_gpu_blocks")
@@ -104,11 +106,13 @@ class Metrics:
         self._queries.inc(max(stats.prefix_queries - seen.prefix_queries, 0))
         self._hits.inc(max(stats.prefix_hits - seen.prefix_hits, 0))
         self._preemptions.inc(max(stats.num_preemptions - seen.num_preemptions, 0))
+        self._drafts.inc(max(stats.num_drafts - seen.num_drafts, 0))
+        self._accepted.inc(max(stats.num_accepted - seen.num_accepted, 0))
         if stats.prefix_queries:
             self._hit_rate.set(stats.prefix_hits / stats.prefix_queries)
         if stats.num_step_tokens:
             self._step_tokens.observe(stats.num_step_tokens)
-        generated = sum(len(output.token_ids) for output in step.outputs)
+        generated = sum(len(output.token_ids) for output in step.outputs if isinstance(output, TokenOutput))
         self._prompt_count += stats.num_prompt_tokens
         self._generated_count += generated
         self._seen = stats
@@ -125,18 +129,21 @@ class Metrics:
         self._n.observe(finished.n)
         now = time.time()
         self._e2e.observe(now - finished.arrival)
+        if finished.queue_seconds is None:
+            return  # it never left the queue
+        scheduled = finished.arrival + finished.queue_seconds
+        self._queue.observe(finished.queue_seconds)
+        self._inference.observe(max(now - scheduled, 0))
         if finished.first_token is not None:
-            scheduled = finished.arrival + finished.queue_seconds
-            self._queue.observe(finished.queue_seconds)
             self._ttft.observe(finished.first_token - finished.arrival)
             self._prefill.observe(max(finished.first_token - scheduled, 0))
             self._decode.observe(now - finished.first_token)
-            self._inference.observe(max(now - scheduled, 0))
 
-    def take_gap(self, seconds: float) -> None:
-        """Time between two outputs of one choice."""
+    def take_gap(self, seconds: float, num_tokens: int) -> None:
+        """Time since the last output of a choice, whose next `num_tokens` tokens came at once."""
         for histogram in self._tpot:
-            histogram.observe(seconds)
+            for _ in range(num_tokens):
+                histogram.observe(seconds / num_tokens)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -164,7 +171,7 @@ class FinishedRequest:
     def __init__(self, num_prompt: int, n: int, max_tokens: int, arrival: float) -> None:
         self.num_prompt, self.n, self.max_tokens, self.arrival = num_prompt, n, max_tokens, arrival
         self.num_generated = 0
-        self.queue_seconds = 0.0
+        self.queue_seconds: float | None = None
         self.first_token: float | None = None
         self.last: dict[int, float] = {}
         self.reasons: list[str] = []

@@ -21,7 +21,7 @@ import msgspec
 from fuseline.api.app import build_app
 from fuseline.api.config_resolve import resolve
 from fuseline.engine.client import EngineClient
-from fuseline.engine.messages import EngineReady, EngineRequest, PlainTokens, StepOutputs, TokenOutput
+from fuseline.engine.messages import EngineReady, EngineRequest, StepOutputs, TokenDeltas, TokenOutput
 from fuseline.engine.process import answer_decoder
 
 NUM_STEPS = 200
@@ -46,7 +46,7 @@ class StandIn(EngineClient):
     def step(self, finish_reason: str | None = None) -> None:
         places = [(request, index) for request in self.requests for index in range(request.params.n)]
         tokens = [100 + (7 * handle + 13 * self._num_steps) % (self.vocab_size - 200) for handle in range(len(places))]
-        outputs, plain = [], PlainTokens()
+        outputs, deltas = [], TokenDeltas()
         if self._num_steps == 0 or finish_reason:
             outputs = [
                 TokenOutput(
@@ -56,9 +56,9 @@ class StandIn(EngineClient):
                 for handle, ((request, index), token) in enumerate(zip(places, tokens, strict=True))
             ]  # fmt: skip
         else:
-            plain = PlainTokens(array("q", range(len(places))).tobytes(), array("q", tokens).tobytes())
+            deltas = TokenDeltas(array("q", range(len(places))).tobytes(), array("q", tokens).tobytes())
         self._num_steps += 1
-        message = self._bytes.encode(StepOutputs(outputs=outputs, plain=plain))
+        message = self._bytes.encode(StepOutputs(outputs=outputs, deltas=deltas))
         self._take(self._decoder.decode(message))
 
 

@@ -63,6 +63,9 @@ class StepInputs:
     logits_rows: Tensor  # [R] int64, indices into T
     sources: Tensor | None = None  # [T] int32: where >= 0, the token is sampled[sources[t]], whatever token_ids has
     sampled: Tensor | None = None  # [rows] int64 on the device, tokens that the step before sampled
+    state_slots: Tensor | None = None  # [S] int64, for a StateSpec; a state at position 0 begins as zero
+    embed_rows: Tensor | None = None  # [E] int64, indices into T: positions that are fed by embeddings
+    embeds: Tensor | None = None  # [E, D] float32
 
     @property
     def only_decodes(self) -> bool:

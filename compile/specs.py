@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 FP8_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
@@ -30,6 +31,18 @@ class CacheSpec:
     def bytes_per_token(self) -> int:
         size = 1 if self.has_scales else 4 if self.dtype == "float32" else 2
         return self.num_kv_heads * (self.key_dim + self.value_dim) * size
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Recurrent state that one layer keeps for a sequence, of the same size whatever the sequence's length."""
+
+    layer: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def bytes_per_sequence(self) -> int:
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
 
 
 def scale_names(layer: int) -> tuple[str, str]:
@@ -93,5 +106,10 @@ class ModelInfo:
     rope_switch: RopeSwitchSpec | None = None
     cache_specs: tuple[CacheSpec, ...] = ()
     cache_groups: tuple[CacheGroup, ...] = field(default=())
+    state_specs: tuple[StateSpec, ...] = ()
+    takes_embeds: bool = False
+    """StepInputs may bring embeddings."""
+    gives_hidden: bool = False
+    """StepOutput has hidden states."""
     host_weight_bytes: int = 0
     """Of weights that are copied to the device each step."""

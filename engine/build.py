@@ -1,4 +1,4 @@
-"""What an engine is built from, named without importing it: the server's process has no use for torch."""
+"""Model and device of an engine, named without importing them: the server's process has no use for torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find_device(config: EngineConfig) -> Device:
 
     target = detect_target(config.compile.cpu_threads, config.device)
     if target.kind == "cuda":
-        from fuseline.engine.run.card import CudaDevice
+        from fuseline.engine.run.cuda_device import CudaDevice
 
         return CudaDevice(target)
     from fuseline.engine.run.device import HostDevice, native_ops

@@ -6,22 +6,31 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
 
 from fuseline.engine.build import BuildModel, FindDevice, build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import (
     AbortRequests,
+    Call,
+    CallDone,
+    CallFailed,
+    CallResult,
     EngineFailed,
     EngineReady,
     EngineRequest,
     FromEngine,
+    IsSleeping,
+    Output,
+    PooledOutput,
     Progress,
+    ResetPrefixCache,
+    Sleep,
+    SleepState,
     StepExpander,
     StepOutputs,
     StepStats,
-    TokenOutput,
-    Utility,
-    UtilityResult,
+    WakeUp,
 )
 from fuseline.engine.transport import EngineSetup, ProcessTransport, ThreadTransport, Transport
 
@@ -58,7 +67,7 @@ class EngineClient:
         self._make_transport = ProcessTransport if in_process else ThreadTransport
         self._transport: Transport | None = None
         self._mailboxes: dict[str, _Mailbox] = {}
-        self._calls: dict[int, asyncio.Future[str]] = {}
+        self._calls: dict[int, asyncio.Future[CallResult]] = {}
         self._num_calls = 0
         self._stats = StepStats()
         self._expander = StepExpander()
@@ -73,7 +82,7 @@ class EngineClient:
         return len(self._mailboxes)
 
     def stats(self) -> StepStats:
-        """Of the newest step."""
+        """Counts of the newest step."""
         return self._stats
 
     async def start(self, on_progress: OnProgress | None = None) -> EngineReady:
@@ -100,7 +109,7 @@ class EngineClient:
             raise EngineStartError(f"the engine died {MAX_DEATHS} times in ten minutes; see the log for the cause")
         return await self.start(on_progress)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncIterator[Output]:
         """Outputs of all choices as they come, until each has finished. Closing the iterator aborts the request.
 
         Raises EngineDeadError when the engine dies, ValueError for an id in use.
@@ -119,17 +128,42 @@ class EngineClient:
         finally:
             self._mailboxes.pop(request.request_id, None)
             if num_unfinished and self.is_alive:
-                self._send(AbortRequests((request.request_id,)))
+                self._send(AbortRequests(request_ids=(request.request_id,)))
+
+    async def pool(self, request: EngineRequest) -> PooledOutput:
+        """The vector of a request with PoolingParams. Cancelling aborts it. Raises like `generate`."""
+        async with aclosing(self.generate(request)) as outputs:
+            return await anext(outputs)
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """The choices of these requests end with finish_reason "abort"; unknown ids are ignored."""
-        self._send(AbortRequests(tuple(request_ids)))
+        self._send(AbortRequests(request_ids=tuple(request_ids)))
 
-    async def utility(self, method: str, arg: str = "") -> str:
-        """reset_prefix_cache, sleep ("0", "1", "2"), wake_up, is_sleeping. Raises ValueError in the engine's words."""
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """One choice of a request ends with finish_reason "abort", the others go on; unknown ones are ignored."""
+        if self.is_alive:
+            self._send(AbortRequests(choices=((request_id, index),)))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks."""
+        await self._call(ResetPrefixCache)
+
+    async def sleep(self, level: int) -> None:
+        """Stop serving and give back memory, as messages.Sleep says. Raises ValueError in the engine's words."""
+        await self._call(Sleep, level)
+
+    async def wake_up(self, tags: Iterable[str] = ()) -> None:
+        """Bring back what the tags ("weights", "kv_cache") name; without any, all. Raises ValueError likewise."""
+        await self._call(WakeUp, tuple(tags))
+
+    async def is_sleeping(self) -> bool:
+        state = await self._call(IsSleeping)
+        return isinstance(state, SleepState) and state.is_sleeping
+
+    async def _call(self, kind: Callable[..., Call], *arguments: object) -> CallDone | SleepState:
         self._num_calls += 1
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._send(Utility(self._num_calls, method, arg))
+        future: asyncio.Future[CallResult] = asyncio.get_running_loop().create_future()
+        self._send(kind(self._num_calls, *arguments))
         self._calls[self._num_calls] = future
         return await future
 
@@ -142,7 +176,7 @@ class EngineClient:
             await transport.stop(timeout)
         self._fail_all(EngineDeadError("the engine has been shut down"))
 
-    def _send(self, message: EngineRequest | AbortRequests | Utility) -> None:
+    def _send(self, message: EngineRequest | AbortRequests | Call) -> None:
         if not self.is_alive or self._transport is None:
             raise EngineDeadError("the engine is not running")
         self._transport.send(message)
@@ -150,7 +184,7 @@ class EngineClient:
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):
             self._take_step(message)
-        elif isinstance(message, UtilityResult):
+        elif isinstance(message, CallResult):
             self._take_result(message)
         elif isinstance(message, Progress):
             if self._on_progress is not None:
@@ -171,19 +205,19 @@ class EngineClient:
         for callback in self.on_step:
             callback(step)
 
-    def _take_result(self, result: UtilityResult) -> None:
+    def _take_result(self, result: CallResult) -> None:
         future = self._calls.pop(result.call_id, None)
         if future is None or future.done():
             return
-        if result.error:
+        if isinstance(result, CallFailed):
             future.set_exception(ValueError(result.error))
         else:
-            future.set_result(result.result)
+            future.set_result(result)
 
     def _end(self) -> None:
         """The engine is gone, whether asked to or not."""
         self.is_alive = False
-        self._stats = StepStats()
+        self._take_step(StepOutputs())  # nothing runs or waits any more; counts begin anew
         if self._starting is not None and not self._starting.done():
             self._starting.set_exception(EngineStartError("the engine's process died while starting; see the log"))
             return
@@ -208,11 +242,11 @@ class _Mailbox:
     """Outputs on their way to one generate(). Cheaper than a queue: one reader, never bounded."""
 
     def __init__(self) -> None:
-        self._outputs: deque[TokenOutput] = deque()
+        self._outputs: deque[Output] = deque()
         self._error: EngineDeadError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, output: TokenOutput) -> None:
+    def put(self, output: Output) -> None:
         self._outputs.append(output)
         self._wake()
 
@@ -220,7 +254,7 @@ class _Mailbox:
         self._error = error
         self._wake()
 
-    async def get(self) -> TokenOutput:
+    async def get(self) -> Output:
         while not self._outputs:
             if self._error is not None:
                 raise EngineDeadError(str(self._error))

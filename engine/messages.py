@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from typing import Literal
 
 import msgspec
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
     """One request's sampling settings, validated and resolved by the API (SPEC 4.1, 6)."""
 
     n: int = 1
@@ -38,27 +39,73 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     bad_words: tuple[tuple[int, ...], ...] = ()
 
 
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="pooling"):
+    """How a request's one vector is made: from its last token, or as the mean over all its tokens."""
+
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+    """Divide the vector by its Euclidean length."""
+
+    @property
+    def n(self) -> int:
+        return 1
+
+
+class PromptEmbeds(msgspec.Struct, frozen=True, array_like=True):
+    """Embeddings that take the place of those of the prompt's tokens from position `start` on."""
+
+    start: int
+    count: int
+    data: bytes
+    """float32, [count, hidden size]."""
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """A validated request. `request_id` is unique in the engine and made by the server, never by a client."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     priority: int = 0
     arrival_time: float = 0.0
     cache_salt: str = ""
+    embeds: tuple[PromptEmbeds, ...] = ()
+    """Within the prompt, whose token ids are placeholders there."""
 
 
-class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
-    request_ids: tuple[str, ...]
+class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="abort"):
+    """Whole requests, and single choices as (request id, index). Unknown ones are ignored."""
+
+    request_ids: tuple[str, ...] = ()
+    choices: tuple[tuple[str, int], ...] = ()
 
 
-class Utility(msgspec.Struct, frozen=True, tag="utility"):
-    """A call with an answer: reset_prefix_cache, sleep, wake_up, is_sleeping, ..."""
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
+    """Forget all cached blocks. Answered by CallDone."""
 
     call_id: int
-    method: str
-    arg: str = ""
+
+
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """Stop serving and give back memory: at level 0 none, at 1 the KV cache's and on a GPU the weights' too, at 2 the
+    weights are discarded. What ran is computed anew after WakeUp. Answered by CallDone or CallFailed.
+    """
+
+    call_id: int
+    level: int
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag="wake_up"):
+    """Bring back what the tags name; without tags, everything. Answered by CallDone or CallFailed."""
+
+    call_id: int
+    tags: tuple[str, ...] = ()
+
+
+class IsSleeping(msgspec.Struct, frozen=True, tag="is_sleeping"):
+    """Answered by SleepState."""
+
+    call_id: int
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -97,10 +144,31 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     """The stop_token_id that ended the choice; None for EOS and length."""
     error: str = ""
     """With finish_reason error: a message fit for the client."""
-    queue_seconds: float = 0.0
-    """With the first output: time from arrival to first being scheduled."""
+    is_bad_request: bool = False
+    """With finish_reason error: the request's own settings are the cause."""
+    queue_seconds: float | None = None
+    """With the first output, if a step has computed for the choice: time from arrival to its first step."""
     handle: int | None = None
-    """With the first output and with the last: what stands for the choice in PlainTokens."""
+    """With the first output and with the last: what stands for the choice in TokenDeltas."""
+
+
+class PooledOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="pooled"):
+    """The one output of a pooling request."""
+
+    request_id: str
+    vector: bytes = b""
+    """float32, [hidden size]; empty unless the finish_reason is stop."""
+    finish_reason: str
+    """stop, abort, error."""
+    error: str = ""
+    """With finish_reason error: a message fit for the client."""
+    is_bad_request: bool = False
+    num_cached_tokens: int = 0
+    queue_seconds: float | None = None
+    """As in TokenOutput."""
+
+
+Output = TokenOutput | PooledOutput
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -115,39 +183,49 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prefix_queries: int = 0
     """Tokens looked up since start."""
     prefix_hits: int = 0
+    num_drafts: int = 0
+    """Draft tokens computed since start."""
+    num_accepted: int = 0
+    """Draft tokens kept since start."""
     num_step_tokens: int = 0
     num_prompt_tokens: int = 0
     """Prompt tokens computed in this step."""
 
 
-class PlainTokens(msgspec.Struct, frozen=True, array_like=True):
-    """What most of a step's outputs are: one more token of a choice that goes on, as two parallel arrays."""
+class TokenDeltas(msgspec.Struct, frozen=True, array_like=True):
+    """Compact token deltas: what most of a step's outputs are, one more token of a choice that goes on. A choice that
+    gets several tokens is there several times.
+    """
 
     handles: bytes = b""
     """int64, of choices whose first output has told their handle."""
     token_ids: bytes = b""
-    """int64."""
+    """int64, in parallel to the handles."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
-    """What a step has to tell: `plain` first, then `outputs`."""
+    """Outputs of a step: `deltas` come before `outputs`."""
 
-    outputs: list[TokenOutput] = []
-    plain: PlainTokens = msgspec.field(default_factory=PlainTokens)
+    outputs: list[Output] = []
+    deltas: TokenDeltas = msgspec.field(default_factory=TokenDeltas)
     stats: StepStats = msgspec.field(default_factory=StepStats)
 
 
 class StepExpander:
-    """The receiving side's: turns plain tokens into outputs again. It sees all steps of one engine, in order."""
+    """Turns compact token deltas into outputs again, on the receiving side. It sees all steps of one engine, in
+    order.
+    """
 
     def __init__(self) -> None:
         self._choices: dict[int, tuple[str, int]] = {}
 
     def expand(self, step: StepOutputs) -> StepOutputs:
         """The same step with all of it in `outputs`."""
-        pairs = zip(array("q", step.plain.handles), array("q", step.plain.token_ids), strict=True)
+        pairs = zip(array("q", step.deltas.handles), array("q", step.deltas.token_ids), strict=True)
         outputs = [self._output(handle, token) for handle, token in pairs]
         for output in step.outputs:
+            if isinstance(output, PooledOutput):
+                continue
             if output.finish_reason is not None:
                 self._choices.pop(output.handle, None)
             elif output.handle is not None:
@@ -159,10 +237,20 @@ class StepExpander:
         return TokenOutput(request_id=request_id, index=index, token_ids=(token,))
 
 
-class UtilityResult(msgspec.Struct, frozen=True, tag="utility_result"):
+class CallDone(msgspec.Struct, frozen=True, tag="call_done"):
     call_id: int
-    result: str = ""
-    error: str = ""
+
+
+class CallFailed(msgspec.Struct, frozen=True, tag="call_failed"):
+    """`error`: one line for the caller."""
+
+    call_id: int
+    error: str
+
+
+class SleepState(msgspec.Struct, frozen=True, tag="sleep_state"):
+    call_id: int
+    is_sleeping: bool
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -193,5 +281,7 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     total: int
 
 
-ToEngine = EngineRequest | AbortRequests | Utility | Shutdown
-FromEngine = StepOutputs | UtilityResult | EngineReady | EngineFailed | Progress
+Call = ResetPrefixCache | Sleep | WakeUp | IsSleeping
+CallResult = CallDone | CallFailed | SleepState
+ToEngine = EngineRequest | AbortRequests | Call | Shutdown
+FromEngine = StepOutputs | CallResult | EngineReady | EngineFailed | Progress

@@ -43,14 +43,14 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
         outbox.close()
         context.destroy(linger=LINGER_MS)
     if death is not None:
-        # What lies on a card that failed cannot be freed, hence is kept alive: its destructors would abort, and a core
+        # Tensors on a GPU that failed cannot be freed, hence are kept alive: their destructors would abort, and a core
         # file be written while the next engine waits for the memory.
         logging.shutdown()
         os._exit(1)
 
 
 def log_death(error: Exception) -> None:
-    """One line with the cause, which of a card's faults is the first of several, then where it came from."""
+    """One line with the cause, which of a GPU's faults is the first of several, then where it came from."""
     cause = str(error).strip().partition("\n")[0]
     logging.getLogger("fuseline.engine").error(
         "the engine died: %s: %s", type(error).__name__, cause, exc_info=error

@@ -14,19 +14,26 @@ from fuseline.engine.memory.sizing import CacheSize, size_cache
 from fuseline.engine.memory.swap import host_blocks
 from fuseline.engine.messages import (
     AbortRequests,
+    Call,
+    CallDone,
+    CallFailed,
+    CallResult,
     EngineFailed,
     EngineReady,
     EngineRequest,
     FromEngine,
+    IsSleeping,
     Progress,
+    ResetPrefixCache,
     Shutdown,
+    Sleep,
+    SleepState,
     ToEngine,
-    Utility,
-    UtilityResult,
+    WakeUp,
 )
 from fuseline.engine.run.runner import Model, SwappingModel
 from fuseline.engine.run.warm_up import warm_up
-from fuseline.engine.sleep import TAGS, Sleep
+from fuseline.engine.sleep import TAGS, Sleeper
 
 logger = logging.getLogger("fuseline.engine")
 
@@ -50,13 +57,15 @@ class EngineService:
         before = self.device.memory()
         model = self._build()
         info = model.info
-        steps = warm_up(self.device, model, config, self._tell_progress)
-        room = self.device.room(info, config.cache.gpu_memory_utilization, before, steps)
+        needed = warm_up(self.device, model, config, self._tell_progress)
+        budget = self.device.kv_budget(info, config.cache.gpu_memory_utilization, before, needed)
         max_model_len = config.compile.max_model_len or info.max_model_len
-        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, room)
+        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, budget)
         self.host_blocks = self._count_host_blocks(model)
-        self.engine = Engine(config, model, self.size.num_blocks, self.device, self.host_blocks)
-        self._asleep = Sleep(self.engine.runner, self._build, self._open)
+        self.engine = Engine(
+            config, model, self.size.num_blocks, self.device, self.host_blocks, self.size.num_states
+        )  # fmt: skip
+        self._sleeper = Sleeper(self.engine.runner, self._build, self._open)
         self._open(model)  # last: from now on a thread may capture
         send(_ready(config, self.engine, self.size, self.device.name))
 
@@ -90,43 +99,37 @@ class EngineService:
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
                 self.engine.abort(request_id)
-        elif isinstance(message, Utility):
-            self.send(self._call(message))
+            for request_id, index in message.choices:
+                self.engine.abort_choice(request_id, index)
+        else:
+            self.send(self._answer(message))
 
-    def _call(self, call: Utility) -> UtilityResult:
-        utilities = {
-            "reset_prefix_cache": self._reset_prefix_cache,
-            "sleep": self._sleep,
-            "wake_up": self._wake_up,
-            "is_sleeping": lambda _: "true" if self.engine.is_asleep else "false",
-        }
-        if call.method not in utilities:
-            return UtilityResult(call.call_id, error=f"the engine has no method {call.method}")
+    def _answer(self, call: Call) -> CallResult:
         try:
-            return UtilityResult(call.call_id, result=utilities[call.method](call.arg))
-        except (ValueError, MemoryError) as error:  # weights that find no room on the host stay where they are
-            return UtilityResult(call.call_id, error=str(error))
+            if isinstance(call, IsSleeping):
+                return SleepState(call.call_id, self.engine.is_asleep)
+            if isinstance(call, ResetPrefixCache):
+                self.engine.reset_prefix_cache()
+            elif isinstance(call, Sleep):
+                self._sleep(call.level)
+            elif isinstance(call, WakeUp):
+                self._wake_up(call.tags or TAGS)
+            return CallDone(call.call_id)
+        except (ValueError, MemoryError) as error:  # weights that do not fit into host memory stay where they are
+            return CallFailed(call.call_id, str(error))
 
-    def _reset_prefix_cache(self, _: str) -> str:
-        self.engine.reset_prefix_cache()
-        return "true"
-
-    def _sleep(self, arg: str) -> str:
-        """Level 0 pauses, 1 also gives the KV memory back, 2 also the weights. What ran is computed anew on waking."""
-        if arg not in ("0", "1", "2", ""):
-            raise ValueError(f"sleep level must be 0, 1 or 2, not {arg}")
+    def _sleep(self, level: int) -> None:
+        if level not in (0, 1, 2):
+            raise ValueError(f"sleep level must be 0, 1 or 2, not {level}")
         self.engine.pause()
-        self._asleep.deepen(int(arg or 1))
-        return "true"
+        self._sleeper.deepen(level)
 
-    def _wake_up(self, arg: str) -> str:
-        """`arg`: tags of what to bring back, separated by commas; all if empty. Serving goes on when all is there."""
-        tags = arg.split(",") if arg else TAGS
+    def _wake_up(self, tags: tuple[str, ...]) -> None:
+        """Serving goes on when everything is there."""
         if unknown := sorted(set(tags) - set(TAGS)):
             raise ValueError(f"there is no tag {unknown[0]} (tags: {', '.join(TAGS)})")
-        if self.engine.is_asleep and self._asleep.wake(tags):
+        if self.engine.is_asleep and self._sleeper.wake(tags):
             self.engine.resume()
-        return "true"
 
     def _build(self) -> Model:
         return self.build_model(self.config, self._tell_progress)
@@ -136,6 +139,8 @@ class EngineService:
         model.allocate_caches([count + 1 for count in self.size.num_blocks])
         if self.host_blocks:
             model.allocate_host_blocks(self.host_blocks)
+        if self.size.num_states:
+            model.allocate_states(self.size.num_states)
         self.device.capture_graphs(model, self._tell_progress)
 
     def _tell_progress(self, phase: str, done: int, total: int) -> None:
@@ -144,7 +149,8 @@ class EngineService:
     def _count_host_blocks(self, model: Model) -> list[int]:
         """Per cache group; none where preempted sequences are computed anew."""
         cache = self.config.cache
-        if cache.preemption_mode != "swap" or cache.swap_space == 0 or not isinstance(model, SwappingModel):
+        can_swap = isinstance(model, SwappingModel) and not model.info.state_specs
+        if cache.preemption_mode != "swap" or cache.swap_space == 0 or not can_swap:
             return []
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return host_blocks(model.info, cache.block_size, cache.swap_space, self.size.num_blocks, memory)
@@ -173,7 +179,7 @@ def _ready(config: EngineConfig, engine: Engine, size: CacheSize, device: str) -
     return EngineReady(
         vocab_size=info.vocab_size,
         max_model_len=engine.max_model_len,
-        num_blocks=max(size.num_blocks),
+        num_blocks=max(size.num_blocks, default=0),
         block_size=config.cache.block_size,
         dtype=info.dtype,
         kv_cache_dtype=kv_dtype,

@@ -1,4 +1,4 @@
-"""What a sleeping engine has given back, and how it gets it again."""
+"""Memory that a sleeping engine gives back, and how it gets it again."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from fuseline.engine.run.runner import Model, Runner, SleepingModel
 TAGS = ("weights", "kv_cache")
 
 
-class Sleep:
-    """Of a paused engine. Level 0 keeps everything, 1 gives the KV memory back and moves a card's weights to the host,
-    2 discards the weights; a deeper level may follow a lighter one.
+class Sleeper:
+    """Gives back the memory of a paused engine, and gets it again.
 
-    `build` makes the model anew, `open_caches` gives it all that it needs to be served.
+    Level 0 keeps everything, 1 gives the KV memory back and moves a GPU's weights to the host, 2 discards the weights.
+    A deeper level may follow a lighter one. `build` makes the model anew, `open_caches` gives it all that it needs to
+    be served.
     """
 
     def __init__(self, runner: Runner, build: Callable[[], Model], open_caches: Callable[[Model], None]) -> None:
@@ -25,6 +26,8 @@ class Sleep:
         model, num_groups = self._runner.model, len(self._runner.model.info.cache_groups)
         if level >= 1 and "kv_cache" not in self._gone:
             model.allocate_caches([1] * num_groups)
+            if model.info.state_specs:
+                model.allocate_states(1)
             self._gone.add("kv_cache")
         if level == 1 and "weights" not in self._gone:
             if isinstance(model, SleepingModel):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fuseline.engine.messages import StepStats
+from fuseline.engine.outputs import Report
+from fuseline.engine.run.speculate.drafting import Drafting
 from fuseline.engine.schedule.scheduler import Scheduler
 
 
-def make_stats(scheduler: Scheduler, num_step_tokens: int, num_prompt_tokens: int) -> StepStats:
-    """`num_prompt_tokens` of the step's tokens were prompt."""
+def make_stats(scheduler: Scheduler, report: Report, drafting: Drafting | None) -> StepStats:
     swap = scheduler.kv.swap
     num_swapped = swap.num_sequences if swap else 0
     return StepStats(
@@ -19,6 +20,8 @@ def make_stats(scheduler: Scheduler, num_step_tokens: int, num_prompt_tokens: in
         swap_usage=swap.usage if swap else 0.0,
         prefix_queries=scheduler.prefix_queries,
         prefix_hits=scheduler.prefix_hits,
-        num_step_tokens=num_step_tokens,
-        num_prompt_tokens=num_prompt_tokens,
+        num_drafts=drafting.num_drafts if drafting else 0,
+        num_accepted=drafting.num_accepted if drafting else 0,
+        num_step_tokens=report.num_step_tokens,
+        num_prompt_tokens=report.num_prompt_tokens,
     )

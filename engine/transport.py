@@ -83,7 +83,7 @@ class ProcessTransport:
         self._closing = self._loop.create_task(self._close())
 
     async def _close(self) -> None:
-        """What the process said last (why it could not start) is still read."""
+        """Reads the last messages of the process too (why it could not start), then ends."""
         await asyncio.sleep(0.05)
         self._reading.cancel()
         self.process.join()

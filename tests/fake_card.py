@@ -19,7 +19,7 @@ from fuseline.compile.kernels.triton import sampling
 from fuseline.compile.residency.uploads import DeviceInputs, Layout, views
 from fuseline.compile.target import Target
 from fuseline.engine.memory.sizing import Memory
-from fuseline.engine.run.card import CardResults, CudaDevice
+from fuseline.engine.run.cuda_device import CudaDevice, CudaResults
 from fuseline.engine.run.device import Progress, SampleOps
 
 __all__ = ["CARD", "FakeCard", "FakeGraphs", "no_host_sync", "triton_interpreter"]
@@ -180,7 +180,7 @@ class FakeCard(CudaDevice):
     def memory(self) -> Memory:
         return Memory(1 << 30, 1 << 31)
 
-    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
+    def profile(self, runs: Sequence[Callable[[], None]]) -> int:
         for run in runs:
             run()
         self.rehearsed.append(len(runs))
@@ -194,7 +194,7 @@ class FakeCard(CudaDevice):
         self._note(*found.values())
         return found
 
-    def results(self, layout: Layout) -> CardResults:
+    def results(self, layout: Layout) -> CudaResults:
         results = _FakeResults(layout, self._device, self.log)
         self._note(*results.tensors.values())
         return results
@@ -211,7 +211,7 @@ class FakeCard(CudaDevice):
         self._on_card |= {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
 
 
-class _FakeResults(CardResults):
+class _FakeResults(CudaResults):
     def __init__(self, layout: Layout, device: torch.device, log: list[tuple[str, int]]) -> None:
         super().__init__(layout, device)
         self._log, self._number = log, sum(kind == "sent" for kind, _ in log)

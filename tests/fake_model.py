@@ -1,7 +1,9 @@
 """A model whose next token is a hash of what it can see through block tables and slots.
 
 It writes each token into its cache by slot and reads the visible sequence back through the tables, so any mistake in
-scheduling or memory changes the tokens. `next_logits` is the same function without any cache.
+scheduling or memory changes the tokens. `next_logits` is the same function without any cache. With a recurrent state
+the logits depend on a running digest of all tokens too, which the model keeps by state slot. A position that is fed by
+an embedding holds the number that `embedded` gives it in place of its token.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import torch
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput
 from fuseline.compile.residency.uploads import Layout
-from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec
+from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo, RopeSwitchSpec, StateSpec
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.run.device import HostDevice, HostResults, SampleOps
 from fuseline.engine.run.sampler_reference import reference_device
 
 VOCAB_SIZE = 48
+HIDDEN_SIZE = 8
 BLOCK_SIZE = 4
 KILL_TOKEN = 47
 """In a prompt: the fake model kills its own process."""
@@ -31,10 +34,29 @@ NAN_TOKEN = 46
 """Visible to a row: its logits are not finite."""
 
 
-def next_logits(tokens: Sequence[int], windows: Sequence[int], threshold: int | None = None) -> np.ndarray:
-    """Logits [V] after `tokens`, seen through one window per cache group."""
+def next_logits(
+    tokens: Sequence[int], windows: Sequence[int], threshold: int | None = None, with_state: bool = False
+) -> np.ndarray:
+    """Logits [V] after `tokens`, seen through one window per cache group, and by a recurrent state."""
     variant = int(threshold is not None and len(tokens) > threshold)
-    return _logits([list(tokens[-w:]) if w else list(tokens) for w in windows], variant)
+    views = [list(tokens[-w:]) if w else list(tokens) for w in windows]
+    return _logits([*views, [state_after(tokens)]] if with_state else views, variant)
+
+
+def state_after(tokens: Sequence[int], state: int = 0) -> int:
+    for token in tokens:
+        state = (state * 1_000_003 + int(token) + 1) % (2**31 - 1)
+    return state
+
+
+def embedded(row: np.ndarray) -> int:
+    """The number that stands for an embedding [HIDDEN_SIZE]."""
+    return 1000 + int(row[0])
+
+
+def hidden_state(token: int, position: int) -> np.ndarray:
+    """[HIDDEN_SIZE]: what the model gives for a token; of no meaning."""
+    return np.cos(np.arange(1, HIDDEN_SIZE + 1) * (token + 1) + position).astype(np.float32)
 
 
 def _logits(views: list[list[int]], variant: int) -> np.ndarray:
@@ -54,6 +76,7 @@ class FakeModel:
         block_size: int = BLOCK_SIZE,
         rope_switch: RopeSwitchSpec | None = None,
         step_seconds: float = 0.0,
+        with_state: bool = False,
     ) -> None:
         self.block_size = block_size
         self.step_seconds = step_seconds
@@ -62,7 +85,7 @@ class FakeModel:
         self.info = ModelInfo(
             architecture="FakeForCausalLM",
             vocab_size=VOCAB_SIZE,
-            hidden_size=8,
+            hidden_size=HIDDEN_SIZE,
             num_layers=len(windows),
             max_model_len=max_model_len,
             dtype="float32",
@@ -72,11 +95,17 @@ class FakeModel:
             rope_switch=rope_switch,
             cache_specs=tuple(CacheSpec(i, 1, 4, 4, "float32", w) for i, w in enumerate(windows)),
             cache_groups=tuple(CacheGroup(w, (i,)) for i, w in enumerate(windows)),
+            state_specs=(StateSpec(len(windows), (4,), "float32"),) if with_state else (),
+            takes_embeds=True,
+            gives_hidden=True,
         )
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
         # Per slot: token, position, rope variant.
         self.caches = [np.full((n * self.block_size, 3), -1, np.int64) for n in num_blocks]
+
+    def allocate_states(self, num_slots: int) -> None:
+        self.states = [-1] * num_slots  # nobody's
 
     def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
         self.host = [np.full((n * self.block_size, 3), -1, np.int64) for n in num_blocks]
@@ -98,6 +127,7 @@ class FakeModel:
             inputs.token_ids[is_sampled] = inputs.sampled[inputs.sources[is_sampled].long()]
         time.sleep(self.step_seconds)
         self.num_runs += 1
+        self._read(inputs)
         self._write(inputs)
         starts = inputs.query_start.numpy()
         assert starts[-1] == len(inputs.token_ids)
@@ -105,7 +135,9 @@ class FakeModel:
         for token_row in inputs.logits_rows.tolist():
             seq = int(np.searchsorted(starts, token_row, side="right")) - 1
             rows.append(self._row(inputs, seq, int(inputs.positions[token_row])))
-        return StepOutput(torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), VOCAB_SIZE)))
+        self._advance_states(inputs)
+        logits = torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), VOCAB_SIZE))
+        return StepOutput(logits, self._hidden_states(inputs))
 
     def _write(self, inputs: StepInputs) -> None:
         if KILL_TOKEN in inputs.token_ids:
@@ -116,7 +148,37 @@ class FakeModel:
         for cache, slots in zip(self.caches, inputs.slot_mapping.numpy(), strict=True):
             assert len(set(slots.tolist())) == len(slots), "two tokens of a step share a slot"
             assert (slots >= self.block_size).all(), "a token is written to the null block"
-            cache[slots] = np.stack([inputs.token_ids.numpy(), inputs.positions.numpy(), variants], 1)
+            cache[slots] = np.stack([self._content, inputs.positions.numpy(), variants], 1)
+
+    def _read(self, inputs: StepInputs) -> None:
+        """The tokens, embeddings in their place."""
+        self._content = inputs.token_ids.numpy().copy()
+        if inputs.embeds is not None:
+            self._content[inputs.embed_rows.numpy()] = [embedded(row) for row in inputs.embeds.numpy()]
+
+    def _hidden_states(self, inputs: StepInputs) -> torch.Tensor:
+        """[R, HIDDEN_SIZE] of the wanted rows."""
+        wanted = inputs.logits_rows.numpy()
+        pairs = zip(self._content[wanted].tolist(), inputs.positions.numpy()[wanted].tolist(), strict=True)
+        states = [hidden_state(*pair) for pair in pairs]
+        return torch.from_numpy(np.array(states, np.float32).reshape(len(states), HIDDEN_SIZE))
+
+    def _state(self, inputs: StepInputs, seq: int, end: int) -> int:
+        """Of a sequence after the tokens of the step up to `end`."""
+        begin = int(inputs.query_start[seq])
+        state = 0 if inputs.positions[begin] == 0 else self.states[inputs.state_slots[seq]]
+        assert state >= 0, "a state is read that nobody has written"
+        return state_after(self._content[begin:end], state)
+
+    def _advance_states(self, inputs: StepInputs) -> None:
+        if not self.info.state_specs:
+            return
+        slots = inputs.state_slots.tolist()
+        assert len(set(slots)) == len(slots), "two sequences of a step share a state"
+        ends = inputs.query_start[1:].tolist()
+        after = [self._state(inputs, seq, end) for seq, end in enumerate(ends)]
+        for slot, state in zip(slots, after, strict=True):
+            self.states[slot] = state
 
     def _row(self, inputs: StepInputs, seq: int, position: int) -> np.ndarray:
         assert position < inputs.seq_lens[seq]
@@ -131,8 +193,11 @@ class FakeModel:
             assert (entries[:, 1] == positions).all(), f"group {group} shows other positions than {first}..{position}"
             views.append(entries[:, 0].tolist())
             variants |= set(entries[:, 2].tolist())
-        assert len(variants) == 1, "keys of two rope tables are mixed"
-        return _logits(views, variants.pop())
+        assert len(variants) <= 1, "keys of two rope tables are mixed"
+        if self.info.state_specs:
+            begin = int(inputs.query_start[seq])
+            views.append([self._state(inputs, seq, begin + position - int(inputs.positions[begin]) + 1)])
+        return _logits(views, variants.pop() if variants else 0)
 
 
 class QueueResults(HostResults):
@@ -153,7 +218,7 @@ class QueueResults(HostResults):
 class FakeQueue(HostDevice):
     """A device that the host is ahead of. `log`: ("sent" | "read", number of the step)."""
 
-    is_queue = True
+    is_asynchronous = True
 
     def __init__(self, ops: SampleOps | None = None) -> None:
         super().__init__(ops or reference_device().ops, "fake queue")

@@ -13,7 +13,7 @@ from fuseline.api.app import build_app
 from fuseline.api.config_resolve import resolve
 from fuseline.api.output.outbox import KEEP_ALIVE, Outbox
 from fuseline.engine.client import EngineClient
-from fuseline.engine.messages import EngineReady, EngineRequest, PlainTokens, StepOutputs, TokenOutput
+from fuseline.engine.messages import EngineReady, EngineRequest, StepOutputs, TokenDeltas, TokenOutput
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -36,7 +36,7 @@ class SteppedEngine(EngineClient):
         token = 40 + self.num_steps
         if self.num_steps and not finish_reason:
             handles, tokens = array("q", range(len(places))), array("q", [token] * len(places))
-            self._take(StepOutputs(plain=PlainTokens(handles.tobytes(), tokens.tobytes())))
+            self._take(StepOutputs(deltas=TokenDeltas(handles.tobytes(), tokens.tobytes())))
         else:
             self._take(StepOutputs(outputs=[
                 TokenOutput(

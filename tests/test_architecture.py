@@ -52,3 +52,19 @@ def test_engine_knows_no_http() -> None:
             continue
         for module in imported_modules(path):
             assert module.split(".")[0] not in ("pydantic", "fastapi", "uvicorn", "starlette"), f"{path}: {module}"
+
+
+ENGINE_FOLDERS = {"state": set(), "memory": {"state"}, "schedule": {"state", "memory"}, "run": {"state", "memory"}}
+"""Folders of the engine that each may import from, itself apart; all may import files of the engine that have no folder
+below them: configuration and messages."""
+ENGINE_FILES = {"config", "messages"}
+
+
+@pytest.mark.parametrize("folder", ENGINE_FOLDERS)
+def test_folders_of_the_engine_import_downwards(folder: str) -> None:
+    for path in (ROOT / "engine" / folder).rglob("*.py"):
+        for module in imported_modules(path):
+            parts = module.split(".")
+            if parts[:2] == ["fuseline", "engine"] and len(parts) > 2:
+                allowed = ENGINE_FOLDERS[folder] | ENGINE_FILES | {folder}
+                assert parts[2] in allowed, f"{path.relative_to(ROOT)} imports {module}"

@@ -165,12 +165,12 @@ def test_a_card_is_started_warm_sized_and_captured() -> None:
     walk.submit(PROMPTS[0], **GREEDY)
     walk.finish()
     assert [walk.tokens("r0")] == truth(checkpoint(FAMILY), PROMPTS[:1], NUM_TOKENS)
-    service._sleep("1")
+    service._sleep(1)
     assert model.graphs is None, "graphs read caches that are gone"
-    service._wake_up("")
+    service._wake_up(("weights", "kv_cache"))
     model.graphs.wait()
     assert device.graphs.captured == [2, 1, 2, 1]
-    service._sleep("2")
+    service._sleep(2)
     service.run(ShutDown())
 
 

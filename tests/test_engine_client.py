@@ -164,19 +164,21 @@ async def test_ids_in_use_and_bad_requests(in_process: bool) -> None:
 @MODES
 async def test_sleep_and_wake_keep_running_requests(in_process: bool) -> None:
     async with running(in_process, build_slow_fake) as client:
-        for level in ("0", "1", "2"):
+        for level in range(3):
             stream = client.generate(make_request(f"r{level}", max_tokens=20))
             tokens = list((await anext(stream)).token_ids)
-            await client.utility("sleep", level)
-            assert await client.utility("is_sleeping") == "true"
-            await client.utility("wake_up")
-            assert await client.utility("is_sleeping") == "false"
+            await client.sleep(level)
+            assert await client.is_sleeping() is True
+            await client.wake_up()
+            assert await client.is_sleeping() is False
             async for output in stream:
                 tokens += output.token_ids
             assert tokens == greedy((5, 6, 7), 20)
-        assert await client.utility("reset_prefix_cache") == "true"
-        with pytest.raises(ValueError, match="no method"):
-            await client.utility("eval")
+        await client.reset_prefix_cache()
+        with pytest.raises(ValueError, match="level must be 0, 1 or 2, not 7"):
+            await client.sleep(7)
+        with pytest.raises(ValueError, match="no tag food"):
+            await client.wake_up(["food"])
 
 
 async def test_killed_engine_fails_streams_and_restarts() -> None:

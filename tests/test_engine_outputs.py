@@ -9,12 +9,12 @@ from fake_model import NAN_TOKEN, next_logits
 from test_engine_walk import Walk, expected_tokens, make_engine
 
 from fuseline.engine.messages import EngineRequest, SamplingParams
-from fuseline.engine.request import make_sequences
-from fuseline.engine.run.request_rows import RequestRows, banned_tokens
-from fuseline.engine.run.sampler import Sampler
+from fuseline.engine.run.sampler import Sampler, banned_tokens
 from fuseline.engine.run.sampler_reference import reference_device
 from fuseline.engine.run.sampling import launch_sampling
-from fuseline.engine.schedule.plan import StepBudget, make_plan
+from fuseline.engine.schedule.budget import StepBudget, make_batch
+from fuseline.engine.state.rows import RequestRows
+from fuseline.engine.state.sequence import SequenceOptions, make_sequences
 
 PROMPT = list(range(1, 15))
 
@@ -113,14 +113,14 @@ def test_not_finite_logits_fail_that_request_alone() -> None:
 
 
 def test_an_exception_fails_its_request_alone(monkeypatch) -> None:
-    import fuseline.engine.engine as module
+    import fuseline.engine.outputs as module
 
     real = module.find_ending
 
-    def find_ending(seq, max_model_len):
+    def find_ending(seq, token, length, max_model_len):
         if seq.request.request_id == "r1":
             raise RuntimeError("broken")
-        return real(seq, max_model_len)
+        return real(seq, token, length, max_model_len)
 
     monkeypatch.setattr(module, "find_ending", find_ending)
     walk = Walk(make_engine())
@@ -159,7 +159,7 @@ def sequence(tokens: list[int], num_prompt: int, **params):
     request = EngineRequest(
         request_id="r", prompt_token_ids=tuple(tokens[:num_prompt]), params=SamplingParams(**params)
     )
-    (seq,) = make_sequences(request, (0,), params.get("seed") or 0, False, None)
+    (seq,) = make_sequences(request, (0,), params.get("seed") or 0, SequenceOptions(is_caching=False))
     seq.tokens.extend(tokens[num_prompt:])
     seq.row = 0
     return seq
@@ -169,10 +169,10 @@ def draw(logits: list[float], tokens=(0,), num_prompt=1, **params) -> int:
     rows = RequestRows(1, 64)
     seq = sequence(list(tokens), num_prompt, **params)
     rows.load(seq, len(tokens) - 1)
-    budget = StepBudget(1, 1, np.ones(1, np.int64))
-    sampler, plan = Sampler(rows, len(logits), "raw_logprobs"), make_plan(budget, rows)
-    arguments = sampler.prepare(plan)
-    sampler.fill(plan, arguments, None)
+    budget = StepBudget(1, 1, np.ones(1, np.int64), np.zeros(1, np.int64))
+    sampler, batch = Sampler(rows, len(logits), "raw_logprobs"), make_batch(budget, rows)
+    arguments = sampler.prepare(batch)
+    sampler.fill(batch, arguments, None)
     return int(launch_sampling(reference_device(), torch.tensor([logits]), arguments, None).tokens[0])
 
 
@@ -209,7 +209,13 @@ def test_tiny_temperature_is_raised() -> None:
 
 
 def test_bad_words_ban_the_last_token_after_their_beginning() -> None:
-    words = ((4,), (5, 6), (1, 7))
-    assert banned_tokens(sequence([1, 2], 2, bad_words=words), 2) == [4]
-    assert banned_tokens(sequence([1, 5], 1, bad_words=words), 2) == [4, 6]
-    assert banned_tokens(sequence([2, 1], 2, bad_words=words), 2) == [4], "the prompt is not output"
+    params = SamplingParams(bad_words=((4,), (5, 6), (1, 7)))
+    assert banned_tokens(params, np.array([], np.int32)) == [4]
+    assert banned_tokens(params, np.array([5], np.int32)) == [4, 6]
+    assert banned_tokens(params, np.array([1, 2], np.int32)) == [4]
+
+
+def test_the_prompt_is_not_output_for_bad_words() -> None:
+    logits = [0.0] * 7 + [3.0]
+    assert draw(logits, tokens=(2, 1), num_prompt=2, temperature=0.0, bad_words=((1, 7),)) == 7
+    assert draw(logits, tokens=(2, 1), num_prompt=1, temperature=0.0, bad_words=((1, 7),)) != 7

@@ -11,7 +11,7 @@ from fake_model import FakeModel, fake_config
 
 from fuseline.compile.graph_inputs import StepOutput
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, PlainTokens, SamplingParams, StepExpander
+from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander, TokenDeltas
 from fuseline.engine.run.device import HostDevice, SampleOps
 
 LONGEST = 4096
@@ -96,7 +96,7 @@ def test_a_plain_row_costs_no_call_of_its_own() -> None:
 def test_plain_tokens_cross_as_two_arrays(ahead: bool) -> None:
     engine = make_engine(8, 0, 40, ahead)
     step = engine.step()
-    assert not step.outputs and len(step.plain.handles) == len(step.plain.token_ids) == 8 * 8
+    assert not step.outputs and len(step.deltas.handles) == len(step.deltas.token_ids) == 8 * 8
 
 
 def test_the_expander_tells_plain_tokens_apart_and_forgets_what_has_ended() -> None:
@@ -111,4 +111,4 @@ def test_the_expander_tells_plain_tokens_apart_and_forgets_what_has_ended() -> N
     assert not expander._choices
     with pytest.raises(KeyError):
         fresh._output(0, 7)
-    assert PlainTokens().handles == b""
+    assert TokenDeltas().handles == b""

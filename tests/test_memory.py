@@ -13,8 +13,15 @@ from fuseline.engine.config import CacheConfig, SchedulerConfig
 from fuseline.engine.memory.block_pool import BlockPool
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.free_memory import free_memory
-from fuseline.engine.memory.prefix_cache import extend_keys, root_key
-from fuseline.engine.memory.sizing import Memory, SizingError, StepMemory, room_on_card, room_on_host, size_cache
+from fuseline.engine.memory.sizing import (
+    Memory,
+    ProfiledMemory,
+    SizingError,
+    kv_budget_on_gpu,
+    kv_budget_on_host,
+    size_cache,
+)
+from fuseline.engine.state.block_keys import extend_keys, root_key
 
 MIB = 1 << 20
 
@@ -29,7 +36,7 @@ def test_free_blocks_are_reused_uncached_first_then_oldest() -> None:
     pool = BlockPool(4)
     first, second, third, fourth = pool.allocate(4)
     for block, key in ((first, b"1"), (second, b"2"), (fourth, b"4")):
-        pool.remember(block, key)
+        pool.commit(block, [key], 0, "r")
     for block in (second, third, first, fourth):
         pool.release(block)
     pool.take(first)
@@ -41,7 +48,7 @@ def test_free_blocks_are_reused_uncached_first_then_oldest() -> None:
 def test_shared_block_is_free_only_when_all_holders_are_gone() -> None:
     pool = BlockPool(2)
     (block,) = pool.allocate(1)
-    pool.remember(block, b"k")
+    pool.commit(block, [b"k"], 0, "r")
     pool.take(pool.find(b"k"))
     pool.release(block)
     assert not pool.is_free(block) and pool.num_free == 1
@@ -52,8 +59,8 @@ def test_shared_block_is_free_only_when_all_holders_are_gone() -> None:
 def test_first_block_with_a_key_keeps_it() -> None:
     pool = BlockPool(2)
     first, second = pool.allocate(2)
-    pool.remember(first, b"k")
-    pool.remember(second, b"k")
+    pool.commit(first, [b"k"], 0, "r")
+    pool.commit(second, [b"k"], 0, "r")
     pool.release(second)
     pool.allocate(1)
     assert pool.find(b"k") == first
@@ -72,14 +79,14 @@ def test_window_hit_needs_only_the_visible_blocks() -> None:
     keys = keys_of(6)
     blocks = group.pool.allocate(6)
     for index in (0, 2, 3, 5):
-        group.pool.remember(blocks[index], keys[index])
+        group.pool.commit(blocks[index], keys, index, "r")
     # A query at 16 sees 11..15, blocks 2 and 3; one at 24 sees block 4, which is missing.
     assert group.longest_hit(keys, 6) == 4
     assert group.hit_blocks(keys, 4) == [0, 0, blocks[2], blocks[3]]
     assert group.longest_hit(keys, 3) == 1
     full = CacheGroup(window=0, block_size=4, num_blocks=8)
     for index, block in enumerate(full.pool.allocate(3)):
-        full.pool.remember(block, keys[(0, 1, 3)[index]])
+        full.pool.commit(block, keys, (0, 1, 3)[index], "r")
     assert full.longest_hit(keys, 6) == 2
 
 
@@ -87,7 +94,7 @@ def sized(cache: CacheConfig, windows=(0,), free=100 * MIB, max_model_len=64, ma
     info = FakeModel(windows).info
     scheduler = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=max_num_seqs)
     memory = Memory(free, free)
-    room = room_on_host(info, cache.gpu_memory_utilization, memory, memory)
+    room = kv_budget_on_host(info, cache.gpu_memory_utilization, memory, memory)
     return size_cache(info, cache, scheduler, max_model_len, room)
 
 
@@ -104,22 +111,22 @@ def test_sizes_from_memory_flags() -> None:
 
 def test_room_on_a_card() -> None:
     """The share is of the whole card; what is gone since before is ours; what others hold cannot be had."""
-    info, steps = FakeModel().info, StepMemory(peak=5, graphs=3)
+    info, steps = FakeModel().info, ProfiledMemory(activation_peak=5, graphs=3)
 
-    def room(share: float, before: int, now: int) -> int:
-        return room_on_card(info, share, Memory(before, 100), Memory(now, 100), steps).num_bytes
+    def budget(share: float, before: int, now: int) -> int:
+        return kv_budget_on_gpu(info, share, Memory(before, 100), Memory(now, 100), steps).num_bytes
 
-    assert room(0.9, before=98, now=60) == 90 - 38 - 8
-    assert room(0.9, before=50, now=12) == 12 - 8, "others leave less than the share"
-    assert room(0.3, before=98, now=60) == 0
-    table = room_on_card(info, 0.9, Memory(98, 100), Memory(60, 100), steps)
+    assert budget(0.9, before=98, now=60) == 90 - 38 - 8
+    assert budget(0.9, before=50, now=12) == 12 - 8, "others leave less than the share"
+    assert budget(0.3, before=98, now=60) == 0
+    table = kv_budget_on_gpu(info, 0.9, Memory(98, 100), Memory(60, 100), steps)
     assert dict(table.rows) == {"weights": 0, "a step at most": 5, "kept for graphs": 3} and table.free == 52
 
 
 def test_the_table_tells_of_weights_on_the_host() -> None:
     info = dataclasses.replace(FakeModel().info, weight_bytes=3 << 30, host_weight_bytes=2 << 30)
     cache, memory = CacheConfig(block_size=4, num_gpu_blocks_override=77), Memory(100 * MIB, 100 * MIB)
-    room = room_on_card(info, 0.9, memory, memory, StepMemory(0, 0))
+    room = kv_budget_on_gpu(info, 0.9, memory, memory, ProfiledMemory(0, 0))
     table = dict(size_cache(info, cache, SchedulerConfig(), 64, room).table)
     assert table["weights"] == "3.00 GiB" and table["weights on the host"] == "2.00 GiB"
 

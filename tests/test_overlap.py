@@ -100,17 +100,17 @@ def test_the_next_step_is_prepared_while_one_runs() -> None:
     engine = Engine(fake_config(async_scheduling=True), model, [40], reference_device())
     walk = Walk(engine)
     walk.submit(PROMPT, max_tokens=5)
-    prepare = engine.prepare
+    schedule = engine.schedule
     prepared = []
 
     def watched():
-        batch = prepare()
-        if engine._steps.is_running:
-            prepared.append(batch is not None)
+        batch = schedule()
+        if engine._order.is_running:
+            prepared.append(batch.num_tokens > 0)
             model.was_prepared.release()
         return batch
 
-    engine.prepare = watched
+    engine.schedule = watched
     walk.finish()
     assert model.num_waited == 5 and prepared == [True] * 4 + [False], "a known last token needs no further step"
     walk.check_all((0,))
@@ -135,7 +135,7 @@ def test_abort_while_a_step_runs_drops_its_token_and_frees_the_row(order: str) -
     for _ in range(4):
         walk.step()
     second = walk.submit([9, 8, 7], max_tokens=4)
-    assert walk.engine._steps.is_running
+    assert walk.engine._order.is_running
     walk.engine.abort(first)
     assert walk.engine.kv.usage == 0
     walk.finish()
@@ -151,7 +151,7 @@ def test_sleep_reports_what_runs_first(order: str) -> None:
         walk.step()
     known = len(walk.tokens(name))
     walk.engine.pause()
-    assert not walk.engine._steps.is_running and walk.engine.has_work
+    assert not walk.engine._order.is_running and walk.engine.has_work
     walk.step()
     assert len(walk.tokens(name)) == known + 1 and not walk.engine.has_work
     walk.engine.resume()
@@ -265,8 +265,8 @@ async def test_a_whole_engine_with_steps_ahead(in_process: bool, find_device) ->
     try:
         stream = client.generate(make_request("r", max_tokens=20))
         tokens = list((await anext(stream)).token_ids)
-        await client.utility("sleep", "2")
-        await client.utility("wake_up")
+        await client.sleep(2)
+        await client.wake_up()
         async for output in stream:
             tokens += output.token_ids
         assert tokens == greedy((5, 6, 7), 20)

@@ -29,7 +29,7 @@ def cached(walk: Walk) -> list[int]:
 def finish(walk: Walk) -> None:
     walk.finish()
     walk.check_all((0,))
-    assert walk.engine.scheduler.waiting.num_parked == 0 and not walk.engine.kv.promised
+    assert walk.engine.scheduler.waiting.num_deferred == 0 and not walk.engine.kv.in_flight
 
 
 @pytest.mark.parametrize("num_tokens", [16, 32, 64])
@@ -62,7 +62,7 @@ def test_others_pass_but_never_take_the_seats_of_those_who_wait() -> None:
     scheduler = walk.engine.scheduler
     walk.step()
     assert {seq.request.request_id for seq in scheduler.running} == {"r0", "r3"}
-    assert scheduler.waiting.num_parked == 2 and len(scheduler.waiting) == 3
+    assert scheduler.waiting.num_deferred == 2 and len(scheduler.waiting) == 3
     assert finish_order(walk)[:3] == ["r0", "r1", "r2"]
     walk.check_all((0,))
 
@@ -104,7 +104,7 @@ def test_nobody_waits_for_one_that_has_left(event: str) -> None:
         walk.submit(prompt(number), max_tokens=1)
     walk.step()
     scheduler = walk.engine.scheduler
-    assert [seq.request.request_id for seq in scheduler.running] == ["r0"] and scheduler.waiting.num_parked == 2
+    assert [seq.request.request_id for seq in scheduler.running] == ["r0"] and scheduler.waiting.num_deferred == 2
     if event == "abort":
         walk.engine.abort("r0")
     elif event == "preempt":
@@ -112,7 +112,7 @@ def test_nobody_waits_for_one_that_has_left(event: str) -> None:
     else:
         walk.engine.pause()
         walk.engine.resume()
-    assert not walk.engine.kv.promised
+    assert not walk.engine.kv.in_flight
     finish(walk)
     # The next in order computes what is missing, and the others wait for that one.
     assert cached(walk)[1:] == ([8, 32] if event == "abort" else [32, 32])
@@ -125,7 +125,7 @@ def test_a_parked_request_can_be_aborted() -> None:
         walk.submit(prompt(number), max_tokens=1)
     walk.step()
     walk.engine.abort("r1")
-    assert walk.engine.scheduler.waiting.num_parked == 1
+    assert walk.engine.scheduler.waiting.num_deferred == 1
     finish(walk)
     assert walk.reason("r1") == "abort" and walk.outputs["r2", 0][0].num_cached_tokens == 32
 

@@ -15,10 +15,10 @@ from zoo import checkpoint, make_prompts, truth
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.memory import PinnedPages
-from fuseline.engine.messages import Utility
+from fuseline.engine.messages import CallDone, CallFailed, Sleep, WakeUp
 from fuseline.engine.run.sampler_reference import reference_device
 from fuseline.engine.service import EngineService
-from fuseline.engine.sleep import Sleep
+from fuseline.engine.sleep import Sleeper
 
 
 class SleepyModel(FakeModel):
@@ -46,14 +46,14 @@ class Holder:
         self.model = model
 
 
-def make_sleep() -> tuple[Sleep, list[str]]:
+def make_sleep() -> tuple[Sleeper, list[str]]:
     log: list[str] = []
 
     def build() -> SleepyModel:
         log.append("build")
         return SleepyModel(log)
 
-    return Sleep(Holder(SleepyModel(log)), build, lambda model: model.allocate_caches([9])), log
+    return Sleeper(Holder(SleepyModel(log)), build, lambda model: model.allocate_caches([9])), log
 
 
 ALL = ("weights", "kv_cache")
@@ -87,9 +87,13 @@ def test_weights_without_room_on_the_host_stay_and_the_engine_wakes(monkeypatch)
 
     monkeypatch.setattr(SleepyModel, "move_weights_to_host", refuse)
     service = EngineService(fake_config(), lambda *_: SleepyModel([]), reference_device, lambda message: None)
-    result = service._call(Utility(1, "sleep", "1"))
-    assert result.error == "900.00 GiB of host memory cannot be pinned: out of memory" and service.engine.is_asleep
-    assert service._call(Utility(2, "wake_up", "")).result == "true" and not service.engine.is_asleep
+    result = service._answer(Sleep(1, 1))
+    assert result == CallFailed(1, "900.00 GiB of host memory cannot be pinned: out of memory")
+    assert service.engine.is_asleep
+    assert service._answer(WakeUp(2)) == CallDone(2) and not service.engine.is_asleep
+    for call, error in ((Sleep(3, 3), "level must be 0, 1 or 2, not 3"), (WakeUp(4, ("food",)), "no tag food")):
+        failed = service._answer(call)
+        assert failed.call_id == call.call_id and error in failed.error
 
 
 def test_a_failed_registration_is_nobody_elses_error(monkeypatch) -> None:

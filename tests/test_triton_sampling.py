@@ -128,7 +128,7 @@ def test_bad_rows_fail_alone():
     logits[3], logits[4, 198], logits[5, ::2] = -INF, INF, -INF
     rows = [{"temperature": float(r % 2), "num_logprobs": 2} for r in range(9)]
     rows[6] = {"allowed": (4, 5), "banned": (4, 5)}
-    assert assert_same(logits, rows).ok.tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 1]
+    assert assert_same(logits, rows).ok.tolist() == [0, 0, 0, 0, 0, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize("mode", (RAW, PROCESSED, RAW_LOGITS, PROCESSED_LOGITS))

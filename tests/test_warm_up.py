@@ -16,7 +16,7 @@ from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import StepOutput
 from fuseline.compile.residency.uploads import Layout
 from fuseline.engine.config import EngineConfig, SchedulerConfig
-from fuseline.engine.run.card import CardResults
+from fuseline.engine.run.cuda_device import CudaResults
 from fuseline.engine.service import EngineService
 
 SERVED = "a first request"
@@ -45,7 +45,7 @@ class Recorder(FakeCard):
         model.run = cut
         model.info = replace(model.info, vocab_size=vocab_size)
 
-    def results(self, layout: Layout) -> CardResults:
+    def results(self, layout: Layout) -> CudaResults:
         found = super().results(layout)
         if "ok" in layout:
             found.tensors["ok"].fill_(1)

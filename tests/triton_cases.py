@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from triton.runtime import jit
 
+from fuseline.compile.graph_inputs import padding
 from fuseline.compile.kernels import triton as kernels
 from fuseline.compile.kernels.triton import (
     activation,
@@ -292,11 +293,10 @@ def feed(ints: torch.dtype, sizes: str) -> dict[str, object]:
     return {"token_ids": longs, "sources": meta(tokens, dtype=ints), "sampled": longs}
 
 
-def step_inputs(rows: int, groups: int, columns: int, is_decode: bool) -> list[Tensor]:
-    longs, ints = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.int32)
-    slots = meta(groups, rows, dtype=torch.int64)
-    return [longs, longs, longs, *([ints] if is_decode else []), slots,
-            *([meta(groups, rows, columns, dtype=torch.int32)] if is_decode else [])]  # fmt: skip
+def step_inputs(rows: int, groups: int, columns: int, is_decode: bool) -> dict[str, Tensor]:
+    """Fields of StepInputs that padding kernels take: of steps that decode, or of tokens alone."""
+    sizes = {"T": rows, "S": rows, "M": columns} if is_decode else {"T": rows}
+    return {name: meta(*field.shape, dtype=field.dtype) for name, field in padding(sizes, groups, "meta").items()}
 
 
 @case(batch.pad_decode, groups=(1, 2), sizes=SIZES)

@@ -29,7 +29,7 @@ class Done:
 
 @dataclass(slots=True)
 class PromptInfo:
-    """Facts of the prompt, with the first output."""
+    """Facts of the prompt: one event, before all others."""
 
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from fuseline.api.errors import ApiError
+from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.interval import Interval
@@ -37,6 +37,7 @@ class Generation:
         self._choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
         self._num_open = len(self._choices)
         self._interval = options.interval
+        self._is_started = False
 
     async def run(self, client: EngineClient, sink: Callable[[Event], None]) -> None:
         """Hand the events of all choices to `sink` in the order of their tokens.
@@ -48,21 +49,31 @@ class Generation:
             async with aclosing(client.generate(self._request)) as outputs:
                 async for output in outputs:
                     watch.see_output(output)
-                    for event in self._take(output):
+                    for event in self._take(client, output):
                         watch.see(event)
                         deliver(event)
                     if not self._num_open:
                         return
 
-    def _take(self, output: TokenOutput) -> Iterable[Event]:
+    def _take(self, client: EngineClient, output: TokenOutput) -> Iterable[Event]:
         if output.finish_reason == "error":
-            raise ApiError(500, output.error or "the request failed in the engine", code="internal_error")
+            raise _error(output)
         events = self._choices[output.index].take(output)
-        if output.finish_reason is not None or len(events) > 1:
-            self._num_open -= any(isinstance(event, Done) for event in events)
-        if output.num_cached_tokens or output.prompt_logprobs is not None:
-            return (PromptInfo(output.num_cached_tokens, output.prompt_logprobs), *events)
-        return events
+        if len(events) > 1 and isinstance(events[-1], Done):
+            self._num_open -= 1
+            if self._num_open and output.finish_reason is None:
+                # Ended by a stop string, of which the engine knows nothing.
+                client.abort_choice(self._request.request_id, output.index)
+        if self._is_started:
+            return events
+        self._is_started = True
+        return (PromptInfo(output.num_cached_tokens, output.prompt_logprobs), *events)
+
+
+def _error(output: TokenOutput) -> ApiError:
+    if output.is_bad_request:
+        return bad_request(output.error)
+    return ApiError(500, output.error or "the request failed in the engine", code="internal_error")
 
 
 class _Choice:

@@ -10,6 +10,7 @@ from typing import Self
 from fuseline.api.errors import ApiError
 from fuseline.api.metrics import FinishedRequest, Metrics
 from fuseline.api.output.events import Done, Event, TextDelta
+from fuseline.engine.client import EngineDeadError
 from fuseline.engine.messages import EngineRequest, TokenOutput
 
 LOG = logging.getLogger("fuseline.requests")
@@ -38,7 +39,7 @@ class RequestWatch:
         kept = self._kept
         num_open = kept.n - len(kept.reasons)
         if num_open:
-            is_failure = isinstance(error, ApiError)
+            is_failure = isinstance(error, ApiError | EngineDeadError)
             kept.reasons += ["error" if is_failure else "abort"] * num_open
             if not is_failure:
                 LOG.info("%s aborted", self._label)
@@ -46,7 +47,7 @@ class RequestWatch:
             self._metrics.take_finished(kept)
 
     def see_output(self, output: TokenOutput) -> None:
-        if output.queue_seconds:
+        if self._kept.queue_seconds is None:
             self._kept.queue_seconds = output.queue_seconds
 
     def see(self, event: Event) -> None:
@@ -59,7 +60,7 @@ class RequestWatch:
             last = kept.last.get(event.index)
             kept.first_token = kept.first_token or now
             if last is not None and self._metrics:
-                self._metrics.take_gap((now - last) / len(event.token_ids))
+                self._metrics.take_gap(now - last, len(event.token_ids))
             kept.last[event.index] = now
         if self._texts is not None:
             self._log(self._texts, event)

@@ -73,8 +73,8 @@ async def metrics(request: Request) -> Response:
 
 @dev_router.post("/reset_prefix_cache")
 async def reset_prefix_cache(request: Request) -> Response:
-    done = await request.app.state.served.client.utility("reset_prefix_cache")
-    return json_response({"success": done == "true"})
+    await request.app.state.served.client.reset_prefix_cache()
+    return json_response({"success": True})
 
 
 @dev_router.post("/sleep")
@@ -85,7 +85,7 @@ async def sleep(request: Request) -> Response:
     level = request.query_params.get("level", "1")
     if level not in ("0", "1", "2"):
         raise ApiError(400, "level must be 0, 1 or 2", "level")
-    await served.client.utility("sleep", level)
+    await served.client.sleep(int(level))
     return Response()
 
 
@@ -94,13 +94,13 @@ async def wake_up(request: Request) -> Response:
     tags = request.query_params.getlist("tags")
     if unknown := sorted(set(tags) - {"weights", "kv_cache"}):
         raise ApiError(400, f"there is no tag {unknown[0]!r}; tags are weights and kv_cache", "tags")
-    await request.app.state.served.client.utility("wake_up", ",".join(tags))
+    await request.app.state.served.client.wake_up(tags)
     return Response()
 
 
 @dev_router.get("/is_sleeping")
 async def is_sleeping(request: Request) -> Response:
-    return json_response({"is_sleeping": await request.app.state.served.client.utility("is_sleeping") == "true"})
+    return json_response({"is_sleeping": await request.app.state.served.client.is_sleeping()})
 
 
 @dev_router.get("/server_info")

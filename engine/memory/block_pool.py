@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+from fuseline.engine.memory.prefix_cache import PrefixTree
 
 NULL_BLOCK = 0
 """Stands where a table needs an id and no block is wanted; never handed out."""
@@ -15,10 +18,14 @@ class BlockPool:
     blocks are reused in the order: never keyed, then least recently released.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, tree: PrefixTree | None = None) -> None:
+        """`tree`: shared by the pools of all cache groups."""
         self.num_blocks = num_blocks
+        self._tree = PrefixTree() if tree is None else tree
         self.refs = [0] * (num_blocks + 1)
         self._keys: list[bytes | None] = [None] * (num_blocks + 1)
+        self._owners: list[str] = [""] * (num_blocks + 1)  # ids of the requests that committed them
+        self._owned: dict[str, set[int]] = {}  # the same by request
         self._cached: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
 
@@ -57,11 +64,30 @@ class BlockPool:
             if self._keys[block] is None:
                 self._free.move_to_end(block, last=False)
 
-    def remember(self, block: int, key: bytes) -> None:
-        """Make a full block findable. The first block with a key keeps it."""
+    def commit(self, block: int, keys: Sequence[bytes], index: int, owner: str) -> None:
+        """Make a full block findable, by `keys[index]`. The first block with a key keeps it.
+
+        `keys`: those of the blocks before it come before. `owner`: id of the request that computed it.
+        """
+        key = keys[index]
         if self._keys[block] is None and key not in self._cached:
             self._keys[block] = key
             self._cached[key] = block
+            self._owners[block] = owner
+            owned = self._owned.get(owner)
+            if owned is None:
+                owned = self._owned[owner] = set()
+            owned.add(block)
+            self._tree.add(keys, index)
+
+    def keys_of(self, owner: str) -> set[bytes]:
+        """Keys of the cached blocks that a request has committed."""
+        return {self._keys[block] for block in self._owned.get(owner, ())}
+
+    def forget(self, owner: str, keys: Collection[bytes]) -> None:
+        """Blocks that `owner` has committed, and blocks with one of `keys`, are no longer found."""
+        for block in {*self._owned.get(owner, ()), *(self._cached[key] for key in keys if key in self._cached)}:
+            self._forget(block)
 
     def forget_all(self) -> None:
         for block in list(self._cached.values()):
@@ -72,3 +98,8 @@ class BlockPool:
         if key is not None:
             del self._cached[key]
             self._keys[block] = None
+            owner, self._owners[block] = self._owners[block], ""
+            self._owned[owner].discard(block)
+            if not self._owned[owner]:
+                del self._owned[owner]
+            self._tree.remove(key)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from fuseline.engine.memory.block_pool import NULL_BLOCK, BlockPool
+from fuseline.engine.memory.prefix_cache import PrefixTree
 
 
 class CacheGroup:
-    def __init__(self, window: int, block_size: int, num_blocks: int) -> None:
+    def __init__(self, window: int, block_size: int, num_blocks: int, tree: PrefixTree | None = None) -> None:
         self.window = window
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, tree)
 
     def first_visible(self, num_computed: int) -> int:
         """Index of the first block that a query at position `num_computed`, or any later one, can still see."""

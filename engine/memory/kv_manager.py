@@ -1,4 +1,4 @@
-"""KV memory of all sequences over all cache groups: block tables, prefix hits, allocation, release."""
+"""Cache memory of all sequences: block tables, prefix hits and allocation over all cache groups, recurrent states."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import numpy as np
 
 from fuseline.engine.memory.block_pool import NULL_BLOCK
 from fuseline.engine.memory.cache_groups import CacheGroup
-from fuseline.engine.memory.prefix_cache import extend_keys
+from fuseline.engine.memory.prefix_cache import PrefixTree
+from fuseline.engine.memory.state_pool import StatePool
 from fuseline.engine.memory.swap import SwapSpace
-from fuseline.engine.request import Sequence
+from fuseline.engine.state.block_keys import extend_keys
+from fuseline.engine.state.sequence import Sequence
 
 
 class KVManager:
@@ -24,28 +26,33 @@ class KVManager:
         max_num_seqs: int,
         max_model_len: int,
         num_host_blocks: Seq[int] = (),
+        num_states: int = 0,
     ) -> None:
+        """`num_states`: slots of recurrent states; 0 for a model without. Such states are not swapped."""
         self.block_size = block_size
-        self.groups = [CacheGroup(w, block_size, n) for w, n in zip(windows, num_blocks, strict=True)]
-        self.swap = SwapSpace(num_host_blocks) if num_host_blocks else None
-        self._num_resets = 0
+        self._tree = PrefixTree()
+        self.groups = [CacheGroup(w, block_size, n, self._tree) for w, n in zip(windows, num_blocks, strict=True)]
+        self.states = StatePool(num_states) if num_states else None
+        self.swap = SwapSpace(num_host_blocks) if num_host_blocks and not num_states else None
+        self._epoch = 0
         self._windowed = [(index, group) for index, group in enumerate(self.groups) if group.window]
-        self.promised: dict[bytes, Sequence] = {}
+        self.in_flight: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
         self.tables = np.zeros((len(self.groups), max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self.num_slots = np.zeros(max_num_seqs, np.int64)  # [R], tokens that the blocks of a row can hold
 
     @property
     def usage(self) -> float:
-        """Share of blocks in use, of the fullest group."""
-        return max((g.pool.num_used / g.pool.num_blocks for g in self.groups), default=0.0)
+        """Share of blocks in use of the fullest group, or of the states if that is more."""
+        blocks = max((g.pool.num_used / g.pool.num_blocks for g in self.groups), default=0.0)
+        return max(blocks, self.states.usage) if self.states else blocks
 
     def find_prefix(self, seq: Sequence) -> int:
         """Blocks of `seq`'s tokens that are cached in every group; at least one token is left to compute."""
         if not seq.reads_cache:
             return 0
         hit = (seq.num_tokens - 1) // self.block_size
-        extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, hit)
+        self._extend_keys(seq, hit)
         settled = False
         while not settled:
             before = hit
@@ -54,12 +61,12 @@ class KVManager:
             settled = hit == before
         return hit
 
-    def find_promise(self, seq: Sequence, hit: int) -> bytes | None:
-        """The key of the last block that running sequences are computing for `seq` too; None: its next is its own."""
+    def find_in_flight(self, seq: Sequence, hit: int) -> bytes | None:
+        """Key of the last block that running sequences compute for `seq` too; None when nobody computes its next."""
         last = None
         if seq.reads_cache:
             for key in seq.keys[hit : (seq.num_tokens - 1) // self.block_size]:
-                if key not in self.promised:
+                if key not in self.in_flight:
                     break
                 last = key
         return last
@@ -83,14 +90,18 @@ class KVManager:
             fresh = self._num_blocks(target) - hit
             if fresh + sum(b != NULL_BLOCK and group.pool.is_free(b) for b in blocks) > group.pool.num_free:
                 return False
+        if self.states and not self.states.num_free:
+            return False
         for group, blocks in zip(self.groups, reused, strict=True):
             for block in blocks:
                 if block != NULL_BLOCK:
                     group.pool.take(block)
+        if self.states:
+            seq.state_slot = self.states.allocate()
         seq.blocks = reused
         seq.first_held = [group.first_visible(hit * self.block_size) for group in self.groups]
-        seq.num_remembered, seq.num_resets = hit, self._num_resets
-        self._promise(seq)
+        seq.num_committed, seq.cache_epoch = hit, self._epoch
+        self._add_in_flight(seq)
         return True
 
     def load_table(self, seq: Sequence) -> None:
@@ -100,7 +111,7 @@ class KVManager:
         self.num_slots[seq.row] = self._num_blocks(seq.num_computed) * self.block_size
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Room for tokens up to `num_tokens`, giving back what the windows have left. False when blocks are lacking."""
+        """Hold blocks for `num_tokens` tokens and give back those behind the windows. False when blocks are lacking."""
         if num_tokens <= self.num_slots[seq.row]:
             return True
         self._leave_window(seq)
@@ -127,34 +138,36 @@ class KVManager:
         self.num_slots[rows] += self.block_size
         return True
 
-    def remember(self, seq: Sequence) -> None:
-        """Make the blocks that the last step filled findable."""
-        end = seq.num_computed // self.block_size
-        if seq.cache_root is None or end <= seq.num_remembered:
+    def commit(self, seq: Sequence, num_tokens: int) -> None:
+        """Make the blocks of the first `num_tokens` tokens findable: they are known, and computed by a started step."""
+        end = num_tokens // self.block_size
+        if seq.cache_root is None or seq.cache_epoch != self._epoch or end <= seq.num_committed:
             return
-        extend_keys(seq.keys, seq.cache_root, seq.rows.tokens[seq.row], self.block_size, end)
-        for index in range(seq.num_remembered, end):
-            key = seq.keys[index]
-            self.promised.pop(key, None)
+        extend_keys(seq.keys, seq.cache_root, seq.rows.tokens[seq.row], self.block_size, end, seq.embeds)
+        for index in range(seq.num_committed, end):
+            self.in_flight.pop(seq.keys[index], None)
             for group, blocks in zip(self.groups, seq.blocks, strict=True):
                 if blocks[index] != NULL_BLOCK:
-                    group.pool.remember(blocks[index], key)
-        seq.num_remembered = end
+                    group.pool.commit(blocks[index], seq.keys, index, seq.request.request_id)
+        seq.num_committed = end
 
     def free(self, seq: Sequence) -> None:
         """Give everything back, the last block first: a prefix outlives its continuations in the cache."""
-        self._withdraw(seq)
+        self._drop_in_flight(seq)
         for group, blocks in zip(self.groups, seq.blocks, strict=False):
             for block in reversed(blocks):
                 if block != NULL_BLOCK:
                     group.pool.release(block)
         seq.blocks = []
-        seq.num_remembered = 0
+        seq.num_committed = 0
+        if seq.state_slot >= 0:
+            self.states.free(seq.state_slot)
+            seq.state_slot = -1
 
     def swap_out(self, seq: Sequence) -> bool:
-        """Save the KV of a running sequence that is about to lose its row. False when there is no room for it."""
-        num_computed = seq.num_computed
-        if self.swap is None or num_computed == 0:
+        """Save the KV of a running sequence that is about to lose its row. False when the host lacks blocks for it."""
+        num_computed = seq.num_settled
+        if self.swap is None or num_computed == 0 or seq.pools_mean:
             return False
         first = [group.first_visible(num_computed) for group in self.groups]
         end = self._num_blocks(num_computed)
@@ -169,9 +182,27 @@ class KVManager:
             seq.swapped = None
 
     def reset_prefix_cache(self) -> None:
-        self._num_resets += 1
+        """Running sequences go on, but what they compute from now on depends on what is forgotten: it is not found."""
+        self._epoch += 1
+        self.in_flight.clear()
         for group in self.groups:
             group.pool.forget_all()
+
+    def forget_request(self, request_id: str) -> set[bytes]:
+        """The blocks that a request has committed leave the prefix cache, and those computed from them, whoever did it.
+
+        Returns their keys: sequences that have one of them must not commit any more (`stop_commits`).
+        """
+        own = set().union(*(group.pool.keys_of(request_id) for group in self.groups))
+        dependent = self._tree.descendants(own) if own else set()
+        for group in self.groups:
+            group.pool.forget(request_id, dependent)
+        return own | dependent
+
+    def stop_commits(self, seq: Sequence) -> None:
+        """Others do not find what the sequence computes until it is started anew."""
+        self._drop_in_flight(seq)
+        seq.cache_epoch = -1
 
     def _swap_in(self, seq: Sequence, num_tokens: int) -> bool:
         """`start` of a swapped sequence. Blocks that the prefix cache still holds are not copied; those that are copied
@@ -179,7 +210,7 @@ class KVManager:
         saved = seq.swapped
         num_full = saved.num_computed // self.block_size
         if seq.cache_root is not None:
-            extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, num_full)
+            self._extend_keys(seq, num_full)
         found = [
             [group.pool.find(key) for key in seq.keys[first:num_full]]
             for group, first in zip(self.groups, saved.first, strict=True)
@@ -200,39 +231,42 @@ class KVManager:
             blocks = [next(fresh) if block is None else block for block in cached]
             targets.append([None if old is not None else new for old, new in zip(cached, blocks, strict=True)])
             seq.blocks.append([NULL_BLOCK] * first + blocks)
-            if seq.num_resets == self._num_resets:
-                for block, key in zip(blocks, seq.keys[first:num_full], strict=False):
-                    group.pool.remember(block, key)
+            if seq.cache_epoch == self._epoch:
+                for index in range(first, min(num_full, len(seq.keys))):
+                    group.pool.commit(blocks[index - first], seq.keys, index, seq.request.request_id)
         self.swap.restore(saved, targets)
         seq.swapped = None
         seq.first_held = list(saved.first)
-        seq.num_remembered = num_full
-        self._promise(seq)
+        seq.num_committed = num_full
+        self._add_in_flight(seq)
         return True
 
-    def _promise(self, seq: Sequence) -> None:
+    def _add_in_flight(self, seq: Sequence) -> None:
         """Tell of the blocks that a starting sequence will fill with the tokens it has."""
-        if seq.cache_root is None:
+        if seq.cache_root is None or seq.cache_epoch != self._epoch:
             return
         end = seq.num_tokens // self.block_size
-        extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, end)
-        for key in seq.keys[seq.num_remembered : end]:
-            self.promised.setdefault(key, seq)
+        self._extend_keys(seq, end)
+        for key in seq.keys[seq.num_committed : end]:
+            self.in_flight.setdefault(key, seq)
 
-    def _withdraw(self, seq: Sequence) -> None:
-        for key in seq.keys[seq.num_remembered :]:
-            if self.promised.get(key) is seq:
-                del self.promised[key]
+    def _drop_in_flight(self, seq: Sequence) -> None:
+        for key in seq.keys[seq.num_committed :]:
+            if self.in_flight.get(key) is seq:
+                del self.in_flight[key]
 
     def _leave_window(self, seq: Sequence) -> None:
         for index, group in self._windowed:
             blocks = seq.blocks[index]
-            first = min(group.first_visible(seq.num_computed), len(blocks))
+            first = min(group.first_visible(seq.num_settled), len(blocks))
             for position in range(seq.first_held[index], first):
                 group.pool.release(blocks[position])
                 blocks[position] = NULL_BLOCK
                 self.tables[index, seq.row, position] = NULL_BLOCK
             seq.first_held[index] = max(first, seq.first_held[index])
+
+    def _extend_keys(self, seq: Sequence, num_blocks: int) -> None:
+        extend_keys(seq.keys, seq.cache_root, seq.tokens, self.block_size, num_blocks, seq.embeds)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

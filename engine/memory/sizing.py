@@ -16,24 +16,24 @@ class SizingError(ValueError):
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a device, in bytes."""
+    """Memory of a device, in bytes."""
 
     free: int
     total: int
 
 
 @dataclass(frozen=True)
-class StepMemory:
-    """What is to stay free on a card beside weights and caches, in bytes."""
+class ProfiledMemory:
+    """Memory that a profile run has shown to be needed on a GPU beside weights and caches, in bytes."""
 
-    peak: int
-    """What a step takes at most, sampling included."""
+    activation_peak: int
+    """Most that a step takes, sampling included."""
     graphs: int
 
 
 @dataclass(frozen=True)
-class Room:
-    """Memory for the KV cache once the model is loaded, in bytes; what else there is of it for the start-up table."""
+class KVBudget:
+    """Memory for the caches once the model is loaded, in bytes, and other rows of the start-up table."""
 
     num_bytes: int
     free: int
@@ -45,52 +45,79 @@ class CacheSize:
     num_blocks: tuple[int, ...]
     """Usable blocks per cache group; the caches get one more, the null block."""
     num_bytes: int
+    """KV blocks and recurrent states."""
     table: tuple[tuple[str, str], ...]
     """Rows of the start-up table."""
+    num_states: int = 0
+    """Slots of recurrent states; 0 for a model without."""
 
 
 @dataclass(frozen=True)
 class _Group:
     block_bytes: int
     min_blocks: int
-    """What one sequence of the full length needs."""
+    """Blocks that one sequence of the full length needs."""
     max_blocks: int
     """More than this can never be in use; the rest would only hold old prefixes."""
 
 
-def room_on_host(info: ModelInfo, share: float, before: Memory, now: Memory) -> Room:
+def kv_budget_on_host(info: ModelInfo, share: float, before: Memory, now: Memory) -> KVBudget:
     """`share` of the memory that was free before the model was loaded."""
     left = int(share * before.free) - info.weight_bytes - info.arena_bytes
     rows = ("weights", info.weight_bytes), ("arena", info.arena_bytes)
-    return Room(max(0, min(left, int(share * now.free))), now.free, rows)
+    return KVBudget(max(0, min(left, int(share * now.free))), now.free, rows)
 
 
-def room_on_card(info: ModelInfo, share: float, before: Memory, now: Memory, steps: StepMemory) -> Room:
-    """`share` of the card's memory, others' use of it apart: whatever is gone since `before` is this server's."""
-    needed = steps.peak + steps.graphs
+def kv_budget_on_gpu(info: ModelInfo, share: float, before: Memory, now: Memory, profiled: ProfiledMemory) -> KVBudget:
+    """`share` of the GPU's memory, others' use of it apart: whatever is gone since `before` is this server's."""
+    needed = profiled.activation_peak + profiled.graphs
     left = int(share * before.total) - (before.free - now.free) - needed
     on_host = (("weights on the host", info.host_weight_bytes),) if info.host_weight_bytes else ()
-    rows = ("weights", info.weight_bytes), *on_host, ("a step at most", steps.peak), ("kept for graphs", steps.graphs)
-    return Room(max(0, min(left, now.free - needed)), now.free - needed, rows)
+    rows = (
+        ("weights", info.weight_bytes),
+        *on_host,
+        ("a step at most", profiled.activation_peak),
+        ("kept for graphs", profiled.graphs),
+    )
+    return KVBudget(max(0, min(left, now.free - needed)), now.free - needed, rows)
 
 
 def size_cache(
-    info: ModelInfo, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int, room: Room
-) -> CacheSize:  # fmt: skip
-    """Blocks per group."""
+    info: ModelInfo, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int, budget: KVBudget
+) -> CacheSize:
+    """Slots of recurrent states for as many sequences as may run and fit, then blocks per group. Raises SizingError."""
     groups = [_group(info, index, cache, scheduler, max_model_len) for index in range(len(info.cache_groups))]
-    budget = room.num_bytes if cache.kv_cache_memory_bytes is None else cache.kv_cache_memory_bytes
+    num_bytes = budget.num_bytes if cache.kv_cache_memory_bytes is None else cache.kv_cache_memory_bytes
+    num_states, state_bytes = _size_states(info, scheduler, num_bytes, groups)
+    left = num_bytes - state_bytes
     if cache.num_gpu_blocks_override is not None:
         count = cache.num_gpu_blocks_override
         num_blocks = tuple(count for _ in groups)
     else:
-        count = _largest_count(groups, budget)
+        count = _largest_count(groups, left)
         num_blocks = tuple(min(count, group.max_blocks) for group in groups)
     if any(count < group.min_blocks for group in groups):
-        raise SizingError(_too_small(groups, count, budget, cache, max_model_len))
-    num_bytes = sum((n + 1) * g.block_bytes for n, g in zip(num_blocks, groups, strict=True))
-    rows = _table(cache, num_blocks, num_bytes, max_model_len, room)
-    return CacheSize(num_blocks, num_bytes, rows)
+        raise SizingError(_too_small(groups, count, left, cache, max_model_len))
+    kv_bytes = sum((n + 1) * g.block_bytes for n, g in zip(num_blocks, groups, strict=True))
+    states = (("recurrent states", f"{_gib(state_bytes)}: {num_states} sequences"),) if num_states else ()
+    rows = (*states, *_table(cache, num_blocks, kv_bytes, max_model_len, budget, budget.free - kv_bytes - state_bytes))
+    return CacheSize(num_blocks, kv_bytes + state_bytes, rows, num_states)
+
+
+def _size_states(
+    info: ModelInfo, scheduler: SchedulerConfig, num_bytes: int, groups: list[_Group]
+) -> tuple[int, int]:  # fmt: skip
+    """(slots, their bytes): one for each running sequence, fewer where half of the memory holds no more beside KV."""
+    if not info.state_specs:
+        return 0, 0
+    size = sum(spec.bytes_per_sequence() for spec in info.state_specs)
+    num_states = min(scheduler.max_num_seqs, (num_bytes // 2 if groups else num_bytes) // size)
+    if num_states == 0:
+        raise SizingError(
+            f"the recurrent state of one sequence needs {_gib(size)} but {_gib(num_bytes)} is available; raise "
+            "--gpu-memory-utilization or --kv-cache-memory-bytes"
+        )
+    return num_states, num_states * size
 
 
 def _group(info: ModelInfo, index: int, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int) -> _Group:
@@ -106,7 +133,7 @@ def _group(info: ModelInfo, index: int, cache: CacheConfig, scheduler: Scheduler
 
 def _largest_count(groups: list[_Group], budget: int) -> int:
     """Largest count with every group at min(count, its maximum), null blocks included, within the budget."""
-    low, high = 0, max(group.max_blocks for group in groups)
+    low, high = 0, max((group.max_blocks for group in groups), default=0)
     while low < high:
         middle = (low + high + 1) // 2
         need = sum((min(middle, group.max_blocks) + 1) * group.block_bytes for group in groups)
@@ -130,15 +157,16 @@ def _too_small(groups: list[_Group], count: int, budget: int, cache: CacheConfig
 
 
 def _table(
-    cache: CacheConfig, num_blocks: tuple[int, ...], num_bytes: int, max_model_len: int, room: Room
+    cache: CacheConfig, num_blocks: tuple[int, ...], num_bytes: int, max_model_len: int, budget: KVBudget, left: int
 ) -> tuple[tuple[str, str], ...]:
     blocks = " + ".join(str(count) for count in num_blocks)
-    tokens = max(num_blocks) * cache.block_size
+    tokens = max(num_blocks, default=0) * cache.block_size
+    capacity = f"{tokens} tokens, {tokens / max_model_len:.1f} sequences of {max_model_len}"
     return (
-        *((label, _gib(num)) for label, num in room.rows),
-        ("KV cache", f"{_gib(num_bytes)}: {blocks} blocks of {cache.block_size} tokens"),
-        ("KV capacity", f"{tokens} tokens, {tokens / max_model_len:.1f} sequences of {max_model_len}"),
-        ("free memory left", _gib(max(0, room.free - num_bytes))),
+        *((label, _gib(num)) for label, num in budget.rows),
+        *((("KV cache", f"{_gib(num_bytes)}: {blocks} blocks of {cache.block_size} tokens"),) if num_blocks else ()),
+        *((("KV capacity", capacity),) if num_blocks else ()),
+        ("free memory left", _gib(max(0, left))),
     )
 
 

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 
 from fuseline.compile.graph_inputs import BlockCopy
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.sizing import GIB, SizingError
+from fuseline.engine.state.sequence import SwappedKV
 
 logger = logging.getLogger("fuseline.engine")
 MOST, MUCH = 0.7, 0.4
 """Shares of this machine's memory that swap space may take at most, and may take without a warning."""
-
-
-@dataclass(frozen=True)
-class SwappedKV:
-    """What a sequence has in host memory: by cache group the host blocks of its blocks `first`, `first` + 1, ..."""
-
-    num_computed: int
-    first: tuple[int, ...]
-    blocks: tuple[list[int], ...]
 
 
 class SwapSpace:
@@ -42,7 +33,7 @@ class SwapSpace:
         return max((1 - len(free) / count for free, count in pairs if count), default=0.0)
 
     def save(self, num_computed: int, first: Seq[int], blocks: Seq[list[int]]) -> SwappedKV | None:
-        """Copy `blocks` of the device out; None if there is no room for all of them."""
+        """Copy `blocks` of the device out; None if there are not enough for all of them."""
         if any(len(part) > len(free) for part, free in zip(blocks, self._free, strict=True)):
             return None
         taken = tuple([free.pop() for _ in part] for part, free in zip(blocks, self._free, strict=True))

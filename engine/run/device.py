@@ -13,7 +13,7 @@ from torch import Tensor
 from fuseline.compile.residency.uploads import Layout
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.free_memory import free_memory
-from fuseline.engine.memory.sizing import Memory, Room, StepMemory, room_on_host
+from fuseline.engine.memory.sizing import KVBudget, Memory, ProfiledMemory, kv_budget_on_host
 
 Progress = Callable[[str, int, int], None]
 
@@ -27,7 +27,7 @@ class SampleOps:
 
 
 class Results(Protocol):
-    """What a step's kernels write on the device, and the host reads once."""
+    """Outputs of a step's kernels on the device, which the host reads once."""
 
     tensors: dict[str, Tensor]
     """On the device, all zeros at first."""
@@ -40,21 +40,21 @@ class Results(Protocol):
 
 
 class Device(Protocol):
-    """`is_queue`: work is only launched, is done in the order of its launches, and what it gives is waited for."""
+    """`is_asynchronous`: work is only launched, done in the order of its launches, and its results are waited for."""
 
-    is_queue: bool
+    is_asynchronous: bool
     name: str
     ops: SampleOps
 
     def memory(self) -> Memory: ...
 
-    def room(self, info: ModelInfo, share: float, before: Memory, steps: StepMemory) -> Room:
+    def kv_budget(self, info: ModelInfo, share: float, before: Memory, steps: ProfiledMemory) -> KVBudget:
         """Memory for the KV cache now that the model is loaded; `before` is the memory of a time when it was not.
 
         `share` is that of --gpu-memory-utilization.
         """
 
-    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
+    def profile(self, runs: Sequence[Callable[[], None]]) -> int:
         """Bytes that the runs take at most, beside what is in use. 0, and nothing run, where nothing is gained by it.
 
         Kernels are compiled and libraries loaded this way before the first request comes.
@@ -86,7 +86,7 @@ class HostResults:
 class HostDevice:
     """Kernels are done when they return, and work on the host's own memory."""
 
-    is_queue = False
+    is_asynchronous = False
 
     def __init__(self, ops: SampleOps, name: str = "cpu") -> None:
         self.ops = ops
@@ -95,14 +95,14 @@ class HostDevice:
     def memory(self) -> Memory:
         return Memory(free_memory(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
-    def room(self, info: ModelInfo, share: float, before: Memory, steps: StepMemory) -> Room:
-        return room_on_host(info, share, before, self.memory())
+    def kv_budget(self, info: ModelInfo, share: float, before: Memory, steps: ProfiledMemory) -> KVBudget:
+        return kv_budget_on_host(info, share, before, self.memory())
 
-    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
+    def profile(self, runs: Sequence[Callable[[], None]]) -> int:
         return 0
 
     def capture_graphs(self, model: object, progress: Progress) -> None:
-        """A CPU replays plans already."""
+        """Nothing to capture on a CPU."""
 
     def stop_capture(self, model: object) -> None:
         """There is none."""

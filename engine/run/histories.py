@@ -1,4 +1,4 @@
-"""Tokens of sequences with penalties, kept on a device that is a queue: each is sent there once.
+"""Tokens of sequences with penalties, kept on an asynchronous device: each is sent there once.
 
 A row of the device's memory belongs to the sequence that has the row of the same number. Only tokens that it does not
 hold yet go there: all of them for a sequence that comes into a row, then the newest, which the step before may have
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fuseline.engine.run.device import Device
-from fuseline.engine.run.request_rows import RequestRows
+from fuseline.engine.state.rows import RequestRows
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,27 @@ class Histories:
         self._state = state
         self._memory = history_memory(device, state.tokens.size)
         num_rows = len(state.sequences)
-        self._tenancy = np.full(num_rows, -1)  # of what lies there, by row
+        self._generation = np.full(num_rows, -1)  # of what lies there, by row
         self._num_held = np.zeros(num_rows, np.int64)
 
     def extend(
-        self, rows: np.ndarray, tenancy: np.ndarray, lengths: np.ndarray, sources: np.ndarray
+        self, rows: np.ndarray, generation: np.ndarray, lengths: np.ndarray, sources: np.ndarray
     ) -> tuple[History, np.ndarray]:
-        """For N rows, in a step that samples what follows their `lengths` tokens -> (what to write, where each row's
-        tokens begin [N]). sources [N]: row of the step before whose token is the last of these, or -1 if it is known.
+        """For N positions of `rows`, in a step that samples what follows their `lengths` tokens -> (what to write,
+        where each one's tokens begin [N]).
+
+        Positions of a row follow each other, ascending; behind the first come drafts, which later steps write anew.
+        sources [N]: row of the step before whose token is the last of these, or -1 if it is known.
         """
-        begins = np.where(self._tenancy[rows] == tenancy, self._num_held[rows], 0)
-        self._tenancy[rows], self._num_held[rows] = tenancy, lengths
+        held = np.where(self._generation[rows] == generation, self._num_held[rows], 0)
+        self._generation[rows] = generation
+        self._num_held[rows[::-1]] = lengths[::-1]
+        starts = rows * self._state.tokens.shape[1]
+        is_last = np.append(rows[1:] != rows[:-1], True)[: len(rows)]
+        return self._writes(rows[is_last], held[is_last], lengths[is_last], sources[is_last]), starts
+
+    def _writes(self, rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray, sources: np.ndarray) -> History:
+        """Write those of the first `lengths` tokens of each row that are missing: `begins` of them are there."""
         is_unknown = sources >= 0
         counts = lengths - is_unknown - begins
         starts = rows * self._state.tokens.shape[1]
@@ -64,7 +74,7 @@ class Histories:
         if is_unknown.any():
             places = (starts + lengths - 1)[is_unknown]
             writes |= {"unknown_places": places, "unknown_rows": sources[is_unknown]}
-        return History(self._memory, {name: torch.from_numpy(array) for name, array in writes.items()}), starts
+        return History(self._memory, {name: torch.from_numpy(array) for name, array in writes.items()})
 
 
 def history_memory(device: Device, num_tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Builds a step's StepInputs from the plan, in arrays that are reused from step to step."""
+"""Builds a step's StepInputs from the scheduled batch, in arrays that are reused from step to step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from fuseline.compile.graph_inputs import StepInputs
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.memory.kv_manager import KVManager
-from fuseline.engine.run.request_rows import RequestRows
-from fuseline.engine.schedule.plan import Plan
+from fuseline.engine.state.rows import RequestRows
+from fuseline.engine.state.scheduled_batch import ScheduledBatch
 
 
 class InputBuilder:
@@ -35,39 +35,65 @@ class InputBuilder:
         self._seq_lens = np.zeros(num_seqs, np.int32)
         self._tables = TableCopy(kv)
 
-    def build(self, plan: Plan, score_rows: np.ndarray) -> StepInputs:
-        """`score_rows`: tokens of the step, beside the last ones of sampling sequences, whose logits are wanted."""
-        num_seqs, num_tokens = len(plan.rows), plan.num_tokens
+    def build(self, batch: ScheduledBatch, more_rows: np.ndarray) -> StepInputs:
+        """`more_rows`: tokens of the step, behind those that sample, whose outputs are wanted."""
+        num_seqs, num_tokens = len(batch.rows), batch.num_tokens
         query_start = self._query_start[: num_seqs + 1]
-        np.cumsum(plan.counts, out=query_start[1:])
+        np.cumsum(batch.num_new, out=query_start[1:])
         seq_lens = self._seq_lens[:num_seqs]
-        np.add(plan.num_computed, plan.counts, out=seq_lens, casting="unsafe")
+        np.add(batch.num_computed, batch.num_new, out=seq_lens, casting="unsafe")
 
-        self._token_rows = token_rows = np.repeat(plan.rows, plan.counts)
+        self._token_rows = token_rows = np.repeat(batch.rows, batch.num_new)
         positions = self._positions[:num_tokens]
         positions[:] = np.arange(num_tokens)
-        positions += np.repeat(plan.num_computed - query_start[:-1], plan.counts)
-        logits_rows = np.concatenate((query_start[plan.sampling + 1] - 1, score_rows), dtype=np.int64)
+        positions += np.repeat(batch.num_computed - query_start[:-1], batch.num_new)
+        sampled_rows = query_start[batch.sampling + 1] - 1
+        if batch.num_drafts is not None:
+            sampled_rows = query_start[batch.sampling] + batch.lengths - 1 - batch.num_computed[batch.sampling]
+        logits_rows = np.concatenate((sampled_rows, more_rows), dtype=np.int64)
+        embed_rows, embeds = self._embeds(batch) if self.rows.num_embedded else (None, None)
         return StepInputs(
             token_ids=torch.from_numpy(self._token_ids[:num_tokens]),
             positions=torch.from_numpy(positions),
-            rope_rows=torch.from_numpy(self._fill_rope_rows(plan, positions)),
+            rope_rows=torch.from_numpy(self._fill_rope_rows(batch, positions)),
             query_start=torch.from_numpy(query_start),
             seq_lens=torch.from_numpy(seq_lens),
             slot_mapping=torch.from_numpy(self._fill_slots(token_rows, positions)),
-            block_tables=torch.from_numpy(self._tables.update(plan, int(seq_lens.max()))),
+            block_tables=torch.from_numpy(self._tables.update(batch, int(seq_lens.max()))),
             logits_rows=torch.from_numpy(logits_rows),
+            state_slots=torch.from_numpy(self.rows.state_slot[batch.rows]) if self.kv.states else None,
+            embed_rows=embed_rows,
+            embeds=embeds,
         )
 
     def fill_tokens(self) -> None:
         num_tokens = len(self._token_rows)
         self._token_ids[:num_tokens] = self.rows.tokens[self._token_rows, self._positions[:num_tokens]]
 
-    def sources(self, sampled_at: np.ndarray) -> torch.Tensor:
+    def sources(self, batch: ScheduledBatch, sampled_at: np.ndarray) -> torch.Tensor:
         """[T] int32, as StepInputs has them. sampled_at [rows]: where the step before samples for a row."""
         rows, positions = self._token_rows, self._positions[: len(self._token_rows)]
-        is_unknown = positions >= self.rows.num_known[rows]
+        num_known = self.rows.num_known[rows]
+        if batch.num_drafts is not None:
+            num_known += np.repeat(batch.num_drafts, batch.num_new)
+        is_unknown = positions >= num_known
         return torch.from_numpy(np.where(is_unknown, sampled_at[rows], -1).astype(np.int32))
+
+    def _embeds(self, batch: ScheduledBatch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(tokens of the step [E], their embeddings [E, hidden size]); None without any in this step."""
+        places, parts = [], []
+        for index in np.flatnonzero(self.rows.has_embeds[batch.rows]).tolist():
+            first = int(batch.num_computed[index])
+            begin, end = int(self._query_start[index]), int(self._query_start[index + 1])
+            for span in self.rows.sequences[batch.rows[index]].request.embeds:
+                low, high = max(span.start, first), min(span.start + span.count, first + end - begin)
+                if low < high:
+                    data = np.frombuffer(span.data, np.float32).reshape(span.count, -1)
+                    places.append(np.arange(low, high) - first + begin)
+                    parts.append(data[low - span.start : high - span.start])
+        if not places:
+            return None, None
+        return torch.from_numpy(np.concatenate(places)), torch.from_numpy(np.concatenate(parts))
 
     def _fill_slots(self, token_rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         num_groups, num_tokens = len(self.kv.groups), len(positions)
@@ -77,12 +103,12 @@ class InputBuilder:
         slots += positions % self.block_size
         return slots
 
-    def _fill_rope_rows(self, plan: Plan, positions: np.ndarray) -> np.ndarray:
+    def _fill_rope_rows(self, batch: ScheduledBatch, positions: np.ndarray) -> np.ndarray:
         if self.rope_switch is None:
             return positions
         rope_rows = self._rope_rows[: len(positions)]
-        offsets = self.rows.variant[plan.rows] * self.rope_switch.table_rows
-        np.add(positions, np.repeat(offsets, plan.counts), out=rope_rows)
+        offsets = self.rows.variant[batch.rows] * self.rope_switch.table_rows
+        np.add(positions, np.repeat(offsets, batch.num_new), out=rope_rows)
         return rope_rows
 
 
@@ -93,23 +119,24 @@ class TableCopy:
         self.kv = kv
         self._memory = np.zeros(0, np.int32)
         self._tables = self._memory.reshape(len(kv.groups), 0, 0)  # [G, S, M]
-        self._rows = self._tenancy = self._num_blocks = np.zeros(0, np.int64)  # [S], what was copied
+        self._rows = self._generation = self._num_blocks = np.zeros(0, np.int64)  # [S], what was copied
 
-    def update(self, plan: Plan, longest: int) -> np.ndarray:
-        """Tables [G, S, M] of the plan's rows, wide enough for `longest` tokens."""
+    def update(self, batch: ScheduledBatch, longest: int) -> np.ndarray:
+        """Tables [G, S, M] of the batch's rows, wide enough for `longest` tokens."""
         width = self._width(longest)
-        num_blocks = self.kv.num_slots[plan.rows] // self.kv.block_size
-        if self._tables.shape[1:] != (len(plan.rows), width):
-            self._resize(len(plan.rows), width)
-        is_same = (plan.rows == self._rows) & (plan.tenancy == self._tenancy)
+        # A sequence may hold more than is computed now: blocks for drafts that were not kept.
+        num_blocks = np.minimum(self.kv.num_slots[batch.rows] // self.kv.block_size, width)
+        if self._tables.shape[1:] != (len(batch.rows), width):
+            self._resize(len(batch.rows), width)
+        is_same = (batch.rows == self._rows) & (batch.generation == self._generation)
         begins = np.where(is_same, self._num_blocks, 0)
         num_new = num_blocks - begins
-        grown = np.flatnonzero(num_new == 1)
-        self._tables[:, grown, begins[grown]] = self.kv.tables[:, plan.rows[grown], begins[grown]]
-        for index in np.flatnonzero(num_new > 1).tolist():
+        grown = (num_new == 1).nonzero()[0]
+        self._tables[:, grown, begins[grown]] = self.kv.tables[:, batch.rows[grown], begins[grown]]
+        for index in (num_new > 1).nonzero()[0].tolist():
             part = slice(begins[index], num_blocks[index])
-            self._tables[:, index, part] = self.kv.tables[:, plan.rows[index], part]
-        self._rows, self._tenancy, self._num_blocks = plan.rows, plan.tenancy, num_blocks
+            self._tables[:, index, part] = self.kv.tables[:, batch.rows[index], part]
+        self._rows, self._generation, self._num_blocks = batch.rows, batch.generation, num_blocks
         return self._tables
 
     def _width(self, longest: int) -> int:
@@ -126,4 +153,4 @@ class TableCopy:
             self._memory = np.zeros(2 * size, np.int32)
         self._tables = self._memory[:size].reshape(num_groups, num_rows, width)
         self._rows = np.full(num_rows, -1)
-        self._tenancy = self._num_blocks = np.zeros(num_rows, np.int64)
+        self._generation = self._num_blocks = np.zeros(num_rows, np.int64)

@@ -1,4 +1,4 @@
-"""Computes a plan: builds the inputs, launches the model and sampling."""
+"""Computes a scheduled batch: builds the inputs, launches the model, and sampling or pooling."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import torch
 from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.kv_manager import KVManager
-from fuseline.engine.request import Sequence
 from fuseline.engine.run.device import Device
 from fuseline.engine.run.histories import Histories
 from fuseline.engine.run.inputs import InputBuilder
-from fuseline.engine.run.request_rows import RequestRows
+from fuseline.engine.run.pooler import PoolArguments, Pooler
 from fuseline.engine.run.sampler import Sampler
 from fuseline.engine.run.sampling import Launched, SampleArguments, launch_sampling
-from fuseline.engine.schedule.plan import Plan
+from fuseline.engine.run.speculate.drafting import drafts_of
+from fuseline.engine.state.rows import RequestRows
+from fuseline.engine.state.scheduled_batch import ScheduledBatch
+from fuseline.engine.state.sequence import Sequence
 
 
 class Model(Protocol):
-    """What the engine needs of a CompiledModel."""
+    """The part of a CompiledModel that the engine uses."""
 
     info: ModelInfo
 
@@ -34,7 +36,7 @@ class Model(Protocol):
 
 @runtime_checkable
 class SwappingModel(Model, Protocol):
-    """One that can copy blocks of its caches to host memory and back."""
+    """A model that can copy blocks of its caches to host memory and back."""
 
     def allocate_host_blocks(self, num_blocks: Seq[int]) -> None:
         """Blocks per cache group."""
@@ -44,8 +46,15 @@ class SwappingModel(Model, Protocol):
 
 
 @runtime_checkable
+class StatefulModel(Model, Protocol):
+    """A model with recurrent states."""
+
+    def allocate_states(self, num_slots: int) -> None: ...
+
+
+@runtime_checkable
 class SleepingModel(Model, Protocol):
-    """One whose weights can leave its device."""
+    """A model whose weights can leave its device."""
 
     def move_weights_to_host(self) -> None: ...
 
@@ -56,21 +65,26 @@ class SleepingModel(Model, Protocol):
 
 
 @dataclass
-class Batch:
-    """A plan made ready. What depends on tokens of the step before is missing until `Runner.fill`."""
+class PreparedBatch:
+    """A scheduled batch made ready. Whatever depends on tokens of the step before is missing until `Runner.fill`."""
 
-    plan: Plan
+    scheduled: ScheduledBatch
     builder: InputBuilder
     inputs: StepInputs
     arguments: SampleArguments
+    pooling: PoolArguments | None
     scoring: list[tuple[Sequence, range]]
     """Sequence and the positions whose prompt tokens are scored."""
     complete: list[Sequence]
-    """Those that want no tokens and have the last of their prompt computed in this step."""
+    """Sequences that want no tokens and have the last of their prompt computed in this step."""
+    drafts: np.ndarray | None
+    """[N], as `drafts_of` gives them; None without drafts."""
     reads_tokens: bool
     """The host must know the tokens of the step before to launch this one."""
-    departed: dict[int, Sequence] = field(default_factory=dict)
-    """Sampling sequences that have left their row while the batch ran, by index."""
+    kept: np.ndarray | None = None
+    """[N] bool, positions whose token is kept, once drafts are verified; None: all."""
+    evicted: dict[int, Sequence] = field(default_factory=dict)
+    """Sampling sequences that have lost their row while the batch ran, by position."""
 
 
 class Runner:
@@ -85,60 +99,77 @@ class Runner:
         switch = model.info.rope_switch
         # Two: the inputs of the next step are built while the last one still reads its own.
         self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
-        histories = Histories(rows, device) if device.is_queue else None
+        histories = Histories(rows, device) if device.is_asynchronous else None
         self.sampler = Sampler(rows, model.info.vocab_size, logprobs_mode, histories)
+        self.pooler = Pooler(rows, device, model.info.hidden_size)
         self._sampling_rows = np.zeros(0, np.int64)  # of the step filled last
         self._sampled: torch.Tensor | None = None  # tokens of the step launched last, on the device
 
-    def prepare(self, plan: Plan) -> Batch:
+    def prepare(self, batch: ScheduledBatch) -> PreparedBatch:
         self._builders.reverse()
-        builder, rows = self._builders[0], plan.rows[plan.sampling]
-        scoring, score_rows = _scored_rows(plan, self.rows)
-        complete = [self.rows.sequences[row] for row in plan.rows[plan.complete].tolist()]
-        inputs, arguments = builder.build(plan, score_rows), self.sampler.prepare(plan)
+        builder, rows = self._builders[0], batch.rows[batch.sampling]
+        scoring, score_rows = _scored_rows(batch, self.rows)
+        pooling = self.pooler.prepare(batch)
+        more_rows = score_rows if pooling is None else np.concatenate((score_rows, pooling.rows))
+        inputs, arguments = builder.build(batch, more_rows), self.sampler.prepare(batch)
         if scoring:
             targets = [seq.stored[position] for seq, positions in scoring for position in positions]
             arguments.targets = torch.tensor(targets, dtype=torch.int64)
             most = max(seq.params.prompt_logprobs or 0 for seq, _ in scoring)
             arguments.num_prompt_top = min(most, self.model.info.vocab_size)
-        is_reader = self.rows.reads_tokens[rows]
-        reads_tokens = bool(is_reader.any() and (is_reader & self._is_unknown(plan)).any())
-        return Batch(plan, builder, inputs, arguments, scoring, complete, reads_tokens)
+        is_reader = self.rows.reads_tokens[rows] if self.rows.reads_tokens.any() else None
+        return PreparedBatch(
+            scheduled=batch,
+            builder=builder,
+            inputs=inputs,
+            arguments=arguments,
+            pooling=pooling,
+            scoring=scoring,
+            complete=[self.rows.sequences[row] for row in batch.rows[batch.complete].tolist()],
+            drafts=None if batch.num_drafts is None else drafts_of(batch, self.rows),
+            reads_tokens=is_reader is not None and bool((is_reader & self._is_unknown(batch)).any()),
+        )
 
-    def fill(self, batch: Batch) -> None:
-        """What is known of the tokens, and where the rest will come from; the next batch is filled after this one."""
-        plan, sources = batch.plan, None
-        rows, is_unknown = plan.rows[plan.sampling], self._is_unknown(plan)
-        batch.builder.fill_tokens()
+    def fill(self, prepared: PreparedBatch) -> None:
+        """Put in the tokens that are known, and where the rest will come from. Batches are filled in their order."""
+        batch, sources = prepared.scheduled, None
+        rows, is_unknown = batch.rows[batch.sampling], self._is_unknown(batch)
+        prepared.builder.fill_tokens()
         if is_unknown.any():
             sampled_at = np.zeros(len(self.rows.sequences), np.int64)
             sampled_at[self._sampling_rows] = np.arange(len(self._sampling_rows))
-            batch.inputs.sources = batch.builder.sources(sampled_at)
+            prepared.inputs.sources = prepared.builder.sources(batch, sampled_at)
             sources = np.where(is_unknown, sampled_at[rows], -1)
-        self.sampler.fill(plan, batch.arguments, sources)
+        self.sampler.fill(batch, prepared.arguments, sources)
         self._sampling_rows = rows
 
-    def _is_unknown(self, plan: Plan) -> np.ndarray:
-        """[N] bool: sampling sequences whose newest token, computed in this step, still comes from the last one."""
-        return self.rows.num_known[plan.rows[plan.sampling]] < plan.lengths
+    def _is_unknown(self, batch: ScheduledBatch) -> np.ndarray:
+        """[N] bool: positions whose token, computed in this step, still comes from the last one."""
+        num_known = self.rows.num_known[batch.rows[batch.sampling]]
+        if batch.num_drafts is not None:
+            num_known += batch.num_drafts[batch.sampling]
+        return num_known < batch.lengths
 
-    def run(self, batch: Batch) -> Launched:
-        if batch.plan.copies:
-            self.model.swap(batch.plan.copies)
-        batch.inputs.sampled = self._sampled
-        logits = self.model.run(batch.inputs).logits
-        launched = launch_sampling(self.device, logits, batch.arguments, self._sampled)
+    def run(self, prepared: PreparedBatch) -> Launched:
+        if prepared.scheduled.copies:
+            self.model.swap(prepared.scheduled.copies)
+        prepared.inputs.sampled = self._sampled
+        output, pooled = self.model.run(prepared.inputs), None
+        if prepared.pooling:
+            num_others = prepared.arguments.num_rows + len(prepared.arguments.targets)
+            pooled = self.pooler.launch(output.hidden[num_others:], prepared.pooling)
+        launched = launch_sampling(self.device, output.logits, prepared.arguments, self._sampled, pooled)
         self._sampled = launched.tokens
         return launched
 
 
-def _scored_rows(plan: Plan, state: RequestRows) -> tuple[list[tuple[Sequence, range]], np.ndarray]:
+def _scored_rows(batch: ScheduledBatch, state: RequestRows) -> tuple[list[tuple[Sequence, range]], np.ndarray]:
     """Who scores which prompt positions, and the tokens of the step whose logits do it."""
     scoring: list[tuple[Sequence, range]] = []
     score_rows: list[int] = []
-    if state.wants_scores[plan.rows].any():
+    if state.wants_scores.any() and state.wants_scores[batch.rows].any():
         start = 0
-        counts = zip(plan.rows.tolist(), plan.num_computed.tolist(), plan.counts.tolist(), strict=True)
+        counts = zip(batch.rows.tolist(), batch.num_computed.tolist(), batch.num_new.tolist(), strict=True)
         for row, computed, count in counts:
             seq = state.sequences[row]
             positions = range(computed + 1, min(computed + count + 1, seq.prompt_len))

@@ -1,4 +1,4 @@
-"""What the sequences of a step ask of the sampling kernels, gathered from their rows."""
+"""Arguments of the sampling kernels, gathered from the rows of a step's sequences."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuseline.engine.messages import SamplingParams
 from fuseline.engine.run.histories import Histories, History
-from fuseline.engine.run.request_rows import RequestRows, banned_tokens
 from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments
-from fuseline.engine.schedule.plan import Plan
+from fuseline.engine.state.rows import RequestRows
+from fuseline.engine.state.scheduled_batch import ScheduledBatch
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What stays while the same R sequences sample."""
+    """Arguments that stay while the same R positions sample."""
 
     rows: np.ndarray  # [R] int64
-    tenancy: np.ndarray  # [R] int64
+    generation: np.ndarray  # [R] int64
     num_top: int
     inputs: dict[str, Tensor]
-    """Of the kernel, with lists that are all empty."""
+    """Inputs of the kernel, with lists that are all empty."""
     has_history: np.ndarray  # [R] bool
     has_any_history: bool
     has_lists: bool
@@ -34,37 +35,37 @@ class Sampler:
     def __init__(
         self, rows: RequestRows, vocab_size: int, logprobs_mode: str, histories: Histories | None = None
     ) -> None:
-        """`histories`: of a device that keeps them; without them all tokens are known when a plan is filled."""
+        """`histories`: those of a device that keeps them; without them all tokens are known when a batch is filled."""
         self.rows = rows
         self.histories = histories
         self.vocab_size = vocab_size
         self.mode = LOGPROBS_MODES.index(logprobs_mode)
         self._settings: RowSettings | None = None
 
-    def prepare(self, plan: Plan) -> SampleArguments:
-        """What is known of the sampling sequences before their newest tokens are."""
-        rows, tenancy, old = plan.rows[plan.sampling], plan.tenancy[plan.sampling], self._settings
-        if old is None or not (np.array_equal(rows, old.rows) and np.array_equal(tenancy, old.tenancy)):
-            self._settings = old = self._gather(rows, tenancy)
-        counter = torch.from_numpy(plan.lengths - self.rows.prompt_len[rows])
+    def prepare(self, batch: ScheduledBatch) -> SampleArguments:
+        """Arguments as far as they do not depend on the newest tokens."""
+        rows, generation, old = batch.rows[batch.sampling], batch.generation[batch.sampling], self._settings
+        if old is None or not (np.array_equal(rows, old.rows) and np.array_equal(generation, old.generation)):
+            self._settings = old = self._gather(rows, generation)
+        counter = torch.from_numpy(batch.lengths - self.rows.prompt_len[rows])
         inputs = {**old.inputs, "counter": counter}
         return SampleArguments(len(rows), old.num_top, self.mode, inputs, no_scores=old.no_scores)
 
-    def fill(self, plan: Plan, arguments: SampleArguments, sources: np.ndarray | None) -> None:
-        """The rest, for the plan prepared last. sources [R] int64: row of the step before whose token is the newest of
+    def fill(self, batch: ScheduledBatch, arguments: SampleArguments, sources: np.ndarray | None) -> None:
+        """The rest, for the batch prepared last. sources [R] int64: row of the step before whose token is the newest of
         this one's and not known yet, or -1; None when all are known."""
         settings = self._settings
         if settings.has_lists:
-            arguments.inputs |= self._lists(plan)
+            arguments.inputs |= self._lists(batch)
         if not settings.has_any_history:
             return
         if self.histories is None:
-            arguments.inputs |= self._history(plan)
+            arguments.inputs |= self._history(batch)
         else:
             sources = np.full(len(settings.rows), -1) if sources is None else sources
-            arguments.history, arguments.inputs["history_start"] = self._kept_history(plan, sources)
+            arguments.history, arguments.inputs["history_start"] = self._kept_history(batch, sources)
 
-    def _gather(self, rows: np.ndarray, tenancy: np.ndarray) -> RowSettings:
+    def _gather(self, rows: np.ndarray, generation: np.ndarray) -> RowSettings:
         state = self.rows
         num_logprobs = np.minimum(state.num_logprobs[rows], self.vocab_size)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition", "frequency", "presence", "seed", "prompt_len")
@@ -77,7 +78,7 @@ class Sampler:
         has_history = state.has_history[rows]
         return RowSettings(
             rows=rows,
-            tenancy=tenancy,
+            generation=generation,
             num_top=max(0, int(num_logprobs.max(initial=0))),
             inputs=inputs,
             has_history=has_history,
@@ -86,35 +87,36 @@ class Sampler:
             no_scores={} if (num_logprobs < 0).all() else None,
         )
 
-    def _history(self, plan: Plan) -> dict[str, Tensor]:
+    def _history(self, batch: ScheduledBatch) -> dict[str, Tensor]:
         """Tokens of the rows with penalties, one after the other; other rows have none."""
-        lengths = np.where(self._settings.has_history, plan.lengths, 0)
+        lengths = np.where(self._settings.has_history, batch.lengths, 0)
         parts = [self.rows.tokens[row, :length] for row, length in zip(self._settings.rows, lengths, strict=True)]
         start, items = _ragged(parts)
         return {"history_start": start, "history": items}
 
-    def _kept_history(self, plan: Plan, sources: np.ndarray) -> tuple[History, Tensor]:
+    def _kept_history(self, batch: ScheduledBatch, sources: np.ndarray) -> tuple[History, Tensor]:
         """And where in it each row's begins and ends, [2, R]."""
         settings = self._settings
         has = settings.has_history
         history, begins = self.histories.extend(
-            settings.rows[has], settings.tenancy[has], plan.lengths[has], sources[has]
+            settings.rows[has], settings.generation[has], batch.lengths[has], sources[has]
         )
         spans = np.zeros((2, len(has)), np.int64)
-        spans[:, has] = begins, begins + plan.lengths[has]
+        spans[:, has] = begins, begins + batch.lengths[has]
         return history, torch.from_numpy(spans)
 
-    def _lists(self, plan: Plan) -> dict[str, Tensor]:
+    def _lists(self, batch: ScheduledBatch) -> dict[str, Tensor]:
         bias: list[list[int]] = []
         values: list[float] = []
         banned: list[list[int]] = []
         allowed: list[list[int]] = []
-        for row, length in zip(self._settings.rows.tolist(), plan.lengths.tolist(), strict=True):
-            seq = self.rows.sequences[row]
-            bias.append([token for token, _ in seq.params.logit_bias])
-            values += [value for _, value in seq.params.logit_bias]
-            banned.append([token for token in banned_tokens(seq, length) if 0 <= token < self.vocab_size])
-            allowed.append(list(seq.params.allowed_token_ids))
+        for row, length in zip(self._settings.rows.tolist(), batch.lengths.tolist(), strict=True):
+            params, num_prompt = self.rows.sequences[row].params, int(self.rows.prompt_len[row])
+            bias.append([token for token, _ in params.logit_bias])
+            values += [value for _, value in params.logit_bias]
+            generated = self.rows.tokens[row, num_prompt:length]
+            banned.append([token for token in banned_tokens(params, generated) if 0 <= token < self.vocab_size])
+            allowed.append(list(params.allowed_token_ids))
         found: dict[str, Tensor] = {"bias_values": torch.tensor(values, dtype=torch.float32)}
         for name, parts in (("bias", bias), ("banned", banned), ("allowed", allowed)):
             found[f"{name}_start"], found[f"{name}_ids"] = _ragged(parts)
@@ -126,3 +128,20 @@ def _ragged(parts: list) -> tuple[Tensor, Tensor]:
     starts = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=starts[1:])
     return torch.from_numpy(starts), torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def banned_tokens(params: SamplingParams, generated: np.ndarray) -> list[int]:
+    """Tokens that may not come next: the last of bad words, and those that end a sequence too early.
+
+    The newest generated token need not be known unless a bad word has several tokens.
+    """
+    banned = [word[-1] for word in params.bad_words if _ends_with(generated, word[:-1])]
+    if len(generated) < params.min_tokens:
+        banned += [*params.eos_token_ids, *params.masked_eos_token_ids, *params.stop_token_ids]
+    return banned
+
+
+def _ends_with(generated: np.ndarray, beginning: tuple[int, ...]) -> bool:
+    """Only generated tokens count as the beginning of a bad word (SPEC 6.3: "the output so far")."""
+    count = len(beginning)
+    return count == 0 or (len(generated) >= count and tuple(generated[-count:].tolist()) == beginning)

@@ -13,6 +13,7 @@ from fuseline.engine.config import EngineConfig
 from fuseline.engine.run.device import HostDevice, SampleOps
 
 RAW_LOGPROBS, PROCESSED_LOGPROBS, RAW_LOGITS = 0, 1, 2
+NOTHING_LEFT = 2
 
 
 def reference_device(config: EngineConfig | None = None) -> HostDevice:
@@ -43,10 +44,14 @@ def sample(
         z = _penalize(
             z, past, int(prompt_len[row]), float(repetition[row]), float(frequency[row]), float(presence[row])
         )
+        heated = z / temperature[row] if temperature[row] > 0 else z
+        if heated.isnan().any() or heated.max().isinf():
+            ok[row] = NOTHING_LEFT
+            continue
         if temperature[row] == 0:
             token = int(torch.argmax(z))
         else:
-            z = _truncate(z / temperature[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
+            z = _truncate(heated, int(top_k[row]), float(top_p[row]), float(min_p[row]))
             token = _draw(torch.softmax(z.double(), 0), int(seed[row]), int(counter[row]))
         tokens[row] = token
         if num_logprobs[row] >= 0:

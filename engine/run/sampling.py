@@ -19,16 +19,19 @@ INPUTS = (
     "history_start", "history", "prompt_len", "bias_start", "bias_ids", "bias_values", "banned_start", "banned_ids",
     "allowed_start", "allowed_ids",
 )  # fmt: skip
-"""Of the `sample` kernel, in its order."""
+"""Inputs of the `sample` kernel, in its order."""
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 """In the order of their codes."""
 SCORES = ("logprobs", "ranks", "top_ids", "top_logprobs")
+NOT_FINITE, OK, NOTHING_LEFT = range(3)
+"""Status of a sampled row: the model's logits are not finite; it has a token; the logits are finite, but bias, masks,
+penalties and temperature leave no token."""
 NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
 class SampleArguments:
-    """What R rows want. Tensors are on the host."""
+    """Sampling settings of R rows. Tensors are on the host."""
 
     num_rows: int
     num_top: int
@@ -79,16 +82,19 @@ class RowScores:
 @dataclass(frozen=True)
 class Sampled:
     tokens: np.ndarray  # [R] int64
-    ok: np.ndarray  # [R] bool; False: the row's logits were not finite
+    status: np.ndarray  # [R] uint8: NOT_FINITE, OK, NOTHING_LEFT
     scores: RowScores | None  # None: nobody wants any
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Entry i of `sampled` belongs to the i-th sampling sequence of the plan; rows of `scores` to the targets."""
+    """Entry i of `sampled` belongs to the i-th sampling position of the batch, row i of `scores` to the i-th target,
+    row i of `pooled` to the i-th pooling sequence that the step completes.
+    """
 
     sampled: Sampled | None
     scores: RowScores | None
+    pooled: np.ndarray | None = None  # [P, H] float32
 
 
 @dataclass(frozen=True)
@@ -109,20 +115,27 @@ class Launched:
         sampled = scores = None
         if arguments.num_rows:
             scores_of_tokens = RowScores(*itemgetter(*SCORES)(found)) if arguments.no_scores is None else None
-            sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy() != 0, scores_of_tokens)
+            sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy(), scores_of_tokens)
         if len(arguments.targets):
             scores = RowScores(*(found[f"prompt_{name}"] for name in SCORES))
-        return StepResult(sampled, scores)
+        return StepResult(sampled, scores, found["pooled"].numpy() if "pooled" in found else None)
 
 
-def launch_sampling(device: Device, logits: Tensor, arguments: SampleArguments, before: Tensor | None) -> Launched:
-    """logits [R + P, V] float32. `before`: the tokens of the step before, on the device, if some are unknown."""
+def launch_sampling(
+    device: Device, logits: Tensor, arguments: SampleArguments, before: Tensor | None, pooled: Tensor | None = None
+) -> Launched:
+    """logits [R + P, V] float32; more rows are left alone.
+
+    `before`: tokens of the step before, on the device, if some are unknown. `pooled`: vectors for the host.
+    """
     num_rows, num_targets = arguments.num_rows, len(arguments.targets)
     layout = {"tokens": ((num_rows,), torch.int64), "ok": ((num_rows,), torch.uint8)}
     if arguments.no_scores is None:
         layout |= RowScores.layout("", num_rows, arguments.num_top)
     if num_targets:
         layout |= RowScores.layout("prompt_", num_targets, arguments.num_prompt_top)
+    if pooled is not None:
+        layout["pooled"] = (tuple(pooled.shape), torch.float32)
     # A row that is not ok leaves its token as it is: a zero.
     results = device.results(layout)
     history = arguments.history
@@ -138,7 +151,9 @@ def launch_sampling(device: Device, logits: Tensor, arguments: SampleArguments, 
         )  # fmt: skip
     if num_targets:
         scores = [out[f"prompt_{name}"] for name in SCORES]
-        device.ops.row_logprobs(*scores, logits[num_rows:], given["targets"])
+        device.ops.row_logprobs(*scores, logits[num_rows : num_rows + num_targets], given["targets"])
+    if pooled is not None:
+        out["pooled"].copy_(pooled)
     results.send()
     return Launched(arguments, results)
 

@@ -10,7 +10,7 @@ import torch
 
 from fuseline.compile.graph_inputs import StepInputs, make_step
 from fuseline.engine.config import EngineConfig
-from fuseline.engine.memory.sizing import StepMemory
+from fuseline.engine.memory.sizing import ProfiledMemory
 from fuseline.engine.run.device import Device, Progress
 from fuseline.engine.run.histories import History, history_bytes, history_memory
 from fuseline.engine.run.runner import Model
@@ -22,20 +22,20 @@ GRAPH_BYTES = 8 << 20
 """Kept for what a captured graph takes outside the pool; an assumption, not a measurement."""
 
 
-def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progress) -> StepMemory:
+def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progress) -> ProfiledMemory:
     """Leaves the model with caches of one block. Nothing is run where the device gains nothing by it."""
     trial = _Trial(device, model, config)
     num_seqs = config.scheduler.max_num_seqs
     steps = [trial.step(counts) for counts in trial_steps(config, trial.max_model_len)]
     first = [trial.allocate_caches, trial.step([1] * num_seqs)]
     runs = _told([*first, *steps, *trial.sampling_steps()], progress)
-    decode = device.rehearse(runs[: len(first)])
-    peak = device.rehearse(runs[len(first) :]) + history_bytes(num_seqs, trial.max_model_len)
+    decode = device.profile(runs[: len(first)])
+    peak = device.profile(runs[len(first) :]) + history_bytes(num_seqs, trial.max_model_len)
     sizes = (*config.graphs.resolved(num_seqs), *config.graphs.resolved_mixed(config.scheduler.max_num_batched_tokens))
     # The graphs' pool, and trial runs on the stream that captures, whose memory other streams do not get.
     largest = decode * max((1, *(size / num_seqs for size in sizes)))
     graphs = int(2 * largest) + len(sizes) * GRAPH_BYTES if sizes else 0
-    return StepMemory(peak, graphs)
+    return ProfiledMemory(peak, graphs)
 
 
 def trial_steps(config: EngineConfig, max_model_len: int) -> list[list[int]]:
@@ -72,6 +72,8 @@ class _Trial:
 
     def allocate_caches(self) -> None:
         self.model.allocate_caches([1] * len(self.model.info.cache_groups))
+        if self.model.info.state_specs:
+            self.model.allocate_states(self.config.scheduler.max_num_seqs)
 
     def step(self, counts: list[int], with_history: bool = False, **settings: object) -> Callable[[], None]:
         """Every sequence samples; tokens come from the run before, if there was one. Settings: trial_arguments."""
@@ -121,13 +123,14 @@ class _Trial:
         tables = torch.zeros((len(self.model.info.cache_groups), len(counts), width), dtype=torch.int32)
         inputs = make_step(counts, counts, tables, self.config.cache.block_size)
         inputs.slot_mapping.fill_(-1)
+        inputs.state_slots = torch.arange(len(counts)) if self.model.info.state_specs else None
         return inputs
 
 
 def trial_arguments(
     num_rows: int, mode: int = 0, with_lists: bool = False, with_scores: bool = False
 ) -> SampleArguments:  # fmt: skip
-    """Of rows that draw; with a bias, with log-probabilities."""
+    """Arguments for rows that draw; with a bias, with log-probabilities."""
 
     def full(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full((num_rows,), value, dtype=dtype)

@@ -9,10 +9,11 @@ import numpy as np
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.config import SchedulerConfig
 from fuseline.engine.memory.kv_manager import KVManager
-from fuseline.engine.request import Sequence
-from fuseline.engine.run.request_rows import RequestRows
-from fuseline.engine.schedule.plan import Plan, StepBudget, make_plan
+from fuseline.engine.schedule.budget import StepBudget, make_batch
 from fuseline.engine.schedule.queue import WaitingQueue
+from fuseline.engine.state.rows import RequestRows
+from fuseline.engine.state.scheduled_batch import ScheduledBatch
+from fuseline.engine.state.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class Limits:
 
     num_tokens: int
     num_prefill_tokens: int
-    """What is left for those that are more than one token behind."""
+    """Token budget of the sequences that are more than one token behind."""
     num_seqs: int
+    num_logits: int
+    """Logits rows of a step: one for each sequence, and for each of its drafts."""
     num_partial: int
     num_long_partial: int
     long_threshold: int
@@ -31,7 +34,8 @@ class Limits:
     is_chunked: bool
 
     @staticmethod
-    def resolve(config: SchedulerConfig, max_model_len: int) -> Limits:
+    def resolve(config: SchedulerConfig, max_model_len: int, num_drafts: int = 0) -> Limits:
+        """`num_drafts`: most drafts of a sequence and step."""
         threshold = config.long_prefill_token_threshold
         if threshold == 0 and config.max_num_partial_prefills > 1:
             threshold = max(1, int(0.04 * max_model_len))
@@ -39,6 +43,7 @@ class Limits:
             num_tokens=config.max_num_batched_tokens,
             num_prefill_tokens=config.chunked_prefill_size or config.max_num_batched_tokens,
             num_seqs=config.max_num_seqs,
+            num_logits=config.max_num_seqs * (1 + num_drafts),
             num_partial=config.max_num_partial_prefills,
             num_long_partial=config.max_long_partial_prefills,
             long_threshold=threshold,
@@ -62,6 +67,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self._no_drafts = np.zeros(limits.num_seqs, np.int64)
         self._free_rows = list(range(limits.num_seqs - 1, -1, -1))
 
     @property
@@ -78,18 +84,28 @@ class Scheduler:
         self.waiting.remove(seq)
         self.kv.discard_swapped(seq)
 
-    def schedule(self) -> Plan:
+    def forget_computed(self, request_id: str) -> None:
+        """The KV that a request has computed is faulty: nobody finds it, nor what was computed from it, from now on."""
+        keys = self.kv.forget_request(request_id)
+        for seq in (*self.running, *self.waiting):
+            if not keys.isdisjoint(seq.keys):
+                self.kv.stop_commits(seq)
+
+    def schedule(self) -> ScheduledBatch:
         """The next step. Empty only when nothing waits or runs."""
         self._switch_ropes()
-        self.waiting.unpark(self.kv.promised)
+        self.waiting.resume(self.kv.in_flight)
         counts = np.zeros(self.limits.num_seqs, np.int64)
-        budget = StepBudget(self.limits.num_tokens, self.limits.num_seqs - len(self.running), counts)
-        self._continue_streams(budget)
+        num_drafts = np.zeros_like(counts) if self.rows.with_drafts else self._no_drafts
+        spare_rows = self.limits.num_logits - len(self.running)
+        budget = StepBudget(self.limits.num_tokens, spare_rows, counts, num_drafts)
+        remaining = self.rows.num_remaining()
+        self._continue_streams(remaining, budget)
         budget.tokens_left = min(budget.tokens_left, self.limits.num_prefill_tokens)
-        self._schedule_running(budget)
+        self._schedule_running(remaining, budget)
         if not budget.has_preempted:
             self._admit_waiting(budget)
-        return make_plan(budget, self.rows, self.kv.swap)
+        return make_batch(budget, self.rows, self.kv.swap)
 
     def preempt_all(self) -> None:
         """Everything is computed anew, what was swapped out too."""
@@ -109,9 +125,12 @@ class Scheduler:
             self._requeue(seq)
             seq.switch_rope()
 
-    def _continue_streams(self, budget: StepBudget) -> None:
-        """What most steps are made of: sequences one token behind, for which there is room."""
-        streams = np.flatnonzero(self.rows.num_remaining() == 1)
+    def _continue_streams(self, remaining: np.ndarray, budget: StepBudget) -> None:
+        """Schedule the sequences that are one token behind if blocks are free for all: most steps are just that."""
+        is_stream = remaining == 1
+        if self.rows.with_drafts:
+            is_stream &= self.rows.num_drafts == 0
+        streams = is_stream.nonzero()[0]
         if len(streams) > budget.tokens_left:
             return
         is_full = self.rows.num_computed[streams] == self.kv.num_slots[streams]
@@ -121,17 +140,26 @@ class Scheduler:
         else:
             budget.add_rows(streams[~is_full])
 
-    def _schedule_running(self, budget: StepBudget) -> None:
-        remaining = self.rows.num_remaining()
-        rows = np.flatnonzero((remaining > 0) & (budget.counts == 0))
+    def _schedule_running(self, remaining: np.ndarray, budget: StepBudget) -> None:
+        rows = ((remaining > 0) & (budget.counts == 0)).nonzero()[0]
         behind = [(self.rows.sequences[row], int(remaining[row])) for row in rows.tolist()]
         # Sequences one token behind go first, so that a long prompt never makes a stream of tokens wait.
         for seq, num_remaining in sorted(behind, key=lambda pair: (pair[1] > 1, pair[0].order)):
             if seq.row < 0:
                 continue
             count = self._chunk(seq, num_remaining, budget)
+            if count and self._add_with_drafts(seq, count, budget):
+                continue
             if count and self._make_room(seq, seq.num_computed + count, budget):
                 budget.add(seq, count)
+
+    def _add_with_drafts(self, seq: Sequence, count: int, budget: StepBudget) -> bool:
+        """Schedule the drafts of a sequence too, as far as there is room without preempting anyone."""
+        num_drafts = int(min(self.rows.num_drafts[seq.row], budget.tokens_left - count, budget.spare_rows))
+        if num_drafts <= 0 or not self.kv.grow(seq, seq.num_computed + count + num_drafts):
+            return False
+        budget.add(seq, count + num_drafts, num_drafts)
+        return True
 
     def _chunk(self, seq: Sequence, num_remaining: int, budget: StepBudget) -> int:
         """How many of its remaining tokens a sequence may compute in this step; 0: none."""
@@ -140,7 +168,7 @@ class Scheduler:
             count = min(count, self.limits.long_threshold)
         if not self.limits.is_chunked and count < num_remaining:
             return 0
-        if seq.prompt_scores is not None:
+        if seq.wants_every_row:
             count = min(count, budget.spare_rows + (seq.row >= 0))
         return count
 
@@ -163,12 +191,16 @@ class Scheduler:
             if seq.num_pending:
                 passed_over.append(self.waiting.pop())
                 continue
-            if not self._find_seat(seq, budget):
+            if not self._has_row(seq, budget):
                 break
+            if self.rope_switch and seq.variant == 0 and seq.num_tokens > self.rope_switch.threshold:
+                # It lost its row while a step kept several of its drafts.
+                self.kv.discard_swapped(seq)
+                seq.switch_rope()
             begin = self.kv.find_start(seq)
-            promise = None if seq.swapped else self.kv.find_promise(seq, begin // self.kv.block_size)
-            if promise is not None:
-                self.waiting.park(promise)
+            awaited = None if seq.swapped else self.kv.find_in_flight(seq, begin // self.kv.block_size)
+            if awaited is not None:
+                self.waiting.defer(awaited)
                 continue
             num_remaining = seq.num_tokens - begin
             count = self._chunk(seq, num_remaining, budget)
@@ -182,10 +214,10 @@ class Scheduler:
         for seq in passed_over:
             self.waiting.push(seq)
 
-    def _find_seat(self, seq: Sequence, budget: StepBudget) -> bool:
-        # Who is parked keeps a seat, so those who pass cannot take it, and no more are parked than can sit down.
+    def _has_row(self, seq: Sequence, budget: StepBudget) -> bool:
+        # A deferred sequence keeps a row: those who pass cannot take it, and no more are deferred than there are rows.
         num_free = min(budget.spare_rows, len(self._free_rows))
-        return num_free > self.waiting.num_parked or self._preempt_lower(seq, budget)
+        return num_free > self.waiting.num_deferred or self._preempt_lower(seq, budget)
 
     def _preempt_lower(self, seq: Sequence, budget: StepBudget) -> bool:
         """Under the priority policy, preempt the last sequence of a lower priority than `seq`, if there is one."""
@@ -227,7 +259,8 @@ class Scheduler:
 
     def _count_hit(self, seq: Sequence, num_found: int) -> None:
         """A request is looked up once: neither its further choices nor its restarts count."""
-        if not seq.was_scheduled and seq.index == 0 and seq.reads_cache and seq.shares_prefix:
+        if not seq.was_looked_up and seq.index == 0 and seq.reads_cache and seq.shares_prefix:
+            seq.was_looked_up = True
             seq.num_cached = num_found
             self.prefix_queries += seq.prompt_len
             self.prefix_hits += seq.num_cached

@@ -33,7 +33,7 @@ from fuseline.compile.kernels.cuda_library import library_for
 from fuseline.compile.target import detect_target
 from fuseline.compile.tuning.clock import Clock, DeviceClock
 from fuseline.compile.tuning.limits import Limits
-from fuseline.engine.run.card import CudaDevice
+from fuseline.engine.run.cuda_device import CudaDevice
 
 Part = tuple[str, Callable[[], object]]
 

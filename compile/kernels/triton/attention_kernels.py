@@ -82,7 +82,7 @@ def decode_kernel(
             else:
                 m, mass, acc = part_m, part_l, part
         if sinks is not None:
-            mass, shrink = _add_sink(m, mass, tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * LOG2_E)
+            mass, shrink = _add_sink(m, mass, tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32))
             acc = acc * shrink[:, None]
         if v_scale is not None:
             acc = acc * tl.load(v_scale)
@@ -133,7 +133,7 @@ def merge_kernel(
                     m, mass, shrink, weight = _fold(m, mass, part_m, part_l)
                     acc = tl.fma(acc, tl.broadcast_to(shrink, [PADDED_E]), part * weight)
             if sinks is not None:
-                mass, shrink = _add_sink(m, mass, tl.load(sinks + head).to(tl.float32) * LOG2_E)
+                mass, shrink = _add_sink(m, mass, tl.load(sinks + head).to(tl.float32))
                 acc = acc * shrink
             if v_scale is not None:
                 acc = acc * tl.load(v_scale)
@@ -201,7 +201,7 @@ def prefill_kernel(
         k_stride_b, v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E, PADDED_D, REST, PADDED_E,
     )  # fmt: skip
     if sinks is not None:
-        mass, shrink = _add_sink(m, mass, tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * LOG2_E)
+        mass, shrink = _add_sink(m, mass, tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32))
         acc = acc * shrink[:, None]
     if v_scale is not None:
         acc = acc * tl.load(v_scale)
@@ -329,7 +329,11 @@ def _fold(m, mass, next_m, next_l):
 
 @triton.jit
 def _add_sink(m, mass, sink):
-    """The mass with a sink's share in it, and what the sum is multiplied with; sink in units of m."""
+    """The softmax denominator with a sink's share in it, and the factor of the weighted sum.
+
+    The product is rounded before the difference: a compiler that fused the two would do so in some kernels only.
+    """
+    sink = tl.fma(sink, LOG2_E, 0.0)
     new_m = tl.maximum(m, sink)
     shrink = tl.exp2(m - new_m)
     return tl.fma(mass, shrink, tl.exp2(sink - new_m)), shrink

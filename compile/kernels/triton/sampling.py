@@ -37,7 +37,8 @@ def sample(
     history_start may also be [2, R], where each row's part of the history begins and ends: it may lie anywhere, and the
     history be int32. An empty history is nobody's.
     num_logprobs[r]: -1 wants none, else at most L and V. An empty allowed list allows all; top_k 0, top_p 1, min_p 0
-    are off. ok[r] = 0: logits that are NaN, +inf or, once masked, all -inf; the row's other outputs stay as they are.
+    are off. ok[r] is 1 for a row with a token, 0 for one whose logits are NaN, +inf or all -inf, 2 for one of finite
+    logits whose bias, masks, penalties and temperature leave no token. Other outputs of the last two stay as they are.
     """
     num_rows, vocab = logits.shape
     if num_rows == 0:

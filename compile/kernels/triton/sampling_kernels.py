@@ -185,7 +185,7 @@ def sample_kernel(
     top_ids_stride_r, top_ids_stride_l, top_logprobs_stride_r, top_logprobs_stride_l, logits_stride, V: tl.constexpr,
     NB: tl.constexpr, PADDED_BLOCKS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Program row: its token and what is reported of it. Rows without a token to give get ok 0 and nothing else."""
+    """Program row: its token and what is reported of it. A row without a token gets its status only: 0 or 2."""
     r = tl.program_id(0)
     wide = r.to(tl.int64)
     stats += wide * NB
@@ -197,7 +197,8 @@ def sample_kernel(
         if tl.load(edited + r) != 0:
             of_row = stats + 2 * step
     maxima, top, has_token = _maxima(of_row, tl.where(heat > 0, heat, 1.0), NB, PADDED_BLOCKS)
-    tl.store(ok + r * ok_stride, (is_ok & has_token).to(ok.dtype.element_ty))
+    status = tl.where(is_ok, tl.where(has_token, 1, 2), 0)
+    tl.store(ok + r * ok_stride, status.to(ok.dtype.element_ty))
     if not (is_ok & has_token):
         return
     raw = logits + wide * logits_stride

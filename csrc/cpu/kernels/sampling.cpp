@@ -179,20 +179,23 @@ Values values_of(const Sampling& job, const Row& raw, const Row& z, const Cut& c
   return processed ? log_softmax_of(z, cut) : log_softmax_of(raw, {});
 }
 
-// Returns false if no token can be sampled: a logit is NaN or +inf, or all are -inf after masking.
-bool sample_row(const Sampling& job, int64_t r) {
+// Status of a row, its `ok`: its logits are NaN, +inf or all -inf; it has a token; its logits are finite, but bias,
+// masks, penalties and temperature leave no token.
+enum Status : int64_t { kNotFinite = 0, kSampled = 1, kNothingLeft = 2 };
+
+Status sample_row(const Sampling& job, int64_t r) {
   RowScratch s = row_scratch(job.vocab());
   Row raw = scan_row(job.row(r), job.vocab(), s.raw_max), z = raw;
   float temperature = float_at(job.temperature, r);
   bool edits = has_edits(job, r);
-  if (!raw.is_ok) return false;
+  if (!raw.is_ok) return kNotFinite;
   if (edits || temperature > 0) {
     if (edits) edit_row(job, r, s.z, s.counts);
     else convert_row(raw.x, job.vocab(), s.z);
     if (temperature > 0)
       for (int64_t i = 0; i < job.vocab(); ++i) s.z[i] /= temperature;
     z = scan_row(s.z, job.vocab(), s.z_max);
-    if (!z.is_ok) return false;
+    if (!z.is_ok) return kNothingLeft;
   }
   Cut cut = temperature > 0 ? truncate(job, r, z) : Cut{};
   int64_t token = temperature > 0 ? draw(z, cut, uniform(static_cast<uint64_t>(int_at(job.seed, r)),
@@ -203,14 +206,14 @@ bool sample_row(const Sampling& job, int64_t r) {
   if (num_top >= 0)
     write_report({job.logprobs, job.ranks, job.top_ids, job.top_logprobs}, r, values_of(job, raw, z, cut), token,
                  num_top, s.ids);
-  return true;
+  return kSampled;
 }
 
 }  // namespace
 
 // Tensors as in ops.def. Integer arrays may be i32 or i64. num_logprobs[r] is -1 for none (logprobs and ranks are not
-// written), else at most L and V. An empty allowed list allows all; top_k 0, top_p 1, min_p 0 are off. ok[r] = 0 means
-// that the row failed; its other outputs are not written.
+// written), else at most L and V. An empty allowed list allows all; top_k 0, top_p 1, min_p 0 are off. ok[r] is a
+// Status; unless it is kSampled, the row's other outputs are not written.
 void sample(const Tensor* t, const int64_t* i, const double*) {
   Sampling job{t[0],  t[1],  t[2],  t[3],  t[4],  t[5],  t[6],  t[7],  t[8],  t[9],  t[10], t[11], t[12], t[13],
                t[14], t[15], t[16], t[17], t[18], t[19], t[20], t[21], t[22], t[23], t[24], t[25], t[26], t[27], i[0]};

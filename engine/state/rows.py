@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import numpy as np
 
-from fuseline.engine.request import Sequence
+from fuseline.engine.messages import PoolingParams, SamplingParams
+from fuseline.engine.state.sequence import Sequence
 
 MIN_TEMPERATURE = 0.01
 """A temperature in (0, this) is raised to it (SPEC 6.2)."""
@@ -16,27 +19,38 @@ NUM_STOPS = 8
 
 
 class RequestRows:
-    """Row r holds the sequence whose `row` is r. Legend: R rows (max_num_seqs), L max_model_len."""
+    """Row r holds the sequence whose `row` is r. Legend: R rows (max_num_seqs), L max_model_len.
 
-    def __init__(self, num_rows: int, max_model_len: int) -> None:
+    `with_drafts`: steps bring drafts. The next step of a row that samples is then scheduled when the tokens of the last
+    one are known, since how many there are depends on which drafts are kept.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, with_drafts: bool = False) -> None:
         self.max_model_len = max_model_len
+        self.with_drafts = with_drafts
         self.sequences: list[Sequence | None] = [None] * num_rows
-        self.departed: dict[tuple[int, int], Sequence] = {}
-        """By row and tenancy: sequences that left their row while a step computes a token for them."""
+        self.evicted: dict[tuple[int, int], Sequence] = {}
+        """By row and generation: sequences that lost their row while a step computes a token for them."""
         self.handle = np.zeros(num_rows, np.int64)
-        self.tenancy = np.zeros(num_rows, np.int64)  # counts the sequences that have had the row
-        self.tokens = np.zeros((num_rows, max_model_len + 1), np.int32)  # [R, L + 1]
+        self.generation = np.zeros(num_rows, np.int64)  # counts the sequences that have had the row
+        self.tokens = np.zeros((num_rows, max_model_len + 1), np.int32)  # [R, L + 1], drafts behind the known ones
         self.prompt_len = np.zeros(num_rows, np.int64)
         self.num_tokens = np.zeros(num_rows, np.int64)  # with the one that a started step is about to yield
         self.num_known = np.zeros(num_rows, np.int64)  # without it
-        self.num_computed = np.zeros(num_rows, np.int64)  # what started steps compute
+        self.num_drafts = np.zeros(num_rows, np.int64)  # drafts that the next step may bring
+        self.num_computed = np.zeros(num_rows, np.int64)  # what started steps compute, drafts included
         self.num_wanted = np.zeros(num_rows, np.int64)  # tokens to compute at most; the last one never needs it
         self.end = np.zeros(num_rows, np.int64)  # length at which the sequence ends
         self.stops = np.full((num_rows, NUM_STOPS), -1, np.int64)  # [R, NUM_STOPS], -1: none
-        self.is_plain = np.zeros(num_rows, bool)  # its outputs are a token each and nothing else
+        self.is_fast = np.zeros(num_rows, bool)  # its outputs are a token each and nothing else
         self.is_parent = np.zeros(num_rows, bool)  # other choices wait for its prompt
         self.wants_tokens = np.zeros(num_rows, bool)
         self.wants_scores = np.zeros(num_rows, bool)
+        self.is_pooled = np.zeros(num_rows, bool)
+        self.has_embeds = np.zeros(num_rows, bool)
+        self.num_pooled = 0  # rows that are pooled
+        self.num_embedded = 0  # rows with embeddings
+        self.state_slot = np.zeros(num_rows, np.int64)  # of its recurrent state
         self.variant = np.zeros(num_rows, np.int64)  # rope table
         self.temperature = np.zeros(num_rows, np.float32)
         self.top_k = np.zeros(num_rows, np.int64)
@@ -53,65 +67,96 @@ class RequestRows:
 
     def load(self, seq: Sequence, num_computed: int = 0) -> None:
         """Give the row `seq.row` to a sequence of whose tokens the first `num_computed` need no computing."""
-        self.sequences[seq.row] = seq
-        self.tenancy[seq.row] += 1
-        self.handle[seq.row] = seq.handle
-        self.tokens[seq.row, : len(seq.stored)] = seq.stored
-        self.num_tokens[seq.row] = self.num_known[seq.row] = len(seq.stored)
-        self.num_computed[seq.row] = num_computed
-        self.variant[seq.row] = seq.variant
-        self.is_parent[seq.row] = bool(seq.children)
+        row = seq.row
+        self.sequences[row] = seq
+        self.generation[row] += 1
+        self.handle[row] = seq.handle
+        self.tokens[row, : len(seq.stored)] = seq.stored
+        self.prompt_len[row] = seq.prompt_len
+        self.num_tokens[row] = self.num_known[row] = len(seq.stored)
+        self.num_drafts[row] = 0
+        self.num_computed[row] = num_computed
+        self.variant[row] = seq.variant
+        self.state_slot[row] = seq.state_slot
+        self.has_embeds[row] = seq.embeds is not None
+        self.is_parent[row] = bool(seq.children)
+        self.is_pooled[row] = seq.is_pooled
+        self.num_pooled += seq.is_pooled
+        self.num_embedded += seq.embeds is not None
         seq.rows = self
-        self._load_endings(seq)
-        self._load_sampling(seq)
+        if isinstance(seq.params, PoolingParams):
+            self._load_pooling(seq)
+        else:
+            self._load_endings(seq, seq.params)
+            self._load_sampling(seq, seq.params)
 
     def leave(self, seq: Sequence) -> None:
         row = seq.row
         self.copy_new_tokens(seq)
         seq.num_pending = int(self.num_tokens[row] - self.num_known[row])
         if seq.num_pending:
-            self.departed[row, int(self.tenancy[row])] = seq
+            self.evicted[row, int(self.generation[row])] = seq
         self.sequences[row] = None
-        self.tenancy[row] += 1
-        self.num_tokens[row] = self.num_computed[row] = self.num_wanted[row] = 0
+        self.generation[row] += 1
+        self.num_pooled -= seq.is_pooled
+        self.num_embedded -= seq.embeds is not None
+        self.num_tokens[row] = self.num_computed[row] = self.num_wanted[row] = self.num_drafts[row] = 0
         seq.row, seq.rows = -1, None
 
     def append(self, rows: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
-        """One new token for each of the rows."""
+        """New tokens of the rows at their positions; of a row with several, in ascending order."""
         self.tokens[rows, positions] = tokens
         self.num_known[rows] = positions + 1
+
+    def settle(self, rows: np.ndarray) -> None:
+        """The drafts of the rows have been verified: what was computed behind the kept ones does not count."""
+        self.num_tokens[rows] = self.num_known[rows]
+        self.num_computed[rows] = self.num_known[rows] - 1
+
+    def set_drafts(self, row: int, drafts: Seq[int]) -> None:
+        """Guesses of the tokens behind the known ones, for the next step."""
+        known = self.num_known[row]
+        self.tokens[row, known : known + len(drafts)] = drafts
+        self.num_drafts[row] = len(drafts)
 
     def copy_new_tokens(self, seq: Sequence) -> None:
         row, begin, end = seq.row, len(seq.stored), self.num_known[seq.row]
         seq.stored.frombytes(self.tokens[row, begin:end].tobytes())
 
     def num_remaining(self, rows: np.ndarray | slice | int = slice(None)) -> np.ndarray:
-        """Tokens that can be computed now; 0 for free rows."""
-        return np.minimum(self.num_tokens[rows], self.num_wanted[rows]) - self.num_computed[rows]
+        """Tokens that can be computed now, drafts apart; 0 for free rows."""
+        remaining = np.minimum(self.num_tokens[rows], self.num_wanted[rows]) - self.num_computed[rows]
+        if self.with_drafts:
+            return np.where(self.num_known[rows] < self.num_tokens[rows], 0, remaining)
+        return remaining
 
     def note_output(self, seq: Sequence) -> None:
-        """The first output is out: what follows may be plain."""
+        """The first output is out: those that follow may take the fast path."""
         params = seq.params
         num_stops = len(params.eos_token_ids) + len(params.stop_token_ids)
-        self.is_plain[seq.row] = params.logprobs is None and seq.copies == 1 and num_stops <= NUM_STOPS
+        self.is_fast[seq.row] = params.logprobs is None and seq.choices == [seq.index] and num_stops <= NUM_STOPS
         self.wants_scores[seq.row] = False
 
-    def _load_endings(self, seq: Sequence) -> None:
-        row, params = seq.row, seq.params
-        self.prompt_len[row] = seq.prompt_len
+    def _load_pooling(self, seq: Sequence) -> None:
+        row = seq.row
+        self.end[row] = self.num_wanted[row] = seq.prompt_len
+        self.wants_tokens[row] = self.wants_scores[row] = self.is_fast[row] = False
+
+    def _load_endings(self, seq: Sequence, params: SamplingParams) -> None:
+        row = seq.row
         self.end[row] = min(seq.prompt_len + params.max_tokens, self.max_model_len)
         self.num_wanted[row] = max(seq.prompt_len, self.end[row] - 1)
         stops = (*params.eos_token_ids, *params.stop_token_ids)[:NUM_STOPS]
         self.stops[row] = -1
         self.stops[row, : len(stops)] = stops
-        self.is_plain[row] = False
+        self.is_fast[row] = False
         self.wants_tokens[row] = params.max_tokens > 0
         self.wants_scores[row] = seq.prompt_scores is not None
         if seq.has_output:
             self.note_output(seq)
 
-    def _load_sampling(self, seq: Sequence) -> None:
-        row, params = seq.row, seq.params
+    def _load_sampling(self, seq: Sequence, params: SamplingParams) -> None:
+        row = seq.row
         is_greedy = params.temperature == 0
         self.temperature[row] = 0.0 if is_greedy else max(params.temperature, MIN_TEMPERATURE)
         self.top_k[row] = 0 if is_greedy else min(max(params.top_k, 0), INT64_MAX)
@@ -128,19 +173,3 @@ class RequestRows:
         self.has_lists[row] = bool(
             params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens > 0
         )
-
-
-def banned_tokens(seq: Sequence, num_tokens: int) -> list[int]:
-    """Tokens that may not come after `num_tokens` of them: bad words one token short of complete, and what ends a
-    sequence too early. All tokens are known where a bad word has several."""
-    params = seq.params
-    banned = [word[-1] for word in params.bad_words if _ends_with(seq, word[:-1])]
-    if num_tokens - seq.prompt_len < params.min_tokens:
-        banned += [*params.eos_token_ids, *params.masked_eos_token_ids, *params.stop_token_ids]
-    return banned
-
-
-def _ends_with(seq: Sequence, beginning: tuple[int, ...]) -> bool:
-    """Only generated tokens count as the beginning of a bad word (SPEC 6.3: "the output so far")."""
-    count = len(beginning)
-    return count == 0 or (seq.num_generated >= count and tuple(seq.tokens[-count:]) == beginning)

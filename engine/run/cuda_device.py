@@ -1,4 +1,4 @@
-"""A CUDA card as the engine's device. All that the engine asks of torch.cuda is here."""
+"""A CUDA GPU as the engine's device. All that the engine asks of torch.cuda is here."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fuseline.compile.kernels.triton import sampling
 from fuseline.compile.residency.uploads import DeviceInputs, Layout, num_bytes, views
 from fuseline.compile.specs import ModelInfo
 from fuseline.compile.target import Target
-from fuseline.engine.memory.sizing import Memory, Room, StepMemory, room_on_card
+from fuseline.engine.memory.sizing import KVBudget, Memory, ProfiledMemory, kv_budget_on_gpu
 from fuseline.engine.run.device import Progress, SampleOps
 
 if TYPE_CHECKING:
     from fuseline.compile.backends.cuda.model import CudaModel
 
 
-class CardResults:
-    """One piece of memory on the card, one copy to pinned memory, one event behind it."""
+class CudaResults:
+    """One piece of memory on the GPU, one copy to pinned memory, one event behind it."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout
@@ -39,7 +39,7 @@ class CardResults:
 
 
 class CudaDevice:
-    is_queue = True
+    is_asynchronous = True
 
     def __init__(self, target: Target) -> None:
         self._device = torch.device(target.device)
@@ -50,11 +50,11 @@ class CudaDevice:
     def memory(self) -> Memory:
         return Memory(*torch.cuda.mem_get_info(self._device))
 
-    def room(self, info: ModelInfo, share: float, before: Memory, steps: StepMemory) -> Room:
-        return room_on_card(info, share, before, self.memory(), steps)
+    def kv_budget(self, info: ModelInfo, share: float, before: Memory, steps: ProfiledMemory) -> KVBudget:
+        return kv_budget_on_gpu(info, share, before, self.memory(), steps)
 
-    def rehearse(self, runs: Sequence[Callable[[], None]]) -> int:
-        # What torch takes from the card counts, not what tensors fill: it cannot give the gaps between them away.
+    def profile(self, runs: Sequence[Callable[[], None]]) -> int:
+        # The memory that torch takes from the GPU counts, not what tensors fill: it cannot give away the gaps between.
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -75,5 +75,5 @@ class CudaDevice:
     def upload(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._uploads.upload(tensors)
 
-    def results(self, layout: Layout) -> CardResults:
-        return CardResults(layout, self._device)
+    def results(self, layout: Layout) -> CudaResults:
+        return CudaResults(layout, self._device)

@@ -1,0 +1,155 @@
+"""Unfinished requests: how they come in, end, and are told of."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import chain
+
+from fuseline.compile.specs import ModelInfo
+from fuseline.engine.config import EngineConfig
+from fuseline.engine.messages import EngineRequest, Output, PooledOutput, PoolingParams, SamplingParams, TokenOutput
+from fuseline.engine.outputs import Ending, NewTokens, Report, make_outputs
+from fuseline.engine.schedule.scheduler import Scheduler
+from fuseline.engine.state.sequence import Sequence, SequenceOptions, make_sequences
+
+
+class Requests:
+    """The requests of one engine, and the report that is being written for their client."""
+
+    def __init__(self, config: EngineConfig, info: ModelInfo, scheduler: Scheduler, max_model_len: int) -> None:
+        self.report = Report()
+        self.live: dict[str, list[Sequence]] = {}  # the unfinished sequences of each request
+        self._info, self._scheduler = info, scheduler
+        self._max_model_len = max_model_len
+        switch = info.rope_switch
+        self._options = SequenceOptions(
+            is_caching=config.cache.enable_prefix_caching,
+            can_share_kv=not info.state_specs,
+            rope_threshold=switch.threshold if switch else None,
+        )
+        self._num_added = 0
+        self._num_sequences = 0
+        self._rng = random.Random(config.seed)
+
+    def take_report(self) -> Report:
+        report, self.report = self.report, Report()
+        return report
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. One that cannot be served fails alone, with the next step's outputs.
+
+        An id in use is dropped without a word: outputs under it would be taken for the first request's.
+        """
+        if request.request_id in self.live:
+            return
+        error = self._find_fault(request)
+        if error:
+            self.report.outputs += _refusals(request, error)
+            return
+        sequences = make_sequences(
+            request, self._order(request), self._seed(request), self._options, self._num_sequences
+        )
+        self._num_sequences += len(sequences)
+        self.live[request.request_id] = sequences
+        self._scheduler.add(sequences[0])
+        self.report.has_news = True
+
+    def abort(self, request_id: str) -> None:
+        """End a request's unfinished choices and free their blocks; unknown ids are ignored."""
+        for seq in list(self.live.get(request_id, ())):
+            self.finish(seq, Ending("abort"))
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """End one choice of a request; the others go on. Unknown ones are ignored."""
+        for seq in list(self.live.get(request_id, ())):
+            if seq.choices == [index]:
+                self.finish(seq, Ending("abort"))
+            elif index in seq.choices:
+                seq.choices.remove(index)
+                self.report.outputs.append(TokenOutput(request_id=request_id, index=index, finish_reason="abort"))
+
+    def tell(self, seq: Sequence, new: NewTokens) -> None:
+        """Tell the client of new tokens; the sequence is finished if they end it."""
+        if new.ending:
+            self._retire(seq)
+        self.report.outputs.extend(make_outputs(seq, new))
+
+    def finish(self, seq: Sequence, ending: Ending) -> None:
+        """End a sequence without a new token. One that has ended already stays as it is."""
+        if not seq.is_finished:
+            self.tell(seq, NewTokens(ending=ending))
+
+    def tell_vector(self, seq: Sequence, output: PooledOutput) -> None:
+        """Finish a pooling request."""
+        self._retire(seq)
+        self.report.outputs.append(output)
+
+    def release_children(self, seq: Sequence) -> None:
+        """The prompt is computed: the other choices find its blocks in the cache."""
+        for child in seq.children:
+            if not child.is_finished:
+                self._scheduler.add(child)
+        seq.children = []
+        if seq.rows is not None:
+            seq.rows.is_parent[seq.row] = False
+
+    def _retire(self, seq: Sequence) -> None:
+        self.release_children(seq)
+        seq.is_finished = True
+        self._scheduler.remove(seq)
+        live = self.live[seq.request.request_id]
+        live.remove(seq)
+        if not live:
+            del self.live[seq.request.request_id]
+
+    def _seed(self, request: EngineRequest) -> int:
+        if isinstance(request.params, PoolingParams):
+            return 0
+        return self._rng.getrandbits(62) if request.params.seed is None else request.params.seed
+
+    def _order(self, request: EngineRequest) -> tuple[float, ...]:
+        self._num_added += 1
+        if self._scheduler.limits.is_priority:
+            return (request.priority, request.arrival_time, self._num_added)
+        return (self._num_added,)
+
+    def _find_fault(self, request: EngineRequest) -> str:
+        """Why a request cannot be served; the API has checked already, the engine must survive anyway."""
+        num_prompt, params = len(request.prompt_token_ids), request.params
+        is_pooling = isinstance(params, PoolingParams)
+        if num_prompt == 0:
+            return "the prompt is empty"
+        if is_pooling and not self._info.gives_hidden:
+            return "this model gives no pooled vectors"
+        num_new = 0 if is_pooling else min(1, params.max_tokens)
+        if num_prompt + num_new > self._max_model_len:
+            return f"the prompt has {num_prompt} tokens, the context only {self._max_model_len}"
+        vocab_size = self._info.vocab_size
+        for token in chain(request.prompt_token_ids, () if is_pooling else _named_tokens(params)):
+            if not 0 <= token < vocab_size:
+                return f"token id {token} is out of vocabulary (0 to {vocab_size - 1})"
+        return self._find_embeds_fault(request)
+
+    def _find_embeds_fault(self, request: EngineRequest) -> str:
+        if request.embeds and not self._info.takes_embeds:
+            return "this model takes no embeddings"
+        for span in request.embeds:
+            end, size = span.start + span.count, 4 * span.count * self._info.hidden_size
+            if not 0 <= span.start < end <= len(request.prompt_token_ids) or len(span.data) != size:
+                shape = f"[{span.count}, {self._info.hidden_size}]"
+                return f"embeddings at {span.start} must be float32 {shape} and lie within the prompt's tokens"
+        return ""
+
+
+def _named_tokens(params: SamplingParams) -> Iterator[int]:
+    """Token ids in the settings of a request, stop tokens apart: those may be any."""
+    biased = (token for token, _ in params.logit_bias)
+    return chain(biased, params.allowed_token_ids, *params.bad_words)
+
+
+def _refusals(request: EngineRequest, error: str) -> list[Output]:
+    ending = {"finish_reason": "error", "error": error, "is_bad_request": True}
+    if isinstance(request.params, PoolingParams):
+        return [PooledOutput(request_id=request.request_id, **ending)]
+    return [TokenOutput(request_id=request.request_id, index=index, **ending) for index in range(request.params.n)]

@@ -1,0 +1,83 @@
+"""A served fake model without HTTP: requests in, events and metrics out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fake_model import FakeModel, fake_config
+from prometheus_client.parser import text_string_to_metric_families
+
+from fuseline.api.metrics import Metrics
+from fuseline.api.output.events import Event
+from fuseline.api.output.generation import Generation, TextOptions
+from fuseline.api.output.watch import RequestWatch
+from fuseline.engine.client import EngineClient
+from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.run.sampler_reference import reference_device
+
+
+class Letters:
+    """A tokenizer: token k is the character 64 + k."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(64 + token) for token in ids)
+
+
+class Fake:
+    """A served fake model; `shapes`: tokens of each sequence of each step."""
+
+    def __init__(self, client: EngineClient, shapes: list[list[int]]) -> None:
+        self.client, self.shapes = client, shapes
+        self.metrics = Metrics("fuseline:", "fake", client.ready)
+        client.on_step.append(self.metrics.on_step)
+
+    async def collect(self, prompt: list[int], stops: tuple[str, ...] = (), priority: int = 0, **params) -> list[Event]:
+        """The events of one request, as a route would get them."""
+        request = EngineRequest(
+            request_id=uuid.uuid4().hex, prompt_token_ids=tuple(prompt), params=SamplingParams(**params),
+            priority=priority, arrival_time=time.time(),
+        )  # fmt: skip
+        events: list[Event] = []
+        watch = RequestWatch(request, "test", self.metrics, False, None)
+        await Generation(request, Letters(), TextOptions(stops), watch).run(self.client, events.append)
+        return events
+
+    def value(self, sample: str, **labels: str) -> float:
+        """Of one sample of the metrics, without the prefix."""
+        for family in text_string_to_metric_families(self.metrics.text().decode()):
+            for found in family.samples:
+                if found.name == f"fuseline:{sample}" and labels.items() <= found.labels.items():
+                    return found.value
+        raise KeyError(sample)
+
+
+@contextlib.asynccontextmanager
+async def served_fake(step_seconds: float = 0.0, **settings: Any) -> AsyncIterator[Fake]:
+    shapes: list[list[int]] = []
+
+    class Watched(FakeModel):
+        def run(self, inputs, *more):
+            shapes.append(inputs.query_start.diff().tolist())
+            return super().run(inputs, *more)
+
+    def build(config, progress) -> FakeModel:
+        return Watched(max_model_len=config.compile.max_model_len, step_seconds=step_seconds)
+
+    client = EngineClient(fake_config(**settings), False, build, reference_device)
+    await client.start()
+    try:
+        yield Fake(client, shapes)
+    finally:
+        await client.shutdown(5)
+
+
+async def until(condition, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        await asyncio.sleep(0.002)
