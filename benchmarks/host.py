@@ -92,7 +92,7 @@ class Result:
     host_p90_ms: float
     kernel_ms: float
     num_bytes: int
-    """Of a step's message."""
+    """Size of a step's message."""
 
 
 def measure(case: Case, vocab_size: int, num_steps: int, asynchronous: bool) -> Result:

@@ -39,7 +39,7 @@ class Product:
     num_in: int
     num_out: int
     count: int
-    """How often a step computes it."""
+    """Calls per step."""
 
 
 def products(shape: str) -> Iterator[Product]:

@@ -83,7 +83,7 @@ KINDS: dict[str, Callable[[], tuple[str, dict | bytes]]] = {
     "128 choices with log-probabilities": lambda: prompt("Hi", n=128, logprobs=20, max_tokens=64, ignore_eos=True),
     "32 prompts and their log-probabilities": lambda: prompt([[100] * 1500] * 32, prompt_logprobs=20),
 }
-"""Name -> path and body (bytes: as they are) of a large request."""
+"""Name -> path and body (bytes are sent unchanged) of a large request."""
 
 
 @dataclass
@@ -91,13 +91,13 @@ class Stall:
     kind: str
     status: str
     seconds: float
-    """How long the large request took."""
+    """Duration of the large request."""
     health: float
-    """The slowest answer of /health, seconds."""
+    """Slowest answer of /health, seconds."""
     stream: float
-    """The longest gap in the stream, seconds."""
+    """Longest gap in the stream, seconds."""
     machine: float
-    """The longest that the probing process itself was kept from running, seconds."""
+    """Longest time for which the probing process was not scheduled, seconds."""
 
 
 def measure(base_url: str, kind: str) -> Stall:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("api", "engine", "compile", "csrc", "benchmarks", "tools", "tests")
 SOURCES = (".py", ".cpp", ".cu", ".h", ".cuh", ".js")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 80, 7
-"""Lines of a file, lines of a function, parameters beside self."""
+"""Lines of a file, lines of a function, parameters besides self."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

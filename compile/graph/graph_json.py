@@ -43,11 +43,11 @@ def _weight_source(values: dict[str, Any]) -> WeightSource:
 NOTES: Mapping[str, tuple[Callable, Callable]] = {
     "fqn": (str, str), "weight": (asdict, _weight_source), "region": (int, int),
 }  # fmt: skip
-"""What passes and capture keep of a node besides its value: how it is written and read."""
+"""How meta entries of nodes other than values are encoded and decoded."""
 
 
 PLAIN: AbstractContextManager = nullcontext()
-"""Values that are meta tensors, whatever device they are to have."""
+"""Makes plain meta tensors, whatever device the values belong to."""
 
 
 class GraphFormatError(CacheError):

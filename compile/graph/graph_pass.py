@@ -20,9 +20,9 @@ class PassContext:
     """ModelFacts of the captured model."""
     max_model_len: int
     num_rope_rows: int
-    """Rows of a rope table: the context length, or twice a table's length where rope depends on the sequence."""
+    """Rows of a rope table: the context length, or twice a table's length if rope depends on the sequence length."""
     constants: dict[str, Tensor] = field(default_factory=dict)
-    """Buffers of the model with values, by fqn."""
+    """Buffers of the model that have values, by fqn."""
     target: Target = CPU
 
 

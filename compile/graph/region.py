@@ -15,12 +15,12 @@ class Region:
     """Nodes that torch computes, views included. Only `outputs`, which other nodes read, are copied into the arena."""
 
     mark: int | None = None
-    """The number that cut_regions gave it."""
+    """The region's number from cut_regions."""
     nodes: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     """Tensors from outside."""
     outputs: list[tuple[fx.Node, int | None]] = field(default_factory=list)
-    """A node, and which of its results where it has several."""
+    """Nodes, each with the index of the result if it has several."""
 
     @property
     def kind(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 TOKENS = (1, 16, 256)
-"""Of a decode step of one sequence, of sixteen, and of a prompt."""
+"""Tokens per step: decoding one sequence, decoding sixteen, a prompt."""
 LIBRARY = torch.library.Library("fuseline", "DEF")
 
 
@@ -22,13 +22,13 @@ class Op:
     reference: Callable
     fake: Callable
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None
-    """Argument tuples that cover the op; None for one that no kernel computes."""
+    """Argument tuples that cover the op; None if no kernel computes it."""
     workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None
-    """What a model of that shape asks of the op, for `fuseline bench kernels`."""
+    """The op's work in a model of that shape, for `fuseline bench kernels`."""
     tolerance: float
-    """How far a kernel may be from the reference in float32, relative and absolute, in rounding steps at 1.
+    """Allowed difference between kernel and reference in float32, relative and absolute, in rounding steps at 1.
 
-    In half precision at most one step: the same roundings, of which a difference in float32 can flip one.
+    In half precision at most one step: both round at the same places, where a float32 difference can flip one rounding.
     """
 
 
@@ -54,7 +54,7 @@ class Workload:
     args: tuple[Any, ...]
     flops: int = 0
     num_bytes: int = 0
-    """Bytes that have to be moved; 0: all tensors among arguments and results, once."""
+    """Bytes to be moved; 0: every tensor among arguments and results once."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Make:
     dtype: torch.dtype
     generator: torch.Generator
     tokens: tuple[int, ...] = TOKENS
-    """Tokens of the steps that workloads are made for."""
+    """Tokens per step for which workloads are made."""
     device: str = "cpu"
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:

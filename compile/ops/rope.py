@@ -12,7 +12,7 @@ from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 from fuseline.compile.specs import FP8_DTYPES
 
 FP8 = tuple(getattr(torch, name) for name in dict.fromkeys(FP8_DTYPES.values()))
-"""Of caches whose numbers are scaled."""
+"""Dtypes of caches with scaled numbers."""
 
 
 def tables(make: Make, rotary_dim: int, columns: int) -> tuple:

@@ -22,13 +22,13 @@ EXACT = frozenset({
     aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.cat.default, aten.reshape.default,
     aten.clone.default, aten.contiguous.default, cast,
 })  # fmt: skip
-"""Ops with a kernel, each result rounded once: inductor computes the same bits."""
+"""Ops with a kernel whose results are rounded once: inductor computes the same bits."""
 
 LIBRARY = frozenset({
     aten.topk.default, aten.sort.default, aten.linear.default, aten.matmul.default, aten.bmm.default,
     aten.scatter_.value, aten.scatter.value, aten.gather.default,
 })  # fmt: skip
-"""Inductor calls torch's own function for these: compiled regions around them measured slower (DeepSeek's router)."""
+"""Inductor calls torch's own function for these: compiled regions with them measured slower (DeepSeek's router)."""
 
 
 def cut_regions(graph: fx.GraphModule, ctx: PassContext) -> PassResult:

@@ -47,7 +47,7 @@ def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
 def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
     asked = ctx.config.kv_cache_dtype
     if asked in FP8_DTYPES and ctx.target.kind != "cuda":
-        raise ValueError(f"a cache of {asked} needs a card")
+        raise ValueError(f"a cache of {asked} needs a GPU")
     if asked in FP8_DTYPES:
         return FP8_DTYPES[asked]
     return str(of_model).removeprefix("torch.") if asked == "auto" else asked

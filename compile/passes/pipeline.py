@@ -30,7 +30,7 @@ from fuseline.compile.passes.widen_logits import widen_logits
 SERVE = (page_attention, keep_last_logits)
 
 REFERENCE: Stages = (("serve", SERVE),)
-"""Level 0: what serving needs, on reference ops."""
+"""Level 0: the passes that serving requires, on reference ops."""
 
 SHARED: Stages = (
     # One spelling per op, so that patterns need no variants.
@@ -47,18 +47,18 @@ COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, choose_kernels)))
 """Level 1 and up."""
 
 COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, fuse_linear_act, widen_logits)))
-"""The same for a card: weights stay rows, which is what cuBLASLt and our kernels read (kernels/cuda.py)."""
+"""The same for a GPU: weights stay rows, which cuBLASLt and our kernels read (kernels/cuda.py)."""
 
 INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant, widen_logits)))
-"""With products of one order of summation in place of the fastest ones."""
+"""Linears with one order of summation instead of the fastest ones."""
 
 REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (widen_logits,)))
 
 REGIONS = (cut_regions,)
-"""On the compiled graph, for a CPU from level 2 on, while the server already answers."""
+"""Run on the compiled graph, for a CPU from level 2 on, while the server already answers."""
 
 DECODE = (plan_decode,)
-"""On a copy of the compiled graph, for a CPU from level 3 on."""
+"""Run on a copy of the compiled graph, for a CPU from level 3 on."""
 
 
 def program_passes(

@@ -40,8 +40,8 @@ struct Hidden {
 };
 
 inline thread_local bool is_race_check_running = false;
+
 // Runs call(Hidden{}), which launches kernels. The SIGSEGV handler is process-wide, so only one check runs at a time.
-// call(Hidden) launches kernels. SIGSEGV's handler is the process's: rehearsals take turns.
 template <class F>
 void check_race(const F& call) {
   static std::mutex one_at_a_time;

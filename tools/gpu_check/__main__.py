@@ -42,7 +42,7 @@ class Stage:
 
 STAGES = (Stage("build", 130), Stage("tests", 280), Stage("models", 180), Stage("measure", 260))
 ASKED = (Stage("tune", 400),)
-"""Run only when they are named."""
+"""Stages that run only when named."""
 
 
 def main() -> int:

@@ -35,7 +35,7 @@ OVERLAP = "overlap"
 PROMPTS = make_prompts((3, 9, 20, 33))
 NUM_TOKENS = 24
 THREADS = 2
-"""Of the CPU, for each family."""
+"""CPU threads for each family."""
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ class Batch:
     prompt: int = 128
     generated: int = 128
     max_tokens: int = 8192
-    """Of a step."""
+    """Tokens per step."""
 
 
 class Waits:
