@@ -68,3 +68,23 @@ def test_folders_of_the_engine_import_downwards(folder: str) -> None:
             if parts[:2] == ["fuseline", "engine"] and len(parts) > 2:
                 allowed = ENGINE_FOLDERS[folder] | ENGINE_FILES | {folder}
                 assert parts[2] in allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+COMPILE_ORDER = (
+    "config", "target", "memory", "specs", "graph_inputs", "cache", "ops", "formats", "kernels", "graph", "passes",
+    "capture", "model_info", "residency", "tuning", "backends", "check", "compiler", "report",
+)  # fmt: skip
+"""Files and folders of compile/, each of which imports only itself and earlier ones: no circle between folders."""
+
+
+def test_folders_of_the_compiler_import_downwards() -> None:
+    for path in (ROOT / "compile").rglob("*.py"):
+        own = path.relative_to(ROOT / "compile").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        assert own in COMPILE_ORDER, f"compile/{own} has no place in COMPILE_ORDER"
+        for module in imported_modules(path):
+            parts = module.split(".")
+            if parts[:2] == ["fuseline", "compile"] and len(parts) > 2 and parts[2] in COMPILE_ORDER:
+                is_down = COMPILE_ORDER.index(parts[2]) <= COMPILE_ORDER.index(own)
+                assert is_down, f"{path.relative_to(ROOT)} imports {module}"
