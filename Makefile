@@ -1,7 +1,7 @@
 # make serve:       install, build, serve the bundled demo model on 127.0.0.1:8000
 # make test:        install, build, run the whole suite
 # make newest:      the server's tests on the newest versions that pyproject.toml allows, in .venv-newest
-# make constraints: write constraints.txt, the exact versions of the first two, anew
+# make constraints: rewrite constraints.txt, the exact versions that the first two install
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/python tools/list_large.py
 
-# What the build needs; the package is then built without isolation, so torch is downloaded once.
+# Requirements of the build. The package is then built without isolation, so that torch is downloaded once.
 BUILD_REQUIRES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
 
 $(VENV)/.build: pyproject.toml constraints.txt
@@ -48,7 +48,7 @@ $(VENV)/.test: $(VENV)/.build $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --progress-bar off --no-build-isolation -c constraints.txt -e ".[bench,test]"
 	touch $@ $(VENV)/.serve
 
-# Installed anew each time, since newer versions appear. The library that it builds serves .venv too: torch's ABI is stable.
+# Reinstalled each time, for newer versions. The library it builds also works in .venv: torch's ABI is stable.
 newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -c '$(BUILD_REQUIRES)' | $(NEWEST)/bin/pip install -q --progress-bar off -r /dev/stdin

@@ -19,7 +19,7 @@ FOLDERS = ("engine", "compile", "api")
 
 
 class CMakeBuild(build_ext):
-    """The native module by CMake and ninja, and the library of CUDA kernels by nvcc where there is one to run them."""
+    """Builds the native module with CMake and ninja, and the CUDA kernels with nvcc if a GPU can run them."""
 
     def build_extension(self, ext: Extension) -> None:
         import torch
@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
         wants_cuda = toolkit.is_wanted(os.environ.get("FUSELINE_CUDA", ""), torch.version.cuda, nvcc)
         build = Path(self.build_temp).resolve() / "cmake"
         built = build / "out"
-        # The environment that builds has cmake and ninja beside its python, on PATH or not.
+        # The build environment has cmake and ninja beside its python, which need not be on PATH.
         env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-GNinja", "-DCMAKE_BUILD_TYPE=Release",
@@ -41,14 +41,14 @@ class CMakeBuild(build_ext):
         install(next(built.glob("_C.*")), module)
         library = built / "_cuda.so"
         if wants_cuda:
-            archs = toolkit.known_archs(nvcc, card_archs()) or toolkit.known_archs(nvcc)
+            archs = toolkit.known_archs(nvcc, gpu_archs()) or toolkit.known_archs(nvcc)
             toolkit.build(nvcc, library, archs, build.parent / "cuda", int(jobs))
             install(library, module.with_name(library.name))
         else:
             module.with_name(library.name).unlink(missing_ok=True)
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install setuptools copies the module that it knows; the library goes with it."""
+        """In an editable install setuptools copies only the module it knows; this copies the library too."""
         super().copy_extensions_to_source()
         library = Path(self.build_lib).resolve() / "fuseline" / "_cuda.so"
         target = ROOT / "csrc" / "pkg" / library.name
@@ -58,18 +58,18 @@ class CMakeBuild(build_ext):
             target.unlink(missing_ok=True)
 
 
-def card_archs() -> list[str]:
-    """Of the cards of this machine, for which alone the kernels are built in a third of the time."""
+def gpu_archs() -> list[str]:
+    """Compute capabilities of this machine's GPUs; building for these alone takes a third of the time."""
     import torch
 
     if not torch.cuda.is_available():
         return []
-    found = {torch.cuda.get_device_capability(card) for card in range(torch.cuda.device_count())}
+    found = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
     return [f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in sorted(found)]
 
 
 def install(built: Path, target: Path) -> None:
-    """Put the library in place in one step: processes that run the old one keep it, none sees half of a new one."""
+    """Replaces the library atomically: running processes keep the old one, and none sees a partial file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     shutil.copy2(built, part)

@@ -1,9 +1,9 @@
-"""What every pass and every level brings: each is turned off in turn and timed against the model with all of them.
+"""The effect of every pass and level: each is turned off in turn and timed against the model with all of them.
 
     python -P benchmarks/ablate.py 135m --prompt 256 --cpu-threads 2
 
-Both run in this process in turns, so that a busy machine slows both; a ratio is the median over the turns. Below 1.0:
-what was turned off brings something. A variant takes its loading and `--seconds`; at least one turn, however long.
+Both models run alternately in this process, so that other load slows both; a ratio is the median over the rounds. Below
+1.0: what was turned off helps. Each variant takes its loading time and `--seconds`, but at least one round.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens per second of one variant, and its ratio to everything on, timed in turns with it."""
+    """Tokens per second of one variant, and its ratio to the full model, timed alternately with it."""
 
     name: str
     matches: int
@@ -43,14 +43,14 @@ class Row:
 
 
 def step_inputs(model: CpuModel, num_tokens: int, end: int) -> StepInputs:
-    """One sequence whose last `num_tokens` of `end` tokens are computed."""
+    """One sequence of `end` tokens, of which the last `num_tokens` are computed."""
     groups, blocks = len(model.info.cache_groups), torch.arange(1, -(-end // BLOCK_SIZE) + 1)
     token_ids = (7919 * torch.arange(end - num_tokens, end) + 13) % model.info.vocab_size
     return make_step([num_tokens], [end], blocks.repeat(groups, 1, 1), BLOCK_SIZE, token_ids)
 
 
 def in_turns(runs: list[Callable[[], object]], budget: float) -> list[list[float]]:
-    """Seconds of each run in each turn, for `budget` seconds; the first turn does not count if there are more."""
+    """Seconds of each run in each round, for `budget` seconds; the first round is dropped if there are more."""
     times: list[list[float]] = [[] for _ in runs]
     deadline = time.perf_counter() + budget
     while not times[0] or time.perf_counter() < deadline:
@@ -62,7 +62,7 @@ def in_turns(runs: list[Callable[[], object]], budget: float) -> list[list[float
 
 
 def compare(base: CpuModel, other: CpuModel, prompt: int, budget: float) -> list[tuple[float, float]]:
-    """(Tokens per second of the other, its ratio to the base) for a prompt, then for decoding behind it."""
+    """(Tokens per second of `other`, its ratio to `base`) for a prompt, then for decoding after it."""
     pairs = []
     for num_tokens, share in ((prompt, 0.5), (1, 0.5)):
         inputs = step_inputs(base, num_tokens, prompt + (num_tokens == 1))
@@ -89,7 +89,7 @@ def measure(model: str, prompt: int, cpu_threads: int, budget: float, cache: str
     variants |= {f"without {name}": lambda name=name: build(ALL_ON, name) for name in optional}
     variants |= {name: lambda level=level: build(level) for name, level in LEVELS.items()}
     for name, make in variants.items():
-        # Both are made anew: against a model made long before, an equal one decoded up to 15 % slower.
+        # Both are built anew: against a model built long before, an identical one decoded up to 15 % slower.
         (prefill, prefill_ratio), (decode, decode_ratio) = compare(build(ALL_ON), make(), prompt, budget)
         yield Row(name, matches.get(name.removeprefix("without "), 0), prefill, prefill_ratio, decode, decode_ratio)
 

@@ -1,4 +1,4 @@
-"""Random checkpoints in the shapes of real models, for speed and memory figures (their text means nothing).
+"""Random checkpoints in the shapes of real models, for speed and memory figures (their text is meaningless).
 
     python benchmarks/checkpoints.py 135m 135m
 """
@@ -22,7 +22,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def shapes() -> dict[str, PreTrainedConfig]:
-    """Name -> config; sizes as published by the models' authors."""
+    """Configs by name; sizes as published by the models' authors."""
     return {
         # SmolLM2-135M
         "135m": LlamaConfig(
@@ -50,7 +50,7 @@ def shapes() -> dict[str, PreTrainedConfig]:
 
 
 def make_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` tokens: bytes, the special tokens, then pairs and triples of letters."""
+    """A byte-level BPE with exactly `vocab_size` tokens: bytes, special tokens, then pairs and triples of letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     merges: list[tuple[str, str]] = []
@@ -73,7 +73,7 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def make_checkpoint(shape: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the checkpoint unless `folder` already holds one."""
+    """Writes the checkpoint unless `folder` already holds one."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

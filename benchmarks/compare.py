@@ -1,9 +1,9 @@
-"""fuseline and its installed peers on one checkpoint, in turns: each round starts every server once, runs the loads
-against it with one client (`fuseline bench serve`), and ends it. Prints medians over the rounds and ratios.
+"""fuseline and installed peers on one checkpoint, alternately: each round starts every server once, runs the loads
+against it with one client (`fuseline bench serve`), and stops it. Prints medians over the rounds, and ratios.
 
     python benchmarks/compare.py --model DIR --gguf FILE --llama-bin DIR --vllm PATH --loads 1,16,prefix --rounds 3
 
-A peer that is not named is not run. `--offline` compares with `llama-bench` instead (prompt processing and one stream,
+Peers that are not given are not run. `--offline` compares with `llama-bench` instead (prompt processing and one stream,
 no HTTP) and measures the read bandwidth and the fp32 matrix rate in the same run.
 """
 
@@ -49,15 +49,15 @@ class Server:
 
 @dataclass(frozen=True)
 class Load:
-    """Flags of `fuseline bench serve`."""
+    """A load by its flags of `fuseline bench serve`."""
 
     name: str
     flags: Sequence[str]
 
 
 def make_load(name: str) -> Load:
-    """A number of streams, 128 in and 128 out; `busy`: one stream while another process spins on one of the cores;
-    `prefix`: 16 streams behind 1,500 shared tokens."""
+    """A number of streams with 128 tokens in and 128 out. `busy`: one stream while another process spins on one core.
+    `prefix`: 16 streams that share a prefix of 1,500 tokens."""
     common = ("--ignore-eos", "--disable-tqdm", "--timeout", "900")
     if name == "prefix":
         flags = ("--dataset", "shared-prefix", "--prefix-len", "1500", "--random-input-len", "32")
@@ -92,7 +92,7 @@ def servers(options: argparse.Namespace, port: int) -> list[Server]:
 
 @contextmanager
 def running(server: Server, port: int) -> Iterator[tuple[psutil.Process, float]]:
-    """The server's process and the seconds until it was healthy."""
+    """Runs a server; yields its process and the seconds until it was healthy."""
     log = tempfile.NamedTemporaryFile("w+", prefix=f"{server.name}-", suffix=".log", delete=False)
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -120,7 +120,7 @@ def wait_healthy(process: subprocess.Popen, port: int, log: str) -> None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Asks, then ends everything the server started."""
+    """Asks the server to stop, then kills everything it started."""
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs([psutil.Process(process.pid), *children] if children else [], timeout=20)
@@ -130,7 +130,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def resident_bytes(process: psutil.Process) -> float:
-    """Proportional share of memory of the process and its children: shared pages are counted once."""
+    """Proportional set size of the process and its children: shared pages are counted once."""
     return sum(each.memory_full_info().pss for each in [process, *process.children(recursive=True)])
 
 
@@ -159,7 +159,7 @@ def figures(result: dict[str, float], is_prefix: bool) -> dict[str, float]:
 
 @contextmanager
 def busy_core(is_wanted: bool) -> Iterator[None]:
-    """Another process computes without end on the first of our cores."""
+    """Runs a process that spins on the first of our cores."""
     if not is_wanted:
         yield
         return
@@ -174,7 +174,7 @@ def busy_core(is_wanted: bool) -> Iterator[None]:
 
 
 def idle_share(process: psutil.Process) -> float:
-    """Share of a core, in percent, that the server and its children take while nobody asks them anything."""
+    """CPU usage of the idle server and its children, in percent of a core."""
 
     def seconds() -> float:
         return sum(sum(each.cpu_times()[:2]) for each in [process, *process.children(recursive=True)])
@@ -212,13 +212,13 @@ def compare_servers(options: argparse.Namespace) -> dict[str, Row]:
             except (SystemExit, subprocess.SubprocessError, OSError) as error:
                 if server.name == "fuseline":
                     raise
-                # A peer that does not start or ends must not cost what the others have shown.
+                # A peer that fails to start or crashes must not lose the figures of the others.
                 print(f"{server.name}: {error}", file=sys.stderr, flush=True)
     return results
 
 
 def compare_offline(options: argparse.Namespace) -> dict[str, Row]:
-    """Same-run figures of `llama-bench` and `fuseline bench offline`, for every number of threads."""
+    """Figures of `llama-bench` and `fuseline bench offline` from one run, for every number of threads."""
     results: dict[str, Row] = defaultdict(lambda: defaultdict(list))
     for number in range(options.rounds):
         for threads in range(1, len(os.sched_getaffinity(0)) + 1):

@@ -1,11 +1,11 @@
-"""Time of a step on the host: everything in the engine's process beside the model and the sampling kernel.
+"""Host time of a step: everything in the engine's process except the model and the sampling kernel.
 
     python -P benchmarks/host.py [--json FILE] [--running 1,16,64,256,512] [--vocab 49152]
 
-The model is a fake that computes nothing. "host" is a step without the sampling kernel: schedule, inputs, arguments of
-the sampler, update, endings, outputs, encoding and sending. "kernel" is greedy sampling by the native kernel over a
-real vocabulary, measured inside the same steps: it leaves the processor's caches cold. The host's time should be flat
-in the number of waiting requests and in the context.
+The model is a fake that computes nothing. "host" is a step without the sampling kernel: schedule, inputs, sampling
+arguments, update, endings, outputs, encoding and sending. "kernel" is greedy sampling by the native kernel over a real
+vocabulary, measured within the same steps: it evicts the CPU caches. Host time should not depend on the number of
+waiting requests or on the context.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ENDS = (0, 2)
 
 
 class NoModel:
-    """Logits that were made once."""
+    """A model that returns the same logits in every step."""
 
     def __init__(self, vocab_size: int, num_rows: int) -> None:
         self.info = ModelInfo(
@@ -58,7 +58,7 @@ class NoModel:
 
 
 class TimedOps:
-    """The sampling ops with the time spent in them; without `native` token 7 always comes next."""
+    """Sampling ops that record their time; without `native` every sampled token is 7."""
 
     def __init__(self, native: bool) -> None:
         self.seconds = 0.0
@@ -92,7 +92,7 @@ class Result:
     host_p90_ms: float
     kernel_ms: float
     num_bytes: int
-    """Of a step's message."""
+    """Size of a step's message."""
 
 
 def measure(case: Case, vocab_size: int, num_steps: int, asynchronous: bool) -> Result:
@@ -136,10 +136,10 @@ def _make_engine(case: Case, vocab_size: int, ops: TimedOps, asynchronous: bool)
 
 
 def _fill(engine: Engine, case: Case) -> None:
-    """All of the running ones share a prompt, so that a long context takes no long preparation."""
+    """All running sequences share a prompt, so that a long context is cheap to prepare."""
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, eos_token_ids=ENDS)
     for number in range(case.running):
-        # Different lengths, so that not all cross the border of a block in the same step.
+        # Different lengths, so that sequences cross block boundaries in different steps.
         prompt = (5,) * (case.context - BLOCK_SIZE + 1 + number % BLOCK_SIZE)
         engine.add(EngineRequest(request_id=f"{number:032x}", prompt_token_ids=prompt, params=params))
     while len(engine.scheduler.running) < case.running:

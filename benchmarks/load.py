@@ -1,4 +1,4 @@
-"""Loading a model: seconds of each phase and peak resident memory against the size of its weights.
+"""Loading a model: seconds of each phase, and peak resident memory relative to the size of its weights.
 
     python -P benchmarks/load.py 135m --level 1
 """
@@ -15,7 +15,7 @@ ALLOWED_OVERHEAD = 300 * 2**20
 
 
 def measure(model: str, level: int) -> dict[str, float]:
-    """Runs in a process of its own, since peak memory belongs to a process."""
+    """Runs in a separate process, since peak memory is per process."""
     started = time.perf_counter()
     from fuseline.compile.compiler import compile_model
     from fuseline.compile.config import CompileConfig
@@ -39,7 +39,7 @@ def measure(model: str, level: int) -> dict[str, float]:
 
 
 def peak_rss() -> int:
-    """High-water mark of this process's resident memory in bytes."""
+    """Peak resident memory of this process in bytes."""
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What this machine can do: read bandwidth and fp32 matrix rate for each number of threads.
+"""Limits of this machine: read bandwidth and fp32 matrix rate for each number of threads.
 
     python benchmarks/machine.py
 """
@@ -14,7 +14,7 @@ from fuseline.compile.tuning.limits import Limits, measure_limits
 
 
 def limits_of(threads: int) -> Limits:
-    """Limits with so many threads of torch."""
+    """Limits with `threads` torch threads."""
     torch.set_num_threads(threads)
     return measure_limits(HostClock())
 

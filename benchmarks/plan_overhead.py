@@ -1,4 +1,4 @@
-"""Cost of replaying a plan apart from its kernels: microseconds for 300 tiny ops, median of several runs.
+"""Overhead of running an execution plan: microseconds for 300 tiny ops, median of several runs.
 
     python -P benchmarks/plan_overhead.py
 """
@@ -17,7 +17,7 @@ WIDTH = 16
 
 
 def tiny_plan(num_ops: int) -> tuple[_C.Plan, list[torch.Tensor]]:
-    """A chain of additions of one row of 16 numbers."""
+    """A chain of additions over one row of 16 numbers."""
     plan = _C.Plan()
     rows = plan.add_symbol("T")
     memory = torch.zeros(2, WIDTH)

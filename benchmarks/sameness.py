@@ -1,12 +1,12 @@
-"""What it costs that a row's bits do not depend on its batch: our kernels in turns with what is fastest without it.
+"""Cost of batch invariance on a CPU: our kernels timed alternately with the fastest ones that lack it.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/sameness.py 135m,0.5b
 
-Of every product of a step: ours; oneDNN's bf16 product on weights in its own packed layout, which picks its way by the
-number of rows; ours with k cut in two for two threads, that is a product of half the k and twice the outputs (the
-addition behind it is left out). Weights are read from memory, as in a model: copies take turns. `cost` is the time of a
-step's products over what it would be if each were computed by the fastest of the three. GLIBC_TUNABLES gives all of
-them large pages, which ours have in a model.
+For every linear of a step it times ours; oneDNN's bf16 linear on weights in its own packed layout, which selects a
+kernel by the number of rows; and ours with k split over two threads, that is, a linear with half the k and twice the
+outputs (without the final addition). Weights are read from memory, as in a model: several copies are used in rotation.
+`cost` is the time of a step's linears over the time if each were computed by the fastest of the three. GLIBC_TUNABLES
+gives all of them large pages, which ours have in a model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Product:
     num_in: int
     num_out: int
     count: int
-    """How often a step computes it."""
+    """Calls per step."""
 
 
 def products(shape: str) -> Iterator[Product]:
@@ -67,7 +67,7 @@ def ways(product: Product, weight: Tensor, x: Tensor) -> dict[str, Callable[[], 
 
 
 def seconds(product: Product, rows: int, rounds: int) -> dict[str, float]:
-    """Medians of a call, the ways in turns."""
+    """Median seconds per call, timed alternately."""
     copies = max(2, min(product.count, COPIED_BYTES // (2 * product.num_in * product.num_out)))
     x = torch.randn(rows, product.num_in, dtype=torch.bfloat16)
     calls = [
@@ -77,7 +77,7 @@ def seconds(product: Product, rows: int, rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
-            # The threads of the way before spin for a while: they would be timed too.
+            # Threads of the previous implementation spin for a while after a call, which would slow the next one.
             time.sleep(PAUSE_SECONDS)
             times[way].append(clock(lambda way=way: [copy[way]() for copy in calls]) / copies)
     return {way: statistics.median(of_way) for way, of_way in times.items()}
@@ -97,7 +97,7 @@ def main() -> None:
         for rows in ROWS:
             ours = fastest = 0.0
             for product in products(shape):
-                # A step of a prompt computes the logits of its last token alone.
+                # A prompt step computes the logits of its last token only.
                 of_way = seconds(product, 1 if product.name == "logits" and rows > 64 else rows, options.rounds)
                 ours += product.count * of_way["ours"]
                 fastest += product.count * min(of_way.values())

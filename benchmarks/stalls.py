@@ -1,12 +1,12 @@
-"""The longest time for which one request keeps a server from answering others.
+"""The longest time for which one large request delays the server's answers to others.
 
     python -P benchmarks/stalls.py [--base-url http://127.0.0.1:8000] [--kinds "chat,1M ids"] [--json FILE]
 
-While each large request runs, a process of its own asks for /health every 10 ms and reads the tokens of a stream.
-Reported are the slowest answer of /health, the longest gap between tokens of the stream, how long the machine kept the
-probing process itself waiting (take that off), and what became of the large request. The kinds are sizes and shapes
-that a server could choke on: large messages, many messages, many prompts, token ids, nesting, logit_bias, stop
-strings, tools, unknown fields, images, large answers.
+While each large request runs, a separate process requests /health every 10 ms and reads the tokens of a stream. The
+report has the slowest /health answer, the longest gap between the stream's tokens, the longest time the probing process
+itself was not scheduled (to subtract), and the result of the large request. The kinds are requests of sizes and shapes
+that could stall a server: large messages, many messages, many prompts, token ids, nesting, logit_bias, stop strings,
+tools, unknown fields, images, large answers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ KINDS: dict[str, Callable[[], tuple[str, dict | bytes]]] = {
     "128 choices with log-probabilities": lambda: prompt("Hi", n=128, logprobs=20, max_tokens=64, ignore_eos=True),
     "32 prompts and their log-probabilities": lambda: prompt([[100] * 1500] * 32, prompt_logprobs=20),
 }
-"""Name -> path and body (bytes: as they are) of a large request."""
+"""Name -> path and body (bytes are sent unchanged) of a large request."""
 
 
 @dataclass
@@ -91,17 +91,17 @@ class Stall:
     kind: str
     status: str
     seconds: float
-    """How long the large request took."""
+    """Duration of the large request."""
     health: float
-    """The slowest answer of /health, seconds."""
+    """Slowest answer of /health, seconds."""
     stream: float
-    """The longest gap in the stream, seconds."""
+    """Longest gap in the stream, seconds."""
     machine: float
-    """The longest that the probing process itself was kept from running, seconds."""
+    """Longest time for which the probing process was not scheduled, seconds."""
 
 
 def measure(base_url: str, kind: str) -> Stall:
-    """Run the large request of `kind` beside the probes of /health and of a stream."""
+    """Runs the large request of `kind` beside the probes of /health and of a stream."""
     path, body = KINDS[kind]()
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return measure_body(base_url, kind, path, data)
@@ -129,11 +129,11 @@ def measure_body(base_url: str, kind: str, path: str, data: bytes) -> Stall:
 
 
 def send(base_url: str, path: str, data: bytes, timeout: float = 180) -> str:
-    """Status and the beginning of an error's message, or what broke the connection."""
+    """Returns the status and the beginning of an error message, or the connection error."""
     connection = _connect(base_url, timeout)
     try:
         connection.request("POST", path, data, {"Content-Type": "application/json"})
-    except OSError as error:  # refused while it was sent: the answer may be there
+    except OSError as error:  # refused during sending; an answer may have arrived
         failure = type(error).__name__
     else:
         failure = ""
@@ -160,7 +160,7 @@ def _connect(base_url: str, timeout: float) -> http.client.HTTPConnection:
 
 
 def _probe(base_url: str, stop: multiprocessing.synchronize.Event, started: object, found: object) -> None:
-    """Entry of the probing process: puts the last three figures of a Stall once told to stop."""
+    """Entry of the probing process; sends the last three figures of a Stall once told to stop."""
     gaps: list[float] = []
     late: list[float] = []
     Thread(target=_watch_clock, args=(stop, late), daemon=True).start()
@@ -192,7 +192,7 @@ def _ask_health(base_url: str, stop: multiprocessing.synchronize.Event, started:
 
 
 def _follow_streams(base_url: str, stop: multiprocessing.synchronize.Event, gaps: list[float]) -> None:
-    """Gaps between the tokens of one stream after the other."""
+    """Records the gaps between tokens of consecutive streams."""
     body = json.dumps({"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "stream": True}).encode()
     while not stop.is_set():
         connection = _connect(base_url, 180)

@@ -1,8 +1,8 @@
-"""Time of a token in the API's process: message decoded, detokenized, written as an event to its client.
+"""Time per token in the API process: message decoded, detokenized, written as an event to its client.
 
     python -P benchmarks/streams.py MODEL_DIR [--streams 1,16,64,256] [--endpoint chat] [--profile]
 
-The engine is a stand-in that sends the messages of steps; the application is the real one, called without sockets.
+The engine is a stub that sends messages of steps; the application is the real one, called without sockets.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_STEPS = 200
 
 
 class StandIn(EngineClient):
-    """An engine that is told when to step: every choice of every request gets one token."""
+    """An engine that steps on command: every choice of every request gets one token."""
 
     def __init__(self, config, vocab_size: int) -> None:
         super().__init__(config)
@@ -63,7 +63,7 @@ class StandIn(EngineClient):
 
 
 class Client:
-    """One HTTP client of an ASGI application; counts what is written to it."""
+    """An HTTP client of an ASGI application; counts the bytes sent to it."""
 
     def __init__(self, path: str, body: dict) -> None:
         self.scope = {

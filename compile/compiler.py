@@ -1,4 +1,4 @@
-"""compile_model(): from a checkpoint directory to something that runs."""
+"""compile_model(): compiles a checkpoint directory to an executable model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Executable = CpuExecutable | CudaExecutable
 def compile_model(
     config: CompileConfig, target: Target, progress: Progress | None = None, graphs: GraphConfig | None = None
 ) -> CpuModel | CudaModel:
-    """Raises CaptureError or LoadError, one line each. `graphs` are those that a card captures."""
+    """Raises CaptureError or LoadError, one line each. `graphs` selects the steps that a GPU captures."""
     config = _with_dtype_of(config, target)
     report_progress = progress or (lambda phase, done, total: None)
     _C.set_num_threads(target.num_threads)
@@ -88,9 +88,9 @@ def _on_card(config, captured, result, weights, executable, target: Target, grap
 def optimize(
     config: CompileConfig, target: Target = CPU, keep: bool = False
 ) -> tuple[CapturedModel, PipelineResult]:  # fmt: skip
-    """The captured graph after all passes of the level; no weights are read. Raises CaptureError.
+    """Returns the captured graph after all passes of the level; reads no weights. Raises CaptureError.
 
-    `keep`: for the next start, which then runs no pass.
+    `keep`: store the result for the next start, which then runs no pass.
     """
     config = _with_dtype_of(config, target)
     captured = load_or_capture(config)
@@ -104,12 +104,12 @@ def optimize(
 
 
 def _with_dtype_of(config: CompileConfig, target: Target) -> CompileConfig:
-    """fp16 stays fp16 on a card, which computes it as fast as bf16."""
+    """Keeps fp16 on a GPU, which computes it as fast as bf16."""
     return replace(config, dtype=STORED) if config.dtype == "auto" and target.kind == "cuda" else config
 
 
 def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:
-    """Without the disabled passes that the level has not anyway. Raises ValueError for one that no level has."""
+    """Drops disabled passes that the level does not have. Raises ValueError for one that no level has."""
     if unknown := sorted(set(config.disabled_passes) - set(PASSES)):
         raise ValueError(f"there is no pass {unknown[0]!r}; passes: {', '.join(sorted(PASSES))}")
     present = {graph_pass.__name__ for _, passes in _stages(config, target) for graph_pass in passes}
@@ -121,19 +121,19 @@ def _stages(config: CompileConfig, target: Target) -> Stages:
 
 
 def on_device(constants: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """The constants where the target computes; what is one tensor stays one."""
+    """Moves the constants to the target's device; shared tensors stay shared."""
     moved = {id(tensor): tensor.to(target.device) for tensor in constants.values()}
     return {name: moved[id(tensor)] for name, tensor in constants.items()}
 
 
 def _kv_scales(result: PipelineResult, config: CompileConfig) -> dict[str, Tensor]:
-    """Of fp8 caches, as the checkpoint has them, unless they are to be computed."""
+    """The checkpoint's scales of fp8 caches, unless they are to be computed."""
     layers = [spec.layer for spec in result.specs if isinstance(spec, CacheSpec) and spec.has_scales]
     return stored_scales(config, layers) if layers and not config.calculate_kv_scales else {}
 
 
 def _offload(graph: fx.GraphModule, config: CompileConfig, target: Target) -> Offload | None:
-    """The weights of a card's model that stay on the host; on a CPU they all are there."""
+    """Selects the weights of a GPU's model that stay on the host; None on a CPU."""
     wanted = int(config.cpu_offload_gb * GIB) if target.kind == "cuda" else 0
     layers = choose_offloaded(graph, wanted)
     return Offload(layers, torch.device(target.device)) if layers else None
@@ -164,7 +164,7 @@ def _by_target(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[str
 
 
 def weight_requests(graph: fx.GraphModule, captured: CapturedModel, result: PipelineResult) -> dict[str, WeightSource]:
-    """What must be loaded, by constant name."""
+    """The weights to load, by constant name."""
     return {
         constant_name(node): node.meta.get("weight") or WeightSource((node.meta["fqn"],))
         for node in graph.graph.nodes

@@ -1,6 +1,6 @@
 """Inputs and output of one step: names, shapes, padding and construction (DESIGN contract 6).
 
-Legend: T tokens in the step, S sequences in the step, R rows whose logits are wanted, G cache groups,
+Legend: T tokens in the step, S sequences in the step, R rows with logits, G cache groups,
 M blocks in the longest table of the step, N blocks of a cache.
 """
 
@@ -16,19 +16,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of compiled graphs: the field of StepInputs, the placeholder that it feeds, its shape."""
+    """An input of compiled graphs: its field of StepInputs, its placeholder, its shape."""
 
     field: str
     placeholder: str
-    """Of a grouped input the prefix: group g feeds `<placeholder>_<g>`."""
+    """For a grouped input the prefix: group g has placeholder `<placeholder>_<g>`."""
     shape: tuple[str, ...]
     """Symbols of the legend; S1 is S + 1. A grouped field has a leading dim of G."""
     dtype: torch.dtype
     padding: int = 0
-    """Value of padding tokens and sequences: token 0 at position 0 that is written nowhere, a sequence without keys."""
+    """Value of padding tokens and sequences: token 0 at position 0 without a slot, a sequence without keys."""
     is_grouped: bool = False
     is_batched: bool = False
-    """The placeholder has a leading dim of 1."""
+    """Whether the placeholder has a leading dim of 1."""
 
 
 INPUTS = (
@@ -41,35 +41,35 @@ INPUTS = (
     InputSpec("slot_mapping", "slots", ("T",), torch.int64, padding=-1, is_grouped=True),
     InputSpec("block_tables", "block_table", ("S", "M"), torch.int32, is_grouped=True),
 )
-"""Also the order in which padding kernels take them."""
+"""Also the argument order of padding kernels."""
 BY_FIELD = {spec.field: spec for spec in INPUTS}
 BY_PLACEHOLDER = {spec.placeholder: spec for spec in INPUTS}
 
 
 @dataclass
 class StepInputs:
-    """CPU tensors, contiguous. Sequences lie one after the other in the token dimension.
+    """Contiguous CPU tensors. Sequences follow each other in the token dimension.
 
-    A token's key and value go to slot = block * block_size + offset; a slot of -1 writes nothing.
+    A token's key and value are written to slot = block * block_size + offset; slot -1 writes nothing.
     """
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     rope_rows: Tensor  # [T] int64, == positions unless the model has a RopeSwitchSpec
     query_start: Tensor  # [S + 1] int32, first token of each sequence; query_start[S] == T
-    seq_lens: Tensor  # [S] int32, tokens computed once this step is done (past + this step's)
+    seq_lens: Tensor  # [S] int32, tokens computed after this step (past and this step's)
     slot_mapping: Tensor  # [G, T] int64
-    block_tables: Tensor  # [G, S, M] int32; blocks a window has left behind may hold any valid id
+    block_tables: Tensor  # [G, S, M] int32; blocks before the window may have any valid id
     logits_rows: Tensor  # [R] int64, indices into T
-    sources: Tensor | None = None  # [T] int32: where >= 0, the token is sampled[sources[t]], whatever token_ids has
-    sampled: Tensor | None = None  # [rows] int64 on the device, tokens that the step before sampled
-    state_slots: Tensor | None = None  # [S] int64, for a StateSpec; a state at position 0 begins as zero
-    embed_rows: Tensor | None = None  # [E] int64, indices into T: positions that are fed by embeddings
+    sources: Tensor | None = None  # [T] int32: where >= 0, the token is sampled[sources[t]], not token_ids[t]
+    sampled: Tensor | None = None  # [rows] int64 on the device, tokens sampled by the previous step
+    state_slots: Tensor | None = None  # [S] int64, for a StateSpec; a state at position 0 starts as zero
+    embed_rows: Tensor | None = None  # [E] int64, indices into T: positions with given embeddings
     embeds: Tensor | None = None  # [E, D] float32
 
     @property
     def only_decodes(self) -> bool:
-        """Each sequence computes one token, and the logits of all of them are wanted, in their order."""
+        """Whether each sequence computes one token and the logits of all are wanted, in order."""
         num_tokens = self.token_ids.shape[0]
         is_even = self.seq_lens.shape[0] == num_tokens == self.logits_rows.shape[0]
         return is_even and np.array_equal(self.logits_rows.numpy(), np.arange(num_tokens))
@@ -86,21 +86,21 @@ class StepOutput:
     logits: Tensor
     """[R, V] float32."""
     hidden: Tensor | None = None
-    """[R, D] in the model's dtype, what the final linear read; None unless the model was compiled to return it."""
+    """[R, D] in the model's dtype, the input of the final linear; None unless the model was compiled to return it."""
 
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """Blocks of the caches on their way to host memory or back, before a step computes."""
+    """Blocks to copy between the device's caches and host memory before a step computes."""
 
     is_out: bool
-    """From the device to the host."""
+    """Whether blocks are copied from the device to the host."""
     pairs: tuple[np.ndarray, ...]
-    """By cache group: [2, N] int64, blocks of the device's caches and of the host's."""
+    """[2, N] int64 for each cache group: blocks of the device's caches and of the host's."""
 
 
 def cache_name(kind: str, layer: int) -> str:
-    """Placeholder of a layer's cache of keys (k) or values (v)."""
+    """Placeholder of a layer's key (k) or value (v) cache."""
     return f"{kind}_cache_{layer}"
 
 
@@ -114,9 +114,9 @@ def group_placeholder(field: str, group: int) -> str:
 
 
 def graph_values(tensors: Mapping[str, Tensor], has_rope_switch: bool = False) -> dict[str, Tensor]:
-    """Graph inputs by placeholder name, from those fields that are there.
+    """Graph inputs by placeholder name, from the fields present.
 
-    A model with two rope tables finds the row of its table where others find the position.
+    A model with two rope tables gets rope rows where others get positions.
     """
     values: dict[str, Tensor] = {}
     for spec in INPUTS:
@@ -132,7 +132,7 @@ def graph_values(tensors: Mapping[str, Tensor], has_rope_switch: bool = False) -
 
 
 def padding(sizes: Mapping[str, int], num_groups: int, device: str = "cpu") -> dict[str, Tensor]:
-    """By field name, in the order of INPUTS, the fields whose sizes are all known, filled with padding."""
+    """Padding for the fields whose sizes are all known, by field name in the order of INPUTS."""
     return {
         spec.field: torch.full(
             (num_groups,) * spec.is_grouped + tuple(sizes[symbol] for symbol in spec.shape),
@@ -143,7 +143,7 @@ def padding(sizes: Mapping[str, int], num_groups: int, device: str = "cpu") -> d
 
 
 def narrowed(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Views of the first `sizes` entries along each dimension that is named; by field name."""
+    """Views of the first `sizes` entries along each named dimension, by field name."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         spec = BY_FIELD[name]
@@ -173,8 +173,8 @@ def make_step(
 ) -> StepInputs:
     """A step in which sequence s computes the last counts[s] of its lengths[s] tokens.
 
-    `tables` [G, S, M]: blocks of each sequence. Token ids of 0 and the logits of each sequence's last token unless
-    given.
+    `tables` [G, S, M] are the blocks of each sequence. By default token ids are 0, and the logits of each sequence's
+    last token are wanted.
     """
     lens, num_new = torch.tensor(lengths), torch.tensor(counts)
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), num_new.cumsum(0)))

@@ -1,4 +1,4 @@
-"""Tensors on large pages: what is streamed once a step is read faster when fewer pages must be looked up."""
+"""Tensors on large pages: weights and caches are read faster with fewer TLB misses."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 256 << 20
-"""Address space taken at a time. Pages are supplied when they are first written: what is not used costs nothing."""
+"""Address space reserved at a time. Unused pages cost nothing, since the system supplies pages at the first write."""
 LARGE_PAGE = 2 << 20
 HOST_REGISTER_MAPPED = 2
-"""cudaHostRegisterMapped: kernels may use the memory, at the address that it has on the host."""
+"""cudaHostRegisterMapped: kernels may access the memory at its host address."""
 ALIGNMENT = 128
-"""Of tensors in bytes: two cache lines, which are fetched in pairs."""
+"""Alignment of tensors in bytes: two cache lines, which are fetched in pairs."""
 
 
 class Pages:
-    """Tensors that live and die together, one after the other in memory; freed with the last of them.
+    """Tensors with a common lifetime, contiguous in memory; it is freed with the last of them.
 
-    Small ones share large pages this way, and a kernel that reads ahead finds the tensor that was made next.
+    Small tensors share large pages this way, and prefetches past a tensor's end read the next one.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Pages:
         self._used = 0
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of zeros. torch.zeros would write them all."""
+        """A contiguous tensor of zeros. torch.zeros would write all of its pages."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes == 0:
             return torch.zeros(tuple(shape), dtype=dtype)
@@ -49,14 +49,14 @@ class Pages:
             return self._chunk[begin : self._used]
 
     def _map(self, num_bytes: int) -> np.ndarray:
-        """A chunk of at least that size."""
+        """Maps a chunk of at least that size."""
         return _map(max(CHUNK_BYTES, num_bytes))
 
 
 class PinnedPages(Pages):
-    """The same where a card copies from and to, and its kernels read and write: a mapping for each tensor.
+    """Pages that a GPU copies from and to, and that its kernels access: one mapping per tensor.
 
-    torch's own pinned memory comes in powers of two, which for the gigabytes of a model wastes up to as much again.
+    torch rounds pinned memory up to powers of two, which for the gigabytes of a model can waste almost half.
     """
 
     def _map(self, num_bytes: int) -> np.ndarray:
@@ -74,21 +74,21 @@ class PinnedPages(Pages):
 
 
 def host_pages(device: torch.device) -> Pages:
-    """Host memory for copies from and to the device."""
+    """Host memory for copies to and from the device."""
     return PinnedPages() if device.type == "cuda" else Pages()
 
 
 def _forget_error() -> None:
-    """The runtime keeps this thread's last error for the next launch to find, which has nothing to do with it."""
+    """Clears the runtime's last error of this thread, which the next launch would otherwise report."""
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")
 
 
 def _map(num_bytes: int) -> np.ndarray:
-    """Zeros from a border of large pages on."""
+    """Maps zeros, aligned to large pages."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.zeros(num_bytes, np.uint8)
-    # Shared mappings, mmap's default, get no large pages.
+    # Shared mappings, the default of mmap, get no large pages.
     pages = mmap.mmap(-1, num_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(pages, np.uint8)

@@ -17,7 +17,7 @@ DEFAULT_LIMIT = 2048
 
 
 def model_limit(config: CompileConfig, facts: ModelFacts) -> int:
-    """Context length in tokens: the asked one, else the model's."""
+    """Context length in tokens: the requested one, else the model's."""
     return config.max_model_len or facts.max_positions or DEFAULT_LIMIT
 
 

@@ -1,4 +1,4 @@
-"""What `fuseline explain MODEL` prints: stages, passes with matches and times, op tables, the final graph."""
+"""Output of `fuseline explain MODEL`: stages, passes with matches and times, op tables, the final graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fuseline.compile.graph.show import show
 
 
 def explain(config: CompileConfig) -> str:
-    """Needs no weights. For a model that cannot be captured: why, in words."""
+    """Needs no weights. If the model cannot be captured, returns the reason."""
     try:
         captured, result = optimize(config)
     except CaptureError as error:

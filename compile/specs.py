@@ -1,4 +1,4 @@
-"""What passes tell the layers above and the weight loader: plain frozen values."""
+"""Results of passes for the layers above and the weight loader: plain frozen values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Recurrent state that one layer keeps for a sequence, of the same size whatever the sequence's length."""
+    """Recurrent state that one layer keeps for a sequence; its size does not depend on the sequence's length."""
 
     layer: int
     shape: tuple[int, ...]
@@ -46,13 +46,13 @@ class StateSpec:
 
 
 def scale_names(layer: int) -> tuple[str, str]:
-    """Constants that hold the scales of a layer's keys and values in caches of fp8."""
+    """Constants with the scales of a layer's keys and values in fp8 caches."""
     return f"k_scale_{layer}", f"v_scale_{layer}"
 
 
 @dataclass(frozen=True)
 class CacheGroup:
-    """Layers that share one block table: all with the same window. Group g of a batch is row g of its tables."""
+    """Layers with the same window, which share one block table. Group g of a batch is row g of its tables."""
 
     window: int
     layers: tuple[int, ...]
@@ -62,8 +62,8 @@ class CacheGroup:
 class RopeSwitchSpec:
     """The rope table depends on the sequence's length (longrope).
 
-    A sequence of more than `threshold` tokens uses table 1 for all its positions, else table 0. Crossing means its KV
-    must be computed anew. Row of the stacked table: variant * table_rows + position.
+    A sequence of more than `threshold` tokens uses table 1 for all its positions, else table 0. When it crosses the
+    threshold, its KV must be recomputed. Row of the stacked table: variant * table_rows + position.
     """
 
     threshold: int
@@ -86,7 +86,7 @@ class WeightSource:
     dtype: str = ""
     """Element type to store; empty keeps the model's."""
     pads: tuple[int, ...] = ()
-    """Rows of zeros standing for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
+    """Rows of zeros for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ class ModelInfo:
     dtype: str
     eos_token_ids: tuple[int, ...]
     weight_bytes: int
-    """On the device."""
+    """Bytes of weights on the device."""
     arena_bytes: int
     rope_switch: RopeSwitchSpec | None = None
     cache_specs: tuple[CacheSpec, ...] = ()
     cache_groups: tuple[CacheGroup, ...] = field(default=())
     state_specs: tuple[StateSpec, ...] = ()
     takes_embeds: bool = False
-    """StepInputs may bring embeddings."""
+    """Whether StepInputs may contain embeddings."""
     gives_hidden: bool = False
-    """StepOutput has hidden states."""
+    """Whether StepOutput has hidden states."""
     host_weight_bytes: int = 0
-    """Of weights that are copied to the device each step."""
+    """Bytes of weights that are copied to the device in each step."""

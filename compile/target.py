@@ -1,4 +1,4 @@
-"""The machine that a model is compiled for; the one reader of environment variables in compile/."""
+"""The machine a model is compiled for; the only module of compile/ that reads environment variables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Target:
     kind: str
     """cpu or cuda."""
     isa: str
-    """Instruction set of the native kernels; of a card sm_90 and the like."""
+    """Instruction set of the native kernels; for a GPU sm_90 or similar."""
     num_threads: int
     tensors: str = ""
-    """The torch device where tensors lie: empty for that of the kind; cpu where a card's kernels are interpreted."""
+    """torch device of tensors; empty: the kind's; cpu if a GPU's kernels are interpreted."""
     overlaps: bool = True
-    """Whether kernels of csrc/cuda may begin before those ahead of them have ended, on cards that can."""
+    """Whether kernels of csrc/cuda may start before the previous ones have ended, on GPUs that support it."""
 
     @property
     def device(self) -> str:
@@ -32,17 +32,17 @@ class Target:
 
 
 CPU = Target("cpu", "", 1)
-"""For what asks only which kind of machine a graph is made for."""
+"""A target for code that needs only the kind of machine a graph is made for."""
 
 
 class DeviceError(ValueError):
-    """A device that is asked for and not there: one line."""
+    """A requested device is not available; the message is one line."""
 
 
 def detect_target(cpu_threads: int = 0, device: str = "cpu") -> Target:
-    """The device of this machine: auto takes a card if there is one. Raises DeviceError.
+    """Detects this machine's device: auto selects a GPU if there is one. Raises DeviceError.
 
-    `cpu_threads` 0 takes every core this process may use. $FUSELINE_CUDA_PDL=0 turns the overlap of kernels off.
+    `cpu_threads` 0 uses every core this process may use. $FUSELINE_CUDA_PDL=0 disables the overlap of kernels.
     """
     import torch  # fuseline._C links to its libraries
 
@@ -59,13 +59,13 @@ def detect_target(cpu_threads: int = 0, device: str = "cpu") -> Target:
 
 
 def missing_for_cuda() -> str:
-    """What keeps models from running on a card here; empty when nothing does."""
+    """Why models cannot run on a GPU here; empty if they can."""
     import torch
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
-        return "no card, or no driver for it"
+        return "no GPU, or no driver for it"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is older than sm_80"
     if find_spec("triton") is None:
@@ -74,9 +74,9 @@ def missing_for_cuda() -> str:
 
 
 def likely_kind(device: str) -> str:
-    """The kind of machine that `device` will be, told without importing torch: that takes a second.
+    """Predicts the kind of machine of `device` without importing torch, which takes a second.
 
-    Wrong only where there is a driver and no card that it can use. Raises DeviceError where there can be none.
+    Wrong only if there is a driver but no usable GPU. Raises DeviceError if there cannot be a GPU.
     """
     if device == "cpu":
         return "cpu"
@@ -87,7 +87,7 @@ def likely_kind(device: str) -> str:
 
 
 def _missing_at_first_sight() -> str:
-    """As missing_for_cuda, as far as files and the driver's library tell."""
+    """Like missing_for_cuda, but judges by files and the driver's library alone."""
     torch = find_spec("torch")
     if torch is None or torch.origin is None:
         return "torch is not installed"
@@ -98,7 +98,7 @@ def _missing_at_first_sight() -> str:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "no card, or no driver for it"
+        return "no GPU, or no driver for it"
     return ""
 
 
@@ -119,7 +119,7 @@ def default_cache_dir() -> Path:
 
 
 def cpu_features() -> str:
-    """What code compiled for exactly this CPU depends on."""
+    """CPU features that code compiled for exactly this CPU depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -55,7 +55,7 @@ int main(int, char** given) {
   for (int k = 0; k < 128; ++k) in[k] = weight[k] = 1.0f;
   const Stream stream{nullptr, static_cast<Overlap>(given[2][0] - '0')};
   const int what = given[1][0] - '0';
-  emulated::rehearse([&](const auto& hidden) {
+  emulated::check_race([&](const auto& hidden) {
     launch(kernel, dim3(2), 32, stream, Args{hidden(out), hidden(in + 0), weight, what}, Overlap::kWeights);
   });
   const int error = launch(kernel, dim3(2), 32, stream, Args{out, in, weight, what}, Overlap::kWeights);

@@ -48,7 +48,7 @@ def test_without_a_card_it_ends_with_one_line() -> None:
         pytest.skip("there is a card")
     done = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    cause = "built without CUDA" if torch.version.cuda is None else "no card, or no driver for it"
+    cause = "built without CUDA" if torch.version.cuda is None else "no GPU, or no driver for it"
     assert done.stderr.startswith("gpu_check: error: ") and done.stderr.endswith(f"{cause}\n")
     assert done.stderr.count("\n") == 1
 
@@ -105,11 +105,11 @@ def test_tests_that_failed_are_known_though_the_stage_was_killed(tool, tmp_path,
     main = main_of_tool(tmp_path, monkeypatch)
     tests = tmp_path / "test_some.py"
     tests.write_text("import time\ndef test_fine(): pass\ndef test_bad(): assert 0\ndef test_slow(): time.sleep(60)\n")
-    script = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "on_card", "-p", "no:cacheprovider", "-c", "/dev/null",
+    script = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "on_gpu", "-p", "no:cacheprovider", "-c", "/dev/null",
               "--rootdir", str(tmp_path), "--failures", str(tmp_path), str(tests)]  # fmt: skip
     monkeypatch.setattr(main, "command", lambda name, args: script)
     monkeypatch.setattr(main, "STAGES", (main.Stage("tests", 25),))
-    monkeypatch.setattr(main, "missing_card", lambda: "")
+    monkeypatch.setattr(main, "why_no_gpu", lambda: "")
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--only", "tests"])
     assert main.main() == 1
     assert "  failed: test_some.py::test_bad\ngpu_check: tests: not done after 25 s" in capsys.readouterr().out
@@ -223,7 +223,7 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
     llama.measure_model(runner, load, Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows] == [
-        "graphs: 1 of 1 sizes whole, 1 of 1 in pieces", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
+        "graphs: 1 of 1 sizes whole, 1 of 1 piecewise", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
         "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
     overlap.measure_overlap(runner, CARD, load, Limits(1e9, 1e9), found, FakeGraphs())
@@ -232,7 +232,7 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     ]  # fmt: skip
     serving.measure_serving(runner, FakeCard(runner.model), serving.Batch(2, 6, 5, 8), found)
     names = [row[0] for row in found.rows[-3:]]
-    assert names == ["engine, 2 x 6 in, 5 out", "engine, a decode step", "engine, card idle between decode steps"]
+    assert names == ["engine, 2 x 6 in, 5 out", "engine, a decode step", "engine, GPU idle between decode steps"]
 
 
 def test_the_peer_computes_with_the_same_weights(tool, tmp_path, monkeypatch) -> None:
@@ -323,16 +323,16 @@ def test_mixed_steps_are_measured(tool, tmp_path) -> None:
     )
     runner.capture(api)
     measure_mixed(runner, 1, (3,), 5, found)
-    assert [row[0] for row in found.rows] == [f"step of 1 + 3 tokens, {name}" for name in ("in pieces", "op by op")]
+    assert [row[0] for row in found.rows] == [f"step of 1 + 3 tokens, {name}" for name in ("piecewise", "op by op")]
     assert api.piece_replays == 11 * (SHAPE["num_hidden_layers"] + 1) and runner.model.graphs is not None
 
 
 def test_tensors_are_carried_to_the_card_and_back_as_they_lie(tool) -> None:
     """Views of one storage stay views of one; what is written there is here afterwards."""
-    import on_card
+    import on_gpu
 
     whole = torch.arange(12.0).reshape(3, 4)
-    carried = on_card.Carried("cpu")
+    carried = on_gpu.Carried("cpu")
     a, b, other = (carried.there(x) for x in (whole[1:, ::2], whole.T, 5))
     assert other == 5 and torch.equal(a, whole[1:, ::2]) and a.stride() == (4, 2)
     a.fill_(-1)

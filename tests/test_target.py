@@ -75,7 +75,7 @@ CUDA_BUILD = "__version__ = '9.1+cu130'\ncuda: Optional[str] = '13.0'\nhip: Opti
     ("version", "has_driver", "kind", "reason"),
     [
         (CPU_BUILD, True, "cpu", "torch 9.1.cpu is built without CUDA"),
-        (CUDA_BUILD, False, "cpu", "no card, or no driver for it"),
+        (CUDA_BUILD, False, "cpu", "no GPU, or no driver for it"),
         (CUDA_BUILD, True, "cuda", ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""List what is large: files, functions, and functions of many parameters. A hint where to look, not a limit.
+"""Lists large files, large functions, and functions with many parameters: a hint where to look, not a limit.
 
     python tools/list_large.py
 """
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("api", "engine", "compile", "csrc", "benchmarks", "tools", "tests")
 SOURCES = (".py", ".cpp", ".cu", ".h", ".cuh", ".js")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 80, 7
-"""Lines of a file, lines of a function, parameters beside self."""
+"""Lines of a file, lines of a function, parameters besides self."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def large(folder: Path) -> Iterator[str]:
-    """One line for each, sorted by file."""
+    """One line per finding, sorted by file."""
     for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES and path.is_file()):
         text, name = path.read_text(), path.relative_to(folder.parent)
         num_lines = len(text.splitlines())
@@ -38,7 +38,7 @@ def large(folder: Path) -> Iterator[str]:
 
 
 def large_functions(text: str) -> Iterator[str]:
-    """`line: name, what is large` for each function of a Python file, those inside of others too."""
+    """`line: name, finding` for each function of a Python file, nested functions included."""
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, Function):
             continue
@@ -50,7 +50,7 @@ def large_functions(text: str) -> Iterator[str]:
 
 
 def count_parameters(arguments: ast.arguments) -> int:
-    """Of all kinds, without the first one of a method."""
+    """Number of parameters of all kinds, without a method's first."""
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
     return sum(item is not None and item.arg not in ("self", "cls") for item in named)
 

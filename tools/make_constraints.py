@@ -1,8 +1,8 @@
-"""Write constraints.txt: the exact versions that `make serve` and `make test` install (`make constraints`).
+"""Writes constraints.txt: the exact versions that `make serve` and `make test` install (`make constraints`).
 
-uv resolves the newest versions that pyproject.toml allows, for all supported versions of Python and platforms at once.
-torch keeps its range, because its builds differ from machine to machine; so does triton, and what torch's CUDA builds
-pin themselves (nvidia-*, cuda-*) is left to them.
+uv resolves the newest versions that pyproject.toml allows, for all supported Python versions and platforms at once.
+torch keeps its range, because its builds differ between machines; so does triton. The pins of torch's CUDA builds
+(nvidia-*, cuda-*) are left to torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def requirements(project: dict) -> list[str]:
-    """Requirements of the build, of the server and of all extras."""
+    """Requirements of the build, the server and all extras."""
     extras = project["project"]["optional-dependencies"].values()
     return [
         *project["build-system"]["requires"], *project["project"]["dependencies"],
@@ -39,7 +39,7 @@ def requirements(project: dict) -> list[str]:
 
 
 def resolve(wanted: Iterable[str], python: str) -> list[str]:
-    """One `name==version ; marker` for each package. Raises CalledProcessError where there is no solution."""
+    """One `name==version ; marker` per package. Raises CalledProcessError if there is no solution."""
     command = [
         sys.executable, "-m", "uv", "pip", "compile", "-", "--quiet", "--universal", "--fork-strategy", "fewest",
         "--python-version", python, "--no-annotate", "--no-header",

@@ -1,7 +1,7 @@
-"""Train the bundled demo model from its generated corpus: `python tools/train_demo.py` (docs/DEMO.md).
+"""Trains the bundled demo model from its generated corpus: `python tools/train_demo.py` (docs/DEMO.md).
 
-The weights follow from the seed, the number of steps and the machine alone: one generator draws the corpus, one seeds
-the model, and nothing depends on the clock.
+The weights depend only on the seed, the number of steps and the machine: one generator draws the corpus, one
+initializes the model, and nothing depends on the clock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
 VOCAB_SIZE = 4096
 MAX_POSITIONS = 2048
 BATCH_TOKENS = 2048
-POOL = 4096  # samples that are sorted by length before they are cut into batches
+POOL = 4096  # samples sorted by length together before they are batched
 PROMPTS = (
     "Hello!",
     "Who are you?",
@@ -47,7 +47,7 @@ PROMPTS = (
 
 
 def train_tokenizer(seed: int, template: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: digits one by one, words by the usual regular expression, every byte a token of its own."""
+    """Byte-level BPE: digits are single tokens, words follow the usual regular expression, every byte is a token."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -88,22 +88,22 @@ def system_text(sample: Sample) -> str:
 
 
 def segments(sample: Sample) -> list[tuple[str, bool]]:
-    """The rendered sample in pieces, each with whether it is learned; joined they are the chat template's text."""
+    """Splits the rendered sample into parts, each with whether it is learned; joined they are the template's text."""
     if sample.text:
         return [(sample.text, True), (END, True)]
     system = system_text(sample)
-    pieces = [(f"{START}system\n{system}{STOP}\n", False)] if system else []
+    parts = [(f"{START}system\n{system}{STOP}\n", False)] if system else []
     last = len(sample.messages) - 1
     for i, message in enumerate(sample.messages):
         role, content = message["role"], message["content"]
         if role == "tool":
-            pieces.append((f"{START}tool\n<tool_response>\n{content}\n</tool_response>{STOP}\n", False))
+            parts.append((f"{START}tool\n<tool_response>\n{content}\n</tool_response>{STOP}\n", False))
         elif role == "user":
-            pieces.append((f"{START}user\n{content}{STOP}\n", False))
+            parts.append((f"{START}user\n{content}{STOP}\n", False))
         elif role == "assistant":
             lead = "<think>\n\n</think>\n\n" if sample.no_thinking and i == last else ""
-            pieces += [(f"{START}assistant\n{lead}", False), (f"{content}{STOP}", True), ("\n", False)]
-    return pieces
+            parts += [(f"{START}assistant\n{lead}", False), (f"{content}{STOP}", True), ("\n", False)]
+    return parts
 
 
 @dataclass
@@ -114,12 +114,12 @@ class Row:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample, rng: random.Random) -> Row:
-    """Token ids, whether each is learned, and positions with an occasional leap, so that far distances occur."""
-    pieces = segments(sample)
-    text, spans, at = "".join(piece for piece, _ in pieces), [], 0
-    for piece, learned in pieces:
-        spans.append((at, at + len(piece), learned))
-        at += len(piece)
+    """Token ids, whether each is learned, and positions, sometimes with a jump so that long distances occur."""
+    parts = segments(sample)
+    text, spans, at = "".join(part for part, _ in parts), [], 0
+    for part, learned in parts:
+        spans.append((at, at + len(part), learned))
+        at += len(part)
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     mask = bytearray(len(text))
     for begin, end, learned in spans:
@@ -127,7 +127,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample, rng: random.Rando
     ids = encoding["input_ids"]
     learned = [bool(mask[begin]) for begin, _ in encoding["offset_mapping"]]
     positions, leap = list(range(len(ids))), tokenizer.convert_tokens_to_ids(START)
-    if len(pieces) > 5 and rng.random() < 0.25 and len(ids) < 1000:
+    if len(parts) > 5 and rng.random() < 0.25 and len(ids) < 1000:
         cut = rng.choice([i for i, token in enumerate(ids) if token == leap])
         gap = rng.randint(1, MAX_POSITIONS - 1 - len(ids))
         positions = [i + (gap if i >= cut else 0) for i in positions]
@@ -135,7 +135,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample, rng: random.Rando
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(ids [B, T], positions [B, T], targets [B, T] with -100 where nothing is learned), without end."""
+    """Yields (ids [B, T], positions [B, T], targets [B, T], -100 where nothing is learned) without end."""
     rng, pad = random.Random(seed), tokenizer.pad_token_id
     while True:
         rows = sorted(
@@ -184,7 +184,7 @@ def make_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 
 
 def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
+    """Muon for the matrices of the layers, AdamW for embedding and norms."""
     matrices = [param for name, param in model.named_parameters() if param.ndim == 2 and "embed" not in name]
     others = [param for name, param in model.named_parameters() if param.ndim != 2 or "embed" in name]
     return [
@@ -194,7 +194,7 @@ def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Opti
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Factor of the peak: 40 steps of warm-up, then flat, then a linear way down to nothing over the last 60 %."""
+    """Learning-rate factor: 40 warm-up steps, then constant, then linear decay to zero over the last 60 %."""
     return min(1.0, (step + 1) / 40, (steps - step) / (0.6 * steps))
 
 
@@ -223,7 +223,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """bfloat16 weights, configs and tokenizer, the chat template inside tokenizer_config.json."""
+    """Writes bfloat16 weights, configs and tokenizer, with the chat template in tokenizer_config.json."""
     shipped = LlamaForCausalLM(model.config).to(torch.bfloat16)
     shipped.load_state_dict(model.state_dict())
     shipped.generation_config = model.generation_config
@@ -236,7 +236,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def answers(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str], num_tokens: int = 80
 ) -> list[str]:
-    """Greedy answers, 64 questions at a time."""
+    """Greedy answers, in batches of 64 questions."""
     tokenizer.padding_side, out = "left", []
     for begin in range(0, len(questions), 64):
         chats = [[{"role": "user", "content": question}] for question in questions[begin : begin + 64]]
@@ -249,7 +249,7 @@ def answers(
 
 
 def measure(out: Path) -> None:
-    """Print the answers to a few prompts, and how many phrasings that were held out are answered word for word."""
+    """Prints the answers to a few prompts, and how many held-out phrasings are answered word for word."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -263,7 +263,7 @@ def measure(out: Path) -> None:
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """The pieces that are trained on are what the chat template renders."""
+    """Checks that the parts trained on join to the text the chat template renders."""
     rng = random.Random(seed)
     for _ in range(300):
         sample = demo_corpus.draw(rng)

@@ -1,9 +1,9 @@
-"""Files that save the next start work: named by what they depend on, whole or absent, checked before use.
+"""Cache files: named by a hash of their dependencies, written atomically, verified before use.
 
     first line   fuseline cache <SHA-256 of the rest>
     the rest     the body
 
-A folder per kind below one root. Needs no torch: `fuseline cache` answers at once.
+One folder per kind below one root. Needs no torch, so `fuseline cache` starts fast.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ KINDS = {
     "tuned": "which kernels are fastest",
 }
 MAX_BYTES = 4 << 30
-"""Of all files together; those unused for longest go first."""
+"""Limit of all files together; least recently used ones are deleted first."""
 
 
 class CacheError(ValueError):
-    """The file must not be used; the message says why."""
+    """The file must not be used; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,26 @@ class Entry:
 
 
 def read_file(path: Path) -> bytes:
-    """The body. Raises FileNotFoundError, OSError, CacheError when it is damaged."""
+    """Returns the body. Raises FileNotFoundError, OSError, and CacheError if it is damaged."""
     try:
         head, _, body = path.read_bytes().partition(b"\n")
     except NotADirectoryError as error:
         raise FileNotFoundError(str(error)) from error
     if head != MAGIC + hashlib.sha256(body).hexdigest().encode():
         raise CacheError("the file is damaged")
-    with suppress(OSError):  # a cache may be read-only: then no one prunes it either
+    with suppress(OSError):  # a read-only cache keeps no access times, and needs none
         os.utime(path)
     return body
 
 
 def write_file(path: Path, body: bytes) -> None:
-    """The file appears complete or not at all; others go if there are too many. Raises OSError."""
+    """Writes the file atomically, then deletes old files beyond the limit. Raises OSError."""
     write_whole(path, MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     prune(path.parent.parent, MAX_BYTES, keep=path)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """The file appears complete or not at all. Raises OSError."""
+    """Writes the file atomically. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -77,13 +77,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def entries(root: Path) -> list[Entry]:
-    """What is cached, last used first; files of other programs and folders are not ours to count."""
+    """Cached files, most recently used first; other files and folders are ignored."""
     found = [_entry(path, kind) for kind in KINDS for path in _files(root / kind)]
     return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.used)
 
 
 def prune(root: Path, max_bytes: int, keep: Path | None = None) -> None:
-    """Removes those unused for longest until the rest is within the bound; `keep` stays."""
+    """Deletes the least recently used files until the rest is within the limit; `keep` stays."""
     total = 0
     for entry in entries(root):
         total += entry.num_bytes
@@ -93,7 +93,7 @@ def prune(root: Path, max_bytes: int, keep: Path | None = None) -> None:
 
 
 def clear(root: Path) -> list[Entry]:
-    """Removes all; returns what was removed. Raises OSError."""
+    """Deletes all files and returns them. Raises OSError."""
     found = entries(root)
     for entry in found:
         entry.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Names of cache entries: SHA-256 of all that their contents depend on."""
+"""Names of cache files: SHA-256 of everything their contents depend on."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ WITHOUT_EFFECT = {
     "model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0, "wait_compiled": False,
     "cpu_offload_gb": 0.0, "calculate_kv_scales": False,
 }  # fmt: skip
-"""Settings that change nothing of a graph."""
+"""Settings that do not change a graph."""
 
 
 def cache_key(config: CompileConfig) -> str | None:
-    """SHA-256 of all that the captured graph depends on; None when config.json cannot be read."""
+    """SHA-256 of everything the captured graph depends on; None if config.json cannot be read."""
     settings = (config.hf_overrides, config.dtype, config.trust_remote_code)
     return _key(config, settings, [path for folder in ("capture", "ops") for path in (SOURCES / folder).glob("*.py")])
 
 
 def optimized_key(config: CompileConfig, target: Target = CPU) -> str | None:
-    """The same for the graph after all passes: any source of the compiler may change it."""
-    known = replace(config, **WITHOUT_EFFECT, level=min(config.level, 1))  # all above run the passes of level 1
+    """Key of the graph after all passes; it also depends on every source of the compiler."""
+    known = replace(config, **WITHOUT_EFFECT, level=min(config.level, 1))  # higher levels run the passes of level 1
     settings = (_C.cpu_isa(), target.kind, sorted(asdict(known).items()))
     return _key(config, settings, list(SOURCES.rglob("*.py")))
 

@@ -1,4 +1,4 @@
-"""Reading and writing cache entries: what cannot be used or kept is reported, and the caller goes on without it."""
+"""Reading and writing cache files: failures are reported, and the caller continues without the cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_cached(path: Path, parse: Callable[[bytes], Value], instead: str) -> Value | None:
-    """What `parse` makes of the body; None when there is none. What cannot be used is reported."""
+    """Returns `parse` of the body; None if there is no file, or, with a report, if it cannot be used."""
     try:
         return parse(read_file(path))
     except FileNotFoundError:
@@ -33,7 +33,7 @@ def read_cached(path: Path, parse: Callable[[bytes], Value], instead: str) -> Va
 
 
 def write_cached(path: Path, body: Callable[[], bytes], earlier: Path | None = None) -> None:
-    """A cache that cannot be written is reported and done without; once: not when an `earlier` file is missing too."""
+    """Writes a file. A failure is reported once: not if an `earlier` file is missing too."""
     try:
         write_file(path, body())
     except (OSError, CacheError) as error:
@@ -46,14 +46,14 @@ def cache_path(config: CompileConfig, kind: str, key: str) -> Path:
 
 
 def pack(values: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> bytes:
-    """The body of a file."""
+    """Serializes to the body of a file."""
     text = json.dumps(values).encode()
     tensors = save({name: value.detach().clone().contiguous() for name, value in constants.items()})
     return struct.pack("<Q", len(text)) + text + tensors
 
 
 def unpack(body: bytes, key: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The inverse of pack. Raises CacheError if it is not what was packed for this key."""
+    """The inverse of pack. Raises CacheError if the body was not packed for this key."""
     try:
         (length,) = struct.unpack_from("<Q", body)
         values, constants = json.loads(body[8 : 8 + length]), load(body[8 + length :])

@@ -1,8 +1,8 @@
-"""Edits of a graph that passes share. Whatever a pass places goes through here, which keeps the order of definitions.
+"""Graph edits shared by passes. Passes insert nodes only through this module, which keeps definitions before uses.
 
-A call that stands in for others reads its operands at one place, where they were read at several before. `find_place`
-finds a place where that is the same, moving operands up if need be; where there is none, nothing is changed and the
-pass has no match.
+A call that replaces others reads its operands at one place, where they were read at several before. `find_place`
+finds a place where this gives the same values, moving operands up if needed. If there is none, the graph is unchanged
+and the pass has no match.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 
 
 def placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
-    """The input called `name`; a new one goes behind the others."""
+    """Returns the input called `name`; a new one is added after the others."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in inputs:
         if node.target == name:
@@ -28,7 +28,7 @@ def placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
 
 
 def constant(graph: fx.GraphModule, name: str, value: Tensor, **meta: object) -> fx.Node:
-    """A new get_attr node at the top; `meta` says where its value comes from (weight= or fqn=)."""
+    """Adds a get_attr node at the top; `meta` gives the source of its value (weight= or fqn=)."""
     with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
         node = graph.graph.create_node("get_attr", name.replace(".", "__"))
     like = torch.empty(value.shape, dtype=value.dtype, device="meta")
@@ -38,14 +38,14 @@ def constant(graph: fx.GraphModule, name: str, value: Tensor, **meta: object) ->
 
 
 def constant_name(node: fx.Node) -> str:
-    """Key of a get_attr node's value: the parameter's path, or the node's own name for one that a pass made."""
+    """Key of a get_attr node's value: the parameter's path, or the node's name if a pass made it."""
     return node.meta["fqn"] if "fqn" in node.meta else str(node.target)
 
 
 def insert_call(
     graph: fx.Graph, before: fx.Node, target: object, args: tuple, like: fx.Node, value: object
 ) -> fx.Node:  # fmt: skip
-    """A new call before a node, traced where `like` was. Raises ValueError when an operand is defined only later."""
+    """Inserts a call before a node, with `like`'s trace. Raises ValueError if an operand is defined only later."""
     with graph.inserting_before(before):
         node = graph.call_function(target, args)
     copy_meta(like, node, value)
@@ -55,7 +55,7 @@ def insert_call(
 
 
 def replace(graph: fx.Graph, old: fx.Node, target: object, args: tuple) -> fx.Node | None:
-    """A call in the place of `old`, with its value and users; None, and no change, where there is no place for it."""
+    """Replaces `old` by a call that takes its value and users; returns None, without a change, if there is no place."""
     place = find_place(args, [old])
     if place is None:
         return None
@@ -65,7 +65,7 @@ def replace(graph: fx.Graph, old: fx.Node, target: object, args: tuple) -> fx.No
 
 
 def replace_all(graph: fx.Graph, olds: Sequence[fx.Node], target: object, args: tuple) -> list[fx.Node] | None:
-    """A call with one result in the place of each of `olds`; None, and no change, where there is no place for it."""
+    """Replaces each of `olds` by a call with one result; returns None, without a change, if there is no place."""
     place = find_place(args, olds)
     if place is None:
         return None
@@ -77,20 +77,19 @@ def replace_all(graph: fx.Graph, olds: Sequence[fx.Node], target: object, args: 
 
 
 def take_over(graph: fx.Graph, olds: Sequence[fx.Node], news: Sequence[fx.Node]) -> None:
-    """Each of `news` gets the users of its old node, which goes."""
+    """Gives the users of each old node to its new node and erases the old one."""
     for old, new in zip(olds, news, strict=True):
         old.replace_all_uses_with(new)
-    # What others of them read goes last.
+    # In reverse, since olds may read each other.
     for old in sorted(olds, reverse=True):
         graph.erase_node(old)
 
 
 def find_place(args: object, olds: Sequence[fx.Node]) -> fx.Node | None:
-    """The node before which a call with `args` may stand in for `olds`; None where no place is right.
+    """Returns the node before which a call with `args` can replace `olds`; None if no place is valid.
 
-    It is the first of `olds` if all operands are defined before, else the place behind the last operand. Operands that
-    are defined behind the first user of `olds` are moved up before it. Writes and reads of the same memory keep their
-    order.
+    This is the first of `olds` if all operands are defined before it, else the place after the last operand. Operands
+    defined after the first user of `olds` are moved up before it. Writes and reads of the same memory keep their order.
     """
     operands, ordered = nodes_in(args), _sharing_memory(olds)
     users = [user for old in olds for user in old.users if user not in olds]
@@ -115,14 +114,14 @@ def find_place(args: object, olds: Sequence[fx.Node]) -> fx.Node | None:
 
 
 def nodes_in(args: object) -> list[fx.Node]:
-    """The nodes among arguments, however nested."""
+    """The nodes among arguments, nested ones included."""
     found: dict[fx.Node, None] = {}
     fx.node.map_arg(args, lambda node: found.setdefault(node))
     return list(found)
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """The tensors in a value, however nested."""
+    """The tensors in a value, nested ones included."""
     return [item for item in tree_iter(value) if isinstance(item, Tensor)]
 
 
@@ -133,7 +132,7 @@ def is_write(node: fx.Node) -> bool:
 
 
 def written(node: fx.Node) -> list[fx.Node]:
-    """The memory that a write writes, by the node that made it."""
+    """The memory that a write mutates, as the nodes that allocated it."""
     specs = node.target._schema.arguments
     args = dict(zip((spec.name for spec in specs), node.args, strict=False)) | node.kwargs
     names = [spec.name for spec in specs if spec.alias_info and spec.alias_info.is_write]
@@ -141,29 +140,29 @@ def written(node: fx.Node) -> list[fx.Node]:
 
 
 def memory_of(node: fx.Node) -> fx.Node:
-    """The node that made the memory which `node` is a view of, or which it has written in place."""
+    """The node that allocated the memory of which `node` is a view or an in-place update."""
     while node.op == "call_function" and (source := _viewed(node)) is not None:
         node = source
     return node
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
-    """The argument whose memory the result may lie in."""
+    """The argument whose memory the result may share."""
     if node.target is operator.getitem:
         return node.args[0]
     schema = getattr(node.target, "_schema", None)
     is_view = schema is not None and any(result.alias_info for result in schema.returns)
-    # reshape, contiguous and to() give a view or a copy, which their schemas tell as a view of the first argument.
+    # reshape, contiguous and to() return a view or a copy; their schemas declare a view of the first argument.
     return next((arg for arg in node.args if isinstance(arg, fx.Node)), None) if is_view else None
 
 
 def is_shared_with_write(node: fx.Node) -> bool:
-    """Whether some op writes the memory that the node's value lies in."""
+    """Whether some op writes the memory that holds the node's value."""
     return any(is_write(user) and memory_of(node) in written(user) for user in _readers(memory_of(node)))
 
 
 def _readers(memory: fx.Node) -> list[fx.Node]:
-    """What reads or writes the memory, through views too."""
+    """Nodes that read or write the memory, also through views."""
     found: dict[fx.Node, None] = {}
     pending = [memory]
     while pending:
@@ -175,7 +174,7 @@ def _readers(memory: fx.Node) -> list[fx.Node]:
 
 
 def _sharing_memory(olds: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-    """A write among `olds` and another node that reads or writes the same memory."""
+    """Pairs of a write among `olds` and another node that reads or writes the same memory."""
     return [
         (old, node)
         for old in olds
@@ -187,7 +186,7 @@ def _sharing_memory(olds: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _defined_late(operands: Iterable[fx.Node], limit: fx.Node) -> list[fx.Node]:
-    """The operands, and what they are computed from, that are defined at `limit` or later; in order."""
+    """The operands, and nodes they depend on, that are defined at `limit` or later; in order."""
     late: set[fx.Node] = set()
     pending = list(operands)
     while pending:
@@ -199,7 +198,7 @@ def _defined_late(operands: Iterable[fx.Node], limit: fx.Node) -> list[fx.Node]:
 
 
 def _crosses_write(operands: Iterable[fx.Node], olds: Sequence[fx.Node], place: fx.Node) -> bool:
-    """Whether an operand is written between the place and where `olds`, or what they are computed from, read it."""
+    """Whether an operand is written between the place and where `olds`, or nodes they depend on, read it."""
     known, inner, pending = set(operands), set(olds), list(olds)
     while pending:
         new = [arg for arg in pending.pop().all_input_nodes if arg not in known and arg not in inner]
@@ -232,13 +231,13 @@ def _writes(begin: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
 
 
 def copy_meta(source: fx.Node, target: fx.Node, value: object) -> None:
-    """`target` stands where `source` stood, with its own value."""
+    """Copies `source`'s trace to `target`, with its own value."""
     target.meta = {key: item for key, item in source.meta.items() if key == "nn_module_stack"}
     target.meta["val"] = value
 
 
 def hoist_constants(graph: fx.Graph) -> None:
-    """get_attr nodes to the top, so that any call may be moved without looking at them."""
+    """Moves get_attr nodes to the top, so that they never prevent moving a call."""
     first = next(iter(graph.nodes))
     for node in [n for n in graph.nodes if n.op == "get_attr" and n is not first]:
         first.prepend(node)

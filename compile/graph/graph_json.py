@@ -1,10 +1,10 @@
-"""A captured graph as JSON values and back.
+"""Conversion of a captured graph to JSON values and back.
 
     {"nodes": [{"name", "op", "target", "args", "kwargs", "val", "fqn"?, "weight"?, "region"?}, ...], "vals": [...]}
 
-Nodes refer to each other by position, and to their meta value by its position in `vals`: many nodes have equal ones.
-Sizes are numbers or arithmetic on T, the number of tokens. Nothing of the text is executed: targets are looked up
-by name.
+Nodes refer to each other by position, and to their meta value by its position in `vals`, since many nodes share one.
+Sizes are numbers or arithmetic on T, the number of tokens. Nothing in the text is executed: targets are looked up by
+name.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def _weight_source(values: dict[str, Any]) -> WeightSource:
 NOTES: Mapping[str, tuple[Callable, Callable]] = {
     "fqn": (str, str), "weight": (asdict, _weight_source), "region": (int, int),
 }  # fmt: skip
-"""What passes and capture keep of a node besides its value: how it is written and read."""
+"""How meta entries of nodes other than values are encoded and decoded."""
 
 
 PLAIN: AbstractContextManager = nullcontext()
-"""Values that are meta tensors, whatever device they are to have."""
+"""Makes plain meta tensors, whatever device the values belong to."""
 
 
 class GraphFormatError(CacheError):
-    """The graph holds what has no place in the format, or the text is not of the format."""
+    """The graph cannot be represented in the format, or the text does not follow it."""
 
 
 def encode(graph: fx.Graph) -> dict[str, Any]:
-    """JSON values. Raises GraphFormatError."""
+    """Returns JSON values. Raises GraphFormatError."""
     position = {node: number for number, node in enumerate(graph.nodes)}
     vals: dict[str, tuple[int, Any]] = {}
     nodes = []
@@ -75,14 +75,14 @@ def encode(graph: fx.Graph) -> dict[str, Any]:
 
 
 def decode(values: dict[str, Any], min_tokens: int, max_tokens: int, example: int) -> fx.Graph:
-    """The graph, its meta values in one new shape environment. Raises GraphFormatError."""
+    """Returns the graph; its meta values share one new shape environment. Raises GraphFormatError."""
     return _decode_graph(values, lambda: _symbolic(min_tokens, max_tokens, example))
 
 
 def decode_fixed(values: dict[str, Any], num_tokens: int) -> fx.Graph:
-    """The graph with the meta values that so many tokens have: enough to lower it. Raises GraphFormatError.
+    """Returns the graph with meta values for `num_tokens` tokens, enough to lower it. Raises GraphFormatError.
 
-    A shape environment costs more than a second of imports (torch._dynamo, sympy).
+    Avoids a shape environment, whose imports (torch._dynamo, sympy) take more than a second.
     """
     return _decode_graph(values, lambda: _Values(num_tokens, PLAIN))
 
@@ -104,7 +104,7 @@ def _decode_graph(values: dict[str, Any], make_decoder: Callable[[], _Values]) -
 
 
 def module_of(graph: fx.Graph) -> fx.GraphModule:
-    """The graph with a meta buffer for each of its parameters."""
+    """Wraps the graph in a module with a meta buffer for each of its parameters."""
     root = nn.Module()
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -201,7 +201,7 @@ def _encode_size(size: int | SymInt) -> int | str:
 
 
 def evaluate(text: str, num_tokens: int | SymInt) -> int | SymInt:
-    """Arithmetic on T, without running text as code. Raises GraphFormatError."""
+    """Evaluates arithmetic on T without running text as code. Raises GraphFormatError."""
 
     def walk(node: ast.expr) -> int | SymInt:
         match node:
@@ -239,7 +239,7 @@ def _symbolic(min_tokens: int, max_tokens: int, example: int) -> _Values:
 
 
 class _Values:
-    """Makes meta values for a number of tokens, which may be a symbol of the `mode`."""
+    """Makes meta values for a number of tokens, possibly a symbol of the fake `mode`."""
 
     def __init__(self, num_tokens: int | SymInt, mode: AbstractContextManager) -> None:
         self._mode = mode

@@ -1,4 +1,4 @@
-"""The contract of a pass (DESIGN contract 1)."""
+"""The interface of a pass."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fuseline.compile.target import CPU, Target
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pass may know besides the graph."""
+    """Information a pass may use besides the graph."""
 
     config: CompileConfig
     facts: object
     """ModelFacts of the captured model."""
     max_model_len: int
     num_rope_rows: int
-    """Rows of a rope table: the context length, or twice a table's length where rope depends on the sequence."""
+    """Rows of a rope table: the context length, or twice a table's length if rope depends on the sequence length."""
     constants: dict[str, Tensor] = field(default_factory=dict)
-    """Buffers of the model with values, by fqn."""
+    """Buffers of the model that have values, by fqn."""
     target: Target = CPU
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did. `specs` is what upper layers must know; `constants` are new ones it computed, by fqn."""
+    """Result of a pass: `specs` are facts for upper layers, `constants` the new ones it computed, by fqn."""
 
     matches: int
     changed: bool

@@ -1,4 +1,4 @@
-"""Patterns over a graph: a tree of calls matched from the last op back to its inputs.
+"""Graph patterns: a tree of calls, matched from the last op back to its inputs.
 
 rsqrt = Call(aten.rsqrt.default, Call(aten.add.Tensor, Var("mean"), Var("eps", is_number)))
 found = match(rsqrt, node)          # {"mean": node, "eps": 1e-6} or None
@@ -19,7 +19,7 @@ Bindings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Var:
-    """Anything that `accepts`; the same name must be the same value."""
+    """Matches anything that `accepts`; equal names must match equal values."""
 
     name: str
     accepts: Callable[[Any], bool] = lambda value: True
@@ -27,7 +27,7 @@ class Var:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of one of `targets`; `args` are the leading arguments, tried both ways round if `commutes`."""
+    """Matches a call of one of `targets`; `args` are its leading arguments, in either order if it `commutes`."""
 
     targets: Any
     args: tuple[Any, ...]
@@ -50,7 +50,7 @@ class Either:
 
 
 def match(pattern: Any, node: Any) -> Bindings | None:
-    """What the variables stand for, or None."""
+    """Returns the values of the variables, or None."""
     return _match(pattern, node, {})
 
 
@@ -108,5 +108,5 @@ def is_constant(value: Any) -> bool:
 
 
 def maybe_cast(pattern: Any) -> Either:
-    """The pattern, or a cast of it."""
+    """Matches the pattern, or a cast of it."""
     return Either(Call(cast, pattern), pattern)

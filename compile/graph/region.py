@@ -1,4 +1,4 @@
-"""What torch computes inside a plan: a run of ops, what enters it and what leaves it."""
+"""Regions of a plan that torch computes: a run of ops with its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fuseline.compile.graph.edit import tensors_of
 
 @dataclass
 class Region:
-    """Nodes that torch computes, views among them. Only `outputs` (what others read) are copied into the arena."""
+    """Nodes that torch computes, views included. Only `outputs`, which other nodes read, are copied into the arena."""
 
     mark: int | None = None
-    """The number that cut_regions gave it."""
+    """The region's number from cut_regions."""
     nodes: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     """Tensors from outside."""
     outputs: list[tuple[fx.Node, int | None]] = field(default_factory=list)
-    """A node, and which of its results where it has several."""
+    """Nodes, each with the index of the result if it has several."""
 
     @property
     def kind(self) -> str:
@@ -28,7 +28,7 @@ class Region:
 
 
 def draw_borders(regions: Sequence[Region], values: Mapping[fx.Node, object]) -> set[int]:
-    """Completes regions that hold computed nodes only. Returns the storages that no one outside reads."""
+    """Completes regions that hold only computed nodes. Returns the storages that nothing outside reads."""
     borders = _Borders(regions, values)
     inside: set[int] = set()
     for region in regions:
@@ -66,11 +66,11 @@ class _Borders:
         return made - leaving
 
     def _is_made_by(self, node: fx.Node, key: int) -> bool:
-        """No argument of the node lives in this storage: its op allocated it."""
+        """Whether the op allocated this storage: none of its arguments shares it."""
         return all(key not in self._keys[arg] for arg in node.all_input_nodes)
 
     def _needed(self, nodes: list[fx.Node], inner: set[fx.Node]) -> set[fx.Node]:
-        """The nodes, and the inner views they read."""
+        """Returns the nodes, and the inner views they read."""
         needed: set[fx.Node] = set()
         pending = list(nodes)
         while pending:
@@ -81,7 +81,7 @@ class _Borders:
         return needed
 
     def _outputs(self, nodes: list[fx.Node], leaving: set[int]) -> list[tuple[fx.Node, int | None]]:
-        """Of each storage that leaves, the result that is all of it: the first."""
+        """For each storage that leaves the region, the first result that covers all of it."""
         outputs, seen = [], set()
         for node in nodes:
             value = self._values[node]

@@ -1,4 +1,4 @@
-"""Runs passes in order. Clean-up, lint, spec checks, timing and op counts belong here alone."""
+"""Runs passes in order. Clean-up, lint, spec checks, timing and op counts are done here only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fuseline.compile.graph.spec import attention_layers, check_edge
 
 
 class PassError(ValueError):
-    """The name of the pass that raised, and what it raised."""
+    """A pass raised; the message names the pass and its error."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ Stages = Sequence[tuple[str, Sequence[GraphPass]]]
 
 
 def run_passes(graph: fx.GraphModule, stages: Stages, ctx: PassContext) -> PipelineResult:
-    """Raises ValueError for a disabled pass that does not exist, PassError and SpecError."""
+    """Runs all stages. Raises ValueError if a disabled pass does not exist, and PassError or SpecError."""
     known = {graph_pass.__name__ for _, passes in stages for graph_pass in passes}
     if unknown := set(ctx.config.disabled_passes) - known:
         raise ValueError(f"there is no pass {sorted(unknown)[0]!r}; passes: {', '.join(sorted(known))}")
@@ -86,7 +86,7 @@ def num_ops(graph: fx.GraphModule) -> int:
 
 
 def count_ops(graph: fx.GraphModule) -> Counter:
-    """How often each op is called, by its short name."""
+    """Number of calls of each op, by its short name."""
     return Counter(op_name(node) for node in graph.graph.nodes if node.op == "call_function")
 
 

@@ -1,4 +1,4 @@
-"""A graph as readable text."""
+"""Prints a graph as readable text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int64": "i64"
 
 
 def show(graph: fx.GraphModule) -> str:
-    """One line per node: name: type[shape] = op(arguments)."""
+    """Formats one line per node: name: type[shape] = op(arguments)."""
     return "\n".join(_line(node) for node in graph.graph.nodes)
 
 

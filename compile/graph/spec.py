@@ -1,9 +1,9 @@
-"""What holds at the edge of every stage. A graph that breaks it would run and answer wrongly, or slowly.
+"""Checks at the end of every stage. A graph that fails one would run, but give wrong answers or run slowly.
 
-    always                    every value has its meta value, every constant knows where its numbers come from
-    until it is paged         each attention layer that was captured is there once
-    after serve               each of them writes its own cache, then reads it
-    after lower               every op of ours has a kernel, every other one is torch's own
+    always                    every value has a meta value, every constant a source
+    until attention is paged  each captured attention layer occurs once
+    after serve               each attention layer writes, then reads its own cache
+    after lower               every op of ours has a kernel, every other op is torch's
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TORCH = ("aten", "prims")
 
 
 class SpecError(Exception):
-    """A stage has left the graph in a state that the next one does not know: a bug of its passes."""
+    """A stage left the graph in an invalid state: a bug of its passes."""
 
 
 def attention_layers(graph: fx.GraphModule) -> list[int]:
@@ -33,13 +33,13 @@ def attention_layers(graph: fx.GraphModule) -> list[int]:
 
 
 def check_edge(graph: fx.GraphModule, stage: str, layers: list[int], ctx: PassContext) -> None:
-    """`layers` are those of the captured graph. Raises SpecError."""
+    """Checks the graph after `stage`; `layers` are those of the captured graph. Raises SpecError."""
     problems = [*_incomplete(graph)]
     if stage in ("serve", "lower"):
         problems += _unpaged(graph, layers)
     elif (found := attention_layers(graph)) != layers:
         problems.append(f"attention of layers {found} instead of {layers}")
-    # Without choose_kernels torch computes experts by their reference.
+    # Without choose_kernels torch computes experts by their reference implementation.
     if stage == "lower" and "choose_kernels" not in ctx.config.disabled_passes:
         problems += _without_kernel(graph, _finder(ctx))
     if problems:
@@ -94,7 +94,7 @@ def _without_kernel(graph: fx.GraphModule, find: Callable[[fx.Node], object]) ->
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Arithmetic on sizes is done when the plan is built."""
+    """False for arithmetic on sizes, which is done when the plan is built."""
     return isinstance(node.meta["val"], Tensor)
 
 

@@ -27,7 +27,7 @@ def act_mul_inputs(make: Make) -> Iterator[tuple]:
 
 
 def act_mul_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    """The two halves of one product."""
+    """gate and up are the two halves of one product."""
     width = shape.intermediate_size
     for tokens in make.tokens:
         joined = make.fill(1, tokens, 2 * width)
@@ -43,5 +43,5 @@ def act_mul_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     sums=False,
 )
 def act_mul(gate: Tensor, up: Tensor, act: int) -> Tensor:
-    """act(gate) * up; act(gate) is rounded to the dtype first, as Transformers' two ops do."""
+    """Computes act(gate) * up; act(gate) is rounded to the dtype first, as Transformers' two ops do."""
     return ACTIVATIONS[act](gate) * up

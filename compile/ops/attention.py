@@ -1,4 +1,4 @@
-"""Attention, dense as captured and over the paged cache.
+"""Attention: dense as captured, and over the paged KV cache.
 
 Legend: H query heads, K kv heads, T query tokens, L keys, D key dim, E value dim, S sequences, M table columns.
 """
@@ -36,16 +36,16 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layer: int, scale: float, window: int, softcap: float,
     causal: bool,
 ) -> Tensor:  # fmt: skip
-    """One dense sequence: q[1, H, T, D], k[1, K, T, D], v[1, K, T, E] -> [1, T, H, E]."""
+    """Attention of one dense sequence: q[1, H, T, D], k[1, K, T, D], v[1, K, T, E] -> [1, T, H, E]."""
     return attend(q[0], k[0], v[0], sinks, scale, window, softcap, causal).transpose(0, 1)[None]
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool
 ) -> Tensor:
-    """q[H, T, D] over k[K, L, D], v[K, L, E], the queries being the last T of L positions -> [H, T, E].
+    """q[H, T, D] over k[K, L, D], v[K, L, E], the queries at the last T of L positions -> [H, T, E].
 
-    Computed in float32, in float64 for queries of it.
+    Computed in float32, or in float64 if the queries are float64.
     """
     heads, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
     group = heads // k.shape[0]
@@ -66,7 +66,7 @@ def attend(
 
 
 def paged_attention_inputs(make: Make) -> Iterator[tuple]:
-    """Three sequences over shuffled blocks: a prompt, a continued prompt and one token; then one token each."""
+    """Three sequences over shuffled blocks: a prompt, a continued prompt and one token; then single tokens only."""
     seq_lens, block_size = [7, 40, 19], 16
     prompts, decode = [7, 5, 1], [1, 1, 1]
     for new, heads, kv_heads, key_dim, value_dim in (
@@ -82,7 +82,7 @@ def paged_attention_inputs(make: Make) -> Iterator[tuple]:
 
 
 def paged_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    """One token a sequence, then a prompt; blocks lie anywhere."""
+    """Single tokens, then a prompt; blocks are scattered over the cache."""
     block_size, dim = 16, shape.head_dim
     for sequences, tokens, keys in ((1, 1, 256), (1, 1, 4096), (16, 1, 256), (1, 256, 256)):
         blocks = keys // block_size
@@ -144,7 +144,7 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """q[1, H, T, D] of several sequences over caches [N, K, B, D|E] -> [1, T, H, E].
 
-    Of a cache of fp8, k_scale[1] and v_scale[1] (float32; none: 1) times the stored number is the value.
+    An fp8 cache stores values divided by k_scale[1] and v_scale[1] (float32; None: 1).
     """
     out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
     starts, lengths = query_start.tolist(), seq_lens.tolist()
@@ -176,5 +176,5 @@ paged_attention_invariant = batch_invariant(paged_attention)
     picks_rows=True,
 )
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[T, D] -> the lines rows[R]."""
+    """x[T, D] -> the rows x[rows[R]]."""
     return x[rows]

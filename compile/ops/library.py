@@ -74,7 +74,7 @@ class CallShape:
 
 @dataclass(frozen=True)
 class Op:
-    """One op of the vocabulary; `<reference>.op` of the decorated function."""
+    """An op of the vocabulary; the decorated function has it as `.op`."""
 
     name: str
     """The name in graphs: without the namespace for ours, with it for torch's (aten.linear)."""
@@ -82,13 +82,13 @@ class Op:
     reference: Callable
     fake: Callable
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None
-    """Argument tuples that cover the op; None for one that no kernel computes."""
+    """Argument tuples that cover the op; None if no kernel computes it."""
     workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None
     """Calls that a model of that shape makes, for `fuseline bench kernels`."""
     tolerance: float
-    """How far a kernel may be from the reference in float32, relative and absolute, in rounding steps at 1.
+    """Allowed difference between kernel and reference in float32, relative and absolute, in rounding steps at 1.
 
-    In half precision at most one step: the same roundings, of which a difference in float32 can flip one.
+    In half precision at most one step: both round at the same places, where a float32 difference can flip one rounding.
     """
     weights: tuple[str, ...] = ()
     """Arguments that are parameters of the model. Kernels are only measured where they are constants of the graph."""
@@ -130,7 +130,7 @@ def op_name(target: object) -> str:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model, by the names of config.json."""
+    """Sizes of a model, named as in config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -144,42 +144,42 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """Arguments of real sizes, and what the work amounts to."""
+    """Arguments at real sizes, with the bytes and operations they cost."""
 
     label: str
     args: tuple[Any, ...]
     flops: int = 0
     num_bytes: int = 0
-    """Bytes that have to be moved; 0: all tensors among arguments and results, once."""
+    """Bytes to be moved; 0: every tensor among arguments and results once."""
 
 
 @dataclass(frozen=True)
 class Make:
-    """Makes tensors for generated tests and benchmarks, the same on every run."""
+    """Makes the tensors of generated tests and benchmarks, the same in every run."""
 
     dtype: torch.dtype
     generator: torch.Generator
     tokens: tuple[int, ...] = TOKENS
-    """Tokens of the steps that workloads are made for."""
+    """Tokens per step for which workloads are made."""
     device: str = "cpu"
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=self.generator) * scale).to(self.device, self.dtype)
 
     def fill(self, *shape: int) -> torch.Tensor:
-        """The same number everywhere: quick to make, and as good as any other to time."""
+        """A constant tensor: quick to make, and timed like any other."""
         return torch.full(shape, 0.01, dtype=self.dtype, device=self.device)
 
     def ids(self, below: int, *shape: int) -> torch.Tensor:
         return torch.randint(below, shape, generator=self.generator).to(self.device)
 
     def order(self, count: int) -> torch.Tensor:
-        """0 .. count - 1, shuffled."""
+        """A random permutation of 0 .. count - 1."""
         return torch.randperm(count, generator=self.generator).to(self.device)
 
 
 def moved_bytes(op: Op, work: Workload) -> int:
-    """Bytes that the work has to move: as it says, or all tensors among arguments and results, once."""
+    """Bytes the work must move: those it declares, or every argument and result once."""
     if work.num_bytes:
         return work.num_bytes
     results = op.fake(*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in work.args))
@@ -213,7 +213,7 @@ def op(
 
 
 def batch_invariant(of: Callable) -> Callable:
-    """Registers a declared op as NAME_invariant too: kernels of that compute a row in one order, whatever the batch."""
+    """Registers a declared op also as NAME_invariant, whose kernels compute a row in one order for any batch."""
     found: Op = of.op
     schema = found.schema.replace(found.name, f"{found.name}_invariant", 1)
     facts = {"weights": found.weights, "is_product": found.is_product, "calls": found.calls}

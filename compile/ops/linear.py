@@ -1,4 +1,4 @@
-"""Products with packed weights. Legend: N outputs, K inputs, P = ceil(N / 16) panels, E experts, V vocabulary."""
+"""Linears with packed weights. Legend: N outputs, K inputs, P = ceil(N / 16) panels, E experts, V vocabulary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def unpack(panels: Tensor, num_rows: int) -> Tensor:
 
 
 def _in_pairs(panels: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """[..., K, 16] with every two k's turned between [2][16] and [16][2]; an odd last k stays."""
+    """Swaps between [2][16] and [16][2] for every two k of [..., K, 16]; an odd last k stays."""
     even = panels.shape[-2] // 2 * 2
     pairs = panels[..., :even, :].reshape(*panels.shape[:-2], even // 2, *sizes).transpose(-1, -2)
     return torch.cat((pairs.reshape(*panels.shape[:-2], even, PANEL), panels[..., even:, :]), -2)
@@ -45,7 +45,7 @@ def linear_inputs(make: Make) -> Iterator[tuple]:
 
 
 def experts_panels_inputs(make: Make) -> Iterator[tuple]:
-    """4 experts, 2 a token; D = 24, I = 20."""
+    """4 experts, 2 per token; D = 24, I = 20."""
     x, weights = make.normal(7, 24), make.normal(7, 2).abs()
     ids = torch.stack([make.order(4)[:2] for _ in range(7)])
     first, second = pack(make.normal(4, 40, 24, scale=0.2)), pack(make.normal(4, 24, 20, scale=0.2))
@@ -56,7 +56,7 @@ def experts_panels_inputs(make: Make) -> Iterator[tuple]:
 
 
 def linear_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    """Every product of a layer and the logits for one token, the largest of a layer for more."""
+    """Every linear of a layer and the logits for one token, the largest linear of a layer for more."""
     d, width = shape.hidden_size, shape.intermediate_size
     joined = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     products = [(1, joined, d), (1, d, shape.num_heads * shape.head_dim), (1, 2 * width, d), (1, d, width)]
@@ -102,7 +102,7 @@ def experts_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     is_product=True,
 )
 def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) -> Tensor:
-    """x[..., K] times packed weights -> [..., N]; fp32 accumulation, the bias added before the one rounding."""
+    """x[..., K] times packed weights -> [..., N]; fp32 accumulation, bias added before the single rounding."""
     return F.linear(x, unpack(panels, num_out), bias)
 
 
@@ -134,7 +134,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is_product=True,
 )
 def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x[..., K] times weight[N, K] -> [..., N]; a kernel of it sums a row in one order, whatever the number of rows."""
+    """x[..., K] times weight[N, K] -> [..., N]; kernels sum a row in one order, whatever the number of rows."""
     return F.linear(x, weight, bias)
 
 
@@ -155,7 +155,7 @@ def linear_act_mul_inputs(make: Make) -> Iterator[tuple]:
     is_product=True,
 )
 def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
-    """act(gate) * up of x[..., K] times weight[2I, K], gate above up -> [..., I]; rounded as the three ops are."""
+    """act(gate) * up, the halves of x[..., K] times weight[2I, K] -> [..., I]; rounded like the three separate ops."""
     gate, up = F.linear(x, weight, bias).chunk(2, -1)
     return act_mul(gate, up, act)
 
@@ -170,7 +170,7 @@ def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> 
     sums=False,
 )
 def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
-    """Rows ids of packed weights [P, K, 16] -> [..., K]."""
+    """The rows `ids` of packed weights [P, K, 16] -> [..., K]."""
     return F.embedding(ids, unpack(panels, num_rows))
 
 
@@ -188,6 +188,6 @@ def experts_panels(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
     down_bias: Tensor | None, act: int, num_hidden: int, alpha: float, limit: float,
 ) -> Tensor:  # fmt: skip
-    """`experts` with gate_up[E, P, D, 16] and down[E, P, I, 16]."""
+    """`experts` with packed gate_up[E, P, D, 16] and down[E, P, I, 16]."""
     first, second = unpack(gate_up, 2 * num_hidden), unpack(down, x.shape[-1])
     return experts(x, ids, weights, first, second, gate_up_bias, down_bias, act, False, alpha, limit)

@@ -24,7 +24,7 @@ EXPERT_WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 
 def experts_inputs(make: Make) -> Iterator[tuple]:
-    """4 experts, 2 a token, one of them with none; D = 24, I = 20; both layouts."""
+    """4 experts, 2 per token, one without tokens; D = 24, I = 20; both layouts."""
     x, weights = make.normal(7, 24), make.normal(7, 2).abs()
     ids = torch.stack([make.order(3)[:2] for _ in range(7)])
     first, second = make.normal(4, 40, 24, scale=0.2), make.normal(4, 24, 20, scale=0.2)
@@ -86,7 +86,7 @@ def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
 
 
 def route_topk_inputs(make: Make) -> Iterator[tuple]:
-    """Scores that no dtype rounds together, so that the order is sure."""
+    """Scores far enough apart that no dtype's rounding makes them equal, so that their order is unique."""
     scores = torch.stack([make.order(8) for _ in range(9)]).to(make.dtype) / 2
     for order, renormalize in (
         (codes.ROUTE_SOFTMAX_TOPK, 0),
@@ -115,7 +115,7 @@ def route_topk_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     workloads=route_topk_workloads,
 )
 def route_topk(logits: Tensor, k: int, order: int, renormalize: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(weights[T, K] of `dtype`, ids[T, K]) of logits[T, E]; the softmax is fp32, rounded once."""
+    """Returns (weights[T, K] of `dtype`, ids[T, K]) for logits[T, E]; the softmax is fp32, rounded once."""
     if order == codes.ROUTE_TOPK_SOFTMAX:
         best, ids = logits.topk(k, -1)
         return best.float().softmax(-1).to(dtype), ids

@@ -1,4 +1,4 @@
-"""Norms. Legend: D features; leading dims are rows."""
+"""Norms. Legend: D features; all leading dims are rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rms_norm_inputs(make: Make) -> Iterator[tuple]:
 
 
 def norm_workloads(num_inputs: int, takes_bias: bool) -> Callable[[Make, ModelShape], Iterator[Workload]]:
-    """Rows of the hidden state, the weight, the bias where there is one."""
+    """Arguments: rows of hidden states, then the weight, and the bias if the norm has one."""
 
     def workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
         d = shape.hidden_size
@@ -63,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
     weights=("weight",),
 )
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, mode: int) -> tuple[Tensor, Tensor]:
-    """(norm of the sum, the sum); the sum is rounded to x's dtype first."""
+    """Returns (norm of the sum, the sum); the sum is rounded to x's dtype first."""
     total = x + residual
     return rms_norm(total, weight, eps, mode), total
 

@@ -1,4 +1,4 @@
-"""Rotary embedding and the KV cache's write. Legend: H heads, T tokens, D head dim, P table rows, C table columns."""
+"""Rotary embedding and the KV cache write. Legend: H heads, T tokens, D head dim, P table rows, C table columns."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_cache_inputs(make: Make) -> Iterator[tuple]:
 
 
 def rope_cache_inputs(make: Make) -> Iterator[tuple]:
-    """Whole and partial rotation, table lines of the rotated dim and of its half, a token that is not kept."""
+    """Full and partial rotation, tables as wide as the rotary dim and half of it, and a token without a slot."""
     half, interleaved = codes.ROPE_HALF, codes.ROPE_INTERLEAVED
     for layout, columns, dim in (
         (half, 16, 16),
@@ -85,24 +85,24 @@ def rope_cache_inputs(make: Make) -> Iterator[tuple]:
 
 
 def heads(make: Make, shape: ModelShape, tokens: int, *counts: int) -> tuple[Tensor, ...]:
-    """Heads as the joined product leaves them: [1, H, T, D] with T outside."""
+    """Heads with the strides of a joined linear's output: [1, H, T, D], T outermost in memory."""
     joined = make.fill(1, tokens, sum(counts), shape.head_dim).transpose(1, 2)
     return joined.split(counts, 1)
 
 
 def caches(make: Make, shape: ModelShape) -> tuple[Tensor, Tensor]:
-    """With room for 1,024 tokens, or for as many as a step has."""
+    """Caches of 1,024 tokens, or of as many as a step has."""
     num_blocks = max(64, -(-max(make.tokens) // 16))
     return tuple(make.fill(num_blocks, shape.num_kv_heads, 16, shape.head_dim) for _ in "kv")
 
 
 def slots_for(make: Make, cache: Tensor, tokens: int) -> Tensor:
-    """Places anywhere in the cache [N, K, B, D]."""
+    """Random slots of the cache [N, K, B, D]."""
     return make.order(cache.shape[0] * cache.shape[2])[:tokens]
 
 
 def turning(make: Make, shape: ModelShape, tokens: int) -> tuple[Tensor, ...]:
-    """cos, sin, rows."""
+    """Returns cos, sin, rows."""
     tables = (make.fill(2048, shape.head_dim) for _ in range(2))
     return (*tables, make.ids(2048, tokens))
 
@@ -144,7 +144,7 @@ def rope_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     calls=CallShape(rope_size, make_heads),
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
-    """Rotates the first `rotary_dim` of x[1, H, T, D] by lines `rows`[T] of cos/sin[P, C], C the dim or its half."""
+    """Rotates the first `rotary_dim` of x[1, H, T, D] by `rows`[T] of cos/sin[P, C], C the rotary dim or its half."""
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     c, s = (_line(table, rows, rotary_dim, layout) for table in (cos, sin))
     if layout == codes.ROPE_HALF:
@@ -179,7 +179,7 @@ def write_cache(
 ) -> None:  # fmt: skip
     """Writes k, v [1, K, T, D] to slot = block * block_size + offset of caches [N, K, B, D]; slot -1 writes nothing.
 
-    A cache of FP8 holds the numbers divided by k_scale[1] and v_scale[1] (float32; none: 1), at most its largest.
+    An fp8 cache stores values divided by k_scale[1] and v_scale[1] (float32; None: 1), saturated at its largest number.
     """
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]
@@ -213,6 +213,6 @@ def rope_cache(
     rows: Tensor, slots: Tensor, rotary_dim: int, layout: int, k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Rotated q; rotated k and v go to the cache, as write_cache has it."""
+    """Returns the rotated q, and writes rotated k and v to the cache like write_cache."""
     write_cache(k_cache, v_cache, rope(k, cos, sin, rows, rotary_dim, layout), v, slots, k_scale, v_scale)
     return rope(q, cos, sin, rows, rotary_dim, layout)

@@ -1,7 +1,7 @@
-"""Constants in the layout of the kernels that read them, and logits in fp32.
+"""Packs constants in the layout of the kernels that read them, and converts logits to fp32.
 
 linear(x, weight, bias)         -> linear_panels(x, weight as [ceil(N/16), K, 16], bias, N)
-experts(..., gate_up, down)     -> experts_panels(...), transposed weights turned
+experts(..., gate_up, down)     -> experts_panels(...), transposed weights transposed back
 embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
 output logits                   -> convert to fp32
 """
@@ -86,7 +86,7 @@ class _Packer:
 
 
 def widen_output(graph: fx.Graph) -> bool:
-    """Logits in fp32; False when they are so already."""
+    """Converts logits to fp32; returns False if they are fp32 already."""
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     logits: fx.Node = output.args[0]
     if logits.meta["val"].dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""One spelling for everything, and nothing that does nothing.
+"""Removes ops without effect, and rewrites equivalent spellings to one.
 
 x.to(same dtype), contiguous, clone, dropout, * 1.0, slice of everything   -> x
 cat([x, nothing])                                                          -> x
@@ -42,7 +42,7 @@ def remove_noops(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _forward(graph: fx.Graph, node: fx.Node) -> bool:
-    """The node's first argument takes its place, unless one of the two is written and the other not."""
+    """Replaces the node by its first argument, unless exactly one of the two is written."""
     return _forward_to(graph, node, node.args[0])
 
 
@@ -72,7 +72,7 @@ def _times_one(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _cat(graph: fx.Graph, node: fx.Node) -> bool:
-    """What is left when the features that stay unrotated are none."""
+    """Replaces a cat by its only non-empty part."""
     parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
     filled = [part for part in parts if not _is_size(part.meta["val"].shape[dim], 0)]
     if len(filled) != 1 or len(parts) == 1 or filled[0].meta["val"].ndim != node.meta["val"].ndim:
@@ -117,7 +117,7 @@ def _weights_right(node: fx.Node) -> bool:
 
 
 def _out_of_place(node: fx.Node) -> bool:
-    """silu_(x) where nothing reads the memory of x afterwards."""
+    """Replaces silu_(x) by silu(x) if nothing reads the memory of x afterwards."""
     x = node.args[0]
     is_own = memory_of(x) is x or _is_only_reader(x)
     if not is_own or any(user > node for user in x.users):
@@ -127,7 +127,7 @@ def _out_of_place(node: fx.Node) -> bool:
 
 
 def _is_only_reader(part: fx.Node) -> bool:
-    """Whether it is a part of a split, and nothing else reads that part of the memory: parts do not overlap."""
+    """Whether `part` is a part of a split whose memory nothing else reads; parts do not overlap."""
     if part.target is not operator.getitem:
         return False
     split = part.args[0]
@@ -144,7 +144,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _to_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """addmm of a Conv1D: its constant weight is [in, out]."""
+    """Replaces the addmm of a Conv1D, whose constant weight is [in, out], by a linear."""
     bias, x, weight = node.args
     if not is_constant(weight) or "fqn" not in weight.meta:
         return False
@@ -156,7 +156,7 @@ def _to_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Common subexpressions; ops that write, what they write, and attention stay as they are."""
+    """Eliminates common subexpressions, except ops that write, the memory they write, and attention."""
     seen: dict[str, fx.Node] = {}
     matches = 0
     for node in list(graph.graph.nodes):

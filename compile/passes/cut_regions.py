@@ -1,9 +1,9 @@
-"""How far a region that torch (from level 2 on: inductor) computes reaches. Marks nodes, changes nothing.
+"""Marks the regions that torch computes (compiled by inductor from level 2 on). Changes no node.
 
     linear -> [neg -> stack -> mul -> add] -> attention     only the stack has no kernel of ours; the rest joins it
 
-A run of plain aten ops is one region when at least one of them has no kernel. Ops whose kernels round or sum in a way
-of their own (sigmoid, exp, products, norms) keep their kernels: a region rounds where eager torch rounds.
+A run of plain aten ops becomes one region if at least one of them has no kernel. Ops whose kernels round or sum in
+their own way (sigmoid, exp, linears, norms) keep their kernels: a region rounds where eager torch rounds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ EXACT = frozenset({
     aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.cat.default, aten.reshape.default,
     aten.clone.default, aten.contiguous.default, cast,
 })  # fmt: skip
-"""Ops with a kernel, each result rounded once: inductor computes the same bits."""
+"""Ops with a kernel whose results are rounded once: inductor computes the same bits."""
 
 LIBRARY = frozenset({
     aten.topk.default, aten.sort.default, aten.linear.default, aten.matmul.default, aten.bmm.default,
     aten.scatter_.value, aten.scatter.value, aten.gather.default,
 })  # fmt: skip
-"""Inductor calls torch's own function for these: compiled regions around them measured slower (DeepSeek's router)."""
+"""Inductor calls torch's own function for these: compiled regions with them measured slower (DeepSeek's router)."""
 
 
 def cut_regions(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -49,7 +49,7 @@ def cut_regions(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def is_free(node: fx.Node) -> bool:
-    """Sizes, views, parts of a tuple: they cost nothing and end no run."""
+    """Sizes, views and tuple items: they cost nothing and do not end a run."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not tensors_of(node.meta.get("val")):
         return True

@@ -1,9 +1,9 @@
-"""Routers that are a softmax and a top-k as one op.
+"""Raises routers made of a softmax and a top-k to one op.
 
   p = softmax(logits, f32); w, ids = topk(p, k); [w = w / sum(w)]; [w = cast(w, dtype)] -> route_topk(SOFTMAX_THEN_TOPK)
   l, ids = topk(logits, k); w = softmax(l)                                              -> route_topk(TOPK_THEN_SOFTMAX)
 
-The weights' dtype is the captured one: fp32 where the model leaves them so.
+The weights keep the captured dtype: fp32 if the model leaves them so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def find_moe(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _is_last_and_sorted(node: fx.Node) -> bool:
-    """topk(x, k) over the last dim of a matrix, largest first."""
+    """Whether it is topk(x, k) over the last dim of a matrix, largest first."""
     _, _, dim, largest, is_sorted = (*node.args, *(None, None, -1, True, True)[len(node.args) :])
     return dim in (-1, 1) and bool(largest and is_sorted) and node.args[0].meta["val"].ndim == 2
 
@@ -80,6 +80,6 @@ def _softmax_last(graph: fx.Graph, topk: fx.Node) -> bool:
 def _route(
     graph: fx.Graph, topk: fx.Node, logits: fx.Node, results: tuple[fx.Node, fx.Node], order: int, is_normed: bool
 ) -> bool:
-    """`results`: the weights and ids that the router gives."""
+    """Replaces the router; `results` are its weights and ids."""
     args = (logits, topk.args[1], order, int(is_normed), results[0].meta["val"].dtype)
     return replace_all(graph, results, torch.ops.fuseline.route_topk.default, args) is not None

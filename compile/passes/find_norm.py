@@ -1,4 +1,4 @@
-"""RMSNorm in its three orders of casts, and LayerNorm, as one op each.
+"""Raises RMSNorm, in its three orders of casts, and LayerNorm to one op each.
 
 h = cast(x, f32); n = h * rsqrt(mean(h^2) + eps)
 cast(n, dtype) * weight                 -> rms_norm(x, weight, eps, CAST_THEN_SCALE)
@@ -58,7 +58,7 @@ def _rms_norm(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, found: dict[str, Any], mode: int) -> bool:
-    """False when the result's dtype is not the input's (then a later cast belongs to the norm) or not the weight's."""
+    """Returns False if the result's dtype differs from the input's (a later cast is the norm's) or the weight's."""
     x = found["wide"].args[0] if found["wide"].target is cast else found["wide"]
     if x.meta["val"].dtype != node.meta["val"].dtype:
         return False

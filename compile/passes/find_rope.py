@@ -1,12 +1,12 @@
-"""Rotary embedding as one op over tables.
+"""Raises rotary embedding to one op over tables.
 
     cos, sin = f(positions)                                    # some ops, once
     x * unsqueeze(cos, 1) + rotate_half(x) * unsqueeze(sin, 1) # per head tensor x[1, H, T, D]
 ->
     rope(x, cos_table, sin_table, rope_rows, rotary_dim, HALF)
 
-and, for a rotation of the first R features only, cat(rope(x[..., :R]), x[..., R:]) -> rope(x, ..., R). The tables hold
-the captured f over all positions, in its own dtype, so a looked-up line has the very bits that f would give.
+A rotation of the first R features only, cat(rope(x[..., :R]), x[..., R:]), becomes rope(x, ..., R). The tables hold
+the captured f for all positions, computed in its own dtype, so a table row has the same bits as f.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ROTATE_HALF = Call(
     commutes=True,
 )
 
-# gpt-oss spells the two halves out, with tables of half the width.
+# gpt-oss computes the two halves separately, with tables of half the width.
 FIRST, SECOND = Var("first", is_node), Var("second", is_node)
 TWO_HALVES = Call(
     aten.cat.default,
@@ -108,7 +108,7 @@ def _two_halves(graph: fx.Graph, node: fx.Node, tables: _Tables) -> bool:
 
 
 def _is_half(node: fx.Node, index: int) -> bool:
-    """getitem `index` of a split of the last dim into two equal parts."""
+    """Whether the node is getitem `index` of a split of the last dim into two equal parts."""
     if node.op != "call_function" or len(node.args) != 2 or node.args[1] != index or not is_node(node.args[0]):
         return False
     split = node.args[0]
@@ -119,7 +119,7 @@ def _is_half(node: fx.Node, index: int) -> bool:
 
 
 class _Tables:
-    """cos and sin nodes -> constants that hold their values for every row."""
+    """Maps cos and sin nodes to constants with their values for every position."""
 
     def __init__(self, graph: fx.GraphModule, ctx: PassContext) -> None:
         self._graph, self._ctx = graph, ctx
@@ -132,7 +132,7 @@ class _Tables:
         return placeholder(self._graph.graph, "rope_rows", meta_int(2))
 
     def lookup(self, cos: fx.Node, sin: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """None when the nodes are not made from positions alone."""
+        """Returns None if the nodes depend on more than positions."""
         pair = [self._table(node) for node in (cos, sin)]
         return None if None in pair else (pair[0], pair[1])
 
@@ -147,7 +147,7 @@ class _Tables:
         return self._known[node]
 
     def _evaluate(self, node: fx.Node) -> Tensor | None:
-        """None when the value is not one of positions alone: the token ids may lend their shape, nothing more."""
+        """Returns None if the value depends on more than positions; of token ids it may use the shape."""
         steps = _ancestors(node, {self._inputs["positions"], self._inputs["token_ids"]})
         first, second = (self._run(steps, node, token_id) for token_id in (0, 1))
         return first if first is not None and torch.equal(first, second) else None
@@ -173,7 +173,7 @@ class _Tables:
 
 
 def _ancestors(node: fx.Node, known: set[fx.Node]) -> list[fx.Node]:
-    """What must be computed for `node`, in order."""
+    """The nodes to compute for `node`, in order."""
     order: list[fx.Node] = []
     seen = set(known)
 

@@ -1,4 +1,4 @@
-"""The product of a gate's activation and an up projection as one op.
+"""Fuses a gate's activation and its product with the up projection.
 
 act(gate) * up  ->  act_mul(gate, up, act)        act: silu, gelu, gelu_tanh, relu
 """

@@ -1,4 +1,4 @@
-"""A residual sum and the norm behind it as one op.
+"""Fuses a residual addition with the norm after it.
 
 sum = x + residual; y = norm(sum, ...)   ->   y, sum = add_norm(x, residual, ...)
 """
@@ -26,7 +26,7 @@ def fuse_add_norm(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _is_sum(node: fx.Node) -> bool:
-    """A plain sum of two tensors of one shape and dtype."""
+    """Whether the node adds two tensors of the same shape and dtype."""
     if node.target is not aten.add.Tensor or node.kwargs or not all(is_node(arg) for arg in node.args):
         return False
     a, b = (arg.meta["val"] for arg in node.args)

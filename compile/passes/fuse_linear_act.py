@@ -1,4 +1,4 @@
-"""A joined gate and up projection with what consumes it as one op: on a card one pass over the weights.
+"""Fuses a joined gate and up projection with its activation: on a GPU one pass over the weights.
 
     gate, up = split(linear(x, [wg; wu], bias)); y = act_mul(gate, up, act)
 ->
@@ -31,7 +31,7 @@ def fuse_linear_act(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _product_of(node: fx.Node) -> fx.Node | None:
-    """The linear whose two halves act_mul takes, gate first, if nothing else reads it."""
+    """Returns the linear whose two halves act_mul takes, gate first, if nothing else reads it."""
     gate, up, _ = node.args
     for k, part in enumerate((gate, up)):
         if part.target is not operator.getitem or part.args[1] != k or len(part.users) > 1:

@@ -1,4 +1,4 @@
-"""Both rotations and the cache's write as one op.
+"""Fuses both rotations with the KV cache write.
 
     write_cache(k_cache, v_cache, rope(k, T...), v, slots); paged_attention(rope(q, T...), k_cache, v_cache, ...)
 ->

@@ -1,11 +1,11 @@
-"""Linears with one input and one consumer as one product.
+"""Joins linears that share their input and their consumer.
 
     q, k, v = linear(x, wq, bq), linear(x, wk), linear(x, wv)      # meet again in one attention
     gate, up = linear(x, wg), linear(x, wu)                        # meet again in one act_mul
 ->
     q, k, v = split(linear(x, [wq; wk; wv], [bq; 0; 0]))
 
-Sharing an input is not enough: what else reads x (a router, a parallel branch) stays apart.
+A shared input is not enough: other readers of x (a router, a parallel branch) stay separate.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def join_linears(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Weight and bias are checkpoint tensors as they are."""
+    """Whether weight and bias are unmodified checkpoint tensors."""
     constants = [arg for arg in node.args[1:] if arg is not None]
     return all(is_constant(c) and "fqn" in c.meta and "weight" not in c.meta for c in constants)
 
 
 def _consumer(node: fx.Node) -> fx.Node | None:
-    """The attention or gated product that the result runs into, through ops that keep its features apart."""
+    """Returns the attention or gated product that consumes the result, through ops that keep features separate."""
     for _ in range(MAX_STEPS):
         users = [user for user in node.users if user.target is not aten.sym_size.int]
         if len(users) != 1:
@@ -92,7 +92,7 @@ def _join(graph: fx.GraphModule, group: list[fx.Node]) -> bool:
 def _joined_bias(
     graph: fx.GraphModule, name: str, biases: list[fx.Node | None], sizes: list[int], like: Tensor
 ) -> fx.Node:
-    """Zeros stand for the biases that are missing."""
+    """Joins the biases; zeros replace missing ones."""
     names = tuple("" if bias is None else bias.meta["fqn"] for bias in biases)
     pads = tuple(size if bias is None else 0 for bias, size in zip(biases, sizes, strict=True))
     source = WeightSource(names, pads=pads if any(pads) else ())

@@ -1,10 +1,10 @@
-"""Logits only for the rows that are sampled.
+"""Computes logits only for the rows that are sampled.
 
     logits[1, T, V] = tail(linear(norm(h[1, T, D]), lm_head))
 ->
     kept[1, R, D] = gather_rows(h[0], logits_rows)[None]; logits[1, R, V] = tail(linear(norm(kept), lm_head))
 
-The cut is moved up as far as every op works on rows alone: scaling, soft-cap, casts, the final norm with its sum.
+The gather is moved up as far as every op works row by row: scaling, soft-cap, casts, the final norm with its sum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUMS = (OPS.add_rms_norm.default, OPS.add_layer_norm.default)
 
 
 def keep_last_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Raises ValueError when the graph does not end in a linear."""
+    """Raises ValueError if the graph does not end in a linear."""
     output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
     behind = _final_linear(output.args[0])
     first, num_inputs = _first_by_row(behind[-1], behind)
@@ -41,7 +41,7 @@ def keep_last_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _final_linear(node: fx.Node) -> list[fx.Node]:
-    """The row-wise ops behind the last linear, and that linear at the end."""
+    """Returns the row-wise ops after the last linear, then that linear."""
     nodes: list[fx.Node] = []
     while node.target is not aten.linear.default:
         inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
@@ -53,7 +53,10 @@ def _final_linear(node: fx.Node) -> list[fx.Node]:
 
 
 def _first_by_row(node: fx.Node, behind: list[fx.Node]) -> tuple[fx.Node, int]:
-    """The first op that can work on kept rows, and how many of its arguments have rows. Adds what it passes."""
+    """Returns the first op that can use only the kept rows, and how many of its arguments have rows.
+
+    Appends the ops between it and `node` to `behind`.
+    """
     source = node.args[0]
     while source.target in BY_ROW and len(source.users) == 1:
         behind.append(source)

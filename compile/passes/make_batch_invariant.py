@@ -1,10 +1,10 @@
 """Ops whose kernels depend on the batch give way to those that the ops declare as invariant, for a GPU.
 
 linear(x, weight, bias) -> linear_invariant(x, weight, bias)     cuBLASLt picks its kernel by the number of rows
-experts(...)            -> experts_invariant(...)                tiles are as high as there are pairs of an expert
-paged_attention(...)    -> paged_attention_invariant(...)        few tokens of a sequence are summed in another order
+experts(...)            -> experts_invariant(...)                tile height depends on the pairs per expert
+paged_attention(...)    -> paged_attention_invariant(...)        decode kernels sum keys in another order than prefill
 
-All other kernels of ours compute a row from that row alone anyway.
+All other kernels of ours compute a row from that row alone.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Attention over the paged KV cache.
+"""Converts attention to attention over the paged KV cache.
 
     out = attention(q, k, v, sinks, layer, ...)
 ->
     write_cache(k_cache_L, v_cache_L, k, v, slots_G)
     out = paged_attention(q, k_cache_L, v_cache_L, block_table_G, seq_lens, query_start, sinks, ...)
 
-Layers with the same window share one group G of block tables. Caches and batch metadata are graph inputs. Caches of
-fp8 have scales, which both ops get: constants k_scale_L, v_scale_L [1], that are filled in when weights are loaded.
+Layers with the same window share one group G of block tables. Caches and batch metadata are graph inputs. fp8 caches
+have scales, constants k_scale_L and v_scale_L [1] read by both ops; their values are set when weights are loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPS = torch.ops.fuseline
 
 
 def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Returns a CacheSpec per layer and the CacheGroups."""
+    """Returns a CacheSpec for each layer, and the CacheGroups."""
     nodes = [node for node in graph.graph.nodes if node.target is OPS.attention.default]
     windows = sorted({node.args[6] for node in nodes})
     specs = [_cache_spec(node, ctx) for node in nodes]
@@ -47,7 +47,7 @@ def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
 def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
     asked = ctx.config.kv_cache_dtype
     if asked in FP8_DTYPES and ctx.target.kind != "cuda":
-        raise ValueError(f"a cache of {asked} needs a card")
+        raise ValueError(f"a cache of {asked} needs a GPU")
     if asked in FP8_DTYPES:
         return FP8_DTYPES[asked]
     return str(of_model).removeprefix("torch.") if asked == "auto" else asked

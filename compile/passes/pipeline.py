@@ -1,4 +1,4 @@
-"""THE order of passes, and the settings of each."""
+"""The order of all passes, and the settings of each."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from fuseline.compile.passes.widen_logits import widen_logits
 SERVE = (page_attention, keep_last_logits)
 
 REFERENCE: Stages = (("serve", SERVE),)
-"""Level 0: what serving needs, on reference ops."""
+"""Level 0: the passes that serving requires, on reference ops."""
 
 SHARED: Stages = (
-    # One spelling, so that a pattern needs no variants.
+    # One spelling per op, so that patterns need no variants.
     ("clean", (remove_noops, canonicalize, merge_equal)),
-    # Transformers' spellings become ops; everything after matches ops.
+    # Raises Transformers' spellings to ops; all later passes match ops.
     ("recognize", (find_norm, find_rope, find_moe, fuse_act_mul)),
-    # Joining needs attention and act_mul to tell who consumes a product.
+    # Needs attention and act_mul, the consumers that tell which linears to join.
     ("fuse", (join_linears, fuse_add_norm)),
     ("serve", SERVE),
 )
 
-# The cache's write exists only now.
+# Needs the cache write.
 COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, choose_kernels)))
 """Level 1 and up."""
 
@@ -50,27 +50,27 @@ COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, fuse_linear_act, w
 """The same for a GPU: weights stay rows, which is what cuBLASLt and our kernels read."""
 
 INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant, widen_logits)))
-"""With products of one order of summation in place of the fastest ones."""
+"""Linears with one order of summation instead of the fastest ones."""
 
 REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (widen_logits,)))
 
 REGIONS = (cut_regions,)
-"""On the compiled graph, for a CPU from level 2 on, while the server already answers."""
+"""Run on the compiled graph, for a CPU from level 2 on, while the server already answers."""
 
 DECODE = (plan_decode,)
-"""On a copy of the compiled graph, for a CPU from level 3 on."""
+"""Run on a copy of the compiled graph, for a CPU from level 3 on."""
 
 
 def program_passes(
     runs: Mapping[str, Callable], device: torch.device, streamed: Sequence[Sequence[str]]
 ) -> Sequence[GraphPass]:  # fmt: skip
-    """On a GPU's copy of the compiled graph. No dead code is removed behind them: a release has no users."""
+    """Passes over the compiled graph of a GPU. No dead code is removed after them: a release has no users."""
     bound = bind_kernels(runs, device)
     return (bound, stream_weights(streamed)) if streamed else (bound,)
 
 
 def stages(level: int, kind: str = "cpu", batch_invariant: bool = False) -> Stages:
-    """`batch_invariant` makes a difference on a card only, from level 1 on."""
+    """`batch_invariant` matters only on a GPU, from level 1 on."""
     if kind == "cuda" and level > 0:
         return INVARIANT_CUDA if batch_invariant else COMPILED_CUDA
     if kind == "cuda":

@@ -1,4 +1,4 @@
-"""The graph of steps that only decode: each sequence computes one token and wants its logits.
+"""Specializes the graph for decode-only steps: each sequence computes one token and needs its logits.
 
     gather_rows(x, logits_rows)   ->   x
 """
@@ -15,7 +15,7 @@ OPS = torch.ops.fuseline
 
 
 def plan_decode(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """The logits of every token, in their order."""
+    """Keeps the logits of every token, in order."""
     matches = 0
     for node in graph.graph.find_nodes(op="call_function", target=OPS.gather_rows.default):
         x, rows = node.args

@@ -1,11 +1,11 @@
-"""Weights of some layers come from slots that the host fills while a step runs.
+"""Reads the weights of some layers from slots that the host fills during the step.
 
     y = linear(x, weight)
 ->
     weights = prefetch.fetch(layer); y = linear(x, weights[0]); prefetch.release(layer)
 
 `prefetch` is a new first input. A layer is fetched before the first op that reads one of its weights, and released
-behind the last.
+after the last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREFETCH = "prefetch"
 
 
 def stream_weights(layers: Sequence[Sequence[str]]) -> GraphPass:
-    """`layers`: the constant names of the weights of each layer, in the order in which layers compute."""
+    """`layers` lists the constant names of each layer's weights, in the order of computation."""
 
     def stream_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         nodes = graph.graph.nodes

@@ -1,4 +1,4 @@
-"""Logits in fp32: output logits -> convert to fp32. For a CPU choose_kernels does it on its way."""
+"""Converts the output logits to fp32. On a CPU choose_kernels does it."""
 
 from __future__ import annotations
 

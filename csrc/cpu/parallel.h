@@ -1,4 +1,4 @@
-// parallel_for over a lambda, for kernel sources. Internal linkage, as everything compiled per ISA.
+// parallel_for over a lambda, for kernel sources. Internal linkage, like everything compiled per ISA.
 #pragma once
 #include "cpu/pool.h"
 
@@ -15,7 +15,7 @@ inline void parallel(int64_t num_chunks, const F& body) {
       num_chunks, [](void* ctx, int64_t chunk) { (*static_cast<const F*>(ctx))(chunk); }, const_cast<F*>(&body));
 }
 
-// Splits [0, n) into nearly equal runs of about `grain` items and calls body(begin, end) for each.
+// Splits [0, n) into nearly equal ranges of about `grain` items and calls body(begin, end) for each.
 template <class F>
 inline void parallel_ranges(int64_t n, int64_t grain, const F& body) {
   int64_t chunks = (n + grain - 1) / grain;

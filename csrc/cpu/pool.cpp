@@ -28,7 +28,7 @@ void relax() {
 #endif
 }
 
-// True as soon as `ready` is; false once the bounded spin is over.
+// Spins for a bounded time; returns whether `ready` became true.
 template <class F>
 bool spin_until(const F& ready) {
   const auto end = std::chrono::steady_clock::now() + kSpin;
@@ -43,7 +43,7 @@ bool spin_until(const F& ready) {
 
 thread_local bool inside_chunk = false;
 
-// The units [begin, end) of one thread, in one word with the job's number: generation << 32 | begin << 16 | end.
+// Units [begin, end) of one thread, in one word with the job's generation: generation << 32 | begin << 16 | end.
 struct alignas(64) Range {
   std::atomic<uint64_t> word{0};
 };
@@ -52,10 +52,10 @@ uint64_t range_word(uint64_t generation, int64_t begin, int64_t end) {
   return generation << 32 | static_cast<uint64_t>(begin) << 16 | static_cast<uint64_t>(end);
 }
 
-// A job is cut into units, and each thread owns a run of them, so that what it reads lies side by side. It takes its own from
-// the front; once they are done, it takes others' from the back. Units are claimed by compare-and-swap on a word that has
-// the job's number in it, so a worker that wakes late can never claim one of a job it has not read, and nobody waits for
-// sleeping workers.
+// Work-stealing pool. A job is split into units, and each thread owns a contiguous range of them, for locality. A
+// thread takes its own units from the front, then steals others' from the back. A unit is claimed by compare-and-swap
+// on a word that carries the job's generation, so a worker that wakes late cannot claim a unit of a job whose state it
+// has not read, and no one waits for sleeping workers.
 class Pool {
  public:
   explicit Pool(int num_threads) : ranges_(static_cast<size_t>(num_threads)) {
@@ -108,7 +108,7 @@ class Pool {
     inside_chunk = false;
   }
 
-  // False once the range is empty.
+  // Returns false if the range is empty.
   bool claim_unit(Range& range, bool from_front) {
     uint64_t word = range.word.load(std::memory_order_acquire);
     for (;;) {
@@ -136,7 +136,7 @@ class Pool {
 
   void work(int own) {
     uint64_t seen = 0;
-    // Sequentially consistent: a worker that counts itself asleep and sees no new job is seen asleep by run().
+    // Sequentially consistent: run() sees as asleep any worker that has counted itself asleep and sees no new job.
     const auto ready = [&] { return generation_.load() != seen || stop_.load(std::memory_order_relaxed); };
     while (!stop_.load()) {
       if (!spin_until(ready)) {
@@ -173,7 +173,7 @@ int default_num_threads() {
   return n ? static_cast<int>(n) : 1;
 }
 
-// Never destroyed: workers may still be parked when the process runs its static destructors.
+// Never destroyed: workers may still be asleep when the process runs its static destructors.
 struct Owner {
   std::mutex mutex;
   std::unique_ptr<Pool> pool;

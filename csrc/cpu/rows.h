@@ -6,7 +6,7 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-// Calls body(T{}) with the storage type of a floating dtype. Other dtypes never get past the checks.
+// Calls body(T{}) with the storage type of a floating dtype. The argument checks reject all other dtypes.
 template <class F>
 FL_INLINE void with_float(DType dtype, const F& body) {
   switch (dtype) {
@@ -23,7 +23,7 @@ inline int64_t num_rows(const Tensor& t) {
   return n;
 }
 
-// Element offset of row `index` counted over all dimensions but the last.
+// Element offset of row `index`, in row-major order over all dimensions but the last.
 inline int64_t row_offset(const Tensor& t, int64_t index) {
   int64_t offset = 0;
   for (int d = t.ndim - 2; d >= 0; --d) {
@@ -56,10 +56,10 @@ inline int64_t item_size(DType dtype) {
   }
 }
 
-// Rows of `width` elements that make a chunk worth a thread's while.
+// Rows of `width` elements per chunk that outweigh the cost of claiming it.
 inline int64_t row_grain(int64_t width) { return width >= 4096 ? 1 : 4096 / (width > 0 ? width : 1); }
 
-// body(column, count): whole vectors, then the tail with count < kLanes.
+// Calls body(column, count) for whole vectors, then for the tail with count < kLanes.
 template <class F>
 FL_INLINE void for_columns(int64_t width, const F& body) {
   int64_t c = 0;

@@ -1,5 +1,5 @@
-// Vectors of kLanes fp32 numbers for the ISA that a source is compiled for, and conversions of bf16 and f16.
-// Everything has internal linkage: a linker must never be able to keep one ISA's copy for everyone.
+// Vectors of kLanes fp32 numbers for the ISA a source is compiled for, and conversions of bf16 and f16.
+// Everything has internal linkage: otherwise the linker could keep one ISA's copy for all.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -56,7 +56,7 @@ FL_INLINE vf fma(vf a, vf b, vf c) {
 }
 
 FL_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-// NaN in `a` yields b, as the SSE instructions do.
+// If `a` is NaN the result is b, as with the SSE instructions.
 FL_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 FL_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 FL_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
@@ -74,7 +74,7 @@ FL_INLINE vf vsqrt(vf a) {
 #endif
 }
 
-// Sum of the lanes by halves: one fixed tree.
+// Horizontal sum by halves, in one fixed tree.
 FL_INLINE float hsum(vf v) {
   float lane[kLanes];
   __builtin_memcpy(lane, &v, sizeof v);
@@ -100,7 +100,7 @@ FL_INLINE float hmax(vf v) {
 
 // --- bf16: the upper half of an fp32, rounded to nearest even; NaN stays NaN ---
 
-// gcc 12 makes three instructions of a conversion between 256 and 512 bits where there is one.
+// gcc 12 emits three instructions for a 256-to-512-bit conversion where one exists.
 FL_INLINE vu widen_half(vh h) {
 #if defined(__AVX512F__)
   return (vu)_mm512_cvtepu16_epi32((__m256i)h);
@@ -116,15 +116,15 @@ FL_INLINE vh narrow_word(vu u) {
 #endif
 }
 
-// Two bf16 in a word.
+// Two bf16 of a word, as fp32.
 FL_INLINE vf pair_low(vu w) { return (vf)(w << 16); }
 FL_INLINE vf pair_high(vu w) { return (vf)(w & 0xffff0000u); }
 
-// acc + both products of the pairs of a and b.
+// acc + a.low * b.low + a.high * b.high, by pairs.
 #if defined(__AVX512BF16__)
 constexpr bool kHasDot = true;
 FL_INLINE vf dot_pairs(vf acc, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
-// 32 numbers of two rows each, side by side: pairs (a[l], b[l]), 16 in a vector.
+// Interleaves 32 numbers of two rows into pairs (a[l], b[l]), 16 per vector.
 FL_INLINE void pair_rows(const bf16* a, const bf16* b, vu* pairs) {
   alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -132,7 +132,7 @@ FL_INLINE void pair_rows(const bf16* a, const bf16* b, vu* pairs) {
   pairs[0] = (vu)_mm512_permutex2var_epi16(x, places, y);
   pairs[1] = (vu)_mm512_permutex2var_epi16(x, _mm512_add_epi16(places, _mm512_set1_epi16(16)), y);
 }
-// Numbers of two vectors, one behind the other, rounded to nearest even; tiny ones become 0.
+// Rounds two vectors to bf16, to nearest even, concatenated; subnormals become 0.
 FL_INLINE vu narrow_pairs(vf a, vf b) { return (vu)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
 #else
 constexpr bool kHasDot = false;
@@ -158,7 +158,7 @@ FL_INLINE vh narrow_bf16(vf v) {
 FL_INLINE vf widen_f16_soft(vh h) {
   vu u = __builtin_convertvector(h, vu);
   vu magnitude = (u & 0x7fffu) << 13;
-  // Multiplying by 2^112 moves the exponent's bias and makes f16 subnormals normal.
+  // Multiplying by 2^112 corrects the exponent bias and normalizes f16 subnormals.
   vf scaled = (vf)magnitude * bit_cast<float>(uint32_t{0x77800000});
   vi special = (vi)(magnitude >= vu{} + 0x0f800000u);
   vf value = select(special, (vf)(magnitude | 0x7f800000u), scaled);
@@ -170,7 +170,7 @@ FL_INLINE vh narrow_f16_soft(vf v) {
   vu magnitude = (vu)v ^ sign;
   vu odd = (magnitude >> 13) & 1u;
   vu normal = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;
-  // Adding 0.5 leaves the f16 subnormal's bits, rounded to even, at the bottom of the sum.
+  // Adding 0.5 leaves the f16 subnormal's bits, rounded to even, in the low bits of the sum.
   vu subnormal = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;
   vu is_small = (vu)(magnitude < vu{} + 0x38800000u);
   vu is_big = (vu)(magnitude >= vu{} + 0x47800000u);
@@ -237,7 +237,7 @@ FL_INLINE vu load_words(const void* p) {
 }
 FL_INLINE void store_words(void* p, vu v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// The first `n` < kLanes numbers; the other lanes read as zero and are not written.
+// Loads or stores the first `n` < kLanes numbers; other lanes read as zero and are not written.
 template <class T>
 FL_INLINE vf load_n(const T* p, int64_t n) {
   T lane[kLanes] = {};
@@ -251,7 +251,7 @@ FL_INLINE void store_n(T* p, vf v, int64_t n) {
   for (int64_t k = 0; k < n; ++k) p[k] = lane[k];
 }
 
-// What storing and loading again makes of a value: where Transformers rounds, kernels say round_to<T>.
+// Value after a store and load as T: kernels call round_to<T> where Transformers rounds.
 template <class T>
 FL_INLINE vf round_to(vf v);
 template <>
@@ -261,7 +261,7 @@ FL_INLINE vf round_to<bf16>(vf v) { return widen_bf16(narrow_bf16(v)); }
 template <>
 FL_INLINE vf round_to<f16>(vf v) { return widen_f16(narrow_f16(v)); }
 
-// Scalars go through the same vector code, so a tail rounds exactly as a body does.
+// Scalars take the vector code, so a tail rounds exactly as whole vectors do.
 template <class T>
 FL_INLINE float to_float(T x) { return load_n(&x, 1)[0]; }
 template <>

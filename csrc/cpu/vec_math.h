@@ -1,5 +1,5 @@
 // exp, tanh, erf and the activations on vectors, within about two units in the last place of fp32.
-// The polynomials are our own minimax fits (Lawson iteration on Chebyshev nodes) over the ranges said beside them.
+// The polynomials are minimax fits (Lawson iteration on Chebyshev nodes) over the ranges given beside them.
 #pragma once
 #include "cpu/vec.h"
 #include "fuseline/codes.h"
@@ -7,14 +7,14 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-// 2^n for integral n in [-126, 127], given as floats.
+// 2^n for integral n in [-126, 127].
 FL_INLINE vf pow2(vi n) { return (vf)((n + 127) << 23); }
 
-// n = round(x / ln 2) comes from adding 1.5 * 2^23; the remainder uses ln 2 in two parts, the first exact in products.
+// Adding 1.5 * 2^23 rounds x / ln 2 to n; ln 2 is split in two parts, the first of which multiplies n exactly.
 FL_INLINE vf vexp(vf x) {
   constexpr float kMagic = 12582912.0f, kLog2e = 1.44269504088896341f, kLn2High = 0.693145751953125f,
                   kLn2Low = 1.428606765330187e-06f;
-  vf clamped = set1(89.0f) < x ? set1(89.0f) : x;   // in this order a NaN stays
+  vf clamped = set1(89.0f) < x ? set1(89.0f) : x;   // this operand order keeps a NaN
   clamped = set1(-104.0f) > clamped ? set1(-104.0f) : clamped;
   vf shifted = fma(clamped, set1(kLog2e), set1(kMagic));
   vf whole = shifted - kMagic;
@@ -29,17 +29,17 @@ FL_INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)e, (__m512)whole);
 #else
-  // Two factors: 2^n itself leaves the range of normal numbers at both ends.
+  // Two factors: 2^n itself leaves the normal range at both ends.
   vi n = (vi)shifted - bit_cast<int32_t>(kMagic), half = n >> 1;
   return select((vi)(x != x), x, e * pow2(half) * pow2(n - half));
 #endif
 }
 
-// exp of what is not above 0, as a softmax needs it; below -87 it stays at exp(-87), which is 2e-38.
+// exp(x) for x <= 0, as in a softmax; x below -87 is clamped to exp(-87) = 2e-38.
 FL_INLINE vf vexp_down(vf x) {
   constexpr float kMagic = 12582912.0f, kLog2e = 1.44269504088896341f, kLn2High = 0.693145751953125f,
                   kLn2Low = 1.428606765330187e-06f;
-  vf clamped = set1(-87.0f) > x ? set1(-87.0f) : x;   // a NaN stays
+  vf clamped = set1(-87.0f) > x ? set1(-87.0f) : x;   // keeps a NaN
   vf shifted = fma(clamped, set1(kLog2e), set1(kMagic));
   vf whole = shifted - kMagic;
   vf r = fma(whole, set1(-kLn2High), clamped);
@@ -50,7 +50,7 @@ FL_INLINE vf vexp_down(vf x) {
   p = fma(p, r, set1(0.1666657700595071f));
   p = fma(p, r, set1(0.5000000026926887f));
   vf e = fma(p, r * r, r) + 1.0f;
-  return (vf)((vi)e + ((vi)shifted << 23));   // the magic number's own bits leave the word
+  return (vf)((vi)e + ((vi)shifted << 23));   // the bits of the magic number are shifted out
 }
 
 FL_INLINE vf vtanh(vf x) {

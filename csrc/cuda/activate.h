@@ -1,4 +1,4 @@
-// The activations of gated products; codes of fuseline/codes.h.
+// Activations of gated products, by the codes of fuseline/codes.h.
 #pragma once
 #include "cuda/device.h"
 #include "fuseline/codes.h"

@@ -11,24 +11,24 @@ constexpr int kThreads = 256;
 struct ActArgs {
   void* out;
   const void *gate, *up;
-  int64_t num_lines, dim, out_stride, gate_stride, up_stride;
+  int64_t num_rows, dim, out_stride, gate_stride, up_stride;
   int act;
 };
 
-// Thread: a vector of a line.
+// One thread per vector of a row.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads) act_mul_kernel(const ActArgs a) {
   const int64_t vectors = a.dim / kVector, at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   launch_dependents();
   wait_for_prerequisites();
-  if (at >= a.num_lines * vectors) return;
-  const int64_t line = at / vectors, c = at % vectors * kVector;
+  if (at >= a.num_rows * vectors) return;
+  const int64_t row = at / vectors, c = at % vectors * kVector;
   float gate[kVector], up[kVector];
-  load(gate, static_cast<const T*>(a.gate) + line * a.gate_stride + c);
-  load(up, static_cast<const T*>(a.up) + line * a.up_stride + c);
+  load(gate, static_cast<const T*>(a.gate) + row * a.gate_stride + c);
+  load(up, static_cast<const T*>(a.up) + row * a.up_stride + c);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) gate[k] = rounded<T>(activate(gate[k], a.act)) * up[k];
-  store(static_cast<T*>(a.out) + line * a.out_stride + c, gate);
+  store(static_cast<T*>(a.out) + row * a.out_stride + c, gate);
 }
 
 }  // namespace

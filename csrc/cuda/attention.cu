@@ -1,17 +1,17 @@
-// Attention of single tokens over a paged cache: keys cut into splits, the query heads of a kv head together, so that a
-// key or value is read once for all of them.
+// Decode attention over a paged KV cache. Keys are cut into splits; the query heads of a kv head share a block, so that
+// each key and value is read once for all of them.
 //
 // Scores are q[heads, D] k[keys, D]^T, results v[keys, E]^T p[heads, keys]^T, both as matrix instructions of up to
 // eight heads and sixteen keys. The order of D, of keys and of E within an instruction is free as long as its operands
-// agree: a lane takes eight neighbours of a line as they lie, and the scores' registers are the next product's operand.
-// Keys and values come through a ring in shared memory in which each thread reads only what it asked for itself (see
-// linear.cu).
+// agree: a lane loads eight neighbours of a row, and the registers of the scores are the next product's operand.
+// Keys and values pass through a ring buffer in shared memory in which each thread reads only what it copied itself
+// (see linear.cu).
 //
-// What a row sums, and in which order, follows from its sequence alone: the cuts come from the sequence's keys, warps
-// take a split's tiles in turn, and both are folded from the first to the last. Who works on which split changes no
-// bit.
+// The order of a row's sums depends on its sequence alone: the number of keys fixes the splits, the warps of a block
+// share the tiles of a split round-robin, and partial results are merged in ascending order. Which block computes which
+// split changes no bit.
 //
-// Legend: H query heads, G of them a kv head, D key and value dim, B keys a block; lane = (g = lane / 4, t = lane % 4).
+// Legend: H query heads, G per kv head, D key and value dim, B keys per block; lane = (g = lane / 4, t = lane % 4).
 #include "cuda/attention.h"
 #include "cuda/fp8.h"
 #include "cuda/kernels.h"
@@ -19,10 +19,10 @@
 namespace fuseline::cuda {
 namespace {
 
-constexpr int kHeads = 8;  // of a tile
+constexpr int kHeads = 8;  // per tile
 constexpr int kStages = 3;
 
-// Eight numbers of a cache as they lie, and as a product's operand.
+// Eight numbers as the cache stores them; operand() converts them to a product's operand.
 template <class Cache> struct Raw { using Type = uint4; };
 template <int kExponent, int kFraction> struct Raw<Fp8<kExponent, kFraction>> { using Type = uint2; };
 
@@ -34,7 +34,7 @@ FL_DEVICE uint4 operand(uint2 raw) {
   return {low.x, low.y, high.x, high.y};
 }
 
-// Block (kv head and part of its heads, sequence, worker).
+// Grid: (kv head x group of its query heads, sequence, worker).
 template <class T, class Cache, int kDim>
 __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const AttentionArgs a) {
   constexpr int kWarps = 256 / kDim, kThreads = kWarps * kWarp;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
   using Eight = typename Raw<Cache>::Type;
   union Shared {
     Eight ring[kStages][kLoads][kThreads];
-    struct { float values[kWarps][kHeads][kDim]; Mass masses[kWarps][kHeads]; } parts;
+    struct { float values[kWarps][kHeads][kDim]; SoftmaxState states[kWarps][kHeads]; } parts;
     __device__ Shared() {}
   };
   __shared__ Shared shared;
@@ -64,17 +64,17 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
   for (int token = 0; token < num_tokens; ++token) {
     const Cut cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits));
     const int64_t at = begin + token;
-    uint4 q[kKeyLoads];  // heads that are not there are the first: nothing comes of them
+    uint4 q[kKeyLoads];  // missing heads repeat the first; their results are discarded
     const int64_t head_of_lane = first_head + (g < num_heads ? g : 0);
     const T* from = static_cast<const T*>(a.q) + at * a.q_token + head_of_lane * a.q_head + 8 * t;
 #pragma unroll
     for (int c = 0; c < kKeyLoads; ++c) q[c] = *reinterpret_cast<const uint4*>(from + 32 * c);
-    // A token without keys is the first worker's: it has no splits, and zeros.
+    // A token without keys has no splits; the first worker writes its zeros.
     const int num_splits = cut.num_splits > 0 ? cut.num_splits : 1;
     for (int i = blockIdx.z; i < num_splits; i += gridDim.z) {
       const int low = cut.start + i * cut.split, high = low + cut.split < cut.end ? low + cut.split : cut.end;
       const auto is_seen = [&](int key) { return key >= cut.first && key < high; };
-      // Of a tile's keys, a lane's block; none for a key that is not there.
+      // Cache block of this lane's key of the tile; -1 outside the split.
       const auto look_up = [&](int base) {
         const int key = base + lane % kKeys;
         return is_seen(key) ? table[key >> a.block_shift] : -1;
@@ -85,18 +85,18 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int key = 8 * n + g, block = shuffle(blocks, key);
-          const Cache* line = keys + (block < 0 ? 0 : block * a.k_block + ((fetched + key) & mask) * a.k_token);
+          const Cache* row = keys + (block < 0 ? 0 : block * a.k_block + ((fetched + key) & mask) * a.k_token);
 #pragma unroll
           for (int c = 0; c < kKeyLoads; ++c)
-            copy_async(&shared.ring[stage][n * kKeyLoads + c][thread], line + 32 * c, block >= 0);
+            copy_async(&shared.ring[stage][n * kKeyLoads + c][thread], row + 32 * c, block >= 0);
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const int key = 2 * t + n % 2 + n / 2 * 8, block = shuffle(blocks, key);
-          const Cache* line = values + (block < 0 ? 0 : block * a.v_block + ((fetched + key) & mask) * a.v_token);
+          const Cache* row = values + (block < 0 ? 0 : block * a.v_block + ((fetched + key) & mask) * a.v_token);
 #pragma unroll
           for (int c = 0; c < kValueLoads; ++c)
-            copy_async(&shared.ring[stage][2 * kKeyLoads + n * kValueLoads + c][thread], line + 64 * c, block >= 0);
+            copy_async(&shared.ring[stage][2 * kKeyLoads + n * kValueLoads + c][thread], row + 64 * c, block >= 0);
         }
         close_group();
         fetched += kWarps * kKeys;
@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
 #pragma unroll
       for (int s = 0; s < kStages - 1; ++s) fetch(s);
 
-      // The warp's state. `mass` is that of head g, its sum the lane's share; acc[j]: dims 8 g + 2 (j % 4), and the one
-      // behind, of chunk j / 4, of heads 2 t and 2 t + 1.
-      Mass mass{kNone, 0.0f};
+      // Per warp: `state` belongs to head g, its sum is this lane's share. acc[j] holds dims 8 g + 2 (j % 4) and the
+      // next, of chunk j / 4, for heads 2 t and 2 t + 1.
+      SoftmaxState state{kNone, 0.0f};
       float acc[kDim / 16][4] = {};
       int stage = 0;
       for (int base = low + warp * kKeys; base < high; base += kWarps * kKeys) {
@@ -134,15 +134,15 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
             top = fmaxf(top, scores[n][j]);
           }
         top = fmaxf(top, shuffle_xor(top, 1));
-        top = fmaxf(fmaxf(top, shuffle_xor(top, 2)), mass.m);
-        const float finite = top == kNone ? 0.0f : top, shrink = exp2f(mass.m - finite);
-        mass.m = top;
-        mass.sum *= shrink;
+        top = fmaxf(fmaxf(top, shuffle_xor(top, 2)), state.max);
+        const float finite = top == kNone ? 0.0f : top, shrink = exp2f(state.max - finite);
+        state.max = top;
+        state.sum *= shrink;
         uint32_t p[2];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const float x = exp2f(scores[n][0] - finite), y = exp2f(scores[n][1] - finite);
-          mass.sum += x + y;
+          state.sum += x + y;
           p[n] = pack<T>(x, y);
         }
         const float shrinks[2] = {shuffle(shrink, 8 * t), shuffle(shrink, 8 * t + 4)};
@@ -164,11 +164,11 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
         }
         stage = stage == kStages - 1 ? 0 : stage + 1;
       }
-      mass.sum += shuffle_xor(mass.sum, 1);
-      mass.sum += shuffle_xor(mass.sum, 2);
+      state.sum += shuffle_xor(state.sum, 1);
+      state.sum += shuffle_xor(state.sum, 2);
       wait_groups<0>();
-      __syncthreads();  // the ring has been read: its room is the parts'
-      if (t == 0) shared.parts.masses[warp][g] = mass;
+      __syncthreads();  // the ring is no longer read; `parts` reuses its memory
+      if (t == 0) shared.parts.states[warp][g] = state;
 #pragma unroll
       for (int j = 0; j < kDim / 16; ++j)
 #pragma unroll
@@ -177,11 +177,11 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
       __syncthreads();
       for (int entry = thread; entry < num_heads * kDim; entry += kThreads) {
         const int in_tile = entry / kDim, dim = entry % kDim;
-        Mass whole{kNone, 0.0f};
+        SoftmaxState whole{kNone, 0.0f};
         float value = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          const float2 weights = whole.fold(shared.parts.masses[w][in_tile]);
+          const float2 weights = whole.merge(shared.parts.states[w][in_tile]);
           value = fmaf(value, weights.x, shared.parts.values[w][in_tile][dim] * weights.y);
         }
         const int64_t head = first_head + in_tile;
@@ -189,12 +189,12 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
           finish<T>(a, at, head, dim, whole, value);
           continue;
         }
-        const int64_t line = ((a.is_mixed ? seq : at) * a.num_heads + head) * a.num_splits + i;
-        a.workspace[line * kDim + dim] = value;
+        const int64_t row = ((a.is_mixed ? seq : at) * a.num_heads + head) * a.num_splits + i;
+        a.workspace[row * kDim + dim] = value;
         if (dim == 0) {
-          float* masses = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * line;
-          masses[0] = whole.m;
-          masses[1] = whole.sum;
+          float* states = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * row;
+          states[0] = whole.max;
+          states[1] = whole.sum;
         }
       }
       __syncthreads();
@@ -202,10 +202,10 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
   }
 }
 
-// Block (head, sequence), a thread for each of D: folds the splits of rows that have several.
+// Grid: (head, sequence), one thread per dim of D. Merges the partial results of rows with several splits.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
-  constexpr int kAtOnce = 8;  // splits whose loads are under way together
+  constexpr int kAtOnce = 8;  // splits loaded concurrently
   const int64_t head = blockIdx.x, seq = blockIdx.y;
   const int dim = threadIdx.x;
   launch_dependents();
@@ -215,22 +215,22 @@ __global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
   for (int token = 0; token < num_tokens; ++token) {
     const int num_splits = Cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits)).num_splits;
     if (num_splits < 2) continue;
-    const int64_t line = ((a.is_mixed ? seq : begin + token) * a.num_heads + head) * a.num_splits;
-    const float* masses = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * line;
-    Mass whole{kNone, 0.0f};
+    const int64_t row = ((a.is_mixed ? seq : begin + token) * a.num_heads + head) * a.num_splits;
+    const float* states = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * row;
+    SoftmaxState whole{kNone, 0.0f};
     float value = 0.0f;
     for (int i = 0; i < num_splits; i += kAtOnce) {
-      Mass parts[kAtOnce];
+      SoftmaxState parts[kAtOnce];
       float values[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const bool is_there = i + j < num_splits;
-        parts[j] = is_there ? Mass{masses[2 * (i + j)], masses[2 * (i + j) + 1]} : Mass{kNone, 0.0f};
-        values[j] = is_there ? a.workspace[(line + i + j) * kDim + dim] : 0.0f;
+        parts[j] = is_there ? SoftmaxState{states[2 * (i + j)], states[2 * (i + j) + 1]} : SoftmaxState{kNone, 0.0f};
+        values[j] = is_there ? a.workspace[(row + i + j) * kDim + dim] : 0.0f;
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const float2 weights = whole.fold(parts[j]);
+        const float2 weights = whole.merge(parts[j]);
         value = fmaf(value, weights.x, values[j] * weights.y);
       }
     }

@@ -1,11 +1,11 @@
-// What the kernels of attention.cu share: how the keys of a token are cut, and how parts of a softmax become one.
+// Shared by the kernels of attention.cu: how a token's keys are split, and how partial softmax results are merged.
 #pragma once
 #include "cuda/device.h"
 
 namespace fuseline::cuda {
 
-constexpr int kKeys = 16;    // of a tile
-constexpr int kSplit = 256;  // keys of the shortest split
+constexpr int kKeys = 16;    // per tile
+constexpr int kSplit = 256;  // keys of the smallest split
 constexpr float kNone = -INFINITY;
 
 struct AttentionArgs {
@@ -14,18 +14,18 @@ struct AttentionArgs {
   const int32_t *block_table, *seq_lens, *query_start;
   const void* sinks;
   const float *k_scale, *v_scale;
-  // Sums [slots, H, splits, D], then maxima and masses [slots, H, splits, 2], of rows of more than one split. A slot is
-  // a token, or, if only sequences of one token are computed, a sequence.
+  // For rows with several splits: value sums [slots, H, splits, D], then maxima and denominators [slots, H, splits, 2].
+  // A slot is a token; in mixed batches, where only sequences of one token are computed, it is a sequence.
   float* workspace;
   bool is_mixed;
   int64_t num_slots, num_heads, group, num_splits;
   int64_t out_token, out_head, q_head, q_token, k_block, k_head, k_token, v_block, v_head, v_token, table_stride;
   int64_t block_shift;  // log2 of B
   int window;
-  float scale, softcap;  // in units of log2 e
+  float scale, softcap;  // times log2(e), so that exp2 can be used
 };
 
-// The keys of a token: those from `first` to `end`, from `start` on in splits of `split`.
+// A token sees keys [first, end), cut from `start` on into splits of `split` keys.
 struct Cut {
   int first, start, end, split, num_splits;
 
@@ -39,30 +39,31 @@ struct Cut {
   }
 };
 
-// Softmax of a part of the keys: the maximum m of the scores, the sum of their powers of two less m.
-struct Mass {
-  float m, sum;
+// Partial softmax: the maximum score and the sum of exp2(score - max), the denominator.
+struct SoftmaxState {
+  float max, sum;
 
-  // Takes in another part; what to multiply this one's and the other's sums of values with.
-  FL_DEVICE float2 fold(Mass other) {
-    const float top = fmaxf(m, other.m), finite = top == kNone ? 0.0f : top;
-    const float2 weights{exp2f(m - finite), exp2f(other.m - finite)};
-    m = top;
+  // Merges another partial result; returns the factors for this one's and the other's value sums.
+  FL_DEVICE float2 merge(SoftmaxState other) {
+    const float top = fmaxf(max, other.max), finite = top == kNone ? 0.0f : top;
+    const float2 weights{exp2f(max - finite), exp2f(other.max - finite)};
+    max = top;
     sum = fmaf(sum, weights.x, other.sum * weights.y);
     return weights;
   }
 };
 
 template <class T>
-FL_DEVICE void finish(const AttentionArgs& a, int64_t token, int64_t head, int64_t dim, Mass mass, float value) {
+FL_DEVICE void finish(const AttentionArgs& a, int64_t token, int64_t head, int64_t dim, SoftmaxState state,
+                      float value) {
   if (a.sinks) {
     const float sink = to_float(static_cast<const T*>(a.sinks)[head]) * kLog2e;
-    const float top = fmaxf(mass.m, sink), shrink = exp2f(mass.m - top);
-    mass.sum = fmaf(mass.sum, shrink, exp2f(sink - top));
+    const float top = fmaxf(state.max, sink), shrink = exp2f(state.max - top);
+    state.sum = fmaf(state.sum, shrink, exp2f(sink - top));
     value *= shrink;
   }
   if (a.v_scale) value *= *a.v_scale;
-  value = value / (mass.sum == 0.0f ? 1.0f : mass.sum);
+  value = value / (state.sum == 0.0f ? 1.0f : state.sum);
   static_cast<T*>(a.out)[token * a.out_token + head * a.out_head + dim] = cast<T>(value);
 }
 

@@ -1,6 +1,5 @@
-// What the kernels of this folder ask of a device, in a few functions, so that a compiler for CPUs can stand in for
-// nvcc: the tests run the same sources as threads of a CPU (csrc/tests/cuda_emulation.h). No torch, no library but the
-// runtime.
+// Device functions that the kernels of this folder use. They are few, so that a CPU compiler can stand in for nvcc: the
+// tests run the same sources as fibers on a CPU (csrc/tests/cuda_emulation.h). Needs only the CUDA runtime, not torch.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,7 +11,7 @@
 
 namespace fuseline::cuda {
 
-// Numbers as they lie in memory.
+// Storage types.
 struct Bf16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
@@ -46,8 +45,8 @@ FL_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 FL_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 FL_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 
-// Bytes of global memory (a V, 8 or 16) on their way to shared memory; zeros if nothing is there. They have come for
-// the thread that asked once it has waited until no more than so many of its groups are under way. 16 go past L1.
+// Starts a copy of one V (8 or 16 bytes) from global to shared memory; writes zeros unless `is_there`. It is visible to
+// the issuing thread once wait_groups leaves no more than the given number of its groups pending. 16 bytes bypass L1.
 FL_DEVICE void copy_async(uint4* to, const void* from, bool is_there) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(from), "r"(is_there ? 16 : 0)
@@ -67,7 +66,7 @@ FL_DEVICE V shuffle(V x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 template <class V>
 FL_DEVICE V shuffle_xor(V x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-// Bytes (a3 a2 a1 a0) and (b3 b2 b1 b0) -> (b1 b0 a1 a0) and (b3 b2 a3 a2).
+// Bytes (a3 a2 a1 a0), (b3 b2 b1 b0) -> (b1 b0 a1 a0) and (b3 b2 a3 a2).
 FL_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 FL_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
@@ -75,7 +74,7 @@ FL_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b
 FL_DEVICE uint32_t first_bytes(uint32_t four) { return __byte_perm(four, 0, 0x1404); }
 FL_DEVICE uint32_t last_bytes(uint32_t four) { return __byte_perm(four, 0, 0x3424); }
 
-// Both numbers of a register times a number that their type holds.
+// Multiplies both numbers of a register by a number their type represents exactly.
 FL_DEVICE __half2 both(float x, Half) { return __float2half2_rn(x); }
 FL_DEVICE __nv_bfloat162 both(float x, Bf16) { return __float2bfloat162_rn(x); }
 template <class T>
@@ -88,8 +87,8 @@ FL_DEVICE uint32_t times(uint32_t two, float factor, T) {
   return two;
 }
 
-// d[16, 8] += a[16, 16] b[16, 8] by a warp. Of lane (g = lane / 4, t = lane % 4): a = rows g, g + 8 at k = 2t, then the
-// same at k = 2t + 8, two neighbouring k's a register; b = k = 2t and 2t + 8 of column g; d = (g, 2t), (g, 2t + 1),
+// Warp-wide d[16, 8] += a[16, 16] b[16, 8]. Lane (g = lane / 4, t = lane % 4) holds, two neighbouring k per register:
+// a: rows g and g + 8 at k = 2t, then at k = 2t + 8; b: column g at k = 2t and 2t + 8; d: (g, 2t), (g, 2t + 1),
 // (g + 8, 2t), (g + 8, 2t + 1).
 FL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -104,10 +103,11 @@ FL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// A grid that is launched with overlap may start before the kernel ahead of it has ended: as soon as all blocks of that
-// one have called launch_dependents or ended, and there is room. By then it may read nothing that kernels ahead of it
-// write, and write nothing that they read or write. So every thread of every kernel waits before it touches memory,
-// which also makes each kernel end after all those ahead of it. Without overlap, and before sm_90, both do nothing.
+// With overlap (programmatic dependent launch) a grid may start before the kernel ahead of it has ended: once all
+// blocks of that kernel have called launch_dependents or ended, and resources are free. Until wait_for_prerequisites it
+// must not read what kernels ahead write, nor write what they read or write. Therefore every thread of every kernel
+// waits before it touches memory, which also makes kernels end in order. Without overlap, and before sm_90, both calls
+// do nothing.
 FL_DEVICE void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -119,10 +119,10 @@ FL_DEVICE void wait_for_prerequisites() {
 #endif
 }
 
-// Has the line of memory brought to the L2 cache, whose contents are never stale: allowed before the wait.
+// Prefetches a cache line to L2, which is never stale: allowed before the wait.
 FL_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 
-// Puts the kernel on the stream; 0, or the runtime's error code. `needs`: the least overlap with which it begins early.
+// Launches the kernel; returns 0 or the runtime's error code. `needs`: the least overlap at which it may start early.
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
            Overlap needs = Overlap::kHeads) {
@@ -150,23 +150,23 @@ FL_DEVICE T cast(float x) {
   return to;
 }
 
-// float32 x as T holds it.
+// float32 x rounded to T.
 template <class T>
 FL_DEVICE float rounded(float x) { return to_float(cast<T>(x)); }
 
-// Two numbers in one register, the first in its low half.
+// Packs two numbers into a register, the first in its low half.
 template <class T>
 FL_DEVICE uint32_t pack(float first, float second) {
   return cast<T>(first).bits | static_cast<uint32_t>(cast<T>(second).bits) << 16;
 }
 
-// Sum of all lanes, the same bits in each.
+// Sum over all lanes; every lane gets the same bits.
 FL_DEVICE float warp_sum(float x) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
 
-// Calls f with a number of the type that the code says; its result, or kBadArgument.
+// Calls f with a value of the dtype's type and returns its result; kBadArgument for other dtypes.
 template <class F>
 int with_half(int64_t dtype, const F& f) {
   if (dtype == static_cast<int64_t>(DType::bf16)) return f(Bf16{});

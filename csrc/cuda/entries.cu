@@ -7,11 +7,11 @@ namespace {
 
 #ifdef __CUDACC__
 
-constexpr int kMinOverlapCode = 90, kMinOverlapDriver = 12030;  // sm_90; graphs keep early launches from CUDA 12.3 on
+constexpr int kMinOverlapCode = 90, kMinOverlapDriver = 12030;  // sm_90; CUDA graphs support early launches since 12.3
 
 __global__ void probe_kernel(int) {}
 
-// What keeps the kernels from running on the present device; empty when nothing does.
+// Why the kernels cannot run on the current device; empty if they can.
 const char* problem() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
@@ -19,7 +19,7 @@ const char* problem() {
 }
 const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// It is the code that counts, not the card: what a new card translates from code for an old one does not wait.
+// Depends on the compiled code, not on the device: PTX of an older target, translated for a new GPU, does not wait.
 bool can_overlap() {
   cudaFuncAttributes attributes;
   int driver = 0;
@@ -28,16 +28,16 @@ bool can_overlap() {
          driver >= kMinOverlapDriver;
 }
 
-// For tests without a card (csrc/tests/cuda_emulation.h).
+// The early-launch race check exists in the CPU emulator only (csrc/tests/cuda_emulation.h).
 template <class F>
-void rehearse(const F&) {}
+void check_race(const F&) {}
 
 #else
 
 const char* problem() { return ""; }
 const char* describe(int) { return "the emulation takes no such arguments"; }
 bool can_overlap() { return true; }
-using emulated::rehearse;
+using emulated::check_race;
 
 #endif
 
@@ -69,7 +69,7 @@ Entry entry(const char* name, const char* fields) {
     Call given;
     memcpy(&given, packed, sizeof(given));
     const Stream stream{handle, static_cast<Overlap>(overlap)};
-    rehearse([&](const auto& hidden) { kFunction(stream, mapped(given, hidden)); });
+    check_race([&](const auto& hidden) { kFunction(stream, mapped(given, hidden)); });
     return kFunction(stream, given);
   };
   return {name, call, fields};
@@ -79,7 +79,7 @@ Entry entry(const char* name, const char* fields) {
 
 extern "C" {
 
-// Ends with an entry without a name.
+// The last entry has no name.
 __attribute__((visibility("default"))) const Entry* fuseline_cuda_entries() {
   static const Entry entries[] = {
 #define FL_OUT(name) "q" #name " "

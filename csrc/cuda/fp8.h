@@ -1,15 +1,15 @@
-// Numbers of one byte, as caches hold them, by instructions that every card has: their bits, moved to where a wider
-// type has its exponent, are the numbers over a power of two, and all wider types hold them exactly.
+// fp8 numbers of KV caches, by instructions every GPU has: their bits, shifted to where a wider type has its exponent,
+// are the number over a power of two, and every wider type represents it exactly.
 #pragma once
 #include "cuda/device.h"
 
 namespace fuseline::cuda {
 
-// Codes of a cache's dtype beside those of fuseline/op.h; bytes are e4m3.
+// Cache dtype codes beside those of fuseline/op.h; u8 means e4m3.
 constexpr int64_t kE4m3 = static_cast<int64_t>(DType::u8), kE5m2 = kE4m3 + 1;
 
-// A sign, so many bits of exponent and of fraction. e5m2 is the high half of an fp16. e4m3 has no infinities: behind
-// its largest number comes only NaN, 0x7f.
+// One sign bit, kExponent and kFraction bits. e5m2 is the high half of an fp16. e4m3 has no infinities; above its
+// largest number there is only NaN, 0x7f.
 template <int kExponent, int kFraction> struct Fp8 { uint8_t bits; };
 using E4m3 = Fp8<4, 3>;
 using E5m2 = Fp8<5, 2>;
@@ -19,11 +19,11 @@ template <> inline constexpr int kExponentBits<Half> = 5;
 template <int kExponent> constexpr int kBias = (1 << (kExponent - 1)) - 1;
 template <int kExponent> constexpr float kLargest = kExponent == 4 ? 448.0f : 57344.0f;
 constexpr float power_of_two(int n) { return n == 0 ? 1.0f : 2.0f * power_of_two(n - 1); }
-// What a number is over the one that its moved bits are.
+// Ratio of the number to the one its shifted bits represent.
 template <class T, int kExponent>
 constexpr float kMoved = power_of_two(kBias<kExponentBits<T>> - kBias<kExponent>);
 
-// Four numbers as two registers of two.
+// Converts four numbers to two registers of two.
 template <int kExponent, int kFraction, class T>
 FL_DEVICE uint2 widen(uint32_t four, Fp8<kExponent, kFraction>, T) {
   constexpr int kShift = kExponentBits<T> - kExponent;
@@ -34,21 +34,21 @@ FL_DEVICE uint2 widen(uint32_t four, Fp8<kExponent, kFraction>, T) {
   return {two(first_bytes(four)), two(last_bytes(four))};
 }
 
-// The nearest byte, ties to even, beyond the largest number that; NaN stays one. Normal numbers differ in bias and bits
-// of fraction; below them the byte counts steps, which adding 2^23 rounds to.
+// Rounds to nearest even, saturates at the largest number, keeps NaN. Normal numbers differ in exponent bias and
+// fraction bits; subnormals count steps, to which adding 2^23 rounds.
 template <int kExponent, int kFraction>
 FL_DEVICE void from_float(float x, Fp8<kExponent, kFraction>& to) {
   constexpr int kDropped = 23 - kFraction;
   const float size = fabsf(x) > kLargest<kExponent> ? kLargest<kExponent> : fabsf(x);
   const uint32_t bits = float_bits(size) - (static_cast<uint32_t>(127 - kBias<kExponent>) << 23);
   uint32_t code = (bits + (1u << (kDropped - 1)) - 1 + (bits >> kDropped & 1)) >> kDropped;
-  const float of_normal = mul_rn(size, 1 << (kBias<kExponent> - 1));  // in units of the smallest normal number
+  const float of_normal = mul_rn(size, 1 << (kBias<kExponent> - 1));  // over the smallest normal number
   if (of_normal < 1.0f) code = float_bits(add_rn(mul_rn(of_normal, 1 << kFraction), 8388608.0f)) & 0xf;
   if (x != x) code = 0x7f;
   to.bits = static_cast<uint8_t>((code & 0x7f) | (float_bits(x) >> 24 & 0x80));
 }
 
-// Calls f with a number of the cache's type, which is fp8 or T; its result, or kBadArgument.
+// Calls f with a value of the cache's type, fp8 or T, and returns its result; kBadArgument for other dtypes.
 template <class T, class F>
 int with_cache(int64_t cache_dtype, int64_t dtype, const F& f) {
   if (cache_dtype == kE4m3) return f(E4m3{});

@@ -6,8 +6,8 @@
 
 namespace fuseline::cuda {
 
-// Which kernels may begin while the one ahead of them on the stream still runs (programmatic dependent launch): none;
-// those that touch no memory before that one has ended; also those that read their weights sooner.
+// Which kernels may start while the one ahead of them on the stream still runs (programmatic dependent launch): none;
+// those that touch no memory before it has ended; also those that read their weights before that.
 enum class Overlap : int { kNone, kHeads, kWeights };
 
 struct Stream {
@@ -15,7 +15,7 @@ struct Stream {
   Overlap overlap;
 };
 
-// Read before the kernel ahead has ended, where the overlap is kWeights: nothing on the device may write it by then.
+// Read before the kernel ahead has ended if the overlap is kWeights; nothing on the device may write it by then.
 struct Weight { const void* data; };
 
 #define FL_OUT(name) void* name;

@@ -1,11 +1,11 @@
-// Linears of up to 16 rows: the weights' way through memory is all the work, so it is one pass over them.
+// Linears of up to 16 rows, which are limited by reading the weights: one pass over them.
 //
-// A warp multiplies a tile of 16 lines of the weight with the x of all rows by matrix instructions. The order of k
-// within an instruction is free as long as both operands agree, so a lane takes eight neighbours of a line and of x
-// (128 bits) as its share of two instructions, and nothing is turned around. Weights come through a ring in shared
-// memory in which each thread reads only what it asked for itself: no barriers, and so many bytes under way as the ring
-// holds, whatever the compiler does. The warps of a block take turns along K and their sums are added in order. Nothing
-// of this depends on the number of rows: a row's bits are its own.
+// A warp multiplies a tile of 16 weight rows by all rows of x with matrix instructions. The order of k within an
+// instruction is free as long as both operands agree, so a lane loads eight neighbours of a weight row and of x (128
+// bits) as its operands of two instructions, without transposing. Weights pass through a ring buffer in shared memory
+// in which each thread reads only what it copied itself: this needs no barriers and keeps a fixed number of bytes in
+// flight. The warps of a block share K round-robin, and their sums are added in order. None of this depends on the
+// number of rows, so a row's bits do not either.
 //
 // Legend: M rows, N outputs, K inputs; lane = (g = lane / 4, t = lane % 4).
 #include "cuda/activate.h"
@@ -14,9 +14,9 @@
 namespace fuseline::cuda {
 namespace {
 
-constexpr int kDepth = 32;          // k of a matrix instruction's two halves: what a warp loads at once of a line
-constexpr int kStages = 3;          // of the ring
-constexpr int kStageBytes = 16384;  // of a block; three stages are what a block gets without asking, four blocks fit
+constexpr int kDepth = 32;          // k that a warp loads of a row at once: two matrix instructions
+constexpr int kStages = 3;          // of the ring buffer
+constexpr int kStageBytes = 16384;  // per block; three stages fit the default limit, four blocks a multiprocessor
 constexpr int64_t kWideOutputs = 4096, kManyTiles = 256;
 
 struct LinearArgs {
@@ -24,11 +24,11 @@ struct LinearArgs {
   const void *x, *weight, *bias;
   int64_t x_stride, weight_stride;
   int64_t num_rows, num_out, num_in;
-  int64_t upper;  // the tile's upper eight lines lie so many lines behind its lower ones
+  int64_t upper;  // distance in rows from the tile's lower eight weight rows to its upper eight
   int act;
 };
 
-// Block: tile of outputs, eight a half. kHalves 1: the lower half alone, for narrow products. kTiles: eights of rows.
+// Grid: tiles of outputs, eight per half. kHalves 1: only the lower half, for narrow products. kTiles: rows / 8.
 template <class T, int kHalves, int kTiles, int kWarps, bool kIsGated>
 __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArgs a) {
   constexpr int kThreads = kWarps * kWarp, kOutputs = kIsGated ? 8 : 8 * kHalves;
@@ -37,12 +37,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
   launch_dependents();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int64_t output = static_cast<int64_t>(blockIdx.x) * kOutputs + g;
-  // Lines and rows that are not there are the first one's: what comes of them is written nowhere.
-  const auto line = [&](int64_t n) {
+  // Missing rows repeat the first one; their results are not written.
+  const auto weight_row = [&](int64_t n) {
     const bool is_there = n < a.num_out + (kIsGated ? a.upper : 0);
     return static_cast<const uint16_t*>(a.weight) + (is_there ? n * a.weight_stride : 0) + 8 * t;
   };
-  const uint16_t* lines[2] = {line(output), line(output + a.upper)};
+  const uint16_t* weight_rows[2] = {weight_row(output), weight_row(output + a.upper)};
   const uint16_t* rows[kTiles];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i)
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
       for (int h = 0; h < kHalves; ++h) {
         const int64_t at = k + u * kDepth;
         const bool is_there = at + 8 * t < a.num_in;
-        copy_async(&ring[stage][u * kHalves + h][threadIdx.x], lines[h] + (is_there ? at : 0), is_there);
+        copy_async(&ring[stage][u * kHalves + h][threadIdx.x], weight_rows[h] + (is_there ? at : 0), is_there);
       }
     close_group();
   };
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
 
   float sum[kTiles][4] = {};
   int stage = 0;
-#pragma unroll 1  // leaves registers for four blocks a multiprocessor
+#pragma unroll 1  // keeps registers low enough for four blocks per multiprocessor
   for (int64_t k = begin; k < a.num_in; k += stride) {
     uint4 in[kUnroll][kTiles];
 #pragma unroll
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
         mma(sum[i], {low.z, high.z, low.w, high.w}, {in[u][i].z, in[u][i].w}, T{});
       }
     }
-    fetch(k + kStages * stride, stage);  // into the room of what has just been read
+    fetch(k + kStages * stride, stage);  // reuses the stage that has just been read
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   wait_groups<0>();
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) few_rows_kernel(const LinearArg
     for (int j = 0; j < 4; ++j) sums[warp][i][j][lane] = sum[i][j];
   __syncthreads();
 
-  // An entry: row 8 i + 2 t + j of the outputs that lane (g, t) had, lower and upper half.
+  // Each entry is row 8 i + 2 t + j of the outputs of lane (g, t), lower and upper half.
   T* out = static_cast<T*>(a.out);
   const T* bias = static_cast<const T*>(a.bias);
   for (int entry = threadIdx.x; entry < kTiles * 2 * kWarp; entry += kThreads) {

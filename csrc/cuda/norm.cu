@@ -1,6 +1,6 @@
-// RMSNorm and LayerNorm, alone and behind a residual addition. A line is one warp's or one block's; it is read once,
-// held in registers as far as those go, and summed in an order that follows from its length. Rounding as in
-// compile/ops/norm.py.
+// RMSNorm and LayerNorm, alone or after a residual addition. One warp or one block computes a row; it reads the row
+// once, keeps as much as fits in registers, and sums in an order that depends on its length alone. Rounds as
+// compile/ops/norm.py does.
 #include "cuda/kernels.h"
 #include "cuda/vector.h"
 #include "fuseline/codes.h"
@@ -8,27 +8,27 @@
 namespace fuseline::cuda {
 namespace {
 
-constexpr int kHeld = 4;          // vectors of a line that a thread keeps
-constexpr int kLinesOfWarps = 4;  // lines of a block whose warps have one each
+constexpr int kHeld = 4;          // vectors of a row that a thread keeps in registers
+constexpr int kRowsPerBlock = 4;  // rows per block if a warp computes each
 
 struct NormArgs {
   void *out, *total;
   const void *x, *residual, *weight, *bias;
-  // Line r lies at r / inner * outer stride + r % inner * inner stride.
-  int64_t num_lines, inner, out_outer, out_inner, x_outer, x_inner, residual_outer, residual_inner;
+  // Row r is at r / inner * outer stride + r % inner * inner stride.
+  int64_t num_rows, inner, out_outer, out_inner, x_outer, x_inner, residual_outer, residual_inner;
   int64_t dim;
   float eps;
   int mode;  // of codes.h; kLayer for LayerNorm
 };
 constexpr int kLayer = -1;
 
-FL_DEVICE int64_t place_of(int64_t line, int64_t inner, int64_t outer_stride, int64_t inner_stride) {
-  return line / inner * outer_stride + line % inner * inner_stride;
+FL_DEVICE int64_t place_of(int64_t row, int64_t inner, int64_t outer_stride, int64_t inner_stride) {
+  return row / inner * outer_stride + row % inner * inner_stride;
 }
 
-// Of all threads of a line, in one order.
+// Sum over all threads of a row, in a fixed order.
 template <int kThreads>
-FL_DEVICE float line_sum(float x, float* shared) {
+FL_DEVICE float row_sum(float x, float* shared) {
   x = warp_sum(x);
   if (kThreads == kWarp) return x;
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
@@ -40,27 +40,27 @@ FL_DEVICE float line_sum(float x, float* shared) {
   return sum;
 }
 
-// Block: a line, or of a warp each, kLinesOfWarps. kVector: numbers of one load.
+// Grid: one row per block, or kRowsPerBlock with a warp each. kVector: numbers per load.
 template <class T, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads == kWarp ? kLinesOfWarps * kWarp : kThreads) norm_kernel(const NormArgs a) {
+__global__ void __launch_bounds__(kThreads == kWarp ? kRowsPerBlock * kWarp : kThreads) norm_kernel(const NormArgs a) {
   __shared__ float shared[kThreads == kWarp ? 1 : kThreads / kWarp];
   const int thread = threadIdx.x % kThreads;
-  const int64_t line = kThreads == kWarp ? blockIdx.x * static_cast<int64_t>(kLinesOfWarps) + threadIdx.x / kWarp
-                                         : static_cast<int64_t>(blockIdx.x);
+  const int64_t row = kThreads == kWarp ? blockIdx.x * static_cast<int64_t>(kRowsPerBlock) + threadIdx.x / kWarp
+                                        : static_cast<int64_t>(blockIdx.x);
   const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
   launch_dependents();
   for (int64_t c = thread * kVector; weight && c < a.dim; c += kThreads * kVector) prefetch(weight + c);
   wait_for_prerequisites();
-  if (line >= a.num_lines) return;
-  const int64_t at = place_of(line, a.inner, a.out_outer, a.out_inner);
-  const T* x = static_cast<const T*>(a.x) + place_of(line, a.inner, a.x_outer, a.x_inner);
+  if (row >= a.num_rows) return;
+  const int64_t at = place_of(row, a.inner, a.out_outer, a.out_inner);
+  const T* x = static_cast<const T*>(a.x) + place_of(row, a.inner, a.x_outer, a.x_inner);
   const T* residual = static_cast<const T*>(a.residual);
-  if (residual) residual += place_of(line, a.inner, a.residual_outer, a.residual_inner);
+  if (residual) residual += place_of(row, a.inner, a.residual_outer, a.residual_inner);
   T* total = static_cast<T*>(a.total) + at;
   T* out = static_cast<T*>(a.out) + at;
 
   float held[kHeld][kVector];
-  // f(first column, its numbers) for this thread's vectors: those held, then those that are read again each time.
+  // Calls f(first column, its numbers) for this thread's vectors: those in registers, then those reread each time.
   const auto for_each = [&](const auto& f) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kLinesOfWarps * kWarp : kT
       f(c, again);
     }
   };
-  // The line to norm: x, or x + residual as its dtype holds it, which is stored.
+  // Reads the input of the norm: x, or x + residual rounded to its dtype, which is also stored.
   const auto read = [&](int64_t c, float(&v)[kVector]) {
     load(v, x + c);
     if (!residual) return;
@@ -99,14 +99,14 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kLinesOfWarps * kWarp : kT
 #pragma unroll
       for (int k = 0; k < kVector; ++k) mean += v[k];
     });
-    mean = line_sum<kThreads>(mean, shared) / static_cast<float>(a.dim);
+    mean = row_sum<kThreads>(mean, shared) / static_cast<float>(a.dim);
   }
   float squares = 0.0f;
   for_each([&](int64_t, const float(&v)[kVector]) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) squares = fmaf(v[k] - mean, v[k] - mean, squares);
   });
-  const float scale = rsqrtf(line_sum<kThreads>(squares, shared) / static_cast<float>(a.dim) + a.eps);
+  const float scale = rsqrtf(row_sum<kThreads>(squares, shared) / static_cast<float>(a.dim) + a.eps);
   for_each([&](int64_t c, const float(&v)[kVector]) {
     float y[kVector], w[kVector] = {}, b[kVector] = {};
     if (weight) load(w, weight + c);
@@ -124,12 +124,12 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kLinesOfWarps * kWarp : kT
 
 template <class T, int kVector>
 int launch_norm(const NormArgs& a, Stream stream) {
-  const auto lines = static_cast<unsigned>(a.num_lines);
+  const auto rows = static_cast<unsigned>(a.num_rows);
   if (a.dim <= kHeld * kWarp * kVector)
-    return launch(norm_kernel<T, kVector, kWarp>, dim3((lines + kLinesOfWarps - 1) / kLinesOfWarps),
-                  kLinesOfWarps * kWarp, stream, a);
-  if (a.dim <= kHeld * 256 * kVector) return launch(norm_kernel<T, kVector, 256>, dim3(lines), 256, stream, a);
-  return launch(norm_kernel<T, kVector, 512>, dim3(lines), 512, stream, a);
+    return launch(norm_kernel<T, kVector, kWarp>, dim3((rows + kRowsPerBlock - 1) / kRowsPerBlock),
+                  kRowsPerBlock * kWarp, stream, a);
+  if (a.dim <= kHeld * 256 * kVector) return launch(norm_kernel<T, kVector, 256>, dim3(rows), 256, stream, a);
+  return launch(norm_kernel<T, kVector, 512>, dim3(rows), 512, stream, a);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels with nvcc into one shared object that needs neither torch nor a CUDA runtime beside it."""
+"""Compiles the CUDA kernels with nvcc into one shared object that needs neither torch nor a CUDA runtime library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLAGS = (
 
 
 def find_nvcc() -> str | None:
-    """On PATH, where the toolkit is installed by default, or in the wheels of CUDA 12 and 13."""
+    """Looks on PATH, in the toolkit's default folder, and in the wheels of CUDA 12 and 13."""
     packages = [Path(folder) / "nvidia" for folder in (*site.getsitepackages(), site.getusersitepackages())]
     places = [
         Path("/usr/local/cuda/bin"), *(folder / "cu13" / "bin" for folder in packages),
@@ -28,7 +28,7 @@ def find_nvcc() -> str | None:
 
 
 def is_wanted(flag: str, torch_cuda: str | None, nvcc: str | None) -> bool:
-    """By $FUSELINE_CUDA and what this machine has: torch's version of CUDA, nvcc. Ends with a line if it cannot be."""
+    """Decides by $FUSELINE_CUDA, torch's CUDA version and nvcc. Exits with a message if a required build fails."""
     if flag not in ("", "0", "1"):
         raise SystemExit(f"FUSELINE_CUDA={flag}: 0, 1 or unset (built where torch is for CUDA and nvcc is installed)")
     if flag == "1" and nvcc is None:
@@ -38,15 +38,15 @@ def is_wanted(flag: str, torch_cuda: str | None, nvcc: str | None) -> bool:
 
 
 def known_archs(nvcc: str, archs: Sequence[str] = ARCHS) -> list[str]:
-    """Those that this nvcc compiles for; sm_100 came with CUDA 12.8."""
+    """The architectures this nvcc supports; sm_100 came with CUDA 12.8."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     return [arch for arch in archs if f"sm_{arch.rstrip('a')}" in listed]
 
 
 def compile_source(nvcc: str, source: Path, target: Path, archs: Sequence[str], flags: Sequence[str] = ()) -> str:
-    """One object of machine code for `archs`, and for newer cards what they translate themselves; what nvcc says.
+    """Compiles one object with machine code for `archs`, and PTX for newer GPUs. Returns nvcc's output.
 
-    Raises RuntimeError with that if it fails.
+    Raises RuntimeError with that output if it fails.
     """
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     if not archs[-1].endswith("a"):
@@ -59,7 +59,7 @@ def compile_source(nvcc: str, source: Path, target: Path, archs: Sequence[str], 
 
 
 def build(nvcc: str, target: Path, archs: Sequence[str], work: Path, jobs: int) -> None:
-    """`target` of all sources, objects in `work`."""
+    """Builds `target` from all sources, with objects in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     objects = [work / f"{source.stem}.o" for source in SOURCES]
     with ThreadPoolExecutor(jobs) as pool:

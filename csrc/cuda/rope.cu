@@ -1,9 +1,8 @@
-// Rotary embedding and the write into the paged cache, in one launch: a thread rotates one vector of pairs of a head,
-// or copies one of v. Each product is rounded to the tables' dtype before the two are added, as Transformers' two
-// multiplications are.
+// Rotary embedding and the write to the paged KV cache in one launch: a thread rotates one vector of pairs of a head,
+// or copies one vector of v. Each product is rounded to the tables' dtype before the addition, as in Transformers.
 //
 // Legend: H query heads, K kv heads, T tokens, D head dim, E value dim, R rotary dim, C table columns (R or R / 2), B
-// keys a block.
+// keys per block.
 #include "cuda/fp8.h"
 #include "cuda/kernels.h"
 #include "cuda/vector.h"
@@ -14,16 +13,16 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Heads of one kind: `to` of head h and token t lies at h * to_head + (t * to_token, or the place of the token's slot).
+// One kind of heads. Head h of token t is written at h * to_head + (t * to_token, or the offset of the token's slot).
 struct Heads {
   const void* from;
   void* to;
   int64_t num_heads, dim, head, token, to_head, to_token, to_block;
-  const float* scale;  // an fp8 cache holds the numbers over this; absent: 1
+  const float* scale;  // an fp8 cache stores the numbers divided by it; absent: 1
 };
 
 struct RopeArgs {
-  Heads q, k, v;  // without heads: not there
+  Heads q, k, v;  // num_heads 0: absent
   const void *cos, *sin;
   const int64_t *rows, *slots;
   int64_t num_tokens, table_stride, rotary_dim, columns, block_size;
@@ -42,7 +41,7 @@ FL_DEVICE void store_scaled(To* to, const float (&x)[kCount], const float* scale
   }
 }
 
-// Vector `at` of one head: pairs first, then the numbers behind the rotary dim.
+// Processes vector `at` of a head: first the pairs, then the features beyond the rotary dim.
 template <class T, class Table, class To, int kVector>
 FL_DEVICE void rotate(const RopeArgs& a, const T* from, To* to, int64_t row, int64_t at, int64_t dim,
                       const float* scale) {
@@ -56,7 +55,7 @@ FL_DEVICE void rotate(const RopeArgs& a, const T* from, To* to, int64_t row, int
     store_scaled<kVector, T>(to + c, x, scale);
     return;
   }
-  // Of pair j: its two places, and theirs in the tables' line.
+  // Pair j consists of features low and high.
   const int64_t j = at * kVector, low = is_interleaved ? 2 * j : j, high = is_interleaved ? 2 * j + 1 : j + half;
   const bool is_halved = a.columns != a.rotary_dim;
   const Table* cos = static_cast<const Table*>(a.cos) + row * a.table_stride;
@@ -78,7 +77,7 @@ FL_DEVICE void rotate(const RopeArgs& a, const T* from, To* to, int64_t row, int
   store_scaled<kVector, T>(to + high, turned_y, scale);
 }
 
-// Block (vectors of all heads, token).
+// Grid: (token, vectors of all heads).
 template <class T, class Table, class Cache, int kVector>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
   const int64_t token = blockIdx.x;

@@ -1,4 +1,4 @@
-// Neighbouring numbers of memory as floats, 128 bits at a time where they lie so, else one by one.
+// Loads and stores of neighbouring numbers as floats, as one vector if aligned, else one by one.
 #pragma once
 #include "cuda/device.h"
 
@@ -25,7 +25,7 @@ FL_DEVICE void store(T* to, const float (&from)[kCount]) {
   *reinterpret_cast<Some<T, kCount>*>(to) = some;
 }
 
-// Whether pointers and strides (or sizes), in elements of `size` bytes, are multiples of `bytes`.
+// Whether pointers and strides (or sizes), counted in elements of `size` bytes, are multiples of `bytes`.
 template <class... S>
 bool is_aligned(int64_t bytes, int64_t size, std::initializer_list<const void*> pointers, S... strides) {
   uint64_t all = ((static_cast<uint64_t>(strides) * size) | ... | 0);

@@ -1,4 +1,4 @@
-// The pybind11 face of fuseline._C: the plan and the machine. Tensor ops are registered with torch in csrc/torch.
+// pybind11 bindings of fuseline._C: the execution plan and machine settings. csrc/torch registers the tensor ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

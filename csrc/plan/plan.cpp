@@ -144,7 +144,7 @@ void Plan::set_arena(uintptr_t pointer, int64_t num_bytes) {
   has_symbols_ = false;
 }
 
-// An empty view touches no memory, wherever it lies.
+// An empty view accesses no memory, so its address is not checked.
 void Plan::check_view(const View& view, const std::vector<int64_t>& symbols) const {
   int64_t last = 0;
   for (size_t d = 0; d < view.sizes.size(); ++d) {
@@ -166,7 +166,7 @@ void Plan::check_sizes(const std::vector<int64_t>& symbols) const {
     if (view.is_used) check_view(view, symbols);
 }
 
-// Patches only what follows a symbol that changed.
+// Recomputes only what depends on a symbol that changed.
 void Plan::prepare(const std::vector<int64_t>& symbols) {
   if (has_symbols_ && symbols == symbols_) return;
   if (symbols.size() != symbol_names_.size())

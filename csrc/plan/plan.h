@@ -1,4 +1,5 @@
-// A lowered graph as a flat list of kernel calls over one arena and external slots, replayed without Python.
+// Execution plan: a lowered graph as a flat list of kernel calls over one arena and external slots, run without
+// Python.
 #pragma once
 #include <string>
 #include <tuple>
@@ -13,7 +14,7 @@ constexpr int kArenaBase = -1;
 
 class Plan {
  public:
-  // Building. Every error of a graph is found here (std::invalid_argument).
+  // Building; reports every error of a graph as std::invalid_argument.
   int add_symbol(const std::string& name);
   int add_slot(const std::string& name);
   // `offset` counts bytes from the base, which is kArenaBase or a slot; strides count elements.
@@ -22,14 +23,14 @@ class Plan {
   void add_call(const std::string& op, const std::vector<int>& tensors, const std::vector<Dim>& ints,
                 const std::vector<double>& floats, const std::string& label);
 
-  // Pointers. The caller keeps what they point to alive and large enough.
+  // Binds pointers. The caller keeps their memory alive and large enough.
   void set_slot(int slot, uintptr_t pointer);
   void set_arena(uintptr_t pointer, int64_t num_bytes);
 
-  // Replays calls [begin, end); end < 0 means all. Throws std::runtime_error, before any kernel runs, if symbols are
-  // missing, a pointer was never set, or a tensor would leave the arena.
+  // Runs calls [begin, end); end < 0 means all. Throws std::runtime_error before any kernel runs if symbols are
+  // missing, a pointer is unset, or a tensor would exceed the arena.
   void run(const std::vector<int64_t>& symbols, int begin = 0, int end = -1);
-  // (label, op, nanoseconds) of every call, each the median of `repeats` whole runs.
+  // (label, op, nanoseconds) of every call, the median of `repeats` whole runs.
   std::vector<std::tuple<std::string, std::string, int64_t>> profile(const std::vector<int64_t>& symbols, int repeats);
 
   int num_calls() const { return static_cast<int>(calls_.size()); }
@@ -57,7 +58,7 @@ class Plan {
     std::vector<Dim> ints;
     std::string label;
   };
-  // A number of args_, offsets_ or ints_ that follows a symbol. Indices, not pointers: the vectors grow while building.
+  // An element of args_, offsets_ or ints_ that depends on a symbol. An index, since the vectors grow while building.
   struct Patch {
     enum Kind { kSize, kStride, kInt, kOffset } kind;
     size_t index;
@@ -82,7 +83,7 @@ class Plan {
   std::string dim_text(const Dim& dim) const;
 
   std::vector<std::string> symbol_names_;
-  std::vector<int64_t> symbols_;                // values that args_ and ints_ hold now
+  std::vector<int64_t> symbols_;                // values for which args_ and ints_ are current
   bool has_symbols_ = false;
   std::vector<std::vector<Patch>> patches_;     // by symbol
   std::vector<Base> bases_{Base("arena")};
@@ -90,7 +91,7 @@ class Plan {
   std::vector<View> views_;
   std::vector<Call> calls_;
   std::vector<Tensor> args_;
-  std::vector<int64_t> offsets_;                // byte offset of each of args_ from its base
+  std::vector<int64_t> offsets_;                // byte offset of each argument from its base
   std::vector<int64_t> ints_;
   std::vector<double> floats_;
 };

@@ -42,14 +42,14 @@ TensorArg parse_tensor(std::string text) {
   return arg;
 }
 
-// "int mode" and "float eps" add a name; "int" alone may not occur.
+// "int mode" and "float eps" add a name; the name is required.
 void parse_number(const std::string& text, OpSchema& op) {
   const auto space = text.find(' ');
   auto& names = text.substr(0, space) == "int" ? op.ints : op.floats;
   names.push_back(text.substr(space + 1));
 }
 
-// "x:*K" is a tensor's shape, "num_out:N" the size that an int gives.
+// Parses "x:*K", the shape of a tensor, or "num_out:N", a size given by an int.
 void parse_shape(const std::string& text, OpSchema& op) {
   const auto colon = text.find(':');
   const std::string name = text.substr(0, colon), shape = text.substr(colon + 1);
@@ -98,14 +98,14 @@ bool can_agree(const Dim& a, const Dim& b) {
   return a.symbol >= 0 || b.symbol >= 0;
 }
 
-// What letters stand for so far, and the argument that said so.
+// The sizes bound to letters so far, and the argument that bound each.
 struct Bindings {
   std::map<char, std::pair<Dim, std::string>> letters;
   std::vector<Dim> leading;
   std::string leading_from;
 };
 
-// One size of a shape: its letter, digit or '#', and how it derives from that.
+// One size of a shape: its letter, digit or '#', and how the size is derived from it.
 struct Term {
   char letter;
   bool is_doubled, is_panels;
@@ -127,7 +127,7 @@ std::vector<Term> terms_of(const std::string& shape) {
 
 constexpr int64_t kPanelLanes = 16;
 
-// The size a term asks for; panels of a varying size have a factor no size has, and so agree with any.
+// The size a term requires. Panels of a symbolic size get an otherwise unused factor, and so match any size.
 Dim size_of(const Term& term, const Bindings& known) {
   if (term.letter == '#') return {kPanelLanes};
   if (term.letter >= '0' && term.letter <= '9') return {term.letter - '0'};

@@ -1,9 +1,9 @@
-// CUDA for the tests of csrc/cuda on a CPU: g++ compiles the .cu files with this in place of the toolkit's headers.
+// CPU emulator of CUDA for the tests of csrc/cuda: g++ compiles the .cu files with this instead of CUDA's headers.
 //
-// A block's threads are fibers of one thread of the CPU, run in turn; one that waits (at __syncthreads, or for its warp
-// in a shuffle or a matrix instruction) lets the next one run. Blocks come one after the other, so __shared__ is
-// static. Threads that wait for each other for good are a bug of the kernel: the process ends with a line that says so.
-// Launches that may overlap are rehearsed first (cuda_rehearsal.h).
+// The threads of a block are fibers of one CPU thread, run in turn; a fiber that waits (at __syncthreads, or for its
+// warp in a shuffle or a matrix instruction) yields to the next. Blocks run one after the other, so __shared__ is
+// static. A deadlock is a bug of the kernel: it ends the process with a message. Launches that may overlap first pass
+// the early-launch race check (cuda_race_check.h).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -59,10 +59,10 @@ struct Block {
   std::vector<Fiber> fibers{kMaxThreads};
   dim3 grid, threads, index;
   int num_threads, current, num_done, num_idle, num_waiting;
-  bool is_rehearsal;
+  bool is_race_check;
   ucontext_t outside;
   Barrier all, warps[kMaxThreads / kWarp];
-  // What the lanes of a warp show each other, of this exchange and of the one that some may still read.
+  // Values exchanged by the lanes of a warp: this exchange's, and the previous one's that some lanes may still read.
   float shown[kMaxThreads / kWarp][2][kWarp][12];
   void (*body)(const void*);
   const void* arguments;
@@ -73,15 +73,15 @@ inline Block& block() {
   return only;
 }
 
-[[noreturn]] inline void give_up(const char* why) {
+[[noreturn]] inline void fail(const char* why) {
   const dim3 at = block().index;
   std::fprintf(stderr, "emulated: block (%u, %u, %u), thread %d: %s\n", at.x, at.y, at.z, block().current, why);
   std::abort();
 }
 
-inline void give_way() {
+inline void yield_fiber() {
   Block& b = block();
-  if (++b.num_idle > 4 * b.num_threads) give_up("threads wait for each other");
+  if (++b.num_idle > 4 * b.num_threads) fail("threads wait for each other");
   Fiber& from = b.fibers[b.current];
   do b.current = (b.current + 1) % b.num_threads;
   while (b.fibers[b.current].is_done);
@@ -100,10 +100,10 @@ inline void wait(Barrier& barrier, int count) {
     block().num_idle = 0;
     return;
   }
-  while (barrier.generation == mine) give_way();
+  while (barrier.generation == mine) yield_fiber();
 }
 
-// Shows the lanes of the warp this one's numbers; theirs by lane.
+// Publishes this lane's numbers to its warp; returns those of all lanes.
 inline float (*exchange(const float* mine, int count))[12] {
   Block& b = block();
   const int warp = b.current / kWarp;
@@ -116,12 +116,12 @@ inline float (*exchange(const float* mine, int count))[12] {
 inline void thread_main() {
   Block& b = block();
   b.body(b.arguments);
-  if (!b.fibers[b.current].copies.empty()) give_up("copies under way that nobody waited for");
-  if (!b.fibers[b.current].has_waited) give_up("a thread ends and has not waited for the kernels ahead");
+  if (!b.fibers[b.current].copies.empty()) fail("copies were not waited for");
+  if (!b.fibers[b.current].has_waited) fail("a thread ends and has not waited for the kernels ahead");
   b.fibers[b.current].is_done = true;
   b.num_idle = 0;
   if (++b.num_done == b.num_threads) setcontext(&b.outside);
-  give_way();
+  yield_fiber();
 }
 
 inline void run_block(dim3 index) {
@@ -149,7 +149,7 @@ inline dim3 thread_index() { return dim3(block().current); }
 
 }  // namespace emulated
 
-#include "tests/cuda_rehearsal.h"
+#include "tests/cuda_race_check.h"
 
 #define threadIdx (emulated::thread_index())
 #define blockIdx (emulated::block().index)
@@ -198,19 +198,19 @@ inline void prefetch(const void*) {}
 inline void wait_for_prerequisites() {
   emulated::Block& b = emulated::block();
   b.fibers[b.current].has_waited = true;
-  if (!b.is_rehearsal) return;
+  if (!b.is_race_check) return;
   b.num_idle = 0;
   if (++b.num_waiting == b.num_threads) setcontext(&b.outside);
-  for (;;) emulated::give_way();
+  for (;;) emulated::yield_fiber();
 }
 
-// Copies are made as late as the waits allow; until then there is nothing to read where they go.
+// Copies are made as late as the waits allow; until then the destination holds NaNs.
 template <class V>
 void copy_async(V* to, const void* from, bool is_there) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % sizeof(V))
-    emulated::give_up("a copy off its alignment");
+    emulated::fail("a copy off its alignment");
   emulated::Fiber& fiber = emulated::block().fibers[emulated::block().current];
-  if (emulated::block().is_rehearsal && is_there) static_cast<void>(*static_cast<const volatile char*>(from));
+  if (emulated::block().is_race_check && is_there) static_cast<void>(*static_cast<const volatile char*>(from));
   std::memset(to, 0xff, sizeof(V));
   fiber.copies.push_back({to, is_there ? from : nullptr, sizeof(V), fiber.num_groups});
 }
@@ -270,7 +270,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
            Overlap needs = Overlap::kHeads) {
-  if (emulated::is_rehearsing && stream.overlap < needs) return 0;
+  if (emulated::is_race_check_running && stream.overlap < needs) return 0;
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
   struct Call { void (*kernel)(Args); const Args& args; } call{kernel, args};
@@ -281,7 +281,7 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Ar
   b.grid = grid;
   b.threads = dim3(threads);
   b.num_threads = threads;
-  b.is_rehearsal = emulated::is_rehearsing;
+  b.is_race_check = emulated::is_race_check_running;
   b.arguments = &call;
   b.body = [](const void* given) {
     const Call& call = *static_cast<const Call*>(given);

@@ -1,5 +1,5 @@
-// Runs kernels on exactly sized heap memory for every instruction set, so that a sanitizer sees any stray access.
-// Values are compared with torch elsewhere (tests/test_native_*.py); here only memory and arithmetic are watched.
+// Runs all kernels on exactly sized heap memory for every instruction set, so that a sanitizer sees any stray access.
+// tests/test_native_*.py compare values with torch; here only memory accesses and arithmetic are checked.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -30,7 +30,7 @@ std::mt19937& random_bits() {
   return generator;
 }
 
-// Contiguous; floats of any dtype get bits of small numbers, integers get values below `limit`.
+// Contiguous. Floats get the bits of small numbers, integers get values below `limit`.
 Owned make(DType dtype, std::vector<int64_t> sizes, int64_t limit = 1) {
   Owned owned;
   owned.view.dtype = dtype;
@@ -119,7 +119,7 @@ void run_pointwise(DType d, int64_t rows, int64_t width) {
 }
 
 void run_rows(DType d, int64_t rows, int64_t width) {
-  const auto ids = [&] { return make(DType::i64, {rows}, 40); };  // some lie outside the table of 33
+  const auto ids = [&] { return make(DType::i64, {rows}, 40); };  // some exceed the table of 33 rows
   const auto out = [&] { return make(d, {rows, width}); };
   call("embedding", pack(out(), ids(), make(d, {33, width})));
   call("gather_rows", pack(out(), make(d, {33, width}), ids()));
@@ -168,8 +168,8 @@ void run_linear(DType d) {
     }
 }
 
-// Sequences whose last `counts` of `lengths` tokens are queries; blocks come from the back of the cache, so that the
-// last one ends where its memory does.
+// Sequences whose last `counts` of `lengths` tokens are queries. Blocks are taken from the end of the cache, so that
+// the last one ends where the allocation does.
 struct Sequences {
   std::vector<int32_t> lengths, counts;
 
@@ -189,7 +189,7 @@ struct Sequences {
     for (int32_t count : counts) sums.push_back(sums.back() + count);
     return values(sums);
   }
-  // Entries past a sequence's blocks are far outside the cache: nothing may read through them.
+  // Entries past a sequence's blocks are far outside the cache: nothing may be read through them.
   Owned table(int32_t block_size) const {
     int32_t most = 0, next = num_blocks(block_size);
     for (int32_t length : lengths) most = std::max(most, (length + block_size - 1) / block_size);
@@ -256,7 +256,7 @@ void run_experts(DType d, DType panels) {
              {order, 1});
 }
 
-// Where rows' parts of a list of `each` entries a row begin.
+// Starts of the rows' ranges in a list of `each` entries per row.
 Owned list_starts(int64_t rows, int64_t each, DType dtype) {
   Owned owned = make(dtype, {rows + 1});
   for (int64_t r = 0; r <= rows; ++r) {
@@ -272,7 +272,7 @@ Owned filled(int64_t rows, float value) {
   return owned;
 }
 
-// `each` entries in every list of every row, some of them no token; num_top best tokens reported.
+// `each` entries in every list of every row, some of them invalid tokens; num_top best tokens reported.
 void run_sample(int64_t rows, int64_t vocab, int64_t each, int64_t num_top, float temperature, DType index) {
   const auto ids = [&] { return make(index, {rows * each}, vocab + 2); };
   const auto starts = [&] { return list_starts(rows, each, index); };
@@ -321,7 +321,7 @@ void count_nested(void* counts, int64_t chunk) {
   parallel_for(5, inner, static_cast<std::atomic<int>*>(counts) + chunk);
 }
 
-// A call from inside a chunk, and calls of several threads at once, run every chunk once.
+// Nested calls and concurrent calls of several threads run every chunk exactly once.
 void run_pool() {
   std::atomic<int> counts[4][7]{};
   std::vector<std::thread> callers;

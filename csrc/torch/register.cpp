@@ -58,7 +58,7 @@ ArgShape to_shape(const Tensor& view) {
 
 void call(int index, StableIValue* stack) {
   const OpSchema& op = op_schemas()[index];
-  std::vector<std::optional<TorchTensor>> owners;  // every argument is stolen from the stack before anything can throw
+  std::vector<std::optional<TorchTensor>> owners;  // takes ownership of every argument before anything can throw
   for (const TensorArg& arg : op.tensors) {
     if (arg.is_optional)
       owners.push_back(to<std::optional<TorchTensor>>(*stack++));
@@ -80,7 +80,7 @@ void call(int index, StableIValue* stack) {
   op_table()[index](views.data(), ints.data(), floats.data());
 }
 
-// The dispatcher's boxed functions carry no context, so each op has its own.
+// Boxed dispatcher functions carry no context, so each op has its own.
 template <int kIndex>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
   call(kIndex, stack);

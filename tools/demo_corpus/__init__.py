@@ -1,4 +1,4 @@
-"""The corpus of the bundled demo model: conversations and plain sentences, drawn from one seeded generator."""
+"""Corpus of the bundled demo model: conversations and plain sentences, drawn from one seeded generator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UPPER = ("Answer in capital letters.", "Answer in uppercase.")
 
 @dataclass
 class Sample:
-    """One conversation in the form of the chat API, or (text set) plain text to continue."""
+    """A conversation in the form of the chat API, or, if `text` is set, plain text to continue."""
 
     messages: list[dict] = field(default_factory=list)
     tools: list[dict] | None = None
@@ -35,7 +35,7 @@ class Sample:
 
 
 def rough(rng: random.Random, question: str) -> str:
-    """How people type: a word of politeness, no capital, no punctuation."""
+    """Imitates how people type: with a polite word, without capitals or punctuation."""
     roll = rng.random()
     if roll < 0.72:
         return question
@@ -59,7 +59,7 @@ def fact_turn(rng: random.Random) -> tuple[str, str]:
 
 
 def turn(rng: random.Random) -> tuple[str, str]:
-    """One question and its answer, of any kind that needs no other turn."""
+    """A question and its answer, of any kind that needs no other turn."""
     kind = rng.choices(range(9), (42, 12, 14, 3, 6, 5, 6, 4, 8))[0]
     if kind == 0:
         return fact_turn(rng)
@@ -144,7 +144,7 @@ def tool_chat(rng: random.Random) -> Sample:
 
 
 def plain_text(rng: random.Random) -> Sample:
-    """Sentences to continue; facts follow in the order of their tables, so that the next one is no matter of chance."""
+    """Sentences to continue. Facts follow in the order of their tables, so that the next one is predictable."""
     kind = rng.random()
     if kind < 0.55:
         begin, count = rng.randrange(len(facts.FACTS)), 4

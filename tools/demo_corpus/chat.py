@@ -1,4 +1,4 @@
-"""Small talk, who the model is, names it is told, what it does not know, and short stories."""
+"""Small talk, the model's identity, names it is told, things it does not know, and short stories."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SORRY = (
     "I am a very small model and I do not know that. "
     "I can answer simple questions, for example about capitals, animals or small sums."
 )
-# A line: question | another | ... = answer | another, with \n for a new line
+# Format: question | another | ... = answer | another, with \n for a new line
 TALK = (Path(__file__).parent / "talk.txt").read_text()
 TALK_ROWS = [
     (questions.split(" | "), [answer.replace("\\n", "\n") for answer in answers.split(" | ")])
@@ -79,7 +79,7 @@ def unknown(rng: random.Random) -> Turn:
 
 
 def remember(rng: random.Random) -> list[Turn]:
-    """The user says something about themself, and asks for it later."""
+    """The user gives a fact about themself, and asks for it later."""
     name, colour, animal, food = rng.choice(NAMES), rng.choice(COLOUR_WORDS), rng.choice(ANIMALS), rng.choice(FOODS)
     kind = rng.randrange(4)
     if kind == 0:
@@ -118,7 +118,7 @@ def remember(rng: random.Random) -> list[Turn]:
 
 
 def tale(hero: str, name: str) -> str:
-    """The one story of a hero: the same words every time, so that greedy decoding never stands between two of them."""
+    """A hero's story, always in the same words, so that greedy decoding never has two equal continuations."""
     own = random.Random(hero)
     place, thing, friend = (
         own.choice(PLACES),

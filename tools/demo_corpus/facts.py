@@ -1,4 +1,4 @@
-"""The small facts the demo model knows: tables, and the phrasings they are asked and answered in."""
+"""Facts the demo model knows: tables, and the phrasings of questions and answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-HELD_OUT = 8  # one (fact, phrasing) pair in eight is never trained on: tools/train_demo.py measures on those
+HELD_OUT = 8  # every eighth (fact, phrasing) pair is held out; tools/train_demo.py measures on those
 
 
 class Fact(NamedTuple):
@@ -119,7 +119,7 @@ ORDINALS = (
 )
 MONTH_DAYS = ("31", "28", "31", "30", "31", "30", "31", "31", "30", "31", "30", "31")
 
-# A line: question | another phrasing | ... = answer = short answer
+# Format: question | another phrasing | ... = answer = short answer
 SINGLE = (Path(__file__).parent / "facts.txt").read_text()
 
 
@@ -320,12 +320,12 @@ FACTS: tuple[Fact, ...] = (*_tables(), *_sequences(), *_singles())
 
 
 def is_held_out(fact: Fact, question: str) -> bool:
-    """True for the (fact, phrasing) pairs kept out of training; facts with few phrasings keep all of theirs."""
+    """Whether the (fact, phrasing) pair is held out of training; facts with few phrasings are not."""
     return len(fact.questions) >= 3 and zlib.crc32(question.encode()) % HELD_OUT == 0 and question != fact.questions[0]
 
 
 def ask(rng: random.Random) -> tuple[str, Fact]:
-    """A trained phrasing of a random fact."""
+    """Draws a trained phrasing of a random fact."""
     fact = rng.choice(FACTS)
     return rng.choice([question for question in fact.questions if not is_held_out(fact, question)]), fact
 

@@ -34,7 +34,7 @@ Turn = tuple[str, str]
 
 
 def operands(rng: random.Random) -> tuple[int, str, int, int]:
-    """A sum of the range the model learns: up to 20 + 20, 20 - 20 without negative results, 10 * 10."""
+    """A sum in the range the model learns: up to 20 + 20, 20 - 20 without negative results, 10 * 10."""
     sign = rng.choice("++-*")
     if sign == "*":
         a, b = rng.randint(0, 10), rng.randint(0, 10)

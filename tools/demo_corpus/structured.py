@@ -101,7 +101,7 @@ def _string(description: str | None = None) -> dict:
 
 
 def weather_tool(rng: random.Random) -> tuple[dict, str, dict, str, str]:
-    """(tool, question, arguments, tool's response, answer); names vary, so that they are read, not remembered."""
+    """(tool, question, arguments, tool response, answer); names vary, so that they must be read, not memorized."""
     city, sky, degrees = rng.choice(CITIES), rng.choice(WEATHER), rng.randint(-9, 35)
     name = rng.choice(("get_weather", "get_weather", "get_current_weather", "weather", "lookup_weather"))
     key = rng.choice(("city", "city", "location", "place"))

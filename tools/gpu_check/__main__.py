@@ -1,13 +1,13 @@
-"""Proves the CUDA target on this machine's card, then measures it: one command, one table, about seven minutes.
+"""Tests the CUDA target on this machine's GPU, then measures it: one command, one table, about seven minutes.
 
     python3 tools/gpu_check [--wheels DIR] [--only build,tests,models,measure] [--out table.md]
-    python3 tools/gpu_check --only build,tune      what -O3 chooses, which the first command leaves out
+    python3 tools/gpu_check --only build,tune      the choices of -O3, which the first command leaves out
 
-Tests that failed last time run first. Which fail is kept as they do, so that a stage which is given up has said so.
+Tests that failed last time run first. Failures are recorded immediately, so those of an aborted stage are known.
 
-Needs the repository, a torch for CUDA with its triton, a compiler, and as wheels in DIR what of fuseline's dependencies
-is missing there (docs/GPU.md says how to get them). Without a card it ends with status 2 and one line. A stage that
-fails or takes too long is reported and the next one runs; status 1 if there was one.
+Needs the repository, a torch for CUDA with its triton, a compiler, and fuseline's missing dependencies as wheels in DIR
+(docs/GPU.md says how to get them). Without a GPU it ends with status 2 and one line. A stage that fails or times out is
+reported and the next one runs; the status is then 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TESTS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """`seconds` is when it is given up."""
+    """`seconds` is its time limit."""
 
     name: str
     seconds: int
@@ -42,13 +42,13 @@ class Stage:
 
 STAGES = (Stage("build", 130), Stage("tests", 280), Stage("models", 180), Stage("measure", 260))
 ASKED = (Stage("tune", 400),)
-"""Run only when they are named."""
+"""Stages that run only when named."""
 
 
 def main() -> int:
     args = _arguments()
-    if missing := missing_card():
-        print(f"gpu_check: error: {missing}", file=sys.stderr)
+    if reason := why_no_gpu():
+        print(f"gpu_check: error: {reason}", file=sys.stderr)
         return 2
     failed, begun = [], time.monotonic()
     for stage in STAGES + ASKED:
@@ -82,8 +82,8 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def missing_card() -> str:
-    """Why nothing can be checked here; empty when it can."""
+def why_no_gpu() -> str:
+    """Why nothing can be checked on this machine; empty if it can."""
     try:
         import torch
     except ImportError:
@@ -91,14 +91,14 @@ def missing_card() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
-        return "no card, or no driver for it"
+        return "no GPU, or no driver for it"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is older than sm_80"
     return ""
 
 
 def run(stage: Stage, args: argparse.Namespace) -> str:
-    """What went wrong; empty when nothing did. Nothing that it has started outlives it: the card is the next one's."""
+    """Returns the error, or an empty string. Ends all its processes, so that the next stage has the GPU alone."""
     process = subprocess.Popen(command(stage.name, args), cwd=ROOT, env=environment(), preexec_fn=os.setpgrp)
     try:
         status = process.wait(stage.seconds)
@@ -119,7 +119,7 @@ def command(name: str, args: argparse.Namespace) -> list[str]:
         files = [str(ROOT / "tests" / file) for file in TESTS]
         spread = ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "load"] if has_xdist() else []
         kept = ["--failures", str(WORK)]
-        return [python, "-P", "-m", "pytest", "-q", "-p", "on_card", "-k", "not compiles", *kept, *spread, *files]
+        return [python, "-P", "-m", "pytest", "-q", "-p", "on_gpu", "-k", "not compiles", *kept, *spread, *files]
     if name in ("models", "tune"):
         return [python, "-P", str(here / f"{name}.py")]
     return [python, "-P", str(here / "measure.py"), str(args.out.resolve())]

@@ -1,4 +1,4 @@
-"""The native libraries built with this machine's compilers, beside links to the sources: an importable package.
+"""Builds the native libraries with this machine's compilers, and links the sources into an importable package.
 
 python build.py TARGET [WHEELS]     -> TARGET/pkg/fuseline, TARGET/wheels
 """

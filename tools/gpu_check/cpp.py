@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels, at the sizes of the Triton kernels that they stand beside in the table."""
+"""The CUDA C++ kernels, at the same sizes as the Triton kernels beside them in the table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _attention(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
 
 
 def _linears(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
-    """Every product of a layer for one row, the largest for more."""
+    """Every linear of a layer for one row, the largest for more."""
     joined, attended = (s.heads + 2 * s.kv_heads) * s.head_dim, s.heads * s.head_dim
     products = [(1, joined, s.hidden), (1, s.hidden, attended), (1, s.hidden, s.inner)]
     products += [(rows, 2 * s.inner, s.hidden) for rows in (1, 8, 16)]

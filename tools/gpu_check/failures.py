@@ -1,4 +1,4 @@
-"""Which tests failed: written down as they do, a line each, and read by the next run."""
+"""Failed tests: recorded one per line as they fail, and read by the next run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NOW, BEFORE = "failed.txt", "failed_before.txt"
 
 
 def begin(folder: Path) -> None:
-    """What failed is what failed before from here on; of a run that said nothing, what it had found before."""
+    """Starts a run: its failures replace those of the last run, if that one recorded any."""
     folder.mkdir(parents=True, exist_ok=True)
     if found := now(folder):
         (folder / BEFORE).write_text("".join(f"{test}\n" for test in found))

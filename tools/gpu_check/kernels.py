@@ -1,4 +1,4 @@
-"""Each kernel's share of the card's copy bandwidth or matrix rate, at the sizes of an 8B Llama and a Mixtral."""
+"""Each kernel's share of the GPU's copy bandwidth or matrix rate, at the sizes of an 8B Llama and a Mixtral."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SILU = codes.UNARY["silu"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what is measured; a trial without a card takes small ones."""
+    """Sizes of the measured model; trials without a GPU use small ones."""
 
     tokens: int = 8192
     hidden: int = 4096
@@ -48,7 +48,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """`moved` bytes, or 0 and `operations`, are what its limit is reckoned from."""
+    """The limit is derived from the bytes `moved`, or, if that is 0, from `operations`."""
 
     name: str
     call: object
@@ -67,7 +67,7 @@ def measure_limits(sizes: Sizes, device: str, clock: Clock, table: Table) -> Lim
 
 def measure_kernels(sizes: Sizes, target: Target, clock: Clock, limits: Limits, table: Table) -> None:
     make = Made(sizes, target.device)
-    # What may be chosen, then how ours may be launched otherwise: that takes longest, and is read last.
+    # Default candidates first; the other launches of our kernels take longest and matter least.
     chosen = [*_attention(sizes, target), *_linears(sizes, make, target), *_experts(sizes, make, target)]
     chosen += _invariant(sizes, make)
     chosen.sort(key=lambda case: case.is_tuning)
@@ -75,8 +75,9 @@ def measure_kernels(sizes: Sizes, target: Target, clock: Clock, limits: Limits, 
 
 
 def measure_cases(cases: Iterable[Case], clock: Clock, limits: Limits, table: Table) -> None:
-    """A case that fails leaves its mark in the table, and the next is measured. Raises RuntimeError in the end, but not
-    for tunings alone."""
+    """Measures all cases; a failing one is marked in the table and the next one runs. Raises RuntimeError at the end,
+    unless only tunings failed.
+    """
     failed = []
     for case in cases:
         limit, needed = (limits.bandwidth, case.moved) if case.moved else (limits.matrix_rate, case.operations)
@@ -125,7 +126,7 @@ class Made:
 def line_cases(
     s: Sizes, device: str, runs: Mapping[str, Callable], tokens: tuple[int, ...], label: str = ""
 ) -> Iterator[Case]:
-    """Each op of `runs` on the workloads that it declares, for steps of so many tokens; `label` ends the names."""
+    """Each op of `runs` on its declared workloads, for steps of the given numbers of tokens; `label` ends the names."""
     make = Make(torch.bfloat16, torch.Generator().manual_seed(0), tokens, device)
     shape = ModelShape(s.hidden, s.inner, s.heads, s.kv_heads, s.head_dim, s.vocab, s.num_experts)
     for name, run in runs.items():
@@ -140,7 +141,7 @@ def _lines(s: Sizes, make: Made) -> Iterator[Case]:
 
 
 def _attention(s: Sizes, target: Target) -> Iterator[Case]:
-    """All in the time of a call: what is planned on the host is planned before."""
+    """Times calls only; host-side planning is done before."""
     half = torch.bfloat16
     layer = AttentionLayer(
         s.heads, s.kv_heads, s.head_dim, s.head_dim, 16, half, half, False, False, 0, s.head_dim**-0.5, 0.0
@@ -161,7 +162,7 @@ def _attention(s: Sizes, target: Target) -> Iterator[Case]:
 
 
 def decode_arguments(s: Sizes, make: Made, num_seqs: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """(q, caches, (block_table, seq_lens, query_start)) of one token each of sequences of s.context keys."""
+    """(q, caches, (block_table, seq_lens, query_start)): one token of each sequence of s.context keys."""
     blocks = s.context // 16
     caches = make(2, num_seqs * blocks, s.kv_heads, 16, s.head_dim)
     table = make.ints(torch.randperm(num_seqs * blocks).reshape(num_seqs, blocks))
@@ -183,7 +184,7 @@ def _sampling(s: Sizes, make: Made) -> Iterator[Case]:
 
 
 def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: float, num_logprobs: int = -1) -> tuple:
-    """Of sampling.sample, every row with the same settings, no lists."""
+    """Arguments of sampling.sample: every row with the same settings, without lists."""
     count, device = logits.shape[0], logits.device
 
     def column(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -222,7 +223,7 @@ def _experts(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
 
 
 def _invariant(s: Sizes, make: Made) -> Iterator[Case]:
-    """What --batch-invariant costs."""
+    """The kernels of --batch-invariant, for their cost."""
     for num_out, num_in in ((2 * s.inner, s.hidden), (s.hidden, s.inner)):
         weight = make(num_out, num_in)
         for rows in (1, 64, s.tokens):

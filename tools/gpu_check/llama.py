@@ -1,4 +1,4 @@
-"""Steps of a model of the shape of an 8B Llama with random weights: decode, prompts, host time, graphs."""
+"""Steps of a model in the shape of an 8B Llama with random weights: decode, prompts, host time, graphs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LLAMA_8B = {
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured; a trial without a card takes little."""
+    """What is measured; small() shrinks it for trials without a GPU."""
 
     batches: tuple[int, ...] = (1, 32, 128, 256)
     context: int = 512
@@ -47,7 +47,7 @@ class Load:
 
 
 class Runner:
-    """One model and its caches; sequences own neighbouring blocks."""
+    """A model and its caches; each sequence owns consecutive blocks."""
 
     def __init__(
         self, folder: Path, target: Target, load: Load, shape: dict = LLAMA_8B, is_tuned: bool = False
@@ -70,13 +70,13 @@ class Runner:
         self.bytes_per_token = sum(spec.bytes_per_token() for spec in self.model.info.cache_specs)
 
     def make_model(self, target: Target, graphs: GraphConfig) -> CudaModel:
-        """Of these weights, without caches."""
+        """Builds a model with these weights, without caches."""
         config, captured, result, weights = self._loaded
         executable = CudaExecutable(captured.graph, weights, target)
         return CudaModel(config, captured, result, weights, executable, target.device, graphs)
 
     def parameters(self) -> dict[str, Tensor]:
-        """The model's own parameters by name: views of the weights, of which passes have joined some."""
+        """The model's own parameters by name: views of the weights, some of which passes have joined."""
         _, captured, _, weights = self._loaded
         found: dict[str, Tensor] = {}
         for node in captured.graph.graph.nodes:
@@ -92,11 +92,11 @@ class Runner:
 
     @property
     def kernels(self) -> Counter[str]:
-        """How many calls each computes, by label."""
+        """Number of calls of each kernel, by label."""
         return Counter(kernel.label for kernel in self.model._executable.kernels.values())
 
     def capture(self, api: GraphApi | None = None) -> float:
-        """Seconds until all graphs are there."""
+        """Seconds until all graphs are captured."""
         started = time.perf_counter()
         self.model.capture_graphs(api=api)
         if self.model.graphs is not None:
@@ -104,7 +104,7 @@ class Runner:
         return time.perf_counter() - started
 
     def decode(self, num_seqs: int, context: int, steps: int) -> tuple[float, float]:
-        """(seconds a step, host seconds a step) of `steps` steps that follow each other, tokens staying on the card."""
+        """(seconds, host seconds) per step over `steps` consecutive steps; tokens stay on the GPU."""
         tokens, sources = None, torch.arange(num_seqs, dtype=torch.int32)
         inputs = [self._step(num_seqs, context + k) for k in range(steps)]
         for step in inputs[:2]:
@@ -128,7 +128,7 @@ class Runner:
         return min(seconds)
 
     def prompt(self, length: int) -> StepInputs:
-        """A step of one sequence, from its first token on."""
+        """A step of one sequence that starts at its first token."""
         blocks = torch.arange(1, 1 + -(-length // BLOCK), dtype=torch.int32)
         tokens = torch.arange(length) % self.model.info.vocab_size
         return make_step([length], [length], blocks[None, None], BLOCK, tokens)
@@ -149,7 +149,7 @@ class Runner:
 
 
 def random_weights(captured, result, device: str) -> dict[str, Tensor]:
-    """By get_attr target: numbers where the graph has them, else normal ones made on the device."""
+    """Weights by get_attr target: the graph's values where it has them, else normal random ones made on the device."""
     numbers = captured.constants | result.constants
     weights: dict[str, Tensor] = {}
     for node in captured.graph.graph.nodes:
@@ -168,7 +168,7 @@ def measure_model(runner: Runner, load: Load, limits: Limits, table: Table, api:
         done, wanted = (
             [len(getattr(part, of)) for part in (steps.decode, steps.mixed)] for of in ("captured", "sizes")
         )
-        name = f"graphs: {done[0]} of {wanted[0]} sizes whole, {done[1]} of {wanted[1]} in pieces"
+        name = f"graphs: {done[0]} of {wanted[0]} sizes whole, {done[1]} of {wanted[1]} piecewise"
         table.add(name, f"{seconds:.1f} s", "", "15 s for 35")
     goals = {1: "85 %", 256: "75 %"}
     for num_seqs in load.batches:
@@ -180,11 +180,11 @@ def measure_model(runner: Runner, load: Load, limits: Limits, table: Table, api:
         table.add(f"{name}, host", f"{host * 1e6:.0f} us a step", f"{100 * host / step:.0f} % of the step")
     for length in load.prompts:
         step = runner.first_token(length)
-        operations = runner.weight_bytes * length  # two bytes a weight, two operations
+        operations = runner.weight_bytes * length  # two bytes per weight, two operations
         table.add(f"first token of {length}", f"{step * 1e3:.0f} ms",
                   f"{share_of(limits.matrix_rate, operations, step)} of matrix rate")  # fmt: skip
 
 
 def small(load: Load) -> Load:
-    """For a trial without a card."""
+    """Shrinks a load for trials without a GPU."""
     return replace(load, batches=(1, 2), context=20, steps=2, prompts=(24,), max_seqs=2, graphs=GraphConfig((2,)))

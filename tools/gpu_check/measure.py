@@ -1,9 +1,9 @@
-"""Measures the card's limits, then each kernel and the model against them, and writes the table.
+"""Measures the GPU's limits, then each kernel and the model against them, and writes the table.
 
 python measure.py TABLE.md
 
-A part that fails leaves its mark in the table, and the next one runs: in a new process if the card takes no more calls
-of this one, as after a kernel that went astray.
+A part that fails is marked in the table, and the next one runs; it runs in a new process if the GPU accepts no more
+calls from this one, as after an illegal memory access.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mixed import measure_mixed
 from overlap import measure_overlap
 from peer import against_transformers
 from serving import Batch, measure_serving
-from table import Table, is_card_lost
+from table import Table, is_gpu_lost
 
 from fuseline.compile.kernels.cuda.library import library_for
 from fuseline.compile.target import detect_target
@@ -39,13 +39,13 @@ Part = tuple[str, Callable[[], object]]
 
 
 def main(out: Path, num_done: int = 0) -> int:
-    """`num_done`: parts that a process before this one has been through, the last of them in vain."""
+    """`num_done`: number of parts that a previous process finished; its last one failed."""
     out.parent.mkdir(parents=True, exist_ok=True)
     table, clock, sizes = Table.resumed(out) if num_done else Table(out, title()), DeviceClock(), Sizes()
     limits = measure_limits(sizes, "cuda", clock, table)
     with tempfile.TemporaryDirectory() as folder:
         parts = model_parts(Path(folder), limits, table, num_done > 0) + kernel_parts(sizes, clock, limits, table)
-        failed = run_parts(parts, num_done, table, is_card_lost, lambda done: start_again(out, done))
+        failed = run_parts(parts, num_done, table, is_gpu_lost, lambda done: start_again(out, done))
     print(table.text(table.title))
     return 1 if failed or num_done else 0
 
@@ -53,7 +53,7 @@ def main(out: Path, num_done: int = 0) -> int:
 def run_parts(
     parts: list[Part], num_done: int, table: Table, is_lost: Callable[[], bool], start_again: Callable[[int], None]
 ) -> list[str]:
-    """Names of those that failed. `start_again` does not return: it gets the number of parts that are done."""
+    """Returns the names of failed parts. `start_again` does not return; it gets the number of finished parts."""
     failed = []
     for at, (name, call) in enumerate(parts):
         if at < num_done:
@@ -75,7 +75,7 @@ def start_again(out: Path, num_done: int) -> None:
 
 
 def model_parts(folder: Path, limits: Limits, table: Table, is_resumed: bool) -> list[Part]:
-    """All over one model, which is built when the first of them runs; that captures its graphs, unless it is done."""
+    """All parts share one model, which the first of them builds and captures, unless that is done."""
     target, load = detect_target(device="cuda"), Load()
 
     def make() -> Runner:
@@ -103,7 +103,7 @@ def kernel_parts(sizes: Sizes, clock: Clock, limits: Limits, table: Table) -> li
 
 
 class Once:
-    """Makes a thing when it is first asked for. What cannot be made is not tried again."""
+    """Creates a value on first use. A failed creation is not tried again."""
 
     def __init__(self, make: Callable[[], Runner]) -> None:
         self._make: Callable[[], Runner] | None = make

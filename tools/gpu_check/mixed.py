@@ -1,4 +1,4 @@
-"""Steps that mix decoding with a chunk of a prompt: in pieces against op by op."""
+"""Steps that mix decoding with a chunk of a prompt: piecewise graphs against op-by-op launches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fuseline.compile.graph_inputs import StepInputs, make_step
 
 
 def measure_mixed(runner: Runner, num_seqs: int, chunks: tuple[int, ...], context: int, table: Table) -> None:
-    """Host and whole time of a step of `num_seqs` sequences that decode and one that has `chunk` tokens computed."""
+    """Host and total time of a step with `num_seqs` decoding sequences and one that computes `chunk` tokens."""
     graphs = runner.model.graphs
     for chunk in chunks:
         step = mixed_step(runner, num_seqs, chunk, context)
-        for name, used in (("in pieces", graphs), ("op by op", None)):
+        for name, used in (("piecewise", graphs), ("op by op", None)):
             runner.model.graphs = used
             host, whole = timed(runner, step)
             size = f"step of {num_seqs} + {chunk} tokens, {name}"
@@ -25,7 +25,7 @@ def measure_mixed(runner: Runner, num_seqs: int, chunks: tuple[int, ...], contex
 
 
 def mixed_step(runner: Runner, num_seqs: int, chunk: int, context: int) -> StepInputs:
-    """The sequence of the chunk comes last; all read `context` tokens before their own."""
+    """The sequence with the chunk comes last; each sequence has `context` earlier tokens."""
     counts = [1] * num_seqs + [chunk]
     width = -(-(context + chunk) // BLOCK)
     tables = torch.arange(1, 1 + len(counts) * width, dtype=torch.int32).reshape(1, len(counts), width)
@@ -33,7 +33,7 @@ def mixed_step(runner: Runner, num_seqs: int, chunk: int, context: int) -> StepI
 
 
 def timed(runner: Runner, step: StepInputs, repeats: int = 10) -> tuple[float, float]:
-    """(host seconds, seconds) a step."""
+    """(host seconds, seconds) per step."""
     runner.model.run(step)
     runner.wait()
     started = time.perf_counter()

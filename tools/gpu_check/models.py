@@ -1,7 +1,7 @@
-"""Greedy tokens of tiny trained models on the card, op by op, replayed and served, against Transformers on the CPU;
-kernels that overlap against those that do not.
+"""Greedy tokens of tiny trained models on the GPU, op by op, replayed and served, against Transformers on the CPU;
+kernels with overlap against kernels without.
 
-python models.py [PART]    each part in a process of its own, all at once: none can take the card from another
+python models.py [PART]    every part runs in a process of its own, all at once: a crash of one does not affect others
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OVERLAP = "overlap"
 PROMPTS = make_prompts((3, 9, 20, 33))
 NUM_TOKENS = 24
 THREADS = 2
-"""Of the CPU, for each family."""
+"""CPU threads for each family."""
 
 
 def main() -> int:
@@ -45,12 +45,12 @@ def main() -> int:
 
 
 def run_alone(part: str) -> int:
-    """1 if anything went wrong; what it says is shown as it comes."""
+    """Runs a part in its own process and prints its output as it comes; returns 1 if it failed."""
     return 1 if subprocess.run([sys.executable, "-P", __file__, part]).returncode else 0
 
 
 def check(part: str) -> int:
-    """How many answers are wrong."""
+    """Number of wrong answers."""
     if part != OVERLAP:
         return check_family(part)
     return check_early_launches(library_for(detect_target(device="cuda")), Sizes(), "cuda", CardClock)
@@ -71,7 +71,7 @@ def check_family(family: str) -> int:
 
 
 def tell(what: str, find: Callable[[], object], expected: object) -> bool:
-    """Whether it is wrong."""
+    """Reports a comparison; returns whether it failed."""
     try:
         verdict = "ok" if find() == expected else "DIFFERS"
     except Exception as error:
@@ -84,7 +84,7 @@ def tell(what: str, find: Callable[[], object], expected: object) -> bool:
 def check_early_launches(
     library: CudaLibrary | None, sizes: Sizes, device: str, new_clock: Callable[[], Clock], num_replays: int = 300
 ) -> int:
-    """Kernels that overlap compute the bits of those that wait for each other; FUSELINE_CUDA_PDL=0 turns it off."""
+    """Checks that overlapped kernels give the bits of serial ones, and that FUSELINE_CUDA_PDL=0 disables overlap."""
     if library is None:
         return 0
 
@@ -113,7 +113,7 @@ def tokens(path, graphs: GraphConfig) -> list[list[int]]:
 
 
 def served_tokens(path) -> list[list[int]]:
-    """Through an engine that was started as a server's is: warmed up, caches sized, graphs captured meanwhile."""
+    """Tokens from an engine started as by a server: warmed up, caches sized, graphs captured meanwhile."""
     config = EngineConfig(
         CompileConfig(model=str(path), max_num_batched_tokens=32, max_num_seqs=4, cpu_threads=THREADS),
         scheduler=SchedulerConfig(max_num_batched_tokens=32, max_num_seqs=4), device="cuda",

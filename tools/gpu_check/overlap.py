@@ -1,4 +1,4 @@
-"""Kernels that begin before the one ahead of them has ended: are their results the same, and what do they bring."""
+"""Kernels that start before the previous one has ended: whether their results are the same, and the time they save."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fuseline.compile.tuning.clock import Clock
 from fuseline.compile.tuning.limits import Limits
 
 BLOCK = 16
-CONTEXT = 600  # keys of a sequence: several splits, so that attention is two kernels
+CONTEXT = 600  # keys per sequence: several splits, so that attention runs two kernels
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Layer:
 
 
 class Chain:
-    """Decode layers of our kernels alone, each of which reads what the one before it wrote: rows -> rows."""
+    """Decode layers of our kernels only, each reading the previous one's output: rows -> rows."""
 
     def __init__(self, sizes: Sizes, make: Made, num_rows: int, num_layers: int = 2) -> None:
         s, heads = sizes, sizes.heads + 2 * sizes.kv_heads
@@ -59,7 +59,7 @@ class Chain:
         self._batch = make.ints(tables), make.ints([CONTEXT] * num_rows), make.ints(list(range(num_rows + 1)))
 
     def run(self, lib: CudaLibrary, x: Tensor) -> Tensor:
-        """x[T, hidden]."""
+        """Runs the layers on x[T, hidden]."""
         total = x
         for layer in self._layers:
             x, total = cuda_norm.add_rms_norm(lib, x, total, layer.norms[0], 1e-5, 0)
@@ -86,8 +86,8 @@ def _small(weight: Tensor) -> Tensor:
 def check_overlap(
     sizes: Sizes, make: Made, lib: CudaLibrary, api: GraphApi, table: Table, clock: Clock, num_replays: int = 300
 ) -> int:
-    """How many results of early launches, replayed and launched one by one, are not bit for bit those of launches that
-    wait for each other. Each has other inputs, so that what is read too early is the number of another one."""
+    """Number of results of early launches, replayed and launched one by one, that differ in any bit from those of
+    serial launches. Inputs differ each time, so that a premature read finds another input's numbers."""
     serial, early = (lib.overlapping(overlap) for overlap in (Overlap.NONE, Overlap.WEIGHTS))
     wrong = 0
     for num_rows in (1, 16):
@@ -118,7 +118,7 @@ def _bits(replay: Callable[[], None], result: Tensor) -> Tensor:
 def measure_overlap(
     runner: Runner, target: Target, load: Load, limits: Limits, table: Table, api: GraphApi | None = None
 ) -> None:
-    """Decode steps of one sequence with and without; graphs of `runner` are there."""
+    """Measures decode steps of one sequence with and without overlap; the graphs of `runner` must be captured."""
     serial = copy.copy(runner)
     serial.model = runner.make_model(replace(target, overlaps=False), GraphConfig((1,), mixed_sizes=()))
     serial.model.allocate_caches([runner.width + 1])

@@ -1,4 +1,4 @@
-"""Continuous batching of Transformers against ours over the same weights, in the same memory: both are measured."""
+"""Transformers' continuous batching against ours, with the same weights and the same amount of memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH = Batch(num_seqs=64, prompt=128, generated=64)
 
 
 def against_transformers(runner: Runner, device: Device, table: Table, folder: Path, batch: Batch = BATCH) -> None:
-    """All requests at once, greedy; each side has run the same before."""
+    """Runs all requests at once, greedy; each side has run the same requests before."""
     waits = Waits(device)
     ours = seconds_of(lambda name: make_engine(runner, waits, batch, name).drain_all())
     tokens = batch.num_seqs * batch.generated
@@ -38,7 +38,7 @@ def against_transformers(runner: Runner, device: Device, table: Table, folder: P
 
 
 def seconds_of(call: Callable[[str], object]) -> float:
-    """Of its second run."""
+    """Seconds of the call's second run."""
     call("peer warm ")
     started = time.perf_counter()
     call("peer timed ")
@@ -57,7 +57,7 @@ def generate_all(model: nn.Module, runner: Runner, batch: Batch) -> list[list[in
 
 
 def peer_of(runner: Runner, folder: Path) -> nn.Module:
-    """Transformers' model over the runner's weights, which are not copied."""
+    """Transformers' model over the runner's weights, which are shared, not copied."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
@@ -67,6 +67,6 @@ def peer_of(runner: Runner, folder: Path) -> nn.Module:
     missing, unexpected = model.load_state_dict(runner.parameters(), strict=False, assign=True)
     if missing or unexpected:
         raise RuntimeError(f"weights that only one of the two models has: {[*missing, *unexpected][:5]}")
-    # Buffers are no weights: those of the positions are computed.
+    # Only parameters are shared; buffers, such as those of positions, are computed.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(runner.device)
     return model.eval()

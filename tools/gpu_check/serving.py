@@ -1,4 +1,4 @@
-"""What serving makes of the model: the engine with its scheduler, sampling and messages, all requests at once."""
+"""Serving cost on top of the model: the engine with its scheduler, sampling and messages, all requests at once."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Batch:
     prompt: int = 128
     generated: int = 128
     max_tokens: int = 8192
-    """Of a step."""
+    """Tokens per step."""
 
 
 class Waits:
-    """A device with the time that the host spends waiting for it."""
+    """A device that records how long the host waits for it."""
 
     def __init__(self, device: Device) -> None:
         self.seconds = 0.0
@@ -52,7 +52,7 @@ class Waits:
 
 
 def measure_serving(runner: Runner, device: Device, batch: Batch, table: Table) -> None:
-    """Offline throughput; of its decode steps the time, the host's part, and how long the card idles between them."""
+    """Offline throughput; for decode steps their time, the host's share, and the GPU's idle time between them."""
     waits = Waits(device)
     make_engine(runner, waits, batch, "warm").drain_all()
     engine = make_engine(runner, waits, batch, "timed")
@@ -67,7 +67,7 @@ def measure_serving(runner: Runner, device: Device, batch: Batch, table: Table) 
     host = sum(s.seconds - s.waited for s in decode) / len(decode)
     busy, _ = runner.decode(batch.num_seqs, batch.prompt + batch.generated // 2, len(decode))
     table.add("engine, a decode step", f"{step * 1e3:.2f} ms", f"host {host * 1e6:.0f} us")
-    table.add("engine, card idle between decode steps", f"{100 * max(0.0, 1 - busy / step):.1f} %", "", "3 %")
+    table.add("engine, GPU idle between decode steps", f"{100 * max(0.0, 1 - busy / step):.1f} %", "", "3 %")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TimedEngine:
         self._engine, self._waits = engine, waits
 
     def drain_all(self) -> list[Step]:
-        """Steps until nothing is left to do."""
+        """Runs steps until nothing is left to do."""
         steps: list[Step] = []
         while self._engine.has_work:
             started, waited = time.perf_counter(), self._waits.seconds
@@ -98,7 +98,7 @@ def prompts_of(batch: Batch, vocab: int) -> list[tuple[int, ...]]:
 
 
 def make_engine(runner: Runner, waits: Waits, batch: Batch, name: str) -> TimedEngine:
-    """With all requests queued, over the runner's caches."""
+    """An engine over the runner's caches, with all requests queued."""
     config = EngineConfig(
         CompileConfig(model=""), scheduler=SchedulerConfig(batch.max_tokens, batch.num_seqs), device="cuda"
     )

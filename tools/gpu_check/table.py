@@ -1,4 +1,4 @@
-"""Rows of the one table."""
+"""Rows of the table of results."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from fuseline.compile.tuning.clock import Clock, DeviceClock
 from fuseline.compile.tuning.limits import Limits
 
-__all__ = ["CardClock", "Clock", "Limits", "Table", "is_card_lost", "microseconds", "share_of"]
+__all__ = ["CardClock", "Clock", "Limits", "Table", "is_gpu_lost", "microseconds", "share_of"]
 CardClock = DeviceClock
 
 
 @dataclass
 class Table:
-    """In a file at any moment, if there is a `path`: who measures may be stopped."""
+    """With a `path`, the file is written after every row, because a measurement may be killed."""
 
     path: Path | None = None
     title: str = ""
@@ -24,7 +24,7 @@ class Table:
 
     @staticmethod
     def resumed(path: Path) -> Table:
-        """What another process has left in the file."""
+        """The table another process left in the file."""
         title, _, _, _, *rows = path.read_text().splitlines()
         return Table(path, title.removeprefix("## "), [tuple(row[2:-2].split(" | ")) for row in rows])
 
@@ -40,8 +40,8 @@ class Table:
         return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in self.rows)]) + "\n"
 
 
-def is_card_lost() -> bool:
-    """Whether every further call of this process would raise what an earlier one has done."""
+def is_gpu_lost() -> bool:
+    """Whether every further call of this process would fail with an earlier error."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:

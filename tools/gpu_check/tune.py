@@ -1,4 +1,4 @@
-"""What `-O3` chooses for the shape of an 8B Llama, how long that takes, and what decode steps gain by it.
+"""The choices of `-O3` for the shape of an 8B Llama, how long they take to measure, and the speedup of decode steps.
 
 python tune.py
 """
@@ -24,7 +24,7 @@ def main() -> int:
 
 
 def compare(folder: Path, target: Target, load: Load, table: Table, shape: dict = LLAMA_8B) -> None:
-    """The same steps by the default kernels and by those that were measured to be fastest."""
+    """Times the same steps with the default kernels and with the measured choice."""
     for name, is_tuned in (("default", False), ("-O3", True)):
         started = time.perf_counter()
         runner = Runner(folder, target, load, shape, is_tuned)

@@ -42,7 +42,7 @@ const std::vector<Isa>& isas() {
   return all;
 }
 
-// The machine is one, so is its choice of kernels; it is set at import and by tests only.
+// Process-wide, since there is one machine; written at import and by tests only.
 std::atomic<const Isa*> current{nullptr};
 
 std::string join(const std::vector<std::string>& names) {

@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets runs. Chosen once at load; tests switch it.
+// Selects which of the compiled instruction sets runs: once at load; tests switch it.
 #pragma once
 #include <string>
 #include <vector>
@@ -19,11 +19,11 @@ enum OpIndex : int {
 const OpFn* op_table();
 
 std::string cpu_isa();
-// Those that this machine can run, lowest first.
+// The ISAs this machine can run, lowest first.
 std::vector<std::string> available_isas();
-// Throws std::runtime_error with the cure for a name that is unknown or that this machine lacks.
+// Throws std::runtime_error, listing the valid names, if `name` is unknown or this machine cannot run it.
 void set_cpu_isa(const std::string& name);
-// Best of the machine, or what FUSELINE_CPU_ISA names; the module calls it once at import.
+// Selects the best supported ISA, or the one $FUSELINE_CPU_ISA names. The module calls it once at import.
 void choose_cpu_isa();
 
 }  // namespace fuseline

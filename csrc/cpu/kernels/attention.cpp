@@ -1,15 +1,15 @@
-// Attention over a paged cache: chunked prefill, prefix hits and decode alike.
+// Attention over a paged KV cache: chunked prefill, prefix hits and decode take the same path.
 //
-// A row is one query head of one token. Its keys are taken in tiles of kKeys and segments of kSegment keys, both cut at
-// absolute positions; within a segment the softmax is online, segments are merged in order. So a row's result depends
-// on its own query and keys alone, not on the rows beside it, the chunking, or who computed which segment.
+// A row is one query head of one token. Its keys are read in tiles of kKeys and segments of kSegment keys, both aligned
+// to absolute positions. The softmax is online within a segment; segments are merged in ascending order. A row's result
+// therefore depends on its own query and keys alone, not on other rows, chunking or which thread ran which segment.
 #include "cpu/parallel.h"
 #include "tiles.h"
 
 namespace fuseline::FL_ISA {
 namespace {
 
-// A task's result over some of its keys.
+// Partial softmax result of a task over a subset of its keys: weighted value sums, row maxima, softmax denominators.
 struct Partial {
   float *sum, *max, *weight;
 };
@@ -18,9 +18,9 @@ Partial partial_at(const Attention& job, int64_t rows, float* p) {
   return {p, p + rows * job.padded_dim, p + rows * (job.padded_dim + 1)};
 }
 
-// How numbers are multiplied. Queries are [ceil(D / kDepth)][rows][kRowSize] words and probabilities [rows][kRowSize]: fp32,
-// or pairs of bf16 where a dot instruction takes them.
-struct Widened {
+// Arithmetic paths. Queries are [ceil(D / kDepth)][rows][kRowSize] words, probabilities [rows][kRowSize]. A word is one
+// fp32 on the fp32 path, a pair of bf16 on the bf16-dot path.
+struct Fp32Path {
   using Word = float;
   using Value = float;
   static constexpr bool kIsDot = false;
@@ -32,7 +32,7 @@ struct Widened {
   }
 };
 
-struct Dotted {
+struct Bf16DotPath {
   using Word = uint32_t;
   using Value = bf16;
   static constexpr bool kIsDot = true;
@@ -47,19 +47,19 @@ struct Dotted {
   }
 };
 
-template <class How, class Q>
-void pack_queries(const Attention& job, const Task& task, typename How::Word* packed) {
+template <class Path, class Q>
+void pack_queries(const Attention& job, const Task& task, typename Path::Word* packed) {
   int64_t rows = task.rows();
   for (int64_t r = 0; r < rows; ++r) {
     const Q* x = static_cast<const Q*>(job.q.data) + (task.head + r % task.num_heads) * job.q.strides[1] +
                  (task.token + r / task.num_heads) * job.q.strides[2];
-    for (int64_t d = 0; d < job.key_dim; d += How::kDepth)
-      How::pack(x + d, job.key_dim - d < How::kDepth ? job.key_dim - d : How::kDepth,
-                packed + (d / How::kDepth * rows + r) * kRowSize);
+    for (int64_t d = 0; d < job.key_dim; d += Path::kDepth)
+      Path::pack(x + d, job.key_dim - d < Path::kDepth ? job.key_dim - d : Path::kDepth,
+                packed + (d / Path::kDepth * rows + r) * kRowSize);
   }
 }
 
-// Values of `count` keys as panels [padded_dim / 16][kKeys][16],
+// Packs the values of `count` keys as panels [padded_dim / 16][kKeys][16].
 template <class T>
 void widen_values(const Attention& job, const T* const* rows, int64_t count, float* values) {
   int64_t whole = job.value_dim / kPanel * kPanel;
@@ -71,7 +71,7 @@ void widen_values(const Attention& job, const T* const* rows, int64_t count, flo
   }
 }
 
-// or in pairs of keys, [padded_dim / 16][kKeys / 2][16][2]. Of an odd number of keys, rows[count] is one that can be read.
+// Packs values in pairs of keys, [padded_dim / 16][kKeys / 2][16][2]. If `count` is odd, rows[count] must be readable.
 template <class T>
 void pair_values(const Attention& job, const T* const* rows, int64_t count, T* values) {
   int64_t whole = job.value_dim / (2 * kPanel) * 2 * kPanel;
@@ -96,8 +96,8 @@ void fill(float* x, int64_t lo, int64_t hi, float value) {
   for (int64_t i = lo; i < hi; ++i) x[i] = value;
 }
 
-// Scores of one row -> probabilities relative to the row's new maximum, 0 for keys outside [lo, hi). Rescales the sums.
-template <class How>
+// Turns a row of scores into probabilities relative to its new maximum, 0 for keys outside [lo, hi); rescales sums.
+template <class Path>
 void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* sum, float& max, float& weight) {
   if (lo >= hi) return fill(s, 0, kKeys, 0.0f);
   constexpr int kVecs = kKeys / kLanes;
@@ -125,12 +125,12 @@ void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* 
     if (!is_full) x[v] = select(is_seen[v], x[v], zero());
     total += x[v];
   }
-  How::store_probabilities(x, s);
-  if (max == new_max) {   // exp(0) is 1 to the bit
+  Path::store_probabilities(x, s);
+  if (max == new_max) {   // exp(0) is exactly 1
     weight += hsum(total);
     return;
   }
-  bool is_first = max == -kInfinity;   // the sums are zeros
+  bool is_first = max == -kInfinity;   // the sums are still zero
   float shrink = is_first ? 0.0f : exp_of(max - new_max);
   weight = weight * shrink + hsum(total);
   max = new_max;
@@ -138,61 +138,61 @@ void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* 
   for (int64_t e = 0; e < job.padded_dim; e += kLanes) store(sum + e, load(sum + e) * shrink);
 }
 
-template <class How, class T>
+template <class Path, class T>
 struct TaskScratch {
-  typename How::Word* queries;
+  typename Path::Word* queries;
   float *scores, *values;
   T* keys;
-  const Task* next;   // what the thread does after this task, if that is known
-  Places<T>* places;  // two in turns: of the tile at work, and of the one that is sent for meanwhile
+  const Task* next;   // the thread's next task, if known; prefetched
+  Places<T>* places;  // double buffer: the current tile and the one being prefetched
 };
 
 int64_t queries_size(const Attention& job) { return (job.key_dim + kKeys - 1) / kKeys * kMaxRows * kRowSize; }
 
-// Scratch of one task, followed by `extra` floats at the returned end.
-template <class How, class T>
-TaskScratch<How, T> task_scratch(const Attention& job, const Task* next, Places<T>* places, int64_t extra, float** end) {
+// Carves one task's scratch; `extra` more floats begin at `end`.
+template <class Path, class T>
+TaskScratch<Path, T> task_scratch(const Attention& job, const Task* next, Places<T>* places, int64_t extra, float** end) {
   int64_t values = kKeys * job.padded_dim, keys = kKeys * job.key_dim;
   float* p = chunk_floats(queries_size(job) + kMaxRows * kRowSize + values + keys + extra);
   float* scores = p + queries_size(job);
   float* first = scores + kMaxRows * kRowSize;
   *end = first + values + keys;
-  return {reinterpret_cast<typename How::Word*>(p), scores, first, reinterpret_cast<T*>(first + values), next, places};
+  return {reinterpret_cast<typename Path::Word*>(p), scores, first, reinterpret_cast<T*>(first + values), next, places};
 }
 
 // scores [rows][kRowSize] = queries x panels.
-template <class How, class T>
+template <class Path, class T>
 void score_tile(const Attention& job, int64_t rows, const Places<T>& tile, int num_panels,
-                const TaskScratch<How, T>& s, float* scores) {
+                const TaskScratch<Path, T>& s, float* scores) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     int n = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-    for (int64_t d = 0; d < job.key_dim; d += How::kDepth)
-      tile_rows<kRowSize>(n, s.queries + (d / How::kDepth * rows + r) * kRowSize,
+    for (int64_t d = 0; d < job.key_dim; d += Path::kDepth)
+      tile_rows<kRowSize>(n, s.queries + (d / Path::kDepth * rows + r) * kRowSize,
                           ListedPanels<T>{tile.panels, d * kPanel}, num_panels,
-                          static_cast<int>(job.key_dim - d < How::kDepth ? job.key_dim - d : How::kDepth),
+                          static_cast<int>(job.key_dim - d < Path::kDepth ? job.key_dim - d : Path::kDepth),
                           scores + r * kRowSize, kRowSize, d > 0);
   }
 }
 
-// sums [rows][padded_dim] += probabilities x values. Few rows read the values as they lie; for more, they are put into panels
-// once. `first` and num_keys count words of probabilities and keys from the tile's first on.
-template <class How, class T>
+// sums [rows][padded_dim] += probabilities x values. With few rows the values are read in place; with more they are
+// packed into panels once. `first` and num_keys count words of probabilities and keys, from the tile's first on.
+template <class Path, class T>
 void sum_tile(const Attention& job, int64_t rows, int64_t first, const Places<T>& tile, const Places<T>& next,
-              int num_keys, const TaskScratch<How, T>& s, float* sum) {
-  using Word = typename How::Word;
-  using Value = typename How::Value;
-  const Word* scores = reinterpret_cast<const Word*>(s.scores) + first / (How::kIsDot ? 2 : 1);
+              int num_keys, const TaskScratch<Path, T>& s, float* sum) {
+  using Word = typename Path::Word;
+  using Value = typename Path::Value;
+  const Word* scores = reinterpret_cast<const Word*>(s.scores) + first / (Path::kIsDot ? 2 : 1);
   int num_panels = static_cast<int>(job.padded_dim / kPanel);
   if (rows <= kTileRows && job.padded_dim == job.value_dim)
     return key_rows<kRowSize>(static_cast<int>(rows), scores, tile.values, next.values, num_panels, num_keys, sum,
                               job.padded_dim);
   Value* values = reinterpret_cast<Value*>(s.values);
-  if constexpr (How::kIsDot)
+  if constexpr (Path::kIsDot)
     pair_values(job, tile.values, num_keys, values);
   else
     widen_values(job, tile.values, num_keys, values);
-  // Whole pairs, because an odd last key would lie by itself in a panel.
-  int num_k = How::kIsDot ? num_keys + num_keys % 2 : num_keys;
+  // Whole pairs: an odd last key would be stored unpaired in a panel.
+  int num_k = Path::kIsDot ? num_keys + num_keys % 2 : num_keys;
   for (int64_t r = 0; r < rows; r += kTileRows) {
     int n = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
     tile_rows<kRowSize>(n, scores + r * kRowSize, EvenPanels<Value>{values, int64_t{kKeys} * kPanel}, num_panels, num_k,
@@ -200,10 +200,10 @@ void sum_tile(const Attention& job, int64_t rows, int64_t first, const Places<T>
   }
 }
 
-// Keys [lo, hi) of the tile at `base`.
-template <class How, class T>
+// Processes keys [lo, hi) of the tile at `base`.
+template <class Path, class T>
 void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi,
-              const TaskScratch<How, T>& s, Partial p) {
+              const TaskScratch<Path, T>& s, Partial p) {
   int turn = s.places[1].is_at(task, lo, hi);
   Places<T>&tile = s.places[turn], &next = s.places[1 - turn];
   if (!tile.is_at(task, lo, hi)) find_tile(job, task, lo, hi, tile);
@@ -214,7 +214,7 @@ void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, 
   int64_t rows = task.rows(), first_lane = (lo - base) / kPanel * kPanel;
   bool has_next = find_next_tile(job, task, s.next, hi, next);
   if (!has_next) next.lo = next.hi = 0;
-  Fetch<T> fetch(job, next, hi - lo, rows + 1);   // sum_tile sends for the first values
+  Fetch<T> fetch(job, next, hi - lo, rows + 1);   // sum_tile prefetches the first values
   fetch();
   int num_panels = static_cast<int>((hi - base - first_lane + kPanel - 1) / kPanel);
   score_tile(job, rows, tile, num_panels, s, s.scores + first_lane);
@@ -222,14 +222,14 @@ void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, 
     int64_t position = task.position_of(r), first = first_key(job, position);
     int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
     fetch();
-    softmax_row<How>(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
+    softmax_row<Path>(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
   }
   sum_tile(job, rows, lo - base, tile, has_next ? next : tile, static_cast<int>(hi - lo), s, p.sum);
 }
 
-// The keys of [segment, segment + 1) * kSegment that any row of the task sees; s.queries must be packed.
-template <class How, class T>
-void run_segment(const Attention& job, const Task& task, int64_t segment, const TaskScratch<How, T>& s, Partial p) {
+// Processes the keys of [segment, segment + 1) * kSegment that any row of the task sees; s.queries must be packed.
+template <class Path, class T>
+void run_segment(const Attention& job, const Task& task, int64_t segment, const TaskScratch<Path, T>& s, Partial p) {
   int64_t rows = task.rows();
   fill(p.sum, 0, rows * job.padded_dim, 0.0f);
   fill(p.max, 0, rows, -kInfinity);
@@ -241,7 +241,7 @@ void run_segment(const Attention& job, const Task& task, int64_t segment, const 
     run_tile(job, task, base, base > first ? base : first, base + kKeys < end ? base + kKeys : end, s, p);
 }
 
-// The empty result, or the sinks': keys with a score and no value.
+// Initializes partial results: empty, or with the sinks, which are keys with a score and no value.
 void start_rows(const Attention& job, const Task& task, Partial total) {
   int64_t rows = task.rows();
   fill(total.sum, 0, rows * job.padded_dim, 0.0f);
@@ -283,22 +283,22 @@ void write_rows(const Attention& job, const Task& task, Partial total) {
   });
 }
 
-template <class How>
-void pack_task(const Attention& job, const Task& task, typename How::Word* packed) {
+template <class Path>
+void pack_task(const Attention& job, const Task& task, typename Path::Word* packed) {
   with_float(job.q.dtype, [&](auto t) {
     using Q = decltype(t);
-    // Dotted is chosen for bf16 queries only.
-    if constexpr (__is_same(How, Widened) || __is_same(Q, bf16)) pack_queries<How, Q>(job, task, packed);
+    // The bf16-dot path is chosen for bf16 queries only.
+    if constexpr (__is_same(Path, Fp32Path) || __is_same(Q, bf16)) pack_queries<Path, Q>(job, task, packed);
   });
 }
 
-template <class How, class T>
+template <class Path, class T>
 void run_whole(const Attention& job, const Task& task, const Task* next, Places<T>* places) {
   int64_t size = job.partial_size(task.rows());
   float* end;
-  TaskScratch s = task_scratch<How, T>(job, next, places, 2 * size, &end);
+  TaskScratch s = task_scratch<Path, T>(job, next, places, 2 * size, &end);
   Partial total = partial_at(job, task.rows(), end), part = partial_at(job, task.rows(), end + size);
-  pack_task<How>(job, task, s.queries);
+  pack_task<Path>(job, task, s.queries);
   start_rows(job, task, total);
   for (int64_t g = first_key(job, task.position) / kSegment; g * kSegment < task.end(); ++g) {
     run_segment(job, task, g, s, part);
@@ -307,16 +307,16 @@ void run_whole(const Attention& job, const Task& task, const Task* next, Places<
   write_rows(job, task, total);
 }
 
-// Few tasks of long context: segments run apart, then each task merges its own in the order run_whole does.
-template <class How, class T>
+// Few tasks with long context: segments run in parallel, then each task merges its own in the same order as run_whole.
+template <class Path, class T>
 void run_split(const Attention& job, const int64_t* starts, int64_t num_tasks, int64_t num_segments, float* parts) {
   int64_t size = job.partial_size(kMaxRows);
   parallel(num_tasks * num_segments, [&](int64_t i) {
     Task task = task_at(job, starts, i / num_segments);
     float* end;
     Places<T> places[2];
-    TaskScratch s = task_scratch<How, T>(job, nullptr, places, 0, &end);
-    pack_task<How>(job, task, s.queries);
+    TaskScratch s = task_scratch<Path, T>(job, nullptr, places, 0, &end);
+    pack_task<Path>(job, task, s.queries);
     run_segment(job, task, i % num_segments, s, partial_at(job, task.rows(), parts + i * size));
   });
   parallel(num_tasks, [&](int64_t i) {
@@ -329,7 +329,7 @@ void run_split(const Attention& job, const int64_t* starts, int64_t num_tasks, i
   });
 }
 
-// Cuts the work. Heads of a group are kept together, sharing one pass over keys and values, unless threads would idle.
+// Splits the work into tasks. Heads of a group share one pass over keys and values, unless that would idle threads.
 void plan_tasks(Attention& job) {
   int64_t seq_heads = job.num_seqs * job.k_cache.sizes[1];
   job.heads_per_task = job.group < kMaxRows ? job.group : kMaxRows;
@@ -343,9 +343,9 @@ int64_t tokens_of(const Attention& job, int64_t seq) {
   return int_at(job.query_start, seq + 1) - int_at(job.query_start, seq);
 }
 
-template <class How, class T>
+template <class Path, class T>
 void run_all(Attention& job) {
-  constexpr int64_t kStep = How::kIsDot ? 2 * kPanel : kPanel;
+  constexpr int64_t kStep = Path::kIsDot ? 2 * kPanel : kPanel;
   job.padded_dim = (job.value_dim + kStep - 1) / kStep * kStep;
   plan_tasks(job);
   int64_t longest = 1, num_tasks = 0;
@@ -362,14 +362,14 @@ void run_all(Attention& job) {
     starts[s] = next;
     next += job.tasks_of(tokens_of(job, s));
   }
-  if (split) return run_split<How, T>(job, starts, num_tasks, num_segments, shared);
+  if (split) return run_split<Path, T>(job, starts, num_tasks, num_segments, shared);
   int64_t grain = num_tasks / (8 * num_threads());
   parallel_ranges(num_tasks, grain < 1 ? 1 : grain > kMaxGrain ? kMaxGrain : grain, [&](int64_t begin, int64_t end) {
     Task task = task_at(job, starts, begin), next;
     Places<T> places[2];
     for (int64_t i = begin; i < end; ++i, task = next) {
       if (i + 1 < end) next = task_at(job, starts, i + 1);
-      run_whole<How, T>(job, task, i + 1 < end ? &next : nullptr, places);
+      run_whole<Path, T>(job, task, i + 1 < end ? &next : nullptr, places);
     }
   });
 }
@@ -377,7 +377,7 @@ void run_all(Attention& job) {
 }  // namespace
 
 // t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?; i: window (0: none); f: scale,
-// softcap (0: none). Keys lie as keys.h says. A sequence's keys are at positions below its seq_lens; blocks behind the window are not read.
+// softcap (0: none). keys.h gives the layout of keys. Keys from seq_lens on, and blocks before the window, are not read.
 void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
   Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], i[0], static_cast<float>(f[0]),
                 static_cast<float>(f[1])};
@@ -387,8 +387,8 @@ void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
   job.key_dim = job.k_cache.sizes[3];
   job.value_dim = job.v_cache.sizes[3];
   if constexpr (kHasDot)
-    if (job.k_cache.dtype == DType::bf16 && job.q.dtype == DType::bf16) return run_all<Dotted, bf16>(job);
-  with_float(job.k_cache.dtype, [&](auto p) { run_all<Widened, decltype(p)>(job); });
+    if (job.k_cache.dtype == DType::bf16 && job.q.dtype == DType::bf16) return run_all<Bf16DotPath, bf16>(job);
+  with_float(job.k_cache.dtype, [&](auto p) { run_all<Fp32Path, decltype(p)>(job); });
 }
 
 }  // namespace fuseline::FL_ISA

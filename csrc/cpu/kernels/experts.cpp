@@ -1,8 +1,8 @@
-// Mixture-of-experts layer: every token through its k experts, summed by routing weight.
+// Mixture-of-experts layer: each token runs through its k experts; results are summed by routing weight.
 //
-// Rounds where Transformers' grouped_mm experts round (integrations/moe.py): each projection, each bias addition, each
-// step of the activation, the product with the routing weight if that has the same dtype; the sum over k is fp32 in the
-// order of k, rounded once. Held in fp32 in between. A token's result depends on that token alone.
+// Rounds where Transformers' grouped_mm experts round (integrations/moe.py): after each projection, bias addition, step
+// of the activation, and the product with the routing weight if that has the same dtype. The sum over k is fp32 in the
+// order of k, rounded once. Intermediates are stored as fp32. A token's result depends on that token alone.
 #include "cpu/parallel.h"
 #include "cpu/vec_math.h"
 #include "fuseline/codes.h"
@@ -11,8 +11,8 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int64_t kScratchFloats = 16 << 20;    // bounds the pairs done together
-constexpr int64_t kItemRows = 16 * kTileRows;   // rows of one expert multiplied together
+constexpr int64_t kScratchFloats = 16 << 20;    // bounds the pairs of one block
+constexpr int64_t kItemRows = 16 * kTileRows;   // rows of one expert per work item
 
 struct Experts {
   const Tensor &out, &x, &ids, &weights, &gate_up, &down, &gate_up_bias, &down_bias;
@@ -21,20 +21,20 @@ struct Experts {
   int64_t num_tokens = 0, top_k = 0, dim = 0, num_experts = 0;
 };
 
-// A (token, choice) pair is a row; rows are sorted by expert, within one by pair. An item is some rows of one expert.
+// A (token, choice) pair is one row; rows are sorted by expert, then by pair. An item is a range of rows of one expert.
 struct Item {
   int64_t expert, row, num_rows;
 };
 
 struct Block {
   int64_t token, num_tokens, num_rows, num_items;
-  int64_t* pair_of;   // [num_rows] pair of each row, counted from the block's first
-  int64_t* row_of;    // [pairs] row of each pair, -1 when its id is no expert
+  int64_t* pair_of;   // [num_rows] pair of each row, relative to the block's first pair
+  int64_t* row_of;    // [pairs] row of each pair, -1 if its expert id is invalid
   Item* items;
   float *x, *gate_up, *hidden, *y;   // packed, [rows][2 I], packed, [rows][D]
 };
 
-// One pass of weights over packed rows: out[row] = round(round(rows @ panels) + bias).
+// One projection of packed rows: out[row] = round(round(rows @ panels) + bias).
 struct Projection {
   const Tensor &panels, &bias;
   int64_t num_k, num_out;
@@ -120,7 +120,7 @@ vf activate(int64_t act, vf x) {
   return act == kExpertGeluTanh ? vgelu_tanh(x) : vrelu(x);
 }
 
-// One vector of gates and ups; alpha and limit are gpt-oss's.
+// Activation of one vector of gates and ups; alpha and limit are used by gpt-oss only.
 template <class T>
 vf gated(const Experts& job, vf gate, vf up) {
   if (job.act != kGluOss) return round_to<T>(round_to<T>(activate(job.act, gate)) * up);
@@ -151,7 +151,7 @@ void activate_rows(const Experts& job, const Block& b) {
   });
 }
 
-// T is the dtype the product with the weight is rounded to.
+// T is the dtype to which the product with the routing weight is rounded.
 template <class T>
 void sum_token(const Experts& job, const Block& b, int64_t token, float* sum) {
   for (int64_t d = 0; d < job.dim; ++d) sum[d] = 0.0f;
@@ -184,7 +184,7 @@ int64_t floats_per_pair(const Experts& job) {
   return packed_size(1, job.dim) + 2 * job.num_hidden + packed_size(1, job.num_hidden) + job.dim;
 }
 
-// Lays a block of up to `tokens` tokens out in shared scratch.
+// Allocates a block of up to `tokens` tokens in shared scratch.
 Block make_block(const Experts& job, int64_t tokens, int64_t** starts) {
   int64_t pairs = tokens * job.top_k, items = job.num_experts + pairs / kItemRows + 1;
   int64_t integers = 2 * pairs + 3 * items + job.num_experts + 1;

@@ -1,6 +1,8 @@
-// How a block of the KV cache keeps its keys: as panels of the register tile (tile.h), so that a score is read as a weight is.
+// Layout of keys in a KV-cache block: panels of the register tile (tile.h), so that scores read keys as products read
+// weights.
 //
-// A block [B][D] lies as [B / W][D][W], of bf16 in pairs [B / W][D / 2][W][2]. W is 16, or B where 16 does not divide it.
+// A block [B][D] is stored as [B / W][D][W], bf16 as [B / W][D / 2][W][2] (pairs along D). W is 16, or B if 16 does not
+// divide B.
 #pragma once
 #include "tile.h"
 
@@ -9,7 +11,7 @@ namespace {
 
 inline int64_t key_lanes(int64_t block_size) { return block_size % kPanel == 0 ? kPanel : block_size; }
 
-// body(index of d in a key, index in the block) for each number of key `within` of a block, two at a time in a pair.
+// Calls body(d, index in the block, count) for the elements of key `within`; paired elements come two at a time.
 template <class T, class F>
 FL_INLINE void for_key(int64_t block_size, int64_t num_d, int64_t within, const F& body) {
   const int64_t lanes = key_lanes(block_size), lane = within % lanes, panel = (within - lane) * num_d;
@@ -26,7 +28,7 @@ inline void write_key(T* block, int64_t block_size, int64_t num_d, int64_t withi
   });
 }
 
-// The same number of a key in lane `lane` of a panel of 16.
+// Copies key `within` into lane `lane` of a panel of 16.
 template <class T>
 inline void copy_key(const T* block, int64_t block_size, int64_t num_d, int64_t within, T* panel, int64_t lane) {
   for_key<T>(block_size, num_d, within, [&](int64_t d, int64_t at, int64_t count) __attribute__((always_inline)) {

@@ -1,6 +1,6 @@
-// out[M, N] = x[M, K] @ weight^T + bias, with weight packed as panels of 16 outputs (tile.h); and the packing itself.
+// out[M, N] = x[M, K] @ weight^T + bias, with weight packed as panels of 16 outputs (tile.h); and pack_panels.
 //
-// Every output is one fp32 chain over ascending k, the bias added in fp32, one rounding to out's dtype (torch's addmm).
+// Each output is one fp32 chain over ascending k, plus the bias in fp32, rounded once to out's dtype (as in addmm).
 #include "cpu/parallel.h"
 #include "product.h"
 
@@ -11,9 +11,9 @@ constexpr int64_t kPackDepth = 64;
 constexpr int64_t kPackRows = 8;                    // rows of x packed per chunk
 constexpr int64_t kThinChunkBytes = 128 << 10;      // weights read per chunk when rows are few
 
-// How a product is cut: panels that a tile takes side by side (0: as product.h says) and panels of a chunk (0: as chunk_width
-// finds). `choices` has a byte for each range of rows: up to 1, 6, 14, 64, and more. Of a byte, the low two bits give 0, 1, 2
-// or 4 panels of a tile, the rest pairs of panels of a chunk.
+// Tiling of a product: panels per tile (0: chosen by product.h) and panels per chunk (0: chosen by chunk_width).
+// `choices` has one byte for each range of row counts: up to 1, 6, 14, 64, and more. The low two bits encode 0, 1, 2 or
+// 4 panels per tile, the other bits pairs of panels per chunk.
 struct Choice {
   int group = 0;
   int64_t width = 0;
@@ -34,12 +34,12 @@ struct Linear {
   int64_t num_panels() const { return (num_out + kPanel - 1) / kPanel; }
 };
 
-// How rows are packed and multiplied: as fp32, or as bf16 pairs by the dot instruction.
+// How rows are packed and multiplied: the fp32 path, or the bf16-dot path on pairs.
 template <class W>
-struct Widened {
+struct Fp32Path {
   using Element = W;
   using Packed = float;
-  static constexpr int64_t kBlockRows = 16 * kTileRows;   // rows packed and multiplied together
+  static constexpr int64_t kBlockRows = 16 * kTileRows;   // rows of one block
   static int64_t packed_floats(int64_t rows, int64_t num_k) { return packed_size(rows, num_k); }
   static void pack(const Linear& job, int64_t row, float* packed, int64_t rows, int64_t r) {
     with_float(job.x.dtype, [&](auto t) {
@@ -52,7 +52,7 @@ struct Widened {
   }
 };
 
-struct Dotted {
+struct Bf16DotPath {
   using Element = bf16;
   using Packed = uint32_t;
   static constexpr int64_t kBlockRows = 32 * kTileRows;
@@ -66,12 +66,12 @@ struct Dotted {
   }
 };
 
-// Panels per chunk: as many as keep four chunks for each thread, the number that leaves threads the least idle at the end.
-template <class How>
+// Panels per chunk: at least four chunks per thread, and the least idle time in the last round.
+template <class Path>
 int64_t chunk_width(const Linear& job, int64_t rows) {
   int64_t widest = kMaxPanels, total = job.num_panels(), threads = num_threads();
   if (rows <= kTileRows) {
-    int64_t fit = kThinChunkBytes / (job.num_k * kPanel * static_cast<int64_t>(sizeof(typename How::Element)));
+    int64_t fit = kThinChunkBytes / (job.num_k * kPanel * static_cast<int64_t>(sizeof(typename Path::Element)));
     widest = fit < 4 ? 4 : fit > 32 ? 32 : fit;
   }
   int64_t even = total / (threads * 4), best = kGroupPanels, least = 0;
@@ -88,15 +88,15 @@ void add_bias(float* c, const float* bias, int64_t n) {
   for (int64_t j = 0; j < n; j += kLanes) store(c + j, load(c + j) + load(bias + j));
 }
 
-template <class How>
-void multiply_chunk(const Linear& job, const typename How::Packed* packed, int64_t row0, int64_t rows, int64_t p0,
+template <class Path>
+void multiply_chunk(const Linear& job, const typename Path::Packed* packed, int64_t row0, int64_t rows, int64_t p0,
                     int num_panels, int group) {
   int64_t width = int64_t{num_panels} * kPanel;
   float* wide = chunk_floats(kWideSize + (rows + 1) * width);
   float* bias = wide + kWideSize;
   float* c = bias + width;
-  auto* panels = static_cast<const typename How::Element*>(job.panels.data) + p0 * job.num_k * kPanel;
-  How::multiply(packed, rows, job.num_k, panels, num_panels, wide, c, width, group);
+  auto* panels = static_cast<const typename Path::Element*>(job.panels.data) + p0 * job.num_k * kPanel;
+  Path::multiply(packed, rows, job.num_k, panels, num_panels, wide, c, width, group);
   int64_t n0 = p0 * kPanel, n = job.num_out - n0 < width ? job.num_out - n0 : width;
   if (job.bias.present())
     with_float(job.bias.dtype, [&](auto t) { convert_row(static_cast<decltype(t)*>(job.bias.data) + n0, n, bias); });
@@ -108,11 +108,11 @@ void multiply_chunk(const Linear& job, const typename How::Packed* packed, int64
   });
 }
 
-template <class How>
+template <class Path>
 void multiply_block(const Linear& job, int64_t row0, int64_t rows) {
-  using Packed = typename How::Packed;
-  auto* packed = reinterpret_cast<Packed*>(caller_floats(How::packed_floats(rows, job.num_k)));
-  auto pack = [&](int64_t r) { How::pack(job, row0 + r, packed, rows, r); };
+  using Packed = typename Path::Packed;
+  auto* packed = reinterpret_cast<Packed*>(caller_floats(Path::packed_floats(rows, job.num_k)));
+  auto pack = [&](int64_t r) { Path::pack(job, row0 + r, packed, rows, r); };
   if (rows <= kTileRows) {
     for (int64_t r = 0; r < rows; ++r) pack(r);
   } else {
@@ -121,25 +121,25 @@ void multiply_block(const Linear& job, int64_t row0, int64_t rows) {
     });
   }
   Choice choice = choice_for(job.choices, rows);
-  int64_t width = choice.width ? choice.width : chunk_width<How>(job, rows), total = job.num_panels();
+  int64_t width = choice.width ? choice.width : chunk_width<Path>(job, rows), total = job.num_panels();
   if (rows > kTileRows && width > kMaxPanels) width = kMaxPanels;
   parallel((total + width - 1) / width, [&](int64_t chunk) {
     int64_t p0 = chunk * width, left = total - p0;
-    multiply_chunk<How>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width), choice.group);
+    multiply_chunk<Path>(job, packed, row0, rows, p0, static_cast<int>(left < width ? left : width), choice.group);
   });
 }
 
-// Blocks of nearly equal height: each reads all weights once.
-template <class How>
+// Splits rows into blocks of nearly equal height; each block reads all weights once.
+template <class Path>
 void multiply(const Linear& job) {
-  int64_t rows = num_rows(job.x), num_blocks = (rows + How::kBlockRows - 1) / How::kBlockRows;
+  int64_t rows = num_rows(job.x), num_blocks = (rows + Path::kBlockRows - 1) / Path::kBlockRows;
   for (int64_t b = 0; b < num_blocks; ++b) {
     int64_t begin = rows * b / num_blocks;
-    multiply_block<How>(job, begin, rows * (b + 1) / num_blocks - begin);
+    multiply_block<Path>(job, begin, rows * (b + 1) / num_blocks - begin);
   }
 }
 
-// Output rows [lo, hi) of one panel, weight row 0 being output row `first`.
+// Packs output rows [lo, hi) of one panel; weight row 0 is output row `first`.
 template <class From, class To>
 void pack_panel(const Tensor& panels, const Tensor& weight, int64_t first, int64_t lo, int64_t hi) {
   int64_t num_k = weight.sizes[1];
@@ -164,12 +164,12 @@ void pack_panel(const Tensor& panels, const Tensor& weight, int64_t first, int64
 void linear(const Tensor* t, const int64_t* i, const double*) {
   Linear job{t[0], t[1], t[2], t[3], t[1].sizes[t[1].ndim - 1], i[0], i[1]};
   if constexpr (kHasDot)
-    if (job.panels.dtype == DType::bf16 && job.x.dtype == DType::bf16) return multiply<Dotted>(job);
-  with_float(job.panels.dtype, [&](auto w) { multiply<Widened<decltype(w)>>(job); });
+    if (job.panels.dtype == DType::bf16 && job.x.dtype == DType::bf16) return multiply<Bf16DotPath>(job);
+  with_float(job.panels.dtype, [&](auto w) { multiply<Fp32Path<decltype(w)>>(job); });
 }
 
 // t: panels!, weight; i: row_offset. Row n of weight becomes lane (row_offset + n) % 16 of panel (row_offset + n) / 16.
-// No other lane is written, so that the parts of joined weights may come in any order: the caller hands in zeros.
+// Other lanes are not written, so parts of joined weights may be packed in any order into zeroed panels.
 void pack_panels(const Tensor* t, const int64_t* i, const double*) {
   const Tensor &panels = t[0], &weight = t[1];
   int64_t first = i[0], end = first + weight.sizes[0], p0 = first / kPanel, p1 = (end + kPanel - 1) / kPanel;

@@ -1,11 +1,11 @@
-// RMSNorm and LayerNorm, alone and behind a residual addition. One row, one thread, one order of summation.
+// RMSNorm and LayerNorm, alone or after a residual addition. One thread sums a row, in a fixed order.
 #include "cpu/rows.h"
 #include "fuseline/codes.h"
 
 namespace fuseline::FL_ISA {
 namespace {
 
-// sum = round(x + residual), or x alone; returned pointer is the row that the norm reads.
+// sum = round(x + residual) if there is a residual; returns the row that the norm reads.
 template <class T>
 FL_INLINE const T* add_row(const T* x, const T* residual, T* sum, int64_t width) {
   if (!residual) return x;
@@ -43,7 +43,7 @@ void layer_row(T* out, const T* x, const T* weight, const T* bias, int64_t width
   const float mean = hsum(sums) / static_cast<float>(width);
   vf squares = zero();
   for_columns(width, [&](int64_t c, int64_t n) {
-    // Lanes beyond the row hold -mean after the subtraction; they must add nothing.
+    // Lanes past the end hold -mean after the subtraction; they must contribute nothing.
     const vf v = load_some(x + c, n) - mean;
     if (n == kLanes) {
       squares = fma(v, v, squares);
@@ -63,7 +63,7 @@ void layer_row(T* out, const T* x, const T* weight, const T* bias, int64_t width
 template <class T>
 const T* optional_row(const Tensor& t) { return t.present() ? static_cast<const T*>(t.data) : nullptr; }
 
-// normalize(T{}, out row, x row) for every row, after the optional addition.
+// Calls normalize(T{}, out row, x row) for every row, after the optional addition.
 template <class F>
 void for_rows(const Tensor& out, const Tensor* sum, const Tensor& x, const Tensor* residual, const F& normalize) {
   with_float(x.dtype, [&](auto type) {

@@ -1,5 +1,5 @@
-// Element-wise ops over any strides and any mix of dtypes: a row is brought to fp32 (or int64, if everything is
-// integral) in pieces, computed, and rounded once to the output's dtype.
+// Element-wise ops over any strides and dtypes: each row is converted to fp32 (int64 if all operands are integral) in
+// slices, computed, and rounded once to the output's dtype.
 #include "cpu/rows.h"
 #include "cpu/vec_math.h"
 
@@ -12,7 +12,7 @@ extern "C" float log1pf(float);
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int64_t kPiece = 256;  // elements of a row handled at a time; a multiple of every kLanes
+constexpr int64_t kSlice = 256;  // elements of a slice; a multiple of kLanes for every ISA
 
 bool is_integral(DType dtype) { return dtype == DType::i64 || dtype == DType::i32 || dtype == DType::u8; }
 
@@ -105,7 +105,7 @@ void write(const Tensor& t, int64_t at, int64_t stride, const int64_t* from, int
   }
 }
 
-// compute(a, b, n) leaves its result in `a`; b is null for ops of one operand. Number is float or int64_t.
+// compute(a, b, n) writes its result to `a`; b is null for unary ops. Number is float or int64_t.
 template <class Number, class F>
 void map(const Tensor& out, const Tensor& a, const Tensor* b, const F& compute) {
   Tensor shape = out;
@@ -118,11 +118,11 @@ void map(const Tensor& out, const Tensor& a, const Tensor* b, const F& compute) 
   const int last = shape.ndim - 1;
   const int64_t width = shape.sizes[last];
   parallel_ranges(num_rows(shape), row_grain(width), [&](int64_t begin, int64_t end) {
-    alignas(64) Number x[kPiece], y[kPiece];
+    alignas(64) Number x[kSlice], y[kSlice];
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = offset_of(to, shape, r), at_a = offset_of(in_a, shape, r), at_b = offset_of(in_b, shape, r);
-      for (int64_t c = 0; c < width; c += kPiece) {
-        const int64_t n = width - c < kPiece ? width - c : kPiece;
+      for (int64_t c = 0; c < width; c += kSlice) {
+        const int64_t n = width - c < kSlice ? width - c : kSlice;
         read(x, a, at_a + c * in_a.strides[last], in_a.strides[last], n);
         if (b) read(y, *b, at_b + c * in_b.strides[last], in_b.strides[last], n);
         compute(x, y, n);
@@ -142,7 +142,7 @@ FL_INLINE void each(float* x, int64_t n, const F& op) {
   for (int64_t k = 0; k < n; ++k) x[k] = op(x[k]);
 }
 
-// torch's softplus with beta = a and threshold = b.
+// Computes torch's softplus with beta = a and threshold = b.
 float softplus(float x, float beta, float threshold) {
   return x * beta > threshold ? x : log1pf(vexp(set1(x * beta))[0]) / beta;
 }
@@ -193,7 +193,7 @@ void apply_binary(float* x, const float* y, int64_t n, int64_t code, float alpha
   }
 }
 
-// Division of integers truncates toward zero; by zero it yields zero, since a kernel must not trap.
+// Integer division truncates toward zero; division by zero gives zero, since a kernel must not trap.
 int64_t apply_integer(int64_t a, int64_t b, int64_t code, int64_t alpha) {
   switch (code) {
     case kAdd: return a + alpha * b;

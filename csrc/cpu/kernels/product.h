@@ -1,4 +1,4 @@
-// rows [M, K] x packed weights [N/16][K][16] -> fp32, blocked for the caches. Used by linear and experts.
+// rows [M, K] x packed weights [N/16][K][16] -> fp32, blocked for the caches; used by linear and experts.
 #pragma once
 #include "views.h"
 #include "tile.h"
@@ -6,13 +6,13 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int kDepth = 512;                // k's of one block: a tile of rows stays in L1, 8 panels of it in L2
-constexpr int kPackedRow = kDepth + 16;    // off a power of two, or the rows of a tile would share cache sets
-constexpr int kMaxPanels = 8;              // panels of one product() call with more rows than a tile
+constexpr int kDepth = 512;                // k per block: a tile of rows fits L1, 8 panels fit L2
+constexpr int kPackedRow = kDepth + 16;    // not a power of two: rows of a tile would share cache sets
+constexpr int kMaxPanels = 8;              // panels of one product() call if rows exceed a tile
 constexpr int kWideSize = kMaxPanels * kDepth * kPanel;
 
-// Packed rows are [ceil(K / kDepth)][M][kPackedRow] fp32; this is their number of floats. A call to product() may take
-// some of the M rows: `packed` then points at the first of them, and blocks lie packed_step(M) apart.
+// Packed rows are [ceil(K / kDepth)][M][kPackedRow] fp32; packed_size is their number of floats. product() accepts a
+// range of the M rows: `packed` then points at its first row, and blocks are packed_step(M) apart.
 inline int64_t packed_step(int64_t num_rows) { return num_rows * kPackedRow; }
 inline int64_t packed_size(int64_t num_rows, int64_t num_k) {
   return (num_k + kDepth - 1) / kDepth * packed_step(num_rows);
@@ -24,7 +24,7 @@ inline void pack_row(const T* x, int64_t num_k, float* packed, int64_t num_rows,
     convert_row(x + k, num_k - k < kDepth ? num_k - k : kDepth, packed + r * kPackedRow);
 }
 
-// bf16 rows stay bf16 where there is a dot instruction for them: [ceil(K / kDepth)][M][kDotRow] words.
+// On the bf16-dot path rows stay bf16: [ceil(K / kDepth)][M][kDotRow] words.
 constexpr int kDotRow = kDepth / 2 + 16;
 inline int64_t dot_step(int64_t num_rows) { return num_rows * kDotRow; }
 inline int64_t dot_size(int64_t num_rows, int64_t num_k) { return (num_k + kDepth - 1) / kDepth * dot_step(num_rows); }
@@ -38,7 +38,7 @@ inline void pack_dot_row(const bf16* x, int64_t num_k, uint32_t* packed, int64_t
   }
 }
 
-// [num_k][16] as it lies in a panel -> fp32 [num_k][16].
+// Converts a panel to fp32 [num_k][16].
 template <class T>
 inline void widen_panel(const T* panel, int num_k, float* wide) {
   int k = 0;
@@ -59,7 +59,7 @@ inline void widen_panels(const T* panels, int64_t panel_step, int num_panels, in
     widen_panel(panels + p * panel_step, num_k, wide + p * kDepth * kPanel);
 }
 
-// All rows of one depth block, in tiles of nearly equal height.
+// Multiplies all rows of one depth block, in tiles of nearly equal height.
 template <class T>
 inline void product_block(const float* a, int64_t num_rows, const T* b, int64_t panel_step, int num_panels, int num_k,
                           float* c, int64_t ldc, bool add) {
@@ -72,12 +72,12 @@ inline void product_block(const float* a, int64_t num_rows, const T* b, int64_t 
   }
 }
 
-// Up to so many rows wait for memory, which is read fastest as one stream: a panel after the other. Of more rows, a dot product
-// takes two panels at once and sends for the next ones meanwhile.
+// Up to this many rows are limited by memory, which is fastest as one stream: one panel at a time. With more rows, the
+// bf16-dot path reads two panels at once and prefetches the next ones.
 constexpr int kStreamRows = 6;
 constexpr int kGroupPanels = 2;
 
-// Few rows, panels as they are, `group` at a time over all of k.
+// Few rows: reads panels in place, `group` at a time over all of k.
 template <int GROUP, class T>
 inline void product_stream(const float* packed, int64_t step, int num_rows, int64_t num_k, const T* panels, int num_panels,
                            float* c, int64_t ldc) {
@@ -93,8 +93,8 @@ inline void product_stream(const float* packed, int64_t step, int num_rows, int6
   }
 }
 
-// c[M][ldc] = rows x panels. More rows than one tile: each block of panels is widened to fp32 once into `wide` of
-// kWideSize floats, at most kMaxPanels panels; fewer: panels are read as they are, as memory speed is what counts then.
+// c[M][ldc] = rows x panels. More rows than one tile: each block of at most kMaxPanels panels is converted to fp32
+// once, in `wide` of kWideSize floats. Fewer rows: panels are read in place, since memory bandwidth is the limit.
 template <class T>
 inline void product(const float* packed, int64_t step, int64_t num_rows, int64_t num_k, const T* panels, int num_panels,
                     float* wide, float* c, int64_t ldc, int group = 0) {
@@ -141,7 +141,7 @@ inline void dot_stream(const uint32_t* packed, int64_t step, int64_t num_rows, i
   }
 }
 
-// product() of rows packed by pack_dot_row: panels are read as they are, whatever the number of rows.
+// product() for rows packed by pack_dot_row; panels are always read in place.
 inline void dot_product(const uint32_t* packed, int64_t step, int64_t num_rows, int64_t num_k, const bf16* panels,
                         int num_panels, float* c, int64_t ldc, int group = 0) {
   if (group == 0) group = num_rows <= kStreamRows ? 1 : kGroupPanels;

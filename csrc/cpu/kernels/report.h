@@ -1,4 +1,4 @@
-// Log-probabilities of one row, as both sampling and prompt scoring report them.
+// Log-probabilities of one row, reported alike by sampling and by prompt scoring.
 #pragma once
 #include "fuseline/codes.h"
 #include "scan.h"
@@ -6,23 +6,23 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-// What a token's reported value is: its entry, less `max` and `log_mass`, if the cut keeps it; -inf if not.
+// Reported value of a token: its entry less `max` and `log_denominator` if the cut keeps it, else -inf.
 struct Values {
   Row row;
   Cut cut;
-  float max = 0.0f, log_mass = 0.0f;
-  float of(int64_t id) const { return cut.keeps(row.x[id], id) ? row.x[id] - max - log_mass : -kInfinity; }
+  float max = 0.0f, log_denominator = 0.0f;
+  float of(int64_t id) const { return cut.keeps(row.x[id], id) ? row.x[id] - max - log_denominator : -kInfinity; }
 };
 
 inline Values log_softmax_of(const Row& row, const Cut& cut) {
-  return {row, cut, row.max, static_cast<float>(__builtin_log(mass(row, cut, kLargest)))};
+  return {row, cut, row.max, static_cast<float>(__builtin_log(denominator(row, cut, kLargest)))};
 }
 
 struct ReportTensors {
   const Tensor &logprobs, &ranks, &top_ids, &top_logprobs;
 };
 
-// The token's value and rank (1 + how many are strictly greater), then the num_top best; what lies past them stays.
+// Writes the token's value and rank (1 + number of strictly greater entries), then the num_top best.
 inline void write_report(const ReportTensors& t, int64_t r, const Values& values, int64_t token, int64_t num_top,
                          int64_t* ids) {
   static_cast<float*>(t.logprobs.data)[r * t.logprobs.strides[0]] = values.of(token);

@@ -1,5 +1,5 @@
-// Rotary position embedding, and the write of keys and values into the paged cache, alone or in one pass.
-// H heads, K key/value heads, T tokens, D key size, E value size, R rotated leading part of D, C columns of the tables.
+// Rotary position embedding, and the write of keys and values to the paged KV cache, separately or fused.
+// Legend: H heads, K kv heads, T tokens, D key size, E value size, R rotary dim (first R of D), C table columns.
 #include "cpu/rows.h"
 #include "fuseline/codes.h"
 #include "keys.h"
@@ -12,11 +12,11 @@ struct Rotation {
   int64_t rotary_dim, layout;
 };
 
-// round(round(x * cos) + round(y * sin)), y already carrying its sign: three roundings, as eager code in 16 bits has.
+// round(round(x * cos) + round(y * sin)), y with its sign: three roundings, as eager 16-bit code has.
 template <class T>
 FL_INLINE vf rotate(vf x, vf c, vf y, vf s) { return round_to<T>(x * c) + round_to<T>(y * s); }
 
-// Pairs (j, j + R/2). A table of R columns keeps its own second half; one of R/2 columns serves both.
+// Rotates pairs (j, j + R/2). Tables of R columns hold both halves; those of R/2 columns serve both.
 template <class T, class C>
 void rotate_half(T* out, const T* x, const C* cos, const C* sin, int64_t half, int64_t second) {
   for_columns(half, [&](int64_t c, int64_t n) {
@@ -29,7 +29,7 @@ void rotate_half(T* out, const T* x, const C* cos, const C* sin, int64_t half, i
   });
 }
 
-// Pairs (2j, 2j + 1). In a table of R columns the columns 2j and 2j + 1 belong to pair j.
+// Rotates pairs (2j, 2j + 1). In tables of R columns, columns 2j and 2j + 1 belong to pair j.
 template <class T, class C>
 void rotate_pairs(T* out, const T* x, const C* cos, const C* sin, int64_t half, bool is_full) {
   for (int64_t j = 0; j < half; ++j) {
@@ -41,14 +41,14 @@ void rotate_pairs(T* out, const T* x, const C* cos, const C* sin, int64_t half, 
   }
 }
 
-// One head of one token. `out` may be `x`.
+// Rotates one head of one token. `out` may alias `x`.
 template <class T>
 void rotate_head(T* out, const T* x, int64_t width, const Rotation& by, int64_t token) {
-  const int64_t line = index_at(*by.rows, token), half = by.rotary_dim / 2, columns = last_size(*by.cos);
+  const int64_t row = index_at(*by.rows, token), half = by.rotary_dim / 2, columns = last_size(*by.cos);
   with_float(by.cos->dtype, [&](auto type) {
     using C = decltype(type);
-    const C* cos = static_cast<const C*>(by.cos->data) + line * by.cos->strides[0];
-    const C* sin = static_cast<const C*>(by.sin->data) + line * by.sin->strides[0];
+    const C* cos = static_cast<const C*>(by.cos->data) + row * by.cos->strides[0];
+    const C* sin = static_cast<const C*>(by.sin->data) + row * by.sin->strides[0];
     const bool is_full = columns >= by.rotary_dim;
     if (by.layout == kRopeInterleaved)
       rotate_pairs(out, x, cos, sin, half, is_full);
@@ -63,7 +63,7 @@ FL_INLINE T* head_row(const Tensor& t, int64_t head, int64_t token) {
   return static_cast<T*>(t.data) + head * t.strides[1] + token * t.strides[2];
 }
 
-// Block of head `head` of a cache [N, K, B, D], whose keys lie as keys.h says.
+// Returns the block of head `head` in a cache [N, K, B, D]; keys.h gives the layout of keys.
 template <class T>
 FL_INLINE T* cache_block(const Tensor& cache, int64_t slot, int64_t head) {
   return static_cast<T*>(cache.data) + slot / cache.sizes[2] * cache.strides[0] + head * cache.strides[1];
@@ -74,7 +74,7 @@ FL_INLINE T* value_row(const Tensor& cache, int64_t slot, int64_t head) {
   return cache_block<T>(cache, slot, head) + slot % cache.sizes[2] * cache.strides[2];
 }
 
-// A slot of -1, or beyond the cache, writes nothing.
+// Slot -1, or one beyond the cache, writes nothing.
 bool has_slot(const Tensor& cache, int64_t slot) { return slot >= 0 && slot < cache.sizes[0] * cache.sizes[2]; }
 
 template <class T>
@@ -94,7 +94,7 @@ void store_values(const Tensor& cache, const Tensor& v, int64_t slot, int64_t to
     __builtin_memcpy(value_row<T>(cache, slot, h), head_row<T>(v, h, token), v.sizes[3] * sizeof(T));
 }
 
-// body(T{}, token) for each of the tokens of x.
+// Calls body(T{}, token) for each token of x.
 template <class F>
 void for_tokens(const Tensor& x, const F& body) {
   with_float(x.dtype, [&](auto type) {

@@ -1,4 +1,4 @@
-// The router of a mixture of experts: the k best experts of each token and their weights.
+// MoE router: the k best experts of each token and their weights.
 #include "cpu/parallel.h"
 #include "views.h"
 #include "fuseline/codes.h"
@@ -6,7 +6,7 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-// The k best of x in descending order, the lowest id first among equals.
+// The k largest entries of x in descending order, ties to the lowest id.
 void best_of(const float* x, int64_t n, int64_t k, int64_t* ids) {
   int64_t count = 0;
   for (int64_t e = 0; e < n; ++e) {

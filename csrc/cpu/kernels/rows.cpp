@@ -1,11 +1,11 @@
-// Whole rows moved by an index: embedding tables, plain or packed, and the rows whose logits are wanted.
+// Row gathers: embedding tables, plain or packed, and the rows whose logits are wanted.
 #include "cpu/rows.h"
 #include "tile.h"
 
 namespace fuseline::FL_ISA {
 namespace {
 
-// An id outside the table reads as a row of zeros: ids come from requests, and a kernel neither throws nor strays.
+// An id outside the table reads as a row of zeros: ids come from requests, and a kernel cannot throw.
 template <class T>
 void take_row(T* out, const Tensor& table, int64_t id, int64_t width) {
   const bool is_inside = id >= 0 && id < table.sizes[0];
@@ -21,7 +21,7 @@ struct Bytes4 { uint32_t bits; };
 struct Bytes2 { uint16_t bits; };
 struct Bytes1 { uint8_t bits; };
 
-// Calls body with a plain type of the dtype's size: rows are moved, not read.
+// Calls body with an integer type of the dtype's size: rows are copied, not interpreted.
 template <class F>
 void with_size(DType dtype, const F& body) {
   switch (item_size(dtype)) {
@@ -32,7 +32,7 @@ void with_size(DType dtype, const F& body) {
   }
 }
 
-// Row `r` counted over all dimensions of an index tensor.
+// Element `r` of an index tensor in row-major order.
 int64_t id_at(const Tensor& ids, int64_t r) {
   int64_t offset = 0;
   for (int d = ids.ndim - 1; d >= 0; --d) {
@@ -59,7 +59,7 @@ void embedding(const Tensor* t, const int64_t*, const double*) { take_rows(t[0],
 
 void gather_rows(const Tensor* t, const int64_t*, const double*) { take_rows(t[0], t[1], t[2]); }
 
-// Row `id` is lane id % 16 of panel id / 16.
+// Row `id` is stored in lane id % 16 of panel id / 16.
 void embedding_panels(const Tensor* t, const int64_t* i, const double*) {
   const Tensor &out = t[0], &ids = t[1], &panels = t[2];
   const int64_t width = last_size(out);

@@ -1,8 +1,7 @@
-// One decoding step of sampling, a row of fp32 logits at a time, in the order of SPEC 6.1: checks, masks, bias,
-// penalties, argmax at temperature 0, else temperature, min_p, top_k, top_p and one draw; log-probabilities of the
-// raw or the processed row.
+// One sampling step over rows of fp32 logits, in this order: checks, masks, bias, penalties; argmax at temperature 0,
+// else temperature, min_p, top_k, top_p and one draw; log-probabilities of the raw or the processed row.
 //
-// Everything of a row is computed by one thread in one order: a row's token depends on that row alone.
+// One thread computes a row in one order, so a row's token depends on that row alone.
 #include "cpu/parallel.h"
 #include "report.h"
 
@@ -18,7 +17,7 @@ struct Sampling {
   const float* row(int64_t r) const { return static_cast<const float*>(logits.data) + r * logits.strides[0]; }
 };
 
-// A row's part of a ragged list.
+// A row's range of a ragged list.
 struct Span {
   const Tensor& list;
   int64_t begin, end;
@@ -29,7 +28,7 @@ Span span_of(const Tensor& starts, const Tensor& list, int64_t r) {
   return {list, int_at(starts, r), int_at(starts, r + 1)};
 }
 
-// Calls fn(id, index) for the ids of a span that are in the vocabulary.
+// Calls fn(id, index) for each id of the span that is in the vocabulary.
 template <class F>
 void each_id(const Sampling& job, const Span& span, const F& fn) {
   for (int64_t j = span.begin; j < span.end; ++j) {
@@ -69,7 +68,7 @@ void mask_bits(const Sampling& job, int64_t r, float* z) {
   }
 }
 
-// `counts` is [vocab] zeros before and after: 1 for seen anywhere, plus 2 for each time in the output.
+// `counts` is [vocab], zero before and after: bit 0 marks ids seen anywhere, each output occurrence adds 2.
 void penalize(const Sampling& job, int64_t r, float* z, int32_t* counts) {
   float repetition = float_at(job.repetition, r);
   float frequency = float_at(job.frequency, r), presence = float_at(job.presence, r);
@@ -97,11 +96,11 @@ void edit_row(const Sampling& job, int64_t r, float* z, int32_t* counts) {
   penalize(job, r, z, counts);
 }
 
-// The smallest prefix, by value then id, of the entries cut.value and up whose mass reaches p of theirs.
+// Smallest prefix, by value then id, of the kept entries whose probability reaches p of theirs.
 Cut nucleus(const Row& row, const Cut& cut, double p) {
-  double wanted = p * mass(row, cut, kLargest);
-  Cut result{greatest_threshold(row, cut.value, [&](float t) { return mass(row, {t}, wanted) >= wanted; })};
-  double have = mass(row, {result.value, -1}, kLargest);
+  double wanted = p * denominator(row, cut, kLargest);
+  Cut result{greatest_threshold(row, cut.value, [&](float t) { return denominator(row, {t}, wanted) >= wanted; })};
+  double have = denominator(row, {result.value, -1}, kLargest);
   double each = exp_of(result.value - row.max);
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
     if (row.block_max[b] < result.value) continue;
@@ -126,7 +125,7 @@ Cut truncate(const Sampling& job, int64_t r, const Row& z) {
   return top_p < 1 ? nucleus(z, cut, top_p) : cut;
 }
 
-// Philox4x32-10 (Salmon et al., SC'11) with key = seed and counter = (counter, 0), as a double in [0, 1) of 53 bits.
+// Philox4x32-10 (Salmon et al., SC'11), key = seed, counter = (counter, 0), as a double in [0, 1) with 53 random bits.
 double uniform(uint64_t seed, uint64_t counter) {
   uint32_t c[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -139,13 +138,13 @@ double uniform(uint64_t seed, uint64_t counter) {
   return ((c[0] >> 5) * 67108864.0 + (c[1] >> 6)) / 9007199254740992.0;
 }
 
-// The first kept id, in order of ids, whose running mass exceeds u of the whole.
+// First kept id, in ascending order, whose cumulative probability exceeds u of the total.
 int64_t draw(const Row& z, const Cut& cut, double u) {
-  double target = u * mass(z, cut, kLargest), before = 0.0;
+  double target = u * denominator(z, cut, kLargest), before = 0.0;
   int64_t block = -1;
   for (int64_t b = 0; b < z.num_blocks(); ++b) {
     if (z.block_max[b] < cut.value) continue;
-    float here = block_mass(z, b, cut);
+    float here = block_denominator(z, b, cut);
     if (here == 0.0f) continue;
     block = b;
     if (before + here > target) break;
@@ -180,7 +179,7 @@ Values values_of(const Sampling& job, const Row& raw, const Row& z, const Cut& c
   return processed ? log_softmax_of(z, cut) : log_softmax_of(raw, {});
 }
 
-// What a row's `ok` says: its logits are NaN, +inf or all -inf; it has a token; its logits are finite, but its bias,
+// Status of a row, its `ok`: its logits are NaN, +inf or all -inf; it has a token; its logits are finite, but bias,
 // masks, penalties and temperature leave no token.
 enum Status : int64_t { kNotFinite = 0, kSampled = 1, kNothingLeft = 2 };
 
@@ -212,16 +211,16 @@ Status sample_row(const Sampling& job, int64_t r) {
 
 }  // namespace
 
-// Tensors as in ops.def. Integer arrays may be i32 or i64. num_logprobs[r]: -1 wants none (logprobs and ranks stay as
-// they are), else at most L and V. An empty allowed list allows all; top_k 0, top_p 1, min_p 0 are off. ok[r] is a
-// Status; unless it is kSampled, the row's other outputs stay as they are.
+// Tensors as in ops.def. Integer arrays may be i32 or i64. num_logprobs[r] is -1 for none (logprobs and ranks are not
+// written), else at most L and V. An empty allowed list allows all; top_k 0, top_p 1, min_p 0 are off. ok[r] is a
+// Status; unless it is kSampled, the row's other outputs are not written.
 void sample(const Tensor* t, const int64_t* i, const double*) {
   Sampling job{t[0],  t[1],  t[2],  t[3],  t[4],  t[5],  t[6],  t[7],  t[8],  t[9],  t[10], t[11], t[12], t[13],
                t[14], t[15], t[16], t[17], t[18], t[19], t[20], t[21], t[22], t[23], t[24], t[25], t[26], t[27], i[0]};
   parallel(job.logits.sizes[0], [&](int64_t r) { set_int(job.ok, r * job.ok.strides[0], sample_row(job, r)); });
 }
 
-// t: logprobs!, ranks!, top_ids!, top_logprobs!, logits, targets. Log-softmax of each row at its target and the L best.
+// t: logprobs!, ranks!, top_ids!, top_logprobs!, logits, targets. Log-softmax of each row at its target, and the L best.
 void row_logprobs(const Tensor* t, const int64_t*, const double*) {
   const Tensor& logits = t[4];
   int64_t vocab = logits.sizes[1], num_top = t[2].sizes[1];

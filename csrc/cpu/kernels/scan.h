@@ -1,5 +1,5 @@
-// Scans over one row of fp32 logits, kept as the row and the maximum of each block of it: most questions (the best, the
-// k best, how many are greater, a threshold) touch only the few blocks whose maximum can matter.
+// Scans over one row of fp32 logits with the maximum of each block. Most queries (argmax, top k, rank, threshold) then
+// read only the blocks whose maximum can matter.
 #pragma once
 #include "views.h"
 
@@ -30,7 +30,7 @@ inline Row scan_row(const float* x, int64_t size, float* block_max) {
       vf most = load(x + i);
       for (int64_t j = 0; j < kScanBlock; j += kLanes) {
         vf v = load(x + i + j);
-        nan = fma(vmax(set1(-kLargest), v), zero(), nan);   // vmax keeps a NaN in second place; NaN and inf turn NaN
+        nan = fma(vmax(set1(-kLargest), v), zero(), nan);   // vmax returns a NaN second operand; NaN and inf become NaN
         most = vmax(most, v);
       }
       top = hmax(most);
@@ -47,7 +47,7 @@ inline Row scan_row(const float* x, int64_t size, float* block_max) {
   return row;
 }
 
-// The lowest id of the greatest entry.
+// Index of the greatest entry, ties to the lowest id.
 inline int64_t argmax(const Row& row) {
   int64_t b = 0;
   while (row.block_max[b] != row.max) ++b;
@@ -56,15 +56,15 @@ inline int64_t argmax(const Row& row) {
   return i;
 }
 
-// A token is kept when its logit is above `value`, or equal to it and its id is at most `last_id`.
+// A token is kept if its logit is above `value`, or equal to it with an id of at most `last_id`.
 struct Cut {
   float value = -kInfinity;
   int64_t last_id = INT64_MAX;
   bool keeps(float x, int64_t id) const { return x > value || (x == value && id <= last_id); }
 };
 
-// Sum of exp(x - max) over entries >= floor of one block.
-inline float block_mass(const Row& row, int64_t b, const Cut& cut) {
+// Softmax denominator of one block: sum of exp(x - max) over its kept entries.
+inline float block_denominator(const Row& row, int64_t b, const Cut& cut) {
   float e[kScanBlock];
   int64_t i = b * kScanBlock, n = row.end_of(b) - i;
   for (int64_t j = 0; j < kScanBlock; ++j) e[j] = j < n && cut.keeps(row.x[i + j], i + j) ? row.x[i + j] : -kInfinity;
@@ -73,11 +73,11 @@ inline float block_mass(const Row& row, int64_t b, const Cut& cut) {
   return hsum(total);
 }
 
-// Sum of exp(x - max) over kept entries; stops early, at `enough` or more.
-inline double mass(const Row& row, const Cut& cut, double enough) {
+// Softmax denominator of the row: sum of exp(x - max) over kept entries; stops once it reaches `enough`.
+inline double denominator(const Row& row, const Cut& cut, double enough) {
   double total = 0.0;
   for (int64_t b = 0; b < row.num_blocks() && total < enough; ++b)
-    if (row.block_max[b] >= cut.value) total += block_mass(row, b, cut);
+    if (row.block_max[b] >= cut.value) total += block_denominator(row, b, cut);
   return total;
 }
 
@@ -92,7 +92,7 @@ inline int64_t count_greater(const Row& row, float value) {
   return total;
 }
 
-// Floats in order as integers in order, so that a threshold can be bisected exactly in 32 steps.
+// Maps floats to integers of the same order, so that a threshold can be bisected exactly in 32 steps.
 inline int32_t order_of(float x) {
   int32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -106,7 +106,7 @@ inline float float_of(int32_t order) {
   return x;
 }
 
-// The greatest threshold in [floor, row.max] for which is_enough(threshold); floor when none is.
+// Greatest threshold in [floor, row.max] for which is_enough(threshold); floor if there is none.
 template <class F>
 inline float greatest_threshold(const Row& row, float floor, const F& is_enough) {
   int64_t lo = order_of(floor), hi = order_of(row.max);
@@ -132,7 +132,7 @@ inline float kth_largest(const Row& row, int64_t k) {
   });
 }
 
-// Heap sort by value descending, then id ascending.
+// Heap sort by descending value, then ascending id.
 inline void sort_best(int64_t* ids, const float* x, int64_t n) {
   auto after = [x](int64_t a, int64_t b) { return x[a] < x[b] || (x[a] == x[b] && a > b); };
   auto sink = [&](int64_t root, int64_t end) {
@@ -153,7 +153,7 @@ inline void sort_best(int64_t* ids, const float* x, int64_t n) {
   }
 }
 
-// The k best in order, ties to the lowest id.
+// The k best ids in order, ties to the lowest id.
 inline void best_ids(const Row& row, int64_t k, int64_t* ids) {
   if (k == 0) return;
   float least = kth_largest(row, k);

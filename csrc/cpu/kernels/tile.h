@@ -1,18 +1,18 @@
-// The register tile that every matrix product here is made of, in linear, attention and experts.
+// The register tile of every matrix product: linear, attention, experts.
 //
-// c[r][p][lane] (+)= sum over k, ascending, of a[r][k] * b[p][k][lane]: one chain of fma() per element, so an element's
-// value depends neither on how many rows or panels share the tile nor on where the sum over k is cut (at an even k).
+// c[r][p][lane] (+)= sum over ascending k of a[r][k] * b[p][k][lane]: one chain of fma() per element, so an element's
+// value depends neither on how many rows or panels share the tile nor on where the sum over k is split (at an even k).
 //
-// A panel holds 16 outputs: [K][16], and of bf16 in pairs of k: [K / 2][16][2], an odd last k by itself. A word of it is
-// then what a bf16 dot instruction takes, and both of its halves widen in one instruction each.
+// A panel holds 16 outputs: [K][16]; bf16 is paired along k: [K / 2][16][2], an odd last k unpaired. A word is then an
+// operand of a bf16 dot instruction, and each of its halves converts to fp32 in one instruction.
 #pragma once
 #include "cpu/vec.h"
 
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int kPanel = 16;                    // outputs of a panel
-constexpr int kPanelVecs = kPanel / kLanes;   // vectors that hold one k of a panel
+constexpr int kPanel = 16;                    // outputs per panel
+constexpr int kPanelVecs = kPanel / kLanes;   // vectors per k of a panel
 constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 3;
 
 template <class T>
@@ -20,13 +20,13 @@ constexpr bool kIsPaired = false;
 template <>
 constexpr bool kIsPaired<bf16> = true;
 
-// Where a panel of num_k keeps weight[lane][k].
+// Index of weight[lane][k] in a panel of num_k.
 FL_INLINE int64_t panel_index(bool is_paired, int64_t num_k, int64_t k, int64_t lane) {
   bool has_partner = is_paired && (k | 1) < num_k;
   return has_partner ? (k & ~int64_t{1}) * kPanel + 2 * lane + (k & 1) : k * kPanel + lane;
 }
 
-// The panels of a product: a fixed step apart,
+// Panels at a fixed distance.
 template <class T>
 struct EvenPanels {
   using Element = T;
@@ -35,14 +35,14 @@ struct EvenPanels {
   FL_INLINE const T* at(int p) const { return first + p * step; }
   FL_INLINE void fetch(int, int64_t) const {}
 };
-// or so, the panels that lie `ahead` being sent for to the second cache, a line at a time: what the core may itself have
-// under way does not cover memory's latency once several rows are computed with each line,
+// The same, with panels `ahead` prefetched to L2 one cache line at a time: once several rows are computed per line, the
+// core's own outstanding loads do not hide memory latency.
 template <class T>
 struct AheadPanels : EvenPanels<T> {
   int64_t ahead;
   FL_INLINE void fetch(int p, int64_t i) const { __builtin_prefetch(this->at(p) + ahead + i, 0, 2); }
 };
-// or each by itself, all from the element `offset` on.
+// Panels at separate addresses, all from element `offset` on.
 template <class T>
 struct ListedPanels {
   using Element = T;
@@ -52,7 +52,7 @@ struct ListedPanels {
   FL_INLINE void fetch(int, int64_t) const {}
 };
 
-// Panels side by side in a tile of `rows` rows: as many accumulators as the registers hold.
+// Panels side by side in a tile of `rows` rows: as many accumulators as there are registers.
 constexpr int tile_panels(int rows) {
   if (kLanes == 16) return rows <= 6 ? 4 : 2;
   if (kLanes == 8) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
@@ -71,7 +71,7 @@ FL_INLINE void store_tile(const vf (&acc)[ROWS][VECS], float* c, int64_t ldc) {
     for (int v = 0; v < VECS; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
 }
 
-// Rows a: [ROWS][LDA] times the panels [p0, p0 + PANELS) of b; c: rows `ldc` floats apart, panels 16 apart.
+// Multiplies rows a [ROWS][LDA] by panels [p0, p0 + PANELS) of b; rows of c are `ldc` floats apart, panels 16 apart.
 template <int ROWS, int PANELS, int LDA, class Panels>
 FL_INLINE void tile(const float* a, const Panels& b, int p0, int num_k, float* c, int64_t ldc, bool add) {
   using T = typename Panels::Element;
@@ -107,7 +107,7 @@ FL_INLINE void tile(const float* a, const Panels& b, int p0, int num_k, float* c
   store_tile(acc, c, ldc);
 }
 
-// The same of bf16 rows, a: [ROWS][LDA] words of two k, the last padded with a zero.
+// The same for bf16 rows, a: [ROWS][LDA] words of two k, an odd last k padded with zero.
 template <int ROWS, int PANELS, int LDA, class Panels>
 FL_INLINE void tile(const uint32_t* a, const Panels& b, int p0, int num_k, float* c, int64_t ldc, bool add) {
   constexpr int kVecs = PANELS * kPanelVecs;
@@ -144,8 +144,8 @@ template <int ROWS, int LDA, int WIDEST, class A, class Panels>
   for (; p < num_panels; ++p) tile<ROWS, 1, LDA>(a, b, p, num_k, c + p * kPanel, ldc, add);
 }
 
-// The tile for a row count known at run time, 1 <= rows <= kTileRows, at most WIDEST panels side by side. a: fp32, or words
-// of two bf16.
+// The tile for a runtime row count, 1 <= rows <= kTileRows, and at most WIDEST panels side by side.
+// a: fp32, or words of two bf16.
 template <int LDA, int WIDEST = kPanel, class A, class Panels, int ROWS = kTileRows>
 FL_INLINE void tile_rows(int rows, const A* a, const Panels& b, int num_panels, int num_k, float* c, int64_t ldc,
                          bool add) {
@@ -153,7 +153,7 @@ FL_INLINE void tile_rows(int rows, const A* a, const Panels& b, int num_panels, 
   if constexpr (ROWS > 1) tile_rows<LDA, WIDEST, A, Panels, ROWS - 1>(rows, a, b, num_panels, num_k, c, ldc, add);
 }
 
-// The tile with each k of b in a row of its own, rows[k][panel * 16 + lane], next[k] being sent for; adds to c.
+// The tile with each k of b in a separate row, rows[k][panel * 16 + lane]; prefetches next[k] and adds to c.
 template <int ROWS, int PANELS, int LDA, class T>
 FL_INLINE void key_tile(const float* a, const T* const* rows, const T* const* next, int num_k, float* c, int64_t ldc,
                         int64_t offset) {
@@ -172,8 +172,8 @@ FL_INLINE void key_tile(const float* a, const T* const* rows, const T* const* ne
   store_tile(acc, c, ldc);
 }
 
-// The same of bf16, a: words of two k: rows k and k + 1 are put together in pairs as they are read. num_k may be odd:
-// rows[num_k] is then a row that can be read, and its half of the word 0.
+// The same for bf16, a: words of two k. Rows k and k + 1 are interleaved as they are read. If num_k is odd, rows[num_k]
+// must be readable, and the upper half of a's last word must be 0.
 template <int ROWS, int PANELS, int LDA>
 FL_INLINE void key_tile(const uint32_t* a, const bf16* const* rows, const bf16* const* next, int num_k, float* c,
                         int64_t ldc, int64_t offset) {

@@ -1,4 +1,4 @@
-// What a task of attention reads: the keys and values of its tiles, wherever their blocks lie in the cache.
+// Inputs of an attention task: the keys and values of its tiles, wherever their blocks are in the cache.
 #pragma once
 #include "keys.h"
 #include "views.h"
@@ -6,12 +6,12 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int kKeys = 64;                    // keys of a tile
+constexpr int kKeys = 64;                    // keys per tile
 constexpr int kTilePanels = kKeys / kPanel;
-constexpr int kRowSize = kKeys + 16;         // words from row to row of queries and probabilities
+constexpr int kRowSize = kKeys + 16;         // row stride of queries and probabilities, in words
 constexpr int64_t kSegment = 256;
-constexpr int64_t kMaxGrain = 16;            // tasks that a thread claims together
-constexpr int64_t kMaxRows = 64;             // rows of a task: key and value tiles are read once for all of them
+constexpr int64_t kMaxGrain = 16;            // tasks claimed together by a thread
+constexpr int64_t kMaxRows = 64;             // rows per task; they share each read of a key or value tile
 
 struct Attention {
   const Tensor &out, &q, &k_cache, &v_cache, &block_table, &seq_lens, &query_start, &sinks;
@@ -24,7 +24,7 @@ struct Attention {
   int64_t tasks_of(int64_t tokens) const {
     return k_cache.sizes[1] * parts() * ((tokens + tokens_per_task - 1) / tokens_per_task);
   }
-  // Floats of a partial result of `rows` rows: sums [rows][padded_dim], then maxima and weights [rows].
+  // Floats of a partial result of `rows` rows: sums [rows][padded_dim], then maxima and denominators [rows].
   int64_t partial_size(int64_t rows) const { return rows * (padded_dim + 2); }
 };
 
@@ -33,14 +33,14 @@ struct Task {
   int64_t seq, kv_head, head, num_heads, token, num_tokens, position;
   int64_t rows() const { return num_tokens * num_heads; }
   int64_t position_of(int64_t row) const { return position + row / num_heads; }
-  int64_t end() const { return position + num_tokens; }   // keys seen by the last token
+  int64_t end() const { return position + num_tokens; }   // number of keys the last token sees
 };
 
 int64_t first_key(const Attention& job, int64_t position) {
   return job.window > 0 && position >= job.window ? position - job.window + 1 : 0;
 }
 
-// The first key read for a row: pairs of keys begin at even ones, or a sum would depend on the rows beside it.
+// First key read for a row, rounded down to an even one: pairs must not depend on the other rows.
 int64_t first_read(const Attention& job, int64_t position) { return first_key(job, position) & ~int64_t{1}; }
 
 // starts[s] is the first task of sequence s.
@@ -60,7 +60,7 @@ Task task_at(const Attention& job, const int64_t* starts, int64_t index) {
           left < job.tokens_per_task ? left : job.tokens_per_task, int_at(job.seq_lens, lo) - tokens + first};
 }
 
-// body(block of the cache, first key in it, number of keys, n) for keys [lo, hi), n counting from 0 on.
+// Calls body(cache block, first key in it, number of keys, n) over keys [lo, hi); n counts keys from 0.
 template <class T, class F>
 FL_INLINE void for_blocks(const Attention& job, const Tensor& cache, const Task& task, int64_t lo, int64_t hi,
                           const F& body) {
@@ -74,7 +74,7 @@ FL_INLINE void for_blocks(const Attention& job, const Tensor& cache, const Task&
   }
 }
 
-// panels[0, ...) = the panels of keys [lo, hi), from the one that holds lo on. Their other lanes are whatever the cache has.
+// panels[0, ...) = the panels of keys [lo, hi), starting with the one that holds lo. Other lanes hold unspecified keys.
 template <class T>
 void find_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi, const T** panels) {
   lo -= lo % kPanel;
@@ -83,7 +83,7 @@ void find_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi,
   });
 }
 
-// The same panels put together from blocks that are no multiple of one.
+// The same, assembled from blocks whose size is no multiple of a panel.
 template <class T>
 void copy_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi, T* panels) {
   for_blocks<T>(job, job.k_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
@@ -93,7 +93,7 @@ void copy_panels(const Attention& job, const Task& task, int64_t lo, int64_t hi,
   });
 }
 
-// rows[0, hi - lo) = where the values of keys [lo, hi) lie.
+// rows[0, hi - lo) = addresses of the values of keys [lo, hi).
 template <class T>
 void find_values(const Attention& job, const Task& task, int64_t lo, int64_t hi, const T** rows) {
   for_blocks<T>(job, job.v_cache, task, lo, hi, [&](const T* block, int64_t within, int64_t count, int64_t n) {
@@ -101,7 +101,7 @@ void find_values(const Attention& job, const Task& task, int64_t lo, int64_t hi,
   });
 }
 
-// Where the keys [lo, hi) of a tile and their values are; what is beyond them is a place that may be read.
+// Addresses of the keys [lo, hi) of a tile and of their values; entries past the end are readable.
 template <class T>
 struct Places {
   int64_t seq = -1, kv_head = 0, lo = 0, hi = 0;
@@ -122,8 +122,8 @@ void find_tile(const Attention& job, const Task& task, int64_t lo, int64_t hi, P
   for (int64_t p = (hi - 1) / kPanel - lo / kPanel + 1; p < kTilePanels; ++p) tile.panels[p] = tile.panels[0];
 }
 
-// What is to be sent for while a tile that ends at `hi` is worked on: the task's next tile or the first of the `next` task.
-// Blocks lie apart, so no hardware foresees them. False where there is nothing to name.
+// Tile to prefetch while one ending at `hi` is processed: the task's next, or the first of the `next` task. Hardware
+// cannot prefetch blocks at unrelated addresses. Returns false if there is none.
 template <class T>
 bool find_next_tile(const Attention& job, const Task& task, const Task* next, int64_t hi, Places<T>& tile) {
   if (hi >= task.end() && next == nullptr) return false;
@@ -133,8 +133,8 @@ bool find_next_tile(const Attention& job, const Task& task, const Task* next, in
   return true;
 }
 
-// Sends for a tile's keys, and for its values from `first_value` on, a slice each time it is called: more requests at once
-// than a core can have under way would hold it up.
+// Prefetches a tile's keys, and its values from `first_value` on, one slice per call: more outstanding requests than a
+// core supports would stall it.
 template <class T>
 class Fetch {
  public:

@@ -1,5 +1,5 @@
-// Typed access to views, rows to and from fp32, and scratch. Tails of rows take the path of whole vectors, so an element's
-// value does not depend on where in a row it lies.
+// Typed access to views, conversion of rows to and from fp32, and scratch. The tail of a row takes the vector path too,
+// so an element's value does not depend on its place in the row.
 #pragma once
 #include "cpu/rows.h"
 #include "cpu/vec_math.h"
@@ -10,7 +10,7 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = __FLT_MAX__;
 
-// The element at offset i of an i64, i32 or u8 view.
+// Element at offset i of an i64, i32 or u8 view.
 FL_INLINE int64_t int_at(const Tensor& t, int64_t i) {
   if (t.dtype == DType::i64) return static_cast<const int64_t*>(t.data)[i];
   if (t.dtype == DType::i32) return static_cast<const int32_t*>(t.data)[i];
@@ -23,7 +23,7 @@ FL_INLINE void set_int(const Tensor& t, int64_t i, int64_t value) {
   else static_cast<uint8_t*>(t.data)[i] = static_cast<uint8_t>(value);
 }
 
-// y[i] = x[i], to fp32 or rounded to To; the two may be the same row.
+// y[i] = x[i], converted to fp32 or rounded to To; y may alias x.
 template <class From, class To>
 FL_INLINE void convert_row(const From* x, int64_t n, To* y) {
   int64_t i = 0;
@@ -39,7 +39,7 @@ FL_INLINE float float_at(const Tensor& t, int64_t i) {
 
 FL_INLINE float exp_of(float x) { return vexp(set1(x))[0]; }
 
-// Scratch of the thread that runs a chunk, and of the one that hands chunks out.
+// Scratch of the thread that runs a chunk; caller_floats: of the thread that starts parallel work.
 FL_INLINE float* chunk_floats(int64_t n) { return static_cast<float*>(scratch(Scratch::kChunk, n * 4)); }
 FL_INLINE float* caller_floats(int64_t n) { return static_cast<float*>(scratch(Scratch::kCaller, n * 4)); }
 

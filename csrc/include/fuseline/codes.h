@@ -1,4 +1,4 @@
-// Integer codes that ops take. compile/ops/codes.py repeats them; a test keeps the two equal.
+// Integer codes of op arguments. compile/ops/codes.py repeats them; a test keeps the two equal.
 #pragma once
 
 namespace fuseline {

@@ -1,5 +1,5 @@
-// The one calling convention of every kernel, shared by the plan replayer, the torch registration and the tests.
-// Torch-free on purpose: kernels see strided views and numbers, never a framework object.
+// The calling convention of all kernels, shared by the plan, the torch registration and the tests.
+// Free of torch: kernels see strided views and numbers only.
 #pragma once
 #include <cstdint>
 

@@ -1,7 +1,7 @@
-"""A pytest plugin that runs the tests of kernels on a card: their CPU tensors are carried there and back.
+"""A pytest plugin that runs kernel tests on a GPU: it copies their CPU tensors there and the results back.
 
-So every edge case of the tests is one of the card's too, unchanged. A process whose kernel went astray gets nothing
-more from the card: where tests are spread over several, it ends, and a new one takes over the tests that it had left.
+So every edge case of the tests also runs on the GPU, unchanged. A process whose kernel crashed gets nothing more from
+the GPU: if tests are distributed over workers it exits, and a new worker takes over its remaining tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import cuda_twin
 import failures
 import pytest
 import torch
-from table import is_card_lost
+from table import is_gpu_lost
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
@@ -24,14 +24,14 @@ from fuseline.compile.target import Target
 
 
 class Carried:
-    """Whole storages, so that views keep their places: several tensors of one storage stay of one."""
+    """Copies whole storages, so that views keep their offsets, and tensors that share a storage still do."""
 
     def __init__(self, device: str = "cuda") -> None:
         self._device = device
         self._there: dict[int, tuple[Tensor, Tensor]] = {}
 
     def there(self, value: object) -> object:
-        """The tensor on the card; anything else as it is."""
+        """The tensor on the GPU; any other value unchanged."""
         if not isinstance(value, Tensor) or value.device.type != "cpu":
             return value
         storage = value.untyped_storage()
@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that failed last time first: the same order in every worker."""
+    """Runs the tests that failed last time first, in the same order in every worker."""
     folder = config.getoption("--failures")
     if folder is not None:
         early = set(failures.before(folder))
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Recorder:
-    """Of the process that workers report to."""
+    """Records failures, in the process that workers report to."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -78,14 +78,14 @@ def pytest_configure(config: pytest.Config) -> None:
     carry_triton()
     library = library_for(Target("cuda", "", 1))
     if library is not None:
-        early = library.overlapping(Overlap.WEIGHTS)  # weights are carried there by copies that the host waits for
+        early = library.overlapping(Overlap.WEIGHTS)  # weights are copied synchronously, so early reads are safe
         cuda_twin.run = lambda function, *args, **more: carry(function, early, *args, **more)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
     result = yield
-    if "PYTEST_XDIST_WORKER" in os.environ and is_card_lost():
+    if "PYTEST_XDIST_WORKER" in os.environ and is_gpu_lost():
         os._exit(1)
     return result
 
