@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,8 @@ from fuseline.compile.backends.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
-from fuseline.compile.capture.weights import load_weights
+from fuseline.compile.capture.weights import WeightFinder, load_weights
+from fuseline.compile.check import check_model
 from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, Stages, run_passes
@@ -50,7 +52,7 @@ def compile_model(
     _C.set_num_threads(target.num_threads)
     torch.set_num_threads(target.num_threads)
     report_progress("capturing", 0, 1)
-    captured, result = load_optimized(config, target) or optimize(config, target, keep=True)
+    captured, result = load_optimized(config, target) or optimize(config, target, keep=True, progress=report_progress)
     report_progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, captured, result)
     offload = _offload(captured.graph, config, target)
@@ -86,20 +88,42 @@ def _on_card(config, captured, result, weights, executable, target: Target, grap
 
 
 def optimize(
-    config: CompileConfig, target: Target = CPU, keep: bool = False
+    config: CompileConfig, target: Target = CPU, keep: bool = False, progress: Progress | None = None
 ) -> tuple[CapturedModel, PipelineResult]:  # fmt: skip
-    """The captured graph after all passes of the level; no weights are read. Raises CaptureError.
+    """The captured graph, checked, after all passes of the level; no weights are read. Raises CaptureError.
 
     `keep`: for the next start, which then runs no pass.
     """
-    captured = load_or_capture(config)
-    limit, switch = model_limit(config, captured.facts), captured.rope_switch
-    rope_rows = 2 * switch.table_rows if switch else limit
-    ctx = PassContext(_with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target)
-    result = run_passes(captured.graph, _stages(config, target), ctx)
+    captured = load_or_capture(config, None if config.skip_model_check else partial(_check, config, progress))
+    result = _run_passes(captured, config, target)
     if keep:
         save_optimized(config, target, captured, result)
     return captured, result
+
+
+def _check(config: CompileConfig, progress: Progress | None, captured: CapturedModel) -> str:
+    """The verdict on a model. Raises CaptureError."""
+    if progress:
+        progress("checking", 0, 1)
+    verdict = check_model(config, captured, build_on_cpu)
+    if progress:
+        progress("checking", 1, 1)
+    return verdict
+
+
+def build_on_cpu(captured: CapturedModel, config: CompileConfig, weights: WeightFinder) -> CompiledModel:
+    """A captured model with those weights, after all passes, on the CPU; nothing is cached."""
+    result = _run_passes(captured, config, CPU)
+    loaded = load_weights(weight_requests(captured.graph, captured, result), captured, config, weights=weights)
+    loaded |= result.constants
+    return CompiledModel(config, captured, result, loaded, _executable(captured.graph, loaded, config, CPU))
+
+
+def _run_passes(captured: CapturedModel, config: CompileConfig, target: Target) -> PipelineResult:
+    limit, switch = model_limit(config, captured.facts), captured.rope_switch
+    rope_rows = 2 * switch.table_rows if switch else limit
+    ctx = PassContext(_with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target)
+    return run_passes(captured.graph, _stages(config, target), ctx)
 
 
 def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:
@@ -172,6 +196,7 @@ class CompiledModel:
     def __init__(self, config, captured, result, weights, executable) -> None:
         self.info = describe(config, captured, result, weights, executable)
         self.report = result
+        self.verdict = captured.verdict
         self._block_size = config.block_size
         self._keeps_rows = "keep_last_logits" not in config.disabled_passes
         self._executable = executable
