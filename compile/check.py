@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.capture.captured import CapturedModel
-from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.errors import CaptureError, LoadError
 from fuseline.compile.capture.words import one_line
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import StepInputs, StepOutput, make_step
@@ -116,6 +116,8 @@ def _largest_error(small: PreTrainedConfig, config: CompileConfig, build: Build)
     name = small.model_type
     try:
         found = serve(build(captured, config, reference), sequences, config.block_size)
+    except LoadError:
+        raise
     except Exception as error:
         raise CaptureError(f"{name}: its serving graph fails ({one_line(error)}); {SKIP}") from error
     return max(_compare(name, ours, theirs) for ours, theirs in zip(found, expected, strict=True))

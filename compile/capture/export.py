@@ -34,11 +34,18 @@ class _Wrapped(nn.Module):
 
 
 def resolve_dtype(config: CompileConfig, hf_config: PreTrainedConfig) -> torch.dtype:
-    """auto: bf16 checkpoints stay, fp16 becomes bf16, fp32 stays; STORED: all stay."""
+    """auto: bf16 and fp32 checkpoints stay, fp16 becomes bf16; STORED: fp16 stays too. Weights of fp64 become fp32.
+
+    Raises CaptureError for a dtype that no kernel computes.
+    """
     if config.dtype not in ("auto", STORED):
         return DTYPES[config.dtype]
     stored = getattr(hf_config, "dtype", None) or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    if stored == torch.float64:
+        return torch.float32
+    if stored not in DTYPES.values():
+        raise CaptureError(f"config.json says dtype {stored}, which is not computed: choose one with --dtype")
     return torch.bfloat16 if stored == torch.float16 and config.dtype != STORED else stored
 
 
