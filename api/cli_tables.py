@@ -11,6 +11,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ).split(),
     "compiler": (
         "compilation_config enforce_eager batch_invariant max_seq_len_to_capture wait_compiled disabled_passes "
+        "skip_model_check "
         "cpu_threads cache_dir"
     ).split(),
     "memory and scheduling": (

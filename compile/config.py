@@ -70,6 +70,9 @@ class CompileConfig:
     """Seed of dummy weights."""
     trust_remote_code: bool = False
     """Allow Python code that lies in the checkpoint directory."""
+    skip_model_check: bool = False
+    """Do not compare a small random copy of the model with Transformers when it is captured; what that would refuse is
+    served."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from fuseline.compile.capture.captured import ModelFacts
+from fuseline.compile.capture.errors import LoadError
+from fuseline.compile.capture.words import one_line
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import cache_name
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo
@@ -41,12 +43,18 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
 
 
 def eos_ids(model: str, facts: ModelFacts) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, else of config.json."""
+    """EOS ids of generation_config.json, else of config.json. Raises LoadError for a file that is no such config."""
     path = Path(model) / "generation_config.json"
-    stored = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    if stored is None:
+    if not path.is_file():
         return facts.eos_token_ids
-    return tuple(stored) if isinstance(stored, (list, tuple)) else (int(stored),)
+    try:
+        stored = json.loads(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError, OSError) as error:
+        raise LoadError(f"{path} is not a JSON object ({one_line(error)}): get the file again or delete it") from error
+    ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
+        raise LoadError(f"{path}: eos_token_id is {stored!r}, it must be a token id or a list of them")
+    return tuple(ids) or facts.eos_token_ids
 
 
 def cache_tensors(

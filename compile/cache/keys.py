@@ -33,6 +33,16 @@ def optimized_key(config: CompileConfig, target: Target = CPU) -> str | None:
     return _key(config, settings, list(SOURCES.rglob("*.py")))
 
 
+def sources_key() -> str:
+    """SHA-256 of the compiler's sources and of the versions it runs with."""
+    sources = b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sorted(SOURCES.rglob("*.py")))
+    return hashlib.sha256(sources + _versions()).hexdigest()
+
+
+def _versions() -> bytes:
+    return repr([version_of(name) for name in ("torch", "transformers", "fuseline")]).encode()
+
+
 def _key(config: CompileConfig, settings: object, sources: list[Path]) -> str | None:
     folder = Path(config.model)
     code = sorted(folder.glob("*.py")) if config.trust_remote_code else []
@@ -40,8 +50,7 @@ def _key(config: CompileConfig, settings: object, sources: list[Path]) -> str | 
         own = (folder / "config.json").read_bytes()
     except OSError:
         return None
-    versions = [version_of(name) for name in ("torch", "transformers", "fuseline")]
-    parts = [own, repr(settings).encode(), repr(versions).encode()]
+    parts = [own, repr(settings).encode(), _versions()]
     parts += [path.read_bytes() for path in [*code, *sorted(sources)]]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from fuseline.compile.cache.keys import cache_key, optimized_key
+from fuseline.compile.cache.keys import cache_key, optimized_key, sources_key
 from fuseline.compile.cache.store import cache_path, pack, read_cached, unpack, write_cached
 from fuseline.compile.capture.captured import (
     DTYPES,
@@ -33,6 +33,8 @@ from fuseline.compile.target import CPU, Target
 
 SPECS = {"CacheSpec": CacheSpec, "CacheGroup": CacheGroup}
 Value = TypeVar("Value")
+Check = Callable[[CapturedModel], str]
+"""Gives the verdict on a captured model; raises CaptureError for one that must not be served."""
 
 
 def capture_model(config: CompileConfig) -> CapturedModel:
@@ -42,17 +44,22 @@ def capture_model(config: CompileConfig) -> CapturedModel:
         return capture_model(config)
 
 
-def load_or_capture(config: CompileConfig) -> CapturedModel:
-    """capture_model, or what it gave before. A cache that does not work is reported and done without."""
+def load_or_capture(config: CompileConfig, check: Check | None = None) -> CapturedModel:
+    """capture_model, or what it gave before. A cache that does not work is reported and done without.
+
+    `check` is asked once for the verdict, which is kept with the graph for as long as the compiler's sources stay.
+    Raises CaptureError, also what `check` raises.
+    """
     key = cache_key(config)
-    if key is None:
-        return capture_model(config)
-    path = cache_path(config, "graphs", key)
-    found = read_cached(path, lambda body: parse_captured(body, key), "the model is captured anew")
-    if found is not None:
+    path = key and cache_path(config, "graphs", key)
+    found = path and read_cached(path, lambda body: parse_captured(body, key), "the model is captured anew")
+    if found and (check is None or found.checked_by == sources_key()):
         return found
-    captured = capture_model(config)
-    write_cached(path, lambda: pack(captured_values(captured, key), captured.constants))
+    captured = found or capture_model(config)
+    if check is not None:
+        captured.verdict, captured.checked_by = check(captured), sources_key()
+    if path:
+        write_cached(path, lambda: pack(captured_values(captured, key), captured.constants))
     return captured
 
 
@@ -95,6 +102,9 @@ def captured_values(captured: CapturedModel, key: str) -> dict[str, Any]:
         "dtype": name_of(captured.dtype),
         "parameters": {name: [list(shape), name_of(dtype)] for name, (shape, dtype) in captured.parameters.items()},
         "tied": captured.tied,
+        "num_distinct_layers": captured.num_distinct_layers,
+        "verdict": captured.verdict,
+        "checked_by": captured.checked_by,
         "rope_switch": captured.rope_switch and asdict(captured.rope_switch),
         "graph": encode(captured.graph.graph),
     }
@@ -151,6 +161,9 @@ def rebuild(values: Mapping[str, Any], graph: fx.Graph, constants: dict[str, tor
         },
         constants=constants,
         tied=values["tied"],
+        num_distinct_layers=values["num_distinct_layers"],
+        verdict=values["verdict"],
+        checked_by=values["checked_by"],
         rope_switch=RopeSwitchSpec(**values["rope_switch"]) if values["rope_switch"] else None,
     )
 

@@ -45,6 +45,12 @@ class CapturedModel:
     """Parameter -> the one it shares memory with."""
     rope_switch: RopeSwitchSpec | None = None
     """When set, `positions` are rope rows."""
+    num_distinct_layers: int = 0
+    """So many layers from the first on hold one of each kind."""
+    verdict: str = ""
+    """How the serving graph compares with Transformers (compile/check.py); empty if it was not compared."""
+    checked_by: str = ""
+    """`sources_key` of the compiler that gave the verdict."""
 
 
 def facts_of(hf_config: object) -> ModelFacts:

@@ -16,9 +16,10 @@ from fuseline.compile.capture.captured import (
     facts_of,
 )
 from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config, one_line
+from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config
 from fuseline.compile.capture.hf_patches import patch_model
-from fuseline.compile.capture.repeat import find_layers, layer_at, only_chosen, repeat_layers
+from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_layers, only_chosen, repeat_layers
+from fuseline.compile.capture.words import one_line
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.graph_json import module_of
 
@@ -33,23 +34,44 @@ class _Wrapped(nn.Module):
 
 
 def resolve_dtype(config: CompileConfig, hf_config: PreTrainedConfig) -> torch.dtype:
-    """auto: bf16 checkpoints stay, fp16 becomes bf16, fp32 stays; STORED: all stay."""
+    """auto: bf16 and fp32 checkpoints stay, fp16 becomes bf16; STORED: fp16 stays too. Weights of fp64 become fp32.
+
+    Raises CaptureError for a dtype that no kernel computes.
+    """
     if config.dtype not in ("auto", STORED):
         return DTYPES[config.dtype]
     stored = getattr(hf_config, "dtype", None) or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    if stored == torch.float64:
+        return torch.float32
+    if stored not in DTYPES.values():
+        raise CaptureError(f"config.json says dtype {stored}, which is not computed: choose one with --dtype")
     return torch.bfloat16 if stored == torch.float16 and config.dtype != STORED else stored
 
 
 def capture_model(config: CompileConfig) -> CapturedModel:
     """Raises CaptureError when the model cannot be captured or its attention is not hooked."""
     hf_config = load_config(config)
-    dtype = resolve_dtype(config, hf_config)
+    return capture_config(hf_config, resolve_dtype(config, hf_config), config)
+
+
+def capture_config(hf_config: PreTrainedConfig, dtype: torch.dtype, config: CompileConfig) -> CapturedModel:
+    """capture_model of a config in memory. Whatever the model's own code raises comes out as a CaptureError."""
+    try:
+        return _capture(hf_config, dtype, config)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"{hf_config.model_type} cannot be captured, so it is refused: {one_line(error)}") from error
+
+
+def _capture(hf_config: PreTrainedConfig, dtype: torch.dtype, config: CompileConfig) -> CapturedModel:
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
     rope_switch = patch_model(model)
     graph, buffers = export_repeated(model) or export_whole(model)
     captured = describe(model, graph, hf_config, dtype, buffers)
     captured.rope_switch = rope_switch
+    captured.num_distinct_layers = num_distinct_layers(model)
     _check_attention(captured, hf_config)
     return captured
 
@@ -177,10 +199,11 @@ def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> No
     """All layers attend through the op, to earlier tokens only, and with the window that the config gives them."""
     found = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.attention.default]
     text, name = hf_config.get_text_config(), hf_config.model_type
-    if len(found) != text.num_hidden_layers:
-        raise CaptureError(
-            f"{name}: in {text.num_hidden_layers - len(found)} of {text.num_hidden_layers} layers {NOT_HOOKED}"
-        )
+    total = text.num_hidden_layers
+    if len(found) < total:
+        raise CaptureError(f"{name}: in {total - len(found)} of {total} layers {NOT_HOOKED}")
+    if len(found) > total:
+        raise CaptureError(f"{name} computes {len(found)} attentions in {total} layers, so this model is refused")
     *_, windows, _, causal = zip(*(node.args for node in found), strict=True)
     if not all(causal):
         raise CaptureError(f"{name} attends to later tokens too; only models that generate text are served")

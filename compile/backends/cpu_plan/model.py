@@ -34,6 +34,7 @@ class CpuModel:
     ) -> None:
         self.info = describe(config, captured, result, weights, executable)
         self.report = result
+        self.verdict = captured.verdict
         self._block_size = config.block_size
         self._keeps_rows = "keep_last_logits" not in config.disabled_passes
         self._executable = executable

@@ -25,6 +25,7 @@ class CudaModel:
     def __init__(self, config, captured, result, weights, executable, device: str, graphs: GraphConfig) -> None:
         self.info = describe(config, captured, result, weights, executable)
         self.report = result
+        self.verdict = captured.verdict
         self.graphs: CapturedSteps | None = None
         self._config = config
         self._executable = executable
