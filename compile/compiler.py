@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,8 @@ from fuseline.compile.capture.artifact import load_optimized, load_or_capture, s
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
-from fuseline.compile.capture.weights import load_weights
+from fuseline.compile.capture.weights import WeightFinder, load_weights
+from fuseline.compile.check import check_model
 from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig
 from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph.graph_pass import PassContext
@@ -50,7 +52,7 @@ def compile_model(
     _C.set_num_threads(target.num_threads)
     torch.set_num_threads(target.num_threads)
     report_progress("capturing", 0, 1)
-    captured, result = load_optimized(config, target) or optimize(config, target, keep=True)
+    captured, result = load_optimized(config, target) or optimize(config, target, keep=True, progress=report_progress)
     report_progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, captured, result)
     offload = _offload(captured.graph, config, target)
@@ -86,18 +88,15 @@ def _on_card(config, captured, result, weights, executable, target: Target, grap
 
 
 def optimize(
-    config: CompileConfig, target: Target = CPU, keep: bool = False
+    config: CompileConfig, target: Target = CPU, keep: bool = False, progress: Progress | None = None
 ) -> tuple[CapturedModel, PipelineResult]:  # fmt: skip
-    """The captured graph after all passes of the level; no weights are read. Raises CaptureError.
+    """The captured graph, checked, after all passes of the level; no weights are read. Raises CaptureError.
 
     `keep`: for the next start, which then runs no pass.
     """
     config = _with_dtype_of(config, target)
-    captured = load_or_capture(config)
-    limit, switch = model_limit(config, captured.facts), captured.rope_switch
-    rope_rows = 2 * switch.table_rows if switch else limit
-    ctx = PassContext(_with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target)
-    result = run_passes(captured.graph, _stages(config, target), ctx)
+    captured = load_or_capture(config, None if config.skip_model_check else partial(_check, config, progress))
+    result = _run_passes(captured, config, target)
     if keep:
         save_optimized(config, target, captured, result)
     return captured, result
@@ -106,6 +105,31 @@ def optimize(
 def _with_dtype_of(config: CompileConfig, target: Target) -> CompileConfig:
     """fp16 stays fp16 on a card, which computes it as fast as bf16."""
     return replace(config, dtype=STORED) if config.dtype == "auto" and target.kind == "cuda" else config
+
+
+def _check(config: CompileConfig, progress: Progress | None, captured: CapturedModel) -> str:
+    """Returns the verdict on a model. Raises CaptureError."""
+    if progress:
+        progress("checking", 0, 1)
+    verdict = check_model(config, captured, build_on_cpu)
+    if progress:
+        progress("checking", 1, 1)
+    return verdict
+
+
+def build_on_cpu(captured: CapturedModel, config: CompileConfig, weights: WeightFinder) -> CpuModel:
+    """Compiles a captured model with those weights for the CPU; nothing is cached."""
+    result = _run_passes(captured, config, CPU)
+    loaded = load_weights(weight_requests(captured.graph, captured, result), captured, config, weights=weights)
+    loaded |= result.constants
+    return CpuModel(config, captured, result, loaded, _executable(captured.graph, loaded, config, CPU))
+
+
+def _run_passes(captured: CapturedModel, config: CompileConfig, target: Target) -> PipelineResult:
+    limit, switch = model_limit(config, captured.facts), captured.rope_switch
+    rope_rows = 2 * switch.table_rows if switch else limit
+    ctx = PassContext(_with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target)
+    return run_passes(captured.graph, _stages(config, target), ctx)
 
 
 def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:

@@ -70,6 +70,9 @@ class CompileConfig:
     """Seed of dummy weights."""
     trust_remote_code: bool = False
     """Allow Python code that lies in the checkpoint directory."""
+    skip_model_check: bool = False
+    """Serve a model whose small random copy was not compared with Transformers (done once, when a model is captured), or
+    that this comparison refused."""
 
 
 @dataclass(frozen=True)

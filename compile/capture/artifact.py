@@ -33,6 +33,8 @@ from fuseline.compile.target import CPU, Target
 
 SPECS = {"CacheSpec": CacheSpec, "CacheGroup": CacheGroup}
 Value = TypeVar("Value")
+Check = Callable[[CapturedModel], str]
+"""Gives the verdict on a captured model; raises CaptureError for one that must not be served."""
 
 
 def capture_model(config: CompileConfig) -> CapturedModel:
@@ -42,17 +44,21 @@ def capture_model(config: CompileConfig) -> CapturedModel:
         return capture_model(config)
 
 
-def load_or_capture(config: CompileConfig) -> CapturedModel:
-    """capture_model, or what it gave before. A cache that does not work is reported and done without."""
+def load_or_capture(config: CompileConfig, check: Check | None = None) -> CapturedModel:
+    """capture_model, or what it gave before. A cache that does not work is reported and done without.
+
+    `check` is asked once for the verdict, which is kept with the graph. Raises CaptureError, also what it raises.
+    """
     key = cache_key(config)
-    if key is None:
-        return capture_model(config)
-    path = cache_path(config, "graphs", key)
-    found = read_cached(path, lambda body: parse_captured(body, key), "the model is captured anew")
-    if found is not None:
+    path = key and cache_path(config, "graphs", key)
+    found = path and read_cached(path, lambda body: parse_captured(body, key), "the model is captured anew")
+    if found and (found.verdict or check is None):
         return found
     captured = capture_model(config)
-    write_cached(path, lambda: pack(captured_values(captured, key), captured.constants))
+    if check is not None:
+        captured.verdict = check(captured)
+    if path:
+        write_cached(path, lambda: pack(captured_values(captured, key), captured.constants))
     return captured
 
 
@@ -95,6 +101,7 @@ def captured_values(captured: CapturedModel, key: str) -> dict[str, Any]:
         "dtype": name_of(captured.dtype),
         "parameters": {name: [list(shape), name_of(dtype)] for name, (shape, dtype) in captured.parameters.items()},
         "tied": captured.tied,
+        "verdict": captured.verdict,
         "rope_switch": captured.rope_switch and asdict(captured.rope_switch),
         "graph": encode(captured.graph.graph),
     }
@@ -151,6 +158,7 @@ def rebuild(values: Mapping[str, Any], graph: fx.Graph, constants: dict[str, tor
         },
         constants=constants,
         tied=values["tied"],
+        verdict=values["verdict"],
         rope_switch=RopeSwitchSpec(**values["rope_switch"]) if values["rope_switch"] else None,
     )
 

@@ -45,6 +45,10 @@ class CapturedModel:
     """Parameter -> the one it shares memory with."""
     rope_switch: RopeSwitchSpec | None = None
     """When set, `positions` are rope rows."""
+    num_distinct_layers: int = 0
+    """So many layers from the first on hold one of each kind; known only where the model was captured."""
+    verdict: str = ""
+    """How the serving graph compares with Transformers (compile/check.py); empty before it was asked."""
 
 
 def facts_of(hf_config: object) -> ModelFacts:

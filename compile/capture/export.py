@@ -16,9 +16,10 @@ from fuseline.compile.capture.captured import (
     facts_of,
 )
 from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config, one_line
+from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config
 from fuseline.compile.capture.hf_patches import patch_model
-from fuseline.compile.capture.repeat import find_layers, layer_at, only_chosen, repeat_layers
+from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_layers, only_chosen, repeat_layers
+from fuseline.compile.capture.words import one_line
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.graph_json import module_of
 
@@ -44,12 +45,17 @@ def resolve_dtype(config: CompileConfig, hf_config: PreTrainedConfig) -> torch.d
 def capture_model(config: CompileConfig) -> CapturedModel:
     """Raises CaptureError when the model cannot be captured or its attention is not hooked."""
     hf_config = load_config(config)
-    dtype = resolve_dtype(config, hf_config)
+    return capture_config(hf_config, resolve_dtype(config, hf_config), config)
+
+
+def capture_config(hf_config: PreTrainedConfig, dtype: torch.dtype, config: CompileConfig) -> CapturedModel:
+    """capture_model of a config in memory."""
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
     rope_switch = patch_model(model)
     graph, buffers = export_repeated(model) or export_whole(model)
     captured = describe(model, graph, hf_config, dtype, buffers)
     captured.rope_switch = rope_switch
+    captured.num_distinct_layers = num_distinct_layers(model)
     _check_attention(captured, hf_config)
     return captured
 

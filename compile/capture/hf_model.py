@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fuseline.compile import ops  # noqa: F401  registers the vocabulary
 from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.words import one_line
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
 
@@ -23,7 +25,6 @@ NOT_HOOKED = (
 )
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 NOT_ATTENTION = {"position_ids", "cache_position"}
-MAX_REASON = 300
 EXPERT_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
                       "ReLU": "relu"}  # fmt: skip
 
@@ -65,12 +66,6 @@ def check_config(found: PreTrainedConfig) -> None:
         )
 
 
-def one_line(error: BaseException) -> str:
-    """The error's own words, or its type where there are none to speak of."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__} {text}".strip() if len(text.split()) < 3 else text[:MAX_REASON]
-
-
 def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """The causal LM without weights; buffers that hold values (inverse frequencies) are real, on the CPU."""
     AttentionInterface.register(NAME, attention_forward)
@@ -93,6 +88,13 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
         model.set_experts_implementation(NAME)
     keep_float32(model, dtype)
     return model.requires_grad_(False)
+
+
+def num_parameters(hf_config: PreTrainedConfig, trust_remote_code: bool) -> int:
+    """Of the causal LM. Raises whatever the model's own code raises."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), trust_remote_code=trust_remote_code)
+    return model.num_parameters()
 
 
 def keep_float32(model: nn.Module, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
+FEW_LAYERS = 6
 OF_THE_NUMBER = {"layer_idx", "layer_id", "training"}
 
 
@@ -37,19 +38,41 @@ class Layers:
 def find_layers(model: nn.Module) -> Layers | None:
     """None when nothing would be gained."""
     total = model.config.get_text_config().num_hidden_layers
+    path, kinds = layer_kinds(model)
+    if not path:
+        return None
+    of_kind = [[n for n in range(1, total) if kinds[n] == kind] for kind in dict.fromkeys(kinds)]
+    chosen = sorted({0} | {n for numbers in of_kind if numbers for n in (numbers[0], numbers[-1])})
+    return Layers(path, kinds, tuple(chosen)) if len(kinds) == total and len(chosen) < total else None
+
+
+def layer_kinds(model: nn.Module) -> tuple[str, tuple[int, ...]]:
+    """The path of the list of layers, and of each the first layer that is alike; nothing when there is no such list."""
+    text = model.config.get_text_config()
+    total = text.num_hidden_layers
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
     if len(lists) != 1:
-        return None
+        return "", ()
     path, layers = lists[0]
-    types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * total
+    types = getattr(text, "layer_types", None) or [None] * total
     seen: dict[object, int] = {}
     kinds = tuple(
         seen.setdefault((layer_type, signature(layer, number)), number)
         for number, (layer, layer_type) in enumerate(zip(layers, types, strict=False))
     )
-    of_kind = [[n for n in range(1, total) if kinds[n] == kind] for kind in dict.fromkeys(kinds)]
-    chosen = sorted({0} | {n for numbers in of_kind if numbers for n in (numbers[0], numbers[-1])})
-    return Layers(path, kinds, tuple(chosen)) if len(kinds) == total and len(chosen) < total else None
+    return path, kinds
+
+
+def num_distinct_layers(model: nn.Module) -> int:
+    """So many layers from the first on hold one of each kind, with one more that repeats the last kind.
+
+    Where hardly two layers are alike, what they are cannot be told from that: then FEW_LAYERS or all.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    _, kinds = layer_kinds(model)
+    if 2 * len(set(kinds)) > len(kinds):
+        return min(total, FEW_LAYERS)
+    return min(total, max(kinds[1:] or (0,)) + 3)
 
 
 def signature(layer: nn.Module, number: int) -> tuple[object, ...]:

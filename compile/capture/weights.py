@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,13 +41,15 @@ def load_weights(
     config: CompileConfig,
     progress: Progress | None = None,
     sink: Sink | None = None,
+    weights: WeightFinder | None = None,
 ) -> dict[str, Tensor]:
     """One tensor per request, in its final layout; equal sources share one. Raises LoadError.
 
-    `sink` is where they come to lie, this machine's memory if none is given.
+    `sink` is where they come to lie, this machine's memory if none is given; `weights` is where parameters come from,
+    the checkpoint if none is given.
     """
     sink = sink or HostSink()
-    weights = open_weights(captured, config, sink.device)
+    weights = weights or open_weights(captured, config, sink.device)
     num_readers = max(1, min(MAX_READERS, torch.get_num_threads()))
     sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
     with Reader() as reader:
@@ -68,6 +71,20 @@ def load_weights(
     sink.finish()
     weights.remember()
     return {key: loaded[source] for key, source in sources.items()}
+
+
+class WeightFinder(Protocol):
+    """Where parameters come from."""
+
+    origin: str
+
+    def find(self, name: str) -> Unread | None: ...
+
+    def check_tied(self, reader: Reader) -> None: ...
+
+    def remember(self) -> None: ...
+
+    def origin_of(self, unread: Unread) -> str: ...
 
 
 class CheckpointWeights:
@@ -145,9 +162,7 @@ def resolve(stored: Mapping[str, StoredTensor], captured: CapturedModel, config:
     return StoredWeights(stored, build_on_meta(load_config(config), captured.dtype, config.trust_remote_code))
 
 
-def open_weights(
-    captured: CapturedModel, config: CompileConfig, device: torch.device
-) -> CheckpointWeights | DummyWeights:
+def open_weights(captured: CapturedModel, config: CompileConfig, device: torch.device) -> WeightFinder:
     """Where parameters come from; `device` is where they go."""
     if config.load_format == "dummy":
         return DummyWeights(captured, config.seed, device)
@@ -157,7 +172,7 @@ def open_weights(
 def _load(
     source: WeightSource,
     key: str,
-    weights: CheckpointWeights | DummyWeights,
+    weights: WeightFinder,
     captured: CapturedModel,
     readers: SimpleQueue[Reader],
     sink: Sink,
@@ -177,9 +192,7 @@ def _load(
     return target
 
 
-def _gather(
-    source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel
-) -> tuple[Unread, torch.dtype]:
+def _gather(source: WeightSource, weights: WeightFinder, captured: CapturedModel) -> tuple[Unread, torch.dtype]:
     """All parts of the source, joined but not read, and the dtype the model has them in."""
     pads = source.pads or (0,) * len(source.names)
     parts = [
@@ -195,7 +208,7 @@ def _gather(
 
 
 def _part(
-    name: str, source: WeightSource, weights: CheckpointWeights | DummyWeights, captured: CapturedModel
+    name: str, source: WeightSource, weights: WeightFinder, captured: CapturedModel
 ) -> tuple[Unread, torch.dtype]:
     shape, dtype = expected(name, captured)
     unread = weights.find(name)

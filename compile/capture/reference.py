@@ -1,0 +1,80 @@
+"""A model as Transformers runs it, of random weights: what a captured graph is compared with."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from fuseline.compile.capture import pieces
+from fuseline.compile.capture.pieces import Unread
+from fuseline.compile.capture.reader import Reader
+
+GAIN = 1.6
+"""Standard deviation of a product of a random matrix and values of deviation 1: enough for attention with peaks."""
+SPREAD = 0.25
+"""Standard deviation of biases, and of norms' weights around 1."""
+
+
+class RandomModel:
+    """The model in float32 with eager attention, no parameter zero or one; also the source of the same weights.
+
+    Raises whatever Transformers raises for a config that it cannot build.
+    """
+
+    origin = "random weights"
+
+    def __init__(self, hf_config: PreTrainedConfig, trust_remote_code: bool, seed: int = 0) -> None:
+        settings = {"attn_implementation": "eager", "dtype": torch.float32, "trust_remote_code": trust_remote_code}
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            torch.manual_seed(seed)
+            self._model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **settings).float().eval()
+            randomize(self._model)
+        self._values = {name: value.detach() for name, value in self._model.state_dict().items()}
+
+    @torch.no_grad()
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """[T] token ids of one sequence -> [T, V] logits, all tokens computed at once and without a cache."""
+        return self._model(input_ids=token_ids[None], use_cache=False).logits[0].float()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.get_text_config().vocab_size
+
+    def save(self, folder: Path) -> None:
+        """As a checkpoint."""
+        self._model.save_pretrained(folder)
+
+    def find(self, name: str) -> Unread | None:
+        """The parameter or stored buffer `name`."""
+        value = self._values.get(name)
+        return None if value is None else pieces.computed(value)
+
+    def check_tied(self, reader: Reader) -> None:
+        """Tied parameters are one tensor here."""
+
+    def remember(self) -> None:
+        """Nothing was looked for."""
+
+    def origin_of(self, unread: Unread) -> str:
+        return self.origin
+
+
+def randomize(model: nn.Module) -> None:
+    """Gives every parameter and every stored buffer of floats a value of its own, from torch's random stream."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(_random(name, parameter))
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            buffer.add_(torch.rand_like(buffer) * SPREAD)
+
+
+def _random(name: str, like: Tensor) -> Tensor:
+    values = torch.randn_like(like)
+    if like.dim() > 1:
+        return values * GAIN / like.shape[-1] ** 0.5
+    return values * SPREAD if name.endswith("bias") else 1 + values * SPREAD

@@ -1,0 +1,206 @@
+"""A model's serving graph against Transformers, before the graph is trusted.
+
+Some models compute what a serving graph does not carry: values of the whole batch, masks of their own, sizes of a
+cache. Their graph is captured without complaint and answers wrongly. So a copy of the model with few layers, small
+sizes and random weights is captured and lowered like the model itself, runs two sequences in one batch, in chunks and
+then token by token over a paged cache, and must give the logits of Transformers' eager model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.capture.captured import CapturedModel
+from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.words import one_line
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.graph_inputs import StepInputs, StepOutput, make_step
+from fuseline.compile.specs import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from fuseline.compile.capture.reference import RandomModel
+
+LENGTHS = (48, 23)
+"""Tokens of the two sequences; the first exceeds every window and length of a small config, the second only windows."""
+NUM_DECODED = 6
+"""Tokens at the end of each that come one by one."""
+CHUNK = 9
+"""Tokens of a prompt in a step."""
+MAX_ROWS = CHUNK * len(LENGTHS)
+"""Tokens of a step, and of each its logits; a plan has room for the logits of as many tokens as sequences."""
+MAX_ERROR = 2e-3
+"""Largest difference of a row of logits, relative to the row's standard deviation. Rounding gives about 1e-5."""
+MAX_PARAMETERS = 50_000_000
+"""Of a copy that keeps the model's sizes."""
+SKIP = "--skip-model-check serves it all the same"
+logger = logging.getLogger(__name__)
+
+
+class Runnable(Protocol):
+    """What the check needs of a compiled model."""
+
+    info: ModelInfo
+
+    def allocate_caches(self, num_blocks: Sequence[int]) -> None: ...
+
+    def run(self, inputs: StepInputs) -> StepOutput: ...
+
+
+Build = Callable[[CapturedModel, CompileConfig, "RandomModel"], Runnable]
+"""Passes, lowering and weights for a captured model."""
+
+
+class _NotComparable(Exception):
+    """Transformers cannot build or run this copy of the model; the reason."""
+
+
+def check_model(config: CompileConfig, captured: CapturedModel, build: Build) -> str:
+    """The verdict in words. Raises CaptureError for a model whose serving graph computes something else."""
+    from fuseline.compile.capture.hf_model import load_config
+
+    return check_config(load_config(config), captured, config, build)
+
+
+def check_config(hf_config: PreTrainedConfig, captured: CapturedModel, config: CompileConfig, build: Build) -> str:
+    """check_model of a config in memory."""
+    reasons: list[str] = []
+    for small in _copies(hf_config, captured.num_distinct_layers):
+        try:
+            error = _largest_error(small, replace(config, **_settings(config)), build)
+        except _NotComparable as reason:
+            reasons.append(str(reason))
+            continue
+        text = small.get_text_config()
+        return (
+            f"checked: a copy of {text.num_hidden_layers} layers, hidden size {text.hidden_size}, computes what "
+            f"Transformers computes, to {error:.0e} of the logits' spread"
+        )
+    verdict = f"not checked: {reasons[-1]}"
+    logger.warning("%s cannot be compared with Transformers before it is served: %s", captured.facts.model_type, verdict)
+    return verdict
+
+
+def _settings(config: CompileConfig) -> dict[str, object]:
+    """The copy is compiled for this machine's CPU, in float32, for a few tokens."""
+    return {
+        "dtype": "float32", "kv_cache_dtype": "auto", "level": min(config.level, 1), "max_model_len": 0,
+        "max_num_batched_tokens": MAX_ROWS, "max_num_seqs": MAX_ROWS, "cpu_offload_gb": 0.0, "batch_invariant": False,
+    }  # fmt: skip
+
+
+def _copies(hf_config: PreTrainedConfig, num_layers: int):
+    """Copies of the model to try, smallest first."""
+    from fuseline.compile.capture.small_config import small_config
+
+    yield small_config(hf_config, num_layers)
+    yield small_config(hf_config, num_layers, narrow=False)
+
+
+def _largest_error(small: PreTrainedConfig, config: CompileConfig, build: Build) -> float:
+    reference, captured = _both(small, config)
+    sequences = _sequences(captured)
+    try:
+        expected = [reference.logits(tokens) for tokens in sequences]
+    except Exception as error:  # Transformers' own code, on a config that it does not know
+        raise _NotComparable(f"Transformers cannot run a small copy ({one_line(error)})") from error
+    if not all(bool(torch.isfinite(logits).all()) for logits in expected):
+        raise _NotComparable("a small copy of random weights has infinite logits")
+    name = small.model_type
+    try:
+        found = serve(build(captured, config, reference), sequences, config.block_size)
+    except Exception as error:
+        raise CaptureError(f"{name}: its serving graph fails ({one_line(error)}); {SKIP}") from error
+    return max(_compare(name, ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def _both(small: PreTrainedConfig, config: CompileConfig) -> tuple[RandomModel, CapturedModel]:
+    from fuseline.compile.capture.export import capture_config
+    from fuseline.compile.capture.hf_model import num_parameters
+    from fuseline.compile.capture.reference import RandomModel
+
+    try:
+        if num_parameters(small, config.trust_remote_code) > MAX_PARAMETERS:
+            raise _NotComparable("no copy is small enough")
+        return RandomModel(small, config.trust_remote_code), capture_config(small, torch.float32, config)
+    except _NotComparable:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise _NotComparable(f"Transformers cannot build a small copy ({one_line(error)})") from error
+
+
+def _sequences(captured: CapturedModel) -> list[Tensor]:
+    """Random token ids; the smallest ids are left out, they often have a meaning of their own."""
+    most = captured.facts.max_positions or max(LENGTHS)
+    generator = torch.Generator().manual_seed(1)
+    vocab = captured.facts.vocab_size
+    return [torch.randint(min(8, vocab // 2), vocab, (min(n, most),), generator=generator) for n in LENGTHS]
+
+
+def _compare(name: str, found: Tensor, expected: Tensor) -> float:
+    """The largest error of a row. Raises CaptureError."""
+    errors = (found - expected).abs().amax(-1) / expected.std(-1).clamp_min(1e-6)
+    wrong = (~(errors <= MAX_ERROR)).nonzero().flatten().tolist()
+    if wrong:
+        raise CaptureError(
+            f"{name} would answer wrongly: a small copy of it gives other logits than Transformers from token {wrong[0] + 1} "
+            f"on (error {errors[wrong].max():.1g} of their spread), so it computes something that a graph for serving "
+            f"does not carry; {SKIP}"
+        )
+    return float(errors.max())
+
+
+@dataclass
+class _Served:
+    """A sequence on its way through the model."""
+
+    tokens: Tensor
+    blocks: list[int]
+    num_computed: int = 0
+
+    def next_tokens(self) -> range:
+        """Positions of the next step: a chunk of the prompt, or one token."""
+        prompt = max(1, len(self.tokens) - NUM_DECODED)
+        end = min(self.num_computed + CHUNK, prompt) if self.num_computed < prompt else self.num_computed + 1
+        return range(self.num_computed, min(end, len(self.tokens)))
+
+
+def serve(model: Runnable, sequences: Sequence[Tensor], block_size: int) -> list[Tensor]:
+    """The logits [T, V] of each sequence, all in one batch; sequence k joins at step k. Blocks are interleaved."""
+    count = len(sequences)
+    blocks_each = -(-max(len(tokens) for tokens in sequences) // block_size)
+    states = [_Served(t, list(range(1 + k, 1 + count * blocks_each, count))) for k, t in enumerate(sequences)]
+    model.allocate_caches([count * blocks_each + 1] * len(model.info.cache_groups))
+    rows: list[list[Tensor]] = [[] for _ in sequences]
+    step = 0
+    while any(len(state.next_tokens()) for state in states):
+        batch = [k for k, state in enumerate(states) if k <= step and len(state.next_tokens())]
+        counts = [len(states[k].next_tokens()) for k in batch]
+        logits = model.run(_inputs(model.info, [states[k] for k in batch], block_size)).logits.clone().split(counts)
+        for k, part in zip(batch, logits, strict=True):
+            rows[k].append(part)
+            states[k].num_computed += len(part)
+        step += 1
+    return [torch.cat(parts) for parts in rows]
+
+
+def _inputs(info: ModelInfo, batch: Sequence[_Served], block_size: int) -> StepInputs:
+    """One step, with the logits of all its tokens."""
+    steps = [state.next_tokens() for state in batch]
+    tables = torch.tensor([[state.blocks for state in batch]] * len(info.cache_groups))
+    token_ids = torch.cat([state.tokens[step.start : step.stop] for state, step in zip(batch, steps, strict=True)])
+    rows = torch.arange(len(token_ids))
+    counts, lengths = [len(step) for step in steps], [step.stop for step in steps]
+    inputs = make_step(counts, lengths, tables, block_size, token_ids, rows)
+    switch = info.rope_switch
+    if switch is None:
+        return inputs
+    shifts = torch.tensor([switch.table_rows * (len(state.tokens) > switch.threshold) for state in batch])
+    return replace(inputs, rope_rows=inputs.positions + shifts.repeat_interleave(torch.tensor(counts)))
