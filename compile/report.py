@@ -22,6 +22,7 @@ def explain(config: CompileConfig) -> str:
         return f"this model cannot be served: {error}"
     parts = [
         f"{captured.facts.model_type}, {str(captured.dtype).removeprefix('torch.')}, level {config.level}",
+        f"model check: {captured.verdict or 'skipped'}",
         _passes(result),
         *(_ops(f"ops after {stage}", counts) for stage, counts in result.stage_ops.items()),
     ]

@@ -1,0 +1,105 @@
+"""The model check: right models get a verdict that is kept, wrong ones are refused in a line before they serve."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from zoo import COMMON, IDS, LONG_FACTORS, VOCAB
+
+from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.reference import RandomModel
+from fuseline.compile.compiler import optimize
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.report import explain
+
+BART: dict[str, Any] = dict(
+    d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=VOCAB, is_encoder_decoder=False, is_decoder=True,
+)  # fmt: skip
+PHIMOE_ROPE = dict(
+    rope_type="longrope", rope_theta=10000.0, short_factor=LONG_FACTORS, long_factor=[2 * f for f in LONG_FACTORS],
+    short_mscale=1.2, long_mscale=1.4, original_max_position_embeddings=8,
+)  # fmt: skip
+
+
+def publish(config: transformers.PreTrainedConfig, folder: Path) -> CompileConfig:
+    RandomModel(config, trust_remote_code=False).save(folder / "model")
+    return CompileConfig(str(folder / "model"), cache_dir=str(folder / "cache"))
+
+
+def llama(**fields: Any) -> transformers.PreTrainedConfig:
+    return transformers.LlamaConfig(**COMMON | fields, **IDS)
+
+
+def bart() -> transformers.PreTrainedConfig:
+    return transformers.BartConfig(**BART)
+
+
+def test_verdict_is_told_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, phases = publish(llama(), tmp_path), []
+    verdict = optimize(config, progress=lambda phase, done, total: phases.append((phase, done)))[0].verdict
+    assert verdict.startswith("checked: a copy of 3 layers")
+    assert phases == [("checking", 0), ("checking", 1)]
+    monkeypatch.setattr("fuseline.compile.compiler.check_model", None)  # a second check would fail
+    assert optimize(config)[0].verdict == verdict
+    assert verdict in explain(config)
+
+
+def test_wrong_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Bart counts its positions from the first token of the step, so all but a prompt's first chunk are wrong."""
+    config = publish(bart(), tmp_path)
+    for _ in range(2):  # the graph of a refused model is not kept
+        with pytest.raises(CaptureError, match=r"^bart would answer wrongly: .*token 10 .*--skip-model-check") as caught:
+            optimize(config)
+        assert "\n" not in str(caught.value)
+    assert "would answer wrongly" in explain(config)
+
+
+def test_skipped_check_does_not_count_as_one(tmp_path: Path) -> None:
+    """A model that was served unchecked is checked by the first start without the flag."""
+    config = publish(bart(), tmp_path)
+    skipping = CompileConfig(config.model, cache_dir=config.cache_dir, skip_model_check=True)
+    assert optimize(skipping, keep=True)[0].verdict == ""
+    with pytest.raises(CaptureError, match="would answer wrongly"):
+        optimize(config)
+
+
+def test_warm_start_needs_no_transformers(tmp_path: Path) -> None:
+    config = publish(llama(), tmp_path)
+    verdict = optimize(config, keep=True)[0].verdict
+    program = (
+        "import sys; from fuseline.compile.compiler import load_optimized; from fuseline.compile.config import *;"
+        f"found = load_optimized(CompileConfig({config.model!r}, cache_dir={config.cache_dir!r}));"
+        "print(found[0].verdict, 'transformers' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == f"{verdict} False"
+
+
+def test_small_copies_keep_what_matters() -> None:
+    from fuseline.compile.capture.small_config import small_config
+
+    large = llama(num_hidden_layers=40, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, vocab_size=999)
+    small = small_config(large, 3)
+    assert (small.num_hidden_layers, small.vocab_size) == (3, 256)
+    assert small.num_attention_heads == 4 * small.num_key_value_heads > 4
+    assert torch.tensor([small.hidden_size, small.num_attention_heads * small.head_dim]).unique().numel() == 1
+
+
+def test_model_that_cannot_be_compared_is_served_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: object, tokens: object) -> None:
+        raise RuntimeError("its code needs a card")
+
+    config = publish(llama(), tmp_path)
+    monkeypatch.setattr(RandomModel, "logits", fail)
+    verdict = optimize(config)[0].verdict
+    assert verdict == "not checked: Transformers cannot run a small copy (its code needs a card)"
+    assert "llama cannot be compared with Transformers before it is served" in caplog.text
