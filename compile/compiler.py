@@ -19,9 +19,11 @@ from fuseline.compile.backends.eager import EagerExecutable
 from fuseline.compile.backends.inductor.upgrade import RegionUpgrade
 from fuseline.compile.capture.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.capture.captured import CapturedModel
+from fuseline.compile.capture.errors import CaptureError, LoadError
 from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import WeightFinder, load_weights
+from fuseline.compile.capture.words import told_as
 from fuseline.compile.check import check_model
 from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig
 from fuseline.compile.graph.edit import constant_name
@@ -56,7 +58,8 @@ def compile_model(
     report_progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, captured, result)
     offload = _offload(captured.graph, config, target)
-    weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
+    with told_as(LoadError, f"the weights of {config.model} cannot be loaded"):
+        weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
     weights |= on_device(result.constants | _kv_scales(result, config), target)
     if config.level >= TUNE_LEVEL:
         _tune(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
@@ -178,9 +181,10 @@ def _executable(
 ) -> Executable:
     if target.kind == "cuda":
         return CudaExecutable(graph, _by_target(graph, weights), target, offload=offload)
-    if config.level == 0:
-        return EagerExecutable(graph, weights)
-    return lower(graph, _by_target(graph, weights), config)
+    with told_as(CaptureError, "its graph cannot be lowered"):
+        if config.level == 0:
+            return EagerExecutable(graph, weights)
+        return lower(graph, _by_target(graph, weights), config)
 
 
 def _by_target(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class CompileConfig:
     trust_remote_code: bool = False
     """Allow Python code that lies in the checkpoint directory."""
     skip_model_check: bool = False
-    """Serve a model without comparing a small copy of it, with random weights, with Transformers when it is captured."""
+    """Serve a model without comparing a small copy of it (random weights) with Transformers when it is captured."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections import Counter
 from fuseline.compile.backends.cpu_plan.lowering import Call
 from fuseline.compile.backends.cpu_plan.steps import StepKind, step_kinds
 from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.words import told_as
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.region import Region
@@ -18,6 +19,8 @@ def explain(config: CompileConfig) -> str:
     """Needs no weights. For a model that cannot be captured: why, in words."""
     try:
         captured, result = optimize(config)
+        with told_as(CaptureError, "its graph cannot be lowered"):
+            kinds = step_kinds(captured.graph, config) if config.level > 0 else ()
     except CaptureError as error:
         return f"this model cannot be served: {error}"
     parts = [
@@ -26,9 +29,7 @@ def explain(config: CompileConfig) -> str:
         _passes(result),
         *(_ops(f"ops after {stage}", counts) for stage, counts in result.stage_ops.items()),
     ]
-    if config.level > 0:
-        kinds = step_kinds(captured.graph, config)
-        parts += [_plan(name, kind) for name, kind in zip(("plan", "decode plan"), kinds, strict=False)]
+    parts += [_plan(name, kind) for name, kind in zip(("plan", "decode plan"), kinds, strict=False)]
     return "\n\n".join([*parts, "graph", show(captured.graph)])
 
 

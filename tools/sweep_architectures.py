@@ -4,9 +4,10 @@
     python3 tools/sweep_architectures.py llama phimoe      # these
     python3 tools/sweep_architectures.py --part 1/4        # a quarter of them
 
-One line a model: equal, unchecked (equal, but the model check had to pass it unseen), refused (in one line of words), WRONG
-(served without complaint, other logits), crash (an error that is not in words), or none (Transformers itself has no small
-model of it). Exit status 1 if there is a WRONG or a crash. The weights and sequences are not those of the model check.
+One line a model: equal, unchecked (equal, but the model check had to pass it unseen), refused (in one line of words),
+WRONG (served without complaint, other logits), crash (an error that is not in words), or none (Transformers itself has
+no small model of it). Exit status 1 if there is a WRONG or a crash. The weights and sequences are not those of the
+model check.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def try_model(model_type: str, folder: Path, level: int) -> tuple[str, str]:
         reference.save(folder)
     except Exception as error:
         return "none", f"{type(error).__name__}: {error}"
-    config = CompileConfig(str(folder), level, max_num_batched_tokens=MAX_ROWS, max_num_seqs=MAX_ROWS, cache_dir=str(folder))
+    sizes = {"max_num_batched_tokens": MAX_ROWS, "max_num_seqs": MAX_ROWS}
+    config = CompileConfig(str(folder), level, cache_dir=str(folder), **sizes)
     try:
         model = compile_model(config, detect_target())
         found = serve(model, sequences, config.block_size)
