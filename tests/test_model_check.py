@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 import transformers
 from zoo import COMMON, IDS, LONG_FACTORS, VOCAB
 
-from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.errors import CaptureError, LoadError
+from fuseline.compile.capture.export import num_decoder_layers, resolve_dtype
 from fuseline.compile.capture.reference import RandomModel
+from fuseline.compile.capture.words import told_as
 from fuseline.compile.compiler import optimize
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import STORED, CompileConfig
+from fuseline.compile.model_info import eos_ids
 from fuseline.compile.report import explain
 
 BART: dict[str, Any] = dict(
@@ -104,3 +108,61 @@ def test_model_that_cannot_be_compared_is_served_with_a_warning(
     verdict = optimize(config)[0].verdict
     assert verdict == "not checked: Transformers cannot run a small copy (its code needs a card)"
     assert "llama cannot be compared with Transformers before it is served" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "is no valid JSON"),
+        ("[1]", "eos_token_id must be"),
+        ('{"eos_token_id": "two"}', "eos_token_id must be"),
+        ('{"eos_token_id": [1, null]}', "eos_token_id must be"),
+        ('{"eos_token_id": true}', "eos_token_id must be"),
+    ],
+)
+def test_broken_generation_config_is_told(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(LoadError, match=rf"^{tmp_path}/generation_config.json.*{message}"):
+        eos_ids(str(tmp_path), SimpleNamespace(eos_token_ids=(1,)))
+
+
+def test_dtypes_of_configs() -> None:
+    """A model stored in float64 is computed in float32; a dtype that is none is told."""
+    for dtype in ("auto", STORED):
+        config = CompileConfig("", dtype=dtype)
+        assert resolve_dtype(config, SimpleNamespace(dtype=torch.float64)) == torch.float32
+        assert resolve_dtype(config, SimpleNamespace(dtype="float64")) == torch.float32
+        for wrong in (torch.int8, "nonsense"):
+            with pytest.raises(CaptureError, match=f"config.json has dtype {wrong}, .*--dtype"):
+                resolve_dtype(config, SimpleNamespace(dtype=wrong))
+
+
+def test_layers_of_a_decoder_are_counted() -> None:
+    """An encoder's layers are not those that attend."""
+    assert num_decoder_layers(transformers.BartConfig(**BART | dict(encoder_layers=5))) == 2
+    assert num_decoder_layers(llama()) == 3
+
+
+def test_errors_of_others_become_one_line() -> None:
+    with (
+        pytest.raises(CaptureError, match=r"^wonder cannot be captured \(KeyError 'complex64'\); this version"),
+        told_as(CaptureError, "wonder cannot be captured"),
+    ):
+        raise KeyError("complex64")
+    with pytest.raises(LoadError, match="^its file$"), told_as(CaptureError, "wonder cannot be captured"):
+        raise LoadError("its file")
+
+
+def test_float64_weights_are_served(tmp_path: Path) -> None:
+    from paged_driver import greedy
+    from safetensors.torch import load_file, save_file
+
+    from fuseline.compile.compiler import compile_model
+    from fuseline.compile.target import detect_target
+
+    config = publish(llama(num_hidden_layers=1), tmp_path)
+    prompts = [[5, 9, 33, 70], [4, 4, 90]]
+    expected = greedy(compile_model(config, detect_target()), prompts, 6)
+    path = Path(config.model) / "model.safetensors"
+    save_file({name: value.double() for name, value in load_file(path).items()}, path, {"format": "pt"})
+    assert greedy(compile_model(config, detect_target()), prompts, 6) == expected
