@@ -72,8 +72,9 @@ def check_model(config: CompileConfig, captured: CapturedModel, build: Build) ->
 def check_config(hf_config: PreTrainedConfig, captured: CapturedModel, config: CompileConfig, build: Build) -> str:
     """check_model of a config in memory."""
     reasons: list[str] = []
-    for small in _copies(hf_config, captured.num_distinct_layers):
+    for narrow in (True, False):
         try:
+            small = _copy(hf_config, captured.num_distinct_layers, narrow)
             error = _largest_error(small, replace(config, **_settings(config)), build)
         except _NotComparable as reason:
             reasons.append(str(reason))
@@ -83,8 +84,9 @@ def check_config(hf_config: PreTrainedConfig, captured: CapturedModel, config: C
             f"checked: a copy of {text.num_hidden_layers} layers, hidden size {text.hidden_size}, computes what "
             f"Transformers computes, to {error:.0e} of the logits' spread"
         )
-    verdict = f"not checked: {reasons[-1]}"
-    logger.warning("%s is served without a comparison with Transformers: %s", captured.facts.model_type, verdict)
+    verdict = f"not checked: {reasons[0]}"
+    name = captured.facts.model_type
+    logger.warning("%s cannot be compared with Transformers before it is served: %s", name, verdict)
     return verdict
 
 
@@ -96,12 +98,13 @@ def _settings(config: CompileConfig) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _copies(hf_config: PreTrainedConfig, num_layers: int):
-    """Copies of the model to try, smallest first."""
+def _copy(hf_config: PreTrainedConfig, num_layers: int, narrow: bool) -> PreTrainedConfig:
     from fuseline.compile.capture.small_config import small_config
 
-    yield small_config(hf_config, num_layers)
-    yield small_config(hf_config, num_layers, narrow=False)
+    try:
+        return small_config(hf_config, num_layers, narrow)
+    except Exception as error:  # configs check themselves in many ways
+        raise _NotComparable(f"its config cannot be made small ({one_line(error)})") from error
 
 
 def _largest_error(small: PreTrainedConfig, config: CompileConfig, build: Build) -> float:
@@ -114,13 +117,23 @@ def _largest_error(small: PreTrainedConfig, config: CompileConfig, build: Build)
     if not all(bool(torch.isfinite(logits).all()) for logits in expected):
         raise _NotComparable("a small copy of random weights has infinite logits")
     name = small.model_type
+    # Asked before the passes, which change the graph in place.
+    positions = captured.graph.graph.find_nodes(op="placeholder", target="positions")
+    takes_positions = any(isinstance(user.meta.get("val"), Tensor) for node in positions for user in node.users)
     try:
         found = serve(build(captured, config, reference), sequences, config.block_size)
     except LoadError:
         raise
     except Exception as error:
         raise CaptureError(f"{name}: its serving graph fails ({one_line(error)}); {SKIP}") from error
-    return max(_compare(name, ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        wrong = _first_wrong(ours, theirs)
+        if wrong is not None:
+            raise CaptureError(
+                f"{name} would answer wrongly: a small copy of it gives other logits than Transformers from token "
+                f"{wrong + 1} on, {_cause(number, wrong, takes_positions)}; {SKIP}"
+            )
+    return max(float(_errors(ours, theirs).max()) for ours, theirs in zip(found, expected, strict=True))
 
 
 def _both(small: PreTrainedConfig, config: CompileConfig) -> tuple[RandomModel, CapturedModel]:
@@ -131,11 +144,15 @@ def _both(small: PreTrainedConfig, config: CompileConfig) -> tuple[RandomModel, 
     try:
         if num_parameters(small, config.trust_remote_code) > MAX_PARAMETERS:
             raise _NotComparable("no copy is small enough")
-        return RandomModel(small, config.trust_remote_code), capture_config(small, torch.float32, config)
+        reference = RandomModel(small, config.trust_remote_code)
     except _NotComparable:
         raise
     except Exception as error:  # whatever a model's own code raises
         raise _NotComparable(f"Transformers cannot build a small copy ({one_line(error)})") from error
+    try:
+        return reference, capture_config(small, torch.float32, config)
+    except Exception as error:  # the model itself was captured
+        raise _NotComparable(f"a small copy cannot be captured ({one_line(error)})") from error
 
 
 def _sequences(captured: CapturedModel) -> list[Tensor]:
@@ -146,17 +163,26 @@ def _sequences(captured: CapturedModel) -> list[Tensor]:
     return [torch.randint(min(8, vocab // 2), vocab, (min(n, most),), generator=generator) for n in LENGTHS]
 
 
-def _compare(name: str, found: Tensor, expected: Tensor) -> float:
-    """The largest error of a row. Raises CaptureError."""
-    errors = (found - expected).abs().amax(-1) / expected.std(-1).clamp_min(1e-6)
-    wrong = (~(errors <= MAX_ERROR)).nonzero().flatten().tolist()
-    if wrong:
-        raise CaptureError(
-            f"{name} would answer wrongly: a small copy of it gives other logits than Transformers from token "
-            f"{wrong[0] + 1} on (error {errors[wrong].max():.1g} of their spread), so it computes something that a "
-            f"serving graph does not carry; {SKIP}"
-        )
-    return float(errors.max())
+def _errors(found: Tensor, expected: Tensor) -> Tensor:
+    """[T] the largest difference of each token's logits, relative to their standard deviation."""
+    return (found - expected).abs().amax(-1) / expected.std(-1).clamp_min(1e-6)
+
+
+def _first_wrong(found: Tensor, expected: Tensor) -> int | None:
+    """The first token whose logits are wrong."""
+    wrong = (~(_errors(found, expected) <= MAX_ERROR)).nonzero().flatten().tolist()
+    return wrong[0] if wrong else None
+
+
+def _cause(number: int, wrong: int, takes_positions: bool) -> str:
+    """The cause as far as sequence `number` and its first wrong token tell it; the first sequence starts alone."""
+    if number == 0 and wrong < CHUNK:
+        return "so it computes something that a graph for serving does not carry"
+    if not takes_positions:
+        return "because it counts positions from the first token of each step and does not take them as an input"
+    if number > 0:
+        return "because one sequence changes what it computes for another in the same step"
+    return "because it needs more of a sequence's earlier steps than their keys and values"
 
 
 @dataclass
@@ -185,8 +211,7 @@ def serve(model: Runnable, sequences: Sequence[Tensor], block_size: int) -> list
     while any(len(state.next_tokens()) for state in states):
         batch = [k for k, state in enumerate(states) if k <= step and len(state.next_tokens())]
         counts = [len(states[k].next_tokens()) for k in batch]
-        output = model.run(_inputs(model.info, [states[k] for k in batch], block_size))
-        logits = output.logits.clone().split(counts)
+        logits = model.run(_inputs(model.info, [states[k] for k in batch], block_size)).logits.clone().split(counts)
         for k, part in zip(batch, logits, strict=True):
             rows[k].append(part)
             states[k].num_computed += len(part)
@@ -196,14 +221,14 @@ def serve(model: Runnable, sequences: Sequence[Tensor], block_size: int) -> list
 
 def _inputs(info: ModelInfo, batch: Sequence[_Served], block_size: int) -> StepInputs:
     """One step, with the logits of all its tokens."""
-    spans = [state.next_tokens() for state in batch]
-    counts = [len(span) for span in spans]
-    tables = torch.tensor([[state.blocks for state in batch]] * len(info.cache_groups), dtype=torch.int32)
-    tokens = torch.cat([state.tokens[span.start : span.stop] for state, span in zip(batch, spans, strict=True)])
-    rows = torch.arange(len(tokens))
-    step = make_step(counts, [span.stop for span in spans], tables, block_size, tokens, rows)
-    if info.rope_switch is not None:
-        is_long = torch.tensor([len(state.tokens) > info.rope_switch.threshold for state in batch])
-        shifts = info.rope_switch.table_rows * is_long
-        step.rope_rows = step.positions + shifts.repeat_interleave(torch.tensor(counts))
-    return step
+    steps = [state.next_tokens() for state in batch]
+    tables = torch.tensor([[state.blocks for state in batch]] * len(info.cache_groups))
+    token_ids = torch.cat([state.tokens[step.start : step.stop] for state, step in zip(batch, steps, strict=True)])
+    rows = torch.arange(len(token_ids))
+    counts, lengths = [len(step) for step in steps], [step.stop for step in steps]
+    inputs = make_step(counts, lengths, tables, block_size, token_ids, rows)
+    switch = info.rope_switch
+    if switch is None:
+        return inputs
+    shifts = torch.tensor([switch.table_rows * (len(state.tokens) > switch.threshold) for state in batch])
+    return replace(inputs, rope_rows=inputs.positions + shifts.repeat_interleave(torch.tensor(counts)))

@@ -19,9 +19,11 @@ from fuseline.compile.backends.eager import EagerExecutable
 from fuseline.compile.backends.inductor.upgrade import RegionUpgrade
 from fuseline.compile.capture.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.capture.captured import CapturedModel
+from fuseline.compile.capture.errors import CaptureError, LoadError
 from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import WeightFinder, load_weights
+from fuseline.compile.capture.words import told_as
 from fuseline.compile.check import check_model
 from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig
 from fuseline.compile.graph.edit import constant_name
@@ -56,7 +58,8 @@ def compile_model(
     report_progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, captured, result)
     offload = _offload(captured.graph, config, target)
-    weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
+    with told_as(LoadError, f"the weights of {config.model} cannot be loaded"):
+        weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
     weights |= on_device(result.constants | _kv_scales(result, config), target)
     if config.level >= TUNE_LEVEL:
         _tune(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
@@ -108,7 +111,7 @@ def _with_dtype_of(config: CompileConfig, target: Target) -> CompileConfig:
 
 
 def _check(config: CompileConfig, progress: Progress | None, captured: CapturedModel) -> str:
-    """The verdict on a model. Raises CaptureError."""
+    """Returns the verdict on a model. Raises CaptureError."""
     if progress:
         progress("checking", 0, 1)
     verdict = check_model(config, captured, build_on_cpu)
@@ -118,7 +121,7 @@ def _check(config: CompileConfig, progress: Progress | None, captured: CapturedM
 
 
 def build_on_cpu(captured: CapturedModel, config: CompileConfig, weights: WeightFinder) -> CpuModel:
-    """A captured model with those weights, after all passes, on the CPU; nothing is cached."""
+    """Compiles a captured model with those weights for the CPU; nothing is cached."""
     result = _run_passes(captured, config, CPU)
     loaded = load_weights(weight_requests(captured.graph, captured, result), captured, config, weights=weights)
     loaded |= result.constants
@@ -178,9 +181,10 @@ def _executable(
 ) -> Executable:
     if target.kind == "cuda":
         return CudaExecutable(graph, _by_target(graph, weights), target, offload=offload)
-    if config.level == 0:
-        return EagerExecutable(graph, weights)
-    return lower(graph, _by_target(graph, weights), config)
+    with told_as(CaptureError, "its graph cannot be lowered"):
+        if config.level == 0:
+            return EagerExecutable(graph, weights)
+        return lower(graph, _by_target(graph, weights), config)
 
 
 def _by_target(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

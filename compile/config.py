@@ -71,8 +71,7 @@ class CompileConfig:
     trust_remote_code: bool = False
     """Allow Python code that lies in the checkpoint directory."""
     skip_model_check: bool = False
-    """Do not compare a small random copy of the model with Transformers when it is captured; what that would refuse is
-    served."""
+    """Serve a model without comparing a small copy of it (random weights) with Transformers when it is captured."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 
 from fuseline.compile.capture.captured import ModelFacts
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.words import one_line
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import cache_name
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo
@@ -43,18 +42,19 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
 
 
 def eos_ids(model: str, facts: ModelFacts) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, else of config.json. Raises LoadError for a file that is no such config."""
+    """EOS ids of generation_config.json, else of config.json. Raises LoadError for a broken file."""
     path = Path(model) / "generation_config.json"
-    if not path.is_file():
-        return facts.eos_token_ids
     try:
-        stored = json.loads(path.read_text()).get("eos_token_id")
-    except (ValueError, AttributeError, OSError) as error:
-        raise LoadError(f"{path} is not a JSON object ({one_line(error)}): get the file again or delete it") from error
-    ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
-    if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
-        raise LoadError(f"{path}: eos_token_id is {stored!r}, it must be a token id or a list of them")
-    return tuple(ids) or facts.eos_token_ids
+        values = json.loads(path.read_text()) if path.is_file() else {}
+    except (ValueError, OSError) as error:
+        raise LoadError(f"{path} is no valid JSON ({error}): get the file again or remove it") from error
+    stored = values.get("eos_token_id") if isinstance(values, dict) else values
+    if stored is None:
+        return facts.eos_token_ids
+    ids = stored if isinstance(stored, list) else [stored]
+    if not isinstance(values, dict) or not all(type(token) is int for token in ids):
+        raise LoadError(f"{path}: eos_token_id must be a token id or a list of them: get the file again or remove it")
+    return tuple(ids)
 
 
 def cache_tensors(

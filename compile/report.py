@@ -7,6 +7,7 @@ from collections import Counter
 from fuseline.compile.backends.cpu_plan.lowering import Call
 from fuseline.compile.backends.cpu_plan.steps import StepKind, step_kinds
 from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.words import told_as
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.region import Region
@@ -18,17 +19,17 @@ def explain(config: CompileConfig) -> str:
     """Needs no weights. If the model cannot be captured, returns the reason."""
     try:
         captured, result = optimize(config)
+        with told_as(CaptureError, "its graph cannot be lowered"):
+            kinds = step_kinds(captured.graph, config) if config.level > 0 else ()
     except CaptureError as error:
         return f"this model cannot be served: {error}"
     parts = [
         f"{captured.facts.model_type}, {str(captured.dtype).removeprefix('torch.')}, level {config.level}",
-        captured.verdict or "not checked: --skip-model-check",
+        f"model check: {captured.verdict or 'skipped'}",
         _passes(result),
         *(_ops(f"ops after {stage}", counts) for stage, counts in result.stage_ops.items()),
     ]
-    if config.level > 0:
-        kinds = step_kinds(captured.graph, config)
-        parts += [_plan(name, kind) for name, kind in zip(("plan", "decode plan"), kinds, strict=False)]
+    parts += [_plan(name, kind) for name, kind in zip(("plan", "decode plan"), kinds, strict=False)]
     return "\n\n".join([*parts, "graph", show(captured.graph)])
 
 

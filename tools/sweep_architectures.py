@@ -6,7 +6,8 @@
 
 One line a model: equal, unchecked (equal, but the model check had to pass it unseen), refused (in one line of words),
 WRONG (served without complaint, other logits), crash (an error that is not in words), or none (Transformers itself has
-no small model of it). Exit status 1 if there is a WRONG or a crash. Weights and sequences are not those of the check.
+no small model of it). Exit status 1 if there is a WRONG or a crash. The weights and sequences are not those of the
+model check.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def try_model(model_type: str, folder: Path, level: int) -> tuple[str, str]:
         reference.save(folder)
     except Exception as error:
         return "none", f"{type(error).__name__}: {error}"
-    path = str(folder)
-    config = CompileConfig(path, level, max_num_batched_tokens=MAX_ROWS, max_num_seqs=MAX_ROWS, cache_dir=path)
+    sizes = {"max_num_batched_tokens": MAX_ROWS, "max_num_seqs": MAX_ROWS}
+    config = CompileConfig(str(folder), level, cache_dir=str(folder), **sizes)
     try:
         model = compile_model(config, detect_target())
         found = serve(model, sequences, config.block_size)

@@ -19,9 +19,16 @@ from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_layers, only_chosen, repeat_layers
-from fuseline.compile.capture.words import one_line
+from fuseline.compile.capture.words import one_line, told_as
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.graph_json import module_of
+
+REASONS = {
+    "Constraints violated": "its code depends on the number of tokens",
+    "Tensor.item() cannot be called on meta tensors": "its code depends on values that are known only when it runs",
+    "data-dependent": "its code depends on values that are known only when it runs",
+}
+"""Parts of torch.export's messages, in words."""
 
 
 class _Wrapped(nn.Module):
@@ -34,38 +41,30 @@ class _Wrapped(nn.Module):
 
 
 def resolve_dtype(config: CompileConfig, hf_config: PreTrainedConfig) -> torch.dtype:
-    """auto: bf16 and fp32 checkpoints stay, fp16 becomes bf16; STORED: fp16 stays too. Weights of fp64 become fp32.
+    """auto: bf16 checkpoints stay, fp16 becomes bf16, fp32 stays, fp64 becomes fp32; STORED: halves stay too.
 
-    Raises CaptureError for a dtype that no kernel computes.
+    Raises CaptureError.
     """
     if config.dtype not in ("auto", STORED):
         return DTYPES[config.dtype]
     stored = getattr(hf_config, "dtype", None) or torch.float32
-    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    stored = getattr(torch, stored, stored) if isinstance(stored, str) else stored
     if stored == torch.float64:
         return torch.float32
     if stored not in DTYPES.values():
-        raise CaptureError(f"config.json says dtype {stored}, which is not computed: choose one with --dtype")
+        raise CaptureError(f"config.json has dtype {stored}, which no model computes in: give one with --dtype")
     return torch.bfloat16 if stored == torch.float16 and config.dtype != STORED else stored
 
 
 def capture_model(config: CompileConfig) -> CapturedModel:
     """Raises CaptureError when the model cannot be captured or its attention is not hooked."""
     hf_config = load_config(config)
-    return capture_config(hf_config, resolve_dtype(config, hf_config), config)
+    with told_as(CaptureError, f"{hf_config.model_type} cannot be captured"):
+        return capture_config(hf_config, resolve_dtype(config, hf_config), config)
 
 
 def capture_config(hf_config: PreTrainedConfig, dtype: torch.dtype, config: CompileConfig) -> CapturedModel:
-    """capture_model of a config in memory. Whatever the model's own code raises comes out as a CaptureError."""
-    try:
-        return _capture(hf_config, dtype, config)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(f"{hf_config.model_type} cannot be captured, so it is refused: {one_line(error)}") from error
-
-
-def _capture(hf_config: PreTrainedConfig, dtype: torch.dtype, config: CompileConfig) -> CapturedModel:
+    """capture_model of a config in memory."""
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
     rope_switch = patch_model(model)
     graph, buffers = export_repeated(model) or export_whole(model)
@@ -133,7 +132,7 @@ def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many types; all mean the same to the user
-        reason = "its code depends on the number of tokens" if "Constraints violated" in str(error) else one_line(error)
+        reason = next((words for part, words in REASONS.items() if part in str(error)), one_line(error))
         raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {reason}") from error
     return _lift(program, layer_list)
 
@@ -195,15 +194,23 @@ def _tied(model: nn.Module) -> dict[str, str]:
     }
 
 
+def num_decoder_layers(hf_config: PreTrainedConfig) -> int:
+    """Layers that generate text; the config of an encoder with a decoder counts the encoder's as its hidden layers."""
+    text = hf_config.get_text_config()
+    return getattr(text, "decoder_layers", None) or text.num_hidden_layers
+
+
 def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> None:
     """All layers attend through the op, to earlier tokens only, and with the window that the config gives them."""
     found = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.attention.default]
-    text, name = hf_config.get_text_config(), hf_config.model_type
-    total = text.num_hidden_layers
-    if len(found) < total:
-        raise CaptureError(f"{name}: in {total - len(found)} of {total} layers {NOT_HOOKED}")
-    if len(found) > total:
-        raise CaptureError(f"{name} computes {len(found)} attentions in {total} layers, so this model is refused")
+    text, name, num_layers = hf_config.get_text_config(), hf_config.model_type, num_decoder_layers(hf_config)
+    if len(found) < num_layers:
+        raise CaptureError(f"{name}: in {num_layers - len(found)} of {num_layers} layers {NOT_HOOKED}")
+    if len(found) > num_layers:
+        raise CaptureError(
+            f"{name} attends {len(found)} times in {num_layers} layers (to itself twice, or to what an encoder gives), "
+            "and only models that attend once a layer are served"
+        )
     *_, windows, _, causal = zip(*(node.args for node in found), strict=True)
     if not all(causal):
         raise CaptureError(f"{name} attends to later tokens too; only models that generate text are served")

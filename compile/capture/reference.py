@@ -33,7 +33,7 @@ class RandomModel:
             torch.manual_seed(seed)
             self._model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **settings).float().eval()
             if any(hasattr(module, "_apply_gate") for module in self._model.modules()):
-                self._model.set_experts_implementation("eager")  # the default's matrices must be of aligned widths
+                self._model.set_experts_implementation("eager")  # the default one wants widths of 16 bytes
             randomize(self._model)
         self._values = {name: value.detach() for name, value in self._model.state_dict().items()}
 

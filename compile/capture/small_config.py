@@ -16,6 +16,8 @@ from math import gcd
 from transformers import PreTrainedConfig
 
 VOCAB = 256
+NUM_SPECIAL = 8
+"""Ids of tokens with a meaning are below it."""
 MAX_POSITIONS = 128
 ORIGINAL_POSITIONS = 32
 """The `original_max_position_embeddings` of scaled rotary embeddings."""
@@ -55,7 +57,7 @@ class Shrink:
 
 
 def small_config(hf_config: PreTrainedConfig, num_layers: int, narrow: bool = True) -> PreTrainedConfig:
-    """A copy with the first `num_layers` layers. Without `narrow` heads and widths stay: some models insist."""
+    """Returns a copy with the first `num_layers` layers. Not `narrow`: heads and widths stay."""
     small = copy.deepcopy(hf_config)
     shrink = choose_shrink(small.get_text_config(), num_layers, narrow)
     _shrink_config(small, shrink)
@@ -63,15 +65,23 @@ def small_config(hf_config: PreTrainedConfig, num_layers: int, narrow: bool = Tr
 
 
 def choose_shrink(text: PreTrainedConfig, num_layers: int, narrow: bool) -> Shrink:
-    total, heads = text.num_hidden_layers, text.num_attention_heads
+    total, heads = text.num_hidden_layers, _setting(text, "num_attention_heads") or 1
     heads = heads[0] if isinstance(heads, (list, tuple)) else heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    chosen = [getattr(text, n, None) for n in ("num_experts_per_tok", "moe_topk", "n_group", "moe_k", "top_k_experts")]
+    head_dim = _setting(text, "head_dim") or text.hidden_size // heads
+    chosen = [_setting(text, n) for n in ("num_experts_per_tok", "moe_topk", "n_group", "moe_k", "top_k_experts")]
     fewest = max([MIN_EXPERTS, *(2 * value for value in chosen if isinstance(value, int))])
     if not narrow:
         return Shrink(num_layers, 1, 1, fewest, total)
     counts = {v for name, v in vars(text).items() if kind_of(name) == "heads" for v in _ints(v) if v > 1}
     return Shrink(num_layers, _divisor(gcd(*counts), min(counts, default=1)), _dim_divisor(head_dim), fewest, total)
+
+
+def _setting(config: PreTrainedConfig, name: str) -> object:
+    """None where there is no such setting, or one of each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # the type that Transformers raises for settings of layers is no AttributeError
+        return None
 
 
 def kind_of(name: str) -> str:
@@ -106,18 +116,16 @@ def _shrunk(name: str, value: object, shrink: Shrink) -> object:
         if kind == "factors":
             return type(value)(value[:: shrink.head_dim])
         kept = value[: shrink.num_layers] if len(value) == shrink.old_layers else value
-        if kind == "special":
-            return type(value)(item for item in kept if item < VOCAB) or None
         return type(value)(_shrunk(name, item, shrink) if kind else item for item in kept)
     if isinstance(value, bool) or not isinstance(value, int) or not kind:
         return value
     return _shrunk_int(kind, value, shrink)
 
 
-def _shrunk_int(kind: str, value: int, shrink: Shrink) -> int | None:
+def _shrunk_int(kind: str, value: int, shrink: Shrink) -> int:
     match kind:
         case "special":
-            return value if value < VOCAB else None
+            return value % NUM_SPECIAL
         case "vocab":
             return min(value, VOCAB)
         case "original":

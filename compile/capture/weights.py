@@ -162,9 +162,7 @@ def resolve(stored: Mapping[str, StoredTensor], captured: CapturedModel, config:
     return StoredWeights(stored, build_on_meta(load_config(config), captured.dtype, config.trust_remote_code))
 
 
-def open_weights(
-    captured: CapturedModel, config: CompileConfig, device: torch.device
-) -> WeightFinder:
+def open_weights(captured: CapturedModel, config: CompileConfig, device: torch.device) -> WeightFinder:
     """Where parameters come from; `device` is where they go."""
     if config.load_format == "dummy":
         return DummyWeights(captured, config.seed, device)

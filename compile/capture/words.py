@@ -1,5 +1,10 @@
 """Errors of others' code as one line of words."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fuseline.compile.capture.errors import CaptureError, LoadError
+
 MAX_REASON = 300
 
 
@@ -7,3 +12,14 @@ def one_line(error: BaseException) -> str:
     """The error's own words, or its type before them where they alone say little."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__} {text}".strip() if len(text.split()) < 3 else text[:MAX_REASON]
+
+
+@contextmanager
+def told_as(kind: type[CaptureError | LoadError], what_failed: str) -> Iterator[None]:
+    """Raises errors of others' code inside as `kind`, in one line that begins with `what_failed`."""
+    try:
+        yield
+    except (CaptureError, LoadError):
+        raise
+    except Exception as error:
+        raise kind(f"{what_failed} ({one_line(error)}); this version of fuseline does not support it") from error

@@ -35,6 +35,7 @@ class CpuModel:
         self.info = describe(config, captured, result, weights, executable)
         self.report = result
         self.verdict = captured.verdict
+        """The model check's result in words; empty if it was skipped."""
         self._block_size = config.block_size
         self._keeps_rows = "keep_last_logits" not in config.disabled_passes
         self._executable = executable
