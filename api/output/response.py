@@ -28,15 +28,11 @@ from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
 DONE = b"data: [DONE]\n\n"
-STREAM_START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-cache"),
-        (b"x-accel-buffering", b"no"),
-    ],
-}
+STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
 WRITE_BYTES = 262144
 """Most bytes that one write hands to a connection."""
 STARTED_AT_ONCE = 16
@@ -91,7 +87,8 @@ class Answer(Response):
         try:
             written = await outbox.take()
             self._has_begun = True
-            await send(STREAM_START)
+            # A new message for every stream: middleware adds the headers of this one to it.
+            await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
             while written:
                 await send({"type": "http.response.body", "body": written, "more_body": True})
                 written = await outbox.take()
