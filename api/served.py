@@ -28,7 +28,7 @@ from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.bodies import Bodies
 from fuseline.api.prompt.chat import template_text
 from fuseline.api.prompt.encode import TextTokenizer, read_json
-from fuseline.api.prompt.pool import PromptPool
+from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
 from fuseline.api.protocol.common import GenerationDefaults
@@ -40,8 +40,6 @@ SMALL_BYTES = 8192
 """A completion's body up to this size is prepared in this process: less than 10 ms, whatever it holds."""
 SHORT_BYTES = 65536
 """Bodies up to this size have processes of their own, so that they wait for none of the large ones."""
-NICENESS = 5
-"""Of the processes for large bodies, which may not take the cores from the engine."""
 MAX_SHOWN = 32
 """Entries of a list that a log line shows."""
 NO_PARAMS = SamplingParams()
@@ -170,7 +168,7 @@ def build_served(
         client.on_step.append(metrics.on_step)
     pools = None
     if config.prompt_workers:
-        pools = (PromptPool(settings, config.prompt_workers), PromptPool(settings, config.prompt_workers, NICENESS))
+        pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
         pools[0].start()
     bodies = Bodies(config.max_request_bytes)
     return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))

@@ -74,13 +74,18 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def prepare(config: ServerConfig) -> TextTokenizer | None:
-    """What takes long and needs no engine, done while that starts: imports and the tokenizer. Raises ConfigError."""
+    """Imports, the tokenizer and a trial of the template, while the engine starts. Raises ConfigError."""
     import uvicorn  # noqa: F401
 
     from fuseline.api import app, http1  # noqa: F401
+    from fuseline.api.prompt.chat import template_text
+    from fuseline.api.prompt.template_check import check_template
     from fuseline.api.served import load_tokenizer
 
-    return load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
+    if tokenizer and (text := template_text(config.chat_template, tokenizer.chat_template)):
+        check_template(config, text, tokenizer.special_tokens)
+    return tokenizer
 
 
 class _Server:

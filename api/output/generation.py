@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from fuseline.api.errors import ApiError
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.interval import Interval
+from fuseline.api.output.pace import Pace
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.encode import TextTokenizer
@@ -38,30 +39,36 @@ class Generation:
         self._num_open = len(self._choices)
         self._interval = options.interval
 
-    async def run(self, client: EngineClient, sink: Callable[[Event], None]) -> None:
-        """Hand the events of all choices to `sink` in the order of their tokens.
+    async def run(
+        self, client: EngineClient, sink: Callable[[Event], None], open_prompt: Callable[[PromptInfo], Awaitable[None]]
+    ) -> None:
+        """Hand the prompt's facts to `open_prompt`, then the events of all choices to `sink` in their tokens' order.
 
         Cancelling it aborts the request in the engine. Raises ApiError and EngineDeadError.
         """
         deliver = sink if self._interval == 1 else Interval(self._interval, sink).feed
+        pace: Pace | None = None
         with self._watch as watch:
             async with aclosing(client.generate(self._request)) as outputs:
                 async for output in outputs:
                     watch.see_output(output)
+                    if output.num_cached_tokens or output.prompt_logprobs is not None:
+                        await open_prompt(PromptInfo(output.num_cached_tokens, output.prompt_logprobs))
+                        pace = None if output.prompt_logprobs is None else Pace()  # each choice may repeat them
                     for event in self._take(output):
                         watch.see(event)
                         deliver(event)
                     if not self._num_open:
                         return
+                    if pace is not None:
+                        await pace.rest()
 
-    def _take(self, output: TokenOutput) -> Iterable[Event]:
+    def _take(self, output: TokenOutput) -> Sequence[Event]:
         if output.finish_reason == "error":
             raise ApiError(500, output.error or "the request failed in the engine", code="internal_error")
         events = self._choices[output.index].take(output)
         if output.finish_reason is not None or len(events) > 1:
             self._num_open -= any(isinstance(event, Done) for event in events)
-        if output.num_cached_tokens or output.prompt_logprobs is not None:
-            return (PromptInfo(output.num_cached_tokens, output.prompt_logprobs), *events)
         return events
 
 

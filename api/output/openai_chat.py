@@ -28,6 +28,10 @@ class ChatWriter:
         self._ends: list[Done | None] = [None] * n
         self._is_started = False
 
+    async def open(self, prompt: Prompt, info: PromptInfo) -> None:
+        self._info = info
+        self._totals.cached += info.num_cached_tokens
+
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
         self._take(event)
         chunks = [] if self._is_started else self._opening()
@@ -74,10 +78,7 @@ class ChatWriter:
         return {**tail, "prompt_token_ids": self._ids.tolist()} if self._shape.wants_ids else tail
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, PromptInfo):
-            self._info = event
-            self._totals.cached += event.num_cached_tokens
-        elif isinstance(event, TextDelta):
+        if isinstance(event, TextDelta):
             self._tokens[event.index] += event.token_ids
             self._logprobs[event.index] += event.logprobs
             self._totals.completion += len(event.token_ids)

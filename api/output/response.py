@@ -21,7 +21,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fuseline.api.errors import ApiError, to_api_error
-from fuseline.api.output.events import Event, Prompt
+from fuseline.api.output.events import Event, Prompt, PromptInfo
 from fuseline.api.output.generation import Generation
 from fuseline.api.output.outbox import Outbox
 from fuseline.engine.client import EngineClient
@@ -43,6 +43,8 @@ Run = tuple[Prompt, Callable[[], Generation]]
 
 class Writer(Protocol):
     """The shape of an API: chunks of a stream, or the fold of them."""
+
+    async def open(self, prompt: Prompt, info: PromptInfo) -> None: ...
 
     def fold(self, prompt: Prompt, event: Event) -> None: ...
 
@@ -119,17 +121,20 @@ class Answer(Response):
     async def _generate(self, sink: Callable[[Prompt, Event], None]) -> None:
         """Run all prompts; the first error ends all. They start in slices, between which others have their turn."""
         if len(self._runs) == 1:
-            prompt, make = self._runs[0]
-            await make().run(self._client, partial(sink, prompt))
+            await self._run(self._runs[0], sink)
             return
         try:
             async with asyncio.TaskGroup() as group:
-                for k, (prompt, make) in enumerate(self._runs, start=1):
-                    group.create_task(make().run(self._client, partial(sink, prompt)))
+                for k, run in enumerate(self._runs, start=1):
+                    group.create_task(self._run(run, sink))
                     if k % STARTED_AT_ONCE == 0:
                         await asyncio.sleep(0)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
+
+    async def _run(self, run: Run, sink: Callable[[Prompt, Event], None]) -> None:
+        prompt, make = run
+        await make().run(self._client, partial(sink, prompt), partial(self._writer.open, prompt))
 
 
 async def until_disconnect(receive: Receive, work: Any) -> bool:

@@ -22,9 +22,7 @@ class RequestWatch:
         self, request: EngineRequest, label: str, metrics: Metrics | None, logs_text: bool, max_log_len: int | None
     ) -> None:
         params = request.params
-        self._kept = FinishedRequest(
-            len(request.prompt_token_ids), params.n, params.max_tokens, request.arrival_time
-        )
+        self._kept = FinishedRequest(len(request.prompt_token_ids), params.n, params.max_tokens, request.arrival_time)
         self._label, self._metrics = label, metrics
         self._texts: dict[int, str] | None = {} if logs_text else None
         self._max_log_len = max_log_len
