@@ -106,6 +106,8 @@ class ServerConfig:
     """Bytes of a request's line and headers; more get 431."""
     h11_max_header_count: int = 256
     """Headers of a request; more get 431."""
+    max_pipelined_requests: int = 100
+    """Requests that may wait on one connection for the answers before theirs; more get 429."""
     request_header_timeout: float = 10.0
     """Seconds that a request's line and headers may take to arrive; then 408."""
     request_body_timeout: float = 30.0

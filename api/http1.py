@@ -28,8 +28,7 @@ LINGER_SECONDS = 5.0
 PEER_SECONDS = 0.5
 """Between two looks at a connection whose client has shut down its sending side."""
 PROBE_SECONDS = 2.0
-MAX_PIPELINED = 100
-"""Requests of one connection that wait for the answers before theirs."""
+"""Between two probes of such a client, and before the first one."""
 TCP_CLOSE = 7
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 KEEP_ALIVE_OPTIONS = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -41,6 +40,7 @@ class ConnectionLimits:
 
     header_bytes: int
     num_headers: int
+    num_pipelined: int
     header_seconds: float
     body_seconds: float
     body_rate: int
@@ -51,6 +51,7 @@ class ConnectionLimits:
 def connection_limits(config: ServerConfig) -> ConnectionLimits:
     return ConnectionLimits(
         header_bytes=config.h11_max_incomplete_event_size, num_headers=config.h11_max_header_count,
+        num_pipelined=config.max_pipelined_requests,
         header_seconds=config.request_header_timeout, body_seconds=config.request_body_timeout,
         body_rate=config.request_body_min_rate, idle_seconds=config.keep_alive_timeout,
         write_seconds=config.response_write_timeout,
@@ -177,8 +178,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return
-        if len(self.pipeline) >= MAX_PIPELINED:
-            self._refusal = ApiError(429, f"at most {MAX_PIPELINED} requests may wait on one connection")
+        if len(self.pipeline) >= (limit := self._limits.num_pipelined):
+            message = f"at most {limit} requests may wait on one connection (--max-pipelined-requests)"
+            self._refusal = ApiError(429, message)
             raise self._refusal
         version = self.parser.get_http_version()
         url = httptools.parse_url(self.url)

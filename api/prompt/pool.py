@@ -32,15 +32,17 @@ class Lane:
     """Slow requests that run on, for each place of the pool."""
     least: float
     """Seconds that a slow request may take at least, whoever waits."""
+    num_ready: int
+    """Processes that are kept ready beside the busy ones."""
     slow_niceness: int | None = None
     """Niceness of a process from then on; it takes no other request. None leaves it as it is."""
     memory_divisor: int = 1
     """Part of --prompt-memory that a process may take."""
 
 
-SHORT = Lane(niceness=0, patience=0.1, slow_per_place=4, least=1.0, slow_niceness=19, memory_divisor=8)
+SHORT = Lane(niceness=0, patience=0.05, slow_per_place=4, least=1.0, num_ready=2, slow_niceness=19, memory_divisor=8)
 """Bodies that take some milliseconds; one that takes longer has a template that runs on and on."""
-LARGE = Lane(niceness=5, patience=2.0, slow_per_place=1, least=8.0)
+LARGE = Lane(niceness=5, patience=2.0, slow_per_place=1, least=8.0, num_ready=1)
 
 
 class PromptPool:
@@ -49,7 +51,7 @@ class PromptPool:
     A request that hangs delays others by `lane.patience` at most while there are fewer slow ones than the lane allows.
     Beyond that, one that has run for `lane.least` seconds is refused as soon as another request waits. The newest one
     waits least, so that a crowd of requests that hang does not stand in front of those that come later.
-    One process more than is busy is kept ready. All methods belong to one event loop but `start`.
+    All methods belong to one event loop but `start`.
     """
 
     def __init__(self, settings: PromptSettings, size: int, lane: Lane = SHORT) -> None:
@@ -156,11 +158,11 @@ class PromptPool:
             yield process
         finally:
             self._busy.remove(process)
-            if process.is_free and not self._is_closed and len(self._idle) < self._size:
+            if process.is_free and not self._is_closed and len(self._idle) < max(self._size, self._lane.num_ready):
                 self._idle.append(process)
             else:
                 process.kill()
-                self._keep_one_ready()
+                self._keep_ready()
 
     def _take(self) -> WorkerProcess:
         while self._idle:
@@ -171,14 +173,15 @@ class PromptPool:
         else:
             process = self._new_process()
         self._busy.add(process)
-        self._keep_one_ready()
+        self._keep_ready()
         return process
 
     def _new_process(self) -> WorkerProcess:
         return WorkerProcess(self._settings, self._lane.niceness, self._memory)
 
-    def _keep_one_ready(self) -> None:
-        if not self._idle and not self._is_closed:
+    def _keep_ready(self) -> None:
+        """Start one process, if too few are ready."""
+        if len(self._idle) < self._lane.num_ready and not self._is_closed:
             try:
                 self.start()
             except OSError as error:  # the machine has no room for one; the next request tries again
@@ -214,8 +217,10 @@ class _Job:
 
     def refuse_after(self, seconds: float) -> None:
         """Others wait: end the request when it has run for so long."""
+        if self._makes_room or self.limit.expired():
+            return
         self._makes_room = True
-        self.limit.reschedule(min(self.limit.when() or 0.0, max(self._begin + seconds, self._loop.time())))
+        self.limit.reschedule(min(self.limit.when(), max(self._begin + seconds, self._loop.time())))
 
     def refusal(self, timeout: float, least: float) -> ApiError:
         act = "reading, rendering and encoding the request takes more than"

@@ -51,7 +51,8 @@ class WorkerProcess:
 
     @property
     def is_alive(self) -> bool:
-        return self._process.is_alive()
+        has_closed = self._streams is not None and self._streams[0].at_eof()
+        return not has_closed and self._process.is_alive()
 
     @property
     def is_free(self) -> bool:

@@ -6,10 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from fuseline.api.protocol.common import Fields, GenerateRequest
-
-MAX_NAME = 256
-"""Characters of what the chunks of an answer repeat."""
+from fuseline.api.protocol.common import MAX_NAME, Fields, GenerateRequest
 
 
 class Message(Fields):

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from fuseline.api.errors import ApiError
+from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.output.response import json_response, raw_response, until_disconnect
 from fuseline.api.prompt.bodies import Held
 from fuseline.api.prompt.prepared import Prepared, Written
+from fuseline.api.protocol.common import MAX_NAME
 
 if TYPE_CHECKING:
     from fuseline.api.admission import Places
@@ -77,5 +78,8 @@ def _warn_unknown(request: Request, names: tuple[str, ...]) -> None:
 
 
 def new_id(prefix: str, request: Request, given: str | None = None) -> str:
-    """The response id; its random part can come from X-Request-Id or the body."""
-    return prefix + (request.headers.get("x-request-id") or given or uuid.uuid4().hex)
+    """The response id; its random part can come from X-Request-Id or the body. Raises ApiError 400."""
+    sent = request.headers.get("x-request-id")
+    if sent and len(sent) > MAX_NAME:  # every chunk of the answer repeats it
+        raise bad_request(f"X-Request-Id: at most {MAX_NAME} characters are allowed", "X-Request-Id")
+    return prefix + (sent or given or uuid.uuid4().hex)
