@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -40,7 +41,8 @@ async def test_the_headers_of_a_stream_are_its_own() -> None:
                 server.engine.step()
                 head = (await client.head()).decode().lower()
                 assert head.count("x-request-id: ") == 1 and f"x-request-id: mine-{number}" in head
-                assert head.count("vary:") == 1 and headers(head.encode())["vary"] == "origin"
+                names = [line.partition(":")[0] for line in head.split("\r\n")]
+                assert len(set(names)) == len(names) - 1, head  # the empty line comes twice
                 server.engine.step("length")
                 await until(lambda: server.engine.num_in_flight == 0)
                 server.engine.requests.clear()
@@ -95,6 +97,8 @@ async def test_a_client_that_leaves_while_its_request_is_prepared_frees_all_at_o
         assert b" 429 " in await late.head()
     begin = time.monotonic()
     for client in clients:
+        no_linger = struct.pack("ii", 1, 0)  # closes with a reset
+        client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         client.writer.transport.abort()
     await until_slowly(lambda: not served.admission.num_sequences and not pool._busy and served.bodies.num_bytes == 0)
     assert time.monotonic() - begin < 2 and not spinning.engine.requests

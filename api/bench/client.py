@@ -73,6 +73,7 @@ async def _tokenize(session: aiohttp.ClientSession, base_url: str, body: dict[st
         return ()
 
 
+
 def request_body(target: Target, sample: Sample) -> dict[str, object]:
     body: dict[str, object] = {
         "model": target.model,

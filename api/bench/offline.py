@@ -1,6 +1,6 @@
 """`fuseline bench offline`: prompt processing and generation speed of an engine in this process, without HTTP.
 
-fuseline bench offline MODEL --input-lens 256,2048 --output-len 64 --batches 1,16
+    fuseline bench offline MODEL --input-lens 256,2048 --output-len 64 --batches 1,16
 """
 
 from __future__ import annotations
@@ -132,3 +132,5 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--repeats must be 1 to {MAX_REPEATS}")
     if options.output_len < 1:
         raise ConfigError("--output-len must be 1 or more")
+
+
