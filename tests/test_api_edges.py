@@ -46,6 +46,7 @@ async def test_the_headers_of_a_stream_are_its_own() -> None:
                 server.engine.step("length")
                 await until(lambda: server.engine.num_in_flight == 0)
                 server.engine.requests.clear()
+                server.engine.num_steps = 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
