@@ -23,6 +23,7 @@ from fuseline.api.output.events import Prompt
 from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.logprobs import LogprobWriter
 from fuseline.api.output.openai_completion import Shape
+from fuseline.api.output.pace import Turns
 from fuseline.api.output.response import Run
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.bodies import Bodies
@@ -60,6 +61,7 @@ class Served:
     bodies: Bodies
     metrics: Metrics | None
     admission: Admission
+    turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     num_requests: int = 0
@@ -99,7 +101,7 @@ class Served:
             wants_logprobs=answer.num_logprobs is not None, num_top=answer.num_logprobs or 0,
             wants_ids=answer.wants_ids, include_usage=answer.include_usage or config.enable_force_include_usage,
             continuous_usage=answer.continuous_usage, shows_cached=config.enable_prompt_tokens_details,
-            role=answer.role, echo=answer.echo,
+            role=answer.role, echo=answer.echo, turns=self.turns,
         )  # fmt: skip
 
     def runs(self, prepared: Prepared, prompts: list[Prompt], label: str) -> list[Run]:
@@ -121,7 +123,8 @@ class Served:
             priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
         )  # fmt: skip
         options = TextOptions(
-            answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens, config.stream_interval
+            answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens, config.stream_interval,
+            self.turns,
         )
         watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
         return Generation(engine_request, self.tokenizer, options, watch)

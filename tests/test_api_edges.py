@@ -19,6 +19,8 @@ from fuseline.api.config_resolve import resolve
 from fuseline.api.output.events import Prompt, PromptInfo, TextDelta
 from fuseline.api.output.logprobs import LogprobWriter
 from fuseline.api.output.openai_completion import CompletionWriter, Shape
+from fuseline.api.output.outbox import WRITE_BYTES, Outbox
+from fuseline.api.output.pace import Pace, Turns
 from fuseline.api.served import load_tokenizer
 from fuseline.api.server import bind
 from fuseline.engine.client import EngineDeadError
@@ -166,6 +168,46 @@ async def test_the_log_probabilities_of_an_echo_are_written_in_slices() -> None:
         assert {len(values) for values in shown.values()} == {NUM_POSITIONS + 1}
         assert shown["token_logprobs"][:2] == [None, -1.5] and len(shown["top_logprobs"][1]) == 21
         assert shown["text_offset"][1] == len(shown["tokens"][0])
+
+
+async def test_answers_that_are_encoded_at_the_same_time_take_turns() -> None:
+    """However many there are, a round of the event loop has one slice of one of them."""
+    gaps = [0.0]
+    ticking = asyncio.create_task(tick(gaps))
+    turns = Turns()
+
+    async def work() -> None:
+        pace = Pace(turns)
+        for _ in range(20):
+            time.sleep(0.002)
+            await pace.rest()
+
+    await asyncio.gather(*(work() for _ in range(20)))
+    ticking.cancel()
+    assert sorted(gaps)[-3] < 0.02, sorted(gaps)[-5:]  # the first round begins all of them
+
+
+async def test_a_cancelled_answer_does_not_keep_its_turn() -> None:
+    turns = Turns()
+    waiting = [asyncio.create_task(turns.wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    waiting[1].cancel()
+    await asyncio.wait_for(waiting[2], 1)
+    await asyncio.wait_for(turns.wait(), 1)
+
+
+async def test_a_write_takes_so_many_bytes_and_loses_none() -> None:
+    outbox = Outbox(0)
+    sent = [b"%04d" % k * size for k, size in enumerate((1, 30_000, 40_000, 1, 200_000, 1, 1, 10))]
+    for event in sent:
+        outbox.add(event)
+    outbox.close()
+    taken = []
+    while written := await outbox.take():
+        taken.append(written)
+    assert b"".join(taken) == b"".join(sent) and len(taken) > 2
+    assert all(len(written) <= WRITE_BYTES or written in sent for written in taken)
 
 
 def encode(chunk: dict[str, Any]) -> bytes:

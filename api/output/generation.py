@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fuseline.api.errors import ApiError
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.interval import Interval
-from fuseline.api.output.pace import Pace
+from fuseline.api.output.pace import Pace, Turns
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.encode import TextTokenizer
@@ -26,6 +26,8 @@ class TextOptions:
     min_tokens: int = 0
     interval: int = 1
     """Tokens of a choice that a delta waits for."""
+    turns: Turns = field(default_factory=Turns)
+    """Shared by all answers of a server."""
 
 
 class Generation:
@@ -38,6 +40,7 @@ class Generation:
         self._choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
         self._num_open = len(self._choices)
         self._interval = options.interval
+        self._turns = options.turns
 
     async def run(
         self, client: EngineClient, sink: Callable[[Event], None], open_prompt: Callable[[PromptInfo], Awaitable[None]]
@@ -54,7 +57,7 @@ class Generation:
                     watch.see_output(output)
                     if output.num_cached_tokens or output.prompt_logprobs is not None:
                         await open_prompt(PromptInfo(output.num_cached_tokens, output.prompt_logprobs))
-                        pace = None if output.prompt_logprobs is None else Pace()  # each choice may repeat them
+                        pace = Pace(self._turns)  # each choice may repeat the prompt's log-probabilities
                     for event in self._take(output):
                         watch.see(event)
                         deliver(event)

@@ -22,7 +22,7 @@ class ChatWriter:
         self._totals = Totals(prompt=len(prompt.ids))
         self._info = PromptInfo()
         self._text = [[shape.echo] for _ in range(n)]
-        self._pace = Pace()
+        self._pace = Pace(shape.turns)
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
         self._ends: list[Done | None] = [None] * n

@@ -9,7 +9,7 @@ import msgspec
 
 from fuseline.api.output.events import Event, Prompt, PromptInfo, TextDelta
 from fuseline.api.output.logprobs import CompletionLogprobs, LogprobWriter, encode_slices
-from fuseline.api.output.pace import Pace
+from fuseline.api.output.pace import Pace, Turns
 from fuseline.engine.messages import PositionLogprobs
 
 
@@ -29,6 +29,8 @@ class Shape:
     shows_cached: bool = False
     role: str = "assistant"
     echo: str = ""
+    turns: Turns = field(default_factory=Turns)
+    """Shared by all answers of a server."""
 
 
 @dataclass
@@ -63,7 +65,7 @@ class CompletionWriter:
         self._shape, self._prompts, self._n = shape, prompts, n
         self._choices = [_Choice() for _ in range(len(prompts) * n)]
         self._totals = Totals(prompt=sum(len(prompt.ids) for prompt in prompts))
-        self._pace = Pace()
+        self._pace = Pace(shape.turns)
         self._echoes: dict[int, CompletionLogprobs] = {}
         """Log-probabilities of the prompts that are repeated, by the number of their first choice."""
 
@@ -73,7 +75,7 @@ class CompletionWriter:
         self._totals.cached += info.num_cached_tokens
         if prompt.echo is not None and self._shape.wants_logprobs and info.prompt_logprobs is not None:
             made = CompletionLogprobs(self._shape.writer)
-            await made.extend(info.prompt_logprobs, prompt.ids, self._pace)
+            await made.extend(info.prompt_logprobs, prompt.ids, Pace(self._shape.turns))
             self._echoes[prompt.first] = made
 
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.output.events import Event, Prompt, PromptInfo
 from fuseline.api.output.generation import Generation
-from fuseline.api.output.outbox import Outbox
+from fuseline.api.output.outbox import WRITE_BYTES, Outbox
 from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
@@ -33,8 +33,6 @@ STREAM_HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-WRITE_BYTES = 262144
-"""Most bytes that one write hands to a connection."""
 STARTED_AT_ONCE = 16
 """Prompts of a request that start without a pause: 2 to 3 ms."""
 Run = tuple[Prompt, Callable[[], Generation]]

@@ -91,7 +91,9 @@ class PromptPool:
             raise job.refusal(self._timeout, self._lane.least) from error
         except (EOFError, OSError) as error:
             LOG.error("a process that prepares requests ended while it worked on one (%s)", kind)
-            message = "the process that read, rendered and encoded the request ended; the request may be too large"
+            message = (
+                "the process that read, rendered and encoded the request ended; it may take too much (--prompt-memory)"
+            )
             raise ApiError(503, message, code="prompt_worker_ended") from error
         finally:
             job.end()
