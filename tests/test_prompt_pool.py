@@ -153,3 +153,17 @@ async def test_a_process_answers_as_the_server_itself() -> None:
                 assert reply == expected, name
     finally:
         pool.close()
+
+
+async def test_processes_are_used_again() -> None:
+    """However many requests come at once, those that are quick need as many processes as there are places."""
+    pool = PromptPool(settings(), 2)
+    try:
+        assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+        used: set[int] = set()
+        for _ in range(3):
+            await asyncio.gather(*(pool.prepare("chat", [chat()]) for _ in range(40)))
+            used |= {process._process.pid for process in pool._idle}
+        assert len(used) <= 6  # two places, two kept ready, and room for two that a busy machine made slow
+    finally:
+        pool.close()

@@ -92,7 +92,7 @@ class PromptPool:
         except (EOFError, OSError) as error:
             LOG.error("a process that prepares requests ended while it worked on one (%s)", kind)
             message = (
-                "the process that read, rendered and encoded the request ended; it may take too much (--prompt-memory)"
+                "the process that read, rendered and encoded the request ended, maybe for --prompt-memory"
             )
             raise ApiError(503, message, code="prompt_worker_ended") from error
         finally:
@@ -160,7 +160,7 @@ class PromptPool:
             yield process
         finally:
             self._busy.remove(process)
-            if process.is_free and not self._is_closed and len(self._idle) < max(self._size, self._lane.num_ready):
+            if process.is_free and not self._is_closed and len(self._idle) < self._size + self._lane.num_ready:
                 self._idle.append(process)
             else:
                 process.kill()
