@@ -1,4 +1,4 @@
-"""What one request may ask for, and how much all of them together: checked before anything is rendered or encoded."""
+"""Admission: the sizes one request may ask for, and the number of sequences of all requests together."""
 
 from __future__ import annotations
 

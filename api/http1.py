@@ -270,7 +270,7 @@ class Connection(HttpToolsProtocol):
             self._arm(self._limits.idle_seconds, self.transport.close)
 
     def _close(self) -> None:
-        """What a client still sends of a request is read for a moment: a reset would overtake the answer."""
+        """Read the rest of a request for a moment before closing: a reset would overtake the answer."""
         if self._is_half_closed or not (self._is_deaf or self._phase == "body"):
             self.transport.close()
             return
@@ -302,7 +302,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(ApiError(408, f"the {flag} of the request took too long to arrive (--request-{flag}-timeout)"))
 
     def _look_at_peer(self, probe_at: float) -> None:
-        """Of a half-closed client: has it reset the connection? Ask, where nothing has been written yet."""
+        """Look whether a half-closed client has reset the connection; probe it where nothing has been written yet."""
         if self.transport.is_closing():
             return
         if _is_reset(self.transport.get_extra_info("socket")):

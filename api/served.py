@@ -1,4 +1,4 @@
-"""What every route works with: the model being served, its tokenizer, template, limits and engine."""
+"""The served model as all routes see it: its tokenizer, template, limits and engine."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Served:
         return [Prompt(prompt.ids, k * n, prompt.echo) for k, prompt in enumerate(prepared.prompts)]
 
     def shape(self, prepared: Prepared, id: str) -> Shape:
-        """What all chunks of the answer share."""
+        """The fields that all chunks of the answer share."""
         answer, config = prepared.answer, self.config
         shows_ids = config.return_tokens_as_token_ids if answer.shows_ids is None else answer.shows_ids
         return Shape(

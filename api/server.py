@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("fuseline.server")
 OnPhase = Callable[[str], None]
 ENGINE_PHASES = {("capturing", False): "engine imports", ("capturing", True): "graph", ("loading", True): "weights"}
-"""What ends when the engine tells of this progress: (phase, whether it is complete)."""
+"""(progress of the engine, whether it is complete) -> the phase of the start that ends with it."""
 
 
 def run_server(config: ServerConfig, on_phase: OnPhase | None = None) -> int:

@@ -20,6 +20,8 @@ from fuseline.engine.messages import EngineRequest, TokenOutput
 
 @dataclass(frozen=True)
 class TextOptions:
+    """Options that decide how a choice's tokens become text."""
+
     stops: Sequence[str] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
@@ -31,7 +33,7 @@ class TextOptions:
 
 
 class Generation:
-    """Used once."""
+    """Runs one prompt through the engine, once."""
 
     def __init__(
         self, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions, watch: RequestWatch

@@ -19,7 +19,7 @@ Positions = Sequence[PositionLogprobs | None]
 
 
 class LogprobWriter:
-    """Knows how tokens are spelled."""
+    """Writes log-probabilities, with tokens spelled as text or as token_id:N."""
 
     def __init__(self, tokenizer: TextTokenizer | None, as_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -112,7 +112,7 @@ class CompletionLogprobs:
             await pace.rest()
 
     def add(self, positions: Positions, tokens: Sequence[int]) -> None:
-        """Adds a few positions at once."""
+        """Encode a few positions without a pause."""
         if not tokens:
             return
         out = self._writer.completion(positions, tokens, self._offset)
@@ -126,7 +126,7 @@ class CompletionLogprobs:
 
 
 async def encode_slices(write: Callable[[Positions], list], positions: Positions, pace: Pace) -> msgspec.Raw:
-    """What `write` makes of the positions, as one list."""
+    """Encode the positions with `write`, in slices, as one JSON list."""
     made = JsonList()
     for at in range(0, len(positions), SLICE):
         made.extend(write(positions[at : at + SLICE]))

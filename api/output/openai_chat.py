@@ -69,7 +69,7 @@ class ChatWriter:
         return [*pieces, b"]," + msgspec.json.encode(await self._tail())[1:]]
 
     async def _tail(self) -> dict[str, Any]:
-        """What stands behind the choices."""
+        """The fields that follow the choices."""
         positions = self._info.prompt_logprobs
         scores = None
         if positions is not None:

@@ -15,7 +15,7 @@ from fuseline.engine.messages import PositionLogprobs
 
 @dataclass
 class Shape:
-    """What all chunks of one answer share, and what was asked for."""
+    """Fields that all chunks of one answer share, and the options of the request."""
 
     id: str
     created: int
@@ -163,7 +163,7 @@ class CompletionWriter:
         return made.raw()
 
     def _echo_logprobs(self, prompt: Prompt) -> CompletionLogprobs:
-        """What a choice's log-probabilities begin with: those of the prompt, if they are repeated."""
+        """The beginning of a choice's log-probabilities: those of the prompt, if they are repeated, else none."""
         echo = self._echoes.get(prompt.first)
         return CompletionLogprobs(self._shape.writer) if echo is None else echo.copy()
 

@@ -42,7 +42,7 @@ class Outbox:
         self.close()
 
     async def take(self) -> bytes:
-        """What has been added, WRITE_BYTES of it at most; waits for it. Empty once closed and taken."""
+        """Take the events added so far, WRITE_BYTES at most; waits for one. Empty once closed and taken."""
         while not self._events and not self._is_closed:
             self._waiter = self._loop.create_future()
             await self._waiter
@@ -68,7 +68,7 @@ class Outbox:
 
 
 def _count_within(events: list[bytes], limit: int) -> int:
-    """How many events, one at least, have `limit` bytes at most."""
+    """Number of events, one at least, that have `limit` bytes at most."""
     size = 0
     for count, event in enumerate(events):
         size += len(event)

@@ -1,4 +1,4 @@
-"""What metrics and the request log learn of one prompt in the engine."""
+"""Metrics and log lines of one prompt in the engine."""
 
 from __future__ import annotations
 

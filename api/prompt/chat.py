@@ -52,7 +52,7 @@ class ChatRenderer:
         return RenderedChat(_cut_after_last(text, messages[-1]) if continues else text, adds and not continues)
 
     def _variables(self, fields: Any) -> dict[str, Any]:
-        """What the template sees beside the messages."""
+        """Variables of the template beside the messages."""
         self._check(fields)
         own = fields.chat_template_kwargs or {}
         chosen = getattr(fields, "tool_choice", None)

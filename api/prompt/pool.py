@@ -22,10 +22,10 @@ LOG = logging.getLogger("fuseline.prompts")
 
 @dataclass(frozen=True)
 class Lane:
-    """How a pool shares its processes among requests of one size class."""
+    """Policy by which a pool shares its processes among requests of one size class."""
 
     niceness: int
-    """How far its processes stand behind the engine where both want the same core."""
+    """Niceness of its processes: how far the engine goes first where both want the same core."""
     patience: float
     """Seconds after which a request is slow: it runs on, but others take its place."""
     slow_per_place: int

@@ -18,7 +18,7 @@ class Message(Fields):
 
 
 class ChatFields(BaseModel):
-    """What decides how a conversation becomes a prompt."""
+    """Fields that decide how a conversation becomes a prompt."""
 
     messages: list[Message]
     add_generation_prompt: bool | None = None

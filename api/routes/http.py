@@ -1,4 +1,4 @@
-"""What the routes share: reading a body, having it prepared, response ids."""
+"""Helpers of all routes: reading a body, having it prepared, response ids."""
 
 from __future__ import annotations
 
