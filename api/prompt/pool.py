@@ -91,9 +91,7 @@ class PromptPool:
             raise job.refusal(self._timeout, self._lane.least) from error
         except (EOFError, OSError) as error:
             LOG.error("a process that prepares requests ended while it worked on one (%s)", kind)
-            message = (
-                "the process that read, rendered and encoded the request ended, maybe for --prompt-memory"
-            )
+            message = "the process that read, rendered and encoded the request ended, maybe for --prompt-memory"
             raise ApiError(503, message, code="prompt_worker_ended") from error
         finally:
             job.end()
@@ -111,6 +109,8 @@ class PromptPool:
             async with asyncio.timeout(self._timeout):
                 await waiter
         except TimeoutError as error:
+            if not waiter.cancelled():  # the place has come at the last moment
+                return
             message = "too many requests are being read, rendered and encoded; try again later"
             raise ApiError(503, message, code="prompt_workers_busy", retry_after=5) from error
         except asyncio.CancelledError:
