@@ -1,4 +1,4 @@
-"""What one request may ask for, and how much all of them together: checked before anything is rendered or encoded."""
+"""Admission: the sizes one request may ask for, and the number of sequences of all requests together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fuseline.api.protocol.common import GenerateRequest
 
 
 class Admission:
-    """Counts sequences (prompts x n) from the moment they are taken in until their answer has ended."""
+    """Counts sequences (prompts x n), one for a request that is being prepared, until their answer has ended."""
 
     def __init__(self, config: ServerConfig) -> None:
         scheduler = config.engine.scheduler
@@ -21,15 +21,18 @@ class Admission:
         self.num_sequences = 0
 
     @contextmanager
-    def take(self, num_sequences: int) -> Iterator[None]:
-        """Hold places for as many sequences. Raises ApiError 429 when they do not all fit (SPEC D19)."""
-        if self.num_sequences + num_sequences > self._capacity:
-            raise self._full(num_sequences)
-        self.num_sequences += num_sequences
+    def hold(self) -> Iterator[Places]:
+        """The places of one request, none at first; all are given back at the end."""
+        places = Places(self)
         try:
-            yield
+            yield places
         finally:
-            self.num_sequences -= num_sequences
+            self.num_sequences -= places.num_sequences
+
+    def check_room(self, num_more: int, num_sequences: int) -> None:
+        """Raises ApiError 429 when so many more, of a request's `num_sequences`, do not all fit (SPEC D19)."""
+        if self.num_sequences + num_more > self._capacity:
+            raise self._full(num_sequences)
 
     def _full(self, num_sequences: int) -> ApiError:
         message = "too many requests are waiting; try again later"
@@ -52,6 +55,21 @@ class Admission:
             flag = f"max_{field}"
             _at_most(getattr(config, flag), len(getattr(request, field) or ()), field, "entries", flag)
         return num_prompts * n
+
+
+class Places:
+    """The sequences that one request is counted for."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.num_sequences = 0
+
+    def take(self, num_sequences: int) -> None:
+        """Be counted for so many from now on. Raises ApiError 429 when they do not all fit."""
+        num_more = num_sequences - self.num_sequences
+        self._admission.check_room(num_more, num_sequences)
+        self._admission.num_sequences += num_more
+        self.num_sequences = num_sequences
 
 
 def _at_most(limit: int, found: int, field: str, things: str, flag: str) -> None:

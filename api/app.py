@@ -22,7 +22,7 @@ from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddle
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.routes import chat, completions, operation, tokenizer, web
 from fuseline.api.served import build_served, load_tokenizer
-from fuseline.engine.client import EngineClient
+from fuseline.engine.client import EngineClient, EngineDeadError
 from fuseline.engine.messages import EngineReady
 
 LOG = logging.getLogger("fuseline.http")
@@ -60,7 +60,7 @@ def build_app(
         app.include_router(routes)
     if config.dev_mode:
         app.include_router(operation.dev_router)
-    for kind in (ApiError, HTTPException, RequestValidationError, Exception):
+    for kind in (ApiError, EngineDeadError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_incomplete)
     _add_middleware(app, config)

@@ -158,7 +158,7 @@ def help_line(flag: Flag) -> str:
 
 
 def converter(flag: Flag) -> Callable[[str], object]:
-    """What turns the text of one value into the field's value; raises ArgumentTypeError."""
+    """Return the function that parses one value's text; it raises ArgumentTypeError."""
     if flag.kind == "int" and flag.name in tables.HUMAN_INTS:
         return human_int
     kinds = {"int": int, "float": float, "str": text_or_unset, "json": json_object, "json-list": json_list}

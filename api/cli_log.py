@@ -25,7 +25,7 @@ def configure_logging(config: ServerConfig) -> None:
         logger.setLevel(config.logging_level)
     log = logging.getLogger("fuseline.config")
     if config.enable_sleep_mode:
-        log.info("sleep mode: level 1 gives back the KV memory (a card's weights move to the host), 2 the weights too")
+        log.info("sleep mode: level 1 gives back the KV memory (a GPU's weights move to the host), 2 the weights too")
     for line in without_effect(config):
         log.warning(line)
 

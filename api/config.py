@@ -1,4 +1,4 @@
-"""What the server is told: `ServerConfig` (frozen, the engine's inside), and the one reader of the environment."""
+"""Settings of the server: `ServerConfig` (frozen, the engine's inside), and the one reader of the environment."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ServerConfig:
     skip_tokenizer_init: bool = False
     """Load no tokenizer: only token-id prompts, answers carry ids."""
     task: Literal["auto", "generate", "embedding", "embed", "classify", "score", "reward", "transcription"] = "auto"
-    """What the server does with the model."""
+    """Kind of work the server does with the model."""
     generation_config: str = ""
     """Sampling defaults: empty takes none, auto reads generation_config.json of the model, else of that directory."""
     override_generation_config: JsonObject = ()
@@ -54,7 +54,7 @@ class ServerConfig:
     enforce_eager: bool = False
     """No compiled regions (level 1 at most) and no device graphs."""
     max_seq_len_to_capture: int = 8192
-    """Longest sequence, in tokens, of a step that a card replays as a graph."""
+    """Longest sequence, in tokens, of a step that a GPU replays as a graph."""
 
     host: str = "127.0.0.1"
     """Address to listen on; give 0.0.0.0 to be reached from outside."""
@@ -87,7 +87,7 @@ class ServerConfig:
     disable_frontend_multiprocessing: bool = False
     """Run the engine in a thread of the server process."""
     enable_sleep_mode: bool = False
-    """Allow POST /sleep (a development route) to give memory back: KV and weights, on a CPU as on a card."""
+    """Allow POST /sleep (a development route) to give memory back: KV and weights, on a CPU as on a GPU."""
     max_num_prompts: int = 1024
     """Prompts of one request."""
     max_n: int = 128
@@ -106,6 +106,8 @@ class ServerConfig:
     """Bytes of a request's line and headers; more get 431."""
     h11_max_header_count: int = 256
     """Headers of a request; more get 431."""
+    max_pipelined_requests: int = 100
+    """Requests that may wait on one connection for the answers before theirs; more get 429."""
     request_header_timeout: float = 10.0
     """Seconds that a request's line and headers may take to arrive; then 408."""
     request_body_timeout: float = 30.0
@@ -159,13 +161,15 @@ class ServerConfig:
     """Most entries that logit_bias, allowed_token_ids, stop_token_ids and bad_words may have together, counted once
     for each choice of each prompt."""
     prompt_workers: int = 2
-    """Processes that render and encode large requests, and as many again that do so for short conversations. 0 does it
-    all in the server's process, where a large request delays the others."""
+    """Large requests that are rendered and encoded at the same time, each in a process, and as many short conversations
+    again. Those that turn out slow run on in more processes: one for each of these places, four for short ones. 0 does
+    it all in the server's process, where a large request delays the others."""
     prompt_timeout: float = 30.0
     """Seconds that reading, rendering and encoding one request may take in such a process; it is ended then and the
-    request refused with 400."""
+    request refused with 400. While others wait it may be refused sooner, with 503. A chat template that takes as long
+    for one short message ends the start."""
     prompt_memory: int = 2 * 2**30
-    """Bytes of memory that such a process may take for one request."""
+    """Bytes of memory that such a process may take for one request; an eighth of it for a short conversation."""
 
     disable_log_requests: bool = False
     """No log line per request."""

@@ -17,8 +17,9 @@ MINIMA: dict[str, float] = {
     "chunked_prefill_size": 0, "cpu_offload_gb": 0, "kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1,
     "max_logprobs": -1, "stream_interval": 1, "port": 0, "max_seq_len_to_capture": 1, "shutdown_timeout": 0,
     "sse_keep_alive_interval": 0, "max_log_len": 0, "h11_max_incomplete_event_size": 1024, "h11_max_header_count": 8,
-    "request_header_timeout": 0.1, "request_body_timeout": 0.1, "request_body_min_rate": 1, "keep_alive_timeout": 0,
-    "response_write_timeout": 0.1, "max_num_prompts": 1, "max_n": 1, "max_stop_strings": 0, "max_stop_length": 1,
+    "max_pipelined_requests": 1, "request_header_timeout": 0.1, "request_body_timeout": 0.1,
+    "request_body_min_rate": 1, "keep_alive_timeout": 0, "response_write_timeout": 0.1,
+    "max_num_prompts": 1, "max_n": 1, "max_stop_strings": 0, "max_stop_length": 1,
     "max_logit_bias": 0, "max_bad_words": 0, "max_stop_token_ids": 0, "max_request_bytes": 1, "max_prompt_bytes": 1,
     "max_messages": 1, "max_token_rules": 0, "prompt_workers": 0, "prompt_timeout": 0.1, "prompt_memory": 64 * 2**20,
 }  # fmt: skip

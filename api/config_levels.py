@@ -55,10 +55,10 @@ KEYS: dict[str, LevelKey] = {
         lambda value: value in ([], ()), "can only be an empty list (one plan serves every size)", "none may be given"
     ),
     "cudagraph_capture_sizes": LevelKey(
-        _is_sizes, "is a list of numbers above 0", "on a card: sequences of the decode steps that are captured", True
+        _is_sizes, "is a list of numbers above 0", "on a GPU: sequences of the decode steps that are captured", True
     ),
     "cudagraph_num_of_warmups": LevelKey(
-        _is_count, "is a number, 0 or more", "on a card: runs before each capture, one at least", True
+        _is_count, "is a number, 0 or more", "on a GPU: runs before each capture, one at least", True
     ),
     "custom_ops": LevelKey(
         _is_names, "is a list of all, none, +NAME and -NAME",
@@ -66,7 +66,7 @@ KEYS: dict[str, LevelKey] = {
     ),
     "pass_config": LevelKey(_is_switches, "maps names of passes to true or false", "false leaves a pass out"),
     "splitting_ops": LevelKey(
-        _is_names, "is a list of names", "ops beside attention at which a card's graphs of mixed steps end",
+        _is_names, "is a list of names", "ops beside attention at which a GPU's graphs of mixed steps end",
         is_for_cards=True,
     ),
     "use_inductor": LevelKey(lambda value: isinstance(value, bool), "is true or false", "false compiles no regions"),
@@ -129,7 +129,7 @@ def level_values(levels: Mapping[str, object], given: Mapping[str, object]) -> d
 
 
 def graph_config(levels: Mapping[str, object], given: Mapping[str, object]) -> GraphConfig:
-    """Which graphs a card captures."""
+    """The graphs that a GPU captures."""
     return GraphConfig(
         sizes=tuple(levels.get("cudagraph_capture_sizes") or ()),
         enabled=not given.get("enforce_eager"),

@@ -28,8 +28,7 @@ LINGER_SECONDS = 5.0
 PEER_SECONDS = 0.5
 """Between two looks at a connection whose client has shut down its sending side."""
 PROBE_SECONDS = 2.0
-MAX_PIPELINED = 100
-"""Requests of one connection that wait for the answers before theirs."""
+"""Between two probes of such a client, and before the first one."""
 TCP_CLOSE = 7
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 KEEP_ALIVE_OPTIONS = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -41,6 +40,7 @@ class ConnectionLimits:
 
     header_bytes: int
     num_headers: int
+    num_pipelined: int
     header_seconds: float
     body_seconds: float
     body_rate: int
@@ -51,6 +51,7 @@ class ConnectionLimits:
 def connection_limits(config: ServerConfig) -> ConnectionLimits:
     return ConnectionLimits(
         header_bytes=config.h11_max_incomplete_event_size, num_headers=config.h11_max_header_count,
+        num_pipelined=config.max_pipelined_requests,
         header_seconds=config.request_header_timeout, body_seconds=config.request_body_timeout,
         body_rate=config.request_body_min_rate, idle_seconds=config.keep_alive_timeout,
         write_seconds=config.response_write_timeout,
@@ -177,8 +178,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return
-        if len(self.pipeline) >= MAX_PIPELINED:
-            self._refusal = ApiError(429, f"at most {MAX_PIPELINED} requests may wait on one connection")
+        if len(self.pipeline) >= (limit := self._limits.num_pipelined):
+            message = f"at most {limit} requests may wait on one connection (--max-pipelined-requests)"
+            self._refusal = ApiError(429, message)
             raise self._refusal
         version = self.parser.get_http_version()
         url = httptools.parse_url(self.url)
@@ -268,7 +270,7 @@ class Connection(HttpToolsProtocol):
             self._arm(self._limits.idle_seconds, self.transport.close)
 
     def _close(self) -> None:
-        """What a client still sends of a request is read for a moment: a reset would overtake the answer."""
+        """Read the rest of a request for a moment before closing: a reset would overtake the answer."""
         if self._is_half_closed or not (self._is_deaf or self._phase == "body"):
             self.transport.close()
             return
@@ -300,7 +302,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(ApiError(408, f"the {flag} of the request took too long to arrive (--request-{flag}-timeout)"))
 
     def _look_at_peer(self, probe_at: float) -> None:
-        """Of a half-closed client: has it reset the connection? Ask, where nothing has been written yet."""
+        """Look whether a half-closed client has reset the connection; probe it where nothing has been written yet."""
         if self.transport.is_closing():
             return
         if _is_reset(self.transport.get_extra_info("socket")):

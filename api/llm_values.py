@@ -1,4 +1,4 @@
-"""What `LLM` takes and gives: prompts, sampling settings in any shape, frozen outputs."""
+"""Inputs and outputs of `LLM`: prompts, sampling settings in any shape, frozen outputs."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ class Metrics:
 
 
 class FinishedRequest:
-    """What the metrics keep of one engine request while it runs."""
+    """Counts and times of one engine request, kept for the metrics while it runs."""
 
     def __init__(self, num_prompt: int, n: int, max_tokens: int, arrival: float) -> None:
         self.num_prompt, self.n, self.max_tokens, self.arrival = num_prompt, n, max_tokens, arrival

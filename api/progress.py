@@ -1,4 +1,4 @@
-"""What the terminal shows while the engine starts: a bar per phase, then one table."""
+"""Terminal output while the engine starts: a bar per phase, then one table."""
 
 from __future__ import annotations
 

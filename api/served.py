@@ -1,4 +1,4 @@
-"""What every route works with: the model being served, its tokenizer, template, limits and engine."""
+"""The served model as all routes see it: its tokenizer, template, limits and engine."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from fuseline.api.output.events import Prompt
 from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.logprobs import LogprobWriter
 from fuseline.api.output.openai_completion import Shape
+from fuseline.api.output.pace import Turns
 from fuseline.api.output.response import Run
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.bodies import Bodies
 from fuseline.api.prompt.chat import template_text
 from fuseline.api.prompt.encode import TextTokenizer, read_json
-from fuseline.api.prompt.pool import PromptPool
+from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
 from fuseline.api.protocol.common import GenerationDefaults
@@ -40,8 +41,6 @@ SMALL_BYTES = 8192
 """A completion's body up to this size is prepared in this process: less than 10 ms, whatever it holds."""
 SHORT_BYTES = 65536
 """Bodies up to this size have processes of their own, so that they wait for none of the large ones."""
-NICENESS = 5
-"""Of the processes for large bodies, which may not take the cores from the engine."""
 MAX_SHOWN = 32
 """Entries of a list that a log line shows."""
 NO_PARAMS = SamplingParams()
@@ -62,6 +61,7 @@ class Served:
     bodies: Bodies
     metrics: Metrics | None
     admission: Admission
+    turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     num_requests: int = 0
@@ -93,7 +93,7 @@ class Served:
         return [Prompt(prompt.ids, k * n, prompt.echo) for k, prompt in enumerate(prepared.prompts)]
 
     def shape(self, prepared: Prepared, id: str) -> Shape:
-        """What all chunks of the answer share."""
+        """The fields that all chunks of the answer share."""
         answer, config = prepared.answer, self.config
         shows_ids = config.return_tokens_as_token_ids if answer.shows_ids is None else answer.shows_ids
         return Shape(
@@ -101,7 +101,7 @@ class Served:
             wants_logprobs=answer.num_logprobs is not None, num_top=answer.num_logprobs or 0,
             wants_ids=answer.wants_ids, include_usage=answer.include_usage or config.enable_force_include_usage,
             continuous_usage=answer.continuous_usage, shows_cached=config.enable_prompt_tokens_details,
-            role=answer.role, echo=answer.echo,
+            role=answer.role, echo=answer.echo, turns=self.turns,
         )  # fmt: skip
 
     def runs(self, prepared: Prepared, prompts: list[Prompt], label: str) -> list[Run]:
@@ -123,7 +123,8 @@ class Served:
             priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
         )  # fmt: skip
         options = TextOptions(
-            answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens, config.stream_interval
+            answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens, config.stream_interval,
+            self.turns,
         )
         watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
         return Generation(engine_request, self.tokenizer, options, watch)
@@ -170,7 +171,7 @@ def build_served(
         client.on_step.append(metrics.on_step)
     pools = None
     if config.prompt_workers:
-        pools = (PromptPool(settings, config.prompt_workers), PromptPool(settings, config.prompt_workers, NICENESS))
+        pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
         pools[0].start()
     bodies = Bodies(config.max_request_bytes)
     return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))

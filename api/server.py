@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("fuseline.server")
 OnPhase = Callable[[str], None]
 ENGINE_PHASES = {("capturing", False): "engine imports", ("capturing", True): "graph", ("loading", True): "weights"}
-"""What ends when the engine tells of this progress: (phase, whether it is complete)."""
+"""(progress of the engine, whether it is complete) -> the phase of the start that ends with it."""
 
 
 def run_server(config: ServerConfig, on_phase: OnPhase | None = None) -> int:
@@ -62,7 +62,7 @@ def fail(message: str) -> int:
 def bind(config: ServerConfig) -> socket.socket:
     """The listening port, taken before the engine is built. Raises OSError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else asyncio leaves Nagle on
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
@@ -74,13 +74,18 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def prepare(config: ServerConfig) -> TextTokenizer | None:
-    """What takes long and needs no engine, done while that starts: imports and the tokenizer. Raises ConfigError."""
+    """Imports, the tokenizer and a trial of the template, while the engine starts. Raises ConfigError."""
     import uvicorn  # noqa: F401
 
     from fuseline.api import app, http1  # noqa: F401
+    from fuseline.api.prompt.chat import template_text
+    from fuseline.api.prompt.template_check import check_template
     from fuseline.api.served import load_tokenizer
 
-    return load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
+    if tokenizer and (text := template_text(config.chat_template, tokenizer.chat_template)):
+        check_template(config, text, tokenizer.special_tokens)
+    return tokenizer
 
 
 class _Server:

@@ -17,8 +17,15 @@ from test_api_writes import SteppedEngine, open_app
 from fuseline.api.http1 import Connection, ConnectionLimits
 
 LIMITS = ConnectionLimits(
-    header_bytes=8192, num_headers=20, header_seconds=5, body_seconds=5, body_rate=4096, idle_seconds=5, write_seconds=5
-)
+    header_bytes=8192,
+    num_headers=20,
+    num_pipelined=100,
+    header_seconds=5,
+    body_seconds=5,
+    body_rate=4096,
+    idle_seconds=5,
+    write_seconds=5,
+)  # fmt: skip
 
 
 class Client:

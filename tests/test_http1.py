@@ -25,7 +25,8 @@ UPGRADES = [
     ("Connection: Upgrade", "Upgrade: TLS/1.0", "Upgrade: h2c"),
 ]
 FLAGS = {
-    "h11_max_incomplete_event_size": 5000, "h11_max_header_count": 9, "request_header_timeout": 1.0,
+    "h11_max_incomplete_event_size": 5000, "h11_max_header_count": 9, "max_pipelined_requests": 7,
+    "request_header_timeout": 1.0,
     "request_body_timeout": 2.0, "request_body_min_rate": 3, "keep_alive_timeout": 4.0, "response_write_timeout": 5.0,
 }  # fmt: skip
 TOKENIZE = b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\n"
@@ -45,8 +46,8 @@ async def echo(scope: dict, receive: Any, send: Any) -> None:
 
 
 def test_flags_reach_the_connection() -> None:
-    assert connection_limits(resolve(FLAGS)) == ConnectionLimits(5000, 9, 1.0, 2.0, 3, 4.0, 5.0)
-    assert connection_limits(resolve({})) == ConnectionLimits(65536, 256, 10.0, 30.0, 4096, 5.0, 60.0)
+    assert connection_limits(resolve(FLAGS)) == ConnectionLimits(5000, 9, 7, 1.0, 2.0, 3, 4.0, 5.0)
+    assert connection_limits(resolve({})) == ConnectionLimits(65536, 256, 100, 10.0, 30.0, 4096, 5.0, 60.0)
 
 
 async def error_of(client: Client) -> tuple[int, dict, dict]:

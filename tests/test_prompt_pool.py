@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from prompt_cases import SPINNING, body, chat, preparer, settings, turned_on
 
 from fuseline.api.errors import ApiError
-from fuseline.api.prompt.pool import PromptPool
+from fuseline.api.prompt.pool import SHORT, PromptPool
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
 
 FLAGS = {"chat_template": SPINNING, "prompt_timeout": 2.0, "prompt_memory": 256 * 2**20, "max_prompt_bytes": 10**6}
@@ -67,16 +68,59 @@ async def test_a_client_that_leaves_frees_its_place(pool: PromptPool) -> None:
     assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
 
 
-async def test_requests_wait_for_a_place_and_are_refused_after_their_time() -> None:
-    pool = PromptPool(settings(**{**FLAGS, "prompt_timeout": 0.5}), 1)
+QUICK = replace(SHORT, least=0.4)
+
+
+async def test_requests_that_hang_run_on_beside_others_until_there_are_too_many() -> None:
+    """One place and four slow requests: the fifth one that hangs lets the first one go in words."""
+    pool = PromptPool(settings(**FLAGS), 1, QUICK)
     try:
+        assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
         results = await asyncio.gather(
-            *(pool.prepare("chat", [turned_on("spin")]) for _ in range(3)), return_exceptions=True
+            *(pool.prepare("chat", [turned_on("spin")]) for _ in range(6)), return_exceptions=True
         )
     finally:
         pool.close()
-    codes = sorted(error.code for error in results)
-    assert codes[0] == "prompt_workers_busy" and codes[-1] == "request_too_slow"
+    codes = [error.code for error in results]
+    assert set(codes) == {"prompt_workers_busy", "request_too_slow"} and codes.count("request_too_slow") >= 4
+    assert all((error.status == 503) == (error.code == "prompt_workers_busy") for error in results)
+    assert pool._num_free == 1 and not pool._busy and not pool._slow and not pool._waiting
+
+
+@pytest.mark.parametrize("num_hung", [2, 7, 40])
+async def test_a_crowd_of_requests_that_hang_delays_no_other(num_hung: int) -> None:
+    pool = PromptPool(settings(**{**FLAGS, "prompt_timeout": 20.0}), 2, QUICK)
+    try:
+        assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+        hung = [asyncio.create_task(pool.prepare("chat", [turned_on("spin")])) for _ in range(num_hung)]
+        waits = []
+        for _ in range(8):
+            await asyncio.sleep(0.05)
+            begin = time.monotonic()
+            assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+            waits.append(time.monotonic() - begin)
+        assert not all(task.done() for task in hung)
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
+        assert sorted(waits)[4] < 1.0 and max(waits) < 3.0, waits
+        assert pool._num_free == 2 and not pool._busy and not pool._slow and not pool._waiting
+    finally:
+        pool.close()
+
+
+async def test_a_place_that_comes_as_its_request_leaves_is_not_lost() -> None:
+    pool = PromptPool(settings(**FLAGS), 1, QUICK)
+    try:
+        await pool._take_place()
+        leaving = asyncio.create_task(pool._take_place())
+        await asyncio.sleep(0)
+        pool.give_place()
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert pool._num_free == 1 and not pool._waiting
+    finally:
+        pool.close()
 
 
 CASES = {
@@ -107,5 +151,19 @@ async def test_a_process_answers_as_the_server_itself() -> None:
                 assert b"".join(reply.pieces) == b"".join(expected.pieces), name
             else:
                 assert reply == expected, name
+    finally:
+        pool.close()
+
+
+async def test_processes_are_used_again() -> None:
+    """However many requests come at once, those that are quick need as many processes as there are places."""
+    pool = PromptPool(settings(), 2)
+    try:
+        assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
+        used: set[int] = set()
+        for _ in range(3):
+            await asyncio.gather(*(pool.prepare("chat", [chat()]) for _ in range(40)))
+            used |= {process._process.pid for process in pool._idle}
+        assert len(used) <= 6  # two places, two kept ready, and room for two that a busy machine made slow
     finally:
         pool.close()

@@ -28,7 +28,7 @@ MAX_REPEATS = 10_000
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured of it. `flops`: of the dtype's products, per second."""
+    """Measured limits of the machine. `flops`: floating-point operations a second of matrix products."""
 
     isa: str
     num_threads: int

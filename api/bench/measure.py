@@ -1,4 +1,4 @@
-"""What is reported. Definitions of `vllm bench serve`.
+"""Reported measurements, defined as in `vllm bench serve`.
 
 TTFT: sending to the first chunk with text. ITL: between such chunks. TPOT: (E2E - TTFT) / (output tokens - 1).
 E2E: sending to the end of the stream. A request waits for a free place (--max-concurrency) before it is sent.

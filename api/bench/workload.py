@@ -1,4 +1,4 @@
-"""What is asked: prompts and lengths of one run, reproducible from a seed."""
+"""Workloads: prompts and lengths of one run, reproducible from a seed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WorkloadConfig:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What prompts are made of: token ids when the server told them, and how many tokens a word costs."""
+    """Source of random prompts: token ids when the server told them, and the tokens that a word costs."""
 
     token_ids: tuple[int, ...] = ()
     tokens_per_word: float = 1.0

@@ -29,7 +29,7 @@ class Detokenizer:
         return new[len(old) :]
 
     def finish(self) -> str:
-        """What is still held, bytes without a character as U+FFFD."""
+        """Return the text that is still held, incomplete characters as U+FFFD."""
         old = self._decode(self._window[: self._num_shown])
         new = self._decode(self._window)
         self._num_shown = len(self._window)

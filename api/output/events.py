@@ -29,7 +29,7 @@ class Done:
 
 @dataclass(slots=True)
 class PromptInfo:
-    """Facts of the prompt: one event, before all others."""
+    """Facts of the prompt; they come with the first output, before its events."""
 
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
@@ -45,4 +45,4 @@ class Prompt:
     info: PromptInfo = field(default_factory=PromptInfo)
 
 
-Event = TextDelta | Done | PromptInfo
+Event = TextDelta | Done

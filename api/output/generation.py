@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.interval import Interval
+from fuseline.api.output.pace import Pace, Turns
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.encode import TextTokenizer
@@ -19,16 +20,20 @@ from fuseline.engine.messages import EngineRequest, TokenOutput
 
 @dataclass(frozen=True)
 class TextOptions:
+    """Options that decide how a choice's tokens become text."""
+
     stops: Sequence[str] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
     interval: int = 1
     """Tokens of a choice that a delta waits for."""
+    turns: Turns = field(default_factory=Turns)
+    """Shared by all answers of a server."""
 
 
 class Generation:
-    """Used once."""
+    """Runs one prompt through the engine, once."""
 
     def __init__(
         self, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions, watch: RequestWatch
@@ -37,37 +42,43 @@ class Generation:
         self._choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
         self._num_open = len(self._choices)
         self._interval = options.interval
-        self._is_started = False
+        self._turns = options.turns
 
-    async def run(self, client: EngineClient, sink: Callable[[Event], None]) -> None:
-        """Hand the events of all choices to `sink` in the order of their tokens.
+    async def run(
+        self, client: EngineClient, sink: Callable[[Event], None], open_prompt: Callable[[PromptInfo], Awaitable[None]]
+    ) -> None:
+        """Hand the prompt's facts to `open_prompt`, then the events of all choices to `sink` in their tokens' order.
 
         Cancelling it aborts the request in the engine. Raises ApiError and EngineDeadError.
         """
         deliver = sink if self._interval == 1 else Interval(self._interval, sink).feed
+        pace: Pace | None = None
         with self._watch as watch:
             async with aclosing(client.generate(self._request)) as outputs:
                 async for output in outputs:
                     watch.see_output(output)
+                    if output.num_cached_tokens or output.prompt_logprobs is not None:
+                        await open_prompt(PromptInfo(output.num_cached_tokens, output.prompt_logprobs))
+                        pace = Pace(self._turns)  # each choice may repeat the prompt's log-probabilities
                     for event in self._take(client, output):
                         watch.see(event)
                         deliver(event)
                     if not self._num_open:
                         return
+                    if pace is not None:
+                        await pace.rest()
 
-    def _take(self, client: EngineClient, output: TokenOutput) -> Iterable[Event]:
+    def _take(self, client: EngineClient, output: TokenOutput) -> Sequence[Event]:
         if output.finish_reason == "error":
             raise _error(output)
         events = self._choices[output.index].take(output)
-        if len(events) > 1 and isinstance(events[-1], Done):
+        is_done = (output.finish_reason is not None or len(events) > 1) and any(isinstance(e, Done) for e in events)
+        if is_done:
             self._num_open -= 1
             if self._num_open and output.finish_reason is None:
                 # Ended by a stop string, of which the engine knows nothing.
                 client.abort_choice(self._request.request_id, output.index)
-        if self._is_started:
-            return events
-        self._is_started = True
-        return (PromptInfo(output.num_cached_tokens, output.prompt_logprobs), *events)
+        return events
 
 
 def _error(output: TokenOutput) -> ApiError:

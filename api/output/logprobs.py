@@ -19,7 +19,7 @@ Positions = Sequence[PositionLogprobs | None]
 
 
 class LogprobWriter:
-    """Knows how tokens are spelled."""
+    """Writes log-probabilities, with tokens spelled as text or as token_id:N."""
 
     def __init__(self, tokenizer: TextTokenizer | None, as_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -81,33 +81,44 @@ class LogprobWriter:
 class JsonList:
     """A list that is encoded while it grows."""
 
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
+    def __init__(self, parts: Sequence[bytes] = ()) -> None:
+        self.parts = list(parts)
 
     def extend(self, items: Sequence[Any]) -> None:
         if items:
-            self._parts.append(msgspec.json.encode(items)[1:-1])
+            self.parts.append(msgspec.json.encode(items)[1:-1])
 
     def raw(self) -> msgspec.Raw:
-        return msgspec.Raw(b"[" + b",".join(self._parts) + b"]")
+        return msgspec.Raw(b"[" + b",".join(self.parts) + b"]")
 
 
 class CompletionLogprobs:
     """choices[].logprobs of one completion, encoded while it grows."""
 
-    def __init__(self, writer: LogprobWriter, offset: int = 0) -> None:
-        """`offset`: characters of the choice's text before the first token."""
+    def __init__(self, writer: LogprobWriter) -> None:
         self._writer = writer
-        self._offset = offset
+        self._offset = 0  # characters of the choice's text so far
         self._lists: dict[str, JsonList] = {}
+
+    def copy(self) -> CompletionLogprobs:
+        made = CompletionLogprobs(self._writer)
+        made._offset = self._offset
+        made._lists = {name: JsonList(items.parts) for name, items in self._lists.items()}
+        return made
 
     async def extend(self, positions: Positions, tokens: Sequence[int], pace: Pace) -> None:
         for at in range(0, len(tokens), SLICE):
-            out = self._writer.completion(positions[at : at + SLICE], tokens[at : at + SLICE], self._offset)
-            for name, items in out.items():
-                self._lists.setdefault(name, JsonList()).extend(items)
-            self._offset = out["text_offset"][-1] + self._writer.length(tokens[min(at + SLICE, len(tokens)) - 1])
+            self.add(positions[at : at + SLICE], tokens[at : at + SLICE])
             await pace.rest()
+
+    def add(self, positions: Positions, tokens: Sequence[int]) -> None:
+        """Encode a few positions without a pause."""
+        if not tokens:
+            return
+        out = self._writer.completion(positions, tokens, self._offset)
+        for name, items in out.items():
+            self._lists.setdefault(name, JsonList()).extend(items)
+        self._offset = out["text_offset"][-1] + self._writer.length(tokens[-1])
 
     def raw(self) -> dict[str, msgspec.Raw]:
         names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
@@ -115,7 +126,7 @@ class CompletionLogprobs:
 
 
 async def encode_slices(write: Callable[[Positions], list], positions: Positions, pace: Pace) -> msgspec.Raw:
-    """What `write` makes of the positions, as one list."""
+    """Encode the positions with `write`, in slices, as one JSON list."""
     made = JsonList()
     for at in range(0, len(positions), SLICE):
         made.extend(write(positions[at : at + SLICE]))

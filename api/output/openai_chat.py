@@ -22,11 +22,15 @@ class ChatWriter:
         self._totals = Totals(prompt=len(prompt.ids))
         self._info = PromptInfo()
         self._text = [[shape.echo] for _ in range(n)]
-        self._pace = Pace()
+        self._pace = Pace(shape.turns)
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
         self._ends: list[Done | None] = [None] * n
         self._is_started = False
+
+    async def open(self, prompt: Prompt, info: PromptInfo) -> None:
+        self._info = info
+        self._totals.cached += info.num_cached_tokens
 
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
         self._take(event)
@@ -65,7 +69,7 @@ class ChatWriter:
         return [*pieces, b"]," + msgspec.json.encode(await self._tail())[1:]]
 
     async def _tail(self) -> dict[str, Any]:
-        """What stands behind the choices."""
+        """The fields that follow the choices."""
         positions = self._info.prompt_logprobs
         scores = None
         if positions is not None:
@@ -74,10 +78,7 @@ class ChatWriter:
         return {**tail, "prompt_token_ids": self._ids.tolist()} if self._shape.wants_ids else tail
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, PromptInfo):
-            self._info = event
-            self._totals.cached += event.num_cached_tokens
-        elif isinstance(event, TextDelta):
+        if isinstance(event, TextDelta):
             self._tokens[event.index] += event.token_ids
             self._logprobs[event.index] += event.logprobs
             self._totals.completion += len(event.token_ids)

@@ -9,13 +9,13 @@ import msgspec
 
 from fuseline.api.output.events import Event, Prompt, PromptInfo, TextDelta
 from fuseline.api.output.logprobs import CompletionLogprobs, LogprobWriter, encode_slices
-from fuseline.api.output.pace import Pace
+from fuseline.api.output.pace import Pace, Turns
 from fuseline.engine.messages import PositionLogprobs
 
 
 @dataclass
 class Shape:
-    """What all chunks of one answer share, and what was asked for."""
+    """Fields that all chunks of one answer share, and the options of the request."""
 
     id: str
     created: int
@@ -29,6 +29,8 @@ class Shape:
     shows_cached: bool = False
     role: str = "assistant"
     echo: str = ""
+    turns: Turns = field(default_factory=Turns)
+    """Shared by all answers of a server."""
 
 
 @dataclass
@@ -63,15 +65,24 @@ class CompletionWriter:
         self._shape, self._prompts, self._n = shape, prompts, n
         self._choices = [_Choice() for _ in range(len(prompts) * n)]
         self._totals = Totals(prompt=sum(len(prompt.ids) for prompt in prompts))
-        self._pace = Pace()
+        self._pace = Pace(shape.turns)
+        self._echoes: dict[int, CompletionLogprobs] = {}
+        """Log-probabilities of the prompts that are repeated, by the number of their first choice."""
+
+    async def open(self, prompt: Prompt, info: PromptInfo) -> None:
+        """Take the facts of the prompt, before any of its text; what echo shows of them is encoded once, in slices."""
+        prompt.info = info
+        self._totals.cached += info.num_cached_tokens
+        if prompt.echo is not None and self._shape.wants_logprobs and info.prompt_logprobs is not None:
+            made = CompletionLogprobs(self._shape.writer)
+            await made.extend(info.prompt_logprobs, prompt.ids, Pace(self._shape.turns))
+            self._echoes[prompt.first] = made
 
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
         index = self._take(prompt, event)
         if isinstance(event, TextDelta):
             chunk = self._delta(prompt, index, event)
             return [] if chunk is None else [self._envelope([chunk], index)]
-        if isinstance(event, PromptInfo):
-            return []
         end = {"index": index, "text": "", "logprobs": None, "finish_reason": event.finish_reason,
                "stop_reason": event.stop_reason}  # fmt: skip
         return [self._envelope([end], index)]
@@ -97,10 +108,6 @@ class CompletionWriter:
         return [*pieces, b"]," + usage[1:]]
 
     def _take(self, prompt: Prompt, event: Event) -> int:
-        if isinstance(event, PromptInfo):
-            prompt.info = event
-            self._totals.cached += event.num_cached_tokens
-            return prompt.first
         index = prompt.first + event.index
         choice = self._choices[index]
         if isinstance(event, TextDelta):
@@ -111,28 +118,28 @@ class CompletionWriter:
             choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
         return index
 
-    def _start(self, prompt: Prompt, index: int) -> tuple[str, list[int], list[PositionLogprobs | None]]:
-        """What echo puts in front of a choice's first text: text, tokens, log-probabilities."""
+    def _start(self, prompt: Prompt, index: int) -> str | None:
+        """Text that echo puts in front of a choice's first one; None where there is none."""
         choice = self._choices[index]
-        if choice.is_started:
-            return "", [], []
+        if choice.is_started or prompt.echo is None:
+            return None
         choice.is_started = True
-        if prompt.echo is None:
-            return "", [], []
         choice.text.append(prompt.echo)
-        positions = prompt.info.prompt_logprobs
-        return prompt.echo, (prompt.ids if positions is not None else []), list(positions or ())
+        return prompt.echo
 
     def _delta(self, prompt: Prompt, index: int, event: TextDelta) -> dict[str, Any] | None:
-        echo, tokens, positions = self._start(prompt, index)
-        text = echo + event.text
+        echo = self._start(prompt, index)
+        text = (echo or "") + event.text
         if not text and not event.token_ids:
             return None
         choice = self._choices[index]
-        logprobs = None
-        if self._shape.wants_logprobs:
-            all_tokens = [*tokens, *event.token_ids]
-            logprobs = self._shape.writer.completion([*positions, *event.logprobs], all_tokens, choice.offset)
+        logprobs: dict[str, Any] | None = None
+        if self._shape.wants_logprobs and echo is not None:
+            made = self._echo_logprobs(prompt)
+            made.add(event.logprobs, event.token_ids)
+            logprobs = made.raw()
+        elif self._shape.wants_logprobs:
+            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, choice.offset)
         choice.offset += len(text)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
         return {**chunk, "token_ids": event.token_ids} if self._shape.wants_ids else chunk
@@ -151,11 +158,14 @@ class CompletionWriter:
     async def _whole_logprobs(self, choice: _Choice, prompt: Prompt) -> dict[str, msgspec.Raw] | None:
         if not self._shape.wants_logprobs:
             return None
-        made, positions = CompletionLogprobs(self._shape.writer), prompt.info.prompt_logprobs
-        if prompt.echo is not None and positions is not None:
-            await made.extend(positions, prompt.ids, self._pace)
+        made = self._echo_logprobs(prompt)
         await made.extend(choice.logprobs, choice.tokens, self._pace)
         return made.raw()
+
+    def _echo_logprobs(self, prompt: Prompt) -> CompletionLogprobs:
+        """The beginning of a choice's log-probabilities: those of the prompt, if they are repeated, else none."""
+        echo = self._echoes.get(prompt.first)
+        return CompletionLogprobs(self._shape.writer) if echo is None else echo.copy()
 
     async def _prompt_logprobs(self, prompt: Prompt) -> msgspec.Raw | None:
         positions = prompt.info.prompt_logprobs

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 KEEP_ALIVE = b": keep-alive\n\n"
+WRITE_BYTES = 262144
+"""Most bytes that one write hands to a connection, if they are several events."""
 
 
 class Outbox:
@@ -40,7 +42,7 @@ class Outbox:
         self.close()
 
     async def take(self) -> bytes:
-        """All that has been added since the last time; waits for it. Empty once closed and taken."""
+        """Take the events added so far, WRITE_BYTES at most; waits for one. Empty once closed and taken."""
         while not self._events and not self._is_closed:
             self._waiter = self._loop.create_future()
             await self._waiter
@@ -48,6 +50,9 @@ class Outbox:
             raise self._error
         events, self._events = self._events, []
         self._last_write = self._loop.time()
+        if len(events) > 1 and sum(map(len, events)) > WRITE_BYTES:
+            count = _count_within(events, WRITE_BYTES)
+            events, self._events = events[:count], events[count:]
         return b"".join(events)
 
     def _wake(self) -> None:
@@ -60,3 +65,13 @@ class Outbox:
         if left <= 0 and self.has_begun and self._waiter is not None and not self._waiter.done():
             self.add(KEEP_ALIVE)
         self._timer = self._loop.call_later(left if left > 0 else self._seconds, self._check_silence)
+
+
+def _count_within(events: list[bytes], limit: int) -> int:
+    """Number of events, one at least, that have `limit` bytes at most."""
+    size = 0
+    for count, event in enumerate(events):
+        size += len(event)
+        if size > limit:
+            return max(count, 1)
+    return len(events)

@@ -21,24 +21,18 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fuseline.api.errors import ApiError, to_api_error
-from fuseline.api.output.events import Event, Prompt
+from fuseline.api.output.events import Event, Prompt, PromptInfo
 from fuseline.api.output.generation import Generation
-from fuseline.api.output.outbox import Outbox
+from fuseline.api.output.outbox import WRITE_BYTES, Outbox
 from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
 DONE = b"data: [DONE]\n\n"
-STREAM_START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-cache"),
-        (b"x-accel-buffering", b"no"),
-    ],
-}
-WRITE_BYTES = 262144
-"""Most bytes that one write hands to a connection."""
+STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
 STARTED_AT_ONCE = 16
 """Prompts of a request that start without a pause: 2 to 3 ms."""
 Run = tuple[Prompt, Callable[[], Generation]]
@@ -47,6 +41,8 @@ Run = tuple[Prompt, Callable[[], Generation]]
 
 class Writer(Protocol):
     """The shape of an API: chunks of a stream, or the fold of them."""
+
+    async def open(self, prompt: Prompt, info: PromptInfo) -> None: ...
 
     def fold(self, prompt: Prompt, event: Event) -> None: ...
 
@@ -91,7 +87,8 @@ class Answer(Response):
         try:
             written = await outbox.take()
             self._has_begun = True
-            await send(STREAM_START)
+            # A new message for every stream: middleware adds the headers of this one to it.
+            await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
             while written:
                 await send({"type": "http.response.body", "body": written, "more_body": True})
                 written = await outbox.take()
@@ -122,17 +119,20 @@ class Answer(Response):
     async def _generate(self, sink: Callable[[Prompt, Event], None]) -> None:
         """Run all prompts; the first error ends all. They start in slices, between which others have their turn."""
         if len(self._runs) == 1:
-            prompt, make = self._runs[0]
-            await make().run(self._client, partial(sink, prompt))
+            await self._run(self._runs[0], sink)
             return
         try:
             async with asyncio.TaskGroup() as group:
-                for k, (prompt, make) in enumerate(self._runs, start=1):
-                    group.create_task(make().run(self._client, partial(sink, prompt)))
+                for k, run in enumerate(self._runs, start=1):
+                    group.create_task(self._run(run, sink))
                     if k % STARTED_AT_ONCE == 0:
                         await asyncio.sleep(0)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
+
+    async def _run(self, run: Run, sink: Callable[[Prompt, Event], None]) -> None:
+        prompt, make = run
+        await make().run(self._client, partial(sink, prompt), partial(self._writer.open, prompt))
 
 
 async def until_disconnect(receive: Receive, work: Any) -> bool:

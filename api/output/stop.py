@@ -32,7 +32,7 @@ class StopStrings:
         return whole[out_from:out_to], None
 
     def finish(self) -> str:
-        """What was held, once no more text can come."""
+        """Return the text that was held, once no more can come."""
         held = self._tail[len(self._tail) - self._held :] if self._held else ""
         self._held = 0
         return held

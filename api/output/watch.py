@@ -1,4 +1,4 @@
-"""What metrics and the request log learn of one prompt in the engine."""
+"""Metrics and log lines of one prompt in the engine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ class RequestWatch:
         self, request: EngineRequest, label: str, metrics: Metrics | None, logs_text: bool, max_log_len: int | None
     ) -> None:
         params = request.params
-        self._kept = FinishedRequest(
-            len(request.prompt_token_ids), params.n, params.max_tokens, request.arrival_time
-        )
+        self._kept = FinishedRequest(len(request.prompt_token_ids), params.n, params.max_tokens, request.arrival_time)
         self._label, self._metrics = label, metrics
         self._texts: dict[int, str] | None = {} if logs_text else None
         self._max_log_len = max_log_len

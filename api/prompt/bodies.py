@@ -1,4 +1,4 @@
-"""How much of the clients' bodies the server holds: each one's bound and a bound of all together."""
+"""Bounds on the request bodies that the server holds: of each one, and of all together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Held:
 
 
 class Bodies:
-    """`max_bytes`: of one body."""
+    """Counts the bytes of all bodies that are held. `max_bytes`: the bound of one body."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes

@@ -12,11 +12,13 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import bad_request
+from fuseline.api.prompt.encode import read_text
 
 REFUSED_VARIABLES = ("chat_template", "tokenize")
 """Names in chat_template_kwargs that would change how the server renders, not what the template sees."""
@@ -50,7 +52,7 @@ class ChatRenderer:
         return RenderedChat(_cut_after_last(text, messages[-1]) if continues else text, adds and not continues)
 
     def _variables(self, fields: Any) -> dict[str, Any]:
-        """What the template sees beside the messages."""
+        """Variables of the template beside the messages."""
         self._check(fields)
         own = fields.chat_template_kwargs or {}
         chosen = getattr(fields, "tool_choice", None)
@@ -114,8 +116,21 @@ def _cut_after_last(text: str, message: dict[str, Any]) -> str:
     return text[: found + len(content.strip())]
 
 
+class _CodeGenerator(CodeGenerator):
+    """Evaluates no expression of the template: a constant one can take time and memory without end ('x' * 10**10)."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _CodeGenerator
+
+
 def environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    env = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], optimized=False)
     env.filters["tojson"] = _to_json
     env.globals["raise_exception"] = _raise
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -140,6 +155,9 @@ class ChatTemplate:
             detected = detect_content_format(env, text)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the chat template does not parse: {error}") from error
+        except (SyntaxError, RecursionError, MemoryError) as error:  # of the Python that a template becomes
+            message = f"the chat template is nested too deeply or too large to be compiled ({error})"
+            raise ConfigError(message) from error
         self.content_format = detected if content_format == "auto" else content_format
 
     def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], max_bytes: int) -> str:
@@ -209,10 +227,15 @@ def template_text(flag: str, own: str | dict[str, str] | None) -> str | None:
     if isinstance(own, dict) and flag in own:
         return own[flag]
     if os.path.isfile(flag):
-        return Path(flag).read_text()
+        return read_text(Path(flag))
     if not any(c in flag for c in "{}\n"):
         raise ConfigError(f"--chat-template {flag}: no such file, and it does not look like a template")
-    return flag.encode().decode("unicode_escape") if "\\n" in flag else flag
+    if "\\n" not in flag:
+        return flag
+    try:
+        return flag.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--chat-template holds an escape sequence that stands for no character: {error}") from error
 
 
 def prepare_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ class TextTokenizer:
     def chat_template(self) -> str | dict[str, str] | None:
         """The checkpoint's own template, or several by name."""
         if self._template_file.is_file():
-            return self._template_file.read_text()
+            return read_text(self._template_file)
         template = self.settings.get("chat_template")
         if isinstance(template, list):
             return {item["name"]: item["template"] for item in template}
@@ -118,12 +118,20 @@ def _converted(folder: str) -> Tokenizer:
         ) from error
 
 
+def read_text(path: Path) -> str:
+    """A file's text. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}") from error
+
+
 def read_json(path: Path) -> dict:
     """The object in a file, empty when there is none."""
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_text(path))
     except ValueError as error:
         raise ConfigError(f"{path} is no valid JSON: {error}") from error
     return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Bytes of a body to its validated fields."""
+"""Validation of a parsed body."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ MAX_UNKNOWN = 20
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What preparing needs to know of the server and its model; it can be pickled."""
+    """Facts of the server and its model that preparing a request needs; they can be pickled."""
 
     config: ServerConfig
     ready: EngineReady

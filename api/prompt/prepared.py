@@ -10,7 +10,7 @@ from fuseline.engine.messages import SamplingParams
 
 
 class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the answer shall look like: the same for all prompts and choices of a request."""
+    """Options of the answer, the same for all prompts and choices of a request."""
 
     stream: bool = False
     include_usage: bool = False
@@ -48,7 +48,7 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
 
     prompts: tuple[PreparedPrompt, ...]
     params: SamplingParams
-    """Of the first prompt; the others differ in max_tokens."""
+    """Sampling parameters of the first prompt; those of the others differ in max_tokens."""
     answer: AnswerOptions
     text: str | None = None
     """The prompt as the log shows it, where it was rendered and not cut."""

@@ -49,7 +49,7 @@ def refuse_unsupported(request: GenerateRequest) -> None:
 
 
 class SamplingBuilder:
-    """Knows the server's defaults."""
+    """Builds SamplingParams from requests and the server's defaults."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class SamplingBuilder:
         return limit
 
     def build(self, request: GenerateRequest, logprobs: int | None, max_tokens: int) -> SamplingParams:
-        """What all prompts of a request share, and the `max_tokens` of one. Raises ApiError 400."""
+        """Build the parameters that all prompts share, with the `max_tokens` of one. Raises ApiError 400."""
         ignore_eos = bool(request.ignore_eos)
         self._limits.check_stops(request)
         self._limits.check_priority(request.priority)

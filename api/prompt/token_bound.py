@@ -1,4 +1,4 @@
-"""How few tokens a text can be, without encoding it."""
+"""A lower bound of the number of tokens of a text, without encoding it."""
 
 from __future__ import annotations
 

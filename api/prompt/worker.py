@@ -33,8 +33,11 @@ def frame(data: bytes) -> bytes:
     return len(data).to_bytes(4, "little") + data
 
 
-def run_worker(connection: socket.socket, settings: PromptSettings, niceness: int) -> None:
-    """Entry of the process; it ends with its connection. The first message says that it is ready."""
+def run_worker(connection: socket.socket, settings: PromptSettings, niceness: int, num_bytes: int) -> None:
+    """Entry of the process; it ends with its connection. The first message says that it is ready.
+
+    `num_bytes`: memory that it may take for a request.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
     os.nice(niceness)
     config = settings.config
@@ -42,7 +45,7 @@ def run_worker(connection: socket.socket, settings: PromptSettings, niceness: in
     preparer = Preparer(settings, tokenizer)
     if tokenizer is not None:
         _ = tokenizer.bytes_per_token  # computed once, here
-    _limit_memory(config.prompt_memory)
+    limit_memory(num_bytes)
     stream = connection.makefile("rwb")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MAX_GROWTH
     with suppress(ConnectionError):  # the parent has ended
@@ -73,7 +76,7 @@ def _prepare(preparer: Preparer, job: list[bytes]) -> tuple[Reply, bool]:
         return Refused(400, f"{message} (--prompt-memory)", None, "request_too_large"), False
 
 
-def _limit_memory(num_bytes: int) -> None:
+def limit_memory(num_bytes: int) -> None:
     """Bounds the address space to what is mapped now and `num_bytes` more, where the system tells (Linux)."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     statm = Path("/proc/self/statm")

@@ -6,10 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from fuseline.api.protocol.common import Fields, GenerateRequest
-
-MAX_NAME = 256
-"""Characters of what the chunks of an answer repeat."""
+from fuseline.api.protocol.common import MAX_NAME, Fields, GenerateRequest
 
 
 class Message(Fields):
@@ -21,7 +18,7 @@ class Message(Fields):
 
 
 class ChatFields(BaseModel):
-    """What decides how a conversation becomes a prompt."""
+    """Fields that decide how a conversation becomes a prompt."""
 
     messages: list[Message]
     add_generation_prompt: bool | None = None

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_NAME = 256
+"""Characters of what the chunks of an answer repeat."""
 MAX_PENALTY = 1e30
 """Largest repetition penalty, and one over the smallest: logits times or over it stay finite in float32."""
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]

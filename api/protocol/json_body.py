@@ -47,19 +47,21 @@ def _whole(digits: str) -> int:
 
 
 def _check_values(fields: dict[str, Any]) -> None:
-    open_values: list[tuple[tuple[str | int, ...], Any]] = [((), fields)]
+    open_values: list[tuple[tuple[str | int, ...], dict[str, Any] | list[Any]]] = [((), fields)]
     while open_values:
-        path, value = open_values.pop()
-        if isinstance(value, dict):
-            open_values += [((*path, _text(key, path)), inner) for key, inner in value.items()]
-        elif isinstance(value, list):
-            open_values += [((*path, k), inner) for k, inner in enumerate(value)]
-        elif isinstance(value, str):
-            _text(value, path)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise _refusal(path, "must be a finite number")
-        elif isinstance(value, int) and not LOWEST <= value < BEYOND:
-            raise _refusal(path, "is a number beyond 64 bits")
+        path, container = open_values.pop()
+        if isinstance(container, dict):
+            for key in container:
+                _text(key, path)
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(value, dict | list):
+                open_values.append(((*path, key), value))
+            elif isinstance(value, str):
+                _text(value, (*path, key))
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise _refusal((*path, key), "must be a finite number")
+            elif isinstance(value, int) and not LOWEST <= value < BEYOND:
+                raise _refusal((*path, key), "is a number beyond 64 bits")
 
 
 def _text(value: str, path: tuple[str | int, ...]) -> str:

@@ -20,10 +20,11 @@ router = APIRouter()
 async def chat_completions(request: Request) -> Response:
     served: Served = request.app.state.served
     served.check_ready()
-    prepared = await prepare(request, "chat")
-    served.check_ready()
     with ExitStack() as stack:
-        stack.enter_context(served.admission.take(prepared.num_sequences))
+        places = stack.enter_context(served.admission.hold())
+        prepared = await prepare(request, "chat", places)
+        served.check_ready()
+        places.take(prepared.num_sequences)
         id = new_id("chatcmpl-", request, prepared.answer.request_id)
         prompts = served.prompts(prepared)
         writer = ChatWriter(served.shape(prepared, id), prompts[0], prepared.params.n)

@@ -20,10 +20,11 @@ router = APIRouter()
 async def completions(request: Request) -> Response:
     served: Served = request.app.state.served
     served.check_ready()
-    prepared = await prepare(request, "completion")
-    served.check_ready()
     with ExitStack() as stack:
-        stack.enter_context(served.admission.take(prepared.num_sequences))
+        places = stack.enter_context(served.admission.hold())
+        prepared = await prepare(request, "completion", places)
+        served.check_ready()
+        places.take(prepared.num_sequences)
         id = new_id("cmpl-", request)
         prompts = served.prompts(prepared)
         writer = CompletionWriter(served.shape(prepared, id), prompts, prepared.params.n)

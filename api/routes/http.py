@@ -1,4 +1,4 @@
-"""What the routes share: reading a body, having it prepared, response ids."""
+"""Helpers of all routes: reading a body, having it prepared, response ids."""
 
 from __future__ import annotations
 
@@ -10,39 +10,48 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from fuseline.api.errors import ApiError
+from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.output.response import json_response, raw_response, until_disconnect
 from fuseline.api.prompt.bodies import Held
 from fuseline.api.prompt.prepared import Prepared, Written
+from fuseline.api.protocol.common import MAX_NAME
 
 if TYPE_CHECKING:
+    from fuseline.api.admission import Places
     from fuseline.api.prompt.prepare import Kind
     from fuseline.api.served import Served
 
 __all__ = ["json_response", "new_id", "prepare", "raw_response", "read_body"]
 LOG = logging.getLogger("fuseline.http")
-SMALL_BYTES = 65536
-"""A body up to this size is prepared so soon that its client's leaving meanwhile is not looked for."""
+SOON = 0.02
+"""Seconds after which it is looked for whether the client of a request that is being prepared has gone."""
 T = TypeVar("T")
 
 
-async def prepare(request: Request, kind: Kind) -> Prepared | Written:
-    """The body parsed, validated, rendered and encoded. Raises ApiError; a client that leaves frees its place."""
+async def prepare(request: Request, kind: Kind, places: Places | None = None) -> Prepared | Written:
+    """The body parsed, validated, rendered and encoded; meanwhile the request is counted as one of `places`.
+
+    Raises ApiError, and ClientDisconnect for a client that leaves, whose process is freed.
+    """
     served: Served = request.app.state.served
     with served.bodies.hold() as held:
         pieces = await read_body(request, held)
-        preparing = served.prepare(kind, pieces)
-        is_small = held.num_bytes <= SMALL_BYTES
-        reply = await (preparing if is_small else _unless_gone(request, preparing))
+        if places is not None:
+            places.take(1)
+        reply = await _unless_gone(request, served.prepare(kind, pieces))
     _warn_unknown(request, reply.unknown)
     return reply
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
-    if not await until_disconnect(request.receive, task):
-        raise ClientDisconnect()
-    return task.result()
+    try:
+        done, _ = await asyncio.wait((task,), timeout=SOON)
+        if not done and not await until_disconnect(request.receive, task):
+            raise ClientDisconnect()
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def read_body(request: Request, held: Held) -> list[bytes]:
@@ -69,5 +78,8 @@ def _warn_unknown(request: Request, names: tuple[str, ...]) -> None:
 
 
 def new_id(prefix: str, request: Request, given: str | None = None) -> str:
-    """The response id; its random part can come from X-Request-Id or the body."""
-    return prefix + (request.headers.get("x-request-id") or given or uuid.uuid4().hex)
+    """The response id; its random part can come from X-Request-Id or the body. Raises ApiError 400."""
+    sent = request.headers.get("x-request-id")
+    if sent and len(sent) > MAX_NAME:  # every chunk of the answer repeats it
+        raise bad_request(f"X-Request-Id: at most {MAX_NAME} characters are allowed", "X-Request-Id")
+    return prefix + (sent or given or uuid.uuid4().hex)
