@@ -10,9 +10,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "hf_overrides dtype max_model_len generation_config override_generation_config device seed"
     ).split(),
     "compiler": (
-        "compilation_config enforce_eager batch_invariant max_seq_len_to_capture wait_compiled disabled_passes "
-        "skip_model_check "
-        "cpu_threads cache_dir"
+        "compilation_config skip_model_check enforce_eager batch_invariant max_seq_len_to_capture wait_compiled "
+        "disabled_passes cpu_threads cache_dir"
     ).split(),
     "memory and scheduling": (
         "kv_cache_dtype calculate_kv_scales block_size enable_prefix_caching gpu_memory_utilization "

@@ -18,7 +18,7 @@ from fuseline.compile.cache.files import CacheError
 from fuseline.compile.cache.keys import cache_key, optimized_key
 from fuseline.compile.cache.store import cache_path, read_cached, write_cached
 from fuseline.compile.capture import pieces
-from fuseline.compile.capture.captured import CapturedModel
+from fuseline.compile.capture.captured import DTYPES, CapturedModel
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
@@ -184,8 +184,10 @@ def _load(
     try:
         for piece in unread.pieces:
             for start, block in reader.blocks(piece):
-                # The model computes with values rounded to its own dtype, whatever is stored before and after.
-                value = block if dtype in (block.dtype, final) else block.to(dtype)
+                # The model computes with values rounded to its own dtype, whatever is stored before and after. Packing
+                # casts, too, but only the dtypes of models: no float64.
+                is_cast = block.dtype in DTYPES.values() and dtype == final
+                value = block if is_cast or block.dtype == dtype else block.to(dtype)
                 sink.write(target, value, start, source.layout)
     finally:
         readers.put(reader)
