@@ -46,7 +46,7 @@ def _ops(title: str, counts: Counter) -> str:
 
 def _plan(name: str, kind: StepKind) -> str:
     lowered = kind.lower()
-    calls = Counter(step.native.op for step in lowered.steps if isinstance(step, Call))
+    calls = Counter(step.native.kernel for step in lowered.steps if isinstance(step, Call))
     regions = [step for step in lowered.steps if isinstance(step, Region)]
     text = _ops(f"{name}: {sum(calls.values())} kernel calls, {len(regions)} regions computed by torch", calls)
     for k, region in enumerate(regions[:20]):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap
+from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -31,7 +31,7 @@ def twin() -> CudaLibrary:
     """Built once for these sources; several processes may."""
     parts = [*toolkit.SOURCES]
     for folder in ("cuda", "tests", "include/fuseline"):
-        parts += (CSRC / folder).glob("*.h")
+        parts += [path for path in (CSRC / folder).iterdir() if path.suffix in (".h", ".def")]
     content = "".join(path.read_text() for path in sorted(parts)) + " ".join(COMMAND)
     folder = ROOT / ".cache" / "cuda_twin" / hashlib.sha256(content.encode()).hexdigest()[:16]
     library = folder / "twin.so"
@@ -51,7 +51,7 @@ def _compile(source: Path, target: Path) -> None:
 
 
 def run(function: Callable, *args: object, **more: object) -> object:
-    """A function of compile/kernels/native_cuda.py by the twin; tools/gpu_check puts the card's in its place.
+    """A function of compile/kernels/cuda by the twin; tools/gpu_check puts the card's in its place.
 
     The weights that it is given are constants.
     """

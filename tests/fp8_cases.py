@@ -20,9 +20,8 @@ STORED = (*FP8, torch.uint8)
 
 def over_fp8(op: Op, dtype: torch.dtype, fp8: torch.dtype) -> Iterator[tuple]:
     """The op's cases with caches of fp8 in place of theirs; each without scales and with them."""
-    names = [argument.name for argument in getattr(torch.ops.fuseline, op.name).default._schema.arguments]
     for args in cases(op, dtype):
-        coded = [arg.to(fp8) if name.endswith("_cache") else arg for name, arg in zip(names, args, strict=False)]
+        coded = [arg.to(fp8) if name.endswith("_cache") else arg for name, arg in zip(op.arguments, args, strict=False)]
         yield tuple(coded)
         yield *coded, *SCALES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.backends.cuda.model import CudaModel
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
+from fuseline.compile.kernels.triton.attention import attention
 from fuseline.compile.kernels.triton.experts import experts_invariant
 from fuseline.compile.kernels.triton.matmul import TILES, matmul
-from fuseline.compile.kernels.triton.table import paged_attention_invariant
 from fuseline.compile.kernels.triton.tile import Tile
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make
@@ -31,6 +32,7 @@ from fuseline.compile.ops.rope import FP8
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
 
 ROWS = (1, 3, 17, 64)
+paged_attention_invariant = partial(attention, prefill_from=1)
 
 
 def make(dtype: torch.dtype) -> Make:

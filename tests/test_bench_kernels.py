@@ -13,13 +13,13 @@ from fuseline.api.bench import kernels
 from fuseline.api.bench.kernels import Machine, Timing
 from fuseline.api.cli import main
 from fuseline.compile.backends.cpu_plan.single import SingleCall, single_call, time_call
-from fuseline.compile.kernels.native import RULES, NativeCall
+from fuseline.compile.kernels.registry import PlanCall, implementations
 from fuseline.compile.ops.library import Make, ModelShape, moved_bytes
 from fuseline.compile.ops.registry import registry
 from fuseline.compile.tuning import limits
 
 SMALL = ModelShape(64, 96, 4, 2, 16, 130)
-NATIVE = [op for op in registry().values() if getattr(torch.ops.fuseline, op.name).default in RULES]
+NATIVE = [op for name, op in registry().items() if name in implementations("cpu")]
 MACHINE = Machine("avx2", 1, bandwidth=1e9, flops=1e10)
 
 
@@ -74,7 +74,7 @@ def test_large_tensors_are_read_from_memory(monkeypatch) -> None:
     pointers = []
     monkeypatch.setattr("fuseline.compile.backends.cpu_plan.single._add_tensor", spy(pointers))
     large, small = torch.ones(300_000), torch.ones(1)
-    call = SingleCall(NativeCall("binary_scalar", (None,), (0,), (1.0,)), (large, small), 1)
+    call = SingleCall(PlanCall("binary_scalar", (None,), (0,), (1.0,)), (large, small), 1)
     with pytest.raises(ValueError):
         time_call(call, 1)
     assert pointers[0][0] != large.data_ptr() and pointers[1][0] == small.data_ptr()

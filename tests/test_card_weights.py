@@ -184,6 +184,18 @@ def test_the_last_layers_products_are_offloaded_first() -> None:
     assert choose_offloaded(graph, 100) == ()
 
 
+@pytest.mark.parametrize("family", ("llama", "gpt_oss"))
+def test_products_are_offloaded_whatever_their_order_of_summation(family: str) -> None:
+    """The ops that do not depend on the batch are products of the same weights."""
+    path = str(checkpoint(family, "bfloat16"))
+    plain, invariant = (
+        choose_offloaded(optimize(CompileConfig(model=path, batch_invariant=on), CARD)[0].graph, GIB)
+        for on in (False, True)
+    )
+    assert len(plain) == len(invariant) == 3
+    assert sum(layer.num_bytes for layer in invariant) == sum(layer.num_bytes for layer in plain)
+
+
 def test_the_budget_table_tells_host_from_device() -> None:
     whole, held = build("llama", gib=0.0).info, build("llama").info
     slots = held.host_weight_bytes // 3 * NUM_SLOTS

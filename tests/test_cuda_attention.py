@@ -9,7 +9,7 @@ import triton_interpreter
 from fp8_cases import numbers
 from test_triton_attention import NAN, SINKS, SOFTCAP, Batch
 
-from fuseline.compile.kernels import native_cuda_attention as attention
+from fuseline.compile.kernels.cuda import attention
 from fuseline.compile.ops.rope import FP8
 
 __all__ = ["triton_interpreter"]

@@ -18,8 +18,10 @@ from fuseline.compile import target as targets
 from fuseline.compile.backends.cuda.executable import chosen_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.kernels import cuda_library
-from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap
+from fuseline.compile.kernels.cuda import library as cuda_library
+from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap
+from fuseline.compile.kernels.registry import implementations
+from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.residency.offload import choose_offloaded
 from fuseline.compile.target import Target
 
@@ -100,9 +102,9 @@ def called(monkeypatch) -> Counter[tuple[str, Overlap]]:
     found: Counter[tuple[str, Overlap]] = Counter()
     call = CudaLibrary.call
 
-    def note(self: CudaLibrary, name: str, *args: object) -> None:
+    def note(self: CudaLibrary, name: str, on: torch.Tensor, **fields: object) -> None:
         found[name, self.overlap] += 1
-        call(self, name, *args)
+        call(self, name, on, **fields)
 
     monkeypatch.setattr(CudaLibrary, "call", note)
     monkeypatch.setattr(cuda_library, "_installed", cuda_twin.twin)
@@ -125,7 +127,7 @@ def test_only_a_weight_that_nothing_writes_is_read_early(called, overlaps, of_co
     card = Target("cuda", "sm_90", 1, overlaps=overlaps)
     for constants in ({"held"}, ()):
         called.clear()
-        kernels = chosen_kernels(module, card, constants=constants)
+        kernels = chosen_kernels(module, Kernels(card, {}), constants)
         for linear in nodes:
             torch.testing.assert_close(kernels[linear].run(x, weight), torch.nn.functional.linear(x, weight))
         first = of_constant if constants else of_computed
@@ -133,8 +135,12 @@ def test_only_a_weight_that_nothing_writes_is_read_early(called, overlaps, of_co
 
 
 def test_weights_that_come_through_slots_are_not_read_early(called, monkeypatch) -> None:
-    """The last of three layers is offloaded."""
+    """The last of three layers is offloaded. The fused product is no default: here it comes first."""
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
+    kernels = implementations("cuda")
+    fused = [one for one in kernels["linear_act_mul"] if one.label == "cuda.linear_act_mul"]
+    others = [one for one in kernels["linear_act_mul"] if one not in fused]
+    monkeypatch.setitem(kernels, "linear_act_mul", (*(replace(one, order=0) for one in fused), *others))
     path = str(checkpoint("llama", "bfloat16"))
     graph = optimize(CompileConfig(model=path), CARD)[0].graph
     last = choose_offloaded(graph, 1 << 30)[-1].num_bytes

@@ -18,13 +18,13 @@ from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import StepInputs, make_step
-from fuseline.compile.kernels import cuda_library
-from fuseline.compile.kernels.choice import ANY, default_choices
-from fuseline.compile.kernels.cuda import op_candidates
+from fuseline.compile.kernels.choice import default_choices
+from fuseline.compile.kernels.cuda import library as cuda_library
+from fuseline.compile.kernels.registry import ANY, OpCall, implementations
+from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.kernels.triton.experts import default_tile
 from fuseline.compile.kernels.triton.sampling import sample
-from fuseline.compile.kernels.triton.table import KERNELS, TritonKernel
 from fuseline.compile.residency.uploads import ALIGNMENT, DeviceInputs
 from fuseline.compile.target import CPU, DeviceError, Target, detect_target
 
@@ -90,7 +90,7 @@ def test_defaults_are_what_was_fastest_on_a_card(monkeypatch) -> None:
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
 
     def default(op: object, *args: object) -> list[tuple[int, str]]:
-        choices = default_choices(op_candidates(op, args, CARD))
+        choices = default_choices(Kernels(CARD, {}).candidates(OpCall(op, args, CARD)))
         return choices.get("decode") or choices["rows"]
 
     half = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
@@ -186,8 +186,9 @@ def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(
         logits_rows=torch.tensor([2]),
     )  # fmt: skip
     coded = build(family, kv_cache_dtype=flag)
-    target = getattr(torch.ops.fuseline, op).default
-    monkeypatch.setitem(KERNELS, target, TritonKernel(rounding_to(fp8, KERNELS[target].run)))
+    (*_, kernel) = implementations("cuda")[op]
+    write = dataclasses.replace(kernel, run=rounding_to(fp8, kernel.run), tunings=())
+    monkeypatch.setitem(implementations("cuda"), op, (write,))
     rounded = build(family)
     for model in (coded, rounded):
         model.allocate_caches([4])

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import sys
 import threading
+from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
 
 import fake_libraries as fakes
@@ -21,22 +23,23 @@ from zoo import checkpoint, make_prompts, truth
 from fuseline.compile.backends.cuda.executable import chosen_kernels
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.kernels import external
-from fuseline.compile.kernels.attention_batch import AttentionLayer, make_batch
-from fuseline.compile.kernels.choice import DECODE, PREFILL
-from fuseline.compile.kernels.external import ExternalAttention, Libraries
-from fuseline.compile.kernels.flashinfer import PlannedPrefill
-from fuseline.compile.kernels.triton.table import paged_attention as ours
+from fuseline.compile.kernels import select
+from fuseline.compile.kernels.external import attention as external
+from fuseline.compile.kernels.external.flashinfer import PlannedPrefill
+from fuseline.compile.kernels.registry import OpCall, implementations, with_library
+from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.ops.attention import paged_attention as reference
+from fuseline.compile.ops.attention_batch import AttentionLayer, make_batch
+from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.ops.registry import registry
 from fuseline.compile.target import Target
 
 __all__ = ["triton_interpreter"]
 OP = registry()["paged_attention"]
-ALL = Libraries(
-    fakes.flash_attn_with_kvcache, fakes.flash_attn_varlen_func, fakes.varlen_attn,
-    fakes.BatchPrefillWithPagedKVCacheWrapper,
-)  # fmt: skip
+ALL = {
+    "flash_attn_3": fakes.flash_attn_with_kvcache, "flash_attn_2": fakes.flash_attn_varlen_func,
+    "torch.varlen_attn": fakes.varlen_attn, "flashinfer": fakes.BatchPrefillWithPagedKVCacheWrapper,
+}  # fmt: skip
 LAYER = AttentionLayer(8, 2, 64, 64, 256, torch.float16, torch.float16, False, False, 0, 0.125, 0.0)
 
 
@@ -62,11 +65,11 @@ def host_of(args: tuple) -> dict[str, torch.Tensor]:
 def kernel(name: str, args: tuple):
     """The library's function over our arguments."""
     if name == "flash_attn_3":
-        return external.flash_3(fakes.flash_attn_with_kvcache)
+        return partial(external.flash_3, fakes.flash_attn_with_kvcache)
     if name == "flash_attn_2":
-        return external.flash_2(fakes.flash_attn_varlen_func)
+        return partial(external.flash_2, fakes.flash_attn_varlen_func)
     if name == "varlen":
-        return external.varlen(fakes.varlen_attn)
+        return partial(external.varlen, fakes.varlen_attn)
     layer = AttentionLayer.of(*args)
     planned = PlannedPrefill(fakes.BatchPrefillWithPagedKVCacheWrapper, layer, "block_table_0", "cpu", reference)
     planned.plan(host_of(args))
@@ -103,7 +106,7 @@ def test_one_token_a_sequence_by_flash_attn_3():
         seen.update(kwargs)
         return fakes.flash_attn_with_kvcache(*args, **kwargs)
 
-    assert_close(external.flash_3(attend)(*batch.args), reference(*batch.args), OP.tolerance)
+    assert_close(external.flash_3(attend, *batch.args), reference(*batch.args), OP.tolerance)
     assert seen["max_seqlen_q"] == 1 and seen["num_splits"] == 0
 
 
@@ -117,17 +120,20 @@ NEAR_MISSES = (
 @pytest.mark.parametrize("change", NEAR_MISSES, ids=str)
 def test_layers_of_no_library(change):
     layer = dataclasses.replace(LAYER, **change)
-    assert not external.supports_flash_3(layer, "sm_90")
-    assert not (
-        external.supports_flash_2(layer) or external.supports_varlen(layer) or external.supports_flashinfer(layer)
-    )
+    assert not (external.supports_flash_3(layer) or external.supports_flash_2(layer))
+    assert not (external.supports_varlen(layer) or external.supports_flashinfer(layer))
 
 
-def test_layers_of_some_libraries():
-    def offers(isa="sm_90", **change) -> list[bool]:
-        layer = dataclasses.replace(LAYER, **change)
-        supported = external.supports_flash_3(layer, isa), external.supports_flash_2(layer)
-        return [*supported, external.supports_varlen(layer), external.supports_flashinfer(layer)]
+def test_layers_of_some_libraries(monkeypatch):
+    monkeypatch.setattr(torch.testing, "assert_close", lambda *_, **__: None)
+    change(monkeypatch, "triton.paged_attention", run=lambda *args: None)
+    for label in ALL:
+        change(monkeypatch, label, run=lambda *args: None, bind=with_library)
+
+    def offers(isa="sm_90", **changed) -> list[bool]:
+        layer = dataclasses.replace(LAYER, **changed)
+        found = {c.label for c in candidates(ALL, layer, dataclasses.replace(CARD, isa=isa))}
+        return [label in found for label in ("flash_attn_3", "flash_attn_2", "torch.varlen_attn", "flashinfer")]
 
     assert offers() == offers(window=7) == offers(key_dim=256, value_dim=256) == [True] * 4
     assert offers("sm_80") == offers("sm_100") == [False, True, True, True]
@@ -138,24 +144,35 @@ def test_layers_of_some_libraries():
     assert offers(key_dim=128, value_dim=64) == [False] * 4
 
 
-def candidates(libraries: Libraries, layer: AttentionLayer = LAYER, target: Target = CARD):
-    batch = make_batch(layer, [3, 5], [3, 1], "cpu", "block_table_0")
-    return ExternalAttention(target, libraries).candidates(batch.args, "block_table_0", ours)
+def candidates(libraries: Mapping[str, object], layer: AttentionLayer = LAYER, target: Target = CARD):
+    """Those of libraries."""
+    args = make_batch(layer, [3, 5], [3, 1], "cpu", "block_table_0").args
+    call = OpCall(OP.target, args, target, {"block_table": "block_table_0"})
+    return [c for c in Kernels(target, libraries).candidates(call) if not c.label.startswith("triton.")]
+
+
+def change(monkeypatch, label: str, **fields: object) -> None:
+    """Another declaration of an attention kernel."""
+    kernels = implementations("cuda")
+    changed = tuple(
+        dataclasses.replace(one, **fields) if one.label == label else one for one in kernels["paged_attention"]
+    )
+    monkeypatch.setitem(kernels, "paged_attention", changed)
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Trials against the op's reference instead of an interpreted kernel."""
-    monkeypatch.setitem(globals(), "ours", reference)
+    change(monkeypatch, "triton.paged_attention", run=reference)
 
 
 def test_what_is_offered_and_in_which_order(quick):
     found = [(c.label, c.phases) for c in candidates(ALL)]
     assert found == [
-        ("flash_attn_3", (PREFILL,)), ("flash_attn_3", (DECODE,)), ("flashinfer", (PREFILL,)),
-        ("flash_attn_2", (PREFILL,)), ("torch.varlen_attn", (PREFILL,)),
+        ("flash_attn_3", (PREFILL,)), ("flashinfer", (PREFILL,)), ("flash_attn_2", (PREFILL,)),
+        ("torch.varlen_attn", (PREFILL,)), ("flash_attn_3", (DECODE,)),
     ]  # fmt: skip
-    assert not candidates(Libraries()) and not candidates(ALL, dataclasses.replace(LAYER, has_sinks=True))
+    assert not candidates({}) and not candidates(ALL, dataclasses.replace(LAYER, has_sinks=True))
 
 
 def off_by_one(*args, window_size, **kwargs):
@@ -172,14 +189,14 @@ def without_page_table(*args, **kwargs):
 def test_a_library_that_fails_its_trial_is_not_used(quick, broken, said, caplog):
     layer = dataclasses.replace(LAYER, block_size=16, window=3)
     with caplog.at_level(logging.WARNING):
-        assert candidates(Libraries(flash_attn_3=broken), layer) == []
+        assert candidates({"flash_attn_3": broken}, layer) == []
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2 and all(line.startswith("flash_attn_3 is not used for") and said in line for line in lines)
     assert all("\n" not in line for line in lines)
 
 
 def test_a_trial_passes_by_our_kernel():
-    assert candidates(Libraries(flash_attn_3=fakes.flash_attn_with_kvcache), dataclasses.replace(LAYER, block_size=16))
+    assert candidates({"flash_attn_3": fakes.flash_attn_with_kvcache}, dataclasses.replace(LAYER, block_size=16))
 
 
 def test_what_is_installed(monkeypatch, caplog):
@@ -191,11 +208,11 @@ def test_what_is_installed(monkeypatch, caplog):
     sys.modules["flash_attn_interface"].flash_attn_with_kvcache = fakes.flash_attn_with_kvcache
     sys.modules["torch.nn.attention.varlen"].varlen_attn = fakes.varlen_attn
     with caplog.at_level(logging.WARNING):
-        found = external.installed(card)
-    assert found == Libraries(flash_attn_3=fakes.flash_attn_with_kvcache, torch_varlen=fakes.varlen_attn)
+        found = select.installed(card)
+    assert found == {"flash_attn_3": fakes.flash_attn_with_kvcache, "torch.varlen_attn": fakes.varlen_attn}
     assert "flash_attn.flash_attn_varlen_func is not used: it does not take block_table" in caplog.text
     assert "flashinfer is installed and not used: AttributeError" in caplog.text
-    assert external.installed(CARD) == Libraries()
+    assert select.installed(CARD) == {}
 
 
 def test_what_was_not_planned_is_computed_by_ours():
@@ -246,11 +263,11 @@ def test_a_model_over_a_library_gives_the_tokens_of_transformers(name, monkeypat
             super().__init__(*args)
             made.append(self)
 
-    libraries = Libraries(flash_attn_3=fakes.flash_attn_with_kvcache)
+    libraries = {"flash_attn_3": fakes.flash_attn_with_kvcache}
     if name == "flashinfer":
-        libraries = Libraries(flashinfer=Wrapper)
-        monkeypatch.setattr(external, "supports_flashinfer", lambda layer: True)  # 16 features a head are too few
-    monkeypatch.setattr(external, "installed", lambda target: libraries)
+        libraries = {"flashinfer": Wrapper}
+        change(monkeypatch, "flashinfer", supports=lambda *args: True)  # 16 features a head are too few
+    monkeypatch.setattr(select, "installed", lambda target: libraries)
     model, prompts = build("llama", "bfloat16"), make_prompts((3, 9, 20))
     labels = {kernel.label for kernel in model._executable.kernels.values()}
     assert f"{name} | triton.paged_attention" in labels
@@ -263,9 +280,9 @@ def test_a_model_over_a_library_gives_the_tokens_of_transformers(name, monkeypat
     ("size", "label"), [(256, "flash_attn_2 | triton.paged_attention"), (16, "triton.paged_attention")]
 )
 def test_the_model_s_block_size_decides(size, label, monkeypatch):
-    monkeypatch.setattr(external, "installed", lambda target: Libraries(flash_attn_2=fakes.flash_attn_varlen_func))
+    monkeypatch.setattr(select, "installed", lambda target: {"flash_attn_2": fakes.flash_attn_varlen_func})
     captured, _ = optimize(CompileConfig(str(checkpoint("llama", "bfloat16")), block_size=size), CARD)
-    kernels = chosen_kernels(captured.graph, CARD, ExternalAttention(CARD))
+    kernels = chosen_kernels(captured.graph, Kernels(CARD))
     assert [kernel.label for node, kernel in kernels.items() if "paged_attention" in node.name] == [label] * 3
 
 
@@ -277,9 +294,9 @@ def test_planning_waits_for_nothing(monkeypatch):
         def run(self, q, caches, out):
             return out.zero_()
 
-    monkeypatch.setattr(ExternalAttention, "_passes", lambda *_: True)
-    monkeypatch.setattr(external, "supports_flashinfer", lambda layer: True)
-    monkeypatch.setattr(external, "installed", lambda target: Libraries(flashinfer=Wrapper))
+    monkeypatch.setattr(torch.testing, "assert_close", lambda *_, **__: None)
+    change(monkeypatch, "flashinfer", supports=lambda *args: True)
+    monkeypatch.setattr(select, "installed", lambda target: {"flashinfer": Wrapper})
     model = build("llama", "bfloat16")
     model.allocate_caches([4])
     prompt = dataclasses.replace(

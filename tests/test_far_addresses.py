@@ -19,7 +19,10 @@ from test_native_sampling import Result
 from test_triton_attention import Batch
 from torch import Tensor
 
-from fuseline.compile.kernels import native_cuda
+from fuseline.compile.kernels.cuda import activation as cuda_activation
+from fuseline.compile.kernels.cuda import linear as cuda_linear
+from fuseline.compile.kernels.cuda import norm as cuda_norm
+from fuseline.compile.kernels.cuda import rope as cuda_rope
 from fuseline.compile.kernels.triton import activation, experts, linear, matmul, norm, rope, route, rows, sampling
 from fuseline.compile.kernels.triton.blocks import copy_blocks
 from fuseline.compile.ops import codes
@@ -74,10 +77,10 @@ def test_attention(kind, counts, is_coded):
     assert_same(batch.run(), want)
 
 
-@pytest.mark.parametrize("of", (rope, native_cuda), ids=("triton", "cuda"))
+@pytest.mark.parametrize("of", (rope, cuda_rope), ids=("triton", "cuda"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float8_e4m3fn), ids=str)
 def test_what_is_written_to_a_cache(of, dtype):
-    call = partial(cuda_twin.run, of.rope_cache) if of is native_cuda else of.rope_cache
+    call = partial(cuda_twin.run, of.rope_cache) if of is cuda_rope else of.rope_cache
     m = make()
     small = [torch.zeros(6, 2, 16, 64, dtype=dtype) for _ in "kv"]
     far = [at_the_end(cache) for cache in small]
@@ -131,13 +134,13 @@ def heads(x: Tensor) -> Tensor:
 TABLE, NTH = line(16), torch.arange(LINES)
 SCALE = line()[0]
 CUDA = {
-    "rms_norm": (native_cuda.add_rms_norm, line(), lambda x: (x, x, SCALE, 1e-5, 0)),
-    "layer_norm": (native_cuda.add_layer_norm, line(), lambda x: (x, x, SCALE, SCALE, 1e-5)),
-    "act_mul": (native_cuda.act_mul, line(), lambda x: (x[:, :32], x[:, 32:], SILU)),
-    "rope": (native_cuda.rope, line(), lambda x: (heads(x), TABLE, TABLE, NTH, 16, 0)),
-    "linear of rows": (native_cuda.linear, line()[:16], lambda x: (x, line())),
-    "linear": (native_cuda.linear, line(), lambda x: (line()[:2], x)),
-    "linear_act_mul": (native_cuda.linear_act_mul, line(), lambda x: (line()[:2], x, None, SILU)),
+    "rms_norm": (cuda_norm.add_rms_norm, line(), lambda x: (x, x, SCALE, 1e-5, 0)),
+    "layer_norm": (cuda_norm.add_layer_norm, line(), lambda x: (x, x, SCALE, SCALE, 1e-5)),
+    "act_mul": (cuda_activation.act_mul, line(), lambda x: (x[:, :32], x[:, 32:], SILU)),
+    "rope": (cuda_rope.rope, line(), lambda x: (heads(x), TABLE, TABLE, NTH, 16, 0)),
+    "linear of rows": (cuda_linear.linear, line()[:16], lambda x: (x, line())),
+    "linear": (cuda_linear.linear, line(), lambda x: (line()[:2], x)),
+    "linear_act_mul": (cuda_linear.linear_act_mul, line(), lambda x: (line()[:2], x, None, SILU)),
 }
 TRITON = {
     "rms_norm": (norm.add_rms_norm, line(), lambda x: (x, x, SCALE, 1e-5, 0)),

@@ -19,7 +19,7 @@ from fake_card import CARD, FakeCard, FakeGraphs
 from fake_cuda import FakeCuda
 
 from fuseline.compile.config import GraphConfig
-from fuseline.compile.kernels import cuda_library
+from fuseline.compile.kernels.cuda import library as cuda_library
 from fuseline.compile.tuning.clock import HostClock
 from fuseline.compile.tuning.limits import Limits
 
@@ -267,9 +267,9 @@ def test_early_launches_are_compared(tool) -> None:
     from overlap import check_overlap
 
     class Loses(cuda_library.CudaLibrary):
-        def call(self, name: str, *args: object) -> None:
+        def call(self, name: str, on: torch.Tensor, **fields: object) -> None:
             if self.overlap != cuda_library.Overlap.WEIGHTS or name != "rope_cache":
-                super().call(name, *args)
+                super().call(name, on, **fields)
 
     sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
     loses = copy.copy(cuda_twin.twin())

@@ -9,8 +9,8 @@ from fake_card import FakeGraphs, HostSync
 from fake_cuda import FakeCuda
 
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
-from fuseline.compile.kernels.choice import Candidate
-from fuseline.compile.tuning import timer as card_timer
+from fuseline.compile.kernels.registry import Implementation
+from fuseline.compile.tuning import timer as timers
 from fuseline.compile.tuning.recording import recording
 from fuseline.compile.tuning.timer import Arguments, CardTimer
 
@@ -84,7 +84,7 @@ def test_waiting_for_the_whole_device_spoils_a_capture_of_another_thread(cuda) -
 
 def test_a_candidate_that_cannot_be_captured_leaves_the_others_to_be_measured(cuda, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", cuda.current)
-    monkeypatch.setattr(card_timer, "DeviceClock", lambda *_, **__: lambda replay: replay() or 1.0)
+    monkeypatch.setattr(timers, "DeviceClock", lambda *_, **__: lambda replay: replay() or 1.0)
     timer, calls = CardTimer("cpu"), []
 
     def waiting(x: torch.Tensor) -> None:
@@ -94,9 +94,9 @@ def test_a_candidate_that_cannot_be_captured_leaves_the_others_to_be_measured(cu
 
     arguments = Arguments([(torch.ones(2),)])
     with pytest.raises(RuntimeError, match="not permitted"):
-        timer(Candidate("waits", waiting), arguments)
+        timer(Implementation("op", "waits", "cuda", waiting), arguments)
     assert len(calls) == 2 and not cuda.recording
-    assert timer(Candidate("fine", lambda x: x + 1), arguments) == 1.0
+    assert timer(Implementation("op", "fine", "cuda", lambda x: x + 1), arguments) == 1.0
 
 
 def test_the_fake_cards_captures_wait_for_nothing_either() -> None:

@@ -13,6 +13,7 @@ from native_fixtures import FLOATS, isa, key_panels, plain_keys, with_threads
 from torch import Tensor
 
 from fuseline.compile.backends.cpu_plan.single import single_call
+from fuseline.compile.kernels.registry import implementations
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import Make, Op
 from fuseline.compile.ops.registry import registry
@@ -20,8 +21,11 @@ from fuseline.compile.ops.rope import FP8
 
 __all__ = ["isa"]
 DENSE = {"attention"}  # as captured; a pass replaces it before a kernel is chosen
-# For a CPU passes replace the first and make none of the others.
-CUDA_ONLY = {"experts", "linear_act_mul", "linear_invariant", "experts_invariant", "paged_attention_invariant"}
+# For a CPU passes replace the first two and make none of the others.
+CUDA_ONLY = {
+    "aten.linear", "experts", "linear_act_mul", "linear_invariant", "experts_invariant", "paged_attention_invariant",
+}  # fmt: skip
+NATIVE = [op for name, op in sorted(registry().items()) if name in implementations("cpu")]
 
 
 def name_of(op: Op) -> str:
@@ -48,7 +52,7 @@ def run_native(op: Op, args: tuple, like: list[Tensor]) -> list[Tensor]:
     assert call.num_outputs == len(like)
     made = [torch.full_like(x, -77) if not x.is_floating_point() else torch.full_like(x, float("nan")) for x in like]
     given = (*made, *call.tensors[call.num_outputs :])
-    getattr(torch.ops.fuseline_cpu, call.native.op)(*given, *call.native.ints, *call.native.floats)
+    getattr(torch.ops.fuseline_cpu, call.native.kernel)(*given, *call.native.ints, *call.native.floats)
     mutated = call.tensors[call.num_outputs :][: len(call.native.mutated)]
     keys = args[names.index("k_cache")] if "k_cache" in names else None
     return made + [plain_keys(x) if x is keys else x for x in mutated]
@@ -97,14 +101,13 @@ def as_bytes(x: Tensor) -> Tensor:
 
 def assert_lies_as_fake(op: Op, args: tuple, run: Callable) -> None:
     """Views that a graph takes of a result must be possible of the kernel's."""
-    overload = getattr(torch.ops.fuseline, op.name).default
-    fakes = outputs(overload(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)))
+    fakes = outputs(op.target(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)))
     found = outputs(run(*copies(args)))
     assert [(x.shape, x.dtype, x.stride()) for x in found] == [(x.shape, x.dtype, x.stride()) for x in fakes]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("op", [registry()[name] for name in sorted(set(registry()) - DENSE - CUDA_ONLY)], ids=name_of)
+@pytest.mark.parametrize("op", NATIVE, ids=name_of)
 def test_kernels_agree_with_their_reference(isa, op, dtype):
     for args in cases(op, dtype):
         expected = run_reference(op, tuple(copies(args)))
@@ -118,16 +121,16 @@ def test_kernels_agree_with_their_reference(isa, op, dtype):
 
 @pytest.mark.parametrize("op", [op for op in registry().values() if op.inputs], ids=lambda op: op.name)
 def test_fakes_agree_with_their_reference(op):
-    overload = getattr(torch.ops.fuseline, op.name).default
     for args in cases(op, torch.bfloat16):
-        real = outputs(overload(*copies(args)))
-        fake = outputs(overload(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)))
+        real = outputs(op.target(*copies(args)))
+        fake = outputs(op.target(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)))
         assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in fake]
 
 
 def test_every_op_is_tested_or_dense():
     assert {op.name for op in registry().values() if op.inputs is None} == DENSE
     assert len(registry()) > 10
+    assert set(registry()) - {op.name for op in NATIVE} == DENSE | CUDA_ONLY
 
 
 def test_codes_are_those_of_the_kernels():

@@ -18,7 +18,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
 from fuseline.compile.tuning import linears as tune
 from fuseline.compile.tuning import tuned
-from fuseline.compile.tuning.linears import LINEAR, Product, tune_linears
+from fuseline.compile.tuning.linears import Product, tune_linears
 
 
 @pytest.fixture
@@ -42,7 +42,8 @@ def tuned_choices(config: CompileConfig, measure) -> set[int]:
     captured, _ = optimize(config)
     weights = {str(node.target): torch.empty(0) for node in captured.graph.graph.nodes if node.op == "get_attr"}
     tune_linears(captured.graph, weights, config, lambda *_: None, measure)
-    return {node.meta["choices"] for node in captured.graph.graph.find_nodes(op="call_function", target=LINEAR)}
+    linear = torch.ops.fuseline.linear_panels.default
+    return {node.meta["choices"] for node in captured.graph.graph.find_nodes(op="call_function", target=linear)}
 
 
 def stored(config: CompileConfig) -> list[Path]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import fake_libraries as fakes
 import pytest
@@ -18,16 +19,18 @@ from paged_driver import greedy
 from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, dispatcher
-from fuseline.compile.kernels.external import ExternalAttention, Libraries
+from fuseline.compile.kernels.choice import dispatcher
+from fuseline.compile.kernels.registry import ANY, Implementation
+from fuseline.compile.kernels.select import Kernels
+from fuseline.compile.ops.library import DECODE, PREFILL
+from fuseline.compile.ops.registry import op_of
 from fuseline.compile.tuning import clock as clocks
 from fuseline.compile.tuning import kernels as tune_card
-from fuseline.compile.tuning.calls import NORMS, OPS, CallMaker, has_constants
+from fuseline.compile.tuning.calls import CallMaker, has_constants
 from fuseline.compile.tuning.kernels import Problem, is_choice, tune_kernels
 from fuseline.compile.tuning.timer import Arguments, CardTimer
 
-FLASH_3 = Libraries(flash_attn_3=fakes.flash_attn_with_kvcache)
-NO_LIBRARIES = Libraries()
+FLASH_3 = {"flash_attn_3": fakes.flash_attn_with_kvcache}
 LAYERS = 3
 OURS = "triton.paged_attention"
 
@@ -40,6 +43,10 @@ def config(tmp_path) -> CompileConfig:
     )  # fmt: skip
 
 
+def candidate(label: str, run: Callable, **more: object) -> Implementation:
+    return Implementation("op", label, "cuda", run, **more)
+
+
 class Clock:
     """What `seconds` says of (label, rows); 1 where it says nothing. Counts measurements."""
 
@@ -47,7 +54,7 @@ class Clock:
         self.seconds = seconds
         self.seen: list[tuple[str, int]] = []
 
-    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+    def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
         args = arguments.calls[0]
         is_write = candidate.label.endswith("_cache") or "rope_cache" in candidate.label
         first = args[2] if is_write else args[0]  # x[..., K], or heads [1, H, T, D]
@@ -56,15 +63,16 @@ class Clock:
         return self.seconds(candidate.label, rows) or 1.0
 
 
-def choices(config: CompileConfig, clock: Clock, libraries: Libraries = NO_LIBRARIES) -> dict[str, list[dict]]:
+def choices(
+    config: CompileConfig, clock: Clock, libraries: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, list[dict]]:
     """By op, in the graph's order."""
     captured, _ = optimize(config, CARD)
     constants = [node for node in captured.graph.graph.nodes if node.op == "get_attr"]
     weights = {
         str(node.target): torch.zeros(node.meta["val"].shape, dtype=node.meta["val"].dtype) for node in constants
     }
-    external = ExternalAttention(CARD, libraries)
-    tune_kernels(captured.graph, weights, config, CARD, lambda *_: None, clock, external)
+    tune_kernels(captured.graph, weights, config, CARD, lambda *_: None, clock, Kernels(CARD, libraries))
     found: dict[str, list[dict]] = {}
     for node in captured.graph.graph.nodes:
         if "choices" in node.meta:
@@ -154,7 +162,7 @@ def test_when_all_fail_the_default_stays(config, caplog):
 
 
 def test_only_choices_of_this_problem_are_read():
-    of = [Candidate("a", print, 16), Candidate("b", print)]
+    of = [candidate("a", print, max_rows=16), candidate("b", print)]
     assert is_choice(of, {"rows": [[16, "a"], [ANY, "b"]]}) and is_choice(of, {"rows": [[ANY, "b"]]})
     for wrong in (
         [], {}, {"rows": []}, {"rows": [[ANY, "a"]]}, {"rows": [[16, "b"]]}, {"rows": [[ANY, "c"]]},
@@ -183,7 +191,7 @@ def test_norms_that_must_not_depend_on_the_batch_have_no_choice(config):
 
 def test_a_norm_whose_weight_is_computed_is_left_alone(config):
     captured, _ = optimize(config, CARD)
-    nodes = [node for node in captured.graph.graph.nodes if node.target in NORMS]
+    nodes = [node for node in captured.graph.graph.nodes if (op := op_of(node.target)) and op.name.endswith("_norm")]
     assert all(map(has_constants, nodes))
     nodes[1].args = (*nodes[1].args[:2], nodes[0], *nodes[1].args[3:])
     assert not has_constants(nodes[1])
@@ -195,7 +203,7 @@ def test_what_is_measured_are_calls_of_the_op(family, config, caplog):
     ran = set()
 
     class Running(Clock):
-        def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+        def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
             is_tried = "linear" not in candidate.label and "triton.matmul" not in candidate.label
             is_tried = is_tried or " " not in candidate.label
             if is_tried and (candidate.label, len(arguments.calls)) not in ran:
@@ -221,21 +229,20 @@ def test_what_is_measured_are_calls_of_the_op(family, config, caplog):
 
 def test_a_result_is_written_where_it_is_wanted():
     """By the kernel of the call's rows, which may have to copy it there."""
-    twice = Candidate("twice", lambda x: 2 * x, 16, into=lambda out, x: out.copy_(2 * x))
-    plain = Candidate("plain", lambda x: x)
-    label, run, into = dispatcher([twice, plain], {"rows": [[2, "twice"], [ANY, "plain"]]}, lambda x: ("rows", len(x)))
-    assert label == "twice | plain"
+    twice = candidate("twice", lambda x: 2 * x, max_rows=16, into=lambda out, x: out.copy_(2 * x))
+    plain = candidate("plain", lambda x: x)
+    found = dispatcher([twice, plain], {"rows": [[2, "twice"], [ANY, "plain"]]}, lambda x: ("rows", len(x)))
+    assert found.label == "twice | plain"
     for x, want in ((torch.ones(2), 2.0), (torch.ones(3), 1.0)):
         out = torch.zeros(len(x))
-        into(out, x)
-        assert out.tolist() == run(x).tolist() == [want] * len(x)
-    assert dispatcher([plain, Candidate("b", print)], {"rows": [[ANY, "plain"]]}, len)[2] is None
+        found.into(out, x)
+        assert out.tolist() == found.run(x).tolist() == [want] * len(x)
+    assert dispatcher([plain, candidate("b", print)], {"rows": [[ANY, "plain"]]}, len).into is None
 
 
 def test_problems_tell_shapes_apart(config):
     captured, _ = optimize(config, CARD)
-    external = ExternalAttention(CARD, Libraries())
-    problems = tune_card._problems(captured.graph, CARD, external, tune_card.OPS_WITH_CHOICE)
+    problems = tune_card._problems(captured.graph, Kernels(CARD, {}), False)
     assert all(isinstance(problem, Problem) for problem in problems)
     linears = {problem.shapes for problem in problems if problem.op == "aten::linear"}
     assert len(linears) == 3, "the vocabulary is as wide as q, k and v"
@@ -273,7 +280,7 @@ def test_a_model_with_offloaded_weights_runs_what_was_chosen(config, monkeypatch
 def test_weights_that_are_away_are_measured_only_where_no_other_is_there(config, monkeypatch):
     """And then one: the card may have no room for more."""
     captured, _ = optimize(config, CARD)
-    nodes = [node for node in captured.graph.graph.nodes if node.target is OPS.linear_act_mul.default]
+    nodes = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.linear_act_mul.default]
     names = [str(node.args[1].target) for node in nodes]
     monkeypatch.setattr(CallMaker, "_value", lambda self, arg: str(arg))
     for num_away in range(LAYERS + 1):
@@ -338,8 +345,8 @@ def timer_on(cuda: FakeCuda, monkeypatch) -> CardTimer:
 def test_the_timer_captures_after_a_first_run_and_takes_the_median(monkeypatch):
     cuda = FakeCuda([9.0, 3.0, 8.0, 1.0, 4.0, 50.0, 2.0, 6.0])  # the first replay is not measured
     timer = timer_on(cuda, monkeypatch)
-    candidate = Candidate("x", lambda *args: cuda.done.append(f"run {args}"), plan=lambda host: cuda.done.append(host))
-    assert timer(candidate, Arguments([(1,), (2,)], "planned")) == 4.0 / 2
+    tried = candidate("x", lambda *args: cuda.done.append(f"run {args}"), prepare=lambda host: cuda.done.append(host))
+    assert timer(tried, Arguments([(1,), (2,)], "planned")) == 4.0 / 2
     assert cuda.done == [
         "wait", "planned", "run (1,)", "synchronize", "begin thread_local", "run (1,)", "run (2,)", "end",
         "synchronize",
@@ -355,5 +362,5 @@ def test_a_capture_that_fails_is_ended(monkeypatch):
             raise RuntimeError("not under capture")
 
     with pytest.raises(RuntimeError, match="not under capture"):
-        timer(Candidate("x", run), Arguments([(1,)]))
+        timer(candidate("x", run), Arguments([(1,)]))
     assert cuda.done[-1] == "end"

@@ -13,8 +13,9 @@ from test_tune_card import OURS, Clock, choices, config
 
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.kernels import cuda_library
-from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL
+from fuseline.compile.kernels.cuda import library as cuda_library
+from fuseline.compile.kernels.registry import ANY
+from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.tuning import kernels as tune_card
 
 __all__ = ["config"]

@@ -86,13 +86,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checked(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Names of shapes and of ops. Raises ConfigError."""
+    from fuseline.compile.kernels.registry import implementations
     from fuseline.compile.ops.registry import registry
 
     if not 1 <= options.repeats <= MAX_REPEATS:
         raise ConfigError(f"--repeats must be 1 to {MAX_REPEATS}")
     if options.cpu_threads < 0:
         raise ConfigError("--cpu-threads must be 0 or more")
-    known = sorted(op.name for op in registry().values() if op.workloads)
+    known = sorted(op.name for op in registry().values() if op.workloads and op.name in implementations("cpu"))
     shapes, ops = options.shapes.split(","), options.ops.split(",") if options.ops else known
     for flag, given, possible in (("shapes", shapes, sorted(SHAPES)), ("ops", ops, known)):
         if unknown := sorted(set(given) - set(possible)):
@@ -134,7 +135,7 @@ def time_kernels(
                 limits = {"memory": num_bytes / machine.bandwidth, "arithmetic": work.flops / machine.flops}
                 bound = max(limits, key=limits.__getitem__)
                 yield Timing(
-                    op.name, call.native.op, shape, work.label, seconds, num_bytes, work.flops,
+                    op.name, call.native.kernel, shape, work.label, seconds, num_bytes, work.flops,
                     limits[bound] / seconds, bound,
                 )  # fmt: skip
 

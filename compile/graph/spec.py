@@ -11,15 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, fx
 
 from fuseline.compile.graph.graph_pass import PassContext
-from fuseline.compile.kernels.native import Kernels
+from fuseline.compile.kernels.plan_call import meta_value, plan_call
+from fuseline.compile.kernels.select import Kernels
+from fuseline.compile.ops.library import Op
+from fuseline.compile.ops.registry import op_of
 
-OPS = torch.ops.fuseline
-WRITES = (OPS.write_cache.default, OPS.rope_cache.default)
-READS = (OPS.paged_attention.default, OPS.paged_attention_invariant.default)
 TORCH = ("aten", "prims")
 
 
@@ -29,7 +28,8 @@ class SpecError(Exception):
 
 def attention_layers(graph: fx.GraphModule) -> list[int]:
     """Layer numbers of unpaged attention, ascending."""
-    return sorted(node.args[4] for node in _calls(graph, OPS.attention.default))
+    calls = ((node, op_of(node.target)) for node in graph.graph.nodes if node.op == "call_function")
+    return sorted(node.args[op.arguments.index("layer")] for node, op in calls if op and "layer" in op.arguments)
 
 
 def check_edge(graph: fx.GraphModule, stage: str, layers: list[int], ctx: PassContext) -> None:
@@ -59,11 +59,11 @@ def _unpaged(graph: fx.GraphModule, layers: list[int]) -> Iterable[str]:
         yield f"attention of layers {unpaged} is not paged"
     written: set[str] = set()
     read: list[str] = []
-    for node in graph.graph.nodes:
-        if node.target in WRITES:
-            written.add(_caches(node.args[:2]))
-        elif node.target in READS:
-            read.append(_caches(node.args[1:3]))
+    for node, op in ((node, op_of(node.target)) for node in graph.graph.nodes):
+        if op and op.written:
+            written.add(_caches(node, op))
+        elif op and op.reads_cache:
+            read.append(_caches(node, op))
             if read[-1] not in written:
                 yield f"{node.name} reads {read[-1]} before it is written"
     expected = [f"k_cache_{layer} and v_cache_{layer}" for layer in layers]
@@ -71,17 +71,15 @@ def _unpaged(graph: fx.GraphModule, layers: list[int]) -> Iterable[str]:
         yield f"caches that are read: {read} instead of {expected}"
 
 
-def _caches(nodes: tuple[fx.Node, ...]) -> str:
-    return " and ".join(str(node.target) for node in nodes)
+def _caches(node: fx.Node, op: Op) -> str:
+    return " and ".join(str(node.args[op.arguments.index(name)].target) for name in ("k_cache", "v_cache"))
 
 
 def _finder(ctx: PassContext) -> Callable[[fx.Node], object]:
-    """What finds the kernel of a node, or None."""
+    """A function that finds the kernel of a node, or None."""
     if ctx.target.kind == "cuda":
-        from fuseline.compile.kernels.cuda import find_kernel
-
-        return lambda node: find_kernel(node, ctx.target)
-    return Kernels(lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg).find
+        return Kernels(ctx.target, {}).find
+    return lambda node: plan_call(node, meta_value)
 
 
 def _without_kernel(graph: fx.GraphModule, find: Callable[[fx.Node], object]) -> Iterable[str]:
@@ -98,10 +96,6 @@ def _without_kernel(graph: fx.GraphModule, find: Callable[[fx.Node], object]) ->
 def _is_tensor(node: fx.Node) -> bool:
     """Arithmetic on sizes is done when the plan is built."""
     return isinstance(node.meta["val"], Tensor)
-
-
-def _calls(graph: fx.GraphModule, target: Callable) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if node.target is target]
 
 
 def _more(count: int) -> str:

@@ -1,5 +1,7 @@
 """The op vocabulary; importing it registers torch.ops.fuseline.*."""
 
-from fuseline.compile.ops import activation, attention, linear, moe, norm, rope
+import importlib
+import pkgutil
 
-__all__ = ["activation", "attention", "linear", "moe", "norm", "rope"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

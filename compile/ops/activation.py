@@ -40,6 +40,7 @@ def act_mul_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     inputs=act_mul_inputs,
     tolerance=8.0,
     workloads=act_mul_workloads,
+    sums=False,
 )
 def act_mul(gate: Tensor, up: Tensor, act: int) -> Tensor:
     """act(gate) * up; act(gate) is rounded to the dtype first, as Transformers' two ops do."""

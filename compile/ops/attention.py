@@ -5,12 +5,26 @@ Legend: H query heads, K kv heads, T query tokens, L keys, D key dim, E value di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from fuseline.compile.ops.library import Make, ModelShape, Workload, batch_invariant, op
+from fuseline.compile.ops.attention_batch import AttentionLayer, make_batch
+from fuseline.compile.ops.library import (
+    DECODE,
+    PREFILL,
+    CallShape,
+    Make,
+    ModelShape,
+    StepSize,
+    Workload,
+    batch_invariant,
+    op,
+)
+
+CONTEXT = 1024
+"""Keys of a sequence where kernels are measured in steps of one token each."""
 
 
 @op(
@@ -92,6 +106,26 @@ def gather_rows_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
         yield Workload(f"{rows} x {width} of 2048", (make.fill(2048, width), make.ids(2048, rows)), num_bytes=moved)
 
 
+def attention_size(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: object) -> tuple[str, int]:
+    """(phase, tokens) of q[1, H, T, D], block_table[S, M]; as many sequences as tokens is a step of one token each."""
+    num_tokens = q.shape[2]
+    return (DECODE if num_tokens <= block_table.shape[0] else PREFILL), num_tokens
+
+
+def make_attention(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], step: StepSize) -> dict[str, Tensor]:
+    """A prompt, or sequences of one token; their keys are as many as are not found in a cache."""
+    known = {**inputs, **fixed}
+    layer = AttentionLayer.of(*(known[name] for name in paged_attention.op.arguments if name in known))
+    is_prompt = step.phase == PREFILL
+    lengths, counts = ([step.rows], [step.rows]) if is_prompt else ([CONTEXT] * step.rows, [1] * step.rows)
+    args = make_batch(layer, lengths, counts, str(step.device)).args
+    return {name: arg for name, arg in zip(paged_attention.op.arguments, args, strict=False) if name in inputs}
+
+
+def describe_attention(names: Iterable[str], args: Iterable[object], weights: Iterable[bool]) -> str:
+    return str(AttentionLayer.of(*args))
+
+
 @op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor query_start, Tensor? sinks, int window, float scale, float softcap, Tensor? k_scale=None, "
@@ -100,6 +134,8 @@ def gather_rows_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     inputs=paged_attention_inputs,
     tolerance=6.0,
     workloads=paged_attention_workloads,
+    invariant="paged_attention_invariant",
+    calls=CallShape(attention_size, make_attention, describe_attention),
 )
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
@@ -136,6 +172,8 @@ paged_attention_invariant = batch_invariant(paged_attention)
     inputs=lambda make: [(make.normal(9, 33), make.ids(9, 4))],
     tolerance=0.0,
     workloads=gather_rows_workloads,
+    sums=False,
+    picks_rows=True,
 )
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[T, D] -> the lines rows[R]."""

@@ -1,16 +1,75 @@
-"""How an op of the vocabulary is declared: one decorator registers reference and fake as torch.ops.fuseline.<name>."""
+"""How an op of the vocabulary is declared: one decorator registers reference and fake as torch.ops.fuseline.<name>.
+
+A declaration also states everything that the rest of the compiler must know of the op: which arguments are weights, how
+the size of a call follows from its arguments, whether it is a matrix product. Nobody else keeps lists of ops.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TOKENS = (1, 16, 256)
-"""Of a decode step of one sequence, of sixteen, and of a prompt."""
+"""Tokens of a decode step of one sequence, of sixteen, and of a prompt."""
+ROWS, DECODE, PREFILL = "rows", "decode", "prefill"
+"""Phases: all calls of most ops; for attention, steps of one token a sequence and steps of more."""
 LIBRARY = torch.library.Library("fuseline", "DEF")
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """The size of a call that is made up to measure kernels with."""
+
+    phase: str
+    rows: int
+    device: torch.device
+
+    def randn(self, like: Tensor, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(like.dtype)
+
+
+def lines_size(x: Tensor, *_: object) -> tuple[str, int]:
+    """(phase, rows) of a call whose first argument is x[..., K]."""
+    return ROWS, x.numel() // x.shape[-1]
+
+
+def make_lines(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], step: StepSize) -> dict[str, Tensor]:
+    """[1, rows, last size] for every input."""
+    return {name: step.randn(x, 1, step.rows, x.shape[-1]) for name, x in inputs.items()}
+
+
+def describe_arguments(names: Iterable[str], args: Iterable[object], weights: Iterable[bool]) -> str:
+    """A weight by its shape, heads [1, H, T, D] by their number and size, other inputs by their last size."""
+    return ", ".join(_text(*parts) for parts in zip(names, args, weights, strict=False))
+
+
+def _text(name: str, arg: object, is_weight: bool) -> str:
+    if not isinstance(arg, Tensor):
+        return str(arg)
+    shape, dtype = arg.shape, str(arg.dtype).removeprefix("torch.")
+    if name.endswith("_cache"):
+        shape = shape[1:]
+    elif not is_weight:
+        shape = (shape[1], shape[3]) if len(shape) == 4 else shape[-1:]
+    return f"{'x'.join(str(int(size)) for size in shape)} {dtype}"
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """How calls of an op differ from step to step; kernels are chosen and measured by it."""
+
+    size: Callable[..., tuple[str, int]] = lines_size
+    """(phase, rows) from a call's arguments, without waiting for the device."""
+    make: Callable[[Mapping[str, Tensor], Mapping[str, object], StepSize], Mapping[str, Tensor]] = make_lines
+    """Random arguments of some size, by name, for the inputs (on meta); the fixed arguments are weights and numbers."""
+    describe: Callable[[Iterable[str], Iterable[object], Iterable[bool]], str] = describe_arguments
+    """Everything about a call that does not change from step to step, from names, values and whether each is a weight.
+    """
 
 
 @dataclass(frozen=True)
@@ -18,18 +77,55 @@ class Op:
     """One op of the vocabulary; `<reference>.op` of the decorated function."""
 
     name: str
+    """The name in graphs: without the namespace for ours, with it for torch's (aten.linear)."""
     schema: str
     reference: Callable
     fake: Callable
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None
     """Argument tuples that cover the op; None for one that no kernel computes."""
     workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None
-    """What a model of that shape asks of the op, for `fuseline bench kernels`."""
+    """Calls that a model of that shape makes, for `fuseline bench kernels`."""
     tolerance: float
     """How far a kernel may be from the reference in float32, relative and absolute, in rounding steps at 1.
 
     In half precision at most one step: the same roundings, of which a difference in float32 can flip one.
     """
+    weights: tuple[str, ...] = ()
+    """Arguments that are parameters of the model. Kernels are only measured where they are constants of the graph."""
+    is_product: bool = False
+    """A matrix product with its weights: these can be kept on the host and fetched in every step."""
+    sums: bool = True
+    """Each output is a sum whose order a kernel chooses, so that another kernel may give other bits."""
+    picks_rows: bool = False
+    """Gives the rows of its first argument that the second one names: all of them in order are the first argument."""
+    invariant: str = ""
+    """The op whose kernels sum a row in one order whatever the batch; empty where this op's kernels do."""
+    calls: CallShape = field(default_factory=CallShape)
+    written: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(keys, values) that a call writes to its caches, from its arguments; None for an op that writes none."""
+
+    @functools.cached_property
+    def target(self) -> torch._ops.OpOverload:
+        """The function in graphs."""
+        space, _, name = self.name.rpartition(".")
+        return getattr(getattr(torch.ops, space or "fuseline"), name).default
+
+    @functools.cached_property
+    def arguments(self) -> tuple[str, ...]:
+        return tuple(argument.name for argument in self.target._schema.arguments)
+
+    @property
+    def reads_cache(self) -> bool:
+        return self.written is None and "k_cache" in self.arguments
+
+
+def op_name(target: object) -> str:
+    """The name under which ops and kernels are declared for a node's target: rms_norm, aten.add.Tensor.
+
+    Empty for a target that is no op.
+    """
+    is_op = isinstance(target, torch._ops.OpOverload)
+    return str(target).removeprefix("fuseline.").removesuffix(".default") if is_op else ""
 
 
 @dataclass(frozen=True)
@@ -93,21 +189,24 @@ def moved_bytes(op: Op, work: Workload) -> int:
 
 def op(
     schema: str,
-    fake: Callable,
+    fake: Callable | None = None,
     inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None = None,
     tolerance: float = 2.0,
     workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None = None,
+    **facts: Any,
 ) -> Callable[[Callable], Callable]:
     """Registers the decorated reference under `schema`; `fake` gives shapes, `inputs` the arguments for tests,
-    `workloads` those for benchmarks.
+    `workloads` those for benchmarks, `facts` are further fields of Op. An op of torch's (aten::...) is only described.
     """
-    name = schema.split("(", 1)[0]
+    space, _, name = schema.partition("(")[0].rpartition("::")
 
     def register(reference: Callable) -> Callable:
-        LIBRARY.define(schema)
-        LIBRARY.impl(name, reference, "CPU")
-        torch.library.register_fake(f"fuseline::{name}", fake, lib=LIBRARY)
-        reference.op = Op(name, schema, reference, fake, inputs, workloads, tolerance)
+        if not space:
+            LIBRARY.define(schema)
+            LIBRARY.impl(name, reference, "CPU")
+            torch.library.register_fake(f"fuseline::{name}", fake, lib=LIBRARY)
+        full = f"{space}.{name}" if space else name
+        reference.op = Op(full, schema, reference, fake or reference, inputs, workloads, tolerance, **facts)
         return reference
 
     return register
@@ -117,4 +216,5 @@ def batch_invariant(of: Callable) -> Callable:
     """Registers a declared op as NAME_invariant too: kernels of that compute a row in one order, whatever the batch."""
     found: Op = of.op
     schema = found.schema.replace(found.name, f"{found.name}_invariant", 1)
-    return op(schema, found.fake, found.inputs, found.tolerance)(lambda *args: of(*args))
+    facts = {"weights": found.weights, "is_product": found.is_product, "calls": found.calls}
+    return op(schema, found.fake, found.inputs, found.tolerance, **facts)(lambda *args: of(*args))

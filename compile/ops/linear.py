@@ -11,7 +11,7 @@ from torch import Tensor
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import act_mul
 from fuseline.compile.ops.library import Make, ModelShape, Workload, op
-from fuseline.compile.ops.moe import experts
+from fuseline.compile.ops.moe import EXPERT_WEIGHTS, experts
 
 PANEL = 16
 
@@ -77,7 +77,7 @@ def embedding_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 
 def experts_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
-    """Of the width of a dense layer all together; every expert a token of its own where there are enough."""
+    """Experts that are together as wide as a dense layer; every expert a token of its own where there are enough."""
     d, num, chosen = shape.hidden_size, shape.num_experts, shape.num_experts_per_tok
     width = shape.intermediate_size // chosen // PANEL * PANEL
     first, second = make.fill(num, 2 * width // PANEL, d, PANEL), make.fill(num, d // PANEL, width, PANEL)
@@ -98,23 +98,40 @@ def experts_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     inputs=linear_inputs,
     tolerance=12.0,
     workloads=linear_workloads,
+    weights=("panels", "bias"),
+    is_product=True,
 )
 def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) -> Tensor:
     """x[..., K] times packed weights -> [..., N]; fp32 accumulation, the bias added before the one rounding."""
     return F.linear(x, unpack(panels, num_out), bias)
 
 
-def linear_invariant_inputs(make: Make) -> Iterator[tuple]:
+def linear_rows_inputs(make: Make) -> Iterator[tuple]:
     for rows, num_out, num_in, bias in ((1, 33, 75, False), (3, 33, 75, True), (70, 130, 64, True)):
         weight = make.normal(num_out, num_in, scale=0.1)
         yield make.normal(1, rows, num_in), weight, make.normal(num_out) if bias else None
 
 
 @op(
+    "aten::linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+    inputs=linear_rows_inputs,
+    tolerance=12.0,
+    weights=("weight", "bias"),
+    is_product=True,
+    invariant="linear_invariant",
+)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x[..., K] times weight[N, K] -> [..., N]."""
+    return F.linear(x, weight, bias)
+
+
+@op(
     "linear_invariant(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    inputs=linear_invariant_inputs,
+    inputs=linear_rows_inputs,
     tolerance=12.0,
+    weights=("weight", "bias"),
+    is_product=True,
 )
 def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x[..., K] times weight[N, K] -> [..., N]; a kernel of it sums a row in one order, whatever the number of rows."""
@@ -134,6 +151,8 @@ def linear_act_mul_inputs(make: Make) -> Iterator[tuple]:
     fake=lambda x, weight, bias, act: x.new_empty(*x.shape[:-1], weight.shape[0] // 2),
     inputs=linear_act_mul_inputs,
     tolerance=12.0,
+    weights=("weight", "bias"),
+    is_product=True,
 )
 def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
     """act(gate) * up of x[..., K] times weight[2I, K], gate above up -> [..., I]; rounded as the three ops are."""
@@ -147,6 +166,8 @@ def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> 
     inputs=lambda make: [(make.ids(33, 1, 6), pack(make.normal(33, 20)), 33)],
     tolerance=0.0,
     workloads=embedding_workloads,
+    weights=("panels",),
+    sums=False,
 )
 def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     """Rows ids of packed weights [P, K, 16] -> [..., K]."""
@@ -160,6 +181,8 @@ def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     inputs=experts_panels_inputs,
     tolerance=12.0,
     workloads=experts_workloads,
+    weights=EXPERT_WEIGHTS,
+    is_product=True,
 )
 def experts_panels(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,

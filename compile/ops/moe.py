@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import ACTIVATIONS
-from fuseline.compile.ops.library import Make, ModelShape, Workload, batch_invariant, op
+from fuseline.compile.ops.library import (
+    CallShape,
+    Make,
+    ModelShape,
+    StepSize,
+    Workload,
+    batch_invariant,
+    lines_size,
+    op,
+)
+
+EXPERT_WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 
 def experts_inputs(make: Make) -> Iterator[tuple]:
@@ -24,12 +35,24 @@ def experts_inputs(make: Make) -> Iterator[tuple]:
     yield x, ids, weights, *turned, *biases, codes.EXPERT_ACTS["glu_oss"], True, 1.702, 7.0
 
 
+def make_tokens(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], step: StepSize) -> dict[str, Tensor]:
+    """Tokens that go to experts at random."""
+    x, ids, weights = inputs["x"], inputs["ids"], inputs["weights"]
+    num_experts, top_k = fixed["gate_up"].shape[0], ids.shape[1]
+    chosen = torch.rand(step.rows, num_experts).topk(top_k).indices.to(step.device)
+    return {"x": step.randn(x, step.rows, x.shape[1]), "ids": chosen, "weights": step.randn(weights, step.rows, top_k)}
+
+
 @op(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias, int act, bool transposed, float alpha, float limit) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
     inputs=experts_inputs,
     tolerance=12.0,
+    weights=EXPERT_WEIGHTS,
+    is_product=True,
+    invariant="experts_invariant",
+    calls=CallShape(lines_size, make_tokens),
 )
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,

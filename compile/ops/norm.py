@@ -40,6 +40,7 @@ def norm_workloads(num_inputs: int, takes_bias: bool) -> Callable[[Make, ModelSh
     inputs=rms_norm_inputs,
     tolerance=4.0,
     workloads=norm_workloads(1, False),
+    weights=("weight",),
 )
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
     """x / rms(x) * weight; `mode` fixes where the result is rounded to x's dtype (codes.h)."""
@@ -59,6 +60,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
     inputs=lambda make: [(make.normal(1, 5, 77), make.normal(1, 5, 77), make.normal(77), 1e-6, mode) for mode in MODES],
     tolerance=4.0,
     workloads=norm_workloads(2, False),
+    weights=("weight",),
 )
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, mode: int) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum); the sum is rounded to x's dtype first."""
@@ -77,6 +79,7 @@ def layer_norm_inputs(make: Make) -> Iterator[tuple]:
     inputs=layer_norm_inputs,
     tolerance=4.0,
     workloads=norm_workloads(1, True),
+    weights=("weight", "bias"),
 )
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -88,6 +91,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     inputs=lambda make: [(make.normal(5, 77), *args) for args in layer_norm_inputs(make)],
     tolerance=4.0,
     workloads=norm_workloads(2, True),
+    weights=("weight", "bias"),
 )
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, StepSize, Workload, op
 from fuseline.compile.specs import FP8_DTYPES
 
 FP8 = tuple(getattr(torch, name) for name in dict.fromkeys(FP8_DTYPES.values()))
-"""Of caches whose numbers are scaled."""
+"""Dtypes of caches whose numbers are scaled."""
+
+
+def rope_size(x: Tensor, *_: object) -> tuple[str, int]:
+    """(phase, rows) of rope; x[1, H, T, D]."""
+    return ROWS, x.shape[2]
+
+
+def write_size(k_cache: Tensor, v_cache: Tensor, x: Tensor, *_: object) -> tuple[str, int]:
+    """(phase, rows) of rope_cache and write_cache; x[1, H, T, D]."""
+    return rope_size(x)
+
+
+def make_heads(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], step: StepSize) -> dict[str, Tensor]:
+    """The heads of a token side by side, as a joined product leaves them; slots one after the other."""
+    return {name: _make_heads(name, x, fixed, step) for name, x in inputs.items()}
+
+
+def _make_heads(name: str, x: Tensor, fixed: Mapping[str, object], step: StepSize) -> Tensor:
+    if name == "slots":
+        return torch.arange(step.rows, device=step.device)
+    if name == "rows":
+        return torch.arange(step.rows, device=step.device) % fixed["cos"].shape[0]
+    if name.endswith("_cache"):
+        shape = (-(-step.rows // x.shape[2]), *x.shape[1:])
+        return torch.zeros(shape, dtype=x.dtype, device=step.device)
+    return step.randn(x, 1, step.rows, x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def tables(make: Make, rotary_dim: int, columns: int) -> tuple:
@@ -113,6 +139,9 @@ def rope_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     inputs=rope_inputs,
     tolerance=0.0,
     workloads=rope_workloads,
+    weights=("cos", "sin"),
+    sums=False,
+    calls=CallShape(rope_size, make_heads),
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
     """Rotates the first `rotary_dim` of x[1, H, T, D] by lines `rows`[T] of cos/sin[P, C], C the dim or its half."""
@@ -140,6 +169,9 @@ def _line(table: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
     inputs=write_cache_inputs,
     tolerance=0.0,
     workloads=write_cache_workloads,
+    sums=False,
+    calls=CallShape(write_size, make_heads),
+    written=lambda k_cache, v_cache, k, v, *_: (k, v),
 )
 def write_cache(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, k_scale: Tensor | None = None,
@@ -169,6 +201,12 @@ def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     inputs=rope_cache_inputs,
     tolerance=0.0,
     workloads=rope_cache_workloads,
+    weights=("cos", "sin"),
+    sums=False,
+    calls=CallShape(write_size, make_heads),
+    written=lambda k_cache, v_cache, q, k, v, cos, sin, rows, slots, rotary_dim, layout, *_: (
+        rope(k, cos, sin, rows, rotary_dim, layout), v,
+    ),
 )
 def rope_cache(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,

@@ -14,7 +14,7 @@ from torch import fx
 from fuseline.compile.graph.edit import tensors_of
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast
-from fuseline.compile.kernels.native import Kernels
+from fuseline.compile.kernels.plan_call import meta_value, plan_call
 
 aten = torch.ops.aten
 EXACT = frozenset({
@@ -33,16 +33,15 @@ LIBRARY = frozenset({
 
 def cut_regions(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Matches are regions, numbered from 0; their nodes carry the number in meta["region"]."""
-    kernels = Kernels(lambda arg: arg.meta["val"] if isinstance(arg, fx.Node) else arg)
     runs: list[list[fx.Node]] = [[]]
     for node in graph.graph.nodes:
         if node.op != "call_function" or is_free(node):
             continue
-        if can_join(node, kernels):
+        if can_join(node):
             runs[-1].append(node)
         elif runs[-1]:
             runs.append([])
-    regions = [run for run in runs if any(needs_torch(node, kernels) for node in run)]
+    regions = [run for run in runs if any(needs_torch(node) for node in run)]
     for number, run in enumerate(regions):
         for node in run:
             node.meta["region"] = number
@@ -57,13 +56,13 @@ def is_free(node: fx.Node) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
 
-def can_join(node: fx.Node, kernels: Kernels) -> bool:
+def can_join(node: fx.Node) -> bool:
     is_square = node.target is aten.pow.Tensor_Scalar and node.args[1] == 2
-    return node.target in EXACT or is_square or needs_torch(node, kernels)
+    return node.target in EXACT or is_square or needs_torch(node)
 
 
-def needs_torch(node: fx.Node, kernels: Kernels) -> bool:
+def needs_torch(node: fx.Node) -> bool:
     if node.target in LIBRARY:
         return False
     is_plain = getattr(node.target, "namespace", "") in ("aten", "prims")
-    return is_plain and node.target not in EXACT and kernels.find(node) is None
+    return is_plain and node.target not in EXACT and plan_call(node, meta_value) is None

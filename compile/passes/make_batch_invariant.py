@@ -1,4 +1,4 @@
-"""Ops whose kernels depend on the batch give way to others, for a card.
+"""Ops whose kernels depend on the batch give way to those that the ops declare as invariant, for a GPU.
 
 linear(x, weight, bias) -> linear_invariant(x, weight, bias)     cuBLASLt picks its kernel by the number of rows
 experts(...)            -> experts_invariant(...)                tiles are as high as there are pairs of an expert
@@ -9,27 +9,20 @@ All other kernels of ours compute a row from that row alone anyway.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from fuseline.compile.graph.edit import replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
-
-aten = torch.ops.aten
-OPS = torch.ops.fuseline
-INSTEAD = {
-    OPS.experts.default: OPS.experts_invariant.default,
-    OPS.paged_attention.default: OPS.paged_attention_invariant.default,
-}
+from fuseline.compile.ops.registry import op_of, registry
 
 
 def make_batch_invariant(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     matches = 0
     for node in list(graph.graph.nodes):
-        if node.target is aten.linear.default:
-            x, weight, *bias = node.args
-            args = (x, weight, bias[0] if bias else None)
-            matches += replace(graph.graph, node, OPS.linear_invariant.default, args) is not None
-        elif node.target in INSTEAD:
-            matches += replace(graph.graph, node, INSTEAD[node.target], node.args) is not None
+        op = op_of(node.target)
+        if op and op.invariant:
+            instead = registry()[op.invariant].target
+            num_needed = sum(not argument.has_default_value() for argument in instead._schema.arguments)
+            args = (*node.args, *[None] * (num_needed - len(node.args)))
+            matches += replace(graph.graph, node, instead, args) is not None
     return PassResult(matches, matches > 0)

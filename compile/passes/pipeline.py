@@ -47,7 +47,7 @@ COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, choose_kernels)))
 """Level 1 and up."""
 
 COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, fuse_linear_act, widen_logits)))
-"""The same for a card: weights stay rows, which is what cuBLASLt and our kernels read (kernels/cuda.py)."""
+"""The same for a GPU: weights stay rows, which is what cuBLASLt and our kernels read."""
 
 INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant, widen_logits)))
 """With products of one order of summation in place of the fastest ones."""

@@ -21,15 +21,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile import ops  # noqa: F401  registers those of PRODUCTS
 from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.memory import host_pages
+from fuseline.compile.ops.registry import op_of
 
 NUM_SLOTS = 2
 ALIGNMENT = 256  # of weights within a slot in bytes, as torch's allocator has it
-aten = torch.ops.aten
-OPS = torch.ops.fuseline
-PRODUCTS = (aten.linear.default, OPS.linear_act_mul.default, OPS.experts.default)
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def _product_weights(graph: fx.GraphModule) -> list[fx.Node]:
     weights = [
         arg
         for node in graph.graph.nodes
-        if node.target in PRODUCTS
+        if (op := op_of(node.target)) and op.is_product
         for arg in node.all_input_nodes
         if arg.op == "get_attr" and len(arg.users) == 1 and arg.meta["val"].ndim > 1
     ]

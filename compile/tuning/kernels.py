@@ -18,22 +18,20 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile import kernels
+from fuseline.compile import kernels as kernel_files
 from fuseline.compile.cache.keys import version_of
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.kernels.choice import ANY, DECODE, PREFILL, Candidate, chosen_label, default_choices
-from fuseline.compile.kernels.cuda import OPS, aten, candidates
-from fuseline.compile.kernels.external import ExternalAttention
+from fuseline.compile.kernels.choice import chosen_label, default_choices
+from fuseline.compile.kernels.registry import ANY, Implementation, OpCall
+from fuseline.compile.kernels.select import Kernels, describe
+from fuseline.compile.ops.library import DECODE, PREFILL
+from fuseline.compile.ops.registry import op_of
 from fuseline.compile.target import Target
-from fuseline.compile.tuning.calls import NORMS, OF_HEADS, CallMaker, described, has_constants
+from fuseline.compile.tuning.calls import CallMaker, has_constants
 from fuseline.compile.tuning.timer import CardTimer, Timer
 from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
 
 logger = logging.getLogger(__name__)
-OPS_WITH_CHOICE = (
-    aten.linear.default, OPS.linear_act_mul.default, OPS.experts.default, OPS.paged_attention.default,
-    OPS.act_mul.default, *OF_HEADS, *NORMS,
-)  # fmt: skip
 ROWS = (1, 8, 16, 32, 64, 128, 256)
 """Ends of the ranges of rows; one more goes on to any number."""
 LARGE = 2048
@@ -46,9 +44,9 @@ class Problem:
 
     op: str
     shapes: str
-    """Of everything that does not change from step to step."""
+    """Everything that does not change from step to step."""
     labels: str
-    """Of the candidates."""
+    """Names of the candidates."""
 
 
 @dataclass
@@ -56,18 +54,16 @@ class Calls:
     """The nodes of a problem, and what can compute them, less what was seen to fail."""
 
     nodes: list[fx.Node]
-    candidates: list[Candidate]
+    candidates: list[Implementation]
     failed: set[str] = field(default_factory=set)
 
 
 def tune_kernels(
     graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, target: Target, progress: Progress,
-    timer: Timer | None = None, external: ExternalAttention | None = None,
+    timer: Timer | None = None, kernels: Kernels | None = None,
 ) -> None:  # fmt: skip
     """Gives every node of several candidates its choices, meta["choices"]. `weights` by get_attr target."""
-    # Norms sum a line in orders of their own.
-    ops = [op for op in OPS_WITH_CHOICE if not (config.batch_invariant and op in NORMS)]
-    problems = _problems(graph, target, external or ExternalAttention(target), ops)
+    problems = _problems(graph, kernels or Kernels(target), config.batch_invariant)
     tuner = _Tuner(weights, config, target, timer or CardTimer())
     chosen = measured_once(
         config, _key(problems, config, target), list(problems), lambda which: tuner.choose(which, problems[which]),
@@ -78,7 +74,7 @@ def tune_kernels(
             node.meta["choices"] = chosen[problem]
 
 
-def is_choice(of: Sequence[Candidate], choice: object) -> bool:
+def is_choice(of: Sequence[Implementation], choice: object) -> bool:
     """Whether it names a candidate for every phase and number of rows."""
     default = default_choices(of)
     return isinstance(choice, dict) and choice.keys() == default.keys() and all(
@@ -88,10 +84,10 @@ def is_choice(of: Sequence[Candidate], choice: object) -> bool:
     )  # fmt: skip
 
 
-def _is_range(of: Sequence[Candidate], phase: str, found: object) -> bool:
+def _is_range(of: Sequence[Implementation], phase: str, found: object) -> bool:
     if not (isinstance(found, list) and len(found) == 2 and isinstance(found[0], int)):
         return False
-    return any(c.label == found[1] and phase in c.phases and c.most_rows >= found[0] for c in of)
+    return any(c.label == found[1] and phase in c.phases and c.max_rows >= found[0] for c in of)
 
 
 class _Tuner:
@@ -131,7 +127,7 @@ class _Tuner:
         return [*((end, end) for end in ends), (ANY, most)]
 
     def _fastest(self, problem: Problem, calls: Calls, phase: str, end: int, rows: int, default: str) -> str:
-        good = [c for c in calls.candidates if phase in c.phases and c.most_rows >= end]
+        good = [c for c in calls.candidates if phase in c.phases and c.max_rows >= end]
         arguments = self._calls.arguments(calls.nodes, phase, rows)
         seconds: dict[str, float] = {}
         for candidate in good:
@@ -150,17 +146,20 @@ class _Tuner:
         return best if seconds[best] < (1 - MIN_GAIN) * seconds.get(default, float("inf")) else default
 
 
-def _problems(
-    graph: fx.GraphModule, target: Target, external: ExternalAttention, ops: Sequence[object]
-) -> dict[Problem, Calls]:
-    """In the graph's order; only of weights that are constants, which is what is measured with."""
+def _problems(graph: fx.GraphModule, kernels: Kernels, is_invariant: bool) -> dict[Problem, Calls]:
+    """In the graph's order; only of weights that are constants, which is what is measured with.
+
+    With batch invariance only ops without sums: which kernel sums a row must not depend on the number of rows.
+    """
     nodes: dict[Problem, list[fx.Node]] = defaultdict(list)
-    found: dict[Problem, list[Candidate]] = {}
+    found: dict[Problem, list[Implementation]] = {}
     for node in graph.graph.nodes:
-        if node.target not in ops or not has_constants(node):
+        op = op_of(node.target)
+        if op is None or is_invariant and op.sums or not has_constants(node):
             continue
-        of = candidates(node, target, external)
-        problem = Problem(node.target._schema.name, described(node), ", ".join(c.label for c in of))
+        call = OpCall.of(node, kernels.target)
+        of = kernels.candidates(call)
+        problem = Problem(node.target._schema.name, describe(call), ", ".join(c.label for c in of))
         if len(of) > 1:
             nodes[problem].append(node)
             found[problem] = of
@@ -169,7 +168,7 @@ def _problems(
 
 def _key(problems: Mapping[Problem, Calls], config: CompileConfig, target: Target) -> str:
     """Problems, kernels, libraries, card and the sizes of steps decide."""
-    sources = sorted(Path(kernels.__file__).parent.rglob("*.py"))
+    sources = sorted(Path(kernel_files.__file__).parent.rglob("*.py"))
     native = sorted(Path(_C.__file__).parent.glob("*.so"))
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*native, *sources)]
     card = torch.cuda.get_device_name() if target.device == "cuda" else ""

@@ -18,12 +18,13 @@ from torch import Tensor, fx
 
 from fuseline import _C
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.kernels.plan_call import meta_value, plan_call
 from fuseline.compile.target import cpu_features
 from fuseline.compile.tuning.clock import times_in_turns
 from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
 
 TUNE_LEVEL = 3
-LINEAR = torch.ops.fuseline.linear_panels.default
+KERNEL = "linear"
 ROWS = (1, 4, 12, 48, 256)
 """Stand for the ranges of rows that the kernel tells apart: up to 1, 6, 14, 64, and more."""
 GROUPS = (1, 2, 3)
@@ -38,7 +39,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """What decides how a product is best cut."""
+    """Sizes and dtypes that decide how a product is best cut."""
 
     num_k: int
     num_out: int
@@ -65,7 +66,10 @@ def tune_linears(
     graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, progress: Progress,
     measure: Measure | None = None,
 ) -> None:  # fmt: skip
-    """Gives every linear_panels node its choices, meta["choices"]. `weights` by get_attr target."""
+    """Gives every node that the native kernel `linear` computes its choices, meta["choices"].
+
+    `weights` by get_attr target.
+    """
     nodes = _nodes(graph)
     most, measure = config.max_num_batched_tokens, measure or seconds_of
     choices = measured_once(
@@ -97,18 +101,20 @@ def seconds_of(product: Product, rows: int, choices: Sequence[int]) -> list[floa
 def _nodes(graph: fx.GraphModule) -> dict[Shape, list[fx.Node]]:
     """In the graph's order."""
     found: dict[Shape, list[fx.Node]] = defaultdict(list)
-    for node in graph.graph.find_nodes(op="call_function", target=LINEAR):
-        x, panels, bias, num_out = node.args
-        weight = panels.meta["val"]
-        shape = Shape(weight.shape[1], num_out, str(weight.dtype), str(x.meta["val"].dtype), bias is not None)
-        found[shape].append(node)
+    for node in graph.graph.nodes:
+        call = plan_call(node, meta_value) if node.op == "call_function" else None
+        if call and call.kernel == KERNEL:
+            x, panels, bias = call.inputs
+            weight, dtype = panels.meta["val"], x.meta["val"].dtype
+            found[Shape(weight.shape[1], call.ints[0], str(weight.dtype), str(dtype), bias is not None)].append(node)
     return dict(found)
 
 
 def _product(alike: Sequence[fx.Node], weights: Mapping[str, Tensor]) -> Product:
-    x, _, bias, num_out = alike[0].args
-    panels = [weights[str(node.args[1].target)] for node in alike[:MAX_TENSORS]]
-    return Product(panels, None if bias is None else weights[str(bias.target)], num_out, x.meta["val"].dtype)
+    calls = [plan_call(node, meta_value) for node in alike[:MAX_TENSORS]]
+    x, _, bias = calls[0].inputs
+    panels = [weights[str(call.inputs[1].target)] for call in calls]
+    return Product(panels, None if bias is None else weights[str(bias.target)], calls[0].ints[0], x.meta["val"].dtype)
 
 
 def _choose(product: Product, most_rows: int, measure: Measure) -> int:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fuseline.compile.kernels.choice import Candidate
+from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.tuning.clock import DeviceClock
 from fuseline.compile.tuning.recording import recording
 
@@ -18,14 +18,14 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Arguments:
-    """Calls of one op and size, one tuple for each weight that is read in turns. `host`: what is planned by."""
+    """Calls of one op and size, one tuple for each weight that is read in turns. `host`: inputs to prepare for them."""
 
     calls: Sequence[tuple]
     host: Mapping[str, Tensor] | None = None
 
 
 class Timer(Protocol):
-    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+    def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
         """Seconds that the device takes for one call. Raises what the candidate raises."""
 
 
@@ -36,11 +36,11 @@ class CardTimer:
         self._clock = DeviceClock(device, REPEATS, warm_ups=1)
         self._stream = torch.cuda.Stream()
 
-    def __call__(self, candidate: Candidate, arguments: Arguments) -> float:
+    def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
         self._stream.wait_stream(torch.cuda.current_stream())  # the arguments are made there
         with torch.cuda.stream(self._stream):
-            if candidate.plan:
-                candidate.plan(arguments.host)
+            if candidate.prepare:
+                candidate.prepare(arguments.host)
             candidate.run(*arguments.calls[0])  # compiles and takes workspaces, which a capture must not do
             self._stream.synchronize()
             with recording() as graph:

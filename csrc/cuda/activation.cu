@@ -33,15 +33,15 @@ __global__ void __launch_bounds__(kThreads) act_mul_kernel(const ActArgs a) {
 
 }  // namespace
 
-int act_mul(Stream stream, void* out, const void* gate, const void* up, int64_t num_lines, int64_t dim, int64_t
-            out_stride, int64_t gate_stride, int64_t up_stride, int64_t act, int64_t dtype) {
-  const ActArgs a{out, gate, up, num_lines, dim, out_stride, gate_stride, up_stride, static_cast<int>(act)};
+int act_mul(Stream stream, const ActMulCall& c) {
+  const ActArgs a{c.out,        c.gate,        c.up,        c.num_lines,             c.dim,
+                  c.out_stride, c.gate_stride, c.up_stride, static_cast<int>(c.act)};
   const auto blocks = [&](int64_t vector) {
-    return dim3(static_cast<unsigned>((num_lines * (dim / vector) + kThreads - 1) / kThreads));
+    return dim3(static_cast<unsigned>((c.num_lines * (c.dim / vector) + kThreads - 1) / kThreads));
   };
-  return with_float(dtype, [&](auto type) {
+  return with_float(c.dtype, [&](auto type) {
     using T = decltype(type);
-    if (is_aligned(16, sizeof(T), {out, gate, up}, dim, out_stride, gate_stride, up_stride))
+    if (is_aligned(16, sizeof(T), {c.out, c.gate, c.up}, c.dim, c.out_stride, c.gate_stride, c.up_stride))
       return launch(act_mul_kernel<T, kWide<T>>, blocks(kWide<T>), kThreads, stream, a);
     return launch(act_mul_kernel<T, 1>, blocks(1), kThreads, stream, a);
   });

@@ -250,53 +250,47 @@ int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers,
 
 }  // namespace
 
-int decode_attention(Stream stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
-                     block_table, const void* seq_lens, const void* query_start, const void* sinks, const void* k_scale,
-                     const void* v_scale, void* workspace, int64_t num_tokens, int64_t num_seqs, int64_t num_heads,
-                     int64_t num_kv_heads, int64_t dim, int64_t num_splits, int64_t num_workers, int64_t out_token,
-                     int64_t out_head, int64_t q_head, int64_t q_token, int64_t k_block, int64_t k_head, int64_t
-                     k_token, int64_t v_block, int64_t v_head, int64_t v_token, int64_t table_stride, int64_t
-                     block_shift, int64_t window, double scale, double softcap, int64_t dtype, int64_t cache_dtype) {
+int decode_attention(Stream stream, const DecodeAttentionCall& c) {
   AttentionArgs a{};
-  a.out = out;
-  a.q = q;
-  a.k_cache = k_cache;
-  a.v_cache = v_cache;
-  a.block_table = static_cast<const int32_t*>(block_table);
-  a.seq_lens = static_cast<const int32_t*>(seq_lens);
-  a.query_start = static_cast<const int32_t*>(query_start);
-  a.sinks = sinks;
-  a.k_scale = static_cast<const float*>(k_scale);
-  a.v_scale = static_cast<const float*>(v_scale);
-  a.workspace = static_cast<float*>(workspace);
-  a.is_mixed = num_tokens > num_seqs;
-  a.num_slots = a.is_mixed ? num_seqs : num_tokens;
-  a.num_heads = num_heads;
-  a.group = num_heads / num_kv_heads;
-  a.num_splits = num_splits;
-  a.out_token = out_token;
-  a.out_head = out_head;
-  a.q_head = q_head;
-  a.q_token = q_token;
-  a.k_block = k_block;
-  a.k_head = k_head;
-  a.k_token = k_token;
-  a.v_block = v_block;
-  a.v_head = v_head;
-  a.v_token = v_token;
-  a.table_stride = table_stride;
-  a.block_shift = block_shift;
-  a.window = static_cast<int>(window);
-  a.scale = static_cast<float>(scale) * kLog2e;
-  a.softcap = static_cast<float>(softcap) * kLog2e;
-  return with_half(dtype, [&](auto type) {
+  a.out = c.out;
+  a.q = c.q;
+  a.k_cache = c.k_cache;
+  a.v_cache = c.v_cache;
+  a.block_table = static_cast<const int32_t*>(c.block_table);
+  a.seq_lens = static_cast<const int32_t*>(c.seq_lens);
+  a.query_start = static_cast<const int32_t*>(c.query_start);
+  a.sinks = c.sinks;
+  a.k_scale = static_cast<const float*>(c.k_scale);
+  a.v_scale = static_cast<const float*>(c.v_scale);
+  a.workspace = static_cast<float*>(c.workspace);
+  a.is_mixed = c.num_tokens > c.num_seqs;
+  a.num_slots = a.is_mixed ? c.num_seqs : c.num_tokens;
+  a.num_heads = c.num_heads;
+  a.group = c.num_heads / c.num_kv_heads;
+  a.num_splits = c.num_splits;
+  a.out_token = c.out_token;
+  a.out_head = c.out_head;
+  a.q_head = c.q_head;
+  a.q_token = c.q_token;
+  a.k_block = c.k_block;
+  a.k_head = c.k_head;
+  a.k_token = c.k_token;
+  a.v_block = c.v_block;
+  a.v_head = c.v_head;
+  a.v_token = c.v_token;
+  a.table_stride = c.table_stride;
+  a.block_shift = c.block_shift;
+  a.window = static_cast<int>(c.window);
+  a.scale = static_cast<float>(c.scale) * kLog2e;
+  a.softcap = static_cast<float>(c.softcap) * kLog2e;
+  return with_half(c.dtype, [&](auto type) {
     using T = decltype(type);
-    return with_cache<T>(cache_dtype, dtype, [&](auto cache) {
+    return with_cache<T>(c.cache_dtype, c.dtype, [&](auto cache) {
       using Cache = decltype(cache);
-      switch (dim) {
-        case 64: return launch_decode<T, Cache, 64>(a, num_seqs, num_workers, stream);
-        case 128: return launch_decode<T, Cache, 128>(a, num_seqs, num_workers, stream);
-        case 256: return launch_decode<T, Cache, 256>(a, num_seqs, num_workers, stream);
+      switch (c.dim) {
+        case 64: return launch_decode<T, Cache, 64>(a, c.num_seqs, c.num_workers, stream);
+        case 128: return launch_decode<T, Cache, 128>(a, c.num_seqs, c.num_workers, stream);
+        case 256: return launch_decode<T, Cache, 256>(a, c.num_seqs, c.num_workers, stream);
         default: return kBadArgument;
       }
     });

@@ -1,7 +1,4 @@
-// The library's one exported name: a table of its functions with their arguments' types, read by
-// compile/kernels/native_cuda.py.
-#include <utility>
-
+// The library's table of functions with their arguments' names and types, read by compile/kernels/cuda/library.py.
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -44,44 +41,38 @@ using emulated::rehearse;
 
 #endif
 
-// A function takes the stream, a value of Overlap, and its arguments in one array, eight bytes each: a caller packs
-// them faster than it passes them one by one.
+// A function takes the stream, a value of Overlap, and its call: the struct's fields, eight bytes each.
 struct Entry {
   const char* name;
-  int (*function)(void* stream, int overlap, const uint64_t* arguments);
-  const char* types;  // a letter an argument, as Python's struct has them: q pointer or int64, d double
+  int (*function)(void* stream, int overlap, const void* call);
+  const char* fields;  // in order: a letter as Python's struct has it (q pointer or int64, d double), the name, a space
 };
 
-template <class A>
-A argument(uint64_t bits) {
-  static_assert(std::is_pointer_v<A> || std::is_same_v<A, Weight> || std::is_same_v<A, int64_t> ||
-                std::is_same_v<A, double>);
-  A value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+// A call with f(field) for each field.
+#define FL_OUT(name) c.name = f(c.name);
+#define FL_IN(name) c.name = f(c.name);
+#define FL_WEIGHT(name) c.name = f(c.name);
+#define FL_INT(name) c.name = f(c.name);
+#define FL_FLOAT(name) c.name = f(c.name);
+#define FL_KERNEL(name, call, fields) \
+  template <class F>                  \
+  call mapped(call c, const F& f) {   \
+    fields return c;                  \
+  }
+#include "cuda/kernels.def"
+#include "cuda/kernels_end.h"
 
-template <auto kFunction, class... A, size_t... kIndex>
-int unpack(Stream stream, const uint64_t* arguments, int (*)(Stream, A...), std::index_sequence<kIndex...>) {
-  rehearse([&](const auto& hidden) { kFunction(stream, hidden(argument<A>(arguments[kIndex]))...); });
-  return kFunction(stream, argument<A>(arguments[kIndex])...);
-}
-
-template <class... A>
-const char* types_of(int (*)(Stream, A...)) {
-  static const char types[] = {(std::is_same_v<A, double> ? 'd' : 'q')..., '\0'};
-  return types;
-}
-
-template <class... A>
-constexpr std::index_sequence_for<A...> indices(int (*)(Stream, A...)) { return {}; }
-
-template <auto kFunction>
-Entry entry(const char* name) {
-  const auto call = [](void* stream, int overlap, const uint64_t* arguments) {
-    return unpack<kFunction>(Stream{stream, static_cast<Overlap>(overlap)}, arguments, kFunction, indices(kFunction));
+template <class Call, int (*kFunction)(Stream, const Call&)>
+Entry entry(const char* name, const char* fields) {
+  static_assert(std::is_trivially_copyable_v<Call> && alignof(Call) == 8);
+  const auto call = [](void* handle, int overlap, const void* packed) {
+    Call given;
+    memcpy(&given, packed, sizeof(given));
+    const Stream stream{handle, static_cast<Overlap>(overlap)};
+    rehearse([&](const auto& hidden) { kFunction(stream, mapped(given, hidden)); });
+    return kFunction(stream, given);
   };
-  return {name, call, types_of(kFunction)};
+  return {name, call, fields};
 }
 
 }  // namespace
@@ -91,13 +82,14 @@ extern "C" {
 // Ends with an entry without a name.
 __attribute__((visibility("default"))) const Entry* fuseline_cuda_entries() {
   static const Entry entries[] = {
-      entry<linear>("linear"),
-      entry<linear_act_mul>("linear_act_mul"),
-      entry<norm>("norm"),
-      entry<act_mul>("act_mul"),
-      entry<rope>("rope"),
-      entry<rope_cache>("rope_cache"),
-      entry<decode_attention>("decode_attention"),
+#define FL_OUT(name) "q" #name " "
+#define FL_IN(name) "q" #name " "
+#define FL_WEIGHT(name) "q" #name " "
+#define FL_INT(name) "q" #name " "
+#define FL_FLOAT(name) "d" #name " "
+#define FL_KERNEL(name, call, fields) entry<call, name>(#name, fields),
+#include "cuda/kernels.def"
+#include "cuda/kernels_end.h"
       {nullptr, nullptr, nullptr},
   };
   return entries;

@@ -1,7 +1,6 @@
-// What the library of CUDA kernels offers: each puts its kernels on `stream` (its handle is a cudaStream_t; it may be
-// under capture) and waits for nothing. Pointers are to the device's memory, strides count elements, dtypes are codes
-// of fuseline/op.h (of caches also those of fp8.h). The result is 0, or the runtime's error code. Callers check shapes
-// (compile/kernels/native_cuda.py), which names the arguments.
+// What the library of CUDA kernels offers (kernels.def): each function puts its kernels on `stream` (its handle is a
+// cudaStream_t; it may be under capture) and waits for nothing. Its arguments are one struct of fields of eight bytes.
+// The result is 0, or the runtime's error code. Callers check shapes (compile/kernels/cuda).
 #pragma once
 #include <cstdint>
 
@@ -19,53 +18,15 @@ struct Stream {
 // Read before the kernel ahead has ended, where the overlap is kWeights: nothing on the device may write it by then.
 struct Weight { const void* data; };
 
-// out[M, N] = x[M, K] weight[N, K]^T + bias[N], M up to 16, K a multiple of 8; lines of x and weight begin at multiples
-// of 16 bytes. Half precision; float32 sums, rounded once.
-int linear(Stream stream, void* out, const void* x, Weight weight, const void* bias, int64_t x_stride, int64_t
-           weight_stride, int64_t num_rows, int64_t num_out, int64_t num_in, int64_t dtype);
-
-// out[M, I] = act(gate) * up of x[M, K] weight[2 I, K]^T + bias[2 I], gate above up; num_out is I.
-int linear_act_mul(Stream stream, void* out, const void* x, Weight weight, const void* bias, int64_t x_stride,
-                   int64_t weight_stride, int64_t num_rows, int64_t num_out, int64_t num_in, int64_t act, int64_t
-                   dtype);
-
-// RMSNorm with a mode of codes.h, or LayerNorm with mode -1, of x or, if there is a residual, of their sum, which goes
-// to `total` (lying as `out` does). Line r of a tensor lies at r / inner * its outer stride + r % inner * its inner
-// stride.
-int norm(Stream stream, void* out, void* total, const void* x, const void* residual, const void* weight, const void*
-         bias, int64_t num_lines, int64_t inner, int64_t out_outer, int64_t out_inner, int64_t x_outer, int64_t x_inner,
-         int64_t residual_outer, int64_t residual_inner, int64_t dim, double eps, int64_t mode, int64_t dtype);
-
-int act_mul(Stream stream, void* out, const void* gate, const void* up, int64_t num_lines, int64_t dim, int64_t
-            out_stride, int64_t gate_stride, int64_t up_stride, int64_t act, int64_t dtype);
-
-// x[H, T, D] with the first rotary_dim of D rotated by lines rows[T] (int64) of cos and sin.
-int rope(Stream stream, void* out, const void* x, const void* cos, const void* sin, const void* rows, int64_t num_heads,
-         int64_t num_tokens, int64_t dim, int64_t x_head, int64_t x_token, int64_t out_head, int64_t out_token, int64_t
-         table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype);
-
-// Rotated q to q_out; rotated k, and v, to slots[T] (int64, -1: nowhere) of the caches [N, K, B, D|E], divided by their
-// scales where those are fp8. Without q and with rotary_dim 0: only the write.
-int rope_cache(Stream stream, void* q_out, void* k_cache, void* v_cache, const void* q, const void* k, const void* v,
-               const void* cos, const void* sin, const void* rows, const void* slots, const void* k_scale, const void*
-               v_scale, int64_t num_heads, int64_t num_kv_heads, int64_t num_tokens, int64_t dim, int64_t value_dim,
-               int64_t q_head, int64_t q_token, int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token,
-               int64_t out_head, int64_t out_token, int64_t k_cache_block, int64_t k_cache_head, int64_t k_cache_token,
-               int64_t v_cache_block, int64_t v_cache_head, int64_t v_cache_token, int64_t block_size, int64_t
-               table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype,
-               int64_t cache_dtype);
-
-// out[T, H, D] of q[H, T, D] over caches [N, K, B, D], B = 1 << block_shift. Of batches of more tokens
-// than sequences those of one token are computed, the rest is left alone. A token's keys are cut into up to num_splits
-// splits, of which num_workers blocks take turns; `workspace` holds min(T, num_seqs) * H * num_splits * (D + 2) float32
-// and may be absent where no sequence can have more than 256 keys. window 0 < w: a token sees the last w keys, itself
-// included.
-int decode_attention(Stream stream, void* out, const void* q, const void* k_cache, const void* v_cache, const void*
-                     block_table, const void* seq_lens, const void* query_start, const void* sinks, const void* k_scale,
-                     const void* v_scale, void* workspace, int64_t num_tokens, int64_t num_seqs, int64_t num_heads,
-                     int64_t num_kv_heads, int64_t dim, int64_t num_splits, int64_t num_workers, int64_t out_token,
-                     int64_t out_head, int64_t q_head, int64_t q_token, int64_t k_block, int64_t k_head, int64_t
-                     k_token, int64_t v_block, int64_t v_head, int64_t v_token, int64_t table_stride, int64_t
-                     block_shift, int64_t window, double scale, double softcap, int64_t dtype, int64_t cache_dtype);
+#define FL_OUT(name) void* name;
+#define FL_IN(name) const void* name;
+#define FL_WEIGHT(name) Weight name;
+#define FL_INT(name) int64_t name;
+#define FL_FLOAT(name) double name;
+#define FL_KERNEL(name, call, fields) \
+  struct call { fields };             \
+  int name(Stream stream, const call& c);
+#include "cuda/kernels.def"
+#include "cuda/kernels_end.h"
 
 }  // namespace fuseline::cuda

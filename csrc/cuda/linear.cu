@@ -134,25 +134,24 @@ int launch_tiles(const LinearArgs& a, Stream stream) {
 
 // Tiles and warps follow from the product's size alone: enough bytes under way for every multiprocessor of a large
 // card.
-int linear(Stream stream, void* out, const void* x, Weight weight, const void* bias, int64_t x_stride, int64_t
-           weight_stride, int64_t num_rows, int64_t num_out, int64_t num_in, int64_t dtype) {
-  const LinearArgs a{out, x, weight.data, bias, x_stride, weight_stride, num_rows, num_out, num_in, 8, 0};
-  return with_half(dtype, [&](auto type) {
+int linear(Stream stream, const LinearCall& c) {
+  const LinearArgs a{c.out,      c.x,       c.weight.data, c.bias, c.x_stride, c.weight_stride,
+                     c.num_rows, c.num_out, c.num_in,      8,      0};
+  return with_half(c.dtype, [&](auto type) {
     using T = decltype(type);
-    if (num_out >= kWideOutputs) return launch_tiles<T, 2, 8, false>(a, stream);
-    return num_out >= 8 * kManyTiles ? launch_tiles<T, 1, 8, false>(a, stream)
-                                     : launch_tiles<T, 1, 16, false>(a, stream);
+    if (c.num_out >= kWideOutputs) return launch_tiles<T, 2, 8, false>(a, stream);
+    return c.num_out >= 8 * kManyTiles ? launch_tiles<T, 1, 8, false>(a, stream)
+                                       : launch_tiles<T, 1, 16, false>(a, stream);
   });
 }
 
-int linear_act_mul(Stream stream, void* out, const void* x, Weight weight, const void* bias, int64_t x_stride,
-                   int64_t weight_stride, int64_t num_rows, int64_t num_out, int64_t num_in, int64_t act, int64_t dtype)
-                   {
-  const LinearArgs a{out,      x,       weight.data, bias,    x_stride,    weight_stride,
-                     num_rows, num_out, num_in, num_out, static_cast<int>(act)};
-  return with_half(dtype, [&](auto type) {
+int linear_act_mul(Stream stream, const LinearActMulCall& c) {
+  const LinearArgs a{c.out,      c.x,       c.weight.data, c.bias,    c.x_stride,              c.weight_stride,
+                     c.num_rows, c.num_out, c.num_in,      c.num_out, static_cast<int>(c.act)};
+  return with_half(c.dtype, [&](auto type) {
     using T = decltype(type);
-    return num_out >= 8 * kManyTiles ? launch_tiles<T, 2, 8, true>(a, stream) : launch_tiles<T, 2, 16, true>(a, stream);
+    return c.num_out >= 8 * kManyTiles ? launch_tiles<T, 2, 8, true>(a, stream)
+                                       : launch_tiles<T, 2, 16, true>(a, stream);
   });
 }
 

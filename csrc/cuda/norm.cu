@@ -134,17 +134,15 @@ int launch_norm(const NormArgs& a, Stream stream) {
 
 }  // namespace
 
-int norm(Stream stream, void* out, void* total, const void* x, const void* residual, const void* weight, const void*
-         bias, int64_t num_lines, int64_t inner, int64_t out_outer, int64_t out_inner, int64_t x_outer, int64_t x_inner,
-         int64_t residual_outer, int64_t residual_inner, int64_t dim, double eps, int64_t mode, int64_t dtype) {
-  const NormArgs a{out,       total,     x,         residual,       weight,
-                   bias,      num_lines, inner,     out_outer,      out_inner,
-                   x_outer,   x_inner,   residual_outer, residual_inner, dim,
-                   static_cast<float>(eps), static_cast<int>(mode)};
-  return with_float(dtype, [&](auto type) {
+int norm(Stream stream, const NormCall& c) {
+  const NormArgs a{c.out,     c.total,   c.x,       c.residual,       c.weight,
+                   c.bias,    c.num_lines, c.inner, c.out_outer,      c.out_inner,
+                   c.x_outer, c.x_inner, c.residual_outer, c.residual_inner, c.dim,
+                   static_cast<float>(c.eps), static_cast<int>(c.mode)};
+  return with_float(c.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool is_wide = is_aligned(16, sizeof(T), {out, total, x, residual, weight, bias}, out_outer, out_inner,
-                                    x_outer, x_inner, residual_outer, residual_inner, dim);
+    const bool is_wide = is_aligned(16, sizeof(T), {c.out, c.total, c.x, c.residual, c.weight, c.bias}, c.out_outer,
+                                    c.out_inner, c.x_outer, c.x_inner, c.residual_outer, c.residual_inner, c.dim);
     return is_wide ? launch_norm<T, kWide<T>>(a, stream) : launch_norm<T, 1>(a, stream);
   });
 }

@@ -156,47 +156,38 @@ int dispatch(const RopeArgs& a, int64_t dtype, int64_t table_dtype, int64_t cach
 
 }  // namespace
 
-int rope(Stream stream, void* out, const void* x, const void* cos, const void* sin, const void* rows, int64_t num_heads,
-         int64_t num_tokens, int64_t dim, int64_t x_head, int64_t x_token, int64_t out_head, int64_t out_token, int64_t
-         table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype) {
+int rope(Stream stream, const RopeCall& c) {
   RopeArgs a{};
-  a.q = {x, out, num_heads, dim, x_head, x_token, out_head, out_token, 0, nullptr};
-  a.cos = cos;
-  a.sin = sin;
-  a.rows = static_cast<const int64_t*>(rows);
-  a.num_tokens = num_tokens;
-  a.table_stride = table_stride;
-  a.rotary_dim = rotary_dim;
-  a.columns = columns;
-  a.layout = static_cast<int>(layout);
-  return dispatch(a, dtype, table_dtype, dtype, stream);
+  a.q = {c.x, c.out, c.num_heads, c.dim, c.x_head, c.x_token, c.out_head, c.out_token, 0, nullptr};
+  a.cos = c.cos;
+  a.sin = c.sin;
+  a.rows = static_cast<const int64_t*>(c.rows);
+  a.num_tokens = c.num_tokens;
+  a.table_stride = c.table_stride;
+  a.rotary_dim = c.rotary_dim;
+  a.columns = c.columns;
+  a.layout = static_cast<int>(c.layout);
+  return dispatch(a, c.dtype, c.table_dtype, c.dtype, stream);
 }
 
-int rope_cache(Stream stream, void* q_out, void* k_cache, void* v_cache, const void* q, const void* k, const void* v,
-               const void* cos, const void* sin, const void* rows, const void* slots, const void* k_scale, const void*
-               v_scale, int64_t num_heads, int64_t num_kv_heads, int64_t num_tokens, int64_t dim, int64_t value_dim,
-               int64_t q_head, int64_t q_token, int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token,
-               int64_t out_head, int64_t out_token, int64_t k_cache_block, int64_t k_cache_head, int64_t k_cache_token,
-               int64_t v_cache_block, int64_t v_cache_head, int64_t v_cache_token, int64_t block_size, int64_t
-               table_stride, int64_t rotary_dim, int64_t columns, int64_t layout, int64_t dtype, int64_t table_dtype,
-               int64_t cache_dtype) {
+int rope_cache(Stream stream, const RopeCacheCall& c) {
   RopeArgs a{};
-  if (q) a.q = {q, q_out, num_heads, dim, q_head, q_token, out_head, out_token, 0, nullptr};
-  a.k = {k, k_cache, num_kv_heads, dim, k_head, k_token, k_cache_head, k_cache_token, k_cache_block,
-         static_cast<const float*>(k_scale)};
-  a.v = {v, v_cache, num_kv_heads, value_dim, v_head, v_token, v_cache_head, v_cache_token, v_cache_block,
-         static_cast<const float*>(v_scale)};
-  a.cos = cos;
-  a.sin = sin;
-  a.rows = static_cast<const int64_t*>(rows);
-  a.slots = static_cast<const int64_t*>(slots);
-  a.num_tokens = num_tokens;
-  a.table_stride = table_stride;
-  a.rotary_dim = rotary_dim;
-  a.columns = columns;
-  a.block_size = block_size;
-  a.layout = static_cast<int>(layout);
-  return dispatch(a, dtype, table_dtype, cache_dtype, stream);
+  if (c.q) a.q = {c.q, c.q_out, c.num_heads, c.dim, c.q_head, c.q_token, c.out_head, c.out_token, 0, nullptr};
+  a.k = {c.k, c.k_cache, c.num_kv_heads, c.dim, c.k_head, c.k_token, c.k_cache_head, c.k_cache_token, c.k_cache_block,
+         static_cast<const float*>(c.k_scale)};
+  a.v = {c.v, c.v_cache, c.num_kv_heads, c.value_dim, c.v_head, c.v_token, c.v_cache_head, c.v_cache_token,
+         c.v_cache_block, static_cast<const float*>(c.v_scale)};
+  a.cos = c.cos;
+  a.sin = c.sin;
+  a.rows = static_cast<const int64_t*>(c.rows);
+  a.slots = static_cast<const int64_t*>(c.slots);
+  a.num_tokens = c.num_tokens;
+  a.table_stride = c.table_stride;
+  a.rotary_dim = c.rotary_dim;
+  a.columns = c.columns;
+  a.block_size = c.block_size;
+  a.layout = static_cast<int>(c.layout);
+  return dispatch(a, c.dtype, c.table_dtype, c.cache_dtype, stream);
 }
 
 }  // namespace fuseline::cuda

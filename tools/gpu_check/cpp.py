@@ -8,8 +8,12 @@ from functools import partial
 import torch
 from kernels import SILU, Case, Made, Sizes, decode_arguments, line_cases
 
-from fuseline.compile.kernels import native_cuda, native_cuda_attention
-from fuseline.compile.kernels.cuda_library import CudaLibrary
+from fuseline.compile.kernels.cuda import activation as cuda_activation
+from fuseline.compile.kernels.cuda import attention as cuda_attention
+from fuseline.compile.kernels.cuda import linear as cuda_linear
+from fuseline.compile.kernels.cuda import norm as cuda_norm
+from fuseline.compile.kernels.cuda import rope as cuda_rope
+from fuseline.compile.kernels.cuda.library import CudaLibrary
 
 
 def cases(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
@@ -19,8 +23,8 @@ def cases(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
 
 
 def _lines(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
-    names = ("add_rms_norm", "act_mul", "rope_cache")
-    runs = {name: partial(getattr(native_cuda, name), lib) for name in names}
+    kernels = (cuda_norm.add_rms_norm, cuda_activation.act_mul, cuda_rope.rope_cache)
+    runs = {kernel.__name__: partial(kernel, lib) for kernel in kernels}
     return line_cases(s, make.device, runs, (1, s.tokens), ", C++")
 
 
@@ -28,10 +32,10 @@ def _attention(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
     for num_seqs in s.decode:
         q, caches, batch = decode_arguments(s, make, num_seqs)
         args = (q, *caches, *batch, None)
-        if native_cuda_attention.supports_attention(*args):
+        if cuda_attention.supports_attention(*args):
             yield Case(
                 f"attention, decode {num_seqs} x {s.context}, C++",
-                lambda a=args: native_cuda_attention.decode_or_triton(lib, *a, 0, s.head_dim**-0.5, 0.0),
+                lambda a=args: cuda_attention.decode_or_triton(lib, *a, 0, s.head_dim**-0.5, 0.0),
                 caches.nbytes, goal="85 %",
             )  # fmt: skip
 
@@ -45,7 +49,7 @@ def _linears(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
         x, weight = make(rows, num_in), make(num_out, num_in)
         yield Case(
             f"linear of {rows} rows, {num_in} -> {num_out}, C++",
-            lambda x=x, w=weight: native_cuda.linear(lib, x, w), weight.nbytes, goal="85 %",
+            lambda x=x, w=weight: cuda_linear.linear(lib, x, w), weight.nbytes, goal="85 %",
         )  # fmt: skip
         yield Case(
             f"linear of {rows} rows, {num_in} -> {num_out}, torch",
@@ -56,5 +60,5 @@ def _linears(s: Sizes, make: Made, lib: CudaLibrary) -> Iterator[Case]:
         x = make(rows, s.hidden)
         yield Case(
             f"linear_act_mul of {rows} rows, C++",
-            lambda x=x: native_cuda.linear_act_mul(lib, x, weight, None, SILU), weight.nbytes, goal="85 %",
+            lambda x=x: cuda_linear.linear_act_mul(lib, x, weight, None, SILU), weight.nbytes, goal="85 %",
         )  # fmt: skip

@@ -11,13 +11,12 @@ import torch
 from table import Table, microseconds, share_of
 from torch import Tensor
 
-from fuseline.compile.kernels.attention_batch import AttentionLayer, make_batch
-from fuseline.compile.kernels.choice import DECODE, PREFILL, ROWS, Candidate
-from fuseline.compile.kernels.cuda import OPS, aten, attention_candidates, op_candidates
-from fuseline.compile.kernels.external import ExternalAttention
+from fuseline.compile.kernels.registry import Implementation, OpCall
+from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.kernels.triton import activation, attention, matmul, norm, rope, sampling
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, ModelShape, moved_bytes
+from fuseline.compile.ops.attention_batch import AttentionLayer, make_batch
+from fuseline.compile.ops.library import DECODE, PREFILL, ROWS, Make, ModelShape, moved_bytes
 from fuseline.compile.ops.registry import registry
 from fuseline.compile.target import Target
 from fuseline.compile.tuning import limits as machine
@@ -93,7 +92,14 @@ def measure_cases(cases: Iterable[Case], clock: Clock, limits: Limits, table: Ta
         raise RuntimeError(f"{len(failed)} failed: {', '.join(failed)}")
 
 
-def cases_of(name: str, found: list[Candidate], args: tuple, phase: str = ROWS, **needed: object) -> Iterator[Case]:
+def candidates(op: str, args: tuple, kernels: Kernels, **inputs: str) -> list[Implementation]:
+    """Kernels for an op with these arguments; `inputs`: names of the graph's inputs that arguments are."""
+    return kernels.candidates(OpCall(registry()[op].target, args, kernels.target, inputs))
+
+
+def cases_of(
+    name: str, found: list[Implementation], args: tuple, phase: str = ROWS, **needed: object
+) -> Iterator[Case]:
     """One for each candidate; a tuning of ours stands behind the kernel's name."""
     for candidate in found:
         if phase in candidate.phases:
@@ -139,16 +145,16 @@ def _attention(s: Sizes, target: Target) -> Iterator[Case]:
     layer = AttentionLayer(
         s.heads, s.kv_heads, s.head_dim, s.head_dim, 16, half, half, False, False, 0, s.head_dim**-0.5, 0.0
     )
-    external = ExternalAttention(target)
+    kernels = Kernels(target)
     for num_seqs in s.decode:
         batch = make_batch(layer, [s.context] * num_seqs, [1] * num_seqs, target.device, TABLE, max_bytes=1 << 40)
-        found = attention_candidates(batch.args, target, external, TABLE)
+        found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
         moved = sum(cache.nbytes for cache in batch.args[1:3])
         name = f"attention, decode {num_seqs} x {s.context}"
         yield from cases_of(name, found, batch.args, DECODE, moved=moved, goal="85 %")
     batch = make_batch(layer, [s.tokens], [s.tokens], target.device, TABLE, max_bytes=1 << 40)
-    found = attention_candidates(batch.args, target, external, TABLE)
-    external.plan(batch.host)
+    found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
+    kernels.prepare(batch.host)
     operations = 2 * s.tokens * s.tokens * s.heads * s.head_dim
     name = f"attention, prompt of {s.tokens}"
     yield from cases_of(name, found, batch.args, PREFILL, operations=operations, goal="60 %")
@@ -199,9 +205,9 @@ def _linears(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
     weight = make(2 * s.inner, s.hidden)
     for rows in (1, 16):
         x = make(rows, s.hidden)
-        for op, args in ((aten.linear.default, (x, weight)), (OPS.linear_act_mul.default, (x, weight, None, SILU))):
-            name = f"{op._schema.name.split('::')[1]} of {rows} rows"
-            yield from cases_of(name, op_candidates(op, args, target), args, moved=weight.nbytes)
+        for op, args in (("aten.linear", (x, weight)), ("linear_act_mul", (x, weight, None, SILU))):
+            name = f"{op.removeprefix('aten.')} of {rows} rows"
+            yield from cases_of(name, candidates(op, args, Kernels(target, {})), args, moved=weight.nbytes)
 
 
 def _experts(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
@@ -211,7 +217,7 @@ def _experts(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
         used = first[0].nbytes * 3 // 2 * len(ids.unique())
         args = (x, ids.to(make.device), make(tokens, 2), first, second, None, None, 0, False, 0.0, 0.0)
         needed = {"moved": used} if tokens <= 64 else {"operations": 6 * 2 * tokens * s.hidden * s.inner}
-        found = op_candidates(OPS.experts.default, args, target)
+        found = candidates("experts", args, Kernels(target, {}))
         yield from cases_of(f"experts, {tokens} tokens x 2 of {s.num_experts}", found, args, **needed)
 
 

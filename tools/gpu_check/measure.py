@@ -29,7 +29,7 @@ from peer import against_transformers
 from serving import Batch, measure_serving
 from table import Table, is_card_lost
 
-from fuseline.compile.kernels.cuda_library import library_for
+from fuseline.compile.kernels.cuda.library import library_for
 from fuseline.compile.target import detect_target
 from fuseline.compile.tuning.clock import Clock, DeviceClock
 from fuseline.compile.tuning.limits import Limits

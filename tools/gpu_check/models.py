@@ -23,7 +23,7 @@ from zoo import checkpoint, make_prompts, truth
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig, GraphConfig
-from fuseline.compile.kernels.cuda_library import CudaLibrary, library_for
+from fuseline.compile.kernels.cuda.library import CudaLibrary, library_for
 from fuseline.compile.target import detect_target
 from fuseline.engine.build import build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig, SchedulerConfig

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
 
-from fuseline.compile.kernels.cuda_library import Overlap, library_for
+from fuseline.compile.kernels.cuda.library import Overlap, library_for
 from fuseline.compile.target import Target
 
 
@@ -91,7 +91,7 @@ def pytest_runtest_protocol() -> Iterator[None]:
 
 
 def carry(function: Callable, library: object, *args: object, **more: object) -> object:
-    """A function of compile/kernels/native_cuda.py with its tensors on the card; its results here."""
+    """A function of compile/kernels/cuda with its tensors on the card; its results here."""
     carried = Carried()
     found = function(library, *map(carried.there, args), **{key: carried.there(arg) for key, arg in more.items()})
     carried.back()

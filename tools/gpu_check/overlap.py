@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fuseline.compile.backends.cuda.graph_api import GraphApi
 from fuseline.compile.config import GraphConfig
-from fuseline.compile.kernels import native_cuda
-from fuseline.compile.kernels.cuda_library import CudaLibrary, Overlap, library_for
-from fuseline.compile.kernels.native_cuda_attention import decode_or_triton
+from fuseline.compile.kernels.cuda import linear as cuda_linear
+from fuseline.compile.kernels.cuda import norm as cuda_norm
+from fuseline.compile.kernels.cuda import rope as cuda_rope
+from fuseline.compile.kernels.cuda.attention import decode_or_triton
+from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap, library_for
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.clock import Clock
 from fuseline.compile.tuning.limits import Limits
@@ -60,19 +62,19 @@ class Chain:
         """x[T, hidden]."""
         total = x
         for layer in self._layers:
-            x, total = native_cuda.add_rms_norm(lib, x, total, layer.norms[0], 1e-5, 0)
-            x = self._attention(lib, layer, native_cuda.linear(lib, x, layer.qkv))
-            x = native_cuda.linear(lib, x, layer.attended)
-            x, total = native_cuda.add_rms_norm(lib, x, total, layer.norms[1], 1e-5, 0)
-            x = native_cuda.linear_act_mul(lib, x, layer.gate_up, None, SILU)
-            x = native_cuda.linear(lib, x, layer.down)
+            x, total = cuda_norm.add_rms_norm(lib, x, total, layer.norms[0], 1e-5, 0)
+            x = self._attention(lib, layer, cuda_linear.linear(lib, x, layer.qkv))
+            x = cuda_linear.linear(lib, x, layer.attended)
+            x, total = cuda_norm.add_rms_norm(lib, x, total, layer.norms[1], 1e-5, 0)
+            x = cuda_linear.linear_act_mul(lib, x, layer.gate_up, None, SILU)
+            x = cuda_linear.linear(lib, x, layer.down)
         return x
 
     def _attention(self, lib: CudaLibrary, layer: Layer, joined: Tensor) -> Tensor:
         s = self._sizes
         heads = joined.view(1, joined.shape[0], -1, s.head_dim).transpose(1, 2)
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), 1)
-        q = native_cuda.rope_cache(lib, *layer.caches, q, k, v, *self._angles, self._rows, self._slots, s.head_dim, 0)
+        q = cuda_rope.rope_cache(lib, *layer.caches, q, k, v, *self._angles, self._rows, self._slots, s.head_dim, 0)
         found = decode_or_triton(lib, q, *layer.caches, *self._batch, None, 0, s.head_dim**-0.5, 0.0)
         return found.view(joined.shape[0], -1)
 

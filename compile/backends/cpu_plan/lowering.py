@@ -30,7 +30,8 @@ from fuseline.compile.backends.cpu_plan.sizes import (
 from fuseline.compile.backends.cpu_plan.symbolic import Values, View, agrees, symbolic
 from fuseline.compile.graph.edit import tensors_of
 from fuseline.compile.graph.region import Region, draw_borders, storage_key
-from fuseline.compile.kernels.native import Kernels, NativeCall
+from fuseline.compile.kernels.plan_call import plan_call
+from fuseline.compile.kernels.registry import PlanCall
 
 aten = torch.ops.aten
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Place:
 class Call:
     """One native call; the storages of its tensors have places, an absent tensor is None."""
 
-    native: NativeCall
+    native: PlanCall
     tensors: list[View | None]
     ints: list[Size]
     label: str
@@ -171,14 +172,14 @@ def call_on_meta(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
 class _Call:
     """A native call in one interpretation: meta tensors, or None."""
 
-    native: NativeCall
+    native: PlanCall
     tensors: list[Tensor | None]
     ints: list[int]
     label: str
 
     @property
     def kind(self) -> str:
-        return self.native.op
+        return self.native.kernel
 
 
 class _Interpretation:
@@ -192,7 +193,6 @@ class _Interpretation:
         self.places: dict[int, Place] = {}
         self.steps: list[_Call | Region] = []
         self._buffer_of: dict[int, Buffer] = {}
-        self._kernels = Kernels(self.value)
         self._keep: list[Tensor] = []
 
     @property
@@ -230,7 +230,7 @@ class _Interpretation:
         tensors = tensors_of(result)
         if node.target is aten.cat.default and mark is None:
             return self._add_cat(node, result)
-        native = self._kernels.find(node) if mark is None else None
+        native = plan_call(node, self.value) if mark is None else None
         is_view = all(storage_key(t) in self.places for t in tensors) and not (native or writes_in_place(node))
         if is_view:
             return
@@ -248,7 +248,7 @@ class _Interpretation:
             if self.value(part).shape == (0,):  # torch.cat takes it beside parts of any shape
                 continue
             size = self.value(part).shape[dim]
-            self._add_call(NativeCall("copy", (part,)), [result.narrow(dim, begin, size)], node.name)
+            self._add_call(PlanCall("copy", (part,)), [result.narrow(dim, begin, size)], node.name)
             begin += size
         self._use([result], len(self.steps) - 1)
 
@@ -259,10 +259,10 @@ class _Interpretation:
             return result
         source = self.value(node.args[0])
         fresh = torch.empty(source.shape, dtype=source.dtype, device="meta")
-        self._add_call(NativeCall("copy", (node.args[0],)), [fresh], node.name)
+        self._add_call(PlanCall("copy", (node.args[0],)), [fresh], node.name)
         return fresh.view(result.shape)
 
-    def _add_call(self, native: NativeCall, outputs: list[Tensor], label: str) -> None:
+    def _add_call(self, native: PlanCall, outputs: list[Tensor], label: str) -> None:
         inputs = [None if arg is None else self.value(arg) for arg in native.inputs]
         mutated = [self.value(arg) for arg in native.mutated]
         step = len(self.steps)

@@ -123,7 +123,7 @@ class PlanExecutable:
             return step
         begin = self._plan.num_calls
         ids = [-1 if tensor is None else self._tensor(tensor) for tensor in step.tensors]
-        self._plan.add_call(step.native.op, ids, step.ints, list(step.native.floats), step.label)
+        self._plan.add_call(step.native.kernel, ids, step.ints, list(step.native.floats), step.label)
         return Segment(begin, begin + 1)
 
     def _tensor(self, view: View) -> int:

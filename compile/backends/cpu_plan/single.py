@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from fuseline import _C
 from fuseline.compile.backends.cpu_plan.plan import DTYPES
-from fuseline.compile.kernels.native import Kernels, NativeCall
+from fuseline.compile.kernels.plan_call import plan_call
+from fuseline.compile.kernels.registry import PlanCall
 from fuseline.compile.ops.library import Op
 
 COPIED_BYTES = 256 << 10
@@ -24,7 +25,7 @@ MAX_COPIES = 256
 class SingleCall:
     """The native call that lowering makes of the op with these arguments; outputs, then mutated, then inputs."""
 
-    native: NativeCall
+    native: PlanCall
     tensors: tuple[Tensor | None, ...]
     num_outputs: int
 
@@ -45,12 +46,11 @@ def single_call(op: Op, args: Sequence[object]) -> SingleCall:
         values[node] = arg
         return node
 
-    overload = getattr(torch.ops.fuseline, op.name).default
-    node = graph.call_function(overload, tuple(map(node_of, args)))
-    native = Kernels(lambda other: values[other].to("meta")).find(node)
+    node = graph.call_function(op.target, tuple(map(node_of, args)))
+    native = plan_call(node, lambda other: values[other].to("meta"))
     if native is None:
         raise ValueError(f"no kernel for {op.name}")
-    results = overload(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
+    results = op.target(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
     results = () if results is None else (results,) if isinstance(results, Tensor) else tuple(results)
     outputs = [torch.empty_like(result, device="cpu") for result in results]
     inputs = [None if other is None else values[other] for other in native.inputs]
@@ -67,7 +67,7 @@ def time_call(call: SingleCall, repeats: int) -> float:
         tensors = [t.clone() if t is not None and t.nbytes >= COPIED_BYTES else t for t in call.tensors]
         kept.append(tensors)
         ids = [-1 if tensor is None else _add_tensor(plan, tensor) for tensor in tensors]
-        plan.add_call(call.native.op, ids, list(call.native.ints), list(call.native.floats))
+        plan.add_call(call.native.kernel, ids, list(call.native.ints), list(call.native.floats))
     return statistics.median(ns for _, _, ns in plan.profile([], -(-repeats // num_copies) + 1)) / 1e9
 
 

@@ -6,21 +6,18 @@ then on. Nothing is waited for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile import ops  # noqa: F401  registers those of WRITES
-
-OPS = torch.ops.fuseline
-WRITES = (OPS.write_cache.default, OPS.rope_cache.default)
+from fuseline.compile.ops.library import Op
 
 
 class Calibration(fx.Interpreter):
     """`writes`: by the name of each node of the program that writes a cache, the op that it is."""
 
-    def __init__(self, program: fx.GraphModule, writes: Mapping[str, Callable]) -> None:
+    def __init__(self, program: fx.GraphModule, writes: Mapping[str, Op]) -> None:
         super().__init__(program)
         self._writes = writes
 
@@ -31,16 +28,10 @@ class Calibration(fx.Interpreter):
         return super().run_node(n)
 
 
-def _set_scales(op: Callable, *args: object) -> None:
-    if op is OPS.write_cache.default:
-        k_cache, v_cache, k, v, _, k_scale, v_scale = args
-    else:
-        from fuseline.compile.kernels.triton.table import KERNELS
-
-        k_cache, v_cache, _, k, v, cos, sin, rows, _, rotary_dim, layout, k_scale, v_scale = args
-        k = KERNELS[OPS.rope.default].run(k, cos, sin, rows, rotary_dim, layout)
-    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        scale.copy_(scale_of(x, cache.dtype))
+def _set_scales(op: Op, *args: object) -> None:
+    given = dict(zip(op.arguments, args, strict=False))
+    for kind, x in zip("kv", op.written(*args), strict=True):
+        given[f"{kind}_scale"].copy_(scale_of(x, given[f"{kind}_cache"].dtype))
 
 
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:

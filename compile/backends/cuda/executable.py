@@ -14,12 +14,13 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.backends.cuda.calibrate import WRITES, Calibration
+from fuseline.compile.backends.cuda.calibrate import Calibration
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph.graph_pass import PassContext
-from fuseline.compile.kernels.cuda import CudaKernel, find_kernel
-from fuseline.compile.kernels.external import ExternalAttention
+from fuseline.compile.kernels.registry import Implementation
+from fuseline.compile.kernels.select import Kernels
+from fuseline.compile.ops.registry import op_of
 from fuseline.compile.passes.pipeline import program_passes
 from fuseline.compile.passes.stream_weights import PREFETCH
 from fuseline.compile.residency.offload import Offload
@@ -36,15 +37,14 @@ class CudaExecutable:
     num_regions = 0
 
     def __init__(
-        self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target,
-        external: ExternalAttention | None = None, offload: Offload | None = None,
+        self, graph: fx.GraphModule, weights: Mapping[str, Tensor], target: Target, offload: Offload | None = None
     ) -> None:  # fmt: skip
-        """`external`: None for the libraries that are installed."""
         self.offload = offload
-        self._external = external or ExternalAttention(target)
-        self.kernels = chosen_kernels(graph, target, self._external, _constants(graph, offload))
+        self._finder = Kernels(target)
+        self.kernels = chosen_kernels(graph, self._finder, _constants(graph, offload))
         program = fx.GraphModule(dict(weights), copy.deepcopy(graph.graph))
-        self._writes = {node.name: node.target for node in program.graph.nodes if node.target in WRITES}
+        ops = {node.name: op_of(node.target) for node in program.graph.nodes}
+        self._writes = {name: op for name, op in ops.items() if op and op.written}
         runs = {node.name: kernel.run for node, kernel in self.kernels.items()}
         layers = offload.layer_keys if offload is not None else []
         for graph_pass in program_passes(runs, torch.device(target.device), layers):
@@ -55,13 +55,13 @@ class CudaExecutable:
         self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
 
     @property
-    def has_plans(self) -> bool:
-        """Whether a step is to be told to `plan` before it runs."""
-        return self._external.has_plans
+    def has_prepared(self) -> bool:
+        """Whether a step is to be given to `prepare` before it runs."""
+        return self._finder.has_prepared
 
-    def plan(self, host: Mapping[str, Tensor]) -> None:
+    def prepare(self, host: Mapping[str, Tensor]) -> None:
         """The inputs of the step that this thread runs next, by placeholder name, on the host."""
-        self._external.plan(host)
+        self._finder.prepare(host)
 
     @property
     def host_weight_bytes(self) -> int:
@@ -84,20 +84,20 @@ class CudaExecutable:
 
 
 def chosen_kernels(
-    graph: fx.GraphModule, target: Target, external: ExternalAttention | None = None, constants: Collection[str] = ()
-) -> dict[fx.Node, CudaKernel]:
-    """Of every call. Needs no card. Raises ValueError for an op that nothing computes."""
+    graph: fx.GraphModule, kernels: Kernels, constants: Collection[str] = ()
+) -> dict[fx.Node, Implementation]:
+    """The kernel of every call. Needs no GPU. Raises ValueError for an op that nothing computes."""
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    found = {node: find_kernel(node, target, external, constants) for node in calls}
+    found = {node: kernels.find(node, constants) for node in calls}
     for node, kernel in found.items():
         if kernel is None:
-            raise ValueError(f"no kernel for {node.format_node()} on {target.isa}")
+            raise ValueError(f"no kernel for {node.format_node()} on {kernels.target.isa}")
     return found
 
 
 def count_kernels(graph: fx.GraphModule, target: Target) -> Counter[str]:
-    """How often each kernel is called in a step."""
-    return Counter(kernel.label for kernel in chosen_kernels(graph, target).values())
+    """How often each kernel is called in a step, without libraries."""
+    return Counter(kernel.label for kernel in chosen_kernels(graph, Kernels(target, {})).values())
 
 
 def _constants(graph: fx.GraphModule, offload: Offload | None) -> set[str]:

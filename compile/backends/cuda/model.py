@@ -105,8 +105,8 @@ class CudaModel:
         step = self._uploads.upload(fields if inputs.sources is None else {**fields, "sources": inputs.sources})
         if inputs.sources is not None:
             feed_tokens(step["token_ids"], step.pop("sources"), inputs.sampled)
-        if self._executable.has_plans:
-            self._executable.plan(self._values(fields))
+        if self._executable.has_prepared:
+            self._executable.prepare(self._values(fields))
         if self._is_uncalibrated and (inputs.slot_mapping.numpy() >= 0).any():
             # The first step whose keys are kept; those of a warm-up say nothing.
             self._is_uncalibrated = False

@@ -20,7 +20,7 @@ from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.backends.cuda.graph_api import GraphApi
 from fuseline.compile.backends.cuda.segments import Cuts, Piece, SplitOp, Values, cut, map_tensors
 from fuseline.compile.graph_inputs import graph_values, narrowed, padding
-from fuseline.compile.kernels.cuda import CudaKernel
+from fuseline.compile.kernels.registry import Implementation
 
 Launch = Callable[[Mapping[str, Tensor], int], None]
 """Of a step's inputs by placeholder name and its number of tokens."""
@@ -181,7 +181,7 @@ def _still_read(values: Values, last_uses: Mapping[str, int], at: int) -> Values
     return {name: value for name, value in values.items() if last_uses.get(name, -1) > at}
 
 
-def _write(kernel: CudaKernel, out: object, args: list) -> None:
+def _write(kernel: Implementation, out: object, args: list) -> None:
     """The kernel's results, to memory that is there."""
     if kernel.into is not None:
         kernel.into(out, *args)

@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from fuseline.compile.backends.cuda.executable import CudaExecutable
-from fuseline.compile.kernels.cuda import CudaKernel
+from fuseline.compile.kernels.registry import Implementation
+from fuseline.compile.ops.registry import registry
 
-ATTENTION = ("paged_attention", "paged_attention_invariant")
 ATTENTION_ELSEWHERE = ("unified_attention", "unified_attention_with_output")
 """What other engines call it."""
 CUT = ("placeholder", "get_attr", "call_function", "output")
@@ -42,7 +42,7 @@ class SplitOp:
     """One op; nodes among its arguments stand for values."""
 
     name: str
-    kernel: CudaKernel
+    kernel: Implementation
     args: tuple[object, ...]
     is_attention: bool
 
@@ -74,11 +74,12 @@ def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts
     if any(node.op not in CUT for node in nodes):
         return None
     names = {node.name: _op_name(node.target) for node in executable.kernels}
+    attention = {op.name for op in registry().values() if op.reads_cache}
     kernels = {node.name: kernel for node, kernel in executable.kernels.items()}
     splitting = {name.replace("::", ".").rpartition(".")[2] for name in splitting_ops}.difference(ATTENTION_ELSEWHERE)
     if unknown := sorted(splitting - set(names.values())):
         raise ValueError(f"splitting_ops: the model has no op {unknown[0]!r}")
-    splitting.update(ATTENTION)
+    splitting |= attention
 
     tail = _tail(nodes)
     make_piece = partial(_piece, program)
@@ -91,7 +92,7 @@ def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts
         # A piece first in any case: it has the memory for what the op gives.
         parts += [make_piece(run)] if run or not parts else []
         args = tuple(_constant(program, arg) for arg in node.args)
-        parts.append(SplitOp(node.name, kernels[node.name], args, names[node.name] in ATTENTION))
+        parts.append(SplitOp(node.name, kernels[node.name], args, names[node.name] in attention))
         run = []
     parts += [make_piece(run)] if run else []
     logits = nodes[-1].args[0]

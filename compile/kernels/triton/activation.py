@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.kernels.triton.lines import Lines, lined, place_of, rounded
 from fuseline.compile.ops import codes
 
@@ -65,3 +66,6 @@ def activate(x, ACT: tl.constexpr):
 @triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+IMPLEMENTATIONS = (Implementation("act_mul", "triton.act_mul", "cuda", act_mul),)

@@ -17,12 +17,15 @@ Legend: H query heads, K kv heads, G = H / K, T query tokens, S sequences, N blo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import Implementation, tunings
 from fuseline.compile.kernels.triton.attention_kernels import decode_kernel, merge_kernel, prefill_kernel
+from fuseline.compile.ops.library import DECODE, PREFILL
 
 LOG2_E = 1.4426950408889634
 NO_WINDOW = 1 << 30
@@ -289,3 +292,35 @@ def _readable(cache: Tensor) -> Tensor:
     if cache.dtype != torch.float8_e4m3fn or not cache.is_cuda:
         return cache
     return cache if torch.cuda.get_device_capability(cache.device) >= (8, 9) else cache.view(torch.uint8)
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, *, tuning: Tuning | None = None, prefill_from: int = 0,
+) -> Tensor:  # fmt: skip
+    """q[1, H, T, D] over caches [N, K, B, D|E] -> [1, T, H, E]; `prefill_from` as above."""
+    out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
+    attention_into(
+        out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, k_scale, v_scale,
+        tuning=tuning, prefill_from=prefill_from,
+    )  # fmt: skip
+    return out
+
+
+def attention_into(out: Tensor, q: Tensor, *rest: object, **options: object) -> None:
+    paged_attention(out, q if q.stride(3) == 1 else q.contiguous(), *rest, **options)
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "paged_attention", "triton.paged_attention", "cuda", attention, into=attention_into, phases=(DECODE, PREFILL),
+        tunings=(
+            *tunings("tuning", DECODE_TUNINGS, phases=(DECODE,)),
+            *tunings("tuning", PREFILL_TUNINGS, phases=(PREFILL,)),
+        ),
+    ),
+    Implementation(
+        "paged_attention_invariant", "triton.paged_attention_invariant", "cuda", partial(attention, prefill_from=1)
+    ),
+)  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import Implementation, Tuning, tunings
 from fuseline.compile.kernels.triton.experts_kernels import combine_kernel, down_kernel, gate_up_kernel, sort_kernel
 from fuseline.compile.kernels.triton.tile import Tile
 
@@ -84,3 +85,13 @@ def tiles(item_size: int) -> tuple[Tile, ...]:
     return (
         Tile(16, 128, depth, 4, 4), Tile(32, 64, depth, 4, 4), Tile(64, 128, depth, 4, 3), Tile(128, 128, depth, 8, 3),
     )  # fmt: skip
+
+
+def _tile_tunings(x: Tensor, *_: object) -> tuple[Tuning, ...]:
+    return tunings("tile", tiles(x.element_size()))
+
+
+IMPLEMENTATIONS = (
+    Implementation("experts", "triton.experts", "cuda", experts, tunings=_tile_tunings),
+    Implementation("experts_invariant", "triton.experts_invariant", "cuda", experts_invariant),
+)

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import LAST, Implementation, tunings
+from fuseline.compile.kernels.triton import activation
 from fuseline.compile.kernels.triton.activation import activate
 from fuseline.compile.kernels.triton.lines import rounded
 
 ROWS = 16  # of a matrix instruction
+FILLING = 2048  # smallest number of outputs with a program for every multiprocessor of a GPU
 WIDE = 8192  # outputs from which on a program takes 32 of them
 
 
@@ -107,3 +111,31 @@ def few_rows_kernel(
         y = rounded(activate(rounded(y, dtype), ACT), dtype) * rounded(up, dtype)
     to = out + row.to(tl.int64)[:, None] * N + column[None, :]
     tl.store(to, y.to(dtype), mask=(row < num_rows)[:, None] & (column < N)[None, :])
+
+
+def linear_then_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
+    """cuBLASLt's product and the activation on its own."""
+    gate, up = F.linear(x, weight, bias).chunk(2, -1)
+    return activation.act_mul(gate, up, act)
+
+
+def _is_wide(x: Tensor, weight: Tensor, *_: object) -> bool:
+    return _is_one(x, weight) and weight.shape[0] >= FILLING
+
+
+def _is_narrow(x: Tensor, weight: Tensor, *_: object) -> bool:
+    return _is_one(x, weight) and weight.shape[0] < FILLING
+
+
+def _is_one(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and x.dtype.is_floating_point
+
+
+FEW = {"max_rows": ROWS, "tunings": tunings("tuning", TUNINGS)}
+IMPLEMENTATIONS = (
+    Implementation("aten.linear", "triton.linear", "cuda", linear, supports=_is_wide, **FEW),
+    # Behind torch's where it leaves a part of the GPU idle.
+    Implementation("aten.linear", "triton.linear", "cuda", linear, supports=_is_narrow, order=LAST, **FEW),
+    Implementation("linear_act_mul", "triton.linear_act_mul", "cuda", linear_act_mul, **FEW),
+    Implementation("linear_act_mul", "torch.linear, triton.act_mul", "cuda", linear_then_act_mul),
+)

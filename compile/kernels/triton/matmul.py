@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import LAST, Implementation, tunings
 from fuseline.compile.kernels.triton.tile import Tile
 
 GROUP = 8  # tiles of rows that go over the outputs together
@@ -88,3 +89,16 @@ def matmul_kernel(
             y += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
         to = out + row.to(tl.int64)[:, None] * N + column[None, :]
         tl.store(to, y.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+def _is_half(x: Tensor, weight: Tensor, *_: object) -> bool:
+    return x.dtype == weight.dtype and x.dtype.is_floating_point and x.dtype.itemsize == 2
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "aten.linear", "triton.matmul", "cuda", matmul, supports=_is_half, order=LAST + 1,
+        tunings=tunings("tile", TILES),
+    ),
+    Implementation("linear_invariant", "triton.linear_invariant", "cuda", matmul),
+)  # fmt: skip

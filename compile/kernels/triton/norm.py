@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import Implementation, tunings
 from fuseline.compile.kernels.triton.lines import Lines, line_sums, lined, place_of, rounded
 from fuseline.compile.ops import codes
 
@@ -144,3 +145,16 @@ def layer_norm_kernel(
         wide = wide + tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
     at = place_of(line, inner, out_outer, out_inner) + column
     tl.store(out + at, wide.to(out.dtype.element_ty), mask=there)
+
+
+def _takes(x: Tensor, *_: object) -> bool:
+    return supports(x)
+
+
+IMPLEMENTATIONS = tuple(
+    Implementation(
+        run.__name__, f"triton.{run.__name__}", "cuda", run, supports=_takes,
+        tunings=tunings("num_warps", WARPS_TO_TRY, "w"),
+    )
+    for run in (rms_norm, add_rms_norm, layer_norm, add_layer_norm)
+)  # fmt: skip

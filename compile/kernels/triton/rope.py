@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import Implementation, tunings
 from fuseline.compile.kernels.triton.rope_kernels import rope_cache_kernel, rope_kernel, write_kernel
 
 HEADS = 8  # heads of a program
@@ -107,3 +108,22 @@ def _shape(x: Tensor, cos: Tensor, rotary_dim: int, layout: int, heads: int) -> 
 def _bytes(cache: Tensor) -> Tensor:
     """An e4m3 cache as bytes: sm_80 has no such numbers, only e5m2."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def _rotates(x: Tensor, cos: Tensor, sin: Tensor, *_: object) -> bool:
+    """Tables are of x's dtype or wider; with wider ones the result is rounded once, to x's."""
+    return cos.dtype == sin.dtype and cos.dtype in (x.dtype, torch.float32) and x.stride(3) == 1
+
+
+def _rotates_into_cache(k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, *tables: object) -> bool:
+    return _rotates(q, *tables) and _rotates(k, *tables)
+
+
+HEADS_TUNINGS = tunings("heads", HEADS_TO_TRY, "h")
+IMPLEMENTATIONS = (
+    Implementation("rope", "triton.rope", "cuda", rope, supports=_rotates, tunings=HEADS_TUNINGS),
+    Implementation("write_cache", "triton.write_cache", "cuda", write_cache),
+    Implementation(
+        "rope_cache", "triton.rope_cache", "cuda", rope_cache, supports=_rotates_into_cache, tunings=HEADS_TUNINGS
+    ),
+)  # fmt: skip

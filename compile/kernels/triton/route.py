@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.kernels.triton.lines import line_sums
 from fuseline.compile.ops import codes
 
@@ -59,3 +60,6 @@ def route_kernel(
         if IS_RENORMALIZED:
             share = share / line_sums(share)[:, None]
     tl.store(weights + token * K + place, share.to(weights.dtype.element_ty), mask=(token < num_tokens) & (place < K))
+
+
+IMPLEMENTATIONS = (Implementation("route_topk", "triton.route_topk", "cuda", route_topk),)

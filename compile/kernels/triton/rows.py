@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseline.compile.kernels.registry import Implementation
+
 BLOCK = 1024
 
 
@@ -25,3 +27,6 @@ def gather_kernel(out, x, rows, x_stride_t, x_stride_d, D: tl.constexpr, BLOCK: 
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     line = x + tl.load(rows + r).to(tl.int64) * x_stride_t
     tl.store(out + r * D + column, tl.load(line + column * x_stride_d, mask=column < D), mask=column < D)
+
+
+IMPLEMENTATIONS = (Implementation("gather_rows", "triton.gather_rows", "cuda", gather_rows),)

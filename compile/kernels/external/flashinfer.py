@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.kernels.attention_batch import AttentionLayer
+from fuseline.compile.ops.attention_batch import AttentionLayer
 
 WORKSPACE = 128 << 20
 """Bytes of partial sums that the library recommends to have room for."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuseline.compile.kernels.cuda_library import DTYPES, CudaLibrary, address
-from fuseline.compile.kernels.triton.attention import Tuning
+from fuseline.compile.kernels.cuda.library import DTYPES, CudaLibrary, native
+from fuseline.compile.kernels.registry import tunings
+from fuseline.compile.kernels.triton.attention import PREFILL_TUNINGS, Tuning
 from fuseline.compile.kernels.triton.attention import paged_attention as triton_attention
+from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.ops.rope import FP8
 
 HEADS = 8  # query heads of a block
@@ -68,13 +70,17 @@ def decode_attention(
         size = min(num_tokens, num_seqs) * num_heads * most * (dim + 2)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     workers = num_workers or min(max(4, GRID_TARGET // (num_seqs * parts)), most)
+    (_, out_token, out_head, _), (_, q_head, q_token, _) = out.stride(), q.stride()
+    (k_block, k_head, k_token, _), (v_block, v_head, v_token, _) = k_cache.stride(), v_cache.stride()
     lib.call(
-        "decode_attention", q, out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        block_table.data_ptr(), seq_lens.data_ptr(), query_start.data_ptr(), address(sinks), address(k_scale),
-        address(v_scale), address(workspace), num_tokens, num_seqs, num_heads, kv_heads, dim, max(most, 1), workers,
-        out.stride(1), out.stride(2), q.stride(1), q.stride(2), *k_cache.stride()[:3], *v_cache.stride()[:3],
-        block_table.stride(0), block_size.bit_length() - 1, window if window > 0 else NO_WINDOW, scale, softcap,
-        DTYPES[q.dtype], DTYPES[k_cache.dtype],
+        "decode_attention", q, out=out, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
+        seq_lens=seq_lens, query_start=query_start, sinks=sinks, k_scale=k_scale, v_scale=v_scale, workspace=workspace,
+        num_tokens=num_tokens, num_seqs=num_seqs, num_heads=num_heads, num_kv_heads=kv_heads, dim=dim,
+        num_splits=max(most, 1), num_workers=workers, out_token=out_token, out_head=out_head, q_head=q_head,
+        q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block, v_head=v_head,
+        v_token=v_token, table_stride=block_table.stride(0), block_shift=block_size.bit_length() - 1,
+        window=window if window > 0 else NO_WINDOW, scale=scale, softcap=softcap, dtype=DTYPES[q.dtype],
+        cache_dtype=DTYPES[k_cache.dtype],
     )  # fmt: skip
 
 
@@ -90,7 +96,21 @@ def supports_attention(
         return False
     integers = {block_table.dtype, seq_lens.dtype, query_start.dtype} == {torch.int32}
     sizes = dim in (64, 128, 256) and k_cache.shape[3] == v_cache.shape[3] == dim and group <= 2 * HEADS
-    lies_right = q.stride(3) == 1 and all(
+    is_laid_out = q.stride(3) == 1 and all(
         cache.stride(3) == 1 and all(stride % 8 == 0 for stride in cache.stride()[:3]) for cache in (k_cache, v_cache)
     )
-    return integers and sizes and lies_right and block_size & (block_size - 1) == 0
+    return integers and sizes and is_laid_out and block_size & (block_size - 1) == 0
+
+
+MIXED = "cuda.decode_attention, triton.paged_attention"
+IMPLEMENTATIONS = (
+    native(
+        "paged_attention", decode_or_triton, supports_attention, label="cuda.decode_attention", phases=(DECODE,),
+        into=decode_or_triton_into,
+    ),
+    # Triton alone would give a sequence's single token other bits in a step with prompts than in one without.
+    native(
+        "paged_attention", decode_or_triton, supports_attention, label=MIXED, phases=(PREFILL,),
+        into=decode_or_triton_into, tunings=tunings("tuning", PREFILL_TUNINGS), hides=("triton.paged_attention",),
+    ),
+)  # fmt: skip

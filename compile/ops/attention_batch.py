@@ -1,4 +1,4 @@
-"""What an attention layer asks of a kernel, and batches of such a layer to try and measure kernels with.
+"""An attention layer's sizes and options, and random batches of such a layer to try and measure kernels with.
 
 Legend: H query heads, K kv heads, T tokens, S sequences, M columns of the block table, N blocks of B keys.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """All of a paged_attention call but its batch."""
+    """Everything about a paged_attention call but its batch."""
 
     heads: int
     kv_heads: int
@@ -35,7 +35,7 @@ class AttentionLayer:
         q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
         sinks: Tensor | None, window: int, scale: float, softcap: float, *scales: Tensor | None,
     ) -> AttentionLayer:  # fmt: skip
-        """Of the op's arguments, tensors perhaps on meta."""
+        """From the op's arguments, tensors perhaps on meta."""
         _, kv_heads, block_size, key_dim = k_cache.shape
         return AttentionLayer(
             int(q.shape[1]), kv_heads, key_dim, v_cache.shape[3], block_size, q.dtype, k_cache.dtype, sinks is not None,
@@ -45,15 +45,15 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """`args` of the op on the device, and what the host knows of them, by placeholder name."""
+    """`args` of the op on the device, and on the host what batches are planned by, by placeholder name."""
 
     args: tuple
     host: Mapping[str, Tensor]
 
 
 def make_batch(
-    layer: AttentionLayer, lengths: Sequence[int], counts: Sequence[int], device: str, table_name: str,
-    max_bytes: int = 1 << 28,
+    layer: AttentionLayer, lengths: Sequence[int], counts: Sequence[int], device: str,
+    table_name: str = "block_table_0", max_bytes: int = 1 << 28,
 ) -> AttentionBatch:  # fmt: skip
     """Sequences of `lengths` keys of which the last `counts` are this step's tokens, over random numbers.
 
