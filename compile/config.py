@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PASSES = (
-    "remove_noops", "canonicalize", "merge_equal", "find_norm", "find_rope", "find_moe", "fuse_act_mul", "join_linears",
-    "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "choose_kernels", "cut_regions",
-    "fuse_linear_act", "widen_logits", "make_batch_invariant",
+    "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
+    "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "choose_kernels",
+    "cut_regions", "fuse_linear_act", "widen_logits", "make_batch_invariant",
 )  # fmt: skip
 """Names of passes, known without importing them; their order is that of passes/pipeline.py, a card's own last."""
 NEEDED_PASSES = frozenset({"page_attention"})

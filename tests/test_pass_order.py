@@ -22,6 +22,7 @@ from fuseline.compile.graph.graph_pass import GraphPass, PassContext
 from fuseline.compile.graph.match import cast
 from fuseline.compile.passes.choose_kernels import choose_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
+from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
 from fuseline.compile.passes.find_rope import find_rope
@@ -42,8 +43,8 @@ HIDDEN = HEADS * DIM
 END = 1 << 62
 NUM_GRAPHS = 14
 SHARED = (
-    remove_noops, canonicalize, merge_equal, find_norm, find_rope, find_moe, fuse_act_mul, join_linears, fuse_add_norm,
-    page_attention, keep_last_logits, fuse_rope_cache,
+    remove_noops, canonicalize, merge_equal, find_linear, find_norm, find_rope, find_moe, fuse_act_mul, join_linears,
+    fuse_add_norm, page_attention, keep_last_logits, fuse_rope_cache,
 )  # fmt: skip
 PIPELINES: dict[str, tuple[GraphPass, ...]] = {
     "cpu": (*SHARED, choose_kernels),

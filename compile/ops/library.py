@@ -77,7 +77,7 @@ class Op:
     """One op of the vocabulary; `<reference>.op` of the decorated function."""
 
     name: str
-    """The name in graphs: without the namespace for ours, with it for torch's (aten.linear)."""
+    """The name in graphs: without the namespace for ours, with it for torch's (aten.matmul)."""
     schema: str
     reference: Callable
     fake: Callable

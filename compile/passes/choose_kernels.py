@@ -1,6 +1,7 @@
 """Constants in the layout of the kernels that read them, and logits in fp32.
 
 linear(x, weight, bias)         -> linear_panels(x, weight as [ceil(N/16), K, 16], bias, N)
+linear(x, computed weight, bias) -> aten.linear, which torch computes
 experts(..., gate_up, down)     -> experts_panels(...), transposed weights turned
 embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
 output logits                   -> convert to fp32
@@ -26,7 +27,7 @@ def choose_kernels(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     packer = _Packer(graph)
     matches = 0
     for target, rewrite in (
-        (aten.linear.default, packer.linear),
+        (OPS.linear.default, packer.linear),
         (OPS.experts.default, packer.experts),
         (aten.embedding.default, packer.embedding),
     ):
@@ -50,10 +51,11 @@ class _Packer:
         self._packed: dict[tuple[str, ...], fx.Node] = {}
 
     def linear(self, node: fx.Node) -> bool:
-        x, weight, *bias = node.args
+        x, weight, bias = node.args
         if not is_constant(weight):
+            self._replace(node, aten.linear.default, node.args)
             return False
-        args = (x, self._pack(weight), bias[0] if bias else None, weight.meta["val"].shape[0])
+        args = (x, self._pack(weight), bias, weight.meta["val"].shape[0])
         return self._replace(node, OPS.linear_panels.default, args)
 
     def experts(self, node: fx.Node) -> bool:

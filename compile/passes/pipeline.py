@@ -12,6 +12,7 @@ from fuseline.compile.passes.bind_kernels import bind_kernels
 from fuseline.compile.passes.choose_kernels import choose_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
 from fuseline.compile.passes.cut_regions import cut_regions
+from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
 from fuseline.compile.passes.find_rope import find_rope
@@ -36,7 +37,7 @@ SHARED: Stages = (
     # One spelling, so that a pattern needs no variants.
     ("clean", (remove_noops, canonicalize, merge_equal)),
     # Transformers' spellings become ops; everything after matches ops.
-    ("recognize", (find_norm, find_rope, find_moe, fuse_act_mul)),
+    ("recognize", (find_linear, find_norm, find_rope, find_moe, fuse_act_mul)),
     # Joining needs attention and act_mul to tell who consumes a product.
     ("fuse", (join_linears, fuse_add_norm)),
     ("serve", SERVE),
@@ -52,7 +53,8 @@ COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, fuse_linear_act, w
 INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant, widen_logits)))
 """With products of one order of summation in place of the fastest ones."""
 
-REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (widen_logits,)))
+REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (find_linear, widen_logits)))
+"""Level 0 for a GPU: products are computed by our kernels, and their weights may stay on the host."""
 
 REGIONS = (cut_regions,)
 """On the compiled graph, for a CPU from level 2 on, while the server already answers."""
