@@ -67,7 +67,7 @@ def test_what_every_family_has_is_recognized(family: str) -> None:
     for name, families in WITHOUT_MATCH.items():
         assert (matches[name] == 0) == (family in families), name
     assert matches["find_moe"] == (ATTENTION_LAYERS if family in ROUTED else 0)
-    assert matches["choose_kernels"] > 2 * ATTENTION_LAYERS
+    assert matches["pack_weights"] > 2 * ATTENTION_LAYERS
     assert (golden["regions"] > 0) == (family in WITH_REGIONS)
 
 

@@ -20,7 +20,6 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import insert_call
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext
 from fuseline.compile.graph.match import cast
-from fuseline.compile.passes.choose_kernels import choose_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
 from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.find_moe import find_moe
@@ -33,6 +32,7 @@ from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
+from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.passes.widen_logits import widen_logits
 
@@ -47,11 +47,11 @@ SHARED = (
     fuse_add_norm, page_attention, keep_last_logits, fuse_rope_cache,
 )  # fmt: skip
 PIPELINES: dict[str, tuple[GraphPass, ...]] = {
-    "cpu": (*SHARED, choose_kernels),
+    "cpu": (*SHARED, pack_weights, widen_logits),
     "cuda": (*SHARED, fuse_linear_act, widen_logits),
     "invariant": (*SHARED, make_batch_invariant, widen_logits),
 }
-SUMS_DIFFERENTLY = (join_linears, choose_kernels, keep_last_logits, fuse_linear_act, make_batch_invariant)
+SUMS_DIFFERENTLY = (join_linears, pack_weights, keep_last_logits, fuse_linear_act, make_batch_invariant)
 """A product of joined weights, of fewer rows, or of another kernel: other roundings."""
 VIEWS = (aten.view.default, aten.transpose.int, aten.slice.Tensor, operator.getitem)
 IN_PLACE = (aten.mul_.Tensor, aten.div_.Tensor)

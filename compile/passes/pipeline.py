@@ -9,7 +9,6 @@ import torch
 from fuseline.compile.graph.graph_pass import GraphPass
 from fuseline.compile.graph.runner import Stages
 from fuseline.compile.passes.bind_kernels import bind_kernels
-from fuseline.compile.passes.choose_kernels import choose_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
 from fuseline.compile.passes.cut_regions import cut_regions
 from fuseline.compile.passes.find_linear import find_linear
@@ -23,6 +22,7 @@ from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
+from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.passes.plan_decode import plan_decode
 from fuseline.compile.passes.stream_weights import stream_weights
@@ -44,11 +44,11 @@ SHARED: Stages = (
 )
 
 # The cache's write exists only now.
-COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, choose_kernels)))
+COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, widen_logits)))
 """Level 1 and up."""
 
-COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, fuse_linear_act, widen_logits)))
-"""The same for a GPU: weights stay rows, which is what cuBLASLt and our kernels read."""
+COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, fuse_linear_act, widen_logits)))
+"""The same for a GPU: its kernels read plain rows, so that nothing is packed unless another format is configured."""
 
 INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant, widen_logits)))
 """With products of one order of summation in place of the fastest ones."""
