@@ -12,7 +12,7 @@ LEVELS = (0, 1, 2, 3)
 BACKENDS = ("inductor", "eager")
 CUSTOM_OPS = {
     "rms_norm": "find_norm", "rotary_embedding": "find_rope", "silu_and_mul": "fuse_act_mul",
-    "fused_moe": "find_moe", "linear": "choose_kernels",
+    "fused_moe": "find_moe", "linear": "pack_weights",
 }  # fmt: skip
 """Ops that custom_ops can leave as the model spells them, each with the pass that makes it."""
 

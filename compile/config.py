@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PASSES = (
-    "remove_noops", "canonicalize", "merge_equal", "find_norm", "find_rope", "find_moe", "fuse_act_mul", "join_linears",
-    "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "choose_kernels", "cut_regions",
-    "fuse_linear_act", "widen_logits", "make_batch_invariant",
+    "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
+    "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "pack_weights",
+    "cut_regions", "fuse_linear_act", "widen_logits", "make_batch_invariant",
 )  # fmt: skip
 """Names of passes, known without importing them; their order is that of passes/pipeline.py, a card's own last."""
 NEEDED_PASSES = frozenset({"page_attention"})
@@ -53,6 +53,8 @@ class CompileConfig:
     """Largest number of sequences in one step."""
     disabled_passes: tuple[str, ...] = ()
     """Names of passes to leave out."""
+    weight_format: str = ""
+    """Storage format of the weights of linears (compile/formats); empty takes the one that the kernels read."""
     batch_invariant: bool = False
     """On a card, from level 1 on: a request's answer is the same bit for bit whatever else is in its batches, at the
     cost of products that are slower. On a CPU it always is."""

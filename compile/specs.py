@@ -80,9 +80,10 @@ class WeightSource:
     names: tuple[str, ...]
     transpose: bool = False
     """Transpose the last two dims of each part first (GPT-2's Conv1D keeps [in, out])."""
-    layout: str = "rows"
-    """rows: as is. panels: [ceil(N/16), K, 16] zero-padded, what the native `linear` reads; 3-D weights get a leading
-    expert dim: [E, ceil(N/16), K, 16]."""
+    format: str = "rows"
+    """Name of the storage format (compile/formats)."""
+    part: str = ""
+    """Which of the format's stored tensors the constant is."""
     dtype: str = ""
     """Element type to store; empty keeps the model's."""
     pads: tuple[int, ...] = ()

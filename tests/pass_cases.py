@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
-from fuseline.compile.capture.panels import pack_columns, panels_shape
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.panels import pack_columns, panels_shape
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext, PassResult
 from fuseline.compile.graph.runner import clean_up, count_ops
 from fuseline.compile.ops import registry  # noqa: F401  defines torch.ops.fuseline
@@ -68,7 +68,7 @@ def materialize(source: WeightSource, values: dict[str, Tensor], like: Tensor) -
         part = torch.zeros(pad, *like.shape[1:], dtype=like.dtype) if pad else values[name]
         parts.append(part.mT if source.transpose else part)
     whole = torch.cat(parts)
-    if source.layout == "rows":
+    if source.format == "rows":
         return whole
     flat = whole if whole.ndim == 3 else whole[None]
     panels = torch.zeros(panels_shape(tuple(flat.shape)), dtype=whole.dtype)

@@ -126,7 +126,7 @@ def test_keys_of_compilation_config_reach_the_compiler(model: str) -> None:
     assert compiler(level=1).disabled_passes == ("merge_equal",)
     given = {"merge_equal": False, "find_rope": False, "find_norm": True}
     assert compiler(pass_config=given).disabled_passes == ("merge_equal", "find_rope")
-    assert compiler(custom_ops=["-linear"]).disabled_passes == ("merge_equal", "choose_kernels")
+    assert compiler(custom_ops=["-linear"]).disabled_passes == ("merge_equal", "pack_weights")
     assert compiler(custom_ops=["none", "+linear", "+fused_moe"]).disabled_passes == (
         "merge_equal", "find_norm", "find_rope", "fuse_act_mul",
     )  # fmt: skip

@@ -33,7 +33,7 @@ from fuseline.compile.ops.rope import FP8
 __all__ = ["triton_interpreter"]
 BY_NAME = declared("cuda")
 HALF = (torch.bfloat16, torch.float16)
-ALIKE = {"aten.linear", "linear_act_mul", "paged_attention"}
+ALIKE = {"linear", "linear_act_mul", "paged_attention"}
 """Ops of which only half precision is taken."""
 
 
@@ -114,7 +114,7 @@ def test_products_that_are_not_taken_are_torchs():
             cuda_twin.run(cuda_linear.linear_act_mul, x, weight, None, 1),
             linear_act_mul_reference(x, weight, None, 1), 12.0,
         )  # fmt: skip
-    supports = BY_NAME["aten.linear"].supports
+    supports = BY_NAME["linear"].supports
     x = m.normal(1, 64)
     assert supports(x, weight) and supports(x, weight, weight[:, 0].contiguous())
     for other in (weight.float(), weight.T, weight[:, :60], m.normal(24, 68)[:, :64]):

@@ -119,7 +119,7 @@ def test_only_a_weight_that_nothing_writes_is_read_early(called, overlaps, of_co
     graph, x = torch.fx.Graph(), torch.randn(2, 64).bfloat16()
     node, held = graph.placeholder("x"), graph.get_attr("held")
     made = graph.call_function(aten.neg.default, (held,))
-    nodes = [graph.call_function(aten.linear.default, (node, w)) for w in (held, made)]
+    nodes = [graph.call_function(torch.ops.fuseline.linear.default, (node, w, None)) for w in (held, made)]
     for of, value in ((node, x), (held, weight), (made, weight), *((n, x[:, :24]) for n in nodes)):
         of.meta["val"] = value.to("meta")
     graph.output(tuple(nodes))

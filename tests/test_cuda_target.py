@@ -94,12 +94,12 @@ def test_defaults_are_what_was_fastest_on_a_card(monkeypatch) -> None:
         return choices.get("decode") or choices["rows"]
 
     half = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    fused, linear = torch.ops.fuseline.linear_act_mul.default, torch.ops.aten.linear.default
+    fused, linear = torch.ops.fuseline.linear_act_mul.default, torch.ops.fuseline.linear.default
     by_both = [(ANY, "torch.linear, cuda.act_mul")]
     assert default(fused, half(1, 4096), half(28672, 4096), None, 1) == by_both
     assert default(fused, half(1, 4096).float(), half(28672, 4096).float(), None, 1) == by_both
-    assert default(linear, half(1, 4096), half(28672, 4096)) == [(ANY, "torch.linear")]
-    assert default(linear, half(1, 4096), half(4096, 4096)) == [(16, "cuda.linear"), (ANY, "torch.linear")]
+    assert default(linear, half(1, 4096), half(28672, 4096), None) == [(ANY, "torch.linear")]
+    assert default(linear, half(1, 4096), half(4096, 4096), None) == [(16, "cuda.linear"), (ANY, "torch.linear")]
     ints = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 256), (1,), (2,)))
     caches = (half(300, 8, 16, 128) for _ in "kv")
     attention = torch.ops.fuseline.paged_attention.default

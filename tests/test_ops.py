@@ -23,7 +23,7 @@ __all__ = ["isa"]
 DENSE = {"attention"}  # as captured; a pass replaces it before a kernel is chosen
 # For a CPU passes replace the first two and make none of the others.
 CUDA_ONLY = {
-    "aten.linear", "experts", "linear_act_mul", "linear_invariant", "experts_invariant", "paged_attention_invariant",
+    "linear", "experts", "linear_act_mul", "linear_invariant", "experts_invariant", "paged_attention_invariant",
 }  # fmt: skip
 NATIVE = [op for name, op in sorted(registry().items()) if name in implementations("cpu")]
 

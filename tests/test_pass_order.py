@@ -20,8 +20,8 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import insert_call
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext
 from fuseline.compile.graph.match import cast
-from fuseline.compile.passes.choose_kernels import choose_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
+from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
 from fuseline.compile.passes.find_rope import find_rope
@@ -32,6 +32,7 @@ from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
+from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.passes.widen_logits import widen_logits
 
@@ -42,15 +43,15 @@ HIDDEN = HEADS * DIM
 END = 1 << 62
 NUM_GRAPHS = 14
 SHARED = (
-    remove_noops, canonicalize, merge_equal, find_norm, find_rope, find_moe, fuse_act_mul, join_linears, fuse_add_norm,
-    page_attention, keep_last_logits, fuse_rope_cache,
+    remove_noops, canonicalize, merge_equal, find_linear, find_norm, find_rope, find_moe, fuse_act_mul, join_linears,
+    fuse_add_norm, page_attention, keep_last_logits, fuse_rope_cache,
 )  # fmt: skip
 PIPELINES: dict[str, tuple[GraphPass, ...]] = {
-    "cpu": (*SHARED, choose_kernels),
+    "cpu": (*SHARED, pack_weights, widen_logits),
     "cuda": (*SHARED, fuse_linear_act, widen_logits),
     "invariant": (*SHARED, make_batch_invariant, widen_logits),
 }
-SUMS_DIFFERENTLY = (join_linears, choose_kernels, keep_last_logits, fuse_linear_act, make_batch_invariant)
+SUMS_DIFFERENTLY = (join_linears, pack_weights, keep_last_logits, fuse_linear_act, make_batch_invariant)
 """A product of joined weights, of fewer rows, or of another kernel: other roundings."""
 VIEWS = (aten.view.default, aten.transpose.int, aten.slice.Tensor, operator.getitem)
 IN_PLACE = (aten.mul_.Tensor, aten.div_.Tensor)

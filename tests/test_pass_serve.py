@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from pass_cases import DTYPES, Case, case
 from torch import Tensor, nn
 
-from fuseline.compile.passes.choose_kernels import choose_kernels
+from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.fuse_add_norm import fuse_add_norm
 from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
+from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.specs import CacheGroup, CacheSpec
 
@@ -79,8 +80,9 @@ class TwoConsumers(Gated):
 def test_linears_of_one_consumer_are_one(module: type[nn.Module], sizes: list[int], dtype: torch.dtype) -> None:
     found = case(module(), dtype, x=X)
     before = found.run()
+    found.apply(find_linear)
     assert found.apply(join_linears) == 1
-    assert found.ops()["aten.linear"] == 1
+    assert found.ops()["linear"] == 1
     split = next(n for n in found.graph.graph.nodes if n.target is torch.ops.aten.split_with_sizes.default)
     assert split.args[1] == sizes
     torch.testing.assert_close(found.run(), before)
@@ -91,7 +93,8 @@ def test_linears_of_one_consumer_are_one(module: type[nn.Module], sizes: list[in
 def test_other_linears_stay_apart(module: type[nn.Module], dtype: torch.dtype) -> None:
     found = case(module(), dtype, x=X)
     before = found.run()
-    assert found.apply(join_linears) == 0 and found.ops()["aten.linear"] == 2
+    found.apply(find_linear)
+    assert found.apply(join_linears) == 0 and found.ops()["linear"] == 2
     assert torch.equal(found.run(), before)
 
 
@@ -275,7 +278,7 @@ def test_logits_of_two_heads_are_refused() -> None:
         case(Two(norm), torch.float32, x=X, y=X).apply(keep_last_logits)
 
 
-# choose_kernels
+# pack_weights
 
 
 class Tied(nn.Module):
@@ -291,7 +294,7 @@ class Tied(nn.Module):
 def test_weights_are_packed_once(dtype: torch.dtype) -> None:
     found = case(Tied(), dtype, ids=torch.tensor([[3, 39, 0]]))
     before = found.run()
-    assert found.apply(choose_kernels) == 2
+    assert found.apply(find_linear) == 1 and found.apply(pack_weights) == 2
     assert found.ops()["linear_panels"] == 1 == found.ops()["embedding_panels"]
     constants = [n for n in found.graph.graph.nodes if n.op == "get_attr"]
     assert len(constants) == 1 and constants[0].meta["val"].shape == (3, 16, 16)
@@ -304,5 +307,5 @@ def test_weights_are_packed_once(dtype: torch.dtype) -> None:
 def test_computed_weights_are_not_packed(dtype: torch.dtype) -> None:
     found = case(lambda x, y: F.linear(x, y[0]), dtype, x=X, y=X.exp())
     before = found.run()
-    assert found.apply(choose_kernels) == 0 and found.ops()["aten.linear"] == 1
+    assert found.apply(find_linear) == 1 and found.apply(pack_weights) == 0 and found.ops()["aten.linear"] == 1
     torch.testing.assert_close(found.run(), before.float())

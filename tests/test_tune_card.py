@@ -147,7 +147,7 @@ def test_a_candidate_that_raises_is_dropped_with_one_line(config, caplog):
     lines = [record.getMessage() for record in caplog.records]
     shapes = {line.partition(": ")[0] for line in lines}
     assert lines and len(lines) == len(shapes), "one for each problem"
-    assert all(line.startswith("triton.linear is not used for aten::linear") for line in lines)
+    assert all(line.startswith("triton.linear is not used for fuseline::linear") for line in lines)
     assert all(line.endswith("RuntimeError: out of resource: shared memory") for line in lines)
     ranges = found["linear"][0]["rows"]
     assert ranges[0] == [1, "triton.linear"] and ranges[1][0] == 16 and ranges[1][1].startswith("triton.linear ")
@@ -244,7 +244,7 @@ def test_problems_tell_shapes_apart(config):
     captured, _ = optimize(config, CARD)
     problems = tune_card._problems(captured.graph, Kernels(CARD, {}), False)
     assert all(isinstance(problem, Problem) for problem in problems)
-    linears = {problem.shapes for problem in problems if problem.op == "aten::linear"}
+    linears = {problem.shapes for problem in problems if problem.op == "fuseline::linear"}
     assert len(linears) == 3, "the vocabulary is as wide as q, k and v"
     assert sum(len(calls.nodes) for calls in problems.values()) == 10 + 3 + 3 + 7 + 3
 

@@ -21,10 +21,10 @@ from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.export import CapturedModel, describe, resolve_dtype
 from fuseline.compile.capture.hf_model import build_on_meta, load_config
-from fuseline.compile.capture.panels import pack_block, pack_columns, panels_shape
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.panels import pack_block, pack_columns, panels_shape
 from fuseline.compile.ops.linear import pack, unpack
 from fuseline.compile.specs import WeightSource
 
@@ -132,8 +132,8 @@ def test_layouts(folder, monkeypatch, block_bytes):
         folder("qwen2"),
         {
             "rows": WeightSource((f"{Q}.weight", f"{K}.weight", f"{V}.weight")),
-            "panels": WeightSource((f"{Q}.weight", "absent", f"{V}.weight"), layout="panels", pads=(0, 5, 0)),
-            "transposed": WeightSource((f"{Q}.weight",), layout="panels", transpose=True),
+            "panels": WeightSource((f"{Q}.weight", "absent", f"{V}.weight"), format="panels", pads=(0, 5, 0)),
+            "transposed": WeightSource((f"{Q}.weight",), format="panels", transpose=True),
             "bias": WeightSource((f"{Q}.bias", "absent", f"{V}.bias"), pads=(0, 32, 0), dtype="bfloat16"),
         },
     )
@@ -347,7 +347,7 @@ from test_weights import CompileConfig, WeightSource, described, load_weights
 config = CompileConfig(model=sys.argv[1], dtype=sys.argv[2])
 captured = described(config)
 shapes = {name: shape for name, (shape, _) in captured.parameters.items()}
-requests = {n: WeightSource((n,), layout="panels" if len(s) > 1 else "rows") for n, s in shapes.items()}
+requests = {n: WeightSource((n,), format="panels" if len(s) > 1 else "rows") for n, s in shapes.items()}
 def kb(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 open("/proc/self/clear_refs", "w").write("5")

@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fuseline.compile.capture.panels import pack_block
 from fuseline.compile.capture.reader import BLOCK_BYTES, box_of, write_box
 from fuseline.compile.memory import Pages
 
@@ -26,8 +25,8 @@ class Sink(Protocol):
     def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The tensor of that request, to be written box by box."""
 
-    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
-        """Put the block, which may be overwritten afterwards, where it belongs; `layout` is that of WeightSource."""
+    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
+        """Copy the block, which may be overwritten afterwards, to target[start : start + block.shape]."""
 
     def finish(self) -> None:
         """Return when all that was written is there."""
@@ -42,14 +41,8 @@ class HostSink:
     def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._pages.zeros(shape, dtype)
 
-    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
-        if layout == "rows":
-            write_box(target, block, start)
-        elif block.ndim == 2:
-            pack_block(target, block, *start)
-        else:
-            for expert, matrix in enumerate(block, start[0]):
-                pack_block(target[expert], matrix, *start[1:])
+    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
+        write_box(target, block, start)
 
     def finish(self) -> None:
         """Nothing is under way."""
@@ -66,7 +59,7 @@ class Copies(Protocol):
 
 
 class DeviceSink:
-    """Weights on a card, as rows. Host memory holds the ring and the readers' blocks, whatever the model's size.
+    """Weights on a card. Host memory holds the ring and the readers' blocks, whatever the model's size.
 
     A block is converted into a buffer of the ring and copied from there while the next ones are read. `on_host`:
     tensors by key that stay in host memory instead.
@@ -87,9 +80,7 @@ class DeviceSink:
         found = self._on_host.get(key)
         return torch.zeros(shape, dtype=dtype, device=self.device) if found is None else found
 
-    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...], layout: str) -> None:
-        if layout != "rows":
-            raise ValueError(f"weights of a card lie in rows, not {layout}")
+    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
         if id(target) in self._host_ids or block.device.type != "cpu":
             # Dummy weights are on the card already.
             write_box(target, block, start)

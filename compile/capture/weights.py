@@ -22,12 +22,12 @@ from fuseline.compile.capture.captured import DTYPES, CapturedModel
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.panels import panels_shape
 from fuseline.compile.capture.pieces import Unread
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.capture.sinks import HostSink, Sink
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.registry import registry
 from fuseline.compile.specs import WeightSource
 
 Progress = Callable[[str, int, int], None]
@@ -54,9 +54,10 @@ def load_weights(
     sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
     with Reader() as reader:
         weights.check_tied(reader)
-    distinct: dict[WeightSource, str] = {}
+    # A weight is read once for all of its stored tensors.
+    distinct: dict[WeightSource, dict[str, str]] = {}
     for key, source in sources.items():
-        distinct.setdefault(source, key)
+        distinct.setdefault(replace(source, part=""), {}).setdefault(source.part, key)
     loaded: dict[WeightSource, Tensor] = {}
     # One for each thread: buffers that come and go between small weights tear holes of their size into the heap.
     readers: SimpleQueue[Reader] = SimpleQueue()
@@ -64,8 +65,8 @@ def load_weights(
         for _ in range(num_readers):
             readers.put(stack.enter_context(Reader()))
         tensors = pool.map(lambda item: _load(*item, weights, captured, readers, sink), distinct.items())
-        for done, (source, tensor) in enumerate(zip(distinct, tensors, strict=True)):
-            loaded[source] = tensor
+        for done, (source, stored) in enumerate(zip(distinct, tensors, strict=True)):
+            loaded |= {replace(source, part=part): tensor for part, tensor in stored.items()}
             if progress:
                 progress("loading", done + 1, len(distinct))
     sink.finish()
@@ -171,27 +172,32 @@ def open_weights(captured: CapturedModel, config: CompileConfig, device: torch.d
 
 def _load(
     source: WeightSource,
-    key: str,
+    keys: Mapping[str, str],
     weights: WeightFinder,
     captured: CapturedModel,
     readers: SimpleQueue[Reader],
     sink: Sink,
-) -> Tensor:
+) -> dict[str, Tensor]:
+    """The stored tensors of a weight by part; `keys`: the request of each, by part."""
     unread, dtype = _gather(source, weights, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
-    target = sink.zeros(key, panels_shape(unread.shape) if source.layout == "panels" else unread.shape, final)
+    form = registry()[source.format]
+    shapes = form.shapes(unread.shape, final).items()
+    # A part that no constant is may still be needed to make the others.
+    stored = {part: sink.zeros(keys.get(part, ""), shape, kind) for part, (shape, kind) in shapes}
     reader = readers.get()
     try:
-        for piece in unread.pieces:
-            for start, block in reader.blocks(piece):
-                # The model computes with values rounded to its own dtype, whatever is stored before and after. Packing
-                # casts, too, but only the dtypes of models: no float64.
-                is_cast = block.dtype in DTYPES.values() and dtype == final
-                value = block if is_cast or block.dtype == dtype else block.to(dtype)
-                sink.write(target, value, start, source.layout)
+        for take in filter(None, (form.scan, form.write)):
+            for piece in unread.pieces:
+                for start, block in reader.blocks(piece):
+                    # The model computes with values rounded to its own dtype, whatever is stored before and after.
+                    # Packing casts, too, but only the dtypes of models: no float64.
+                    is_cast = block.dtype in DTYPES.values() and dtype == final
+                    value = block if is_cast or block.dtype == dtype else block.to(dtype)
+                    take(stored, value, start, sink.write)
     finally:
         readers.put(reader)
-    return target
+    return stored
 
 
 def _gather(source: WeightSource, weights: WeightFinder, captured: CapturedModel) -> tuple[Unread, torch.dtype]:

@@ -39,8 +39,8 @@ def check_edge(graph: fx.GraphModule, stage: str, layers: list[int], ctx: PassCo
         problems += _unpaged(graph, layers)
     elif (found := attention_layers(graph)) != layers:
         problems.append(f"attention of layers {found} instead of {layers}")
-    # Without choose_kernels torch computes experts by their reference implementation.
-    if stage == "lower" and "choose_kernels" not in ctx.config.disabled_passes:
+    # Without pack_weights torch computes experts by their reference implementation.
+    if stage == "lower" and "pack_weights" not in ctx.config.disabled_passes:
         problems += _without_kernel(graph, _finder(ctx))
     if problems:
         raise SpecError(f"after stage {stage}: {problems[0]}" + _more(len(problems) - 1))
@@ -79,7 +79,12 @@ def _finder(ctx: PassContext) -> Callable[[fx.Node], object]:
     """A function that finds the kernel of a node, or None."""
     if ctx.target.kind == "cuda":
         return Kernels(ctx.target, {}).find
-    return lambda node: plan_call(node, meta_value)
+
+    def find(node: fx.Node) -> object:
+        op = op_of(node.target)
+        return op if op and op.by_reference else plan_call(node, meta_value)
+
+    return find
 
 
 def _without_kernel(graph: fx.GraphModule, find: Callable[[fx.Node], object]) -> Iterable[str]:

@@ -77,7 +77,7 @@ class Op:
     """An op of the vocabulary; the decorated function has it as `.op`."""
 
     name: str
-    """The name in graphs: without the namespace for ours, with it for torch's (aten.linear)."""
+    """The name in graphs: without the namespace for ours, with it for torch's (aten.matmul)."""
     schema: str
     reference: Callable
     fake: Callable
@@ -96,6 +96,8 @@ class Op:
     """A matrix product with its weights: these can be kept on the host and fetched in every step."""
     sums: bool = True
     """Each output is a sum whose order a kernel chooses, so that another kernel may give other bits."""
+    by_reference: bool = False
+    """Torch computes it by its reference on a CPU where no kernel does."""
     picks_rows: bool = False
     """Gives the rows of its first argument that the second one names: all of them in order are the first argument."""
     invariant: str = ""

@@ -113,14 +113,15 @@ def linear_rows_inputs(make: Make) -> Iterator[tuple]:
 
 
 @op(
-    "aten::linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     inputs=linear_rows_inputs,
     tolerance=12.0,
     weights=("weight", "bias"),
     is_product=True,
     invariant="linear_invariant",
 )
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x[..., K] times weight[N, K] -> [..., N]."""
     return F.linear(x, weight, bias)
 

@@ -5,7 +5,6 @@ cat([x, nothing])                                                          -> x
 x.to(dtype), type_as, _to_copy                                             -> convert_element_type(x, dtype)
 weight * x                                                                 -> x * weight
 chunk(x, n)                                                                -> split_with_sizes
-addmm(bias, x, weight) of a constant weight [in, out]                      -> linear(x, weight^T, bias)
 the same op on the same arguments twice                                    -> once
 """
 
@@ -15,12 +14,11 @@ import operator
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fuseline.compile.graph.edit import constant, hoist_constants, is_shared_with_write, is_write, memory_of, replace
+from fuseline.compile.graph.edit import hoist_constants, is_shared_with_write, is_write, memory_of, replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast, is_constant, is_node, is_number
-from fuseline.compile.specs import WeightSource
 
 aten = torch.ops.aten
 END = 1 << 40
@@ -100,8 +98,6 @@ def canonicalize(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             matches += _weights_right(node)
         elif node.target is aten.chunk.default:
             matches += _split(graph.graph, node)
-        elif node.target is aten.addmm.default and not node.kwargs:
-            matches += _to_linear(graph, node)
         elif node.target is aten.silu_.default:
             matches += _out_of_place(node)
     hoist_constants(graph.graph)
@@ -141,18 +137,6 @@ def _split(graph: fx.Graph, node: fx.Node) -> bool:
     if not all(isinstance(size, int) for size in sizes):
         return False
     return replace(graph, node, aten.split_with_sizes.default, (node.args[0], sizes, dim)) is not None
-
-
-def _to_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Replaces the addmm of a Conv1D, whose constant weight is [in, out], by a linear."""
-    bias, x, weight = node.args
-    if not is_constant(weight) or "fqn" not in weight.meta:
-        return False
-    value: Tensor = weight.meta["val"]
-    turned = constant(
-        graph, f"{weight.target}__turned", value.t(), weight=WeightSource((weight.meta["fqn"],), transpose=True)
-    )
-    return replace(graph.graph, node, aten.linear.default, (x, turned, bias)) is not None
 
 
 def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:

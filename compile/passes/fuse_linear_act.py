@@ -24,8 +24,7 @@ def fuse_linear_act(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     for node in [n for n in graph.graph.nodes if n.target is OPS.act_mul.default]:
         linear = _product_of(node)
         if linear is not None:
-            x, weight, *bias = linear.args
-            args = (x, weight, bias[0] if bias else None, node.args[2])
+            args = (*linear.args, node.args[2])
             matches += replace(graph.graph, node, OPS.linear_act_mul.default, args) is not None
     return PassResult(matches, matches > 0)
 
@@ -40,6 +39,6 @@ def _product_of(node: fx.Node) -> fx.Node | None:
     if split is not up.args[0] or split.target is not aten.split_with_sizes.default or len(split.meta["val"]) != 2:
         return None
     linear, sizes = split.args[0], split.args[1]
-    if linear.target is not aten.linear.default or len(linear.users) > 1 or sizes[0] != sizes[1]:
+    if linear.target is not OPS.linear.default or len(linear.users) > 1 or sizes[0] != sizes[1]:
         return None
     return linear

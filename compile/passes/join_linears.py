@@ -34,7 +34,7 @@ MAX_STEPS = 8
 def join_linears(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     groups: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = defaultdict(list)
     for node in graph.graph.nodes:
-        if node.target is aten.linear.default and _is_plain(node):
+        if node.target is OPS.linear.default and _is_plain(node):
             consumer = _consumer(node)
             if consumer is not None:
                 groups[node.args[0], consumer].append(node)
@@ -72,16 +72,16 @@ def _join(graph: fx.GraphModule, group: list[fx.Node]) -> bool:
     like: Tensor = weights[0].meta["val"]
     source = WeightSource(tuple(weight.meta["fqn"] for weight in weights))
     args = [group[0].args[0], constant(graph, name, like.new_empty(sum(sizes), like.shape[1]), weight=source)]
-    biases = [node.args[2] if len(node.args) > 2 else None for node in group]
-    if any(bias is not None for bias in biases):
-        args.append(_joined_bias(graph, name, biases, sizes, like))
+    biases = [node.args[2] for node in group]
+    has_bias = any(bias is not None for bias in biases)
+    args.append(_joined_bias(graph, name, biases, sizes, like) if has_bias else None)
     first = group[0]
     value: Tensor = first.meta["val"]
 
     def insert(target: object, call_args: tuple, like: fx.Node, value: object) -> fx.Node:
         return insert_call(graph.graph, place, target, call_args, like, value)
 
-    product = insert(aten.linear.default, tuple(args), first, value.new_empty(*value.shape[:-1], sum(sizes)))
+    product = insert(OPS.linear.default, tuple(args), first, value.new_empty(*value.shape[:-1], sum(sizes)))
     results = tuple(node.meta["val"] for node in group)
     split = insert(aten.split_with_sizes.default, (product, sizes, -1), first, results)
     parts = [insert(operator.getitem, (split, k), node, results[k]) for k, node in enumerate(group)]

@@ -21,6 +21,8 @@ from fuseline.compile.graph.match import cast
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
+LINEARS = (OPS.linear.default, aten.linear.default)
+"""The second at level 0."""
 BY_ROW = (OPS.rms_norm.default, OPS.layer_norm.default, cast)
 SUMS = (OPS.add_rms_norm.default, OPS.add_layer_norm.default)
 
@@ -43,7 +45,7 @@ def keep_last_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 def _final_linear(node: fx.Node) -> list[fx.Node]:
     """Returns the row-wise ops after the last linear, then that linear."""
     nodes: list[fx.Node] = []
-    while node.target is not aten.linear.default:
+    while node.target not in LINEARS:
         inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
         if len(inputs) != 1:
             raise ValueError(f"the logits do not come from one linear: {node.format_node()}")

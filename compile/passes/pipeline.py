@@ -9,9 +9,9 @@ import torch
 from fuseline.compile.graph.graph_pass import GraphPass
 from fuseline.compile.graph.runner import Stages
 from fuseline.compile.passes.bind_kernels import bind_kernels
-from fuseline.compile.passes.choose_kernels import choose_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
 from fuseline.compile.passes.cut_regions import cut_regions
+from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
 from fuseline.compile.passes.find_rope import find_rope
@@ -22,6 +22,7 @@ from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
+from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.passes.plan_decode import plan_decode
 from fuseline.compile.passes.stream_weights import stream_weights
@@ -36,23 +37,24 @@ SHARED: Stages = (
     # One spelling per op, so that patterns need no variants.
     ("clean", (remove_noops, canonicalize, merge_equal)),
     # Raises Transformers' spellings to ops; all later passes match ops.
-    ("recognize", (find_norm, find_rope, find_moe, fuse_act_mul)),
+    ("recognize", (find_linear, find_norm, find_rope, find_moe, fuse_act_mul)),
     # Needs attention and act_mul, the consumers that tell which linears to join.
     ("fuse", (join_linears, fuse_add_norm)),
     ("serve", SERVE),
 )
 
 # Needs the cache write.
-COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, choose_kernels)))
+COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, widen_logits)))
 """Level 1 and up."""
 
-COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, fuse_linear_act, widen_logits)))
-"""The same for a GPU: weights stay rows, which is what cuBLASLt and our kernels read."""
+COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, fuse_linear_act, widen_logits)))
+"""The same for a GPU: its kernels read plain rows, so that nothing is packed unless another format is configured."""
 
 INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant, widen_logits)))
 """Linears with one order of summation instead of the fastest ones."""
 
-REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (widen_logits,)))
+REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (find_linear, widen_logits)))
+"""Level 0 for a GPU: products are computed by our kernels, and their weights may stay on the host."""
 
 REGIONS = (cut_regions,)
 """Run on the compiled graph, for a CPU from level 2 on, while the server already answers."""

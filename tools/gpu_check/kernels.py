@@ -206,8 +206,8 @@ def _linears(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
     weight = make(2 * s.inner, s.hidden)
     for rows in (1, 16):
         x = make(rows, s.hidden)
-        for op, args in (("aten.linear", (x, weight)), ("linear_act_mul", (x, weight, None, SILU))):
-            name = f"{op.removeprefix('aten.')} of {rows} rows"
+        for op, args in (("linear", (x, weight, None)), ("linear_act_mul", (x, weight, None, SILU))):
+            name = f"{op} of {rows} rows"
             yield from cases_of(name, candidates(op, args, Kernels(target, {})), args, moved=weight.nbytes)
 
 

@@ -84,7 +84,7 @@ class Runner:
                 continue
             source = node.meta.get("weight") or WeightSource((node.meta["fqn"],))
             names = [name for name in source.names if name in captured.parameters]
-            if len(names) != len(source.names) or source.transpose or source.layout != "rows":
+            if len(names) != len(source.names) or source.transpose or source.format != "rows":
                 continue
             sizes = [captured.parameters[name][0][0] for name in names]
             found |= dict(zip(names, weights[str(node.target)].split(sizes), strict=True))

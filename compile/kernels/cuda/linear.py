@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fuseline.compile.kernels.cuda.activation import act_mul
 from fuseline.compile.kernels.cuda.library import DTYPES, CudaLibrary, has_one_dtype, native
-from fuseline.compile.kernels.registry import FIRST
+from fuseline.compile.kernels.registry import FIRST, TORCH, Implementation
 
 HALF = (torch.bfloat16, torch.float16)
 FEW_ROWS = 16
@@ -78,8 +78,9 @@ def _linear_by_torch(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor |
 
 
 IMPLEMENTATIONS = (
-    native("aten.linear", _linear_by_torch, _multiplies_wide, label="torch.linear", order=FIRST),
-    native("aten.linear", linear, _multiplies, reads_early="weight", max_rows=FEW_ROWS),
+    native("linear", _linear_by_torch, _multiplies_wide, label="torch.linear", order=FIRST),
+    Implementation("linear", "torch.linear", "cuda", F.linear, order=TORCH),
+    native("linear", linear, _multiplies, reads_early="weight", max_rows=FEW_ROWS),
     native("linear_act_mul", linear_then_act_mul, has_one_dtype, label="torch.linear, cuda.act_mul"),
     native("linear_act_mul", linear_act_mul, _multiplies, reads_early="weight", max_rows=FEW_ROWS),
 )

@@ -133,9 +133,9 @@ def _is_one(x: Tensor, weight: Tensor) -> bool:
 
 FEW = {"max_rows": ROWS, "tunings": tunings("tuning", TUNINGS)}
 IMPLEMENTATIONS = (
-    Implementation("aten.linear", "triton.linear", "cuda", linear, supports=_is_wide, **FEW),
+    Implementation("linear", "triton.linear", "cuda", linear, supports=_is_wide, **FEW),
     # Behind torch's where it leaves a part of the GPU idle.
-    Implementation("aten.linear", "triton.linear", "cuda", linear, supports=_is_narrow, order=LAST, **FEW),
+    Implementation("linear", "triton.linear", "cuda", linear, supports=_is_narrow, order=LAST, **FEW),
     Implementation("linear_act_mul", "triton.linear_act_mul", "cuda", linear_act_mul, **FEW),
     Implementation("linear_act_mul", "torch.linear, triton.act_mul", "cuda", linear_then_act_mul),
 )

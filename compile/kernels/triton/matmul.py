@@ -97,7 +97,7 @@ def _is_half(x: Tensor, weight: Tensor, *_: object) -> bool:
 
 IMPLEMENTATIONS = (
     Implementation(
-        "aten.linear", "triton.matmul", "cuda", matmul, supports=_is_half, order=LAST + 1,
+        "linear", "triton.matmul", "cuda", matmul, supports=_is_half, order=LAST + 1,
         tunings=tunings("tile", TILES),
     ),
     Implementation("linear_invariant", "triton.linear_invariant", "cuda", matmul),

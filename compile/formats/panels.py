@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from fuseline import _C  # noqa: F401  registers pack_panels
+from fuseline.compile.formats.format import Call, Format, Pack, Put, Shape, Stored
+from fuseline.compile.ops.linear import PANEL
 
-PANEL = 16
+aten = torch.ops.aten
+OPS = torch.ops.fuseline
 
 
 def panels_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -68,3 +71,43 @@ def _pack_lanes(lanes: Tensor, block: Tensor, row: int) -> None:
             count = min(left, PANEL - lane)
             lanes[panel, :, lane : lane + count].copy_(block[done : done + count].T)
             done += count
+
+
+def _shapes(shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+    return {"": (panels_shape(shape), dtype)}
+
+
+def _write(stored: Stored, block: Tensor, start: Shape, put: Put) -> None:
+    panels = stored[""]
+    if panels.device.type != "cpu":
+        raise ValueError("weights of a card lie in rows, not panels")
+    if block.ndim == 2:
+        pack_block(panels, block, *start)
+        return
+    for expert, matrix in enumerate(block, start[0]):
+        pack_block(panels[expert], matrix, *start[1:])
+
+
+def _linear(args: tuple, pack: Pack) -> Call:
+    x, weight, bias = args
+    return OPS.linear_panels.default, (x, *pack(weight), bias, weight.meta["val"].shape[0])
+
+
+def _embedding(args: tuple, pack: Pack) -> Call:
+    weight, ids = args[:2]
+    return OPS.embedding_panels.default, (ids, *pack(weight), weight.meta["val"].shape[0])
+
+
+def _experts(args: tuple, pack: Pack) -> Call:
+    x, ids, weights, gate_up, down, gate_up_bias, down_bias, act, transposed, alpha, limit = args
+    num_hidden = down.meta["val"].shape[1 if transposed else 2]
+    packed = (*pack(gate_up, transposed), *pack(down, transposed))
+    rest = (gate_up_bias, down_bias, act, num_hidden, alpha, limit)
+    return OPS.experts_panels.default, (x, ids, weights, *packed, *rest)
+
+
+FORMAT = Format(
+    "panels", _shapes, _write,
+    readers={OPS.linear.default: _linear, OPS.experts.default: _experts, aten.embedding.default: _embedding},
+    multiples=(PANEL, 1),
+)  # fmt: skip

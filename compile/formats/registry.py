@@ -1,0 +1,29 @@
+"""All storage formats, found in this folder, and which of them a target's kernels read."""
+
+from __future__ import annotations
+
+import functools
+
+from fuseline.compile import formats
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.format import Format
+from fuseline.compile.ops.registry import modules_of
+from fuseline.compile.target import Target
+
+BY_TARGET = {"cpu": "panels", "cuda": "rows"}
+"""What the kernels of a target read, unless the configuration names a format."""
+
+
+@functools.cache
+def registry() -> dict[str, Format]:
+    """Format by name; a new file needs no list."""
+    found = (getattr(module, "FORMAT", None) for module in modules_of(formats))
+    return {form.name: form for form in found if form is not None}
+
+
+def formats_for(config: CompileConfig, target: Target) -> tuple[Format, ...]:
+    """Formats of weights, the preferred first. Raises ValueError for a format that is not there."""
+    names = dict.fromkeys(name for name in (config.weight_format, BY_TARGET[target.kind]) if name)
+    if unknown := [name for name in names if name not in registry()]:
+        raise ValueError(f"weight_format {unknown[0]} is not known: take one of {', '.join(sorted(registry()))}")
+    return tuple(registry()[name] for name in names)

@@ -1,0 +1,81 @@
+"""Weights in the storage format that the target's kernels read (compile/formats). On a CPU, panels:
+
+linear(x, weight, bias)              -> linear_panels(x, weight as [ceil(N/16), K, 16], bias, N)
+experts(..., gate_up, down)          -> experts_panels(...), transposed weights turned
+embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
+linear(x, computed weight, bias)     -> aten.linear, which torch computes
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from fuseline.compile.formats.format import Format
+from fuseline.compile.formats.registry import formats_for
+from fuseline.compile.graph import edit
+from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.match import is_constant
+from fuseline.compile.specs import WeightSource
+
+aten = torch.ops.aten
+OPS = torch.ops.fuseline
+
+
+def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+    packer = _Packer(graph)
+    forms = formats_for(ctx.config, ctx.target)
+    matches = 0
+    for target in (OPS.linear.default, OPS.experts.default):
+        form = next((form for form in forms if target in form.readers), None)
+        for node in [n for n in graph.graph.nodes if n.target is target and form]:
+            matches += packer.pack_call(node, form)
+    for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default]:
+        matches += packer.pack_embedding(node)
+    return PassResult(matches, matches > 0)
+
+
+def source_of(node: fx.Node) -> WeightSource:
+    return node.meta.get("weight") or WeightSource((node.meta["fqn"],))
+
+
+class _Packer:
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._graph = graph
+        self._packed: dict[tuple[str, ...], tuple[Format, tuple[fx.Node, ...]]] = {}
+
+    def pack_call(self, node: fx.Node, form: Format) -> bool:
+        if node.target is OPS.linear.default and not is_constant(node.args[1]):
+            edit.replace(self._graph.graph, node, aten.linear.default, node.args)
+            return False
+        return self._replace(node, form)
+
+    def pack_embedding(self, node: fx.Node) -> bool:
+        """Reads the weight as a linear has packed it; stays as it is where none has, or the format cannot."""
+        weight = node.args[0]
+        form, _ = self._packed.get(source_of(weight).names, (None, ())) if is_constant(weight) else (None, ())
+        return form is not None and node.target in form.readers and self._replace(node, form)
+
+    def _replace(self, node: fx.Node, form: Format) -> bool:
+        def pack(weight: fx.Node, transposed: bool = False) -> tuple[fx.Node, ...]:
+            return self._pack(weight, form, bool(transposed))
+
+        return edit.replace(self._graph.graph, node, *form.readers[node.target](node.args, pack)) is not None
+
+    def _pack(self, weight: fx.Node, form: Format, transposed: bool) -> tuple[fx.Node, ...]:
+        source = source_of(weight)
+        if source.names in self._packed:
+            return self._packed[source.names][1]
+        value: Tensor = weight.meta["val"].mT if transposed else weight.meta["val"]
+        source = replace(source, format=form.name, transpose=source.transpose != transposed)
+        nodes = tuple(
+            edit.constant(
+                self._graph, "__".join(filter(None, (str(weight.target), form.name, part))),
+                torch.empty(shape, dtype=dtype, device="meta"), weight=replace(source, part=part),
+            )
+            for part, (shape, dtype) in form.shapes(tuple(value.shape), value.dtype).items()
+        )  # fmt: skip
+        self._packed[source.names] = form, nodes
+        return nodes

@@ -1,0 +1,211 @@
+"""Storage formats: an int8 format is a file of its own and an op, and a model streams its weights through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+import zoo
+from paged_driver import greedy
+
+from fuseline.compile import formats, ops
+from fuseline.compile.capture import pieces, reader
+from fuseline.compile.capture.export import capture_model
+from fuseline.compile.capture.weights import load_weights
+from fuseline.compile.compiler import compile_model, optimize
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.format import rank_range
+from fuseline.compile.formats.registry import formats_for
+from fuseline.compile.formats.registry import registry as format_registry
+from fuseline.compile.ops.linear import pack
+from fuseline.compile.ops.registry import registry as op_registry
+from fuseline.compile.specs import WeightSource
+from fuseline.compile.target import CPU, Target, detect_target
+
+OP = '''
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuseline.compile.ops.library import op
+
+
+@op(
+    "linear_int8_rows(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
+    fake=lambda x, values, scales, bias: x.new_empty(*x.shape[:-1], values.shape[0]),
+    weights=("values", "scales", "bias"), is_product=True, by_reference=True,
+)
+def linear_int8_rows(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, values.to(x.dtype) * scales, bias)
+
+
+@op(
+    "embedding_int8_rows(Tensor ids, Tensor values, Tensor scales) -> Tensor",
+    fake=lambda ids, values, scales: scales.new_empty(*ids.shape, values.shape[1]),
+    weights=("values", "scales"), sums=False, by_reference=True,
+)
+def embedding_int8_rows(ids: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    return values[ids].to(scales.dtype) * scales[ids]
+'''
+FORMAT = '''
+"""values [N, K] int8 times scales [N, 1]: symmetric, a scale an output."""
+import torch
+
+from fuseline.compile.formats.format import Format
+
+OPS = torch.ops.fuseline
+
+
+def shapes(shape, dtype):
+    return {"values": (shape, torch.int8), "scales": ((*shape[:-1], 1), dtype)}
+
+
+def rows(stored, block, start):
+    return stored["scales"][start[0] : start[0] + block.shape[0]]
+
+
+def scan(stored, block, start, put):
+    found = rows(stored, block, start)
+    largest = block.abs().amax(-1, keepdim=True) / 127
+    put(stored["scales"], torch.maximum(found, largest.to(found.dtype)), (start[0], 0))
+
+
+def write(stored, block, start, put):
+    scales = rows(stored, block, start)
+    values = torch.where(scales > 0, block / scales, 0).round().clamp(-127, 127)
+    put(stored["values"], values.to(torch.int8), start)
+
+
+def linear(args, pack):
+    x, weight, bias = args
+    return OPS.linear_int8_rows.default, (x, *pack(weight), bias)
+
+
+def embedding(args, pack):
+    weight, ids = args[:2]
+    return OPS.embedding_int8_rows.default, (ids, *pack(weight))
+
+
+FORMAT = Format(
+    "int8_rows", shapes, write, scan,
+    {OPS.linear.default: linear, torch.ops.aten.embedding.default: embedding},
+)
+'''
+Q, K = (f"model.layers.0.self_attn.{p}_proj.weight" for p in "qk")
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The op and the format, as files of their folders."""
+    folder = tmp_path_factory.mktemp("int8")
+    for package, text in ((ops, OP), (formats, FORMAT)):
+        path = folder / package.__name__.rpartition(".")[2] / "int8_rows.py"
+        path.parent.mkdir()
+        path.write_text(text)
+        package.__path__.append(str(path.parent))
+    forget()
+    import_module("fuseline.compile.ops.int8_rows")
+    yield
+    for package in (ops, formats):
+        package.__path__.pop()
+    forget()
+
+
+def forget() -> None:
+    op_registry.cache_clear()
+    format_registry.cache_clear()
+
+
+def dequantized(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] as the int8 format keeps it."""
+    scales = weight.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scales > 0, weight / scales, 0).round().clamp(-127, 127) * scales
+
+
+def load(family: str, requests: dict[str, WeightSource]) -> dict[str, torch.Tensor]:
+    config = CompileConfig(model=str(zoo.checkpoint(family)))
+    return load_weights(requests, capture_model(config), config)
+
+
+# The proof: tokens.
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma2", "gpt2"))
+def test_a_model_computes_with_the_weights_of_its_format(int8, tmp_path, family: str) -> None:
+    """gemma2 and gpt2 tie their embedding with the head, gpt2 keeps its weights as [in, out]."""
+    config = CompileConfig(str(zoo.checkpoint(family)), weight_format="int8_rows", cache_dir=str(tmp_path))
+    model = compile_model(config, detect_target())
+    reference = zoo.load(zoo.checkpoint(family))
+    with torch.no_grad():
+        for module in reference.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(dequantized(module.weight))
+            elif type(module).__name__ == "Conv1D":
+                module.weight.copy_(dequantized(module.weight.T).T)
+    prompts = zoo.make_prompts([3, 11])
+    want = [zoo.continue_greedily(reference, prompt, 12)[0] for prompt in prompts]
+    assert greedy(model, prompts, 12) == want
+
+
+def test_every_linear_reads_the_format_and_a_tied_weight_is_stored_once(int8) -> None:
+    captured, _ = optimize(CompileConfig(str(zoo.checkpoint("gemma2")), weight_format="int8_rows"))
+    targets = [str(node.target) for node in captured.graph.graph.nodes]
+    assert not any("panels" in target or target == "fuseline.linear.default" for target in targets)
+    assert targets.count("fuseline.embedding_int8_rows.default") == 1 and "aten.embedding.default" not in targets
+    embedding = next(node for node in captured.graph.graph.nodes if "embedding_int8" in str(node.target))
+    head = [node for node in captured.graph.graph.nodes if "linear_int8" in str(node.target)][-1]
+    assert embedding.args[1:] == head.args[1:3]
+
+
+# Loading.
+
+
+@pytest.mark.parametrize("block_bytes", (200, 4 << 20))
+@pytest.mark.parametrize("transpose", (False, True))
+def test_a_weight_streams_into_its_stored_tensors(int8, monkeypatch, block_bytes: int, transpose: bool) -> None:
+    """Joined, with absent rows, turned, in blocks that hold some of a row's columns."""
+    monkeypatch.setattr(reader, "BLOCK_BYTES", block_bytes)
+    names, pads = ((Q,), ()) if transpose else ((Q, "absent", K), (0, 5, 0))
+    source = WeightSource(names, transpose, "int8_rows", pads=pads)
+    found = load("llama", {part: replace(source, part=part) for part in ("values", "scales")})
+    state = zoo.load(zoo.checkpoint("llama")).state_dict()
+    want = state[Q].T if transpose else torch.cat([state[Q], torch.zeros(5, state[Q].shape[1]), state[K]])
+    assert found["values"].dtype == torch.int8
+    assert torch.equal(found["values"] * found["scales"], dequantized(want))
+
+
+# Formats.
+
+
+def test_a_target_reads_its_format() -> None:
+    assert [form.name for form in formats_for(CompileConfig(""), CPU)] == ["panels"]
+    assert [form.name for form in formats_for(CompileConfig(""), Target("cuda", "sm_90", 1))] == ["rows"]
+
+
+def test_an_unknown_format_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="weight_format int3 is not known: take one of .*panels, rows"):
+        formats_for(CompileConfig("", weight_format="int3"), CPU)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+@pytest.mark.parametrize("name", ("rows", "panels"))
+def test_the_parts_of_ranks_are_parts_of_the_whole(name: str, dim: int) -> None:
+    weight, form = torch.randn(96, 40), format_registry()[name]
+    parts = []
+    for rank in range(2):
+        begin, end = rank_range(form, weight.shape[dim], dim, rank, 2)
+        part = pieces.narrow(pieces.computed(weight), dim, begin, end)
+        (shape, dtype), = form.shapes(part.shape, weight.dtype).values()
+        stored = {"": torch.zeros(shape, dtype=dtype)}
+        for piece in part.pieces:
+            form.write(stored, piece.view, piece.start, lambda target, block, start: target.copy_(block))
+        parts.append(stored[""])
+    # Panels are [N / 16, K, 16]: outputs and inputs are its first two dims too.
+    assert torch.equal(torch.cat(parts, dim), weight if name == "rows" else pack(weight))
+
+
+def test_ranks_do_not_share_a_panel() -> None:
+    with pytest.raises(ValueError, match="80 outputs in format panels cannot be cut for 2 ranks: .* multiple of 32"):
+        rank_range(format_registry()["panels"], 80, 0, 0, 2)
