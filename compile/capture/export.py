@@ -23,6 +23,7 @@ from fuseline.compile.capture.words import one_line, told_as
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.graph_json import module_of
 
+
 class _Wrapped(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
