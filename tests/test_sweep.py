@@ -1,4 +1,4 @@
-"""Causal models of Transformers, one of each kind of refusal and of wrong graphs; tools/sweep_architectures.py has all."""
+"""Causal models of Transformers, one of each kind of outcome; tools/sweep_architectures.py tries all of them."""
 
 from __future__ import annotations
 
