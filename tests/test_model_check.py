@@ -28,7 +28,7 @@ BART: dict[str, Any] = dict(
 )  # fmt: skip
 PHIMOE_ROPE = dict(
     rope_type="longrope", rope_theta=10000.0, short_factor=LONG_FACTORS, long_factor=[2 * f for f in LONG_FACTORS],
-    short_mscale=1.2, long_mscale=1.4, original_max_position_embeddings=8,
+    short_mscale=1.2, long_mscale=1.4,
 )  # fmt: skip
 
 
@@ -64,6 +64,13 @@ def test_wrong_model_is_refused_in_one_line(tmp_path: Path) -> None:
             optimize(config)
         assert "\n" not in str(caught.value)
     assert "would answer wrongly" in explain(config)
+
+
+def test_scale_of_long_sequences_is_chosen_by_each(tmp_path: Path) -> None:
+    """PhiMoE scales its rotations by the longest sequence of a batch; the check's two stand on either side."""
+    fields = COMMON | dict(num_local_experts=4, rope_parameters=PHIMOE_ROPE | dict(original_max_position_embeddings=32))
+    config = publish(transformers.PhimoeConfig(**fields, **IDS), tmp_path)
+    assert optimize(config)[0].verdict.startswith("checked")
 
 
 def test_skipped_check_does_not_count_as_one(tmp_path: Path) -> None:

@@ -23,13 +23,6 @@ from fuseline.compile.capture.words import one_line, told_as
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.graph_json import module_of
 
-REASONS = {
-    "Constraints violated": "its code depends on the number of tokens",
-    "Tensor.item() cannot be called on meta tensors": "its code depends on values that are known only when it runs",
-    "data-dependent": "its code depends on values that are known only when it runs",
-}
-"""Parts of torch.export's messages, in words."""
-
 
 class _Wrapped(nn.Module):
     def __init__(self, model: nn.Module) -> None:
@@ -132,8 +125,7 @@ def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many types; all mean the same to the user
-        reason = next((words for part, words in REASONS.items() if part in str(error)), one_line(error))
-        raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {reason}") from error
+        raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {one_line(error)}") from error
     return _lift(program, layer_list)
 
 

@@ -32,9 +32,12 @@ def _choose_factors_per_token(rotary: nn.Module) -> RopeSwitchSpec:
 
     The positions a patched model takes are rope rows: position for the short factors, table_rows + position for long.
     """
-    rows = rotary.config.max_position_embeddings
-    threshold = rotary.config.rope_parameters["original_max_position_embeddings"]
-    long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, torch.device("cpu"), seq_len=threshold + 1)
+    rows, settings = rotary.config.max_position_embeddings, rotary.config.rope_parameters
+    threshold = settings["original_max_position_embeddings"]
+    # PhiMoE chooses a scale by length instead, and keeps the short factors.
+    scales = (settings["short_mscale"], settings["long_mscale"]) if "short_mscale" in settings else None
+    seq_len = None if scales else threshold + 1
+    long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, torch.device("cpu"), seq_len=seq_len)
     rotary.register_buffer("long_inv_freq", long_inv_freq.to("meta"), persistent=False)
     rotary.fuseline_buffers = {"long_inv_freq": long_inv_freq}
 
@@ -44,7 +47,8 @@ def _choose_factors_per_token(rotary: nn.Module) -> RopeSwitchSpec:
         inv_freq = torch.where(is_long[..., None], self.long_inv_freq, self.original_inv_freq)
         freqs = position[..., None].float() * inv_freq
         emb = torch.cat((freqs, freqs), dim=-1)
-        return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
+        scale = torch.where(is_long, scales[1], scales[0])[..., None] if scales else self.attention_scaling
+        return (emb.cos() * scale).to(x.dtype), (emb.sin() * scale).to(x.dtype)
 
     rotary.forward = types.MethodType(forward, rotary)
     return RopeSwitchSpec(threshold, rows)

@@ -6,11 +6,20 @@ from contextlib import contextmanager
 from fuseline.compile.capture.errors import CaptureError, LoadError
 
 MAX_REASON = 300
+REASONS = {
+    "Constraints violated": "its code depends on the number of tokens",
+    "Tensor.item() cannot be called on meta tensors": "its code depends on values that are known only when it runs",
+    "data-dependent": "its code depends on values that are known only when it runs",
+}
+"""Parts of torch.export's messages, in words."""
 
 
 def one_line(error: BaseException) -> str:
     """The error's own words, or its type before them where they alone say little."""
     text = " ".join(str(error).split())
+    known = next((words for part, words in REASONS.items() if part in text), "")
+    if known:
+        return known
     return f"{type(error).__name__} {text}".strip() if len(text.split()) < 3 else text[:MAX_REASON]
 
 
