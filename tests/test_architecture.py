@@ -56,7 +56,7 @@ def test_engine_knows_no_http() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_who_runs_ops_keeps_no_list_of_them(path: Path) -> None:
-    """What must be known of an op stands on its declaration; passes, capture and formats make ops, kernels compute them."""
+    """Facts of an op stand on its declaration; passes, capture and formats make ops, kernels compute them."""
     parts = path.relative_to(ROOT).parts
     if parts[0] != "compile" or parts[1] in ("ops", "kernels", "formats", "passes", "capture"):
         return
