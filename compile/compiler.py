@@ -136,10 +136,12 @@ def _run_passes(captured: CapturedModel, config: CompileConfig, target: Target) 
 
 
 def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:
-    """Drops disabled passes that the level does not have. Raises ValueError for one that no level has."""
+    """Drops disabled passes that the level does not have. Raises ValueError for settings without an effect."""
     if unknown := sorted(set(config.disabled_passes) - set(PASSES)):
         raise ValueError(f"there is no pass {unknown[0]!r}; passes: {', '.join(sorted(PASSES))}")
     present = {graph_pass.__name__ for _, passes in _stages(config, target) for graph_pass in passes}
+    if config.weight_format and "pack_weights" not in present - set(config.disabled_passes):
+        raise ValueError(f"weight_format {config.weight_format} has no effect without the pass pack_weights")
     return replace(config, disabled_passes=tuple(name for name in config.disabled_passes if name in present))
 
 

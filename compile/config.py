@@ -7,7 +7,7 @@ from dataclasses import dataclass
 PASSES = (
     "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
     "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "pack_weights",
-    "cut_regions", "fuse_linear_act", "widen_logits", "make_batch_invariant",
+    "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant",
 )  # fmt: skip
 """Names of passes, known without importing them; their order is that of passes/pipeline.py, a card's own last."""
 NEEDED_PASSES = frozenset({"page_attention"})

@@ -82,12 +82,12 @@ class WeightSource:
     """Transpose the last two dims of each part first (GPT-2's Conv1D keeps [in, out])."""
     format: str = "rows"
     """Name of the storage format (compile/formats)."""
-    part: str = ""
-    """Which of the format's stored tensors the constant is."""
     dtype: str = ""
     """Element type to store; empty keeps the model's."""
     pads: tuple[int, ...] = ()
     """Rows of zeros for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
+    part: str = ""
+    """Which of the format's stored tensors the constant is."""
 
 
 @dataclass(frozen=True)

@@ -184,9 +184,16 @@ def test_a_target_reads_its_format() -> None:
     assert [form.name for form in formats_for(CompileConfig(""), Target("cuda", "sm_90", 1))] == ["rows"]
 
 
-def test_an_unknown_format_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="weight_format int3 is not known: take one of .*panels, rows"):
-        formats_for(CompileConfig("", weight_format="int3"), CPU)
+@pytest.mark.parametrize(("name", "target"), [("int3", CPU), ("rows", CPU), ("panels", Target("cuda", "sm_90", 1))])
+def test_a_format_that_the_target_has_not_is_refused(name: str, target: Target) -> None:
+    with pytest.raises(ValueError, match=f"weight_format {name} is none of {target.kind}: take one of "):
+        formats_for(CompileConfig("", weight_format=name), target)
+
+
+@pytest.mark.parametrize("settings", ({"level": 0}, {"disabled_passes": ("pack_weights",)}))
+def test_a_format_that_would_have_no_effect_is_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match="weight_format panels has no effect without the pass pack_weights"):
+        optimize(CompileConfig(str(zoo.checkpoint("llama")), weight_format="panels", **settings))
 
 
 @pytest.mark.parametrize("dim", (0, 1))

@@ -17,6 +17,7 @@ from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
+from fuseline.compile.passes.widen_logits import widen_logits
 from fuseline.compile.specs import CacheGroup, CacheSpec
 
 OPS = torch.ops.fuseline
@@ -295,6 +296,7 @@ def test_weights_are_packed_once(dtype: torch.dtype) -> None:
     found = case(Tied(), dtype, ids=torch.tensor([[3, 39, 0]]))
     before = found.run()
     assert found.apply(find_linear) == 1 and found.apply(pack_weights) == 2
+    found.apply(widen_logits)
     assert found.ops()["linear_panels"] == 1 == found.ops()["embedding_panels"]
     constants = [n for n in found.graph.graph.nodes if n.op == "get_attr"]
     assert len(constants) == 1 and constants[0].meta["val"].shape == (3, 16, 16)
@@ -308,4 +310,5 @@ def test_computed_weights_are_not_packed(dtype: torch.dtype) -> None:
     found = case(lambda x, y: F.linear(x, y[0]), dtype, x=X, y=X.exp())
     before = found.run()
     assert found.apply(find_linear) == 1 and found.apply(pack_weights) == 0 and found.ops()["aten.linear"] == 1
+    found.apply(widen_logits)
     torch.testing.assert_close(found.run(), before.float())

@@ -37,6 +37,8 @@ class Format:
     """Sees every block before the first is written, such as to find scales. The checkpoint is then read twice."""
     readers: Mapping[object, Callable[[tuple, Pack], Call]] = field(default_factory=dict)
     """By op on plain weights: from its arguments, the call that computes the same from stored tensors."""
+    targets: tuple[str, ...] = ("cpu", "cuda")
+    """Kinds of targets that compute linears with it."""
     multiples: tuple[int, int] = (1, 1)
     """Outputs and inputs that are stored together: a rank's part of a weight is a multiple of them."""
 

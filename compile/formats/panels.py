@@ -109,5 +109,5 @@ def _experts(args: tuple, pack: Pack) -> Call:
 FORMAT = Format(
     "panels", _shapes, _write,
     readers={OPS.linear.default: _linear, OPS.experts.default: _experts, aten.embedding.default: _embedding},
-    multiples=(PANEL, 1),
+    targets=("cpu",), multiples=(PANEL, 1),
 )  # fmt: skip

@@ -22,8 +22,9 @@ def registry() -> dict[str, Format]:
 
 
 def formats_for(config: CompileConfig, target: Target) -> tuple[Format, ...]:
-    """Formats of weights, the preferred first. Raises ValueError for a format that is not there."""
+    """Formats of weights, the preferred first. Raises ValueError for one that the target has not."""
     names = dict.fromkeys(name for name in (config.weight_format, BY_TARGET[target.kind]) if name)
-    if unknown := [name for name in names if name not in registry()]:
-        raise ValueError(f"weight_format {unknown[0]} is not known: take one of {', '.join(sorted(registry()))}")
+    known = [name for name, form in sorted(registry().items()) if target.kind in form.targets]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"weight_format {unknown[0]} is none of {target.kind}: take one of {', '.join(known)}")
     return tuple(registry()[name] for name in names)
