@@ -13,7 +13,7 @@ from fake_model import FakeModel, fake_config
 from prometheus_client.parser import text_string_to_metric_families
 
 from fuseline.api.metrics import Metrics
-from fuseline.api.output.events import Event
+from fuseline.api.output.events import Event, PromptInfo
 from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.watch import RequestWatch
 from fuseline.engine.client import EngineClient
@@ -44,7 +44,11 @@ class Fake:
         )  # fmt: skip
         events: list[Event] = []
         watch = RequestWatch(request, "test", self.metrics, False, None)
-        await Generation(request, Letters(), TextOptions(stops), watch).run(self.client, events.append)
+
+        async def open_prompt(info: PromptInfo) -> None:
+            events.append(info)
+
+        await Generation(request, Letters(), TextOptions(stops), watch).run(self.client, events.append, open_prompt)
         return events
 
     def value(self, sample: str, **labels: str) -> float:

@@ -261,7 +261,7 @@ def test_a_cat_before_the_tokens_is_only_copies(dim: int) -> None:
         return g.call(aten.cat.default, [g.call(operator.getitem, split, k) for k in (2, 0, 1)], dim)
 
     made, plan, graph = plan_of(build)
-    assert [step.native.op for step in made.steps] == ["embedding"] + 3 * ["copy"] and made.min_tokens == 1
+    assert [step.native.kernel for step in made.steps] == ["embedding"] + 3 * ["copy"] and made.min_tokens == 1
     assert assert_same_bits(plan, graph) == len(TOKENS)
 
 
