@@ -40,6 +40,7 @@ MAX_ERROR = 2e-3
 """Largest difference of a row of logits, relative to the row's standard deviation. Rounding gives about 1e-5."""
 MAX_PARAMETERS = 50_000_000
 """Of a copy that keeps the model's sizes."""
+CASTS = ("aten.to.", "aten._to_copy", "prims.convert_element_type")
 SKIP = "--skip-model-check serves it all the same"
 logger = logging.getLogger(__name__)
 
@@ -75,14 +76,14 @@ def check_config(hf_config: PreTrainedConfig, captured: CapturedModel, config: C
     for narrow in (True, False):
         try:
             small = _copy(hf_config, captured.num_distinct_layers, narrow)
-            error = _largest_error(small, replace(config, **_settings(config)), build)
+            error, missing = _compared(small, captured, replace(config, **_settings(config)), build)
         except _NotComparable as reason:
             reasons.append(str(reason))
             continue
         text = small.get_text_config()
         return (
             f"checked: a copy of {text.num_hidden_layers} layers, hidden size {text.hidden_size}, computes what "
-            f"Transformers computes, to {error:.0e} of the logits' spread"
+            f"Transformers computes, to {error:.0e} of the logits' spread{missing}"
         )
     verdict = f"not checked: {reasons[0]}"
     name = captured.facts.model_type
@@ -95,6 +96,7 @@ def _settings(config: CompileConfig) -> dict[str, object]:
     return {
         "dtype": "float32", "kv_cache_dtype": "auto", "level": 1, "max_model_len": 0,
         "max_num_batched_tokens": MAX_ROWS, "max_num_seqs": MAX_ROWS, "cpu_offload_gb": 0.0, "batch_invariant": False,
+        "weight_format": "",
     }  # fmt: skip
 
 
@@ -107,8 +109,14 @@ def _copy(hf_config: PreTrainedConfig, num_layers: int, narrow: bool) -> PreTrai
         raise _NotComparable(f"its config cannot be made small ({one_line(error)})") from error
 
 
-def _largest_error(small: PreTrainedConfig, config: CompileConfig, build: Build) -> float:
+def _compared(
+    small: PreTrainedConfig, whole: CapturedModel, config: CompileConfig, build: Build
+) -> tuple[float, str]:
+    """(largest error, ops of the whole model that the copy lacks, in words). Raises CaptureError for a wrong copy."""
     reference, captured = _both(small, config)
+    missing = sorted(_ops(whole) - _ops(captured))
+    if missing:
+        logger.warning("the model check of %s does not cover %s", small.model_type, ", ".join(missing))
     sequences = _sequences(captured)
     try:
         expected = [reference.logits(tokens) for tokens in sequences]
@@ -135,7 +143,15 @@ def _largest_error(small: PreTrainedConfig, config: CompileConfig, build: Build)
                 f"{name} would answer wrongly: a small copy of it gives other logits than Transformers from token "
                 f"{wrong + 1} on, {_cause(number, wrong, takes_positions)}; {SKIP}"
             )
-    return max(float(_errors(ours, theirs).max()) for ours, theirs in zip(found, expected, strict=True))
+    error = max(float(_errors(ours, theirs).max()) for ours, theirs in zip(found, expected, strict=True))
+    return error, f"; not covered: {', '.join(missing)}" if missing else ""
+
+
+def _ops(captured: CapturedModel) -> set[str]:
+    """Names of the ops that compute tensors. Casts are left out: a copy computes in float32."""
+    calls = (node for node in captured.graph.graph.nodes if node.op == "call_function")
+    named = {str(node.target) for node in calls if isinstance(node.meta.get("val"), Tensor)}
+    return {name for name in named if not name.startswith(CASTS)}
 
 
 def _both(small: PreTrainedConfig, config: CompileConfig) -> tuple[RandomModel, CapturedModel]:
