@@ -8,5 +8,5 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("FUSELINE_CACHE_ROOT", str(Path(__file__).resolve().parent.parent / ".cache" / "fuseline"))
+os.environ.setdefault("FUSELINE_CACHE_ROOT", str(Path(__file__).resolve().parents[1] / ".cache" / "fuseline"))
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"api": 3, "engine": 2, "compile": 1}
 FILES = sorted(path for folder in LAYERS for path in (ROOT / folder).rglob("*.py"))
 ENV_READERS = {"compile/target.py", "api/config.py"}

@@ -116,7 +116,7 @@ def command(name: str, args: argparse.Namespace) -> list[str]:
     if name == "build":
         return [python, str(here / "build.py"), str(WORK), *([str(args.wheels.resolve())] if args.wheels else [])]
     if name == "tests":
-        files = [str(ROOT / "tests" / file) for file in TESTS]
+        files = [str(next((ROOT / "tests").rglob(file))) for file in TESTS]
         spread = ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "load"] if has_xdist() else []
         kept = ["--failures", str(WORK)]
         return [python, "-P", "-m", "pytest", "-q", "-p", "on_gpu", "-k", "not compiles", *kept, *spread, *files]
@@ -131,7 +131,7 @@ def has_xdist() -> bool:
 
 
 def environment() -> dict[str, str]:
-    paths = [str(WORK / "pkg"), str(WORK / "wheels"), str(Path(__file__).parent), str(ROOT / "tests")]
+    paths = [str(WORK / "pkg"), str(WORK / "wheels"), str(Path(__file__).parent), str(ROOT / "tests" / "helpers")]
     programs = [str(WORK / "wheels" / "bin"), os.environ.get("PATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths), "PATH": os.pathsep.join(programs), "PYTHONUNBUFFERED": "1",

@@ -1,0 +1,176 @@
+"""What the scheduler promises beyond equal tokens: order, fairness, limits, sharing, what is recomputed."""
+
+from __future__ import annotations
+
+import pytest
+from engine_walk_cases import Walk, expected_tokens, make_engine
+from scheduler_cases import finish_order
+
+PROMPT = list(range(1, 15))
+
+
+def first_step_of(walk: Walk, name: str) -> int:
+    for count in range(200):
+        if (name, 0) in walk.outputs:
+            return count
+        walk.step()
+    raise AssertionError(f"{name} never got a token")
+
+
+def test_fcfs_serves_in_order_of_arrival() -> None:
+    walk = Walk(make_engine(max_num_seqs=1))
+    for _ in range(4):
+        walk.submit(PROMPT, max_tokens=3)
+    assert finish_order(walk) == ["r0", "r1", "r2", "r3"]
+
+
+def test_priority_serves_lower_values_first_and_ties_by_arrival() -> None:
+    walk = Walk(make_engine(max_num_seqs=1, scheduling_policy="priority"))
+    for priority in (1, 0, 1, -1, 0):
+        walk.submit(PROMPT, max_tokens=3, priority=priority)
+    assert finish_order(walk) == ["r3", "r1", "r4", "r0", "r2"]
+
+
+def test_priority_preempts_running_work_and_its_tokens_stay() -> None:
+    walk = Walk(make_engine(max_num_seqs=1, scheduling_policy="priority"))
+    walk.submit(PROMPT, max_tokens=20, priority=5)
+    for _ in range(6):
+        walk.step()
+    walk.submit(PROMPT, max_tokens=3, priority=1)
+    assert finish_order(walk) == ["r1", "r0"]
+    assert walk.engine.scheduler.num_preemptions == 1
+    walk.check_all((0,))
+
+
+def test_few_blocks_preempt_the_latest_and_tokens_stay() -> None:
+    walk = Walk(make_engine(num_blocks=16))
+    for _ in range(4):
+        walk.submit(PROMPT, max_tokens=40, cache_salt=str(len(walk.requests)))
+    assert finish_order(walk)[0] == "r0"
+    assert walk.engine.scheduler.num_preemptions > 0
+    walk.check_all((0,))
+
+
+def test_long_prompt_does_not_stop_a_stream() -> None:
+    walk = Walk(make_engine())
+    walk.submit([5], max_tokens=20)
+    walk.step()
+    walk.submit([6] * 60, max_tokens=2)
+    for count in range(2, 6):
+        walk.step()
+        assert len(walk.tokens("r0")) == count
+    assert max(walk.counts) == 16
+
+
+def test_prompts_take_a_share_of_a_step_beside_the_streams() -> None:
+    walk = Walk(make_engine(chunked_prefill_size=4))
+    walk.submit([5], max_tokens=20)
+    walk.step()
+    for token in (6, 7, 8):
+        walk.submit([token] * 6, max_tokens=3)
+    for _ in range(5):
+        walk.step()
+    # Beside one stream, then beside two and three; then the second has ended and the last prompt has two tokens left.
+    assert walk.counts[1:6] == [1 + 4, 1 + 4, 2 + 4, 3 + 4, 2 + 2]
+    walk.finish()
+    walk.check_all((0,))
+
+
+def test_short_prompt_overtakes_a_long_one() -> None:
+    settings = {"max_num_partial_prefills": 2, "max_long_partial_prefills": 1, "long_prefill_token_threshold": 4}
+    walk = Walk(make_engine(**settings))
+    for prompt in ([6] * 50, [7] * 50, [8, 9]):
+        walk.submit(prompt, max_tokens=2)
+    assert finish_order(walk) == ["r2", "r0", "r1"]
+
+
+def test_one_partial_prefill_at_a_time_by_default() -> None:
+    walk = Walk(make_engine())
+    for token in (6, 7, 8):
+        walk.submit([token] * 40, max_tokens=1)
+    while walk.engine.has_work:
+        walk.step()
+        partial = [s for s in walk.engine.scheduler.running if s.num_remaining > 1]
+        assert len(partial) <= 1
+
+
+def test_without_chunks_a_prompt_is_computed_whole() -> None:
+    walk = Walk(make_engine(enable_chunked_prefill=False, max_num_batched_tokens=64))
+    for count in (40, 30, 20):
+        walk.submit([count] * count, max_tokens=1)
+    walk.finish()
+    assert walk.counts == [40, 50], "the second waits for a step it fits in, and nobody passes it"
+    walk.check_all((0,))
+
+
+def test_choices_share_the_prompt() -> None:
+    for caching in (True, False):
+        walk = Walk(make_engine(enable_prefix_caching=caching, max_num_seqs=8))
+        name = walk.submit(PROMPT, n=4, max_tokens=6)
+        walk.step()
+        walk.step()
+        used = walk.engine.kv.groups[0].pool.num_used
+        assert used == 3 + 4, "three full prompt blocks once, one block for each choice"
+        walk.finish()
+        walk.check_all((0,))
+        assert len({tuple(walk.tokens(name, index)) for index in range(4)}) == 4
+        assert walk.engine.scheduler.prefix_hits == 0
+
+
+def test_greedy_choices_are_computed_once() -> None:
+    walk = Walk(make_engine())
+    name = walk.submit(PROMPT, n=3, max_tokens=5, temperature=0.0)
+    walk.finish()
+    assert sum(walk.counts) == len(PROMPT) + 4
+    assert {index: walk.reason(name, index) for index in range(3)} == {0: "length", 1: "length", 2: "length"}
+    walk.check_all((0,))
+
+
+def test_prefix_is_reused_but_never_across_salts() -> None:
+    walk = Walk(make_engine())
+    for salt in ("", "", "other", "other"):
+        walk.submit(PROMPT, max_tokens=1, cache_salt=salt)
+        walk.finish()
+    cached = [walk.outputs[f"r{index}", 0][0].num_cached_tokens for index in range(4)]
+    assert cached == [0, 12, 0, 12]
+    assert walk.engine.scheduler.prefix_queries == 4 * 14 and walk.engine.scheduler.prefix_hits == 24
+
+
+def test_whole_prompt_in_the_cache_still_computes_a_token() -> None:
+    walk = Walk(make_engine())
+    for _ in range(2):
+        walk.submit(PROMPT[:8], max_tokens=2)
+        walk.finish()
+    assert walk.outputs["r1", 0][0].num_cached_tokens == 4
+    walk.check_all((0,))
+
+
+@pytest.mark.parametrize("windows", [(0,), (0, 6)])
+def test_crossing_the_rope_threshold_recomputes(windows) -> None:
+    walk = Walk(make_engine(windows, rope_threshold=16))
+    name = walk.submit(PROMPT, max_tokens=12)
+    walk.finish()
+    assert walk.tokens(name) == expected_tokens(walk.requests[name], 0, windows, 16)
+    assert sum(walk.counts) == (14 + 2) + 17 + 8
+    assert walk.engine.scheduler.num_preemptions == 0
+
+
+def test_window_group_holds_no_more_than_its_window() -> None:
+    engine = make_engine((6,))
+    walk = Walk(engine)
+    walk.submit([5], max_tokens=50)
+    while engine.has_work:
+        walk.step()
+        assert engine.kv.groups[0].pool.num_used <= 3
+    walk.check_all((6,))
+
+
+def test_abort_frees_everything_at_once() -> None:
+    engine = make_engine()
+    walk = Walk(engine)
+    name = walk.submit(PROMPT, n=2, max_tokens=30)
+    walk.step()
+    engine.abort(name)
+    assert engine.kv.usage == 0
+    walk.finish()
+    assert [walk.reason(name, index) for index in range(2)] == ["abort", "abort"]

@@ -1,0 +1,35 @@
+"""Cases and helpers that several tests share with test_cuda_attention."""
+
+from __future__ import annotations
+
+import cuda_twin
+import torch
+from triton_attention_cases import NAN, Batch
+
+from fuseline.compile.kernels.cuda import attention
+
+
+class Decode(Batch):
+    """One token of each sequence, by the CUDA kernel."""
+
+    def __init__(self, lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, counts=None, **more):
+        super().__init__(lengths, counts or [1] * len(lengths), heads, kv_heads, dim, dim, dtype=dtype, **more)
+
+    def run(self, seqs=None, window=0, scale=0.3, softcap=0.0, sinks=None, **more):
+        seqs = range(len(self.lengths)) if seqs is None else seqs
+        counts = [self.counts[s] for s in seqs]
+        q = torch.cat([self.queries[s] for s in seqs])[None].transpose(1, 2)
+        out = torch.full((1, q.shape[2], q.shape[1], q.shape[3]), NAN, dtype=q.dtype)
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        lengths = torch.tensor([self.lengths[s] for s in seqs]).int()
+        args = (q, self.k_cache, self.v_cache, self.table[list(seqs)], lengths, starts, _cast(sinks, q.dtype))
+        assert attention.supports_attention(*args)
+        cuda_twin.run(attention.decode_attention, out, *args, window, scale, softcap, **more)
+        return list(out[0].split(counts))
+
+    def check(self, tolerance=None, **options):
+        super().check(2 * torch.finfo(self.queries[0].dtype).eps if tolerance is None else tolerance, **options)
+
+
+def _cast(sinks, dtype):
+    return None if sinks is None else sinks.to(dtype)

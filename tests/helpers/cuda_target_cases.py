@@ -1,0 +1,23 @@
+"""Cases and helpers that several tests share with test_cuda_target."""
+
+from __future__ import annotations
+
+import torch
+from fake_card import CARD
+from zoo import checkpoint
+
+from fuseline.compile.compiler import compile_model
+from fuseline.compile.config import CompileConfig, GraphConfig
+from fuseline.compile.graph_inputs import StepInputs, make_step
+
+
+def build(family: str, dtype: str = "bfloat16", graphs: GraphConfig | None = None, **settings):
+    config = CompileConfig(model=str(checkpoint(family, dtype)), **settings)
+    return compile_model(config, CARD, graphs=graphs)
+
+
+def decode_step(lengths: list[int], width: int = 2) -> StepInputs:
+    """One token of each sequence, whose blocks are its own."""
+    count = len(lengths)
+    tables = torch.arange(1, 1 + count * width, dtype=torch.int32).reshape(1, count, width)
+    return make_step([1] * count, lengths, tables, 16, token_ids=torch.arange(count) + 5)

@@ -1,0 +1,9 @@
+"""Cases and helpers that several tests share with test_levels."""
+
+from __future__ import annotations
+
+from zoo import make_prompts
+
+NUM_TOKENS = 24
+
+PROMPTS = make_prompts((3, 9, 20))

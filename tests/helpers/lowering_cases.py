@@ -1,0 +1,9 @@
+"""Cases and helpers that several tests share with test_lowering."""
+
+from __future__ import annotations
+
+from fuseline.compile.config import CompileConfig
+
+VOCAB, D, MAX_TOKENS, NUM_NODES = 32, 12, 9, 24
+
+CONFIG = CompileConfig("", max_num_batched_tokens=MAX_TOKENS, max_num_seqs=2)

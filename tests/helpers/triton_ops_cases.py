@@ -1,0 +1,14 @@
+"""Cases and helpers that several tests share with test_triton_ops."""
+
+from __future__ import annotations
+
+import torch
+from declared import declared
+
+from fuseline.compile.ops.library import Make
+
+BY_NAME = declared("triton")
+
+
+def make(dtype=torch.float32) -> Make:
+    return Make(dtype, torch.Generator().manual_seed(3))
