@@ -36,7 +36,8 @@ def epsilon(node: torch.fx.Node) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "op, args_of", [("paged_attention", window), ("paged_attention", scale), ("rms_norm", epsilon)], ids=str
+    "op, args_of", [("paged_attention", window), ("paged_attention", scale), ("rms_norm", epsilon)],
+    ids=["window", "scale", "epsilon"],
 )
 def test_a_serving_graph_that_computes_something_else_is_refused(llama, monkeypatch, op: str, args_of) -> None:
     run_passes = compiler._run_passes
