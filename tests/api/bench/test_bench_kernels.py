@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from bench_kernels_cases import small
 from native_fixtures import with_threads
 
 from fuseline.api.bench import kernels
@@ -17,6 +18,8 @@ from fuseline.compile.kernels.registry import PlanCall, implementations
 from fuseline.compile.ops.library import Make, ModelShape, moved_bytes
 from fuseline.compile.ops.registry import registry
 from fuseline.compile.tuning import limits
+
+__all__ = ["small"]
 
 SMALL = ModelShape(64, 96, 4, 2, 16, 130)
 NATIVE = [op for name, op in registry().items() if name in implementations("cpu")]
