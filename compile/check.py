@@ -39,14 +39,14 @@ MAX_ROWS = CHUNK * len(LENGTHS)
 MAX_ERROR = 2e-3
 """Largest difference of a row of logits, relative to the row's standard deviation. Rounding gives about 1e-5."""
 MAX_PARAMETERS = 50_000_000
-"""Of a copy that keeps the model's sizes."""
+"""Largest number of parameters of a copy that keeps the model's sizes."""
 CASTS = ("aten.to.", "aten._to_copy", "prims.convert_element_type")
 SKIP = "--skip-model-check serves it all the same"
 logger = logging.getLogger(__name__)
 
 
 class Runnable(Protocol):
-    """What the check needs of a compiled model."""
+    """Parts of a compiled model that the check needs."""
 
     info: ModelInfo
 
@@ -165,7 +165,7 @@ def _both(small: PreTrainedConfig, config: CompileConfig) -> tuple[RandomModel, 
         reference = RandomModel(small, config.trust_remote_code)
     except _NotComparable:
         raise
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # a model's own code may raise anything
         raise _NotComparable(f"Transformers cannot build a small copy ({one_line(error)})") from error
     try:
         return reference, capture_config(small, torch.float32, config)

@@ -87,7 +87,7 @@ class WeightSource:
     pads: tuple[int, ...] = ()
     """Rows of zeros for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
     part: str = ""
-    """Which of the format's stored tensors the constant is."""
+    """Name of the format's stored tensor that the constant holds."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def load_or_capture(config: CompileConfig, check: Check | None = None) -> Captur
 
 
 def load_optimized(config: CompileConfig, target: Target = CPU) -> tuple[CapturedModel, PipelineResult] | None:
-    """What passes made of this model before, if it is in the cache. Meta values are those of EXAMPLE_TOKENS tokens."""
+    """Load the optimized model from the cache, if present. Meta values are those of EXAMPLE_TOKENS tokens."""
     key = optimized_key(config, target)
     if key is None:
         return None

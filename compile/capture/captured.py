@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of the model besides its graph: the values of config.json that are used after capture."""
+    """Model properties besides the graph: the config.json values that are used after capture."""
 
     model_type: str
     architecture: str
@@ -54,7 +54,7 @@ class CapturedModel:
 
 
 def facts_of(hf_config: object) -> ModelFacts:
-    """Of a transformers.PreTrainedConfig."""
+    """Return the model facts of a transformers.PreTrainedConfig."""
     text = hf_config.get_text_config()
     eos = text.eos_token_id
     return ModelFacts(

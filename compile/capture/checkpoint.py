@@ -1,4 +1,4 @@
-"""Where each tensor of a checkpoint directory lies on disk; nothing is read but headers.
+"""Locations on disk of the tensors of a checkpoint directory; only headers are read.
 
 Formats: safetensors (https://huggingface.co/docs/safetensors: 8 bytes of header length, JSON, data) and the zip files
 of torch.save.

@@ -1,4 +1,4 @@
-"""What the converters of transformers.core_model_loading do, on tensors that are not read.
+"""Converters of transformers.core_model_loading, applied to lazy tensors.
 
 An operation maps {pattern: tensors} to {pattern: tensors}; the patterns of the last one's result are the targets. One
 that is not arithmetic on strides is run by Transformers itself, on values.

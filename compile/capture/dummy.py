@@ -45,7 +45,7 @@ class DummyWeights:
         """Nothing to check: one of the tied is made."""
 
     def remember(self) -> None:
-        """Nothing to remember: nothing was looked for."""
+        """Do nothing: dummy weights have no weight map to save."""
 
     def origin_of(self, unread: Unread) -> str:
         return self.origin

@@ -90,7 +90,7 @@ def export_repeated(model: nn.Module) -> tuple[fx.GraphModule, set[str]] | None:
     try:
         with only_chosen(model, layers):
             graph, _ = _export(model, layers.path)
-    except Exception:  # whatever the whole model may do well: it is exported next, and its errors are told
+    except Exception:  # the whole model may still export: it is tried next, and its errors are reported
         return None
     repeated = repeat_layers(graph, layers)
     if repeated is None:
@@ -153,7 +153,7 @@ def _lift(program: torch.export.ExportedProgram, layer_list: str) -> tuple[fx.Gr
 
 
 def _retarget(node: fx.Node) -> fx.Node:
-    """What was made on the meta device is made on the CPU; of what export notes only the value is kept."""
+    """Move tensor creation from the meta device to the CPU; of the node's metadata keep only `val`."""
     node.meta = {"val": node.meta.get("val")}
     move = {torch.device("meta"): torch.device("cpu")}
     node.args = fx.node.map_aggregate(node.args, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)

@@ -78,7 +78,7 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
         if error.args == (NAME,):
             raise CaptureError(f"{hf_config.model_type}: {NOT_HOOKED}") from error
         raise CaptureError(f"{hf_config.model_type} cannot be built: {one_line(error)}") from error
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # a model's own code may raise anything
         if "Unrecognized configuration class" in str(error):
             raise CaptureError(
                 f"Transformers has no model of type {hf_config.model_type} that generates text"
@@ -91,7 +91,7 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
 
 
 def num_parameters(hf_config: PreTrainedConfig, trust_remote_code: bool) -> int:
-    """Of the causal LM. Raises whatever the model's own code raises."""
+    """Count the parameters of the causal LM. Raises any exception of the model's own code."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), trust_remote_code=trust_remote_code)
     return model.num_parameters()

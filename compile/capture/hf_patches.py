@@ -1,4 +1,4 @@
-"""What Transformers models need before they can be captured. The one place in compile/ that knows their classes."""
+"""Patches that Transformers models need before capture. The one place in compile/ that knows their classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that are not read yet: which view of which stored tensor lands in which box.
+"""Lazy tensors: views of stored tensors and the slices of the whole that they fill.
 
 Strides say where an element lies in its file, so joining, cutting and transposing are arithmetic on meta tensors.
 """
@@ -17,7 +17,7 @@ from fuseline.compile.capture.checkpoint import StoredTensor
 @dataclass(frozen=True)
 class Piece:
     start: tuple[int, ...]
-    """Where the box begins in the whole; its size is the view's shape."""
+    """Start index of the slice in the whole tensor; its size is the view's shape."""
     view: Tensor
     """A meta view of the stored tensor, or a real tensor that was computed."""
     stored: StoredTensor | None = None

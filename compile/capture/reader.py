@@ -32,7 +32,7 @@ class Reader:
         self._close.close()
 
     def blocks(self, piece: Piece) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """(start in the whole, values) of boxes that cover the piece; values are valid until the next block."""
+        """Yield (start in the whole, values) of blocks that cover the slice; values are valid until the next."""
         if piece.stored is None:
             yield piece.start, piece.view
             return

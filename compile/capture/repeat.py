@@ -28,9 +28,9 @@ class Layers:
     """The decoder layers of a model, and those that are exported in their place."""
 
     path: str
-    """Of the module list."""
+    """Module path of the layer list."""
     kinds: tuple[int, ...]
-    """Of each layer; equal numbers are equal layers."""
+    """Kind number of each layer; equal numbers are equal layers."""
     chosen: tuple[int, ...]
     """Numbers of the layers that are exported, layer 0 first."""
 
@@ -193,7 +193,7 @@ class _Repeat:
         return outs[0]
 
     def _hidden_in(self, runs: list[list[fx.Node]]) -> fx.Node:
-        """What layer 0 alone reads of the nodes before it; the others read the hidden state instead."""
+        """Return the earlier node that only layer 0 reads; other layers read the hidden state instead."""
         read = [{a for node in run for a in node.all_input_nodes if a.op != "get_attr"} for run in runs]
         found = read[0] - set(runs[0]) - set().union(*read[1:])
         if len(found) != 1:
@@ -237,14 +237,14 @@ class _Repeat:
         return node.op == "get_attr" and node.meta["fqn"].startswith(self._prefix)
 
     def _local(self, node: fx.Node, position: int) -> str:
-        """The name within the layer. Raises _Unlike for another layer's."""
+        """Return the name within the layer. Raises _Unlike for another layer's."""
         number, _, local = node.meta["fqn"].removeprefix(self._prefix).partition(".")
         if int(number) != position:
             raise _Unlike
         return local
 
     def _position(self, number: int) -> int:
-        """Of the exported layer that stands for layer `number`."""
+        """Return the index of the exported layer that represents layer `number`."""
         chosen = self._layers.chosen
         if number in chosen:
             return chosen.index(number)
@@ -307,7 +307,7 @@ class _Repeat:
 
 
 def layer_at(path_stack: Sequence[str], list_path: str) -> int | None:
-    """Which of the list's modules a node was traced in, from the paths of the modules around it."""
+    """Find the layer that a node was traced in, from the paths of the modules around it."""
     marker = f"{list_path}."
     for path in path_stack:
         _, found, rest = path.partition(marker)

@@ -1,4 +1,4 @@
-"""Where loaded weights go: into this machine's memory, or to a card by way of a ring of pinned buffers."""
+"""Destinations of loaded weights: host memory, or a GPU through a ring of pinned buffers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Sink(Protocol):
     """Used by several threads at once, each with tensors of its own."""
 
     device: torch.device
-    """Where they come to lie."""
+    """Device that holds the weights."""
 
     def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor of that request, to be written box by box."""
+        """The tensor of that request, to be written slice by slice."""
 
     def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
         """Copy the block, which may be overwritten afterwards, to target[start : start + block.shape]."""
@@ -49,7 +49,7 @@ class HostSink:
 
 
 class Copies(Protocol):
-    """What a ring needs of a device; tests have their own."""
+    """Device interface of the ring; tests supply their own."""
 
     def buffer(self, num_bytes: int) -> Tensor:
         """Host memory [num_bytes] uint8 that can be copied from without waiting."""
@@ -59,7 +59,7 @@ class Copies(Protocol):
 
 
 class DeviceSink:
-    """Weights on a card. Host memory holds the ring and the readers' blocks, whatever the model's size.
+    """Weights on a GPU. Host memory holds only the ring and the readers' blocks, for any model size.
 
     A block is converted into a buffer of the ring and copied from there while the next ones are read. `on_host`:
     tensors by key that stay in host memory instead.
@@ -82,7 +82,7 @@ class DeviceSink:
 
     def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
         if id(target) in self._host_ids or block.device.type != "cpu":
-            # Dummy weights are on the card already.
+            # Dummy weights are on the GPU already.
             write_box(target, block, start)
             return
         for at, part in _parts(start, block, BLOCK_BYTES // target.element_size()):
@@ -116,7 +116,7 @@ class CudaCopies:
 
 
 class HostCopies:
-    """Where a card's kernels are interpreted."""
+    """Copies for interpreted GPU kernels."""
 
     def buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -127,7 +127,7 @@ class HostCopies:
 
 
 def _parts(start: tuple[int, ...], block: Tensor, most: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """The block cut into boxes of at most `most` elements, each with where it begins."""
+    """Split the block into slices of at most `most` elements, each with its start index."""
     if block.numel() <= most:
         yield start, block
         return

@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("width", r"hidden_size|intermediate_size|d_model$|n_embd$|n_inner$|ffn|_dim$|^dim_ff$|^dff$|_rank$|_width$"
               r"|emb_dim|embedding_size|feed_forward_size|dim_model_base"),
 )  # fmt: skip
-"""What a setting is, by its name; the first that matches holds."""
+"""Kind of a setting by its name; the first match applies."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where the checkpoint's tensors go, remembered: finding out takes the model's modules and Transformers' renamings.
+"""Cached map of checkpoint tensors to parameters; building it takes the modules and Transformers' renamings.
 
     name in the model -> null (not stored), or [shape, [[start, stored name, dtype, shape, strides, offset], ...]]
 
@@ -22,7 +22,7 @@ Found = dict[str, Unread | None]
 
 
 def fingerprint(stored: Mapping[str, StoredTensor]) -> str:
-    """Of all that the map depends on besides the model."""
+    """Return the fingerprint of everything that the map depends on besides the model."""
     rows = sorted(
         (name, tuple(t.meta.shape), t.meta.stride(), t.meta.storage_offset(), str(t.meta.dtype))
         for name, t in stored.items()
@@ -76,7 +76,7 @@ def _span(view: torch.Tensor) -> int:
 
 
 class RememberedWeights:
-    """name -> Unread of the checkpoint, None where it is not stored; asks `resolve` only for names not remembered.
+    """Map name -> lazy tensor, None if it is not stored; calls `resolve` only for names not in the map.
 
     Any thread may ask.
     """

@@ -44,7 +44,7 @@ class Conversion:
         return {before + target + after: unread for target, unread in made.items()}
 
     def names(self) -> list[str]:
-        """What `results` will be called, known without reading."""
+        """Return the names of `results` without reading any tensor."""
         first = self.rule.target_patterns[0]
         if len(self.rule.target_patterns) == 1 and "*" in first:
             return list(self.results())
@@ -69,7 +69,7 @@ class StoredWeights:
 def resolve(
     stored: Mapping[str, StoredTensor], model: nn.Module
 ) -> tuple[dict[str, StoredTensor], dict[str, Conversion]]:
-    """Which stored tensors become which parameters, directly or by a conversion; others are not the model's."""
+    """Map stored tensors to parameters, directly or by a conversion; tensors of neither kind are unused."""
     known = model.state_dict()
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]

@@ -75,7 +75,7 @@ def load_weights(
 
 
 class WeightFinder(Protocol):
-    """Where parameters come from."""
+    """A source of parameters."""
 
     origin: str
 
@@ -108,14 +108,14 @@ class CheckpointWeights:
             raise CacheError(f"it is no map of {self.origin} ({type(error).__name__})") from error
 
     def remember(self) -> None:
-        """For the next start: where all that was asked for is stored."""
+        """Save the locations of all requested tensors for the next start."""
         body = write_map(self._known.found) if self._known.is_new and self._map_path else None
         if body is not None:
             lowered = cache_path(self._config, "models", optimized_key(self._config) or "")
             write_cached(self._map_path, lambda: body, earlier=lowered)
 
     def find(self, name: str) -> Unread | None:
-        """What becomes the parameter or buffer `name`; for a tied one, whichever of them is stored."""
+        """Return the lazy tensor of parameter or buffer `name`; tied names share the stored one."""
         found = (self._known.get(other) for other in self._alike.get(name, (name,)))
         return next((unread for unread in found if unread is not None), None)
 
@@ -149,14 +149,14 @@ def equal(one: Unread, two: Unread, reader: Reader) -> bool:
 
 
 def map_path(config: CompileConfig, stored: Mapping[str, StoredTensor]) -> Path | None:
-    """Where the map of such a checkpoint is cached."""
+    """Return the cache path of this checkpoint's weight map."""
     key = cache_key(config)
     name = hashlib.sha256(f"{key} {fingerprint(stored)}".encode()).hexdigest()
     return key and cache_path(config, "weights", name)
 
 
 def resolve(stored: Mapping[str, StoredTensor], captured: CapturedModel, config: CompileConfig) -> Mapping[str, Unread]:
-    """What becomes which parameter, by Transformers' own rules. Raises CaptureError, LoadError."""
+    """Map stored tensors to parameters by Transformers' own rules. Raises CaptureError, LoadError."""
     from fuseline.compile.capture.hf_model import build_on_meta, load_config
     from fuseline.compile.capture.weight_names import StoredWeights
 
@@ -164,7 +164,7 @@ def resolve(stored: Mapping[str, StoredTensor], captured: CapturedModel, config:
 
 
 def open_weights(captured: CapturedModel, config: CompileConfig, device: torch.device) -> WeightFinder:
-    """Where parameters come from; `device` is where they go."""
+    """Return the source of parameters; `device` is their destination."""
     if config.load_format == "dummy":
         return DummyWeights(captured, config.seed, device)
     return CheckpointWeights(captured, config)
@@ -190,7 +190,7 @@ def _load(
         for take in filter(None, (form.scan, form.write)):
             for piece in unread.pieces:
                 for start, block in reader.blocks(piece):
-                    # The model computes with values rounded to its own dtype, whatever is stored before and after.
+                    # For every storage dtype, the model computes with values rounded to its own dtype.
                     # Packing casts, too, but only the dtypes of models: no float64.
                     is_cast = block.dtype in DTYPES.values() and dtype == final
                     value = block if is_cast or block.dtype == dtype else block.to(dtype)

@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 Stored = Mapping[str, Tensor]
 """Stored tensors by part; a format of one tensor calls it ""."""
 Put = Callable[[Tensor, Tensor, Shape], None]
-"""put(target, block, start) copies a block to target[start : start + block.shape], on whatever device that lies."""
+"""put(target, block, start) copies a block to target[start : start + block.shape], on any device."""
 Pack = Callable[..., tuple[fx.Node, ...]]
 """pack(weight, transposed=False) gives the constants that hold a weight in the format, in the order of its parts."""
 Call = tuple[Any, tuple]

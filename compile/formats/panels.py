@@ -19,7 +19,7 @@ OPS = torch.ops.fuseline
 
 
 def panels_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the panels for a weight of this shape. They start as zeros: only lanes of real rows are written."""
+    """Shape of the panels for a weight of this shape. Panels start as zeros: only lanes of real rows are written."""
     *lead, rows, cols = shape
     return (*lead, -(-rows // PANEL), cols, PANEL)
 

@@ -11,7 +11,7 @@ from fuseline.compile.ops.registry import modules_of
 from fuseline.compile.target import Target
 
 BY_TARGET = {"cpu": "panels", "cuda": "rows"}
-"""What the kernels of a target read, unless the configuration names a format."""
+"""Format that the kernels of a target read, unless the configuration names a format."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Weights that stay in pinned host memory: each pass copies them to the card, a layer ahead of what computes.
+"""Weights that stay in pinned host memory: each pass copies them to the GPU, one layer ahead of compute.
 
 Two slots on the card, each as large as the largest of these layers, take them in turn. On a stream of its own a layer
 is copied to the slot that the layer before the last has left:
@@ -98,7 +98,7 @@ def _source(node: fx.Node) -> object:
 
 
 def _name(node: fx.Node) -> str:
-    """Of the parameter, or of the first of those that were joined."""
+    """Return the name of the parameter, or of the first of the joined parameters."""
     return node.meta["weight"].names[0] if "weight" in node.meta else node.meta["fqn"]
 
 
@@ -115,13 +115,13 @@ class Lane(Protocol):
     """A stream for copies beside the current one; tests have their own."""
 
     def fork(self) -> None:
-        """What is copied from now on comes after what the current stream has been given so far."""
+        """Order later copies after the work already enqueued on the current stream."""
 
     def copy(self, target: Tensor, source: Tensor) -> object:
-        """A mark behind the copy."""
+        """Start the copy and return an event recorded after it."""
 
     def join(self, mark: object) -> None:
-        """What the current stream is given from now on comes after the mark."""
+        """Order later work on the current stream after the event."""
 
 
 class CudaLane:
@@ -141,10 +141,10 @@ class CudaLane:
 
 
 class HostLane:
-    """Where a card's kernels are interpreted: a copy is done when the call returns."""
+    """Copies for interpreted GPU kernels: a copy is done when the call returns."""
 
     def fork(self) -> None:
-        """Everything before is done."""
+        """Do nothing: all earlier work is done."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
@@ -174,25 +174,25 @@ class Offload:
 
     @property
     def layer_keys(self) -> list[list[str]]:
-        """Of the weights of each layer."""
+        """Keys of the weights of each layer."""
         return [[weight.key for weight in layer.weights] for layer in self.layers]
 
     @property
     def keys(self) -> frozenset[str]:
-        """Of the weights."""
+        """Keys of all offloaded weights."""
         return frozenset(weight.key for layer in self.layers for weight in layer.weights)
 
     def host_tensors(self) -> dict[str, Tensor]:
-        """Where the weights are to be loaded, by key."""
+        """Host tensors that the weights are loaded into, by key."""
         pairs = zip(self.layers, self.host, strict=True)
         return {weight.key: weight.view(memory) for layer, memory in pairs for weight in layer.weights}
 
     def on_slot(self, index: int) -> tuple[Tensor, ...]:
-        """The weights of a layer as they lie on the device while it computes."""
+        """The weights of a layer on the device while the layer computes."""
         return tuple(weight.view(self.slots[index % NUM_SLOTS]) for weight in self.layers[index].weights)
 
     def start(self, is_trial: bool) -> Prefetch:
-        """Of a pass that the current stream is about to be given; a trial computes with whatever is in the slots."""
+        """Return the prefetch of the next pass on the current stream; a trial uses the slots' present contents."""
         if is_trial:
             return Prefetch(self, None)
         is_captured = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -229,7 +229,7 @@ class Prefetch:
 
 
 def without_offloaded(weights: Mapping[str, Tensor], offload: Offload | None) -> dict[str, Tensor]:
-    """The weights that lie on the device, the slots included."""
+    """Weights that are resident on the device, including the slots."""
     if offload is None:
         return dict(weights)
     on_device = {key: tensor for key, tensor in weights.items() if key not in offload.keys}

@@ -1,4 +1,4 @@
-"""A card's KV caches, and blocks in pinned host memory that theirs are swapped to."""
+"""KV caches on a GPU, and the blocks in pinned host memory that they are swapped to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step's inputs on their way to the card: one pinned buffer, one copy, nothing waited for.
+"""Upload of a step's inputs to the GPU: one pinned buffer, one asynchronous copy.
 
 The host fills one of two buffers while the copy out of the other may still be under way; a buffer is taken again only
 when its copy of two steps ago is done, which it long is once that step's tokens were read.
@@ -16,7 +16,7 @@ from torch import Tensor
 ALIGNMENT = 16  # of each tensor: what kernels are compiled for
 NUM_BUFFERS = 2
 Layout = Mapping[str, tuple[Sequence[int], torch.dtype]]
-"""Shape and dtype of tensors by name, which lie one after the other in one piece of memory."""
+"""Shape and dtype of tensors by name, laid out consecutively in one buffer."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Buffer:
 
 @dataclass
 class DeviceInputs:
-    """Tensors that `upload` gave are valid until the next one (on the stream they were asked for on)."""
+    """Tensors that `upload` returns are valid until the next upload, on the stream of the call."""
 
     device: torch.device
     _buffers: list[_Buffer] = field(default_factory=list)
