@@ -10,7 +10,7 @@ from fuseline.compile.graph.edit import constant_name
 
 
 class EagerExecutable:
-    """Runs a graph whose constants are in `weights` (by fqn) and whose inputs come by placeholder name."""
+    """Runs a graph with constants from `weights` (by fqn) and inputs by placeholder name."""
 
     def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
         for node in graph.graph.nodes:
@@ -22,7 +22,7 @@ class EagerExecutable:
         self._inputs = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Tensors of inputs that stay for all runs to come: the caches."""
+        """Sets inputs that persist for all later runs: the caches."""
         self._bound |= tensors
 
     def run(self, values: Mapping[str, Tensor]) -> Tensor:

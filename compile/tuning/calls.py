@@ -1,4 +1,4 @@
-"""Calls to measure kernels with: of an op at some number of rows, with the weights of the nodes that make them."""
+"""Calls for measuring kernels: an op at a given number of rows, with the weights of its nodes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fuseline.compile.ops.registry import op_of
 from fuseline.compile.tuning.timer import Arguments
 
 MAX_TENSORS = 8
-"""Weights of one shape that are read in turns."""
+"""Maximum number of weights of one shape, read in turn."""
 
 
 class CallMaker:
-    """`weights` by get_attr target, on the device or, if they are fetched in every pass, on the host."""
+    """`weights` by get_attr target, on the device, or on the host if fetched in every pass."""
 
     def __init__(self, weights: Mapping[str, Tensor], device: str) -> None:
         self._weights = weights
         self._device = torch.device(device)
 
     def arguments(self, nodes: Sequence[fx.Node], phase: str, rows: int) -> Arguments:
-        """Calls of nodes that differ in nothing but their weights."""
-        # What is not there may not fit beside what is: then one weight will do.
+        """Arguments for nodes that differ only in their weights."""
+        # Weights not on the device may not fit in its free memory: then one is enough.
         chosen = [node for node in nodes if not self._is_away(node)][:MAX_TENSORS] or nodes[:1]
         if not op_of(nodes[0].target).weights:
             chosen = nodes[:1]
@@ -49,13 +49,13 @@ class CallMaker:
 
 
 def has_constants(node: fx.Node) -> bool:
-    """Whether a call of the node can be made up: its weights are constants."""
+    """Whether a call of the node can be synthesized: its weights are constants."""
     named = named_arguments(node)
     return not any(_is_input(named.get(name)) for name in op_of(node.target).weights)
 
 
 def named_arguments(node: fx.Node) -> dict[str, object]:
-    """The arguments that the node has, by their names in the op's schema."""
+    """The node's arguments by their names in the op's schema."""
     return {of.name: arg for of, arg in zip(node.target._schema.arguments, node.args, strict=False)}
 
 

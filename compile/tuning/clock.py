@@ -12,11 +12,11 @@ import torch
 
 Call = Callable[[], object]
 FLUSHED_BYTES = 256 << 20
-"""Bytes written before a timed call so that a GPU's L2 cache holds nothing of its own."""
+"""Bytes written before a timed call to evict its data from the GPU's L2 cache."""
 
 
 class Clock(Protocol):
-    """Seconds that a device takes for one call. Raises what the call raises."""
+    """Measures seconds of device time per call. Propagates errors of the call."""
 
     def __call__(self, call: Call) -> float: ...
 
@@ -55,9 +55,9 @@ class DeviceClock:
 
 
 def times_in_turns(calls: Sequence[Call], rounds: int, max_seconds: float = math.inf) -> list[list[float]]:
-    """Wall-clock seconds of every call, one list a call: they take turns, so that a busy machine slows all alike.
+    """Wall-clock seconds, one list per call. Calls are interleaved, so load on the machine affects all alike.
 
-    No round begins after `max_seconds`; one is always measured.
+    No round starts after `max_seconds`; at least one is measured.
     """
     times: list[list[float]] = [[] for _ in calls]
     deadline = time.perf_counter() + max_seconds

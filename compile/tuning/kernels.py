@@ -1,8 +1,8 @@
-"""Level 3 on a card: which kernel is fastest for which rows, measured once on this card and kept in the cache.
+"""Level 3 on a GPU: the fastest kernel per range of rows, measured once per device and cached.
 
-Each distinct problem (an op with its shapes) is measured at some numbers of rows with every candidate that takes them
-(kernels/choice.py); a node's meta["choices"] then says who computes up to how many rows. The default stays unless
-another is clearly faster. A candidate that raises is left out of its problem, with one line in the log.
+Each distinct problem (an op with its shapes) is measured at several numbers of rows with every candidate for them
+(kernels/choice.py); a node's meta["choices"] then maps ranges of rows to candidates. The default stays unless another
+is clearly faster. A candidate that raises is dropped from its problem, with one line in the log.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
 
 logger = logging.getLogger(__name__)
 ROWS = (1, 8, 16, 32, 64, 128, 256)
-"""Ends of the ranges of rows; one more goes on to any number."""
+"""Ends of the ranges of rows; a last range is unbounded."""
 LARGE = 2048
-"""Rows that stand for the last range, and tokens of the prompt that stands for all of a step with prompts."""
+"""Rows measured for the last range, and tokens of the prompt measured for steps with prompts."""
 
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """Calls that are alike but for their rows."""
+    """Calls that differ only in their number of rows."""
 
     op: str
     shapes: str
-    """Everything that does not change from step to step."""
+    """Everything that is the same in every step."""
     labels: str
     """Names of the candidates."""
 
 
 @dataclass
 class Calls:
-    """The nodes of a problem, and what can compute them, less what was seen to fail."""
+    """The nodes of a problem and their candidates, without those that failed."""
 
     nodes: list[fx.Node]
     candidates: list[Implementation]
@@ -62,7 +62,7 @@ def tune_kernels(
     graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, target: Target, progress: Progress,
     timer: Timer | None = None, kernels: Kernels | None = None,
 ) -> None:  # fmt: skip
-    """Gives every node of several candidates its choices, meta["choices"]. `weights` by get_attr target."""
+    """Sets the choices of every node with several candidates, meta["choices"]. `weights` by get_attr target."""
     problems = _problems(graph, kernels or Kernels(target), config.batch_invariant)
     tuner = _Tuner(weights, config, target, timer or CardTimer())
     chosen = measured_once(
@@ -75,7 +75,7 @@ def tune_kernels(
 
 
 def is_choice(of: Sequence[Implementation], choice: object) -> bool:
-    """Whether it names a candidate for every phase and number of rows."""
+    """Whether the choice names a candidate for every phase and number of rows."""
     default = default_choices(of)
     return isinstance(choice, dict) and choice.keys() == default.keys() and all(
         isinstance(ranges, list) and ranges and all(_is_range(of, phase, found) for found in ranges)
@@ -100,15 +100,15 @@ class _Tuner:
         self._timer = timer
 
     def choose(self, problem: Problem, calls: Calls) -> dict[str, list[list]]:
-        """By phase [rows up to which, label of the fastest]."""
+        """Per phase, a list of [upper bound of rows, label of the fastest candidate]."""
         default = default_choices(calls.candidates)
         found = {phase: self._ranges(problem, calls, phase, ranges) for phase, ranges in default.items()}
         if self._device == "cuda":
-            torch.cuda.empty_cache()  # for the next one, and in the end for who sizes caches by what is free
+            torch.cuda.empty_cache()  # for the next problem, and finally for sizing caches by free memory
         return found
 
     def _ranges(self, problem: Problem, calls: Calls, phase: str, default: Sequence[tuple[int, str]]) -> list[list]:
-        """Neighbours of one label are made one."""
+        """Merges adjacent ranges with the same label."""
         found: list[list] = []
         for end, rows in self._sizes(phase):
             label = self._fastest(problem, calls, phase, end, rows, chosen_label(default, end))
@@ -118,7 +118,7 @@ class _Tuner:
         return found
 
     def _sizes(self, phase: str) -> list[tuple[int, int]]:
-        """(end of a range, rows that are measured for it). What no step reaches is measured at what one does."""
+        """(end of a range, rows measured for it). Rows are capped at those of the largest step."""
         tokens, seqs = self._config.max_num_batched_tokens, self._config.max_num_seqs
         if phase == PREFILL:
             return [(ANY, max(2, min(LARGE, tokens)))]
@@ -147,9 +147,9 @@ class _Tuner:
 
 
 def _problems(graph: fx.GraphModule, kernels: Kernels, is_invariant: bool) -> dict[Problem, Calls]:
-    """In the graph's order; only of weights that are constants, which is what is measured with.
+    """Problems in graph order, only with constant weights, since measuring uses the real ones.
 
-    With batch invariance only ops without sums: which kernel sums a row must not depend on the number of rows.
+    Under batch invariance only ops without reductions: the kernel that reduces a row must not depend on their number.
     """
     nodes: dict[Problem, list[fx.Node]] = defaultdict(list)
     found: dict[Problem, list[Implementation]] = {}
@@ -167,7 +167,7 @@ def _problems(graph: fx.GraphModule, kernels: Kernels, is_invariant: bool) -> di
 
 
 def _key(problems: Mapping[Problem, Calls], config: CompileConfig, target: Target) -> str:
-    """Problems, kernels, libraries, card and the sizes of steps decide."""
+    """Cache key: problems, kernels, libraries, device and sizes of steps."""
     sources = sorted(Path(kernel_files.__file__).parent.rglob("*.py"))
     native = sorted(Path(_C.__file__).parent.glob("*.so"))
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*native, *sources)]

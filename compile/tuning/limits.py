@@ -1,4 +1,4 @@
-"""Limits of a machine, measured with torch: memory bandwidth and rate of matrix products, for shares of kernels."""
+"""Limits of a machine, measured with torch: memory bandwidth and matrix product rate, to rate kernels against."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fuseline import _C
 from fuseline.compile.tuning.clock import Clock
 
 MOVED_BYTES = 1 << 30
-"""Size of what is read or copied: far larger than any cache."""
+"""Bytes read or copied, far more than any cache holds."""
 CPU_SIZE = 2048
-"""Rows, columns and depth of the product that a CPU is measured with."""
+"""Rows, columns and depth of the product measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ def measure_limits(
     clock: Clock, device: str = "cpu", dtype: torch.dtype = torch.float32, num_bytes: int = MOVED_BYTES,
     size: int = CPU_SIZE,
 ) -> Limits:  # fmt: skip
-    """Limits of the device, on a CPU with the threads that torch is set to."""
+    """Measures the device's limits; a CPU uses torch's current number of threads."""
     return Limits(memory_bandwidth(clock, device, num_bytes), matrix_rate(clock, device, dtype, size))
 
 
 def memory_bandwidth(clock: Clock, device: str = "cpu", num_bytes: int = MOVED_BYTES) -> float:
-    """Bytes a second: on a CPU read by a sum, on a GPU read and written by a copy, which saturates it."""
+    """Bytes per second: a CPU reads for a sum, a GPU reads and writes for a copy, which saturates it."""
     if device == "cpu":
         data = torch.ones(num_bytes // 8, dtype=torch.float64)
         return num_bytes / clock(data.sum)
@@ -42,7 +42,7 @@ def memory_bandwidth(clock: Clock, device: str = "cpu", num_bytes: int = MOVED_B
 
 
 def matrix_rate(clock: Clock, device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = CPU_SIZE) -> float:
-    """Operations a second of torch's square product.
+    """Operations per second of torch's square matrix product.
 
     A CPU is measured in float32; its rate in bfloat16 is twice that where it has an instruction for bf16 dot products.
     """

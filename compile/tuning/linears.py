@@ -1,7 +1,7 @@
-"""Level 3: how each matrix product of a model is cut, measured once on this machine and kept in the cache.
+"""Level 3: the tiling of each matrix product of a model, measured once per machine and cached.
 
-A choice says which weights lie side by side in registers and how many a thread claims at once
-(csrc/cpu/kernels/linear.cpp), never in which order an output is summed: any choice gives the same bits.
+A choice sets the register tile and the chunk that a thread claims at once (csrc/cpu/kernels/linear.cpp), never the
+summation order of an output: every choice gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
 TUNE_LEVEL = 3
 KERNEL = "linear"
 ROWS = (1, 4, 12, 48, 256)
-"""Stand for the ranges of rows that the kernel tells apart: up to 1, 6, 14, 64, and more."""
+"""Rows measured for each of the kernel's ranges: up to 1, 6, 14, 64, and more."""
 GROUPS = (1, 2, 3)
 WIDTHS = (1, 2, 4, 8, 16)
-"""Codes of the kernel; 0 leaves either to it."""
+"""Kernel codes for panels per tile (GROUPS) and per chunk (WIDTHS); code 0 leaves the value to the kernel."""
 MAX_TENSORS = 16
-"""Weights of one shape that are read in turns, so that none is found in a cache."""
+"""Maximum number of weights of one shape, read in turn so that none stays in a cache."""
 SLOW_SECONDS = 0.005
-"""A product that takes longer is left to the kernel: measuring it would hold up the start."""
+"""Slower products keep the kernel's default: measuring them would delay startup."""
 ROUNDS = 3
 
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """Sizes and dtypes that decide how a product is best cut."""
+    """Sizes and dtypes that determine the best tiling of a product."""
 
     num_k: int
     num_out: int
@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Product:
-    """Calls that are alike: one of their nodes' tensors each."""
+    """Calls of the same shape, one per node."""
 
     panels: Sequence[Tensor]
     bias: Tensor | None
@@ -66,7 +66,7 @@ def tune_linears(
     graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, progress: Progress,
     measure: Measure | None = None,
 ) -> None:  # fmt: skip
-    """Gives every node that the native kernel `linear` computes its choices, meta["choices"].
+    """Sets meta["choices"] of every node that the native kernel `linear` computes.
 
     `weights` by get_attr target.
     """
@@ -82,7 +82,7 @@ def tune_linears(
 
 
 def seconds_of(product: Product, rows: int, choices: Sequence[int]) -> list[float]:
-    """Shortest mean time of a call over all tensors, choices in turns; nothing is measured of a slow product."""
+    """Minimum of the mean time per call over all tensors, choices interleaved; slow products are skipped."""
     x = torch.randn(rows, product.panels[0].shape[1]).to(product.dtype)
     out = torch.empty(rows, product.num_out, dtype=product.dtype)
 
@@ -99,7 +99,7 @@ def seconds_of(product: Product, rows: int, choices: Sequence[int]) -> list[floa
 
 
 def _nodes(graph: fx.GraphModule) -> dict[Shape, list[fx.Node]]:
-    """In the graph's order."""
+    """Nodes in graph order."""
     found: dict[Shape, list[fx.Node]] = defaultdict(list)
     for node in graph.graph.nodes:
         call = plan_call(node, meta_value) if node.op == "call_function" else None
@@ -118,26 +118,26 @@ def _product(alike: Sequence[fx.Node], weights: Mapping[str, Tensor]) -> Product
 
 
 def _choose(product: Product, most_rows: int, measure: Measure) -> int:
-    """A byte for each range of rows."""
+    """One choice byte per range of rows."""
     found = [_choose_byte(product, rows, measure) if rows <= most_rows else 0 for rows in ROWS]
     return int.from_bytes(bytes(found), "little")
 
 
 def _choose_byte(product: Product, rows: int, measure: Measure) -> int:
-    """First the panels of a tile, then those of a chunk."""
+    """Selects the panels of a tile, then the panels of a chunk."""
     best = _best(product, rows, [0, *GROUPS], measure)
     return _best(product, rows, [best, *(best | width << 2 for width in WIDTHS)], measure)
 
 
 def _best(product: Product, rows: int, candidates: Sequence[int], measure: Measure) -> int:
-    """The fastest; the first unless another is clearly faster."""
+    """The fastest choice; the first unless another is clearly faster."""
     seconds = measure(product, rows, [int.from_bytes(bytes([byte] * len(ROWS)), "little") for byte in candidates])
     fastest = min(range(len(candidates)), key=seconds.__getitem__)
     return candidates[fastest if seconds[fastest] < (1 - MIN_GAIN) * seconds[0] else 0]
 
 
 def _key(nodes: Mapping[Shape, object]) -> str:
-    """Products, kernels, processor and threads decide."""
+    """Cache key: products, kernels, processor and threads."""
     kernels = hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()
     parts = (kernels, _C.cpu_isa(), _C.num_threads(), cpu_features(), sorted(nodes))
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -11,10 +11,10 @@ import torch
 
 @contextmanager
 def recording(pool: tuple[int, int] | None = None) -> Iterator[torch.cuda.CUDAGraph]:
-    """What this thread gives the current stream becomes a graph, over memory of the pool (None: of one of its own).
+    """Captures this thread's work on the current stream as a graph in the pool's memory (None: a new pool).
 
-    Not torch.cuda.graph(): it stops the whole device first. Other threads go on, whatever they ask of the device but to
-    wait for all of it. What is raised within is what comes out: the capture that it has spoilt ends in another error.
+    Not torch.cuda.graph(), which synchronizes the device first. Other threads may use the device meanwhile, except to
+    synchronize all of it. An exception in the body propagates, not the error of the capture that it invalidated.
     """
     graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -36,10 +36,10 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-    """Of a spoilt capture torch (2.11 to 2.13) forgets to tell its allocators, which go on asking the graph whether a
-    stream records. So it lives forever; and as long as they think that something records, they give nothing back."""
+    """After an invalidated capture torch (2.11 to 2.13) does not notify its allocators, which keep asking the graph if
+    a stream is capturing. So the graph is kept alive forever; until notified, the allocators free no memory."""
     pythonapi.Py_IncRef(py_object(graph))
     device = torch.cuda.current_device()
     for tell in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-        with suppress(RuntimeError):  # it was told: the graph could not be made of what was recorded
+        with suppress(RuntimeError):  # already notified: instantiating the graph failed
             tell(device, pool)

@@ -1,4 +1,4 @@
-"""How long a kernel takes on a card."""
+"""Times a kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Arguments:
-    """Calls of one op and size, one tuple for each weight that is read in turns. `host`: inputs to prepare for them."""
+    """Calls of one op and size, one tuple per weight, used in turn. `host`: their host inputs to `prepare`."""
 
     calls: Sequence[tuple]
     host: Mapping[str, Tensor] | None = None
@@ -26,22 +26,22 @@ class Arguments:
 
 class Timer(Protocol):
     def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
-        """Seconds that the device takes for one call. Raises what the candidate raises."""
+        """Seconds of device time per call. Propagates errors of the candidate."""
 
 
 class CardTimer:
-    """Time of a captured graph of the calls, which the host cannot hold up; the L2 cache is cold before a replay."""
+    """Times a captured graph of the calls, free of host overhead; the L2 cache is cold before a replay."""
 
     def __init__(self, device: str = "cuda") -> None:
         self._clock = DeviceClock(device, REPEATS, warm_ups=1)
         self._stream = torch.cuda.Stream()
 
     def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
-        self._stream.wait_stream(torch.cuda.current_stream())  # the arguments are made there
+        self._stream.wait_stream(torch.cuda.current_stream())  # the arguments are computed there
         with torch.cuda.stream(self._stream):
             if candidate.prepare:
                 candidate.prepare(arguments.host)
-            candidate.run(*arguments.calls[0])  # compiles and takes workspaces, which a capture must not do
+            candidate.run(*arguments.calls[0])  # compiles and allocates workspaces, not allowed during capture
             self._stream.synchronize()
             with recording() as graph:
                 for args in arguments.calls:

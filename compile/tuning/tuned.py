@@ -1,6 +1,6 @@
-"""What was measured once on this machine, in the cache: a choice for each problem, as JSON.
+"""Cached tuning results of this machine: a choice for each problem, as JSON.
 
-A problem is a frozen dataclass of JSON's own types; the file is named by all that the measurements depend on.
+A problem is a frozen dataclass of JSON types; the file is named by everything that the measurements depend on.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Problem = TypeVar("Problem")
 Choice = TypeVar("Choice")
 Progress = Callable[[str, int, int], None]
 MIN_GAIN = 0.03
-"""A measured gain that is less may be noise."""
+"""Smallest measured gain that counts; less may be noise."""
 
 
 def measured_once(
     config: CompileConfig, key: str, problems: Sequence[Problem], choose: Callable[[Problem], Choice],
     is_choice: Callable[[Problem, object], bool], progress: Progress,
 ) -> dict[Problem, Choice]:  # fmt: skip
-    """What `choose` says of each, or said before. `progress` is called with ("tuning", done, all) while measuring."""
+    """The result of `choose` per problem, cached. Calls `progress` with ("tuning", done, all) while measuring."""
     path = cache_path(config, "tuned", key)
     choices = read_cached(path, lambda body: parse(body, problems, is_choice), "it is measured again")
     if choices is None:
@@ -45,7 +45,7 @@ def body_of(choices: Iterable[tuple[object, object]]) -> bytes:
 def parse(
     body: bytes, problems: Sequence[Problem], is_choice: Callable[[Problem, object], bool]
 ) -> dict[Problem, object]:
-    """Raises CacheError."""
+    """Parses cached choices. Raises CacheError."""
     try:
         found = {tuple(fields): choice for *fields, choice in json.loads(body)}
     except (ValueError, TypeError) as error:

@@ -25,7 +25,7 @@ from fuseline.engine.state.sequence import Sequence
 
 
 class Model(Protocol):
-    """The part of a CompiledModel that the engine uses."""
+    """The part of a compiled model (CpuModel, CudaModel) that the engine uses."""
 
     info: ModelInfo
 

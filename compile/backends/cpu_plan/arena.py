@@ -1,4 +1,4 @@
-"""Places buffers in one arena so that those alive at the same time never overlap."""
+"""Places buffers in one arena so that buffers with overlapping lifetimes never overlap in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ALIGNMENT = 64
 
 @dataclass
 class Buffer:
-    """Memory of one lowered value: alive from step `first` to step `last`, both included."""
+    """Memory of one lowered value, live from step `first` through step `last`."""
 
     num_bytes: int
     first: int
@@ -18,7 +18,7 @@ class Buffer:
 
 
 def place(buffers: list[Buffer]) -> int:
-    """Sets every offset; returns the arena's size in bytes. Largest first, each at the lowest offset that is free."""
+    """Sets every offset; returns the arena's size in bytes. Largest first, each at the lowest free offset."""
     placed: list[Buffer] = []
     for buffer in sorted(buffers, key=lambda b: -b.num_bytes):
         size = -(-buffer.num_bytes // ALIGNMENT) * ALIGNMENT

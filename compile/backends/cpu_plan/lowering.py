@@ -1,8 +1,8 @@
 """A graph lowered to native calls, views and Python regions, on meta tensors of two sets of sizes (sizes.py).
 
-Views cost nothing: torch tells which storage a result lives in, with which strides. An op with a native kernel becomes
-a call that writes a buffer of the arena; a run of ops without one becomes a region that torch computes. The ops
-that the pass cut_regions gave one of the `marks` belong to that region although some of them have kernels.
+Views cost nothing: torch reports the storage and strides of a result. An op with a native kernel becomes a call that
+writes a buffer of the arena; consecutive ops without one become a region that torch computes. Ops that the pass
+cut_regions gave one of the `marks` belong to that region even if they have kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MakeInputs = Callable[[Mapping[str, int]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a storage lives: in the arena (`buffer`), or behind a slot (an input, a weight, a cache)."""
+    """Location of a storage: a `buffer` of the arena, or a slot (an input, a weight, a cache)."""
 
     slot: str = ""
     buffer: Buffer | None = None
@@ -62,13 +62,13 @@ class Lowered:
     graph: fx.GraphModule
     steps: list[Call | Region]
     values: Values
-    """Of every node."""
+    """Values of all nodes."""
     places: dict[int, Place]
-    """By storage."""
+    """Places by storage key."""
     buffers: list[Buffer]
     output: fx.Node
     min_tokens: int
-    """The graph has these shapes from so many tokens on: x[:, -3:] has another shape for fewer than 3."""
+    """Fewest tokens for which the shapes hold: x[:, -3:] has another shape for fewer than 3."""
 
 
 class Lowering:
@@ -87,7 +87,7 @@ class Lowering:
         self._limits = [limits[name] for name in SYMBOLS]
 
     def run(self) -> Lowered:
-        """A graph whose shapes are not linear in the unknown sizes has no steps: torch computes it as it is."""
+        """Lowers the graph; one whose shapes are not linear in the unknown sizes gets no steps: torch computes it."""
         first, second = (
             _Interpretation(self._graph, self._make_inputs(sizes), self._marks).run() for sizes in (FIRST, SECOND)
         )
@@ -103,7 +103,7 @@ class Lowering:
     def _join(
         self, first: _Interpretation, second: _Interpretation, values: Values
     ) -> tuple[list[Call | Region], list[Buffer]]:
-        """Steps and buffers of sizes that both interpretations agree on. Raises SizeError."""
+        """Steps and buffers with symbolic sizes from both interpretations. Raises SizeError."""
         if [step.kind for step in first.steps] != [step.kind for step in second.steps]:
             raise SizeError("other numbers of tokens need other kernels")
         for buffer, other in zip(first.buffers, second.buffers, strict=True):
@@ -115,11 +115,11 @@ class Lowering:
         for region in (step for step in steps if isinstance(step, Region)):
             borders += [*region.inputs, *(node for node, _ in region.outputs)]
         for node in borders:
-            values[node]  # read now, not while a request waits
+            values[node]  # evaluated now, not while a request waits
         return steps, first.buffers
 
     def _min_tokens(self, values: Values) -> int:
-        """Raises SizeError where even the largest step has other shapes."""
+        """Smallest step with the lowered shapes. Raises SizeError if even the largest step has other shapes."""
         high = 1
         while not self._agrees(values, high):
             if high >= self._limits[0]:
@@ -128,7 +128,7 @@ class Lowering:
         return bisect_left(range(high), True, lo=high // 2 + 1, key=lambda number: self._agrees(values, number))
 
     def _agrees(self, values: Values, number: int) -> bool:
-        """Whether the graph's shapes in a small step are those that `values` give."""
+        """Whether the graph's shapes in a small step match `values`."""
         sizes = small_sizes(number)
         inputs, symbols = self._make_inputs(sizes), [sizes[name] for name in SYMBOLS]
         found: dict[fx.Node, object] = {}
@@ -136,7 +136,7 @@ class Lowering:
             if node.op == "call_function":
                 try:
                     found[node] = call_on_meta(node, found)
-                except (RuntimeError, IndexError, ValueError):  # as torch says that a shape is impossible
+                except (RuntimeError, IndexError, ValueError):  # torch's errors for an impossible shape
                     return False
                 if not agrees(values, node, found[node], symbols):
                     return False
@@ -152,13 +152,13 @@ def _join_calls(first: _Call, second: _Call) -> Call:
 
 
 def source_on_meta(node: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor:
-    """A meta tensor of its own for an input or a constant."""
+    """A new meta tensor for an input or a constant."""
     like = inputs[str(node.target)] if node.op == "placeholder" else node.meta["val"]
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
 
 def call_on_meta(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
-    """The node's op on the meta values of its arguments."""
+    """Calls the node's op on the meta values of its arguments."""
 
     def value(arg: object) -> object:
         if arg == torch.device("cpu"):
@@ -183,7 +183,7 @@ class _Call:
 
 
 class _Interpretation:
-    """A graph interpreted for one set of sizes. Buffers have the bytes of these sizes."""
+    """A graph interpreted for one set of sizes, which determine the bytes of its buffers."""
 
     def __init__(self, graph: fx.GraphModule, inputs: Mapping[str, Tensor], marks: Set[int]) -> None:
         self._graph = graph
@@ -207,7 +207,7 @@ class _Interpretation:
         return self
 
     def _draw_borders(self) -> None:
-        """What stays inside a region needs no buffer."""
+        """Drops buffers of values that are used only inside a region."""
         regions = [step for step in self.steps if isinstance(step, Region)]
         for key in draw_borders(regions, self.values):
             del self._buffer_of[key]
@@ -240,12 +240,12 @@ class _Interpretation:
             self._add_call(native, tensors, node.name)
 
     def _add_cat(self, node: fx.Node, result: Tensor) -> None:
-        """A copy of each part into its place."""
+        """Lowers a concatenation to one copy per part."""
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         self._new_buffer(result, len(self.steps))
         begin = 0
         for part in node.args[0]:
-            if self.value(part).shape == (0,):  # torch.cat takes it beside parts of any shape
+            if self.value(part).shape == (0,):  # torch.cat accepts it with parts of any shape
                 continue
             size = self.value(part).shape[dim]
             self._add_call(PlanCall("copy", (part,)), [result.narrow(dim, begin, size)], node.name)
@@ -253,7 +253,7 @@ class _Interpretation:
         self._use([result], len(self.steps) - 1)
 
     def _meta_result(self, node: fx.Node, is_in_region: bool) -> object:
-        """The op on meta tensors. Outside of regions a reshape that must copy becomes a copy, and a view of that."""
+        """Calls the op on meta tensors. Outside regions a reshape that must copy becomes a copy and a view of it."""
         result = call_on_meta(node, self.values)
         if is_in_region or node.target is not aten.reshape.default or storage_key(result) in self.places:
             return result

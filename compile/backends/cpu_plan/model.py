@@ -22,7 +22,7 @@ Executable = EagerExecutable | PlanExecutable | StepPlans
 
 
 class CpuModel:
-    """Runs steps on a CPU; the output of one is valid until the next."""
+    """Runs steps on a CPU; the output of a step is valid until the next step."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class CpuModel:
         self._upgrade: RegionUpgrade | None = None
 
     def compile_regions(self, upgrade: RegionUpgrade) -> None:
-        """Starts the upgrade; the first step after it is done runs on compiled regions."""
+        """Starts the upgrade; steps use the compiled regions once it is done."""
         self._upgrade = upgrade
         weakref.finalize(self, upgrade.stop.set)
         upgrade.start()
@@ -56,7 +56,7 @@ class CpuModel:
         return self._swap()
 
     def _swap(self) -> bool:
-        """Between steps only: the output of the last step lies in the old plan's memory."""
+        """Switches plans, between steps only: the output of the last step is in the old plan's memory."""
         upgraded, self._upgrade = self._upgrade.result, None
         if upgraded is None:
             return False
@@ -65,14 +65,14 @@ class CpuModel:
         return True
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
-        """`num_blocks` per cache group."""
+        """Allocates `num_blocks` blocks per cache group."""
         pages = Pages()
         for name, (shape, dtype) in cache_tensors(self.info, num_blocks, self._block_size).items():
             self._caches[name] = pages.zeros(shape, dtype)
         self._executable.bind(self._caches)
 
     def run(self, inputs: StepInputs) -> StepOutput:
-        """Computes one step. Tokens that `sources` names must have been sampled, since a CPU waits for its steps."""
+        """Computes one step. Tokens named by `sources` must already be sampled: a CPU runs steps synchronously."""
         if self._upgrade is not None and not self._upgrade.is_alive():
             self._swap()
         if inputs.sources is not None:

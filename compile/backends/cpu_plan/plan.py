@@ -1,7 +1,6 @@
 """Level 1 and up: the lowered graph as a C++ list of kernel calls over one arena, replayed without Python.
 
-Where ops have no kernel of ours, the list is cut: the calls before and after are replayed, torch computes what
-is between.
+Ops without a native kernel split the list: calls before and after them are replayed, torch computes the ops between.
 """
 
 from __future__ import annotations
@@ -46,16 +45,16 @@ class RegionKernel:
 
 
 class PlanExecutable:
-    """Runs a lowered graph. `weights` by get_attr target; inputs come by placeholder name."""
+    """Runs a lowered graph. `weights` are keyed by get_attr target, inputs by placeholder name."""
 
     def __init__(
         self, lowered: Lowered, weights: Mapping[str, Tensor], kernels: Mapping[int, RegionKernel] | None = None
     ) -> None:
-        """`kernels`: compiled regions by their mark."""
+        """`kernels`: compiled regions by mark."""
         self._lowered = lowered
         self._kernels = kernels or {}
         self.arena_bytes = place(lowered.buffers)
-        # Pages of the arena are touched only as far as the largest step so far reached.
+        # Arena pages are touched only up to the largest step so far.
         self._arena = torch.empty(self.arena_bytes + 64, dtype=torch.uint8)
         self._base = -self._arena.data_ptr() % 64
         self._lasting = dict(weights)
@@ -79,7 +78,7 @@ class PlanExecutable:
         return self._plan.num_calls
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Tensors of inputs that stay for all runs to come: the caches."""
+        """Sets inputs that persist for all later runs: the caches."""
         self._lasting |= tensors
         for name, tensor in tensors.items():
             if name in self._slots:
@@ -88,7 +87,7 @@ class PlanExecutable:
         self._num_blocks = next((v.shape[0] for k, v in self._lasting.items() if is_cache(k)), 0)
 
     def run(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The graph's output, valid until the next run. `values`: all inputs that are not bound."""
+        """Returns the graph's output, valid until the next run. `values`: all inputs that are not bound."""
         symbols = self._symbols(values)
         if symbols[0] < self._lowered.min_tokens:
             return self._run_torch(values)
@@ -111,7 +110,7 @@ class PlanExecutable:
         return self._plan.to_text()
 
     def _symbols(self, values: Mapping[str, Tensor]) -> list[int]:
-        """Values of SYMBOLS in one step."""
+        """Values of SYMBOLS for one step."""
         sequences = values["seq_lens"].shape[0]
         return [
             values["token_ids"].shape[1], sequences, sequences + 1, values["logits_rows"].shape[0],
@@ -142,7 +141,7 @@ class PlanExecutable:
         return self._tensors[key]
 
     def _run_torch(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The whole graph with reference ops, for a step too small for the lowered shapes."""
+        """Runs the whole graph with reference ops, for a step too small for the lowered shapes."""
         known = self._lasting | values
         done: dict[fx.Node, object] = {}
         for node in self._lowered.graph.graph.nodes:
@@ -195,14 +194,14 @@ class PlanExecutable:
 
 
 def _in_bytes(offset: Size, item_bytes: int, begin: int) -> Size:
-    """An offset in elements from `begin` as one in bytes."""
+    """Converts an offset in elements from `begin` to bytes."""
     if isinstance(offset, Linear):
         return Linear(offset.constant * item_bytes + begin, offset.factor * item_bytes, offset.symbol)
     return offset * item_bytes + begin
 
 
 def merge(steps: list[Segment | Region]) -> list[Segment | Region]:
-    """Neighbouring segments become one."""
+    """Merges adjacent segments."""
     merged: list[Segment | Region] = []
     for step in steps:
         if isinstance(step, Segment) and merged and isinstance(merged[-1], Segment):
@@ -213,13 +212,13 @@ def merge(steps: list[Segment | Region]) -> list[Segment | Region]:
 
 
 def limits_of(config: CompileConfig) -> dict[str, int]:
-    """Largest value of each symbol; caches and block tables are no part of the arena."""
+    """Largest value of each symbol; caches and block tables are not in the arena."""
     seqs = config.max_num_seqs
     return {"T": config.max_num_batched_tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1}
 
 
 def meta_inputs(graph: fx.GraphModule, block_size: int, same: Mapping[str, str] | None = None) -> MakeInputs:
-    """Makes inputs by placeholder name from sizes. `same`: symbols that have another one's size."""
+    """Makes inputs by placeholder name from sizes. `same`: symbols whose size equals another symbol's."""
     likes = {str(node.target): node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")}
     return partial(_meta_inputs, likes, block_size, same or {})
 

@@ -1,4 +1,4 @@
-"""One op by itself: its native kernel called on real tensors, as a plan calls it."""
+"""A single op: its native kernel called on real tensors, as a plan calls it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fuseline.compile.kernels.registry import PlanCall
 from fuseline.compile.ops.library import Op
 
 COPIED_BYTES = 256 << 10
-"""Smaller tensors are in the caches of a CPU anyway, in a model as here."""
+"""Tensors from this size on are copied; smaller ones stay in CPU caches, as they do in a model."""
 ROTATED_BYTES = 128 << 20
 MAX_COPIES = 256
 
 
 @dataclass(frozen=True)
 class SingleCall:
-    """The native call that lowering makes of the op with these arguments; outputs, then mutated, then inputs."""
+    """The native call to which the op lowers with these arguments; tensors are outputs, mutated, inputs."""
 
     native: PlanCall
     tensors: tuple[Tensor | None, ...]
@@ -31,12 +31,12 @@ class SingleCall:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors, once."""
+        """Total bytes, each tensor counted once."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors if tensor is not None)
 
 
 def single_call(op: Op, args: Sequence[object]) -> SingleCall:
-    """Raises ValueError for an op without a kernel."""
+    """Builds the native call. Raises ValueError for an op without a kernel."""
     graph, values = fx.Graph(), {}
 
     def node_of(arg: object) -> object:
@@ -59,7 +59,7 @@ def single_call(op: Op, args: Sequence[object]) -> SingleCall:
 
 
 def time_call(call: SingleCall, repeats: int) -> float:
-    """Median seconds. What is large is read from memory each time: calls in turns, each on a copy of its own."""
+    """Median seconds per call. Calls rotate over copies of large tensors, so each reads them from memory."""
     large = sum(t.nbytes for t in call.tensors if t is not None and t.nbytes >= COPIED_BYTES)
     num_copies = min(MAX_COPIES, -(-ROTATED_BYTES // large)) if large else 1
     plan, kept = _C.Plan(), []

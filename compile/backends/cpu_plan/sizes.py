@@ -1,12 +1,12 @@
 """Sizes known only at run time, read from two interpretations of a graph.
 
-A graph is interpreted on meta tensors twice, with FIRST and with SECOND for its unknown sizes, so torch's own rules do
-all arithmetic of shapes, strides and offsets. `read` tells from the two numbers what a number is:
+A graph is interpreted on meta tensors twice, with FIRST and with SECOND for its unknown sizes, so torch computes all
+shapes, strides and offsets. `read` recovers the symbolic size from the two numbers:
 
     768, 768                                     ->  768
     5 + 64 * FIRST["T"], 5 + 64 * SECOND["T"]    ->  Linear(5, 64, 0): 5 + 64 T
 
-The two values of a size differ by a large prime of its own, so a difference names its size.
+The two values of each size differ by a distinct large prime, so a difference identifies its size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIRST = {"T": 1000003, "S": 1000033, "S1": 1000037, "R": 1000039, "M": 1000081, 
 SECOND = {name: FIRST[name] + step for name, step in STEPS.items()}
 SYMBOLS = tuple(STEPS)
 MAX_FACTOR = 1 << 28
-"""A larger factor is another unknown size."""
+"""A larger factor indicates another unknown size."""
 
 
 class SizeError(ValueError):
@@ -52,7 +52,7 @@ def read(first: int, second: int) -> Size:
 
 
 def evaluate(size: Size, values: Sequence[int]) -> int:
-    """The number once the sizes are known; `values` in the order of SYMBOLS."""
+    """Evaluates the size for known sizes; `values` in the order of SYMBOLS."""
     return size.constant + size.factor * values[size.symbol] if isinstance(size, Linear) else size
 
 
@@ -64,10 +64,10 @@ def to_json(size: Size) -> int | list[int]:
 
 
 def from_json(value: int | Sequence[int]) -> Size:
-    """Reads what to_json wrote."""
+    """Inverse of to_json."""
     return value if isinstance(value, int) else Linear(*([0] * (3 - len(value))), *value)
 
 
 def small_sizes(number: int) -> Mapping[str, int]:
-    """Sizes of a step with `number` tokens, each a sequence of its own that wants its logits."""
+    """Sizes of a step with `number` sequences of one token each, all with logits."""
     return dict.fromkeys(SYMBOLS, number) | {"S1": number + 1}

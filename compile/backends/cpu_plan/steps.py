@@ -1,11 +1,10 @@
-"""The plans of a model: one for every step and, from level 3 on, one more for steps that only decode.
+"""The plans of a model: one for every step and, from level 3 on, another for decode-only steps.
 
-In a step that only decodes each sequence computes one token and wants its logits: tokens, sequences and rows of logits
-are as many (T = S = R), and the rows are all there are:
+In a decode-only step each sequence computes one token and needs its logits: T = S = R, and every row is selected:
 
     gather_rows(x, logits_rows)   ->   x
 
-Kernels compute each row in one order whatever stands around it, so both plans give the same bits.
+Kernels are batch invariant, so both plans give the same bits.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ DECODE_SAME = MappingProxyType({"S": "T", "R": "T"})
 
 @dataclass(frozen=True)
 class StepKind:
-    """A kind of step: the graph that computes it, which of its sizes are the same, the largest they can be."""
+    """A kind of step: its graph, its equal sizes, and the limits of its sizes."""
 
     graph: fx.GraphModule
     same: Mapping[str, str]
-    """A symbol -> the one that always has its size."""
+    """Symbol -> the symbol that always has the same size."""
     limits: Mapping[str, int]
     block_size: int
 
@@ -43,7 +42,7 @@ class StepKind:
 
 
 def step_kinds(graph: fx.GraphModule, config: CompileConfig) -> list[StepKind]:
-    """The general kind first."""
+    """Kinds of steps, the general one first."""
     limits = limits_of(config)
     kinds = [StepKind(graph, MappingProxyType({}), limits, config.block_size)]
     if config.level >= DECODE_LEVEL:
@@ -53,7 +52,7 @@ def step_kinds(graph: fx.GraphModule, config: CompileConfig) -> list[StepKind]:
 
 
 def decode_graph(graph: fx.GraphModule, config: CompileConfig) -> fx.GraphModule:
-    """A copy that computes the logits of every token."""
+    """A copy of the graph that computes the logits of every token."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
     decode = fx.GraphModule(graph, copied)
@@ -63,17 +62,17 @@ def decode_graph(graph: fx.GraphModule, config: CompileConfig) -> fx.GraphModule
 
 
 def lower(graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> PlanExecutable | StepPlans:
-    """The graph as plans; `weights` by get_attr target."""
+    """Lowers the graph to plans; `weights` by get_attr target."""
     return join([PlanExecutable(kind.lower(), weights) for kind in step_kinds(graph, config)], config)
 
 
 def join(plans: Sequence[PlanExecutable], config: CompileConfig) -> PlanExecutable | StepPlans:
-    """Plans in the order of step_kinds."""
+    """Joins plans, given in the order of step_kinds."""
     return StepPlans(*plans, config.max_num_seqs) if len(plans) > 1 else plans[0]
 
 
 class StepPlans:
-    """Runs each step on the plan of its kind."""
+    """Runs each step with the plan for its kind."""
 
     def __init__(self, general: PlanExecutable, decode: PlanExecutable, max_num_seqs: int) -> None:
         self.general = general

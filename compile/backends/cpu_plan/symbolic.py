@@ -28,14 +28,14 @@ class View:
 
 @dataclass(frozen=True)
 class Unread:
-    """A number that is not linear in the unknown sizes (T // 2, T > 5): it is computed when they are known."""
+    """A number that is not linear in the unknown sizes (T // 2, T > 5), computed once they are known."""
 
 
 class Values(Mapping[fx.Node, Any]):
-    """The value of each node: a View, a Size, or a tuple of such. Read when asked for; raises SizeError."""
+    """The value of each node: a View, a Size, or a tuple of these. Evaluated lazily; raises SizeError."""
 
     def __init__(self, first: Mapping[fx.Node, Any], second: Mapping[fx.Node, Any]) -> None:
-        """Meta values of two interpretations."""
+        """Takes the meta values of the two interpretations."""
         self._first, self._second = first, second
         self._known: dict[fx.Node, Any] = {}
 
@@ -52,7 +52,7 @@ class Values(Mapping[fx.Node, Any]):
 
 
 def symbolic(first: Any, second: Any) -> Any:
-    """The value that both interpretations agree on. Raises SizeError for a tensor with a size that is not linear."""
+    """The symbolic value of two meta values. Raises SizeError for a tensor with a nonlinear size."""
     if isinstance(first, Tensor):
         sizes, strides = (
             tuple(read(a, b) for a, b in zip(one, other, strict=True))
@@ -77,10 +77,10 @@ def views_of(value: Any) -> list[View]:
 
 
 def agrees(values: Values, node: fx.Node, small: Any, symbols: Sequence[int]) -> bool:
-    """Whether the node's value, when sizes are `symbols`, has the shape of the meta value `small`."""
+    """Whether the node's value for the sizes `symbols` has the shape of the meta value `small`."""
     try:
         return _is_alike(values[node], small, symbols)
-    except SizeError:  # read by nothing but torch, which asks for the shape when it computes
+    except SizeError:  # used only by torch, which computes the shape at run time
         return True
 
 

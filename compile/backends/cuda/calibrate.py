@@ -1,7 +1,7 @@
-"""One run of a card's graph that finds the scales of its fp8 caches in the keys and values it is about to write.
+"""Calibrates the scales of fp8 caches from the keys and values of one step.
 
-The scales are written in place, before what they scale: captured graphs, which know them by address, have them from
-then on. Nothing is waited for.
+The scales are updated in place before the cache writes that use them. Captured graphs read them by address and so see
+the new values. The host never waits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fuseline.compile.ops.library import Op
 
 
 class Calibration(fx.Interpreter):
-    """`writes`: by the name of each node of the program that writes a cache, the op that it is."""
+    """`writes`: the ops that write a cache, by the name of their node in the program."""
 
     def __init__(self, program: fx.GraphModule, writes: Mapping[str, Op]) -> None:
         super().__init__(program)
@@ -35,9 +35,9 @@ def _set_scales(op: Op, *args: object) -> None:
 
 
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[1] float32; 1 of numbers that are all 0, or not finite.
+    """The scale of a tensor, [1] float32; 1 if its values are all 0 or not finite.
 
-    The largest comes to lie at half of what the cache's dtype holds, so that later ones may be twice as large.
+    The largest magnitude maps to half the maximum of the cache's dtype, so later values may be twice as large.
     """
     largest = x.abs().amax().float().reshape(1)
     top = torch.finfo(dtype).max / 2

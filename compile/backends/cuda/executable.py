@@ -1,8 +1,8 @@
-"""A graph for a card: each op's kernel called in turn, on the current stream, waiting for nothing.
+"""A graph on a GPU: launches the kernel of each op on the current stream without waiting.
 
-Results come from torch's caching allocator and go back to it after their last use; under graph capture that is the
-graph's own pool. Launching this way costs the host some microseconds an op: steps of few tokens are replayed as CUDA
-graphs instead (graphs.py).
+Results are allocated by torch's caching allocator and freed after their last use; under graph capture they come from
+the graph's pool. A launch costs the host some microseconds per op, so steps of few tokens are replayed as CUDA graphs
+instead (graphs.py).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from fuseline.compile.target import Target
 
 
 class CudaExecutable:
-    """`weights` by get_attr target, on the target's device; inputs come by placeholder name, on it too.
+    """`weights` by get_attr target and inputs by placeholder name, both on the target's device.
 
-    `program` is the graph with each op's kernel in its place; `kernels` are by node of the graph that it was made of,
-    whose names are the program's.
+    `program` is the graph with ops replaced by kernels; `kernels` are keyed by node of the source graph, whose node
+    names the program keeps.
     """
 
     num_regions = 0
@@ -56,11 +56,11 @@ class CudaExecutable:
 
     @property
     def has_prepared(self) -> bool:
-        """Whether a step is to be given to `prepare` before it runs."""
+        """Whether `prepare` must be called before a step runs."""
         return self._finder.has_prepared
 
     def prepare(self, host: Mapping[str, Tensor]) -> None:
-        """The inputs of the step that this thread runs next, by placeholder name, on the host."""
+        """Prepares the next step of this thread from its host inputs, by placeholder name."""
         self._finder.prepare(host)
 
     @property
@@ -68,16 +68,16 @@ class CudaExecutable:
         return self.offload.num_bytes if self.offload else 0
 
     def run(self, values: Mapping[str, Tensor], is_trial: bool = False) -> Tensor:
-        """Logits [1, R, V] float32, of memory that is this call's own.
+        """Returns logits [1, R, V] float32 in newly allocated memory.
 
-        A trial, whose results nobody wants, may run beside other calls: it leaves offloaded weights where they are.
+        A trial run, whose results are discarded, may overlap other calls: it does not fetch offloaded weights.
         """
         if self.offload is not None:
             values = {**values, PREFETCH: self.offload.start(is_trial)}
         return self.program(*(values[name] for name in self._inputs))
 
     def calibrate(self, values: Mapping[str, Tensor]) -> Tensor:
-        """`run`, which first sets the scales of fp8 caches by what the step writes to them."""
+        """Like `run`, but first sets the scales of fp8 caches from the values that the step writes."""
         if self.offload is not None:
             values = {**values, PREFETCH: self.offload.start(is_trial=False)}
         return Calibration(self.program, self._writes).run(*(values[name] for name in self._inputs))
@@ -86,7 +86,7 @@ class CudaExecutable:
 def chosen_kernels(
     graph: fx.GraphModule, kernels: Kernels, constants: Collection[str] = ()
 ) -> dict[fx.Node, Implementation]:
-    """The kernel of every call. Needs no GPU. Raises ValueError for an op that nothing computes."""
+    """The kernel of every call. Needs no GPU. Raises ValueError for an op without a kernel."""
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
     found = {node: kernels.find(node, constants) for node in calls}
     for node, kernel in found.items():
@@ -96,11 +96,11 @@ def chosen_kernels(
 
 
 def count_kernels(graph: fx.GraphModule, target: Target) -> Counter[str]:
-    """How often each kernel is called in a step, without libraries."""
+    """Calls of each kernel per step, without libraries."""
     return Counter(kernel.label for kernel in chosen_kernels(graph, Kernels(target, {})).values())
 
 
 def _constants(graph: fx.GraphModule, offload: Offload | None) -> set[str]:
-    """Targets of weights that stay as they are while the graph runs: not those that come through slots."""
+    """Targets of weights that are constant while the graph runs; excludes weights passed through slots."""
     away = frozenset() if offload is None else offload.keys
     return {str(n.target) for n in graph.graph.nodes if n.op == "get_attr" and constant_name(n) not in away}

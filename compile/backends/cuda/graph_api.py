@@ -1,4 +1,4 @@
-"""What capturing CUDA graphs takes of a device: torch.cuda's graphs on a card; tests have their own."""
+"""Device interface for CUDA graph capture: torch.cuda's graphs on a GPU; tests substitute their own."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Replay = Callable[[], None]
 
 
 class GraphApi(Protocol):
-    """All graphs of one api share a pool of memory. Results own their part of it: once they are dropped, the graphs
-    captured later may write there. `borrowed` reads it all the same.
+    """All graphs of one api share a memory pool. Results own their part of it: once they are dropped, graphs captured
+    later may write there. `borrowed` gives a view without ownership.
     """
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Runs once, and is done when it returns."""
+        """Runs once and waits for completion."""
 
     def capture(self, run: Callable[..., Any], *inputs: object) -> tuple[Replay, Any]:
-        """(what launches run(*inputs) again over the same memory, its results)."""
+        """Returns (a function that replays run(*inputs) in the same memory, its results)."""
 
     def borrowed(self, tensor: Tensor) -> Tensor:
-        """A tensor's memory without its ownership."""
+        """A view of a tensor's memory without ownership."""
 
 
 @dataclass(frozen=True)
 class CaptureStreams:
-    """Two, because a library's workspace belongs to a thread and a stream: a graph writes to that of the stream that it
-    was captured on whenever it is replayed, which a trial run must not do meanwhile.
+    """Two streams, because a library's workspace belongs to a thread and a stream: every replay writes to the workspace
+    of the capture stream, which a concurrent trial run must not share.
 
-    Made once a model: torch deals out 32 streams in turns, so that new ones for each capture would in the end be those
-    that others work on.
+    Created once per model: torch hands out 32 streams round-robin, so new streams for each capture would eventually
+    be in use elsewhere.
     """
 
     captures: torch.cuda.Stream
@@ -48,7 +48,7 @@ class CaptureStreams:
 
 
 class CudaGraphApi:
-    """torch.cuda's graphs, on streams of their own, so that capture and serving do not meet. Of one thread."""
+    """torch.cuda's graphs on dedicated streams, so capture does not interfere with serving. Used by one thread."""
 
     def __init__(self, streams: CaptureStreams) -> None:
         self._streams = streams
@@ -56,9 +56,9 @@ class CudaGraphApi:
         self._has_workspaces = False
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Compiles kernels and lets libraries load theirs, which capture must not do.
+        """Compiles kernels and makes libraries load theirs, which is not allowed during capture.
 
-        Comes after what the default stream has been given so far: weights on their way, caches being zeroed.
+        Ordered after work already on the default stream: weight uploads, zeroing of caches.
         """
         stream = self._streams.trials
         stream.wait_stream(torch.cuda.default_stream(stream.device))
@@ -73,12 +73,12 @@ class CudaGraphApi:
                 with recording(self._pool) as graph:
                     results = run(*inputs)
             except BaseException:
-                self._pool = torch.cuda.graph_pool_handle()  # torch may think that the old one is still recorded to
+                self._pool = torch.cuda.graph_pool_handle()  # torch may consider the old pool still in capture
                 raise
         return graph.replay, results
 
     def _take_workspaces(self) -> None:
-        """cuBLAS's of this thread and stream. Taken within a capture they would keep the pool from being given back."""
+        """Allocates cuBLAS's workspaces for this thread and stream; within a capture they would pin the pool."""
         if not self._has_workspaces:
             x = torch.zeros(16, 16, dtype=torch.bfloat16, device=self._streams.captures.device)
             F.linear(x, x)
@@ -86,7 +86,7 @@ class CudaGraphApi:
             self._has_workspaces = True
 
     def borrowed(self, tensor: Tensor) -> Tensor:
-        """Goes by the bytes of the storage: the interface has no name for bfloat16."""
+        """Views the storage as bytes: the array interface has no bfloat16."""
         storage, item = tensor.untyped_storage(), tensor.element_size()
         if storage.nbytes() == 0:
             return tensor
@@ -96,7 +96,7 @@ class CudaGraphApi:
 
 
 class _Memory:
-    """Bytes on the device as the CUDA array interface (version 2) describes them."""
+    """Device bytes exposed through the CUDA array interface (version 2)."""
 
     def __init__(self, address: int, num_bytes: int) -> None:
         self.__cuda_array_interface__ = {

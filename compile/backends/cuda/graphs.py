@@ -1,12 +1,12 @@
 """Steps as CUDA graphs, captured in the background while steps are launched op by op.
 
-A step of one token a sequence is one graph, whatever the model. A graph is captured for each size of a list and reads
-its inputs from fixed memory; a step is padded to the next size with sequences that have no keys and whose token is kept
-nowhere. Steps that mix prompts and decoding come after, in pieces (piecewise.py). Largest sizes first: what they leave
-in the pool is room for the smaller ones. Capture computes nothing; its trials see inputs of padding only.
+A decode step, of one token per sequence, is one graph for every model. A graph is captured for each size of a list and
+reads its inputs from fixed memory; a step is padded to the next size with sequences that have no keys and whose token
+is not cached. Mixed steps are captured next, as piecewise graphs (piecewise.py). Largest sizes come first, so smaller
+ones reuse their memory in the pool. Capture computes nothing; its trial runs use padding only.
 
-Memory: all graphs share one pool, which they use one after the other. A graph's logits are a view of memory that it
-does not hold: the next replay of any graph may write there, as the contract of run() has it.
+Memory: all graphs share one pool and never run concurrently. A graph's logits are a view without ownership: the next
+replay of any graph may overwrite them, as the contract of run() allows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 class DecodeInputs:
     """Fixed memory of a graph's inputs for up to `size` sequences of one token each.
 
-    `padded` is what pad_decode writes, by field name; the rest never changes.
+    `padded` holds the tensors that pad_decode writes, by field name; the others never change.
     """
 
     def __init__(self, size: int, num_groups: int, width: int, has_rope_switch: bool, device: str) -> None:
@@ -52,7 +52,7 @@ class DecodeInputs:
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """`logits` [1, P, V] holds what the last replay gave."""
+    """A captured decode step; `logits` [1, P, V] holds the result of the last replay."""
 
     replay: Replay
     logits: Tensor
@@ -60,7 +60,7 @@ class DecodeGraph:
 
 @dataclass
 class DecodeGraphs:
-    """Steps of one token a sequence, by the number of sequences that they are padded to."""
+    """Graphs of decode steps, by padded number of sequences."""
 
     executable: CudaExecutable
     caches: Mapping[str, Tensor]
@@ -73,7 +73,7 @@ class DecodeGraphs:
         self._inputs = self.make_inputs(max(self.sizes)) if self.sizes else None
 
     def run(self, step: Mapping[str, Tensor]) -> Tensor | None:
-        """Logits [1, S, V] on the current stream; None if no graph fits the step yet.
+        """Logits [1, S, V] on the current stream; None if no captured graph fits the step.
 
         `step`: fields of StepInputs on the device.
         """
@@ -99,13 +99,13 @@ class DecodeGraphs:
         from fuseline.compile.kernels.triton.batch import pad_decode
 
         inputs = self.make_inputs(size)
-        pad_decode(inputs.padded, inputs.padded, size)  # compiled before a replay needs it
+        pad_decode(inputs.padded, inputs.padded, size)  # compiles it before the first replay
         return self.executable.run({**self.caches, **inputs.values(size)}, is_trial=True)
 
 
 @dataclass
 class CapturedSteps:
-    """All graphs of one executable over one set of caches, and the thread that captures them."""
+    """All graphs of one executable with one set of caches, and the thread that captures them."""
 
     decode: DecodeGraphs
     mixed: MixedGraphs
@@ -116,7 +116,7 @@ class CapturedSteps:
         self._thread: threading.Thread | None = None
 
     def start(self, progress: Progress) -> None:
-        """Captures in the background; `progress` is called with ("capturing graphs", done, all)."""
+        """Captures in the background and calls `progress` with ("capturing graphs", done, all)."""
         self._thread = threading.Thread(target=self._capture_all, args=(progress,), name="capture-graphs", daemon=True)
         self._thread.start()
 
@@ -125,7 +125,7 @@ class CapturedSteps:
             self._thread.join()
 
     def stop(self) -> None:
-        """Captures nothing more; returns when nothing is under way."""
+        """Stops capture; returns once the current capture has ended."""
         self._stop.set()
         self.wait()
 
@@ -139,7 +139,7 @@ class CapturedSteps:
                 try:
                     is_first = size == graphs.sizes[-1]
                     graphs.capture(size, max(self.num_warmups, int(is_first)))
-                except Exception as error:  # serving goes on op by op
+                except Exception as error:  # serving continues op by op
                     logger.warning("no CUDA graph of %d %s: %s: %s", size, kind, type(error).__name__, error)
                     break
                 done += 1

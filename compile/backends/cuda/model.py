@@ -20,7 +20,7 @@ from fuseline.compile.residency.uploads import DeviceInputs
 
 
 class CudaModel:
-    """Runs steps on a GPU; the output of one lies on the device and is valid until the next."""
+    """Runs steps on a GPU; the output of a step stays on the device and is valid until the next step."""
 
     def __init__(self, config, captured, result, weights, executable, device: str, graphs: GraphConfig) -> None:
         self.info = describe(config, captured, result, weights, executable)
@@ -42,22 +42,22 @@ class CudaModel:
         self._weights = Weights(loaded, self._device)
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
-        """Blocks per cache group. Graphs of other caches are given up."""
+        """Allocates `num_blocks` blocks per cache group. Drops graphs captured with earlier caches."""
         self.stop_capture()
         for name, (shape, dtype) in cache_tensors(self.info, num_blocks, self._config.block_size).items():
             self._caches[name] = torch.zeros(shape, dtype=dtype, device=self._device)
 
     def allocate_host_blocks(self, num_blocks: Sequence[int]) -> None:
-        """Blocks per cache group to swap to; allocate_caches comes first."""
-        self._host_caches = None  # gives its memory back first
+        """Allocates host blocks per cache group for swapping; call allocate_caches first."""
+        self._host_caches = None  # frees its memory first
         self._host_caches = HostCaches(self._caches, self.info.cache_groups, num_blocks, self._device)
 
     def swap(self, copies: Sequence[BlockCopy]) -> None:
-        """Copies blocks in this order, before what is run next. Never waits for the device."""
+        """Copies blocks in the given order, before the next step. Never waits for the device."""
         self._host_caches.copy(copies)
 
     def move_weights_to_host(self) -> None:
-        """Until move_weights_back nothing can be run. Graphs are given up."""
+        """Moves weights to host memory and drops graphs; no step can run until move_weights_back."""
         self.stop_capture()
         self._weights.to_host()
 
@@ -65,14 +65,14 @@ class CudaModel:
         self._weights.to_device()
 
     def discard_weights(self) -> None:
-        """For good: the model cannot be run any more."""
+        """Frees the weights permanently; no step can run afterwards."""
         self.stop_capture()
         self._weights.discard()
 
     def capture_graphs(self, progress: Progress | None = None, api: GraphApi | None = None) -> None:
-        """Starts to capture steps as graphs, in the background; allocate_caches comes first.
+        """Starts capturing graphs in the background; call allocate_caches first.
 
-        Raises ValueError for splitting ops that the model has not.
+        Raises ValueError for splitting ops that the model does not contain.
         """
         self.stop_capture()
         api = api or (CudaGraphApi(self._capture_streams) if self._capture_streams else None)
@@ -89,9 +89,8 @@ class CudaModel:
         self.graphs.start(progress or (lambda phase, done, total: None))
 
     def stop_capture(self) -> None:
-        """Drops all graphs and what they hold: their pool goes back to torch's allocator. Steps run op by op until
-        capture_graphs is called again, which has to be after weights or caches have moved. Logits of the last step are
-        not to be read any more.
+        """Drops all graphs and returns their pool to torch's allocator. Steps run op by op until capture_graphs is
+        called again, which is required after weights or caches move. Logits of the last step become invalid.
         """
         if self.graphs is not None:
             self.graphs.stop()
@@ -100,7 +99,7 @@ class CudaModel:
     def run(self, inputs: StepInputs) -> StepOutput:
         """Launches one step and never waits for the device.
 
-        Tokens that `sources` names come from `sampled`, which the step before may still be computing.
+        Tokens named by `sources` are read from `sampled`, which the previous step may still be computing.
         """
         fields = inputs.fields()
         step = self._uploads.upload(fields if inputs.sources is None else {**fields, "sources": inputs.sources})
@@ -109,7 +108,7 @@ class CudaModel:
         if self._executable.has_prepared:
             self._executable.prepare(self._values(fields))
         if self._is_uncalibrated and (inputs.slot_mapping.numpy() >= 0).any():
-            # The first step whose keys are kept; those of a warm-up say nothing.
+            # The first step that writes keys to a cache; a warm-up's keys are meaningless.
             self._is_uncalibrated = False
             return self._wanted(self._executable.calibrate(self._caches | self._values(step)), step)
         logits = self._replayed(inputs, step)
@@ -118,11 +117,11 @@ class CudaModel:
         return self._wanted(logits, step)
 
     def _wanted(self, logits: Tensor, step: Mapping[str, Tensor]) -> StepOutput:
-        """The rows whose logits are wanted."""
+        """Selects the requested rows of logits."""
         return StepOutput(logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"]))
 
     def _replayed(self, inputs: StepInputs, step: Mapping[str, Tensor]) -> Tensor | None:
-        """Logits [1, R, V] by graphs; None if none fits the step."""
+        """Logits [1, R, V] from a graph replay; None if no graph fits the step."""
         if self.graphs is None:
             return None
         logits = self.graphs.decode.run(step) if inputs.only_decodes else None

@@ -1,11 +1,11 @@
-"""Steps that mix prompts and decoding: pieces of the graph are replayed, attention and the logits are launched.
+"""Piecewise graphs for mixed steps: segments are replayed, attention and the logits are launched op by op.
 
-A step is padded to the next number of tokens that pieces were captured for. A token of padding is token 0 at position
-0, whose key and value are kept nowhere; what is computed for it is anything at all, and stays in its own row. Attention
-runs on the step's own tokens, from and to fixed memory of the pool.
+A step is padded to the next captured number of tokens. A padding token is token 0 at position 0, whose key and value
+are not cached; its results are arbitrary and stay in its own row. Attention runs on the step's real tokens, from and to
+fixed memory of the pool.
 
-While pieces are captured, a value is owned until the last part that reads it has been: then the next piece may take its
-memory, as it would op by op. A replay runs the same parts in the same order.
+During capture a value is owned until the last part that reads it is captured; later segments may then reuse its memory,
+as they would op by op. A replay runs the same parts in the same order.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fuseline.compile.graph_inputs import graph_values, narrowed, padding
 from fuseline.compile.kernels.registry import Implementation
 
 Launch = Callable[[Mapping[str, Tensor], int], None]
-"""Of a step's inputs by placeholder name and its number of tokens."""
+"""Takes a step's inputs by placeholder name and its number of tokens."""
 
 
 class TokenInputs:
-    """Fixed memory of what segments read of a step of up to `size` tokens: `padded`, by field name."""
+    """Fixed memory of the segments' inputs for a step of up to `size` tokens: `padded`, by field name."""
 
     def __init__(self, size: int, num_groups: int, has_rope_switch: bool, device: str) -> None:
         self.padded = padding({"T": size}, num_groups, device)
@@ -40,8 +40,8 @@ class TokenInputs:
         return graph_values(narrowed(self.padded, {"T": size}), self._has_rope_switch)
 
     def trial_sequence(self, size: int, block_size: int) -> Values:
-        """The other inputs for one sequence of all tokens, whose blocks are all block 0."""
-        # Nothing comes from the host: waiting for its copies would hold up who serves.
+        """The other inputs for a single sequence of all tokens, with every block being block 0."""
+        # Made on the device: waiting for copies from the host would stall serving.
         tables = padding({"S": 1, "M": -(-size // block_size)}, self._num_groups, self._device)["block_tables"]
         return graph_values({
             "query_start": torch.arange(2, dtype=torch.int32, device=self._device) * size,
@@ -59,7 +59,7 @@ class MixedGraph:
 
 @dataclass
 class MixedGraphs:
-    """Steps of any kind, by the number of tokens that they are padded to."""
+    """Piecewise graphs of any step, by padded number of tokens."""
 
     executable: CudaExecutable
     caches: Mapping[str, Tensor]
@@ -78,13 +78,13 @@ class MixedGraphs:
         self._inputs = self.make_inputs(max(self.sizes))
 
     def run(self, step: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor | None:
-        """Logits [1, R, V] on the current stream; None if the step's size is not captured (yet).
+        """Logits [1, R, V] on the current stream; None if the step's size is not captured.
 
         `step` by field of StepInputs, `values` by placeholder name, both on the device.
         """
         num_tokens = step["token_ids"].shape[0]
         size = next((size for size in self.sizes if size >= num_tokens), None)
-        # Not a larger one that is there already: nobody wants a step of twice the tokens.
+        # A larger captured size is not used: padding could double the tokens.
         graph = self.captured.get(size)
         if graph is None:
             return None
@@ -93,22 +93,22 @@ class MixedGraphs:
         pad_tokens(self._inputs.padded, step, size)
         for launch in graph.launches:
             launch(values, num_tokens)
-        # As many as there are rows wanted; a graph without keep_last_logits gives those of all tokens.
+        # One row per requested logit; a graph without keep_last_logits computes all tokens.
         return graph.tail(values)[:, :num_tokens]
 
     def capture(self, size: int, num_warmups: int) -> None:
         results: Values = {}
-        for _ in range(max(1, num_warmups)):  # one at least, for what the split ops give
+        for _ in range(max(1, num_warmups)):  # at least one, for the results of split ops
             self.api.warm_up(lambda: results.update(self._trial(size)))
         fixed = {**self.caches, **self._inputs.values(size)}
         self.captured[size] = _Capture(self._cuts, self.api, fixed, results).graph()
 
     def _trial(self, size: int) -> Values:
-        """The parts op by op; gives the results of split ops by name, on meta."""
+        """Runs the parts op by op; returns the results of split ops by name, on meta."""
         from fuseline.compile.kernels.triton.batch import pad_tokens
 
         inputs = self.make_inputs(size)
-        pad_tokens(inputs.padded, inputs.padded, size)  # compiled before a replay needs it
+        pad_tokens(inputs.padded, inputs.padded, size)  # compiles it before the first replay
         values = {**self.caches, **inputs.values(size), **inputs.trial_sequence(size, self.block_size)}
         last, results = self._cuts.last_uses(), {}
         for at, part in enumerate(self._cuts.parts):
@@ -123,7 +123,7 @@ class MixedGraphs:
 
 
 class _Capture:
-    """One size on its way: `lent` is what replays read, by name; `owned` is what parts to come still read."""
+    """Capture state of one size: `lent` values are read by replays, `owned` ones by later parts; by name."""
 
     def __init__(self, cuts: Cuts, api: GraphApi, fixed: Values, results: Values) -> None:
         self._cuts, self._api, self._results = cuts, api, results
@@ -142,7 +142,7 @@ class _Capture:
         )
 
     def _captured(self, at: int, piece: Piece) -> Launch:
-        """The memory for the results of split ops behind a piece is taken in its capture, from the pool."""
+        """Captures a segment; memory for results of the split ops after it is allocated from the pool then."""
         behind = []
         for part in self._cuts.parts[at + 1 :]:
             if isinstance(part, Piece):
@@ -177,12 +177,12 @@ class _Capture:
 
 
 def _still_read(values: Values, last_uses: Mapping[str, int], at: int) -> Values:
-    """Those that a part behind the one at `at` reads."""
+    """Values that a part after index `at` reads."""
     return {name: value for name, value in values.items() if last_uses.get(name, -1) > at}
 
 
 def _write(kernel: Implementation, out: object, args: list) -> None:
-    """The kernel's results, to memory that is there."""
+    """Writes the kernel's results to existing memory."""
     if kernel.into is not None:
         kernel.into(out, *args)
         return

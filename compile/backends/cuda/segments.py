@@ -1,10 +1,10 @@
-"""A lowered graph cut at the ops that are launched anew in every step.
+"""A lowered graph split into segments at the ops that are launched in every step.
 
     embedding .. rope_cache | attention | linear .. rope_cache | attention | .. | gather_rows .. logits
-    piece                     split op    piece                  split op           tail
+    segment                   split op    segment                split op           tail
 
-Attention's launch follows from what only a step knows (sequences, lengths), or a library plans it; what comes behind
-logits_rows works on as many rows as a step samples. All else follows from the number of tokens alone.
+The launch of attention depends on a step's sequences and lengths, or on a library's plan; ops after logits_rows run on
+the rows that a step samples. All other ops depend on the number of tokens alone.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.ops.registry import registry
 
 ATTENTION_ELSEWHERE = ("unified_attention", "unified_attention_with_output")
-"""What other engines call it."""
+"""Names of attention in other engines."""
 CUT = ("placeholder", "get_attr", "call_function", "output")
 Values = dict[str, Any]
-"""By name of the graph's nodes: tensors, tuples of them, sizes."""
+"""Tensors, tuples of tensors, or sizes, by node name."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring ops. `run` takes the values of `inputs` and gives those of `outputs`, a tuple."""
+    """Consecutive ops. `run` takes the values of `inputs` and returns those of `outputs`, a tuple."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SplitOp:
-    """One op; nodes among its arguments stand for values."""
+    """One op launched in every step; nodes among its arguments stand for values."""
 
     name: str
     kernel: Implementation
@@ -51,24 +51,24 @@ class SplitOp:
         return tuple(arg.name for arg in self.args if isinstance(arg, fx.Node))
 
     def with_values(self, values: Mapping[str, object]) -> tuple[object, ...]:
-        """The arguments, nodes replaced as far as there are values."""
+        """The arguments, with nodes replaced by their values where known."""
         return tuple(values.get(arg.name, arg) if isinstance(arg, fx.Node) else arg for arg in self.args)
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """In the order they run; `tail` gives the logits."""
+    """Segments and split ops in execution order; `tail` computes the logits."""
 
     parts: tuple[Piece | SplitOp, ...]
     tail: Piece
 
     def last_uses(self) -> dict[str, int]:
-        """Position of the last part that reads a value, by its name; the tail's is the number of parts."""
+        """Index of the last part that reads each value, by name; the tail's index is the number of parts."""
         return {name: at for at, part in enumerate((*self.parts, self.tail)) for name in part.inputs}
 
 
 def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts | None:
-    """None for a program that holds more than calls of kernels. Raises ValueError for an op that it has not."""
+    """None for a program with nodes other than kernel calls. Raises ValueError for an op that it lacks."""
     program = executable.program
     nodes = list(program.graph.nodes)
     if any(node.op not in CUT for node in nodes):
@@ -89,7 +89,7 @@ def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts
         if names[node.name] not in splitting:
             run.append(node)
             continue
-        # A piece first in any case: it has the memory for what the op gives.
+        # Always a segment first: it holds the memory for the op's results.
         parts += [make_piece(run)] if run or not parts else []
         args = tuple(_constant(program, arg) for arg in node.args)
         parts.append(SplitOp(node.name, kernels[node.name], args, names[node.name] in attention))
@@ -104,13 +104,13 @@ def _op_name(target: object) -> str:
 
 
 def _constant(program: fx.GraphModule, arg: object) -> object:
-    """The tensor of a get_attr node; anything else as it is."""
+    """The tensor of a get_attr node; other values unchanged."""
     is_constant = isinstance(arg, fx.Node) and arg.op == "get_attr"
     return getattr(program, arg.target) if is_constant else arg
 
 
 def _tail(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """What depends on which rows are wanted."""
+    """Nodes that depend on the requested rows."""
     found: set[fx.Node] = set()
     for node in nodes:
         if node.op == "call_function" and any(
@@ -121,7 +121,7 @@ def _tail(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _piece(program: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node] | None = None) -> Piece:
-    """`outputs` are those that somebody else reads, unless given."""
+    """Makes a segment; `outputs` default to the values that other parts read."""
     inside = set(nodes)
     if outputs is None:
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
@@ -143,5 +143,5 @@ def _piece(program: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[
 
 
 def map_tensors(value: Any, change: Any) -> Any:
-    """The value with its tensors changed, whatever tuples they lie in."""
+    """Maps the tensors of a value, through nested tuples."""
     return fx.node.map_aggregate(value, lambda item: change(item) if isinstance(item, torch.Tensor) else item)

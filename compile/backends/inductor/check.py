@@ -1,6 +1,6 @@
-"""Whether a compiled region computes what torch computes, and faster: asked of each one before it is used.
+"""Checks that a compiled region matches torch and is faster, before the region is used.
 
-Both run on the same random inputs, in the sizes of a decode step of one sequence, of sixteen, and of a prompt.
+Both run on the same random inputs, with the sizes of a decode step of 1 and of 16 sequences, and of a prompt.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, evaluate, from_jso
 from fuseline.compile.tuning.clock import times_in_turns
 
 STEPS = {(1, 1, 2, 1, 16, 32): 16, (16, 16, 17, 16, 16, 32): 4, (256, 2, 3, 2, 16, 32): 1}
-"""Values of SYMBOLS in the steps that are tried, and how often each counts: decode steps are many."""
+"""Values of SYMBOLS for the tested steps, and their weights: decode steps are frequent."""
 ROUNDING_STEPS = {torch.float32: 12.0, torch.bfloat16: 1.0, torch.float16: 1.0}
-"""How far it may be from torch, relative and absolute to the largest number: the tolerance of ops in ops/library.py."""
+"""Allowed deviation from torch, relative and absolute to the largest number: tolerance of ops in ops/library.py."""
 TIMING_SECONDS, MAX_ROUNDS = 0.2, 200
 Run = Callable[[list[Tensor]], object]
 
 
 def find_fault(compiled: Run, eager: Run, tensors: Sequence[dict], num_outputs: int, num_threads: int = 1) -> str:
-    """Why the compiled region must not be used; empty when it may be.
+    """The reason to reject the compiled region; empty if it is accepted.
 
-    `tensors` are described as in job.py, the last `num_outputs` are written. `num_threads`: those of torch.
+    `tensors` are described as in job.py, the last `num_outputs` are written. `num_threads`: torch's threads.
     """
     generator = torch.Generator().manual_seed(0)
     before = torch.get_num_threads()
@@ -44,7 +44,7 @@ def find_fault(compiled: Run, eager: Run, tensors: Sequence[dict], num_outputs: 
 
 
 def make_tensor(described: dict, symbols: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random numbers; of integers 0 and 1, which are safe as indices."""
+    """Random numbers; integers are 0 or 1, which are safe as indices."""
     assert len(symbols) == len(SYMBOLS)
     sizes, strides = ([evaluate(from_json(n), symbols) for n in described[key]] for key in ("sizes", "strides"))
     dtype = getattr(torch, described["dtype"])
@@ -81,6 +81,6 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _time(compiled: Run, eager: Run, made: list[Tensor]) -> list[float]:
-    """Seconds of each, the fastest of many calls in turns: a busy machine slows some of both."""
+    """Seconds of each: the minimum over many alternating calls, so load on the machine affects both."""
     times = times_in_turns([lambda: compiled(made), lambda: eager(made)], MAX_ROUNDS, TIMING_SECONDS)
     return [min(found) for found in times]

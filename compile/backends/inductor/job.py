@@ -1,4 +1,4 @@
-"""A region as text: what a compiler in another process needs to know of it, and its name in the cache.
+"""A region serialized to text: the input of the compiler process and the source of its cache name.
 
     {"inputs": [{"dtype", "sizes", "strides"}, ...], "num_outputs": n, "graph": graph_json.encode(...)}
 
@@ -28,13 +28,13 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class RegionJob:
     text: str
-    """What is compiled."""
+    """The serialized region."""
     args: tuple[View, ...]
-    """What it is called with: inputs, then outputs."""
+    """Arguments of the compiled region: inputs, then outputs."""
 
 
 def make_job(region: Region, values: Values) -> RegionJob | None:
-    """None for a region that has to stay with eager torch: it writes what it did not make, or calls our own ops."""
+    """None for a region that must stay in eager torch: it mutates its inputs or calls custom ops."""
     outputs = [views_of(values[node])[index or 0] for node, index in region.outputs]
     inputs = [values[node] for node in region.inputs]
     if not all(isinstance(view, View) for view in inputs) or _writes_inputs(region, values):
@@ -68,7 +68,7 @@ def _writes_inputs(region: Region, values: Values) -> bool:
 
 
 class _Writer:
-    """Copies nodes into a graph of their own, with numbers for names."""
+    """Copies nodes into a new graph with numbered names."""
 
     def __init__(self, region: Region, values: Values) -> None:
         self._region = region
@@ -96,7 +96,7 @@ class _Writer:
         return self._graph
 
     def _find_symbols(self, places: Sequence[fx.Node], views: Sequence[View]) -> None:
-        """Where each unknown size can be read, at the first dimension that follows it."""
+        """The first dimension from which each unknown size can be read."""
         for place, view in zip(places, views, strict=True):
             for dim, size in enumerate(view.sizes):
                 if isinstance(size, Linear) and size.symbol not in self._symbols:

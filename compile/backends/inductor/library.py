@@ -1,7 +1,7 @@
-"""Compiled regions on disk: a shared library, and a last line with the SHA-256 of all before it.
+"""Compiled regions on disk: a shared library followed by a line with its SHA-256.
 
-What was compiled and must not be used leaves the reason instead: <name>-<threads>.no, a file of compile/cache.py.
-Loading a library runs it: one is loaded only from a folder that no one else can write, and only when it is whole.
+A rejected region leaves the reason instead: <name>-<threads>.no, a file of compile/cache.py. Loading a library runs
+its code, so it is loaded only if intact and from a folder that no other user can write.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class RegionFileError(ValueError):
 
 
 def seal(path: Path, library: bytes) -> None:
-    """Writes the library so that it appears complete or not at all. Raises OSError."""
+    """Writes the library atomically. Raises OSError."""
     write_whole(path, library + MAGIC + hashlib.sha256(library).hexdigest().encode())
 
 
 def load_library(path: Path) -> Kernel:
-    """Raises RuntimeError."""
+    """Loads the library. Raises RuntimeError."""
     return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
 
 
 def check_file(path: Path) -> None:
-    """Raises FileNotFoundError, OSError, or RegionFileError when it is damaged or someone else could have made it."""
+    """Raises FileNotFoundError, OSError, or RegionFileError for a damaged file or an untrusted owner."""
     for place in (path.parent, path):
         state = place.stat()
         if state.st_uid != os.geteuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

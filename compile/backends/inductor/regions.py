@@ -1,4 +1,4 @@
-"""Regions compiled by inductor, in a process of its own, once per distinct region and machine."""
+"""Regions compiled by inductor in a separate process, once per distinct region and machine."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from fuseline.compile.cache.files import CacheError, read_file, write_file
 from fuseline.compile.target import cpu_features, default_cache_dir
 
 logger = logging.getLogger(__name__)
-# Named, not imported: they take what only compiling needs (sympy: 36 MiB).
+# Named, not imported: importing them loads compile-time dependencies (sympy: 36 MiB).
 WORKER = (sys.executable, "-P", "-m", "fuseline.compile.backends.inductor.worker")
 RECIPE = tuple(Path(__file__).with_name(name) for name in ("worker.py", "check.py"))
 REGION_SECONDS = 180.0
-"""What one region may take; inductor needs 5 to 15 s, several times that on a busy machine."""
+"""Time limit per region; inductor needs 5 to 15 s, several times that on a busy machine."""
 POLL_SECONDS = 0.5
 
 
 def region_name(text: str) -> str:
-    """Name of a region's artifact: SHA-256 of all that it depends on."""
+    """Name of a region's artifact: SHA-256 of everything it depends on."""
     recipe = b"".join(path.read_bytes() for path in RECIPE)
     parts = [text.encode(), recipe, repr((torch.__version__, cpu_features())).encode()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def region_folder(cache_dir: str) -> Path:
-    """Where artifacts are kept: private to the user; a temporary folder where the cache cannot be written."""
+    """Folder of artifacts, private to the user; a temporary folder if the cache is not writable."""
     folder = Path(cache_dir or default_cache_dir()) / "regions"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def region_folder(cache_dir: str) -> Path:
 
 
 def load_kernels(names: list[str], folder: Path) -> dict[str, Kernel]:
-    """Those in the cache. One that cannot be used is reported and left out."""
+    """Loads cached kernels. An unusable one is reported and skipped."""
     kernels: dict[str, Kernel] = {}
     for name in names:
         path = folder / f"{name}.so"
@@ -69,9 +69,9 @@ def load_kernels(names: list[str], folder: Path) -> dict[str, Kernel]:
 def compile_regions(
     texts: Mapping[str, str], folder: Path, stop: threading.Event, num_threads: int = 1
 ) -> dict[str, Kernel]:
-    """Kernels by name, from the cache or compiled now; what fails is reported once and missing in the result.
+    """Kernels by name, from the cache or compiled now; failures are reported once and omitted.
 
-    `num_threads`: those that torch computes with where a region is not compiled.
+    `num_threads`: torch's threads for regions that are not compiled.
     """
     kernels = load_kernels(list(texts), folder)
     refusals = {name: folder / f"{name}-{num_threads}.no" for name in texts}
@@ -94,7 +94,7 @@ def compile_regions(
 
 
 def _is_refused(path: Path) -> bool:
-    """It was compiled before and had a fault."""
+    """Whether an earlier compilation was rejected for a fault."""
     try:
         logger.info("a region stays with eager torch: %s", read_file(path).decode(errors="replace"))
         return True
@@ -110,7 +110,7 @@ def _refuse(path: Path, fault: str) -> None:
 
 
 def _run_worker(order: dict[str, object], stop: threading.Event) -> list[dict[str, str]]:
-    """Its answers, the last for what it was at when it failed. It is killed when it is slow, or on `stop`."""
+    """Returns the worker's answers; if it fails, the last is for its current job. Killed if slow or on `stop`."""
     answers: list[dict[str, str]] = []
     try:
         worker = subprocess.Popen(
@@ -144,7 +144,7 @@ def _failure(name: str, error: str) -> dict[str, str]:
 
 
 def _lines(worker: subprocess.Popen, stop: threading.Event) -> Iterator[dict[str, str]]:
-    """Raises TimeoutError."""
+    """Yields lines of output. Raises TimeoutError."""
     deadline, pending = time.monotonic() + REGION_SECONDS, b""
     while not stop.is_set():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Level 2: the plan with compiled regions, made while the server already answers on the one without."""
+"""Level 2: builds the plan with compiled regions while the server runs the plan without them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class RegionUpgrade(threading.Thread):
-    """`result` is set once the thread has ended: None when nothing could be compiled. `weights` by get_attr target."""
+    """`result` is set once the thread has ended: None if no region was compiled. `weights` by get_attr target."""
 
     def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig) -> None:
         super().__init__(name="compile-regions", daemon=True)
@@ -37,11 +37,11 @@ class RegionUpgrade(threading.Thread):
     def run(self) -> None:
         try:
             self.result = self._upgrade()
-        except Exception as error:  # the plan without compiled regions goes on
+        except Exception as error:  # the plan without compiled regions stays in use
             logger.warning("regions stay with eager torch: %s: %s", type(error).__name__, error)
 
     def _upgrade(self) -> PlanExecutable | StepPlans | None:
-        # Marked before it is copied: every kind of step has the same regions, and so the same bits.
+        # Marked before copying: every kind of step has the same regions and so the same bits.
         ctx = PassContext(self._config, None, 0, 0)
         marks = set(range(sum(graph_pass(self._graph, ctx).matches for graph_pass in REGIONS)))
         kinds = step_kinds(self._graph, self._config)
@@ -50,7 +50,7 @@ class RegionUpgrade(threading.Thread):
         kernels = compile_regions(texts, region_folder(self._config.cache_dir), self.stop, torch.get_num_threads())
         if not kernels or self.stop.is_set():
             return None
-        # Marks of regions that some kind cannot have are gone from all: their ops keep the kernels they have.
+        # A region that some kind of step lacks is unmarked in all: its ops keep their kernels.
         marks = set.intersection(*(_compiled(found, kernels) for found in jobs))
         return join([self._plan(kind, marks, kernels) for kind in kinds], self._config)
 
@@ -69,7 +69,7 @@ def _compiled(jobs: Mapping[int, RegionJob], kernels: Mapping[str, Kernel]) -> s
 
 
 def _jobs(lowered: Lowered) -> dict[int, RegionJob]:
-    """By mark; a mark that ended up in several regions has none."""
+    """Jobs by mark; a mark split over several regions has none."""
     regions = [step for step in lowered.steps if isinstance(step, Region) and step.mark is not None]
     counts = [region.mark for region in regions]
     jobs = {r.mark: make_job(r, lowered.values) for r in regions if counts.count(r.mark) == 1}

@@ -4,7 +4,7 @@
     stdin   one line of JSON: {"folder", "num_threads", "jobs": [[name, text], ...]}; it ends when the parent does
     stdout  two lines of JSON a job: {"begins": name}, then {"name", "seconds", "error", "fault"}
 
-`error`: it could not be compiled. `fault`: it was, and must not be used (check.py); else the artifact is
+`error`: compilation failed. `fault`: the compiled region was rejected (check.py). Otherwise the artifact is
 <folder>/<name>.so.
 
 An artifact is one shared library with AOTInductor's C interface: loading it takes milliseconds and neither imports
@@ -37,11 +37,11 @@ from fuseline.compile.graph.graph_json import decode
 
 NICENESS = 19
 HINT = 67
-"""Example of an unknown size: a plain number, of which nothing is a multiple."""
+"""Example value of an unknown size: a prime that no other size is a multiple of."""
 OPTIONS = {
     "emulate_precision_casts": True,  # round where eager torch rounds
     "cpp.threads": 1,  # one order of summation for every batch and every number of threads
-    "size_asserts": False,  # sizes and strides are what the lowering says
+    "size_asserts": False,  # lowering guarantees sizes and strides
     "aot_inductor.compile_wrapper_opt_level": "O0",  # a few calls of the kernels: half the time of g++
 }
 
@@ -49,13 +49,13 @@ OPTIONS = {
 def main() -> None:
     os.nice(NICENESS)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what compilers print must not come between the answers
+    os.dup2(2, 1)  # keeps compilers' output out of the answers
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=die_with_parent, args=(sys.stdin,), daemon=True).start()
     torch.set_num_threads(1)
     from torch._inductor.utils import fresh_cache
 
-    with fresh_cache():  # inductor's own cache unpickles what it finds
+    with fresh_cache():  # inductor's own cache unpickles its files
         for name, text in order["jobs"]:
             answers.write(json.dumps({"begins": name}) + "\n")
             told = answer(name, text, Path(order["folder"]), order["num_threads"])
@@ -66,21 +66,21 @@ def answer(name: str, text: str, folder: Path, num_threads: int) -> dict[str, ob
     begin, error, fault = time.perf_counter(), "", ""
     try:
         fault = compile_region(text, folder / f"{name}.so", num_threads)
-    except Exception as raised:  # whatever inductor raises means that this region stays with eager torch
+    except Exception as raised:  # on any inductor error the region stays in eager torch
         error = (" ".join(str(raised).split()) or type(raised).__name__)[:300]
     return {"name": name, "seconds": round(time.perf_counter() - begin, 2), "error": error, "fault": fault}
 
 
 def die_with_parent(stdin: TextIO) -> None:
-    """The pipe ends with whoever holds its other end; g++ goes too."""
+    """Exits, with g++, when the parent closes the pipe."""
     stdin.read()
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def compile_region(text: str, path: Path, num_threads: int) -> str:
-    """Compiles it, tries it, keeps it; why it is not kept, if it is not.
+    """Compiles, checks and stores the region; returns the reason if it is rejected.
 
-    Raises whatever inductor and the compiler raise, OSError when the cache cannot be written.
+    Propagates errors of inductor and the compiler; raises OSError if the cache is not writable.
     """
     values = json.loads(text)
     graph, examples = rebuild(values)
@@ -103,7 +103,7 @@ def make_library(graph: fx.GraphModule, examples: list[Tensor], path: Path) -> P
 
 
 def rebuild(values: dict) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The region's graph, and fake tensors to compile it with."""
+    """The region's graph and fake tensors for compiling it."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     sizes = [_unknown_size(mode, k) for k in range(len(SYMBOLS))]
 
