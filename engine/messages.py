@@ -130,7 +130,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
     request_id: str
     index: int = 0
-    """Which of the n choices."""
+    """Index among the n choices."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     """One per token of token_ids when asked for, else empty."""

@@ -1,4 +1,4 @@
-"""Which kernels compute the nodes of a graph on a GPU: everything that is decided follows from their declarations.
+"""Selects the kernels that compute a graph on a GPU: every decision follows from their declarations.
 
 Importing this needs no GPU and no triton; finding a kernel needs triton, which every torch for CUDA brings. Of the
 kernels that take a call (registry.py) the first is the default; `-O3` measures which is fastest for which rows

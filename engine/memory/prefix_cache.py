@@ -1,4 +1,4 @@
-"""Which cached block continues which one: what has to go when a block turns out to be faulty."""
+"""Parent links between cached blocks: they give the blocks to drop when one is faulty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model runs, as the engine sees it: its kernels, its memory, and how tensors get there and back."""
+"""The device a model runs on, as the engine sees it: its kernels, its memory, and how tensors get there and back."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Pooler:
         self._sums: Tensor | None = None  # [R, D] float32, made by the first mean
 
     def prepare(self, batch: ScheduledBatch) -> PoolArguments | None:
-        """Which positions of the step are pooled; None without any."""
+        """Positions of the step that are pooled; None without any."""
         if not self._rows.num_pooled:
             return None
         ends = np.cumsum(batch.num_new)

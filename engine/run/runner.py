@@ -164,7 +164,7 @@ class Runner:
 
 
 def _scored_rows(batch: ScheduledBatch, state: RequestRows) -> tuple[list[tuple[Sequence, range]], np.ndarray]:
-    """Who scores which prompt positions, and the tokens of the step whose logits do it."""
+    """Prompt positions that each sequence scores, and the tokens of the step whose logits do it."""
     scoring: list[tuple[Sequence, range]] = []
     score_rows: list[int] = []
     if state.wants_scores.any() and state.wants_scores[batch.rows].any():

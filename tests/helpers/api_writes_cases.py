@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_api_writes."""
+"""An API app over an engine that tests step by hand, and the events it streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_bench_kernels."""
+"""The machine description and small sizes that tests of kernel benchmarks use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_cuda_attention."""
+"""Decode batches for the CUDA attention kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_cuda_target."""
+"""A small model built for the CUDA target, and one decode step of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_engine_client."""
+"""Requests for tests of the engine client, greedy ones among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_engine_walk."""
+"""Random walks over an engine with a fake model, and the tokens and invariants they must give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_families."""
+"""Model families whose graphs have regions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_levels."""
+"""Prompts and token counts that tests of optimization levels generate from."""
 
 from __future__ import annotations
 

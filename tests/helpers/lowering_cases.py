@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_lowering."""
+"""The model config that tests of lowering build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_native_sampling."""
+"""Logits, sampling options, and a reference of the native sampler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_ops."""
+"""Cases of every op, and checks of kernels against their reference and fake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_overlap."""
+"""Requests for tests of async scheduling, and their answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_pass_serve."""
+"""Ops, tables and RoPE cases for tests of the serving passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_piecewise."""
+"""A step of prefill and decode for tests of piecewise graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_scheduler."""
+"""The order in which a scheduler finishes its requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_serve."""
+"""A server started as a process on a free port, and waiting until it is healthy."""
 
 from __future__ import annotations
 

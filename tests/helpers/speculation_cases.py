@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_speculation."""
+"""A fake drafter for tests of speculative decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_triton_attention."""
+"""Batches with a KV cache for the Triton attention kernels."""
 
 from __future__ import annotations
 

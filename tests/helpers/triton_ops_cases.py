@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_triton_ops."""
+"""Op cases by name, and their arguments, for the Triton kernels."""
 
 from __future__ import annotations
 

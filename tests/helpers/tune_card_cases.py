@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_tune_card."""
+"""Configs, candidates and a fake clock for tests of tuning on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases and helpers that several tests share with test_weights."""
+"""Descriptions and comparisons of loaded weights."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ LLAMA_8B = {
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured; small() shrinks it for trials without a GPU."""
+    """Sizes to measure; small() shrinks it for trials without a GPU."""
 
     batches: tuple[int, ...] = (1, 32, 128, 256)
     context: int = 512

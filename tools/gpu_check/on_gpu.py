@@ -91,7 +91,7 @@ def pytest_runtest_protocol() -> Iterator[None]:
 
 
 def carry(function: Callable, library: object, *args: object, **more: object) -> object:
-    """A function of compile/kernels/cuda with its tensors on the card; its results here."""
+    """A function of compile/kernels/cuda with its tensors on the GPU; results on the CPU."""
     carried = Carried()
     found = function(library, *map(carried.there, args), **{key: carried.there(arg) for key, arg in more.items()})
     carried.back()

@@ -17,7 +17,7 @@ from fuseline.compile.ops.rope import FP8
 
 HEADS = 8  # query heads of a block
 SPLIT = 256  # keys of the shortest split
-GRID_TARGET = 1024  # blocks that fill a card: more workers a sequence are launched only below it
+GRID_TARGET = 1024  # blocks that fill a GPU: more workers a sequence are launched only below it
 NO_WINDOW = (1 << 31) - 1
 
 

@@ -32,7 +32,7 @@ DTYPES = {
 
 
 class Overlap(IntEnum):
-    """Which kernels may begin while the one ahead of them on the stream still runs (programmatic dependent launch).
+    """Kernels that may begin while the one ahead of them on the stream still runs (programmatic dependent launch).
 
     Values of csrc/cuda/kernels.h.
     """
@@ -115,7 +115,7 @@ def _mismatch(name: str, given: Set[str], wanted: Set[str]) -> str:
 
 
 def library_for(target: Target) -> CudaLibrary | None:
-    """The installed library if the target is a card that it runs on."""
+    """The installed library if the target is a GPU that it runs on."""
     library = _installed() if target.device == "cuda" else None
     return library if library is None or target.overlaps else library.overlapping(Overlap.NONE)
 

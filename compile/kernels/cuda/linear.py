@@ -46,7 +46,7 @@ def linear_then_act_mul(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tenso
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor | None:
-    """x as [M, K] if the kernel takes it: few rows, lines that begin at multiples of 16 bytes."""
+    """x as [M, K] if the kernel takes it: few rows, each beginning at a multiple of 16 bytes."""
     if not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
         return None
     rows = x.reshape(-1, x.shape[-1])

@@ -13,7 +13,7 @@ from fuseline.compile.ops.rope import FP8
 
 
 def rope(lib: CudaLibrary, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
-    """x[1, H, T, D] with the first R of D rotated by lines rows[T] of cos and sin [P, C], C = R or R / 2."""
+    """x[1, H, T, D] with the first R of D rotated by rows[T] of cos and sin [P, C], C = R or R / 2."""
     out = torch.empty_like(x)
     if out.numel():
         num_heads, num_tokens, dim = x.shape[1:]

@@ -1,4 +1,4 @@
-"""Gated activations on CUDA. Legend: I features; the dims before it are lines."""
+"""Gated activations on CUDA. Legend: I features; the dims before it are rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def act_mul_kernel(
     out, gate, up, num_lines, inner, out_outer, out_inner, gate_outer, gate_inner, up_outer, up_inner, D: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """Program (ROWS lines, BLOCK features)."""
+    """Program (ROWS rows, BLOCK features)."""
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     there = (line < num_lines) & (column < D)

@@ -30,18 +30,18 @@ from fuseline.compile.ops.library import DECODE, PREFILL
 LOG2_E = 1.4426950408889634
 NO_WINDOW = 1 << 30
 SPLIT = 256  # keys of the shortest split
-GRID_TARGET = 1024  # programs that fill a card: more workers a sequence are launched only below it
+GRID_TARGET = 1024  # programs that fill a GPU: more workers a sequence are launched only below it
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a launch may choose without changing a bit; 0 leaves it to AttentionShape."""
+    """Launch parameters that do not change a bit of the output; 0 leaves it to AttentionShape."""
 
     num_stages: int = 0
     rows: int = 0
-    """Of a tile of the prefill kernel, sixteen a warp: a row's keys are summed in the same steps."""
+    """Rows of a prefill kernel tile, sixteen a warp: a row's keys are summed in the same steps."""
     grid: int = 0
-    """Programs of the decode kernel that fill a card."""
+    """Programs of the decode kernel that fill a GPU."""
 
     def __str__(self) -> str:
         named = ((self.num_stages, "s"), (self.rows, "r"), (self.grid, "g"))
@@ -101,7 +101,7 @@ def workspace_size(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Ten
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program works on: `heads` of a kv head's query heads (its `parts`) times `tokens`, in `rows` rows."""
+    """The work of one program: `heads` of a kv head's query heads (its `parts`) times `tokens`, in `rows` rows."""
 
     rows: int
     heads: int
@@ -220,12 +220,12 @@ class AttentionShape:
 
     @property
     def is_folding(self) -> bool:
-        """Whether a program has the registers to fold splits: a second sum of values beside the one under way."""
+        """Whether a program has the registers to merge splits: a second sum of values beside the one under way."""
         return self.widest <= 512
 
     @property
     def max_folded(self) -> int:
-        """Up to so many splits are folded by one program in its registers: all, as far as others keep the card busy."""
+        """Most splits that one program merges in its registers: all, if other programs keep the GPU busy."""
         busy = self.num_seqs * self.kv_heads * self.decode.parts // 64
         return min(8, max(1, busy)) if self.is_folding else 1
 

@@ -17,8 +17,8 @@ from fuseline.compile.kernels.triton.tiles import owner_of_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 BATCH = ["table_stride", "num_slots", "max_folded", "num_seqs", "max_decode", "block_table"]
-"""What changes from step to step: a kernel compiled anew for a 1 or a multiple of 16 would hold up a step. A group's
-table begins wherever the one before it ends."""
+"""Arguments that change from step to step: a kernel compiled anew for a 1 or a multiple of 16 would hold up a step.
+A group's table begins wherever the one before it ends."""
 
 
 @triton.jit(do_not_specialize=BATCH)
@@ -100,7 +100,7 @@ def merge_kernel(
     max_folded, IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, E: tl.constexpr,
     PADDED_E: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, sequence, first token): folds the splits of rows that the decode kernel left in the workspace."""
+    """Program (head, sequence, first token): merges the splits of rows that the decode kernel left in the workspace."""
     head = tl.program_id(0)
     num_heads = tl.num_programs(0)
     seq = tl.program_id(1)
@@ -226,7 +226,7 @@ def _cut(length, num_tokens, token, window, TOKENS: tl.constexpr, KEYS: tl.const
 
 @triton.jit
 def _rows(part, ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
-    """Of each row of a tile: its token within the tile, its head within the group, whether there is such a head."""
+    """For each row of a tile: its token within the tile, its head within the group, whether there is such a head."""
     row = tl.arange(0, ROWS)
     head = part * HEADS + row % HEADS
     return row // HEADS, head, head < GROUP
@@ -254,7 +254,7 @@ def _attend(
 ):  # fmt: skip
     """Online softmax of rows q over keys [low, high), none of which lies before `first` or behind `end`.
 
-    State of a row: maximum m of the scores, sum `mass` of their powers of two less m, acc of those times the values.
+    State of a row: maximum m of the scores, softmax denominator `mass` = sum of 2^(score - m), weighted values acc.
     """
     dim = tl.arange(0, PADDED_D)
     value_dim = tl.arange(0, PADDED_E)
@@ -319,7 +319,7 @@ def _tanh(x):
 
 @triton.jit
 def _fold(m, mass, next_m, next_l):
-    """The folded maximum and mass, and what to multiply the two sums with. Fused by hand: the same bits anywhere."""
+    """Merged maximum and softmax denominator, and factors of the two sums. FMA by hand: the same bits anywhere."""
     new_m = tl.maximum(m, next_m)
     finite = tl.where(new_m == float("-inf"), 0.0, new_m)
     shrink = tl.exp2(m - finite)

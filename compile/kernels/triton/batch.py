@@ -1,4 +1,4 @@
-"""A step's inputs on the card: tokens that never left it, and padding up to the size of a captured graph.
+"""A step's inputs on the GPU: tokens that never left it, and padding up to the size of a captured graph.
 
 Legend: T tokens of the step, S its sequences, P the padded number of them, G cache groups, M columns of its tables.
 """

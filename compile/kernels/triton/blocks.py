@@ -1,4 +1,4 @@
-"""Blocks of a KV cache between a card's memory and pinned memory of the host, which kernels read and write too."""
+"""Blocks of a KV cache between GPU memory and pinned host memory, which kernels read and write too."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ WIDE = 8192  # outputs from which on a program takes 32 of them
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a launch may choose. An output's sum runs over k in one order whatever is chosen."""
+    """Launch parameters. An output's sum runs over k in one order for all of them."""
 
     columns: int
     """Outputs of a program."""

@@ -1,4 +1,4 @@
-"""Tensors as lines of their last dimension, for kernels that work line by line.
+"""Tensors as strided rows of their last dimension, for kernels that work row by row.
 
 A kernel gets two strides a tensor: line r lies at r // inner * outer stride + r % inner * inner stride. That covers
 what views of one buffer look like (heads of a joined product, [1, H, T, D] that is a transposed [T, H, D]); anything
@@ -24,7 +24,7 @@ class Lines:
 
     @staticmethod
     def of(*tensors: Tensor) -> Lines:
-        """Lines of tensors of one shape. Raises ValueError for a layout that two strides cannot say."""
+        """Strided rows of tensors of one shape. Raises ValueError for a layout that two strides cannot say."""
         dims = _merged(tensors)
         if len(dims) > 2:
             raise ValueError(f"lines of {tuple(tensors[0].shape)} need more than two strides")
@@ -35,7 +35,7 @@ class Lines:
 
 
 def lined(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as they are if their lines can be told by two strides, else copies that are contiguous."""
+    """The tensors as they are if two strides describe their rows, else contiguous copies."""
     dense = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors)
     return tensors if dense and len(_merged(tensors)) <= 2 else tuple(t.contiguous() for t in tensors)
 
@@ -61,7 +61,7 @@ def place_of(line, inner, outer_stride, inner_stride):
 
 @triton.jit
 def line_sums(x):
-    """Sums of the lines of x [R, a power of two]: neighbours first, then pairs of them, and so on.
+    """Sums of the rows of x [R, a power of two]: neighbours first, then pairs of them, and so on.
 
     tl.sum adds what a thread holds and then what threads have, so that its order, and with it the last bit, follows
     from how x lies in registers: from strides, alignment and what else the kernel loads. Two numbers have one sum.

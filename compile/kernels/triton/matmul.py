@@ -20,15 +20,15 @@ from fuseline.compile.kernels.registry import LAST, Implementation, tunings
 from fuseline.compile.kernels.triton.tile import Tile
 
 GROUP = 8  # tiles of rows that go over the outputs together
-INTERPRETED = 3  # programs where there is no card
+INTERPRETED = 3  # programs where there is no GPU
 
 
 TILES = (Tile(64, 256, 64, 4, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
-"""Of half precision, for where rows are many: candidates beside default_tile."""
+"""Half-precision tiles for many rows: candidates beside default_tile."""
 
 
 def default_tile(num_out: int, item_size: int) -> Tile:
-    """Low, because a single row pays for all of its tile, and as narrow as it takes to busy a card."""
+    """Low, because a single row pays for all of its tile, and narrow enough to keep a GPU busy."""
     columns = 128 if num_out >= 8192 else 64
     return Tile(64, columns, 64, 4, 4) if item_size == 2 else Tile(32, 64, 32, 4, 3)
 

@@ -1,4 +1,4 @@
-"""Norms on CUDA, with the residual's sum where it comes first. Legend: D features; the dims before it are lines.
+"""Norms on CUDA, with the residual's sum where it comes first. Legend: D features; the dims before it are rows.
 
 A line is read once and summed in one order, whatever the batch, its strides and the warps; a product and a sum are not
 fused, which would happen where a pair is one thread's and not elsewhere. Rounding as in compile/ops/norm.py.
@@ -20,7 +20,7 @@ ONE_PLUS = tl.constexpr(codes.NORM_ONE_PLUS)
 LINE = 2048  # features that a program of few features a line fills itself with
 WIDEST = 32768
 WARPS_TO_TRY = (4, 8, 16)
-"""Of a program, measured by -O3 beside what a launch chooses itself."""
+"""Warps of a program that -O3 measures beside the default."""
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int, *, num_warps: int = 0) -> Tensor:
@@ -73,7 +73,7 @@ def _layer(
 def _launch(
     x: Tensor, residual: Tensor | None, num_warps: int
 ) -> tuple[tuple[Tensor | None, ...], Lines, dict[str, int]]:
-    """(out, total, x, residual), how their lines lie, and the sizes of a program."""
+    """(out, total, x, residual), their row strides, and the sizes of a program."""
     if not supports(x):
         raise ValueError(f"a norm over {x.shape[-1]} features; at most {WIDEST} are held at once")
     x, other = lined(x, x if residual is None else residual)
@@ -106,7 +106,7 @@ def rms_norm_kernel(
     out, total, x, residual, weight, num_lines, inner, out_outer, out_inner, x_outer, x_inner, y_outer, y_inner, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Program ROWS lines."""
+    """Each program normalizes ROWS rows."""
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     there = (line < num_lines) & (column < D)
@@ -130,7 +130,7 @@ def layer_norm_kernel(
     out, total, x, residual, weight, bias, num_lines, inner, out_outer, out_inner, x_outer, x_inner, y_outer, y_inner,
     eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program ROWS lines; the variance is that of the differences from the mean."""
+    """Each program normalizes ROWS rows; the variance is that of the differences from the mean."""
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     there = (line < num_lines) & (column < D)

@@ -22,7 +22,7 @@ HEADS_TO_TRY = (2, 4, 32)
 def rope(
     x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int, *, heads: int = HEADS
 ) -> Tensor:
-    """x[1, H, T, D] with the first R of D rotated by lines rows[T] of cos and sin [P, C], C = R or R / 2.
+    """x[1, H, T, D] with the first R of D rotated by rows[T] of cos and sin [P, C], C = R or R / 2.
 
     `heads` of a program, also below, change no bit.
     """

@@ -12,7 +12,7 @@ BLOCK = 1024
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[T, D] -> the lines rows[R]."""
+    """x[T, D] -> its rows at indices rows[R]."""
     out = x.new_empty(rows.shape[0], x.shape[1])
     if out.numel():
         grid = (rows.shape[0], triton.cdiv(x.shape[1], BLOCK))

@@ -163,14 +163,14 @@ def scan_kernel(
 
 @triton.jit
 def _greatest(x):
-    """Of each line; NaN in all if there is one anywhere."""
+    """Maximum of each row; NaN in all if there is one anywhere."""
     has_nan = tl.max(tl.reshape((x != x).to(tl.int32), [x.numel], can_reorder=True), 0) > 0
     return tl.where(has_nan, float("nan"), tl.max(x, 1))
 
 
 @triton.jit
 def _mass(x, top, heat):
-    """Of each line the sum of exp((x - top) / heat), or of exp(x - top)."""
+    """Softmax denominator of each row: the sum of exp((x - top) / heat), or of exp(x - top)."""
     less = x - tl.where(tl.abs(top) == float("inf"), 0.0, top)[:, None]
     scale = LOG2_E
     if heat is not None:
@@ -284,7 +284,7 @@ def _maxima(maxima, heat, NB: tl.constexpr, PADDED_BLOCKS: tl.constexpr):
 
 @triton.jit
 def _sums(sums, maxima, top, NB: tl.constexpr, PADDED_BLOCKS: tl.constexpr):
-    """Of each block the sum of exp(entry - top), [PADDED_BLOCKS]."""
+    """Sum per block of exp(entry - top), [PADDED_BLOCKS]."""
     block = tl.arange(0, PADDED_BLOCKS)
     return tl.load(sums + block, mask=block < NB, other=0.0) * tl.exp(maxima - top)
 

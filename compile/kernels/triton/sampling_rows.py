@@ -1,4 +1,4 @@
-"""What the sampling kernels ask of one row of logits.
+"""Device functions of the sampling kernels over one row of logits.
 
 A row is summed up in blocks of SUB entries: the maximum of each, and the sum of exp(entry - maximum). One program owns
 a row, holds the maxima of all its blocks in registers, and reads entries only of the blocks whose maximum can matter,
@@ -35,7 +35,7 @@ def float_of(order):
 
 @triton.jit
 def log_of(x):
-    """Of a float64, rounded once to float32."""
+    """Natural logarithm of a float64, rounded once to float32."""
     return tl.log(x).to(tl.float32)
 
 
@@ -178,7 +178,7 @@ def nucleus(src, heat, V, top, maxima, sums, places, low, p):
 
 @triton.jit
 def _heavy(entries, weights, threshold):
-    """Of each line the weights of entries no less than the threshold, float64."""
+    """Sum per row of the weights of entries no less than the threshold, float64."""
     return line_sums(tl.where(entries >= threshold, weights, 0.0)).to(tl.float64)
 
 
@@ -199,7 +199,7 @@ def nth_equal(src, heat, V, places, count, value, n):
 
 @triton.jit
 def kept_masses(src, heat, V, top, maxima, places, masses, value, last_id):
-    """Writes the kept mass of each block that has any to `masses`, listing them -> masses [PADDED_BLOCKS]."""
+    """Writes the kept weight of each block that has any to `masses`, listing them -> masses [PADDED_BLOCKS]."""
     slot = tl.arange(0, maxima.shape[0])
     count = place((maxima >= value) & (maxima > float("-inf")), places)
     for first in range(0, count, TILE):
@@ -212,7 +212,7 @@ def kept_masses(src, heat, V, top, maxima, places, masses, value, last_id):
 
 @triton.jit
 def draw(src, heat, V, top, places, masses, value, last_id, uniform):
-    """The first kept id, in order of ids, at which the running mass exceeds `uniform` of the whole. masses[PADDED]."""
+    """The first kept id, by id, at which the running weight exceeds `uniform` of the whole. masses[PADDED]."""
     slot = tl.arange(0, masses.shape[0])
     wide = masses.to(tl.float64)
     running = tl.cumsum(wide, 0)
@@ -237,7 +237,7 @@ def best_id(src, heat, V, top, maxima):
 
 @triton.jit
 def value_of(x, id, top, log_mass, value, last_id, IS_LOGPROB: tl.constexpr):
-    """What is reported of an entry: its log-probability or itself if the cut keeps it, -inf if not."""
+    """The reported value of an entry: its log-probability or itself if the cut keeps it, -inf if not."""
     shown = x - top - log_mass if IS_LOGPROB else x
     return tl.where(keeps(x, id, value, last_id), shown, float("-inf"))
 
