@@ -10,7 +10,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from serve_cases import BIN, server
+from serve_cases import BIN, server, url
+
+__all__ = ["url"]
 
 
 @pytest.fixture(scope="module")
