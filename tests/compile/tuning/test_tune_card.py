@@ -13,7 +13,7 @@ import torch
 import zoo
 from fake_card import CARD
 from paged_driver import greedy
-from tune_card_cases import OURS, Clock, candidate, choices
+from tune_card_cases import OURS, Clock, candidate, choices, config
 
 from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
@@ -28,6 +28,8 @@ from fuseline.compile.tuning import kernels as tune_card
 from fuseline.compile.tuning.calls import CallMaker, has_constants
 from fuseline.compile.tuning.kernels import Problem, is_choice
 from fuseline.compile.tuning.timer import Arguments, CardTimer
+
+__all__ = ["config"]
 
 FLASH_3 = {"flash_attn_3": fakes.flash_attn_with_kvcache}
 LAYERS = 3
