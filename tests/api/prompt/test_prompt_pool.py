@@ -19,8 +19,9 @@ LONG = "word " * 20_000
 
 
 @pytest.fixture
-async def pool() -> AsyncIterator[PromptPool]:
-    made = PromptPool(settings(**FLAGS), 2)
+async def pool(request: pytest.FixtureRequest) -> AsyncIterator[PromptPool]:
+    """A pool with FLAGS; a test may replace some by an indirect parameter."""
+    made = PromptPool(settings(**{**FLAGS, **getattr(request, "param", {})}), 2)
     assert isinstance(await made.prepare("chat", [chat()]), Prepared)
     yield made
     made.close()
@@ -40,6 +41,8 @@ async def test_an_endless_template_is_ended_and_holds_nobody_up(pool: PromptPool
     assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
 
 
+# The limit of time is not what is tested: a busy machine must not reach it first.
+@pytest.mark.parametrize("pool", [{"prompt_timeout": 120.0}], indirect=True, ids=["patient"])
 @pytest.mark.parametrize("fault, flag", [("much", "--max-prompt-bytes"), ("wide", "--prompt-memory")])
 async def test_endless_text_and_memory_are_refused_in_words(pool: PromptPool, fault: str, flag: str) -> None:
     reply = await pool.prepare("chat", [turned_on(fault)])
