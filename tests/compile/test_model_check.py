@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from python_process import run_python
 from zoo import COMMON, IDS, LONG_FACTORS, VOCAB
 
 from fuseline.compile.capture.errors import CaptureError, LoadError
@@ -90,8 +89,7 @@ def test_warm_start_needs_no_transformers(tmp_path: Path) -> None:
         f"found = load_optimized(CompileConfig({config.model!r}, cache_dir={config.cache_dir!r}));"
         "print(found[0].verdict, 'transformers' in sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == f"{verdict} False"
+    assert run_python(program) == f"{verdict} False"
 
 
 def test_small_copies_keep_what_matters() -> None:

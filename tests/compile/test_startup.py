@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 import zoo
+from python_process import run_python
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fuseline.api.bench import startup
@@ -41,18 +41,13 @@ def started(tmp_path_factory) -> CompileConfig:
     return config
 
 
-def python(code: str, *arguments: str) -> str:
-    command = [sys.executable, "-P", "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def test_a_warm_start_imports_none_of_transformers(started):
-    assert python(WARM, started.model, started.cache_dir) == "torch"
+    assert run_python(WARM, started.model, started.cache_dir) == "torch"
 
 
 def test_a_cold_start_imports_no_triton(tmp_path):
     """Installed or not: without a GPU it would only take memory."""
-    assert python(WARM, str(zoo.checkpoint("qwen2")), str(tmp_path)) == "torch transformers"
+    assert run_python(WARM, str(zoo.checkpoint("qwen2")), str(tmp_path)) == "torch transformers"
 
 
 def test_what_is_hidden_comes_back():
@@ -82,7 +77,7 @@ def peak():
 
 before, load = [], weights.load_weights
 from fuseline.compile import compiler
-compiler.load_weights = lambda *args: (before.append(peak()), load(*args))[1]
+compiler.load_weights = lambda *args, **options: (before.append(peak()), load(*args, **options))[1]
 model = compile_model(CompileConfig(model=sys.argv[1], cache_dir=sys.argv[2]), detect_target(2))
 print((peak() - before[0]) * 1024 - model.info.weight_bytes)
 """
@@ -91,13 +86,13 @@ print((peak() - before[0]) * 1024 - model.info.weight_bytes)
         max_position_embeddings=128,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
-    python(code, str(tmp_path / "model"), str(tmp_path / "cache"))  # captures
-    assert int(python(code, str(tmp_path / "model"), str(tmp_path / "cache"))) < 40 << 20
+    run_python(code, str(tmp_path / "model"), str(tmp_path / "cache"))  # captures
+    assert int(run_python(code, str(tmp_path / "model"), str(tmp_path / "cache"))) < 40 << 20
 
 
 def test_the_server_needs_no_torch():
     code = "import sys, fuseline.api.app, fuseline.api.server; print('torch' in sys.modules)"
-    assert python(code) == "False"
+    assert run_python(code) == "False"
 
 
 def test_the_cached_lowered_model_is_the_lowered_one(started):

@@ -231,10 +231,12 @@ async def test_idle_engine_uses_no_time() -> None:
 PARENT = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
-from engine_client_cases import make_client
+from fake_model import build_fake, fake_config
+from fuseline.engine.client import EngineClient
+from fuseline.engine.run.sampler_reference import reference_device
 
 async def main():
-    client = make_client(True)
+    client = EngineClient(fake_config(), True, build_fake, reference_device)
     await client.start()
     print(client._transport.process.pid, flush=True)
     await asyncio.sleep(60)

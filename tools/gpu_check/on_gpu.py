@@ -73,7 +73,7 @@ class Recorder:
 
 def pytest_configure(config: pytest.Config) -> None:
     folder = config.getoption("--failures")
-    if folder is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+    if folder is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(folder))
     carry_triton()
     library = library_for(Target("cuda", "", 1))
@@ -83,9 +83,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     result = yield
-    if "PYTEST_XDIST_WORKER" in os.environ and is_gpu_lost():
+    if hasattr(item.config, "workerinput") and is_gpu_lost():
         os._exit(1)
     return result
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from python_process import run_python
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers import core_model_loading as loading
@@ -320,7 +319,10 @@ def test_a_file_cut_off_while_it_is_read(tmp_path):
 
 PEAK = """
 import sys
-from test_weights import CompileConfig, WeightSource, described, load_weights
+from weights_cases import described
+from fuseline.compile.capture.weights import load_weights
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.specs import WeightSource
 
 config = CompileConfig(model=sys.argv[1], dtype=sys.argv[2])
 captured = described(config)
@@ -339,10 +341,6 @@ def test_memory_stays_near_the_size_of_the_weights(tmp_path):
     config = zoo.config_of("mixtral")
     config.update(dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, vocab_size=8192))
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PEAK, str(tmp_path), "bfloat16"], capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": ":".join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    peak, size = map(int, done.stdout.split())
+    peak, size = map(int, run_python(PEAK, str(tmp_path), "bfloat16").split())
     assert size > 40 << 20
     assert peak < 1.15 * size + (25 << 20)  # the buffer, and what the import of kernels takes

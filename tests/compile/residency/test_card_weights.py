@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from fake_card import CARD, FakeGraphs
 from paged_driver import greedy
+from python_process import run_python
 from transformers import AutoModelForCausalLM
 from weights_cases import assert_same, described, everything
 from zoo import checkpoint, config_of, make_prompts, truth
@@ -79,7 +78,9 @@ def test_dummy_weights_are_made_on_the_card(monkeypatch) -> None:
 
 PEAK = """
 import sys, torch
-from weights_cases import CompileConfig, described, everything, load_weights
+from weights_cases import described, everything
+from fuseline.compile.config import CompileConfig
+from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.capture.sinks import DeviceSink
 
 config = CompileConfig(model=sys.argv[1], dtype="bfloat16")
@@ -99,11 +100,7 @@ def test_host_memory_does_not_grow_with_the_model(tmp_path) -> None:
     config = config_of("mixtral")
     config.update(dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, vocab_size=8192))
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": ":".join(path for path in sys.path if path), "OMP_NUM_THREADS": "2"},
-    )  # fmt: skip
-    peak, size = map(int, done.stdout.split())
+    peak, size = map(int, run_python(PEAK, str(tmp_path), num_threads=2).split())
     ring = sinks.NUM_BUFFERS * reader.BLOCK_BYTES
     assert size > 110 * MIB and peak < ring + 30 * MIB, "the ring, the readers' blocks, what imports take"
 
