@@ -87,17 +87,17 @@ LATER_CHOICES: dict[str, dict[str, str]] = {
 }
 """field -> choice -> cure, for choices that exist by specification but not yet here."""
 
-CARD_CHOICES: dict[str, dict[str, str]] = {
+GPU_CHOICES: dict[str, dict[str, str]] = {
     "kv_cache_dtype": dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), "use float32, bfloat16, float16 or auto"),
 }
 """field -> choice -> cure, for choices that a CPU does not have."""
 
-CARD_ONLY: dict[str, str] = {
+GPU_ONLY: dict[str, str] = {
     "max_seq_len_to_capture": "no device graphs are captured on a CPU",
     "swap_space": "on a CPU there is nothing to swap to",
     "preemption_mode": "on a CPU there is nothing to swap to",
     "cpu_offload_gb": "on a CPU the weights are in host memory already",
-    "calculate_kv_scales": "a cache of fp8 needs a card",
+    "calculate_kv_scales": "a cache of fp8 needs a GPU",
 }
 """field -> why it does nothing on a CPU."""
 

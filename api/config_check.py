@@ -34,8 +34,8 @@ def refuse_unavailable(given: Mapping[str, object]) -> None:
             raise ConfigError(f"{flag} is not supported yet ({tables.LATER[name].part})")
         if cure := tables.LATER_CHOICES.get(name, {}).get(str(value)):
             raise ConfigError(f"{flag} {value} is not supported yet; {cure}")
-        if kind == "cpu" and (cure := tables.CARD_CHOICES.get(name, {}).get(str(value))):
-            raise ConfigError(f"{flag} {value} needs a card (--device cuda); on a CPU {cure}")
+        if kind == "cpu" and (cure := tables.GPU_CHOICES.get(name, {}).get(str(value))):
+            raise ConfigError(f"{flag} {value} needs a GPU (--device cuda); on a CPU {cure}")
         if name in tables.RECORDED:
             _check_recorded(flag, tables.RECORDED[name], value)
 

@@ -24,7 +24,7 @@ class LevelKey:
     is_valid: Callable[[object], bool]
     words: str
     effect: str = ""
-    is_for_cards: bool = False
+    is_gpu_only: bool = False
 
 
 def _is_level(value: object) -> bool:
@@ -67,7 +67,7 @@ KEYS: dict[str, LevelKey] = {
     "pass_config": LevelKey(_is_switches, "maps names of passes to true or false", "false leaves a pass out"),
     "splitting_ops": LevelKey(
         _is_names, "is a list of names", "ops beside attention at which a GPU's graphs of mixed steps end",
-        is_for_cards=True,
+        is_gpu_only=True,
     ),
     "use_inductor": LevelKey(lambda value: isinstance(value, bool), "is true or false", "false compiles no regions"),
 }  # fmt: skip
@@ -143,7 +143,7 @@ def without_effect(levels: Mapping[str, object], kind: str) -> list[str]:
     """Keys that were given and do nothing on this kind of machine."""
 
     def has_effect(key: LevelKey) -> bool:
-        return bool(key.effect) and (kind == "cuda" or not key.is_for_cards)
+        return bool(key.effect) and (kind == "cuda" or not key.is_gpu_only)
 
     return sorted(name for name, value in levels.items() if value is not None and not has_effect(KEYS[name]))
 

@@ -68,7 +68,7 @@ def without_effect(config: ServerConfig) -> list[str]:
         defaults = {item.name: item.default for part in CONFIGS for item in fields(part)}
         lines += [
             f"--{name.replace('_', '-')} has no effect: {why}"
-            for name, why in tables.CARD_ONLY.items()
+            for name, why in tables.GPU_ONLY.items()
             if shown[name] != defaults[name]
         ]
     if idle := idle_keys(dict(config.compilation_config), kind):

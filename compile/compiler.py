@@ -66,7 +66,7 @@ def compile_model(
     executable = _executable(captured.graph, weights, config, target, offload)
     if isinstance(executable, CudaExecutable):
         weights = without_offloaded(weights, offload)
-        return _on_card(config, captured, result, weights, executable, target, graphs)
+        return _on_gpu(config, captured, result, weights, executable, target, graphs)
     model = CpuModel(config, captured, result, weights, executable)
     if config.level > 1 and executable.num_regions and "cut_regions" not in config.disabled_passes:
         model.compile_regions(RegionUpgrade(captured.graph, _by_target(captured.graph, weights), config))
@@ -84,7 +84,7 @@ def _tune(graph: fx.GraphModule, weights: Mapping[str, Tensor], config, target: 
         tune_linears(graph, weights, config, progress)
 
 
-def _on_card(config, captured, result, weights, executable, target: Target, graphs: GraphConfig | None) -> CudaModel:
+def _on_gpu(config, captured, result, weights, executable, target: Target, graphs: GraphConfig | None) -> CudaModel:
     from fuseline.compile.backends.cuda.model import CudaModel  # needs triton
 
     return CudaModel(config, captured, result, weights, executable, target.device, graphs or GraphConfig())

@@ -9,7 +9,7 @@ PASSES = (
     "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "pack_weights",
     "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant",
 )  # fmt: skip
-"""Names of passes, known without importing them; their order is that of passes/pipeline.py, a card's own last."""
+"""Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last."""
 NEEDED_PASSES = frozenset({"page_attention"})
 """Without these there is nothing to serve: the caches are theirs."""
 MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -18,7 +18,7 @@ beyond, products take longer than their launches do."""
 
 
 STORED = "stored"
-"""As `dtype` what auto means on a card: the checkpoint's, whatever it is. No flag has it."""
+"""As `dtype` what auto means on a GPU: the checkpoint's, whatever it is. No flag has it."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class CompileConfig:
     level: int = 1
     """0: the captured graph with reference ops, eager. 1: passes, our kernels and the plan. 2: ops without a
     kernel compiled by inductor, in the background. 3: a plan of its own for steps that
-    only decode, and how each product is cut measured once; on a card, which kernel computes an op."""
+    only decode, and how each product is cut measured once; on a GPU, which kernel computes an op."""
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"
-    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16; on a card also fp8 (fp8_e4m3: three
+    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16; on a GPU also fp8 (fp8_e4m3: three
     bits of fraction, up to 448) and fp8_e5m2 (two, up to 57344)."""
     calculate_kv_scales: bool = False
     """Scale an fp8 cache by the first step's keys and values instead of by the checkpoint's scales (none there: 1)."""
     cpu_offload_gb: float = 0.0
-    """GiB of a card's weights that stay in host memory and are copied to it each step, layer by layer."""
+    """GiB of a GPU's weights that stay in host memory and are copied to it each step, layer by layer."""
     max_model_len: int = 0
     """Context length in tokens; 0 takes the model's own limit."""
     block_size: int = 16
@@ -56,7 +56,7 @@ class CompileConfig:
     weight_format: str = ""
     """Storage format of the weights of linears (compile/formats); empty takes the one that the kernels read."""
     batch_invariant: bool = False
-    """On a card, from level 1 on: a request's answer is the same bit for bit whatever else is in its batches, at the
+    """On a GPU, from level 1 on: a request's answer is the same bit for bit whatever else is in its batches, at the
     cost of products that are slower. On a CPU it always is."""
     wait_compiled: bool = False
     """Answer only once compiled regions are in use, instead of answering at level 1 meanwhile."""
@@ -78,7 +78,7 @@ class CompileConfig:
 
 @dataclass(frozen=True)
 class GraphConfig:
-    """Which steps of a card are captured as CUDA graphs."""
+    """Which steps of a GPU are captured as CUDA graphs."""
 
     sizes: tuple[int, ...] = ()
     """Sequences of decode steps (`cudagraph_capture_sizes`). Empty: 1, 2, 4, then multiples of 8."""
@@ -88,11 +88,11 @@ class GraphConfig:
     """Decode steps with a sequence of more tokens are not replayed whole: their grids are made for this length."""
     num_warmups: int = 1
     """Trials before each capture (`cudagraph_num_of_warmups`): they compile kernels, and libraries load theirs. Of 0
-    the first graph of whole steps and those in pieces have one all the same."""
+    the first graph of whole steps and those in segments have one all the same."""
     mixed_sizes: tuple[int, ...] | None = None
-    """Tokens of other steps, captured in pieces. None: those of `sizes`, if there are any, else MIXED_SIZES."""
+    """Tokens of other steps, captured in segments. None: those of `sizes`, if there are any, else MIXED_SIZES."""
     splitting_ops: tuple[str, ...] = ()
-    """Ops at which the pieces end besides attention (`splitting_ops`), with or without the namespace."""
+    """Ops at which the segments end besides attention (`splitting_ops`), with or without the namespace."""
 
     def resolved(self, max_num_seqs: int) -> tuple[int, ...]:
         """Sizes of decode steps, ascending; one is at most the sequences of a step."""

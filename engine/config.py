@@ -24,7 +24,7 @@ class CacheConfig:
     swap_space: float = 4.0
     """GiB of host memory for swapped sequences; nothing to swap to on CPU: accepted, treated as 0."""
     preemption_mode: Literal["recompute", "swap"] = "recompute"
-    """How a preempted sequence goes on: computed anew, or on a card from its KV in swap space while there is room."""
+    """How a preempted sequence goes on: computed anew, or on a GPU from its KV in swap space while there is room."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SchedulerConfig:
     max_num_queued_reqs: int = 0
     """Sequences (prompts x n) that may wait before new requests get 429; 0 means 4 x max-num-seqs."""
     async_scheduling: bool = False
-    """Schedule the next step while the last one runs; tokens are the same. A card always works so."""
+    """Schedule the next step while the last one runs; tokens are the same. A GPU always works so."""
     scheduling_policy: str = "fcfs"
     """fcfs, or priority (lower value first, ties by arrival)."""
     enable_chunked_prefill: bool = True

@@ -18,7 +18,7 @@ router = APIRouter()
 dev_router = APIRouter()
 
 
-def _card(served: Served, name: str) -> dict:
+def _model_card(served: Served, name: str) -> dict:
     permission = {
         "id": f"modelperm-{uuid.uuid4().hex}", "object": "model_permission", "created": served.created,
         "allow_create_engine": False, "allow_sampling": True, "allow_logprobs": True, "allow_search_indices": False,
@@ -33,14 +33,15 @@ def _card(served: Served, name: str) -> dict:
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     served: Served = request.app.state.served
-    return json_response({"object": "list", "data": [_card(served, name) for name in served.config.served_model_name]})
+    models = [_model_card(served, name) for name in served.config.served_model_name]
+    return json_response({"object": "list", "data": models})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
     served: Served = request.app.state.served
     served.check_model(name)
-    return json_response(_card(served, name))
+    return json_response(_model_card(served, name))
 
 
 @router.get("/health")

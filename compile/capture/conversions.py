@@ -12,14 +12,14 @@ from torch import nn
 from transformers import core_model_loading as loading
 from transformers.core_model_loading import WeightConverter
 
-from fuseline.compile.capture import pieces
-from fuseline.compile.capture.pieces import Unread
+from fuseline.compile.capture import lazy_tensor
+from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.reader import Reader
 
-Tensors = Mapping[str, list[Unread]]
+Tensors = Mapping[str, list[LazyTensor]]
 
 
-def convert(rule: WeightConverter, taken: Tensors, first: str, model: nn.Module) -> dict[str, Unread]:
+def convert(rule: WeightConverter, taken: Tensors, first: str, model: nn.Module) -> dict[str, LazyTensor]:
     """Target pattern -> tensor. Raises ValueError when the tensors do not fit the rule."""
     current: Tensors = taken
     for operation in rule.operations:
@@ -28,13 +28,13 @@ def convert(rule: WeightConverter, taken: Tensors, first: str, model: nn.Module)
     return {target: _only(tensors) for target, tensors in current.items()}
 
 
-def _only(tensors: list[Unread]) -> Unread:
+def _only(tensors: list[LazyTensor]) -> LazyTensor:
     if len(tensors) != 1:
         raise ValueError(f"{len(tensors)} tensors where one was expected")
     return tensors[0]
 
 
-def _single(current: Tensors) -> Unread:
+def _single(current: Tensors) -> LazyTensor:
     if len(current) != 1:
         raise ValueError(f"only {', '.join(current)} found")
     return next(iter(current.values()))[0]
@@ -43,14 +43,14 @@ def _single(current: Tensors) -> Unread:
 def _merge(operation, current: Tensors, rule: WeightConverter, first: str, model: nn.Module) -> Tensors:
     alone = len(current) == 1
     return {
-        (rule.target_patterns[0] if alone else pattern): [pieces.stack(tensors, operation.dim)]
+        (rule.target_patterns[0] if alone else pattern): [lazy_tensor.stack(tensors, operation.dim)]
         for pattern, tensors in current.items()
     }
 
 
 def _concatenate(operation, current: Tensors, rule: WeightConverter, first: str, model: nn.Module) -> Tensors:
     parts = [part for pattern in rule.source_patterns for part in current.get(pattern, [])]
-    return {operation.get_target_pattern(rule.target_patterns): [pieces.concatenate(parts, operation.dim)]}
+    return {operation.get_target_pattern(rule.target_patterns): [lazy_tensor.concatenate(parts, operation.dim)]}
 
 
 def _chunk(operation, current: Tensors, rule: WeightConverter, first: str, model: nn.Module) -> Tensors:
@@ -59,14 +59,14 @@ def _chunk(operation, current: Tensors, rule: WeightConverter, first: str, model
     total = whole.shape[operation.dim]
     size = -(-total // len(targets))
     sizes = [min(size, total - at) for at in range(0, total, size)]
-    parts = pieces.split(whole, sizes, operation.dim)
+    parts = lazy_tensor.split(whole, sizes, operation.dim)
     return {target: [part] for target, part in zip(targets, parts, strict=True)}
 
 
 def _split(operation, current: Tensors, rule: WeightConverter, first: str, model: nn.Module) -> Tensors:
     names = [first.replace(rule.target_patterns[0], target) for target in rule.target_patterns]
     sizes = [model.get_parameter(name).shape[operation.dim] for name in names]
-    parts = pieces.split(_single(current), sizes, operation.dim)
+    parts = lazy_tensor.split(_single(current), sizes, operation.dim)
     return {target: [part] for target, part in zip(rule.target_patterns, parts, strict=True)}
 
 
@@ -75,7 +75,7 @@ def _transpose(operation, current: Tensors, rule: WeightConverter, first: str, m
     target = operation.get_target_pattern(current, rule.source_patterns, rule.target_patterns)
     if operation.check_dims and whole.shape == tuple(model.get_parameter(first).shape):
         return {target: [whole]}
-    return {target: [pieces.transpose(whole, operation.dim0, operation.dim1)]}
+    return {target: [lazy_tensor.transpose(whole, operation.dim0, operation.dim1)]}
 
 
 def _run(operation, current: Tensors, rule: WeightConverter, first: str, model: nn.Module) -> Tensors:
@@ -91,7 +91,7 @@ def _run(operation, current: Tensors, rule: WeightConverter, first: str, model: 
         missing_keys=None,
     )
     return {
-        target: [pieces.computed(value) for value in (values if isinstance(values, list) else [values])]
+        target: [lazy_tensor.computed(value) for value in (values if isinstance(values, list) else [values])]
         for target, values in made.items()
     }
 

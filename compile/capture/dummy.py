@@ -1,6 +1,6 @@
 """Random weights, for runs without a checkpoint's values: the same for a name and a seed on every CPU.
 
-They are made where they come to lie: a card makes those of an 8B model in a second, a host in a minute, and its numbers
+They are made where they come to lie: a GPU makes those of an 8B model in a second, a host in a minute, and its numbers
 are others.
 """
 
@@ -10,9 +10,9 @@ import hashlib
 
 import torch
 
-from fuseline.compile.capture import pieces
+from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.captured import CapturedModel
-from fuseline.compile.capture.pieces import Unread
+from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.reader import Reader
 
 DEFAULT_STD = 0.02
@@ -28,18 +28,18 @@ class DummyWeights:
         self._seed, self._device = seed, device
         self._std = captured.facts.initializer_range or DEFAULT_STD
 
-    def find(self, name: str) -> Unread | None:
+    def find(self, name: str) -> LazyTensor | None:
         if name not in self._captured.parameters:
             return None
         shape, dtype = self._captured.parameters[name]
         if name.endswith("bias"):
-            return pieces.computed(torch.zeros(shape, dtype=dtype, device=self._device))
+            return lazy_tensor.computed(torch.zeros(shape, dtype=dtype, device=self._device))
         if len(shape) < 2:
-            return pieces.computed(torch.ones(shape, dtype=dtype, device=self._device))
+            return lazy_tensor.computed(torch.ones(shape, dtype=dtype, device=self._device))
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         made = torch.empty(shape, dtype=dtype, device=self._device)
-        return pieces.computed(made.normal_(0.0, self._std, generator=generator))
+        return lazy_tensor.computed(made.normal_(0.0, self._std, generator=generator))
 
     def check_tied(self, reader: Reader) -> None:
         """Nothing to check: one of the tied is made."""
@@ -47,5 +47,5 @@ class DummyWeights:
     def remember(self) -> None:
         """Do nothing: dummy weights have no weight map to save."""
 
-    def origin_of(self, unread: Unread) -> str:
+    def origin_of(self, lazy: LazyTensor) -> str:
         return self.origin

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
-from fuseline.compile.capture.pieces import whole
+from fuseline.compile.capture.lazy_tensor import whole
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.specs import scale_names

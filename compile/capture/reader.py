@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.pieces import Piece, Unread
+from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
 
 BLOCK_BYTES = 4 << 20
 
 
 class Reader:
-    """Reads pieces block by block. A context manager: it owns the open files and the buffer."""
+    """Reads slices block by block. A context manager: it owns the open files and the buffer."""
 
     def __init__(self) -> None:
         self._files: dict[Path, int] = {}
@@ -31,43 +31,43 @@ class Reader:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close.close()
 
-    def blocks(self, piece: Piece) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    def blocks(self, part: TensorSlice) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Yield (start in the whole, values) of blocks that cover the slice; values are valid until the next."""
-        if piece.stored is None:
-            yield piece.start, piece.view
+        if part.stored is None:
+            yield part.start, part.view
             return
-        for start, view in cut(piece.start, piece.view):
-            yield start, self._read(piece, view)
+        for start, view in cut(part.start, part.view):
+            yield start, self._read(part, view)
 
-    def value(self, unread: Unread) -> Tensor:
+    def value(self, lazy: LazyTensor) -> Tensor:
         """All of it, in memory, in the dtype that is stored."""
-        out = torch.zeros(unread.shape, dtype=unread.pieces[0].view.dtype)
-        for piece in unread.pieces:
-            for start, block in self.blocks(piece):
+        out = torch.zeros(lazy.shape, dtype=lazy.slices[0].view.dtype)
+        for part in lazy.slices:
+            for start, block in self.blocks(part):
                 write_box(out, block, start)
         return out
 
-    def _read(self, piece: Piece, view: Tensor) -> Tensor:
+    def _read(self, part: TensorSlice, view: Tensor) -> Tensor:
         span, size = span_of(view), view.element_size()
         if span * size > self._buffer.numel():  # a single row along every dim, still wider than a block
             self._buffer = torch.empty(span * size, dtype=torch.uint8)
         raw = self._buffer[: span * size]
-        at = piece.stored.begin + view.storage_offset() * size
-        self._fill(piece, memoryview(raw.numpy()), at)
+        at = part.stored.begin + view.storage_offset() * size
+        self._fill(part, memoryview(raw.numpy()), at)
         return raw.view(view.dtype).as_strided(view.shape, view.stride())
 
-    def _fill(self, piece: Piece, target: memoryview, at: int) -> None:
-        file = self._open(piece.stored.path)
+    def _fill(self, part: TensorSlice, target: memoryview, at: int) -> None:
+        file = self._open(part.stored.path)
         try:
             while target:
                 got = os.preadv(file, [target], at)
                 if got == 0:
                     raise LoadError(
-                        f"{piece.stored.name} in {piece.stored.path} is cut off at byte {at}: get the file again"
+                        f"{part.stored.name} in {part.stored.path} is cut off at byte {at}: get the file again"
                     )
                 target, at = target[got:], at + got
         except OSError as error:
-            raise LoadError(f"{piece.stored.name} in {piece.stored.path} cannot be read: {error.strerror}") from error
+            raise LoadError(f"{part.stored.name} in {part.stored.path} cannot be read: {error.strerror}") from error
 
     def _open(self, path: Path) -> int:
         if path not in self._files:

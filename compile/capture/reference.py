@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from fuseline.compile.capture import pieces
-from fuseline.compile.capture.pieces import Unread
+from fuseline.compile.capture import lazy_tensor
+from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.reader import Reader
 
 GAIN = 1.6
@@ -50,10 +50,10 @@ class RandomModel:
         """As a checkpoint."""
         self._model.save_pretrained(folder)
 
-    def find(self, name: str) -> Unread | None:
+    def find(self, name: str) -> LazyTensor | None:
         """The parameter or stored buffer `name`."""
         value = self._values.get(name)
-        return None if value is None else pieces.computed(value)
+        return None if value is None else lazy_tensor.computed(value)
 
     def check_tied(self, reader: Reader) -> None:
         """Tied parameters are one tensor here."""
@@ -61,7 +61,7 @@ class RandomModel:
     def remember(self) -> None:
         """Nothing was looked for."""
 
-    def origin_of(self, unread: Unread) -> str:
+    def origin_of(self, lazy: LazyTensor) -> str:
         return self.origin
 
 

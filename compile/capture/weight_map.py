@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from fuseline.compile.capture.checkpoint import StoredTensor
-from fuseline.compile.capture.pieces import Piece, Unread
+from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
 
-Found = dict[str, Unread | None]
+Found = dict[str, LazyTensor | None]
 
 
 def fingerprint(stored: Mapping[str, StoredTensor]) -> str:
@@ -32,35 +32,35 @@ def fingerprint(stored: Mapping[str, StoredTensor]) -> str:
 
 def write_map(found: Found) -> bytes | None:
     """None when a tensor was computed: its values have no place in a map."""
-    if any(piece.stored is None for unread in found.values() if unread for piece in unread.pieces):
+    if any(part.stored is None for lazy in found.values() if lazy for part in lazy.slices):
         return None
-    rows = {name: unread and [unread.shape, [_row(piece) for piece in unread.pieces]] for name, unread in found.items()}
+    rows = {name: lazy and [lazy.shape, [_row(part) for part in lazy.slices]] for name, lazy in found.items()}
     return json.dumps(rows).encode()
 
 
 def read_map(body: bytes, stored: Mapping[str, StoredTensor]) -> Found:
     """Raises ValueError, KeyError or TypeError when the body is no map of this checkpoint."""
-    return {name: row and _unread(row, stored) for name, row in json.loads(body).items()}
+    return {name: row and _lazy(row, stored) for name, row in json.loads(body).items()}
 
 
-def _row(piece: Piece) -> list[Any]:
-    view = piece.view
-    return [piece.start, piece.stored.name, *_numbers(view)]
+def _row(part: TensorSlice) -> list[Any]:
+    view = part.view
+    return [part.start, part.stored.name, *_numbers(view)]
 
 
 def _numbers(view: torch.Tensor) -> list[Any]:
     return [str(view.dtype).removeprefix("torch."), list(view.shape), list(view.stride()), view.storage_offset()]
 
 
-def _unread(row: list[Any], stored: Mapping[str, StoredTensor]) -> Unread:
+def _lazy(row: list[Any], stored: Mapping[str, StoredTensor]) -> LazyTensor:
     shape, rows = row
-    return Unread(tuple(shape), tuple(_piece(stored, *values) for values in rows))
+    return LazyTensor(tuple(shape), tuple(_slice(stored, *values) for values in rows))
 
 
-def _piece(
+def _slice(
     stored: Mapping[str, StoredTensor], start: list[int], name: str, dtype: str,
     shape: list[int], strides: list[int], offset: int,
-) -> Piece:  # fmt: skip
+) -> TensorSlice:  # fmt: skip
     whole = stored[name]
     if _numbers(whole.meta)[0] != dtype:
         raise ValueError(f"{name} is not of type {dtype}")
@@ -68,7 +68,7 @@ def _piece(
     inside = whole.meta.storage_offset() <= offset and last < whole.meta.storage_offset() + _span(whole.meta)
     if not inside:
         raise ValueError(f"{name} is smaller")
-    return Piece(tuple(start), whole.meta.as_strided(shape, strides, offset), whole)
+    return TensorSlice(tuple(start), whole.meta.as_strided(shape, strides, offset), whole)
 
 
 def _span(view: torch.Tensor) -> int:
@@ -81,14 +81,14 @@ class RememberedWeights:
     Any thread may ask.
     """
 
-    def __init__(self, found: Found | None, resolve: Callable[[], Mapping[str, Unread]]) -> None:
+    def __init__(self, found: Found | None, resolve: Callable[[], Mapping[str, LazyTensor]]) -> None:
         self.is_new = found is None
         self.found: Found = found or {}
         self._resolve = resolve
-        self._resolved: Mapping[str, Unread] | None = None
+        self._resolved: Mapping[str, LazyTensor] | None = None
         self._lock = threading.Lock()
 
-    def get(self, name: str) -> Unread | None:
+    def get(self, name: str) -> LazyTensor | None:
         with self._lock:
             if name not in self.found:
                 if self._resolved is None:

@@ -14,11 +14,11 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from fuseline.compile.capture import pieces
+from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.conversions import convert
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.pieces import Unread
+from fuseline.compile.capture.lazy_tensor import LazyTensor
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Conversion:
     first: str
     """Name of the first parameter it makes."""
     model: nn.Module
-    taken: dict[str, list[Unread]] = field(default_factory=dict)
+    taken: dict[str, list[LazyTensor]] = field(default_factory=dict)
 
-    def results(self) -> dict[str, Unread]:
+    def results(self) -> dict[str, LazyTensor]:
         """Parameters by name. Raises LoadError if the stored tensors do not fit together."""
         try:
             made = convert(self.rule, self.taken, self.first, self.model)
@@ -41,7 +41,7 @@ class Conversion:
             ) from error
         full = self.first.replace("*.", "0.")
         before, _, after = next((full.partition(target) for target in made if target in full), ("", "", ""))
-        return {before + target + after: unread for target, unread in made.items()}
+        return {before + target + after: lazy for target, lazy in made.items()}
 
     def names(self) -> list[str]:
         """Return the names of `results` without reading any tensor."""
@@ -60,9 +60,9 @@ class StoredWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._direct or name in self._converted
 
-    def __getitem__(self, name: str) -> Unread:
+    def __getitem__(self, name: str) -> LazyTensor:
         if name in self._direct:
-            return pieces.whole(self._direct[name])
+            return lazy_tensor.whole(self._direct[name])
         return self._converted[name].results()[name]
 
 
@@ -88,5 +88,5 @@ def resolve(
             continue
         if target not in conversions:
             conversions[target] = Conversion(deepcopy(of_pattern[pattern]), target, model)
-        conversions[target].taken.setdefault(pattern, []).append(pieces.whole(stored[name]))
+        conversions[target].taken.setdefault(pattern, []).append(lazy_tensor.whole(stored[name]))
     return direct, {name: conversion for conversion in conversions.values() for name in conversion.names()}

@@ -17,12 +17,12 @@ from torch import Tensor
 from fuseline.compile.cache.files import CacheError
 from fuseline.compile.cache.keys import cache_key, optimized_key
 from fuseline.compile.cache.store import cache_path, read_cached, write_cached
-from fuseline.compile.capture import pieces
+from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.captured import DTYPES, CapturedModel
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.pieces import Unread
+from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.capture.sinks import HostSink, Sink
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
@@ -79,13 +79,13 @@ class WeightFinder(Protocol):
 
     origin: str
 
-    def find(self, name: str) -> Unread | None: ...
+    def find(self, name: str) -> LazyTensor | None: ...
 
     def check_tied(self, reader: Reader) -> None: ...
 
     def remember(self) -> None: ...
 
-    def origin_of(self, unread: Unread) -> str: ...
+    def origin_of(self, lazy: LazyTensor) -> str: ...
 
 
 class CheckpointWeights:
@@ -114,10 +114,10 @@ class CheckpointWeights:
             lowered = cache_path(self._config, "models", optimized_key(self._config) or "")
             write_cached(self._map_path, lambda: body, earlier=lowered)
 
-    def find(self, name: str) -> Unread | None:
+    def find(self, name: str) -> LazyTensor | None:
         """Return the lazy tensor of parameter or buffer `name`; tied names share the stored one."""
         found = (self._known.get(other) for other in self._alike.get(name, (name,)))
-        return next((unread for unread in found if unread is not None), None)
+        return next((lazy for lazy in found if lazy is not None), None)
 
     def check_tied(self, reader: Reader) -> None:
         """Raises LoadError if parameters that the model ties are stored with different values."""
@@ -130,8 +130,8 @@ class CheckpointWeights:
                         "set tie_word_embeddings to false there or among the overrides"
                     )
 
-    def origin_of(self, unread: Unread) -> str:
-        return next((str(piece.stored.path) for piece in unread.pieces if piece.stored), self.origin)
+    def origin_of(self, lazy: LazyTensor) -> str:
+        return next((str(part.stored.path) for part in lazy.slices if part.stored), self.origin)
 
 
 def alike(tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -142,9 +142,9 @@ def alike(tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return groups
 
 
-def equal(one: Unread, two: Unread, reader: Reader) -> bool:
+def equal(one: LazyTensor, two: LazyTensor, reader: Reader) -> bool:
     """Whether two stored tensors have the same values."""
-    places = [[(p.stored.path, p.stored.begin) for p in unread.pieces if p.stored] for unread in (one, two)]
+    places = [[(p.stored.path, p.stored.begin) for p in lazy.slices if p.stored] for lazy in (one, two)]
     return places[0] == places[1] or torch.equal(reader.value(one), reader.value(two))
 
 
@@ -155,7 +155,9 @@ def map_path(config: CompileConfig, stored: Mapping[str, StoredTensor]) -> Path 
     return key and cache_path(config, "weights", name)
 
 
-def resolve(stored: Mapping[str, StoredTensor], captured: CapturedModel, config: CompileConfig) -> Mapping[str, Unread]:
+def resolve(
+    stored: Mapping[str, StoredTensor], captured: CapturedModel, config: CompileConfig
+) -> Mapping[str, LazyTensor]:
     """Map stored tensors to parameters by Transformers' own rules. Raises CaptureError, LoadError."""
     from fuseline.compile.capture.hf_model import build_on_meta, load_config
     from fuseline.compile.capture.weight_names import StoredWeights
@@ -179,17 +181,17 @@ def _load(
     sink: Sink,
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight by part; `keys`: the request of each, by part."""
-    unread, dtype = _gather(source, weights, captured)
+    lazy, dtype = _gather(source, weights, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
     form = registry()[source.format]
-    shapes = form.shapes(unread.shape, final).items()
+    shapes = form.shapes(lazy.shape, final).items()
     # A part that no constant is may still be needed to make the others.
     stored = {part: sink.zeros(keys.get(part, ""), shape, kind) for part, (shape, kind) in shapes}
     reader = readers.get()
     try:
         for take in filter(None, (form.scan, form.write)):
-            for piece in unread.pieces:
-                for start, block in reader.blocks(piece):
+            for part in lazy.slices:
+                for start, block in reader.blocks(part):
                     # For every storage dtype, the model computes with values rounded to its own dtype.
                     # Packing casts, too, but only the dtypes of models: no float64.
                     is_cast = block.dtype in DTYPES.values() and dtype == final
@@ -200,7 +202,7 @@ def _load(
     return stored
 
 
-def _gather(source: WeightSource, weights: WeightFinder, captured: CapturedModel) -> tuple[Unread, torch.dtype]:
+def _gather(source: WeightSource, weights: WeightFinder, captured: CapturedModel) -> tuple[LazyTensor, torch.dtype]:
     """All parts of the source, joined but not read, and the dtype the model has them in."""
     pads = source.pads or (0,) * len(source.names)
     parts = [
@@ -208,28 +210,28 @@ def _gather(source: WeightSource, weights: WeightFinder, captured: CapturedModel
     ]
     real = [part for part in parts if part is not None]
     shape = real[0][0].shape[1:]
-    whole = [part[0] if part else pieces.zeros((pad, *shape)) for part, pad in zip(parts, pads, strict=True)]
+    whole = [part[0] if part else lazy_tensor.zeros((pad, *shape)) for part, pad in zip(parts, pads, strict=True)]
     try:
-        return pieces.concatenate(whole, 0), real[0][1]
+        return lazy_tensor.concatenate(whole, 0), real[0][1]
     except ValueError as error:
         raise LoadError(f"{' + '.join(source.names)}: {error}") from error
 
 
 def _part(
     name: str, source: WeightSource, weights: WeightFinder, captured: CapturedModel
-) -> tuple[Unread, torch.dtype]:
+) -> tuple[LazyTensor, torch.dtype]:
     shape, dtype = expected(name, captured)
-    unread = weights.find(name)
-    if unread is None and name in captured.constants:
-        unread = pieces.computed(captured.constants[name])
-    if unread is None:
+    lazy = weights.find(name)
+    if lazy is None and name in captured.constants:
+        lazy = lazy_tensor.computed(captured.constants[name])
+    if lazy is None:
         raise LoadError(f"{name} is not in the weights of {weights.origin}: the checkpoint is not complete")
-    if unread.shape != shape:
+    if lazy.shape != shape:
         raise LoadError(
-            f"{name} in {weights.origin_of(unread)} has shape {list(unread.shape)}, "
+            f"{name} in {weights.origin_of(lazy)} has shape {list(lazy.shape)}, "
             f"but config.json makes it {list(shape)}: they do not belong together"
         )
-    return (pieces.transpose(unread, -2, -1) if source.transpose else unread), dtype
+    return (lazy_tensor.transpose(lazy, -2, -1) if source.transpose else lazy), dtype
 
 
 def expected(name: str, captured: CapturedModel) -> tuple[tuple[int, ...], torch.dtype]:

@@ -1,6 +1,6 @@
 """Weights that stay in pinned host memory: each pass copies them to the GPU, one layer ahead of compute.
 
-Two slots on the card, each as large as the largest of these layers, take them in turn. On a stream of its own a layer
+Two slots on the GPU, each as large as the largest of these layers, take them in turn. On a stream of its own a layer
 is copied to the slot that the layer before the last has left:
 
     compute   layer 6      layer 7      layer 8      ...
@@ -59,7 +59,7 @@ class HostLayer:
 def choose_offloaded(graph: fx.GraphModule, num_bytes: int) -> tuple[HostLayer, ...]:
     """Weights of products by layer, in the order of the graph: the last ones that fit into `num_bytes`.
 
-    A weight belongs to the layer whose number is in its name; those of no layer (embedding, head) stay on the card.
+    A weight belongs to the layer whose number is in its name; those of no layer (embedding, head) stay on the GPU.
     """
     layers: dict[int, list[fx.Node]] = {}
     for node in _product_weights(graph):

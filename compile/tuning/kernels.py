@@ -28,7 +28,7 @@ from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.ops.registry import op_of
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.calls import CallMaker, has_constants
-from fuseline.compile.tuning.timer import CardTimer, Timer
+from fuseline.compile.tuning.timer import DeviceTimer, Timer
 from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def tune_kernels(
 ) -> None:  # fmt: skip
     """Sets the choices of every node with several candidates, meta["choices"]. `weights` by get_attr target."""
     problems = _problems(graph, kernels or Kernels(target), config.batch_invariant)
-    tuner = _Tuner(weights, config, target, timer or CardTimer())
+    tuner = _Tuner(weights, config, target, timer or DeviceTimer())
     chosen = measured_once(
         config, _key(problems, config, target), list(problems), lambda which: tuner.choose(which, problems[which]),
         lambda which, choice: is_choice(problems[which].candidates, choice), progress,
@@ -171,8 +171,8 @@ def _key(problems: Mapping[Problem, Calls], config: CompileConfig, target: Targe
     sources = sorted(Path(kernel_files.__file__).parent.rglob("*.py"))
     native = sorted(Path(_C.__file__).parent.glob("*.so"))
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*native, *sources)]
-    card = torch.cuda.get_device_name() if target.device == "cuda" else ""
+    gpu = torch.cuda.get_device_name() if target.device == "cuda" else ""
     packages = ("torch", "triton", "flash_attn", "flash_attn_3", "flashinfer-python")
     sizes = (config.max_num_batched_tokens, config.max_num_seqs)
-    parts = (code, card, target.isa, [version_of(name) for name in packages], torch.version.cuda, sizes, list(problems))
+    parts = (code, gpu, target.isa, [version_of(name) for name in packages], torch.version.cuda, sizes, list(problems))
     return hashlib.sha256(repr(parts).encode()).hexdigest()

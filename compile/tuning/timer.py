@@ -29,7 +29,7 @@ class Timer(Protocol):
         """Seconds of device time per call. Propagates errors of the candidate."""
 
 
-class CardTimer:
+class DeviceTimer:
     """Times a captured graph of the calls, free of host overhead; the L2 cache is cold before a replay."""
 
     def __init__(self, device: str = "cuda") -> None:

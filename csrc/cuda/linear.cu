@@ -132,8 +132,8 @@ int launch_tiles(const LinearArgs& a, Stream stream) {
 
 }  // namespace
 
-// Tiles and warps follow from the product's size alone: enough bytes under way for every multiprocessor of a large
-// card.
+// Tiles and warps follow from the product's size alone: enough bytes under way for every multiprocessor of a
+// large GPU.
 int linear(Stream stream, const LinearCall& c) {
   const LinearArgs a{c.out,      c.x,       c.weight.data, c.bias, c.x_stride, c.weight_stride,
                      c.num_rows, c.num_out, c.num_in,      8,      0};

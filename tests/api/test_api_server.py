@@ -20,8 +20,8 @@ def guarded() -> Iterator[Api]:
 
 
 def test_listed_and_healthy(api: Api) -> None:
-    card = api.call("GET", "/v1/models").json()["data"][0]
-    assert card["id"] == "demo" and card["object"] == "model" and card["max_model_len"] > 0
+    model = api.call("GET", "/v1/models").json()["data"][0]
+    assert model["id"] == "demo" and model["object"] == "model" and model["max_model_len"] > 0
     assert api.call("GET", "/health").status_code == 200
     assert set(api.call("GET", "/version").json()) >= {"version"}
     metrics = api.call("GET", "/metrics").text
@@ -30,7 +30,7 @@ def test_listed_and_healthy(api: Api) -> None:
 
 
 def test_each_served_name_answers_under_the_first(guarded: Api) -> None:
-    assert [card["id"] for card in guarded.call("GET", "/v1/models").json()["data"]] == ["a", "b"]
+    assert [model["id"] for model in guarded.call("GET", "/v1/models").json()["data"]] == ["a", "b"]
     for name in ("a", "b"):
         assert guarded.answer("/v1/completions", model=name, prompt="x", max_tokens=1)["model"] == "a"
 

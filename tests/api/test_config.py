@@ -223,7 +223,7 @@ def test_prompts_take_short_steps_on_a_cpu(model: str, given: dict, size: int) -
     assert resolve({"model": model, "device": "cpu", **given}).engine.scheduler.chunked_prefill_size == size
 
 
-def test_prompts_take_whole_steps_on_a_card(model: str, monkeypatch) -> None:
+def test_prompts_take_whole_steps_on_a_gpu(model: str, monkeypatch) -> None:
     for module in ("config_check", "config_resolve"):
         monkeypatch.setattr(f"fuseline.api.{module}.likely_kind", lambda device: "cuda")
     assert resolve({"model": model, "device": "cuda"}).engine.scheduler.chunked_prefill_size == 0
@@ -277,16 +277,16 @@ def test_settings_of_graphs_reach_the_engine(model: str) -> None:
     assert none.engine.graphs.num_warmups == 1, "a capture must not compile"
 
 
-def test_a_card_takes_what_a_cpu_refuses(model: str, monkeypatch) -> None:
+def test_a_gpu_takes_what_a_cpu_refuses(model: str, monkeypatch) -> None:
     given = {"model": model, "kv_cache_dtype": "fp8", "swap_space": 1.0, "max_seq_len_to_capture": 9,
              "preemption_mode": "swap", "cpu_offload_gb": 1.0, "calculate_kv_scales": True,
              "compilation_config": {"cudagraph_capture_sizes": [1]}}  # fmt: skip
     for fp8 in ("fp8", "fp8_e4m3", "fp8_e5m2"):
-        with pytest.raises(ConfigError, match=f"^--kv-cache-dtype {fp8} needs a card .* on a CPU use float32"):
+        with pytest.raises(ConfigError, match=f"^--kv-cache-dtype {fp8} needs a GPU .* on a CPU use float32"):
             resolve({**given, "kv_cache_dtype": fp8})
     lines = without_effect(resolve({**given, "kv_cache_dtype": "auto"}))
     assert [line.split()[0] for line in lines] == [
-        *("--" + name.replace("_", "-") for name in tables.CARD_ONLY), "--compilation-config:",
+        *("--" + name.replace("_", "-") for name in tables.GPU_ONLY), "--compilation-config:",
     ]  # fmt: skip
     for module in (config_check, config_resolve):
         monkeypatch.setattr(module, "likely_kind", lambda device: "cuda")

@@ -29,7 +29,7 @@ def ask(client: openai.OpenAI, question: str, **kwargs) -> str:
 
 
 def test_models_lists_the_demo(client: openai.OpenAI) -> None:
-    assert [card.id for card in client.models.list().data] == ["demo"]
+    assert [model.id for model in client.models.list().data] == ["demo"]
 
 
 def test_the_demo_knows_a_capital(client: openai.OpenAI) -> None:

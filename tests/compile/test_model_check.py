@@ -106,12 +106,12 @@ def test_model_that_cannot_be_compared_is_served_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(self: object, tokens: object) -> None:
-        raise RuntimeError("its code needs a card")
+        raise RuntimeError("its code needs a GPU")
 
     config = publish(llama(), tmp_path)
     monkeypatch.setattr(RandomModel, "logits", fail)
     verdict = optimize(config)[0].verdict
-    assert verdict == "not checked: Transformers cannot run a small copy (its code needs a card)"
+    assert verdict == "not checked: Transformers cannot run a small copy (its code needs a GPU)"
     assert "llama cannot be compared with Transformers before it is served" in caplog.text
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import triton
-from cuda_twin import toolkit
+from cuda_emulator import toolkit
 
 NVCC = toolkit.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -34,7 +34,7 @@ WAIT, TRIGGER = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependen
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("source", toolkit.SOURCES, ids=lambda path: path.stem)
-def test_kernels_compile_for_every_card(source, tmp_path) -> None:
+def test_kernels_compile_for_every_gpu(source, tmp_path) -> None:
     archs = toolkit.known_archs(NVCC)
     said = toolkit.compile_source(NVCC, source, tmp_path / "kernels.o", archs, ["-Xptxas=-v", "-Werror=all-warnings"])
     found = [match.groupdict() for match in ENTRY.finditer(said)]

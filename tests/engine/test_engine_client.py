@@ -16,7 +16,7 @@ import engine_client_cases
 import psutil
 import pytest
 from engine_client_cases import collect, greedy, make_request
-from fake_model import KILL_TOKEN, build_broken, build_fake, build_lost_card, build_slow_fake, fake_config
+from fake_model import KILL_TOKEN, build_broken, build_fake, build_lost_gpu, build_slow_fake, fake_config
 
 from fuseline.engine.client import EngineClient, EngineDeadError, EngineStartError
 from fuseline.engine.config import EngineConfig
@@ -198,9 +198,9 @@ async def test_third_death_in_ten_minutes_gives_up() -> None:
         await client.restart()
 
 
-async def test_a_lost_card_ends_the_engine_with_its_cause(capfd) -> None:
-    """At once: what destructors and handlers at exit would do to a card that takes no more calls is left out."""
-    client = make_client(True, build_lost_card)
+async def test_a_lost_gpu_ends_the_engine_with_its_cause(capfd) -> None:
+    """At once: what destructors and handlers at exit would do to a GPU that takes no more calls is left out."""
+    client = make_client(True, build_lost_gpu)
     await client.start()
     process = client._transport.process
     with pytest.raises(EngineDeadError):

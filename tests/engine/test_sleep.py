@@ -1,4 +1,4 @@
-"""Sleep: what each level gives back, in which order it returns, and a card's model that computes the same after it."""
+"""Sleep: what each level gives back, in which order it returns, and a GPU's model that computes the same after it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from api_client import Api
-from fake_card import CARD, FakeGraphs
+from fake_gpu import GPU, FakeGraphs
 from fake_model import FakeModel, fake_config
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts, truth
@@ -110,11 +110,11 @@ def test_a_failed_registration_is_nobody_elses_error(monkeypatch) -> None:
     assert launched == ["cuda"]
 
 
-@pytest.mark.parametrize("gib", [0.0, 1.0], ids=["on the card", "offloaded"])
-def test_a_cards_weights_leave_it_and_return(gib: float) -> None:
+@pytest.mark.parametrize("gib", [0.0, 1.0], ids=["on the GPU", "offloaded"])
+def test_a_gpus_weights_leave_it_and_return(gib: float) -> None:
     family, prompts = "llama", make_prompts((3, 9))
     config = CompileConfig(model=str(checkpoint(family, "float32")), cpu_offload_gb=gib)
-    model = compile_model(config, CARD)
+    model = compile_model(config, GPU)
     model.allocate_caches([8])
     model.capture_graphs(api=FakeGraphs())
     model.move_weights_to_host()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import cuda_twin
+import cuda_emulator
 import torch
 from triton_attention_cases import NAN, Batch
 
@@ -24,7 +24,7 @@ class Decode(Batch):
         lengths = torch.tensor([self.lengths[s] for s in seqs]).int()
         args = (q, self.k_cache, self.v_cache, self.table[list(seqs)], lengths, starts, _cast(sinks, q.dtype))
         assert attention.supports_attention(*args)
-        cuda_twin.run(attention.decode_attention, out, *args, window, scale, softcap, **more)
+        cuda_emulator.run(attention.decode_attention, out, *args, window, scale, softcap, **more)
         return list(out[0].split(counts))
 
     def check(self, tolerance=None, **options):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fake_card import CARD
+from fake_gpu import GPU
 from zoo import checkpoint
 
 from fuseline.compile.compiler import compile_model
@@ -13,7 +13,7 @@ from fuseline.compile.graph_inputs import StepInputs, make_step
 
 def build(family: str, dtype: str = "bfloat16", graphs: GraphConfig | None = None, **settings):
     config = CompileConfig(model=str(checkpoint(family, dtype)), **settings)
-    return compile_model(config, CARD, graphs=graphs)
+    return compile_model(config, GPU, graphs=graphs)
 
 
 def decode_step(lengths: list[int], width: int = 2) -> StepInputs:

@@ -1,4 +1,4 @@
-"""torch.cuda's streams and graphs without a card: tensors are the CPU's, and what a capture must not do fails as there.
+"""torch.cuda's streams and graphs without a GPU: tensors are the CPU's, and what a capture must not do fails as there.
 
 Rules of the CUDA programming guide and of torch 2.11's graphs: a thread whose capture of mode thread_local is under way
 waits for nothing; nobody waits for the whole device meanwhile; a spoilt capture cannot be ended, and torch's allocator

@@ -257,16 +257,16 @@ def build_slow_fake(config: EngineConfig, progress) -> FakeModel:
     return FakeModel(max_model_len=config.compile.max_model_len, step_seconds=0.005)
 
 
-class LostCard(FakeModel):
-    """Its card takes no more calls: the error of an earlier one comes back from each, from destructors too."""
+class LostGpu(FakeModel):
+    """Its GPU takes no more calls: the error of an earlier one comes back from each, from destructors too."""
 
     def run(self, *inputs: object) -> torch.Tensor:
         atexit.register(os.abort)
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging consider ...")
 
 
-def build_lost_card(config: EngineConfig, progress) -> FakeModel:
-    return LostCard(max_model_len=config.compile.max_model_len, block_size=config.cache.block_size)
+def build_lost_gpu(config: EngineConfig, progress) -> FakeModel:
+    return LostGpu(max_model_len=config.compile.max_model_len, block_size=config.cache.block_size)
 
 
 def build_broken(config: EngineConfig, progress) -> FakeModel:

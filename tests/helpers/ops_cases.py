@@ -34,7 +34,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def assert_agrees(op: Op, args: tuple, run: Callable) -> None:
-    """A card's kernel with the reference: outputs, and all that the arguments hold afterwards."""
+    """A GPU's kernel with the reference: outputs, and all that the arguments hold afterwards."""
     theirs, ours = copies(args), copies(args)
     expected, found = outputs(op.reference(*theirs)), outputs(run(*ours))
     assert len(found) == len(expected)

@@ -1,9 +1,9 @@
-"""Compiles, for cards that need not be there, the kernels of every combination of arguments that launchers can get.
+"""Compiles, for GPUs that need not be there, the kernels of every combination of arguments that launchers can get.
 
 `TRITON_INTERPRET=0 python triton_combinations.py <module> <arch>...` prints one JSON line a distinct compilation of
 what the module's CASES launch: kernel, arch, which arguments are None, the types of the others, the error if there is
 one. What is of the whole product becomes Triton's own code (ttir), in whose making a None that is used like a number is
-found, and which is the same for all cards but for one type; what is of its pairs becomes LLVM's for the last arch.
+found, and which is the same for all GPUs but for one type; what is of its pairs becomes LLVM's for the last arch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
-FP8_OF_NEW_CARDS = "fp8e4nv"  # the only type of whose code the making depends on the card
+FP8_OF_NEW_GPUS = "fp8e4nv"  # the only type of whose code the making depends on the GPU
 SUM = re.compile(
     r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32\}> \(\{((?:(?!\}\) :).)*)\}\) : \(tensor<([\dx]+)xf32', re.DOTALL
 )
@@ -50,7 +50,7 @@ class Compiler:
         source = triton_interpreter.source_of(kernel, args, kwargs)
         if self._last == "ttir":
             source.attrs.clear()
-        is_same = self._last == "ttir" and FP8_OF_NEW_CARDS not in str(source.signature)
+        is_same = self._last == "ttir" and FP8_OF_NEW_GPUS not in str(source.signature)
         key = (source.hash(), str(options), self._last, 0 if is_same else self._target.arch)
         if key in self._seen:
             return

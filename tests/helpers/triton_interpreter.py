@@ -1,4 +1,4 @@
-"""Triton kernels without a card: run by Triton's interpreter, or compiled to machine code from the launches themselves.
+"""Triton kernels without a GPU: run by Triton's interpreter, or compiled to machine code from the launches themselves.
 
 Launches that are compiled need no memory: tensors may be on meta, and as large as real ones.
 
@@ -50,7 +50,7 @@ def multiply_bf16() -> None:
 
 
 def round_bf16() -> None:
-    """The interpreter (3.7) cuts float32 off where a card rounds to the nearest bf16, and casts the bits of others."""
+    """The interpreter (3.7) cuts float32 off where a GPU rounds to the nearest bf16, and casts the bits of others."""
     plain = interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self, src: interpreter.TensorHandle, dst_type: tl.dtype) -> interpreter.TensorHandle:
@@ -92,7 +92,7 @@ def count_with_numpy() -> None:
 
 
 def refuse_unknown_arguments() -> None:
-    """The interpreter drops named arguments that a kernel does not have; a card refuses them."""
+    """The interpreter drops named arguments that a kernel does not have; a GPU refuses them."""
     plain = interpreter.GridExecutor.__call__
 
     def launch(self, *args, **kwargs):
@@ -105,7 +105,7 @@ def refuse_unknown_arguments() -> None:
 
 
 def refuse_overflow() -> None:
-    """Numbers of 32 bits wrap around in silence, here and on a card; nowhere do our kernels mean them to."""
+    """Numbers of 32 bits wrap around in silence, here and on a GPU; nowhere do our kernels mean them to."""
 
     def checked(name: str, exact: np.ufunc) -> None:
         plain = getattr(interpreter.InterpreterBuilder, name)

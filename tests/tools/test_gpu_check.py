@@ -1,4 +1,4 @@
-"""tools/gpu_check without a card: it says so, and its measurements run small through the interpreter."""
+"""tools/gpu_check without a GPU: it says so, and its measurements run small through the interpreter."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import cuda_twin
+import cuda_emulator
 import psutil
 import pytest
 import torch
-from fake_card import CARD, FakeCard, FakeGraphs
 from fake_cuda import FakeCuda
+from fake_gpu import GPU, FakeGpu, FakeGraphs
 
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.kernels.cuda import library as cuda_library
@@ -43,9 +43,9 @@ def tool(monkeypatch):
     return kernels, llama, serving, table
 
 
-def test_without_a_card_it_ends_with_one_line() -> None:
+def test_without_a_gpu_it_ends_with_one_line() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a card")
+        pytest.skip("there is a GPU")
     done = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     cause = "built without CUDA" if torch.version.cuda is None else "no GPU, or no driver for it"
@@ -121,11 +121,11 @@ def test_tests_that_failed_are_known_though_the_stage_was_killed(tool, tmp_path,
     assert main.failures.now(tmp_path) == [] and main.failures.before(tmp_path) == ["test_some.py::test_bad"]
 
 
-def test_parts_after_a_lost_card_are_another_process(tool, tmp_path) -> None:
+def test_parts_after_a_lost_gpu_are_another_process(tool, tmp_path) -> None:
     import measure
 
     _, _, _, tables = tool
-    table, log = tables.Table(tmp_path / "table.md", "a card"), []
+    table, log = tables.Table(tmp_path / "table.md", "a GPU"), []
     table.add("copy", "3 TB/s", "", "x")
 
     def lose() -> None:
@@ -164,7 +164,7 @@ def test_every_kernel_is_measured(tool) -> None:
     sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16)
     found = tables.Table()
     limits = kernels.measure_limits(sizes, "cpu", TRIAL, found)
-    kernels.measure_kernels(sizes, CARD, TRIAL, limits, found)
+    kernels.measure_kernels(sizes, GPU, TRIAL, limits, found)
     names = " ".join(row[0] for row in found.rows)
     for name in ("copy", "add_rms_norm, 32 x 64", "act_mul, 32 x 48", "rope_cache, 32 x 4 + 2 heads",
                  "attention, decode 2", "prompt of 32", "greedy",
@@ -174,12 +174,12 @@ def test_every_kernel_is_measured(tool) -> None:
         assert name in names
     is_tuning = [" rows, triton.linear " in row[0] for row in found.rows]
     assert is_tuning.index(True) > max(k for k, row in enumerate(found.rows) if row[0].endswith("triton.experts"))
-    assert found.text("a card").count("\n") == 4 + len(found.rows)
+    assert found.text("a GPU").count("\n") == 4 + len(found.rows)
 
 
 def test_what_fails_is_marked_and_the_file_holds_what_was_measured(tool, tmp_path) -> None:
     kernels, _, _, tables = tool
-    found = tables.Table(tmp_path / "table.md", "a card")
+    found = tables.Table(tmp_path / "table.md", "a GPU")
 
     def broken() -> None:
         raise RuntimeError("out of resource")
@@ -192,7 +192,7 @@ def test_what_fails_is_marked_and_the_file_holds_what_was_measured(tool, tmp_pat
         kernels.measure_cases(cases, TRIAL, Limits(1.0, 1.0), found)
     assert [row[0] for row in found.rows] == ["no", "tuning", "fine"]
     assert found.rows[0][1] == found.rows[1][1] == "FAILED: RuntimeError: out of resource"
-    assert (tmp_path / "table.md").read_text() == found.text("a card")
+    assert (tmp_path / "table.md").read_text() == found.text("a GPU")
 
 
 def test_every_kernel_in_cpp_is_measured(tool) -> None:
@@ -201,7 +201,7 @@ def test_every_kernel_in_cpp_is_measured(tool) -> None:
 
     sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32)
     found = tables.Table()
-    cases = cpp.cases(sizes, kernels.Made(sizes, "cpu"), cuda_twin.twin())
+    cases = cpp.cases(sizes, kernels.Made(sizes, "cpu"), cuda_emulator.emulator())
     kernels.measure_cases(cases, TRIAL, Limits(1e9, 1e9), found)
     names = " ".join(row[0] for row in found.rows)
     for name in (
@@ -220,17 +220,17 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     import overlap
 
     load, found = llama.small(llama.Load()), tables.Table()
-    runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
+    runner = llama.Runner(tmp_path, GPU, load, llama.LLAMA_8B | SHAPE)
     llama.measure_model(runner, load, Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows] == [
         "graphs: 1 of 1 sizes whole, 1 of 1 piecewise", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
         "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
-    overlap.measure_overlap(runner, CARD, load, Limits(1e9, 1e9), found, FakeGraphs())
+    overlap.measure_overlap(runner, GPU, load, Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows[-2:]] == [
         "decode 1 x 20, one after the other", "decode 1 x 20, early launches off",
     ]  # fmt: skip
-    serving.measure_serving(runner, FakeCard(runner.model), serving.Batch(2, 6, 5, 8), found)
+    serving.measure_serving(runner, FakeGpu(runner.model), serving.Batch(2, 6, 5, 8), found)
     names = [row[0] for row in found.rows[-3:]]
     assert names == ["engine, 2 x 6 in, 5 out", "engine, a decode step", "engine, GPU idle between decode steps"]
 
@@ -241,7 +241,7 @@ def test_the_peer_computes_with_the_same_weights(tool, tmp_path, monkeypatch) ->
     import peer
 
     load, found = llama.small(llama.Load()), tables.Table()
-    runner = llama.Runner(tmp_path, CARD, load, llama.LLAMA_8B | SHAPE)
+    runner = llama.Runner(tmp_path, GPU, load, llama.LLAMA_8B | SHAPE)
     model = peer.peer_of(runner, tmp_path)
     prompt, owned = runner.prompt(24), {t.untyped_storage().data_ptr() for t in runner.parameters().values()}
     assert {p.untyped_storage().data_ptr() for p in model.parameters()} == owned
@@ -256,7 +256,7 @@ def test_the_peer_computes_with_the_same_weights(tool, tmp_path, monkeypatch) ->
 
     monkeypatch.setattr(peer, "generate_all", generate_all)
     batch = serving.Batch(2, 6, 5, 8)
-    peer.against_transformers(runner, FakeCard(runner.model), found, tmp_path, batch)
+    peer.against_transformers(runner, FakeGpu(runner.model), found, tmp_path, batch)
     assert len(asked) == 2 and [len(prompt) for prompt in asked[0]] == [6, 6]
     assert [row[0] for row in found.rows] == ["2 x 6 in, 5 out", "the same by transformers' continuous batching"]
 
@@ -272,9 +272,9 @@ def test_early_launches_are_compared(tool) -> None:
                 super().call(name, on, **fields)
 
     sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
-    loses = copy.copy(cuda_twin.twin())
+    loses = copy.copy(cuda_emulator.emulator())
     loses.__class__ = Loses
-    for lib, wrong in ((cuda_twin.twin(), 0), (loses, 2 * 2 * 2)):
+    for lib, wrong in ((cuda_emulator.emulator(), 0), (loses, 2 * 2 * 2)):
         found = tables.Table()
         make = kernels.Made(sizes, "cpu")
         assert check_overlap(sizes, make, lib, FakeGraphs(), found, TRIAL, num_replays=2) == wrong
@@ -284,29 +284,29 @@ def test_early_launches_are_compared(tool) -> None:
 
 @pytest.mark.parametrize("has_library", [True, False])
 def test_early_launches_are_a_part_of_the_models(tool, monkeypatch, capsys, has_library: bool) -> None:
-    """With graphs as they are captured on a card."""
+    """With graphs as they are captured on a GPU."""
     kernels, _, _, tables = tool
     import models
 
     FakeCuda().install(monkeypatch)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
     sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
-    library = cuda_twin.twin() if has_library else None
+    library = cuda_emulator.emulator() if has_library else None
     # What was recorded is replayed by nobody, and so differs from what is launched.
     assert models.check_early_launches(library, sizes, "cpu", lambda: TRIAL, num_replays=1) == has_library
     assert ("overlap HEADS: DIFFERS" in capsys.readouterr().out) == has_library
 
 
 def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> None:
-    from fuseline.compile.tuning import kernels as tune_card
+    from fuseline.compile.tuning import kernels as tune_gpu
 
     _, llama, _, tables = tool
     import tune
 
-    monkeypatch.setattr(tune_card, "CardTimer", lambda: lambda candidate, _: 0.1 if "7s" in candidate.label else 1.0)
+    monkeypatch.setattr(tune_gpu, "DeviceTimer", lambda: lambda candidate, _: 0.1 if "7s" in candidate.label else 1.0)
     monkeypatch.setenv("FUSELINE_CACHE_ROOT", str(tmp_path / "cache"))
     load, found = llama.small(llama.Load()), tables.Table()
-    tune.compare(tmp_path, CARD, load, found, llama.LLAMA_8B | SHAPE)
+    tune.compare(tmp_path, GPU, load, found, llama.LLAMA_8B | SHAPE)
     rows = [f"{what}: {value}" for what, value, *_ in found.rows]
     assert any(row.startswith("-O3: kernel: 2 x triton.paged_attention 7s") for row in rows)
     assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 7s") for row in rows)
@@ -319,15 +319,15 @@ def test_mixed_steps_are_measured(tool, tmp_path) -> None:
 
     load, found, api = llama.small(llama.Load()), tables.Table(), FakeGraphs()
     runner = llama.Runner(
-        tmp_path, CARD, replace(load, graphs=GraphConfig((1,), mixed_sizes=(8,))), llama.LLAMA_8B | SHAPE
+        tmp_path, GPU, replace(load, graphs=GraphConfig((1,), mixed_sizes=(8,))), llama.LLAMA_8B | SHAPE
     )
     runner.capture(api)
     measure_mixed(runner, 1, (3,), 5, found)
     assert [row[0] for row in found.rows] == [f"step of 1 + 3 tokens, {name}" for name in ("piecewise", "op by op")]
-    assert api.piece_replays == 11 * (SHAPE["num_hidden_layers"] + 1) and runner.model.graphs is not None
+    assert api.segment_replays == 11 * (SHAPE["num_hidden_layers"] + 1) and runner.model.graphs is not None
 
 
-def test_tensors_are_carried_to_the_card_and_back_as_they_lie(tool) -> None:
+def test_tensors_are_carried_to_the_gpu_and_back_as_they_lie(tool) -> None:
     """Views of one storage stay views of one; what is written there is here afterwards."""
     import on_gpu
 

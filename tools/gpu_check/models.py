@@ -17,7 +17,7 @@ import torch
 from kernels import Made, Sizes
 from overlap import check_overlap
 from paged_driver import greedy
-from table import CardClock, Clock, Table
+from table import Clock, Table
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
@@ -25,6 +25,7 @@ from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.kernels.cuda.library import CudaLibrary, library_for
 from fuseline.compile.target import detect_target
+from fuseline.compile.tuning.clock import DeviceClock
 from fuseline.engine.build import build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig, SchedulerConfig
 from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander
@@ -53,7 +54,7 @@ def check(part: str) -> int:
     """Number of wrong answers."""
     if part != OVERLAP:
         return check_family(part)
-    return check_early_launches(library_for(detect_target(device="cuda")), Sizes(), "cuda", CardClock)
+    return check_early_launches(library_for(detect_target(device="cuda")), Sizes(), "cuda", DeviceClock)
 
 
 def check_family(family: str) -> int:

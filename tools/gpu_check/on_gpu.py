@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cuda_twin
+import cuda_emulator
 import failures
 import pytest
 import torch
@@ -79,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
     library = library_for(Target("cuda", "", 1))
     if library is not None:
         early = library.overlapping(Overlap.WEIGHTS)  # weights are copied synchronously, so early reads are safe
-        cuda_twin.run = lambda function, *args, **more: carry(function, early, *args, **more)
+        cuda_emulator.run = lambda function, *args, **more: carry(function, early, *args, **more)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fuseline.compile.tuning.clock import Clock, DeviceClock
+from fuseline.compile.tuning.clock import Clock
 from fuseline.compile.tuning.limits import Limits
 
-__all__ = ["CardClock", "Clock", "Limits", "Table", "is_gpu_lost", "microseconds", "share_of"]
-CardClock = DeviceClock
+__all__ = ["Clock", "Limits", "Table", "is_gpu_lost", "microseconds", "share_of"]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from fuseline import _C
 from fuseline.compile.backends.cpu_plan.arena import place
 from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered, MakeInputs
 from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear, Size, evaluate
-from fuseline.compile.backends.cpu_plan.symbolic import Unread, View, views_of
+from fuseline.compile.backends.cpu_plan.symbolic import NonLinear, View, views_of
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import tensors_of
 from fuseline.compile.graph.region import Region
@@ -166,7 +166,7 @@ class PlanExecutable:
             value = self._lowered.values[arg]
             if isinstance(value, View):
                 return self._view(value, values, symbols)
-            return call(arg) if isinstance(value, Unread) else evaluate(value, symbols)
+            return call(arg) if isinstance(value, NonLinear) else evaluate(value, symbols)
 
         def call(node: fx.Node) -> object:
             args, kwargs = fx.node.map_aggregate(node.args, real), fx.node.map_aggregate(node.kwargs, real)

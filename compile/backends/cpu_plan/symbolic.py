@@ -27,7 +27,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Unread:
+class NonLinear:
     """A number that is not linear in the unknown sizes (T // 2, T > 5), computed once they are known."""
 
 
@@ -68,8 +68,8 @@ def symbolic(first: Any, second: Any) -> Any:
         try:
             return read(first, second)
         except SizeError:
-            return Unread()
-    return first if first == second else Unread()
+            return NonLinear()
+    return first if first == second else NonLinear()
 
 
 def views_of(value: Any) -> list[View]:
@@ -89,4 +89,4 @@ def _is_alike(value: Any, small: Any, symbols: Sequence[int]) -> bool:
         return [evaluate(size, symbols) for size in value.sizes] == list(small.shape)
     if isinstance(small, (tuple, list)):
         return len(value) == len(small) and all(_is_alike(a, b, symbols) for a, b in zip(value, small, strict=True))
-    return isinstance(value, Unread) or evaluate(value, symbols) == small
+    return isinstance(value, NonLinear) or evaluate(value, symbols) == small

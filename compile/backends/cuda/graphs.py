@@ -131,7 +131,7 @@ class CapturedSteps:
 
     def _capture_all(self, progress: Progress) -> None:
         total, done = len(self.decode.sizes) + len(self.mixed.sizes), 0
-        for kind, graphs in (("sequences", self.decode), ("tokens, in pieces", self.mixed)):
+        for kind, graphs in (("sequences", self.decode), ("tokens, in segments", self.mixed)):
             for size in reversed(graphs.sizes):
                 progress("capturing graphs", done, total)
                 if self._stop.is_set():

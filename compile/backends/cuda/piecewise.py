@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.backends.cuda.graph_api import GraphApi
-from fuseline.compile.backends.cuda.segments import Cuts, Piece, SplitOp, Values, cut, map_tensors
+from fuseline.compile.backends.cuda.segments import Cuts, Segment, SplitOp, Values, cut, map_tensors
 from fuseline.compile.graph_inputs import graph_values, narrowed, padding
 from fuseline.compile.kernels.registry import Implementation
 
@@ -112,7 +112,7 @@ class MixedGraphs:
         values = {**self.caches, **inputs.values(size), **inputs.trial_sequence(size, self.block_size)}
         last, results = self._cuts.last_uses(), {}
         for at, part in enumerate(self._cuts.parts):
-            if isinstance(part, Piece):
+            if isinstance(part, Segment):
                 values.update(zip(part.outputs, part.run(*(values[name] for name in part.inputs)), strict=True))
             else:
                 found = values[part.name] = part.kernel.run(*part.with_values(values))
@@ -134,29 +134,29 @@ class _Capture:
     def graph(self) -> MixedGraph:
         launches, last = [], self._cuts.last_uses()
         for at, part in enumerate(self._cuts.parts):
-            launches.append(self._captured(at, part) if isinstance(part, Piece) else self._launched(part))
+            launches.append(self._captured(at, part) if isinstance(part, Segment) else self._launched(part))
             self._owned = _still_read(self._owned, last, at)
         tail, lent = self._cuts.tail, self._lent
         return MixedGraph(
             tuple(launches), lambda step: tail.run(*(lent[n] if n in lent else step[n] for n in tail.inputs))[0]
         )
 
-    def _captured(self, at: int, piece: Piece) -> Launch:
+    def _captured(self, at: int, segment: Segment) -> Launch:
         """Captures a segment; memory for results of the split ops after it is allocated from the pool then."""
         behind = []
         for part in self._cuts.parts[at + 1 :]:
-            if isinstance(part, Piece):
+            if isinstance(part, Segment):
                 break
             behind.append(part.name)
         device = self._lent["token_ids"].device
 
         def run(*inputs: object) -> tuple:
             made = (map_tensors(self._results[name], lambda t: _like(t, device)) for name in behind)
-            return (*piece.run(*inputs), *made)
+            return (*segment.run(*inputs), *made)
 
-        inputs = (self._owned[name] if name in self._owned else self._lent[name] for name in piece.inputs)
+        inputs = (self._owned[name] if name in self._owned else self._lent[name] for name in segment.inputs)
         replay, found = self._api.capture(run, *inputs)
-        for name, value in zip((*piece.outputs, *behind), found, strict=True):
+        for name, value in zip((*segment.outputs, *behind), found, strict=True):
             self._owned[name] = value
             if name in self._read_later or name in behind:
                 self._lent[name] = map_tensors(value, self._api.borrowed)

@@ -29,7 +29,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """Consecutive ops. `run` takes the values of `inputs` and returns those of `outputs`, a tuple."""
 
     inputs: tuple[str, ...]
@@ -59,8 +59,8 @@ class SplitOp:
 class Cuts:
     """Segments and split ops in execution order; `tail` computes the logits."""
 
-    parts: tuple[Piece | SplitOp, ...]
-    tail: Piece
+    parts: tuple[Segment | SplitOp, ...]
+    tail: Segment
 
     def last_uses(self) -> dict[str, int]:
         """Index of the last part that reads each value, by name; the tail's index is the number of parts."""
@@ -82,21 +82,21 @@ def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts
     splitting |= attention
 
     tail = _tail(nodes)
-    make_piece = partial(_piece, program)
-    parts: list[Piece | SplitOp] = []
+    make_segment = partial(_segment, program)
+    parts: list[Segment | SplitOp] = []
     run: list[fx.Node] = []
     for node in (n for n in nodes if n.op == "call_function" and n not in tail):
         if names[node.name] not in splitting:
             run.append(node)
             continue
         # Always a segment first: it holds the memory for the op's results.
-        parts += [make_piece(run)] if run or not parts else []
+        parts += [make_segment(run)] if run or not parts else []
         args = tuple(_constant(program, arg) for arg in node.args)
         parts.append(SplitOp(node.name, kernels[node.name], args, names[node.name] in attention))
         run = []
-    parts += [make_piece(run)] if run else []
+    parts += [make_segment(run)] if run else []
     logits = nodes[-1].args[0]
-    return Cuts(tuple(parts), make_piece([n for n in nodes if n in tail], (logits,)))
+    return Cuts(tuple(parts), make_segment([n for n in nodes if n in tail], (logits,)))
 
 
 def _op_name(target: object) -> str:
@@ -120,7 +120,7 @@ def _tail(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _piece(program: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node] | None = None) -> Piece:
+def _segment(program: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node] | None = None) -> Segment:
     """Makes a segment; `outputs` default to the values that other parts read."""
     inside = set(nodes)
     if outputs is None:
@@ -137,7 +137,7 @@ def _piece(program: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
-    return Piece(
+    return Segment(
         tuple(node.name for node in inputs), tuple(node.name for node in outputs), fx.GraphModule(program, graph)
     )
 

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear, to_json
-from fuseline.compile.backends.cpu_plan.symbolic import Unread, Values, View, views_of
+from fuseline.compile.backends.cpu_plan.symbolic import NonLinear, Values, View, views_of
 from fuseline.compile.graph.graph_json import GraphFormatError, encode
 from fuseline.compile.graph.region import Region
 
@@ -113,7 +113,7 @@ class _Writer:
         if arg in self._copies:
             return self._copies[arg]
         value = self._values[arg]
-        if isinstance(value, Unread):
+        if isinstance(value, NonLinear):
             raise ValueError(f"{arg.name} is not linear in an unknown size")
         return self._size(value) if isinstance(value, Linear) else value
 

@@ -1,7 +1,7 @@
 """Linears of any number of rows on CUDA, each row summed in the same order whatever their number.
 
 A tile of the result is one program's work, its sum over k one loop; tiles are chosen by the weight's shape alone, so a
-row's bits depend on no other row and on no batch. Programs are as many as fill the card, and take tiles in turn; tiles
+row's bits depend on no other row and on no batch. Programs are as many as fill the GPU, and take tiles in turn; tiles
 that follow each other share rows of the weight while the second-level cache still holds them.
 
 Legend: M rows, N outputs, K inputs.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_target_cases import build, decode_step
-from fake_card import CARD, FakeGraphs, no_host_sync
+from fake_gpu import GPU, FakeGraphs, no_host_sync
 from ops_cases import assert_close
 from pass_cases import case
 from pass_serve_cases import K, Q, V, rope_case, turned_alike
@@ -43,14 +43,14 @@ def test_attention_reads_the_scaled_numbers(fp8: torch.dtype) -> None:
         assert_close(BY_NAME["paged_attention"].run(q, *caches, *rest, *SCALES), want, 8.0)
 
 
-def on_card(found, kv_cache_dtype: str):
+def on_gpu(found, kv_cache_dtype: str):
     config = dataclasses.replace(found.ctx.config, kv_cache_dtype=kv_cache_dtype)
-    found.ctx = dataclasses.replace(found.ctx, config=config, target=CARD)
+    found.ctx = dataclasses.replace(found.ctx, config=config, target=GPU)
     return found
 
 
 def test_both_ops_of_a_layer_read_the_same_scales() -> None:
-    found = on_card(rope_case(turned_alike, torch.bfloat16), "fp8")
+    found = on_gpu(rope_case(turned_alike, torch.bfloat16), "fp8")
     found.apply(page_attention)
     layer = found.results[-1].specs[0].layer
     assert found.results[-1].constants == {f"{kind}_scale_{layer}": torch.ones(1) for kind in "kv"}
@@ -63,7 +63,7 @@ def test_both_ops_of_a_layer_read_the_same_scales() -> None:
 
 
 def test_caches_of_other_numbers_have_no_scales() -> None:
-    found = on_card(case(lambda q, k, v: OPS.attention(q, k, v, None, 0, 1.0, 0, 0.0, True), torch.bfloat16,
+    found = on_gpu(case(lambda q, k, v: OPS.attention(q, k, v, None, 0, 1.0, 0, 0.0, True), torch.bfloat16,
                          q=Q, k=K, v=V), "bfloat16")  # fmt: skip
     assert found.apply(page_attention) == 1 and found.results[-1].constants == {}
     nodes = {node.target: node for node in found.graph.graph.nodes}
@@ -117,7 +117,7 @@ def test_scales_of_the_checkpoint_are_used(flag: str, tmp_path, caplog) -> None:
         prefix.format(0) + "k_scale": torch.tensor(0.25), prefix.format(0) + "v_scale": torch.tensor([0.5]),
         prefix.format(1) + "kv_scale": torch.tensor(0.125), prefix.format(2) + "k_scale": torch.tensor(-1.0),
     })  # fmt: skip
-    model = compile_model(CompileConfig(model=str(path), kv_cache_dtype=flag), CARD)
+    model = compile_model(CompileConfig(model=str(path), kv_cache_dtype=flag), GPU)
     assert scales_of(model) == {"k0": 0.25, "v0": 0.5, "k1": 0.125, "v1": 0.125, "k2": 1.0, "v2": 1.0}
     assert "layers.2.self_attn.k_scale" in caplog.text
     plain = build("llama")
@@ -127,7 +127,7 @@ def test_scales_of_the_checkpoint_are_used(flag: str, tmp_path, caplog) -> None:
     for kind, scale in (("k", 0.25), ("v", 0.5)):
         wide, coded = plain._caches[f"{kind}_cache_0"], model._caches[f"{kind}_cache_0"]
         assert torch.equal(coded.float(), (wide.float() / scale).to(BY_FLAG[flag]).float()) and coded.float().any()
-    asked = compile_model(CompileConfig(model=str(path), kv_cache_dtype=flag, calculate_kv_scales=True), CARD)
+    asked = compile_model(CompileConfig(model=str(path), kv_cache_dtype=flag, calculate_kv_scales=True), GPU)
     assert set(scales_of(asked).values()) == {1.0}, "they are to be computed"
 
 

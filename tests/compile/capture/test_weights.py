@@ -15,7 +15,7 @@ from transformers import core_model_loading as loading
 from transformers.core_model_loading import WeightConverter
 from weights_cases import assert_same, described, everything
 
-from fuseline.compile.capture import conversions, pieces, reader
+from fuseline.compile.capture import conversions, lazy_tensor, reader
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.reader import Reader
@@ -216,7 +216,7 @@ def test_conversions_are_those_of_transformers(tmp_path, sources, targets, opera
     values = {name: [torch.randn(12, 6) for _ in range(count)] for name in sources}
     save_file({f"{n}.{i}": v for n, many in values.items() for i, v in enumerate(many)}, tmp_path / "model.safetensors")
     stored = open_checkpoint(tmp_path, "auto")
-    taken = {n: [pieces.whole(stored[f"{n}.{i}"]) for i in range(count)] for n in values}
+    taken = {n: [lazy_tensor.whole(stored[f"{n}.{i}"]) for i in range(count)] for n in values}
     rule, model = WeightConverter(list(sources), list(targets), operations), TwoParts()
     with Reader() as read:
         made = {n: read.value(u) for n, u in conversions.convert(rule, taken, targets[0], model).items()}
@@ -314,7 +314,7 @@ def test_a_file_cut_off_while_it_is_read(tmp_path):
     whole = open_checkpoint(tmp_path, "safetensors")["w"]
     moved = StoredTensor(whole.name, whole.path, whole.begin + 8, whole.meta)
     with pytest.raises(LoadError, match=r"w in .*model.safetensors is cut off at byte"), Reader() as read:
-        read.value(pieces.whole(moved))
+        read.value(lazy_tensor.whole(moved))
 
 
 PEAK = """

@@ -12,7 +12,7 @@ import zoo
 from paged_driver import greedy
 
 from fuseline.compile import formats, ops
-from fuseline.compile.capture import pieces, reader
+from fuseline.compile.capture import lazy_tensor, reader
 from fuseline.compile.capture.export import capture_model
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.compiler import compile_model, optimize
@@ -203,11 +203,11 @@ def test_the_parts_of_ranks_are_parts_of_the_whole(name: str, dim: int) -> None:
     parts = []
     for rank in range(2):
         begin, end = rank_range(form, weight.shape[dim], dim, rank, 2)
-        part = pieces.narrow(pieces.computed(weight), dim, begin, end)
+        part = lazy_tensor.narrow(lazy_tensor.computed(weight), dim, begin, end)
         (shape, dtype), = form.shapes(part.shape, weight.dtype).values()
         stored = {"": torch.zeros(shape, dtype=dtype)}
-        for piece in part.pieces:
-            form.write(stored, piece.view, piece.start, lambda target, block, start: target.copy_(block))
+        for one in part.slices:
+            form.write(stored, one.view, one.start, lambda target, block, start: target.copy_(block))
         parts.append(stored[""])
     # Panels are [N / 16, K, 16]: outputs and inputs are its first two dims too.
     assert torch.equal(torch.cat(parts, dim), weight if name == "rows" else pack(weight))

@@ -1,8 +1,8 @@
-"""decode_attention of csrc/cuda by its twin on the CPU: against a plain softmax; whom a row's bits depend on."""
+"""decode_attention of csrc/cuda by its emulator on the CPU: against a plain softmax; whom a row's bits depend on."""
 
 from __future__ import annotations
 
-import cuda_twin
+import cuda_emulator
 import pytest
 import torch
 import triton_interpreter
@@ -111,7 +111,7 @@ def test_single_tokens_among_prompts_have_the_bits_of_a_step_of_their_own(option
     numbers = {"window": 0, "scale": 0.3, "softcap": 0.0, **options}
     sinks = _cast(numbers.pop("sinks", None), q.dtype)
     args = (q, batch.k_cache, batch.v_cache, batch.table, lengths, starts.cumsum(0).int(), sinks, *numbers.values())
-    found = cuda_twin.run(attention.decode_or_triton, *args)[0].split(batch.counts)
+    found = cuda_emulator.run(attention.decode_or_triton, *args)[0].split(batch.counts)
     alone = batch.run(singles, **options)
     assert all(torch.equal(found[s], want) for s, want in zip(singles, alone, strict=True))
     whole = torch.empty(1, q.shape[2], 4, 64, dtype=q.dtype)

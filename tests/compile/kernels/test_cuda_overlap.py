@@ -6,11 +6,11 @@ import subprocess
 from collections import Counter
 from dataclasses import replace
 
-import cuda_twin
+import cuda_emulator
 import pytest
 import torch
 import triton_interpreter
-from fake_card import CARD
+from fake_gpu import GPU
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts, truth
 
@@ -71,7 +71,7 @@ def program(tmp_path_factory):
     """what it does, overlap -> how it ended."""
     folder = tmp_path_factory.mktemp("overlap")
     (folder / "program.cpp").write_text(PROGRAM)
-    subprocess.run([*cuda_twin.COMMAND, folder / "program.cpp", "-o", folder / "program"], check=True)
+    subprocess.run([*cuda_emulator.COMMAND, folder / "program.cpp", "-o", folder / "program"], check=True)
 
     def run(what: int, overlap: Overlap) -> subprocess.CompletedProcess:
         return subprocess.run([folder / "program", str(what), str(int(overlap))], capture_output=True, text=True)
@@ -86,7 +86,7 @@ def test_a_kernel_that_reads_only_weights_and_waits_is_right(program) -> None:
 
 @pytest.mark.parametrize(("what", "why"), [(1, TOUCHES), (2, TOUCHES), (3, TOUCHES), (4, ENDS)],
                          ids=("copies early", "reads early", "writes early", "does not wait"))  # fmt: skip
-def test_the_twin_ends_with_a_kernel_that_is_too_early(program, what: int, why: str) -> None:
+def test_the_emulator_ends_with_a_kernel_that_is_too_early(program, what: int, why: str) -> None:
     done = program(what, Overlap.WEIGHTS)
     assert done.returncode < 0 and why in done.stderr
 
@@ -107,7 +107,7 @@ def called(monkeypatch) -> Counter[tuple[str, Overlap]]:
         call(self, name, on, **fields)
 
     monkeypatch.setattr(CudaLibrary, "call", note)
-    monkeypatch.setattr(cuda_library, "_installed", cuda_twin.twin)
+    monkeypatch.setattr(cuda_library, "_installed", cuda_emulator.emulator)
     return found
 
 
@@ -124,10 +124,10 @@ def test_only_a_weight_that_nothing_writes_is_read_early(called, overlaps, of_co
         of.meta["val"] = value.to("meta")
     graph.output(tuple(nodes))
     module = torch.fx.GraphModule({"held": weight}, graph)
-    card = Target("cuda", "sm_90", 1, overlaps=overlaps)
+    gpu = Target("cuda", "sm_90", 1, overlaps=overlaps)
     for constants in ({"held"}, ()):
         called.clear()
-        kernels = chosen_kernels(module, Kernels(card, {}), constants)
+        kernels = chosen_kernels(module, Kernels(gpu, {}), constants)
         for linear in nodes:
             torch.testing.assert_close(kernels[linear].run(x, weight), torch.nn.functional.linear(x, weight))
         first = of_constant if constants else of_computed
@@ -136,15 +136,15 @@ def test_only_a_weight_that_nothing_writes_is_read_early(called, overlaps, of_co
 
 def test_weights_that_come_through_slots_are_not_read_early(called, monkeypatch) -> None:
     """The last of three layers is offloaded. The fused product is no default: here it comes first."""
-    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
     kernels = implementations("cuda")
     fused = [one for one in kernels["linear_act_mul"] if one.label == "cuda.linear_act_mul"]
     others = [one for one in kernels["linear_act_mul"] if one not in fused]
     monkeypatch.setitem(kernels, "linear_act_mul", (*(replace(one, order=0) for one in fused), *others))
     path = str(checkpoint("llama", "bfloat16"))
-    graph = optimize(CompileConfig(model=path), CARD)[0].graph
+    graph = optimize(CompileConfig(model=path), GPU)[0].graph
     last = choose_offloaded(graph, 1 << 30)[-1].num_bytes
-    model = compile_model(CompileConfig(model=path, cpu_offload_gb=last / (1 << 30)), CARD)
+    model = compile_model(CompileConfig(model=path, cpu_offload_gb=last / (1 << 30)), GPU)
     assert len(model._executable.offload.layers) == 1
     prompts = make_prompts((3, 9))
     assert greedy(model, prompts, 3) == truth(checkpoint("llama", "bfloat16"), prompts, 3)
@@ -168,6 +168,6 @@ def test_it_can_be_turned_off(called, variable, overlap, monkeypatch) -> None:
 
 
 def test_a_library_that_cannot_is_never_asked(monkeypatch) -> None:
-    unable = cuda_twin.twin().overlapping(Overlap.NONE)
+    unable = cuda_emulator.emulator().overlapping(Overlap.NONE)
     monkeypatch.setattr(cuda_library, "_installed", lambda: unable)
-    assert cuda_library.library_for(replace(CARD, tensors="")).overlapping(Overlap.WEIGHTS).overlap == Overlap.NONE
+    assert cuda_library.library_for(replace(GPU, tensors="")).overlapping(Overlap.WEIGHTS).overlap == Overlap.NONE

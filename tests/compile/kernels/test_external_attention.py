@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton_interpreter
 from cuda_target_cases import build, decode_step
-from fake_card import CARD, no_host_sync
+from fake_gpu import GPU, no_host_sync
 from ops_cases import assert_close, cases
 from paged_driver import greedy
 from zoo import checkpoint, make_prompts, truth
@@ -132,7 +132,7 @@ def test_layers_of_some_libraries(monkeypatch):
 
     def offers(isa="sm_90", **changed) -> list[bool]:
         layer = dataclasses.replace(LAYER, **changed)
-        found = {c.label for c in candidates(ALL, layer, dataclasses.replace(CARD, isa=isa))}
+        found = {c.label for c in candidates(ALL, layer, dataclasses.replace(GPU, isa=isa))}
         return [label in found for label in ("flash_attn_3", "flash_attn_2", "torch.varlen_attn", "flashinfer")]
 
     assert offers() == offers(window=7) == offers(key_dim=256, value_dim=256) == [True] * 4
@@ -144,7 +144,7 @@ def test_layers_of_some_libraries(monkeypatch):
     assert offers(key_dim=128, value_dim=64) == [False] * 4
 
 
-def candidates(libraries: Mapping[str, object], layer: AttentionLayer = LAYER, target: Target = CARD):
+def candidates(libraries: Mapping[str, object], layer: AttentionLayer = LAYER, target: Target = GPU):
     """Those of libraries."""
     args = make_batch(layer, [3, 5], [3, 1], "cpu", "block_table_0").args
     call = OpCall(OP.target, args, target, {"block_table": "block_table_0"})
@@ -200,19 +200,19 @@ def test_a_trial_passes_by_our_kernel():
 
 
 def test_what_is_installed(monkeypatch, caplog):
-    """Only on a card; a library whose function takes other arguments is none, in words."""
-    card = Target("cuda", "sm_90", 1)
+    """Only on a GPU; a library whose function takes other arguments is none, in words."""
+    gpu = Target("cuda", "sm_90", 1)
     for name in ("flash_attn", "flash_attn_interface", "flashinfer", "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["flash_attn"].flash_attn_varlen_func = lambda q, k, v: None
     sys.modules["flash_attn_interface"].flash_attn_with_kvcache = fakes.flash_attn_with_kvcache
     sys.modules["torch.nn.attention.varlen"].varlen_attn = fakes.varlen_attn
     with caplog.at_level(logging.WARNING):
-        found = select.installed(card)
+        found = select.installed(gpu)
     assert found == {"flash_attn_3": fakes.flash_attn_with_kvcache, "torch.varlen_attn": fakes.varlen_attn}
     assert "flash_attn.flash_attn_varlen_func is not used: it does not take block_table" in caplog.text
     assert "flashinfer is installed and not used: AttributeError" in caplog.text
-    assert select.installed(CARD) == {}
+    assert select.installed(gpu) == {}
 
 
 def test_what_was_not_planned_is_computed_by_ours():
@@ -281,8 +281,8 @@ def test_a_model_over_a_library_gives_the_tokens_of_transformers(name, monkeypat
 )
 def test_the_model_s_block_size_decides(size, label, monkeypatch):
     monkeypatch.setattr(select, "installed", lambda target: {"flash_attn_2": fakes.flash_attn_varlen_func})
-    captured, _ = optimize(CompileConfig(str(checkpoint("llama", "bfloat16")), block_size=size), CARD)
-    kernels = chosen_kernels(captured.graph, Kernels(CARD))
+    captured, _ = optimize(CompileConfig(str(checkpoint("llama", "bfloat16")), block_size=size), GPU)
+    kernels = chosen_kernels(captured.graph, Kernels(GPU))
     assert [kernel.label for node, kernel in kernels.items() if "paged_attention" in node.name] == [label] * 3
 
 

@@ -1,4 +1,4 @@
-"""Tensors of more than 2^32 numbers, as caches, logits and weights of a card are: what lies at their end is found.
+"""Tensors of more than 2^32 numbers, as caches, logits and weights of a GPU are: what lies at their end is found.
 
 Their memory is reserved and never filled; only pages that are touched exist. The same kernels over small tensors say
 what must come out, to the bit. Strides stay below 2^31, as real ones do: it is their products that a number of 32 bits
@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from functools import partial
 
-import cuda_twin
+import cuda_emulator
 import pytest
 import torch
 import triton_interpreter
@@ -80,7 +80,7 @@ def test_attention(kind, counts, is_coded):
 @pytest.mark.parametrize("of", (rope, cuda_rope), ids=("triton", "cuda"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float8_e4m3fn), ids=str)
 def test_what_is_written_to_a_cache(of, dtype):
-    call = partial(cuda_twin.run, of.rope_cache) if of is cuda_rope else of.rope_cache
+    call = partial(cuda_emulator.run, of.rope_cache) if of is cuda_rope else of.rope_cache
     m = make()
     small = [torch.zeros(6, 2, 16, 64, dtype=dtype) for _ in "kv"]
     far = [at_the_end(cache) for cache in small]
@@ -168,7 +168,7 @@ TRITON |= {
 @pytest.mark.parametrize("name", CUDA)
 def test_rows_that_lie_far_apart_by_cuda(name):
     kernel, near, args = CUDA[name]
-    assert_same(cuda_twin.run(kernel, *args(apart(near))), cuda_twin.run(kernel, *args(near)))
+    assert_same(cuda_emulator.run(kernel, *args(apart(near))), cuda_emulator.run(kernel, *args(near)))
 
 
 @pytest.mark.parametrize("name", TRITON)

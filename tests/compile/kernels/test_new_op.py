@@ -11,10 +11,10 @@ import pytest
 import torch
 import triton_interpreter
 from bench_kernels_cases import small
-from fake_card import CARD
+from fake_gpu import GPU
 from native_fixtures import FLOATS, with_threads
 from ops_cases import assert_agrees, assert_fake_agrees, assert_kernels_agree, assert_lies_as_fake, cases
-from tune_card_cases import Clock
+from tune_gpu_cases import Clock
 
 from fuseline.api.cli import main
 from fuseline.compile.backends.cuda.executable import CudaExecutable
@@ -176,16 +176,16 @@ def test_every_kernel_agrees_with_the_reference(dtype: torch.dtype) -> None:
 def test_it_is_chosen_on_both_targets() -> None:
     module, node = graph()
     assert plan_call(node, meta_value).kernel == "binary"
-    call = OpCall.of(node, CARD)
-    found = [one.label for one in Kernels(CARD, {}).candidates(call)]
+    call = OpCall.of(node, GPU)
+    found = [one.label for one in Kernels(GPU, {}).candidates(call)]
     assert found == ["cuda.scale_rows", "triton.scale_rows", "triton.scale_rows 32b", "triton.scale_rows 128b"]
-    executable = CudaExecutable(module, {"weight": torch.full((48,), 3.0).bfloat16()}, CARD)
+    executable = CudaExecutable(module, {"weight": torch.full((48,), 3.0).bfloat16()}, GPU)
     assert [kernel.label for kernel in executable.kernels.values()] == ["cuda.scale_rows | triton.scale_rows"]
     for rows in (2, 20):
         x = torch.randn(1, rows, 48).bfloat16()
         assert torch.equal(executable.run({"x": x}), x * 3)
     module, node = graph(torch.float32)
-    assert Kernels(CARD, {}).find(node).label == "triton.scale_rows"
+    assert Kernels(GPU, {}).find(node).label == "triton.scale_rows"
 
 
 @pytest.mark.parametrize("is_invariant", (False, True))
@@ -198,7 +198,7 @@ def test_it_is_tuned(tmp_path, is_invariant: bool) -> None:
     )  # fmt: skip
     clock = Clock(lambda label, rows: 0.5 if label == "triton.scale_rows 128b" and rows > 8 else None)
     weights = {"weight": torch.ones(48).bfloat16()}
-    tune_kernels(module, weights, config, CARD, lambda *_: None, clock, Kernels(CARD, {}))
+    tune_kernels(module, weights, config, GPU, lambda *_: None, clock, Kernels(GPU, {}))
     assert node.meta["choices"] == {"rows": [[8, "cuda.scale_rows"], [ANY, "triton.scale_rows 128b"]]}
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_card import CARD
+from fake_gpu import GPU
 
 from fuseline.compile.kernels.choice import default_choices
 from fuseline.compile.kernels.plan_call import native, plan_call
@@ -53,7 +53,7 @@ def found(monkeypatch, *declared: Implementation, libraries: dict | None = None,
     """Labels with phases of what can compute a norm when just these are declared."""
     ordered = tuple(sorted(declared, key=lambda one: one.order))
     monkeypatch.setitem(implementations("cuda"), "rms_norm", ordered)
-    return Kernels(CARD, libraries or {}).candidates(OpCall(RMS_NORM.target, args, CARD))
+    return Kernels(GPU, libraries or {}).candidates(OpCall(RMS_NORM.target, args, GPU))
 
 
 def test_order_rows_and_arguments_decide(monkeypatch) -> None:
@@ -96,9 +96,9 @@ def test_a_library_is_tried_once_for_calls_that_are_alike(monkeypatch) -> None:
     )  # fmt: skip
     monkeypatch.setitem(implementations("cuda"), "rms_norm", (theirs, ours))
     for factor, labels in ((1.0, ["theirs", "ours"]), (2.0, ["ours"])):
-        kernels = Kernels(CARD, {"theirs": factor})
+        kernels = Kernels(GPU, {"theirs": factor})
         for rows in (3, 7):
-            call = OpCall(RMS_NORM.target, (torch.empty(rows, 64, device="meta"), None, 1e-5, 0), CARD)
+            call = OpCall(RMS_NORM.target, (torch.empty(rows, 64, device="meta"), None, 1e-5, 0), GPU)
             assert [one.label for one in kernels.candidates(call)] == labels
     assert len(tried) == 2, "once for each object: rows do not tell calls apart"
 

@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernels at the sizes of real models: what an interpreter cannot see and a card pays for.
+"""Machine code of the Triton kernels at the sizes of real models: what an interpreter cannot see and a GPU pays for.
 
 Nothing spilled, memory read and written 16 bytes at a time, loads under way while others are used, and on Hopper the
 matrix instructions of warp groups wherever rows are many.
@@ -116,7 +116,7 @@ def test_nothing_is_spilled_and_all_fits(entries):
 
 
 def test_rows_that_are_many_are_multiplied_by_warp_groups(entries):
-    """But for those over fp8, which were wrong on a card."""
+    """But for those over fp8, which were wrong on a GPU."""
     for e in of(entries, "prefill_kernel", "matmul_kernel") + of(entries, "gate_up_kernel", "down_kernel", ROWS=128):
         is_coded = e["types"].get("k_cache", "*bf16") != "*bf16"
         assert (e["code"]["wgmma"] > 0, e["code"]["mma"] > 0) == (not is_coded, is_coded), e

@@ -202,7 +202,7 @@ def test_linear_of_few_rows(rows, num_out, num_in, dtype):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("tuning", linear.TUNINGS, ids=str)
 def test_no_tuning_of_a_linear_changes_what_is_summed(tuning, dtype):
-    """Bit for bit; a card's instruction takes k in the same steps at any depth, the interpreter's product does not."""
+    """Bit for bit; a GPU's instruction takes k in the same steps at any depth, the interpreter's product does not."""
     m = make(dtype)
     x, weight, bias = m.normal(16, 600), m.normal(2 * 37, 600, scale=0.03), m.normal(74)
     silu = codes.UNARY["silu"]

@@ -109,8 +109,8 @@ def test_sizes_from_memory_flags() -> None:
     assert sized(CacheConfig(block_size=4), windows=(0, 6)).num_blocks == (64, 28)
 
 
-def test_room_on_a_card() -> None:
-    """The share is of the whole card; what is gone since before is ours; what others hold cannot be had."""
+def test_room_on_a_gpu() -> None:
+    """The share is of the whole GPU; what is gone since before is ours; what others hold cannot be had."""
     info, steps = FakeModel().info, ProfiledMemory(activation_peak=5, graphs=3)
 
     def budget(share: float, before: int, now: int) -> int:

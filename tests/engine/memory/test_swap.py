@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engine_walk_cases import ORDERS, Walk, make_engine
-from fake_card import CARD, no_host_sync
+from fake_gpu import GPU, no_host_sync
 from fake_model import BLOCK_SIZE, FakeModel
 from zoo import checkpoint
 
@@ -136,10 +136,10 @@ def test_much_swap_space_is_warned_of(caplog) -> None:
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e5m2"])
-def test_a_cards_caches_go_out_and_come_back(kv_cache_dtype: str) -> None:
+def test_a_gpus_caches_go_out_and_come_back(kv_cache_dtype: str) -> None:
     """Kernels interpreted: two groups of layers, blocks of all caches, nothing waited for."""
     config = CompileConfig(model=str(checkpoint("gpt_oss", "bfloat16")), kv_cache_dtype=kv_cache_dtype)
-    model = compile_model(config, CARD)
+    model = compile_model(config, GPU)
     model.allocate_caches([6, 6])
     for cache in model._caches.values():
         cache.copy_(torch.randn(cache.shape))

@@ -1,4 +1,4 @@
-"""What a card compiles is compiled before it serves: no request launches what a start has not launched."""
+"""What a GPU compiles is compiled before it serves: no request launches what a start has not launched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from cuda_target_cases import build
 from engine_walk_cases import Walk
-from fake_card import FakeCard
+from fake_gpu import FakeGpu
 from triton_interpreter import compile_launches
 
 from fuseline.compile.config import CompileConfig, GraphConfig
@@ -31,7 +31,7 @@ KINDS = (
 )  # fmt: skip
 
 
-class Recorder(FakeCard):
+class Recorder(FakeGpu):
     """Nothing is computed: rows are fine all the same. The vocabulary is `num_cut` smaller than the model's."""
 
     def __init__(self, model, num_cut: int) -> None:

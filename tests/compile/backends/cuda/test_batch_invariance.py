@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from fake_card import CARD, FakeGraphs
+from fake_gpu import GPU, FakeGraphs
 from native_fixtures import FLOATS
 from ops_cases import assert_close
 from pass_cases import case
@@ -127,8 +127,8 @@ def test_the_pass_takes_linears_and_nothing_else() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_nothing_that_depends_on_the_batch_is_left(family: str) -> None:
     config = CompileConfig(model=str(checkpoint(family, "bfloat16")), batch_invariant=True)
-    captured, _ = optimize(config, CARD)
-    found = count_kernels(captured.graph, CARD)
+    captured, _ = optimize(config, GPU)
+    found = count_kernels(captured.graph, GPU)
     assert found["triton.linear_invariant"] == (13 if family == "llama" else 10)
     assert found["triton.paged_attention_invariant"] == 3
     assert found["triton.experts_invariant"] == (3 if family == "gpt_oss" else 0)
@@ -137,7 +137,7 @@ def test_nothing_that_depends_on_the_batch_is_left(family: str) -> None:
 
 def build(family: str, dtype: str, graphs: GraphConfig | None = None) -> CudaModel:
     config = CompileConfig(model=str(checkpoint(family, dtype)), batch_invariant=True)
-    model = compile_model(config, CARD, graphs=graphs)
+    model = compile_model(config, GPU, graphs=graphs)
     model.allocate_caches([16] * len(model.info.cache_groups))
     return model
 
@@ -161,7 +161,7 @@ def test_logits_do_not_depend_on_the_batch(family: str) -> None:
     model.capture_graphs(api=api)
     model.graphs.wait()
     assert torch.equal(last_row(*chunked), alone) and torch.equal(last_row(*decoded), alone)
-    assert api.replays and api.piece_replays
+    assert api.replays and api.segment_replays
 
 
 @pytest.mark.slow

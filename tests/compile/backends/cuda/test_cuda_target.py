@@ -1,15 +1,15 @@
-"""A CUDA target without a card: the lowered graph, the model run through Triton's interpreter, graphs, no waiting."""
+"""A CUDA target without a GPU: the lowered graph, the model run through Triton's interpreter, graphs, no waiting."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 
-import cuda_twin
+import cuda_emulator
 import pytest
 import torch
 from cuda_target_cases import build, decode_step
-from fake_card import CARD, FakeGraphs, HostSync, capture_when_allocated, no_host_sync, waiting_for_nothing
+from fake_gpu import GPU, FakeGraphs, HostSync, capture_when_allocated, no_host_sync, waiting_for_nothing
 from native_sampling_cases import Result, make_logits
 from paged_driver import greedy
 from triton_interpreter import assert_fits, compile_launches
@@ -48,8 +48,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("family", GOLDEN)
 def test_kernels_of_a_step_are_the_golden_ones(family: str) -> None:
-    captured, result = optimize(CompileConfig(model=str(checkpoint(family, "bfloat16"))), CARD)
-    found = count_kernels(captured.graph, CARD)
+    captured, result = optimize(CompileConfig(model=str(checkpoint(family, "bfloat16"))), GPU)
+    found = count_kernels(captured.graph, GPU)
     ours = {label: count for label, count in found.items() if label.startswith("triton")}
     golden = GOLDEN[family]
     assert ours == {label: count for label, count in golden.items() if label.startswith("triton")}
@@ -69,9 +69,9 @@ def test_greedy_tokens_equal_transformers(family: str, dtype: str, level: int) -
 
 def test_where_there_are_kernels_in_cpp_they_compute_the_step(monkeypatch) -> None:
     """Those that take the shapes: heads of 16 are Triton's."""
-    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
-    captured, _ = optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16"))), CARD)
-    found = count_kernels(captured.graph, CARD)
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
+    captured, _ = optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16"))), GPU)
+    found = count_kernels(captured.graph, GPU)
     assert {label: count for label, count in found.items() if "cuda." in label or "triton." in label} == {
         "cuda.rms_norm": 1, "cuda.add_rms_norm": 6, "cuda.rope_cache": 3, "cuda.linear | torch.linear": 10,
         "torch.linear, cuda.act_mul": 3, "triton.paged_attention": 3, "triton.gather_rows": 2,
@@ -80,12 +80,12 @@ def test_where_there_are_kernels_in_cpp_they_compute_the_step(monkeypatch) -> No
     assert greedy(model, prompts, 6) == truth(checkpoint("llama", "bfloat16"), prompts, 6)
 
 
-def test_defaults_are_what_was_fastest_on_a_card(monkeypatch) -> None:
+def test_defaults_are_what_was_fastest_on_a_gpu(monkeypatch) -> None:
     """Figures of an H200: act_mul 71 us by C++ and 150 by Triton, a sequence of 4,096 keys 19 and 493; wide linears."""
-    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
 
     def default(op: object, *args: object) -> list[tuple[int, str]]:
-        choices = default_choices(Kernels(CARD, {}).candidates(OpCall(op, args, CARD)))
+        choices = default_choices(Kernels(GPU, {}).candidates(OpCall(op, args, GPU)))
         return choices.get("decode") or choices["rows"]
 
     half = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
@@ -244,8 +244,8 @@ def test_all_that_a_step_launches_compiles() -> None:
     assert_fits(entries)
 
 
-@pytest.mark.parametrize(("target", "dtype"), [(CARD, torch.float16), (CPU, torch.bfloat16)])
-def test_half_precision_stays_what_it_is_on_a_card(target: Target, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("target", "dtype"), [(GPU, torch.float16), (CPU, torch.bfloat16)])
+def test_half_precision_stays_what_it_is_on_a_gpu(target: Target, dtype: torch.dtype) -> None:
     """A CPU computes bf16 for it; what is asked for is taken everywhere."""
     model = str(checkpoint("llama", "float16"))
     captured, _ = optimize(CompileConfig(model=model), target)
@@ -254,7 +254,7 @@ def test_half_precision_stays_what_it_is_on_a_card(target: Target, dtype: torch.
     assert asked.dtype == torch.bfloat16
 
 
-def test_the_fake_card_notices_waiting() -> None:
+def test_the_fake_gpu_notices_waiting() -> None:
     x, host = torch.zeros(3), torch.zeros(3)
     for wait in (lambda: x.tolist(), lambda: float(x[0]), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool(x.any())):
         with pytest.raises(HostSync), no_host_sync([host]):
@@ -282,10 +282,10 @@ def test_uploads_are_whole_and_aligned() -> None:
         assert all(t.data_ptr() % ALIGNMENT == found["a"].data_ptr() % ALIGNMENT for t in found.values())
 
 
-def test_a_missing_card_is_said_in_words() -> None:
+def test_a_missing_gpu_is_said_in_words() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a card")
+        pytest.skip("there is a GPU")
     with pytest.raises(DeviceError, match="^--device cuda: .+. Available devices: cpu.$"):
         detect_target(1, "cuda")
     assert detect_target(1, "auto").kind == detect_target(1).kind == "cpu"
-    assert make_logits(1, 2).device.type == CARD.device
+    assert make_logits(1, 2).device.type == GPU.device

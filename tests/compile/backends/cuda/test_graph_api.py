@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_card import FakeGraphs, HostSync
 from fake_cuda import FakeCuda
+from fake_gpu import FakeGraphs, HostSync
 
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
 from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.tuning import timer as timers
 from fuseline.compile.tuning.recording import recording
-from fuseline.compile.tuning.timer import Arguments, CardTimer
+from fuseline.compile.tuning.timer import Arguments, DeviceTimer
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def test_waiting_for_the_whole_device_spoils_a_capture_of_another_thread(cuda) -
 def test_a_candidate_that_cannot_be_captured_leaves_the_others_to_be_measured(cuda, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", cuda.current)
     monkeypatch.setattr(timers, "DeviceClock", lambda *_, **__: lambda replay: replay() or 1.0)
-    timer, calls = CardTimer("cpu"), []
+    timer, calls = DeviceTimer("cpu"), []
 
     def waiting(x: torch.Tensor) -> None:
         calls.append(x)
@@ -99,7 +99,7 @@ def test_a_candidate_that_cannot_be_captured_leaves_the_others_to_be_measured(cu
     assert timer(Implementation("op", "fine", "cuda", lambda x: x + 1), arguments) == 1.0
 
 
-def test_the_fake_cards_captures_wait_for_nothing_either() -> None:
+def test_the_fake_gpus_captures_wait_for_nothing_either() -> None:
     api = FakeGraphs()
     with pytest.raises(HostSync):
         api.capture(lambda: torch.zeros(2).add(1)[torch.tensor([True, False])])

@@ -1,4 +1,4 @@
-"""Steps that mix prompts and decoding as pieces: where the graph is cut, what padding does, what is left op by op."""
+"""Steps that mix prompts and decoding as segments: where the graph is cut, what padding does, what is left op by op."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_card import CARD, FakeGraphs, capture_when_allocated, no_host_sync
 from fake_cuda import FakeCuda
+from fake_gpu import GPU, FakeGraphs, capture_when_allocated, no_host_sync
 from paged_driver import greedy
 from piecewise_cases import mixed_step
 from triton_interpreter import assert_fits, compile_launches
@@ -18,7 +18,7 @@ from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
 from fuseline.compile.backends.cuda.model import CudaModel
-from fuseline.compile.backends.cuda.segments import Piece, SplitOp, cut
+from fuseline.compile.backends.cuda.segments import Segment, SplitOp, cut
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import MIXED_SIZES, CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import BY_FIELD, padding
@@ -28,7 +28,7 @@ LAYERS = 3
 
 
 def build(family: str, graphs: GraphConfig, dtype: str = "float32", **settings) -> CudaModel:
-    return compile_model(CompileConfig(model=str(checkpoint(family, dtype)), **settings), CARD, graphs=graphs)
+    return compile_model(CompileConfig(model=str(checkpoint(family, dtype)), **settings), GPU, graphs=graphs)
 
 
 def mixed(*sizes: int, **settings) -> GraphConfig:
@@ -43,12 +43,12 @@ def capture(model: CudaModel, api: GraphApi, num_blocks: int = 8) -> None:
 
 @pytest.mark.parametrize(("family", "sizes"), [("llama", (4, 9, 16)), ("gpt_oss", (5, 24)), ("phi3_longrope", (24,))])
 def test_greedy_tokens_equal_transformers(family: str, sizes: tuple[int, ...]) -> None:
-    """Every step is replayed in pieces, among memory that is NaN wherever nobody owns it or has written it."""
+    """Every step is replayed in segments, among memory that is NaN wherever nobody owns it or has written it."""
     model, api, seen = build(family, GraphConfig((1,), mixed_sizes=sizes, num_warmups=0)), FakeGraphs(), []
     capture_when_allocated(model, api, seen)
     prompts = make_prompts((3, 9, 20))
     assert greedy(model, prompts, 6) == truth(checkpoint(family, "float32"), prompts, 6)
-    assert api.pieces == (LAYERS + 1) * len(sizes) and api.piece_replays >= 5 * (LAYERS + 1)
+    assert api.segments == (LAYERS + 1) * len(sizes) and api.segment_replays >= 5 * (LAYERS + 1)
     assert seen == [("capturing graphs", k, len(sizes) + 1) for k in range(len(sizes) + 2)]
 
 
@@ -73,14 +73,14 @@ def test_graphs_are_gone_when_they_are_dropped(monkeypatch) -> None:
 def test_a_graph_is_cut_at_attention_and_before_the_logits(family: str) -> None:
     model = build(family, mixed(8))
     cuts = cut(model._executable)
-    assert [type(part) for part in cuts.parts] == [Piece, SplitOp] * LAYERS + [Piece]
+    assert [type(part) for part in cuts.parts] == [Segment, SplitOp] * LAYERS + [Segment]
     assert all(part.is_attention for part in cuts.parts[1::2])
     labels = {kernel.label: kernel.run for kernel in model._executable.kernels.values()}
     ops = [node.target for part in (*cuts.parts[::2], cuts.tail) for node in part.run.graph.nodes]
     assert labels["triton.paged_attention"] not in ops
     launched = [node.target for node in cuts.tail.run.graph.nodes if node.op == "call_function"]
     assert launched[0] is labels["triton.gather_rows"] and launched.count(labels["torch.linear"]) == 1
-    read = {name for piece in cuts.parts[::2] for name in piece.inputs}
+    read = {name for segment in cuts.parts[::2] for name in segment.inputs}
     assert "slots_0" in read and not {"seq_lens", "query_start", "logits_rows", "block_table_0"} & read
 
 
@@ -92,7 +92,7 @@ def test_ops_to_split_at_can_be_named() -> None:
     model.allocate_caches([8, 8])
     want = model.run(step).logits.clone()
     capture(model, api)
-    assert torch.equal(model.run(step).logits, want) and api.piece_replays == 2 * LAYERS + 2
+    assert torch.equal(model.run(step).logits, want) and api.segment_replays == 2 * LAYERS + 2
     wrong = build("llama", mixed(8, splitting_ops=("experts",)))
     wrong.allocate_caches([8])
     with pytest.raises(ValueError, match="^splitting_ops: the model has no op 'experts'$"):
@@ -109,44 +109,44 @@ def test_padding_changes_neither_logits_nor_caches(family: str) -> None:
         step = mixed_step([4, 1, 1], [4, 20, 3], groups)
         capture(model, api)
         found.append((model.run(step).logits.clone(), model.run(step).logits.clone(), *model._caches.values()))
-        assert api.piece_replays == (2 * (LAYERS + 1) if sizes else 0)
+        assert api.segment_replays == (2 * (LAYERS + 1) if sizes else 0)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_what_has_no_pieces_is_run_op_by_op() -> None:
+def test_what_has_no_segments_is_run_op_by_op() -> None:
     """Too many tokens; a size that failed or is not there yet, though a larger one is; after stop_capture."""
     model, api = build("llama", mixed(4, 8)), FakeGraphs()
     capture(model, api)
     model.run(mixed_step([9], [9]))
-    assert api.piece_replays == 0
+    assert api.segment_replays == 0
     del model.graphs.mixed.captured[4]
     model.run(mixed_step([4], [4]))
-    assert api.piece_replays == 0
+    assert api.segment_replays == 0
     model.run(mixed_step([5], [5]))
-    assert api.piece_replays == LAYERS + 1
+    assert api.segment_replays == LAYERS + 1
     model.stop_capture()
     assert model.graphs is None and model.run(mixed_step([5], [5])).logits.isfinite().all()
 
     def fails(results: object) -> bool:
         return isinstance(results, tuple) and 4 in [
             item for item in results if isinstance(item, int)
-        ]  # the first piece gives its tokens
+        ]  # the first segment gives its tokens
 
     api = FakeGraphs(fails)
     capture(model, api)
     assert set(model.graphs.mixed.captured) == {8} and api.captured == [1]
     model.run(mixed_step([4], [4]))
-    assert api.piece_replays == 0
+    assert api.segment_replays == 0
 
 
-def test_a_decode_step_that_no_whole_graph_fits_takes_pieces() -> None:
+def test_a_decode_step_that_no_whole_graph_fits_takes_segments() -> None:
     model, api = build("llama", mixed(8)), FakeGraphs()
     capture(model, api)
     model.run(mixed_step([1], [20]))
-    assert api.replays == [1] and api.piece_replays == 0
+    assert api.replays == [1] and api.segment_replays == 0
     model.run(mixed_step([1, 1, 1], [20, 3, 1]))
-    assert api.replays == [1] and api.piece_replays == LAYERS + 1
+    assert api.replays == [1] and api.segment_replays == LAYERS + 1
 
 
 def test_a_step_waits_for_nothing() -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import pytest
 import torch
 import zoo
-from fake_card import CARD
+from fake_gpu import GPU
 
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
@@ -52,12 +52,12 @@ def choices(
     config: CompileConfig, clock: Clock, libraries: Mapping[str, object] = MappingProxyType({})
 ) -> dict[str, list[dict]]:
     """By op, in the graph's order."""
-    captured, _ = optimize(config, CARD)
+    captured, _ = optimize(config, GPU)
     constants = [node for node in captured.graph.graph.nodes if node.op == "get_attr"]
     weights = {
         str(node.target): torch.zeros(node.meta["val"].shape, dtype=node.meta["val"].dtype) for node in constants
     }
-    tune_kernels(captured.graph, weights, config, CARD, lambda *_: None, clock, Kernels(CARD, libraries))
+    tune_kernels(captured.graph, weights, config, GPU, lambda *_: None, clock, Kernels(GPU, libraries))
     found: dict[str, list[dict]] = {}
     for node in captured.graph.graph.nodes:
         if "choices" in node.meta:

@@ -1,4 +1,4 @@
-"""A card that is none: tensors on the CPU, kernels interpreted, graphs run again where a card would replay them."""
+"""A GPU that is none: tensors on the CPU, kernels interpreted, graphs run again where a GPU would replay them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fuseline.engine.memory.sizing import Memory
 from fuseline.engine.run.cuda_device import CudaDevice, CudaResults
 from fuseline.engine.run.device import Progress, SampleOps
 
-__all__ = ["CARD", "FakeCard", "FakeGraphs", "no_host_sync", "triton_interpreter"]
-CARD = Target("cuda", "sm_90", 1, tensors="cpu")
+__all__ = ["GPU", "FakeGpu", "FakeGraphs", "no_host_sync", "triton_interpreter"]
+GPU = Target("cuda", "sm_90", 1, tensors="cpu")
 READS = {"tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__"}
 WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero", "bincount",
@@ -40,14 +40,14 @@ class FakeGraphs:
     captured is NaN after a replay, and so is memory that a graph takes and does not write. A capture that waits for the
     device raises HostSync.
 
-    `captured` and `replays` are sizes of whole steps, `pieces` and `piece_replays` numbers of pieces. Capture raises
-    for what `fails` says of its results, which are a tensor or, of a piece, a tuple.
+    `captured` and `replays` are sizes of whole steps, `segments` and `segment_replays` numbers of segments. Capture
+    raises for what `fails` says of its results, which are a tensor or, of a segment, a tuple.
     """
 
     def __init__(self, fails: Callable[[object], bool] = lambda results: False) -> None:
         self.captured: list[int] = []
         self.replays: list[int] = []
-        self.pieces = self.piece_replays = 0
+        self.segments = self.segment_replays = 0
         self._fails = fails
         self._results: list[tuple[weakref.ref, Tensor]] = []
 
@@ -67,11 +67,11 @@ class FakeGraphs:
         is_step = isinstance(results, Tensor)
         size = results.shape[1] if is_step else 0
         self.captured += [size] if is_step else []
-        self.pieces += not is_step
+        self.segments += not is_step
 
         def replay() -> None:
             self.replays += [size] if is_step else []
-            self.piece_replays += not is_step
+            self.segment_replays += not is_step
             for tensor in lost:
                 if tensor.is_floating_point():
                     tensor.fill_(float("nan"))
@@ -115,7 +115,7 @@ class Uninitialized(TorchDispatchMode):
 
 
 class no_host_sync:
-    """Raises HostSync where a card would be waited for: values of tensors read, or results whose size they decide.
+    """Raises HostSync where a GPU would be waited for: values of tensors read, or results whose size they decide.
 
     Tensors of `host` may be read.
     """
@@ -154,8 +154,8 @@ class _Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class FakeCard(CudaDevice):
-    """The engine's device over the fake card. What lies on the card is read only through results that were waited for.
+class FakeGpu(CudaDevice):
+    """The engine's device over the fake GPU. What lies on the GPU is read only through results that were waited for.
 
     `log`: ("sent" | "read", number of the step). The model's runs and the sampling kernels may wait for nothing.
     """
@@ -164,8 +164,8 @@ class FakeCard(CudaDevice):
         self._device = torch.device("cpu")
         self._uploads = DeviceInputs(self._device)
         self._peak = peak
-        self._on_card: dict[int, Tensor] = {}
-        self.name = "fake card"
+        self._on_gpu: dict[int, Tensor] = {}
+        self.name = "fake GPU"
         self.ops = SampleOps(waiting_for_nothing(sampling.sample), waiting_for_nothing(sampling.row_logprobs))
         self.graphs = FakeGraphs()
         self.log: list[tuple[str, int]] = []
@@ -174,8 +174,8 @@ class FakeCard(CudaDevice):
         model.run = lambda inputs: self._run(run, inputs)
 
     def guard(self) -> TorchFunctionMode:
-        """Raises HostSync where the host reads what lies on the card."""
-        return _Reads(self._on_card)
+        """Raises HostSync where the host reads what lies on the GPU."""
+        return _Reads(self._on_gpu)
 
     def memory(self) -> Memory:
         return Memory(1 << 30, 1 << 31)
@@ -208,7 +208,7 @@ class FakeCard(CudaDevice):
 
     def _note(self, *tensors: Tensor) -> None:
         """They stay alive, so that no tensor of the host gets their memory."""
-        self._on_card |= {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+        self._on_gpu |= {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
 
 
 class _FakeResults(CudaResults):
@@ -226,12 +226,12 @@ class _FakeResults(CudaResults):
 
 
 class _Reads(TorchFunctionMode):
-    def __init__(self, on_card: dict[int, Tensor]) -> None:
+    def __init__(self, on_gpu: dict[int, Tensor]) -> None:
         super().__init__()
-        self._on_card = on_card
+        self._on_gpu = on_gpu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in READS and args[0].untyped_storage().data_ptr() in self._on_card:
+        if getattr(func, "__name__", "") in READS and args[0].untyped_storage().data_ptr() in self._on_gpu:
             raise HostSync(func.__name__)
         return func(*args, **(kwargs or {}))
 

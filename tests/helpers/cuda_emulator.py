@@ -23,26 +23,26 @@ COMMAND = (
     "-U_FORTIFY_SOURCE", "-fno-gnu-unique", f"-I{CSRC}", f"-I{CSRC / 'include'}",
 )  # fmt: skip
 """Some g++ (Ubuntu's) fortify by themselves: a longjmp to another thread's stack then ends the process. A unique symbol
-would be the same object for this library and for a card's in one process."""
+would be the same object for this library and for a GPU's in one process."""
 
 
 @functools.cache
-def twin() -> CudaLibrary:
+def emulator() -> CudaLibrary:
     """Built once for these sources; several processes may."""
     parts = [*toolkit.SOURCES]
     for folder in ("cuda", "tests", "include/fuseline"):
         parts += [path for path in (CSRC / folder).iterdir() if path.suffix in (".h", ".def")]
     content = "".join(path.read_text() for path in sorted(parts)) + " ".join(COMMAND)
-    folder = ROOT / ".cache" / "cuda_twin" / hashlib.sha256(content.encode()).hexdigest()[:16]
-    library = folder / "twin.so"
+    folder = ROOT / ".cache" / "cuda_emulator" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    library = folder / "emulator.so"
     if not library.exists():
         own = folder / str(os.getpid())
         own.mkdir(parents=True, exist_ok=True)
         objects = [own / f"{source.stem}.o" for source in toolkit.SOURCES]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(_compile, toolkit.SOURCES, objects))
-        subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", own / "twin.so"], check=True)
-        os.replace(own / "twin.so", library)
+        subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", own / "emulator.so"], check=True)
+        os.replace(own / "emulator.so", library)
     return CudaLibrary(library)
 
 
@@ -51,8 +51,8 @@ def _compile(source: Path, target: Path) -> None:
 
 
 def run(function: Callable, *args: object, **more: object) -> object:
-    """A function of compile/kernels/cuda by the twin; tools/gpu_check puts the card's in its place.
+    """A function of compile/kernels/cuda by the emulator; tools/gpu_check puts the GPU's in its place.
 
     The weights that it is given are constants.
     """
-    return function(twin().overlapping(Overlap.WEIGHTS), *args, **more)
+    return function(emulator().overlapping(Overlap.WEIGHTS), *args, **more)

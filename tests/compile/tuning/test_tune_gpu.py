@@ -1,4 +1,4 @@
-"""Level 3 on a card measures its kernels once, by a clock that tests set, keeps what is fastest, and uses it."""
+"""Level 3 on a GPU measures its kernels once, by a clock that tests set, keeps what is fastest, and uses it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import fake_libraries as fakes
 import pytest
 import torch
 import zoo
-from fake_card import CARD
+from fake_gpu import GPU
 from paged_driver import greedy
-from tune_card_cases import OURS, Clock, candidate, choices, config
+from tune_gpu_cases import OURS, Clock, candidate, choices, config
 
 from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
@@ -24,10 +24,10 @@ from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.ops.registry import op_of
 from fuseline.compile.tuning import clock as clocks
-from fuseline.compile.tuning import kernels as tune_card
+from fuseline.compile.tuning import kernels as tune_gpu
 from fuseline.compile.tuning.calls import CallMaker, has_constants
 from fuseline.compile.tuning.kernels import Problem, is_choice
-from fuseline.compile.tuning.timer import Arguments, CardTimer
+from fuseline.compile.tuning.timer import Arguments, DeviceTimer
 
 __all__ = ["config"]
 
@@ -145,7 +145,7 @@ def test_norms_that_must_not_depend_on_the_batch_have_no_choice(config):
 
 
 def test_a_norm_whose_weight_is_computed_is_left_alone(config):
-    captured, _ = optimize(config, CARD)
+    captured, _ = optimize(config, GPU)
     nodes = [node for node in captured.graph.graph.nodes if (op := op_of(node.target)) and op.name.endswith("_norm")]
     assert all(map(has_constants, nodes))
     nodes[1].args = (*nodes[1].args[:2], nodes[0], *nodes[1].args[3:])
@@ -196,8 +196,8 @@ def test_a_result_is_written_where_it_is_wanted():
 
 
 def test_problems_tell_shapes_apart(config):
-    captured, _ = optimize(config, CARD)
-    problems = tune_card._problems(captured.graph, Kernels(CARD, {}), False)
+    captured, _ = optimize(config, GPU)
+    problems = tune_gpu._problems(captured.graph, Kernels(GPU, {}), False)
     assert all(isinstance(problem, Problem) for problem in problems)
     linears = {problem.shapes for problem in problems if problem.op == "fuseline::linear"}
     assert len(linears) == 3, "the vocabulary is as wide as q, k and v"
@@ -209,9 +209,9 @@ def test_a_model_runs_what_was_chosen(config, monkeypatch):
     tuning = "triton.linear 32x512 4w 5s"
     others = {f"{OURS} 7s", "triton.rope_cache 4h", "triton.add_rms_norm 8w"}
     clock = Clock(lambda label, rows: 0.5 if label in {tuning, *others} else None)
-    monkeypatch.setattr(tune_card, "CardTimer", lambda: clock)
+    monkeypatch.setattr(tune_gpu, "DeviceTimer", lambda: clock)
     told = []
-    model = compile_model(config, CARD, lambda *progress: told.append(progress))
+    model = compile_model(config, GPU, lambda *progress: told.append(progress))
     labels = {kernel.label for kernel in model._executable.kernels.values()}
     assert {f"{tuning} | torch.linear", *others} <= labels
     assert [phase for phase, *_ in told].count("tuning") > 1
@@ -222,8 +222,8 @@ def test_a_model_runs_what_was_chosen(config, monkeypatch):
 def test_a_model_with_offloaded_weights_runs_what_was_chosen(config, monkeypatch):
     """Of products whose weights come with each pass too."""
     tuning = "triton.linear 32x512 4w 5s"
-    monkeypatch.setattr(tune_card, "CardTimer", lambda: Clock(lambda label, rows: 0.5 if label == tuning else None))
-    model = compile_model(replace(config, cpu_offload_gb=1.0), CARD)
+    monkeypatch.setattr(tune_gpu, "DeviceTimer", lambda: Clock(lambda label, rows: 0.5 if label == tuning else None))
+    model = compile_model(replace(config, cpu_offload_gb=1.0), GPU)
     assert len(model._executable.offload.layers) == LAYERS
     kernels = model._executable.kernels
     linears = [kernel.label for node, kernel in kernels.items() if "linear.default" in str(node.target)]
@@ -233,8 +233,8 @@ def test_a_model_with_offloaded_weights_runs_what_was_chosen(config, monkeypatch
 
 
 def test_weights_that_are_away_are_measured_only_where_no_other_is_there(config, monkeypatch):
-    """And then one: the card may have no room for more."""
-    captured, _ = optimize(config, CARD)
+    """And then one: the GPU may have no room for more."""
+    captured, _ = optimize(config, GPU)
     nodes = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.linear_act_mul.default]
     names = [str(node.args[1].target) for node in nodes]
     monkeypatch.setattr(CallMaker, "_value", lambda self, arg: str(arg))
@@ -246,8 +246,8 @@ def test_weights_that_are_away_are_measured_only_where_no_other_is_there(config,
 
 
 def test_the_default_needs_no_measurement(config):
-    captured, _ = optimize(config, CARD)
-    assert count_kernels(captured.graph, CARD)["torch.linear"] > 0 and not stored(config)
+    captured, _ = optimize(config, GPU)
+    assert count_kernels(captured.graph, GPU)["torch.linear"] > 0 and not stored(config)
 
 
 class FakeCuda:
@@ -287,14 +287,14 @@ class FakeEvent:
         return (end.at - self.at) * 1e3
 
 
-def timer_on(cuda: FakeCuda, monkeypatch) -> CardTimer:
+def timer_on(cuda: FakeCuda, monkeypatch) -> DeviceTimer:
     monkeypatch.setattr(clocks, "FLUSHED_BYTES", 16)
     for name, value in {
         "Stream": lambda: cuda, "stream": lambda stream: nullcontext(), "current_stream": lambda: cuda,
         "CUDAGraph": cuda.graph, "graph_pool_handle": lambda: (0, 1), "Event": lambda enable_timing: FakeEvent(cuda),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    return CardTimer("cpu")
+    return DeviceTimer("cpu")
 
 
 def test_the_timer_captures_after_a_first_run_and_takes_the_median(monkeypatch):

@@ -1,4 +1,4 @@
-"""Weights on their way to a card without one: streamed through a ring, or kept on the host and copied each pass."""
+"""Weights on their way to a GPU without one: streamed through a ring, or kept on the host and copied each pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fake_card import CARD, FakeGraphs
+from fake_gpu import GPU, FakeGraphs
 from paged_driver import greedy
 from python_process import run_python
 from transformers import AutoModelForCausalLM
@@ -58,7 +58,7 @@ def test_streamed_weights_are_those_of_the_host(family: str, block_bytes: int, m
     assert 1 < copies.most_under_way <= sinks.NUM_BUFFERS, "the next block is read while others are copied"
 
 
-def test_dummy_weights_are_made_on_the_card(monkeypatch) -> None:
+def test_dummy_weights_are_made_on_the_gpu(monkeypatch) -> None:
     """Where nothing can be copied from a host, but what a pass or the checkpoint's config has computed."""
 
     class Generator:
@@ -128,7 +128,7 @@ class LateLane:
 
 def build(family: str, dtype: str = "float32", gib: float = 1.0, graphs: GraphConfig | None = None):
     config = CompileConfig(model=str(checkpoint(family, dtype)), cpu_offload_gb=gib)
-    return compile_model(config, CARD, graphs=graphs)
+    return compile_model(config, GPU, graphs=graphs)
 
 
 @pytest.mark.parametrize("lane", [offload.HostLane, LateLane], ids=["early", "late"])
@@ -168,7 +168,7 @@ def test_offload_in_captured_graphs(monkeypatch) -> None:
 
 
 def test_the_last_layers_products_are_offloaded_first() -> None:
-    graph = optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16"))), CARD)[0].graph
+    graph = optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16"))), GPU)[0].graph
     everything_held = choose_offloaded(graph, GIB)
     names = [[weight.key for weight in layer.weights] for layer in everything_held]
     assert len(names) == 3 and all(len(layer) == 4 for layer in names), "qkv, o, gate and up, down"
@@ -186,7 +186,7 @@ def test_products_are_offloaded_whatever_their_order_of_summation(family: str) -
     """The ops that do not depend on the batch are products of the same weights."""
     path = str(checkpoint(family, "bfloat16"))
     plain, invariant = (
-        choose_offloaded(optimize(CompileConfig(model=path, batch_invariant=on), CARD)[0].graph, GIB)
+        choose_offloaded(optimize(CompileConfig(model=path, batch_invariant=on), GPU)[0].graph, GIB)
         for on in (False, True)
     )
     assert len(plain) == len(invariant) == 3

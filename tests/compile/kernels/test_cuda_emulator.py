@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import cuda_twin
+import cuda_emulator
 
 PROGRAM = """
 #include "cuda/device.h"
@@ -36,14 +36,14 @@ def test_threads_change_stacks_under_a_compiler_that_fortifies(tmp_path: Path) -
     fortifying.chmod(0o755)
     path = os.pathsep.join([str(fortifying.parent), os.environ["PATH"]])
     subprocess.run(
-        [*cuda_twin.COMMAND, program, "-o", tmp_path / "sum"], env=os.environ | {"PATH": path}, check=True
+        [*cuda_emulator.COMMAND, program, "-o", tmp_path / "sum"], env=os.environ | {"PATH": path}, check=True
     )  # fmt: skip
     assert subprocess.run([tmp_path / "sum"]).returncode == 0
 
 
-def test_nothing_of_it_is_shared_with_a_cards_library() -> None:
+def test_nothing_of_it_is_shared_with_a_gpus_library() -> None:
     """Symbols of one process for all libraries: what both have would be the first one's."""
-    library = cuda_twin.twin()._library._name
+    library = cuda_emulator.emulator()._library._name
     symbols = subprocess.run(["nm", "-D", "-C", library], capture_output=True, text=True, check=True).stdout
     assert " u " not in symbols
     dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The whole engine over a real model on a card that is none: the CPU engine's answers, one step ahead, nothing waited
+"""The whole engine over a real model on a GPU that is none: the CPU engine's answers, one step ahead, nothing waited
 for but the tokens of the step before."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from cuda_target_cases import build
 from engine_walk_cases import Walk
-from fake_card import FakeCard, HostSync
+from fake_gpu import FakeGpu, HostSync
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.compiler import compile_model
@@ -46,9 +46,9 @@ def on_cpu():
     return compile_model(CompileConfig(model=str(checkpoint(FAMILY))), detect_target(1))
 
 
-def card_engine(num_blocks: int, num_host_blocks: int = 0, **settings: object) -> Engine:
+def gpu_engine(num_blocks: int, num_host_blocks: int = 0, **settings: object) -> Engine:
     model = build(FAMILY, "float32", GraphConfig((2, 4)), **settings)
-    device = FakeCard(model)
+    device = FakeGpu(model)
     model.allocate_caches([num_blocks + 1])
     host = [num_host_blocks] if num_host_blocks else []
     if host:
@@ -80,7 +80,7 @@ def answers(engine: Engine, asked: tuple[dict, ...]) -> list[tuple]:
 def test_answers_are_those_of_the_cpu(on_cpu, num_blocks: int, num_host_blocks: int, monkeypatch) -> None:
     on_cpu.allocate_caches([33])
     expected = answers(Engine(make_config(32), on_cpu, [32], HostDevice(native_ops())), ASKED)
-    engine, swapped = card_engine(num_blocks, num_host_blocks), []
+    engine, swapped = gpu_engine(num_blocks, num_host_blocks), []
     device, swap = engine.runner.device, engine.runner.model.swap
     monkeypatch.setattr(engine.runner.model, "swap", lambda copies: (swapped.extend(copies), swap(copies)))
     with device.guard():
@@ -103,7 +103,7 @@ def test_answers_over_an_fp8_cache_are_near_those_of_the_cpu(on_cpu, flag: str) 
     on_cpu.allocate_caches([33])
     asked = (GREEDY | {"logprobs": 0, "prompt_logprobs": 0},) * 3
     expected = answers(Engine(make_config(32), on_cpu, [32], HostDevice(native_ops())), asked)
-    engine = card_engine(32, kv_cache_dtype=flag, calculate_kv_scales=True)
+    engine = gpu_engine(32, kv_cache_dtype=flag, calculate_kv_scales=True)
     with engine.runner.device.guard():
         found = answers(engine, asked)
     pairs = [pair for mine, its in zip(found, expected, strict=True) for pair in zip(mine[-1], its[-1], strict=True)]
@@ -113,7 +113,7 @@ def test_answers_over_an_fp8_cache_are_near_those_of_the_cpu(on_cpu, flag: str) 
     assert engine.runner.device.graphs.replays
 
 
-def check_waits(device: FakeCard, engine: Engine) -> None:
+def check_waits(device: FakeGpu, engine: Engine) -> None:
     """A step is read when the next is on its way, or sooner if that one asks for its tokens on the host; once each."""
     log = device.log
     assert [n for kind, n in log if kind == "read"] == [n for kind, n in log if kind == "sent"]
@@ -122,7 +122,7 @@ def check_waits(device: FakeCard, engine: Engine) -> None:
 
 
 def test_greedy_tokens_equal_transformers() -> None:
-    engine = card_engine(32)
+    engine = gpu_engine(32)
     with engine.runner.device.guard():
         found = answers(engine, (GREEDY,) * 3)
     assert [tokens for tokens, *_ in found] == truth(checkpoint(FAMILY), PROMPTS[:3], NUM_TOKENS)
@@ -132,8 +132,8 @@ def test_greedy_tokens_equal_transformers() -> None:
                    ("read", last)]  # fmt: skip
 
 
-def test_reading_what_lies_on_the_card_is_noticed() -> None:
-    engine = card_engine(32)
+def test_reading_what_lies_on_the_gpu_is_noticed() -> None:
+    engine = gpu_engine(32)
     walk = Walk(engine)
     walk.submit(PROMPTS[0], **GREEDY)
     with engine.runner.device.guard():
@@ -142,11 +142,11 @@ def test_reading_what_lies_on_the_card_is_noticed() -> None:
             engine.runner._sampled.tolist()
 
 
-def test_a_card_is_started_warm_sized_and_captured() -> None:
-    """Caches fill what the share of the card leaves beside the model, the steps and the graphs."""
+def test_a_gpu_is_started_warm_sized_and_captured() -> None:
+    """Caches fill what the share of the GPU leaves beside the model, the steps and the graphs."""
     graphs = GraphConfig((1, 2), mixed_sizes=(4,))
     model = build(FAMILY, "float32", graphs, max_num_seqs=2)
-    device, sent = FakeCard(model), []
+    device, sent = FakeGpu(model), []
     config = EngineConfig(
         CompileConfig(model=""), graphs=graphs,
         scheduler=SchedulerConfig(max_num_batched_tokens=4, max_num_seqs=2),
@@ -158,7 +158,7 @@ def test_a_card_is_started_warm_sized_and_captured() -> None:
     assert Progress("capturing graphs", 3, 3) in sent and device.graphs.captured == [2, 1]
     (ready,) = (m for m in sent if isinstance(m, EngineReady))
     table = dict(ready.table)
-    assert table["device"] == "fake card" and table["a step at most"] == "1.0 MiB"
+    assert table["device"] == "fake GPU" and table["a step at most"] == "1.0 MiB"
     assert table["kept for graphs"] == f"{2 * 2 + 3 * 8:.1f} MiB", "a mixed step is twice as high as a decode step"
     assert model._caches["k_cache_0"].shape[0] == ready.num_blocks + 1
     walk = Walk(service.engine)

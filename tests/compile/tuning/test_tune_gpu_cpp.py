@@ -1,22 +1,22 @@
-"""Level 3 on a card where there is a library of CUDA C++ kernels: they come first, and stay where nothing is faster."""
+"""Level 3 on a GPU where there is a library of CUDA C++ kernels: they come first, and stay where nothing is faster."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-import cuda_twin
+import cuda_emulator
 import zoo
-from fake_card import CARD
+from fake_gpu import GPU
 from paged_driver import greedy
-from tune_card_cases import OURS, Clock, choices, config
+from tune_gpu_cases import OURS, Clock, choices, config
 
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.cuda import library as cuda_library
 from fuseline.compile.kernels.registry import ANY
 from fuseline.compile.ops.library import DECODE, PREFILL
-from fuseline.compile.tuning import kernels as tune_card
+from fuseline.compile.tuning import kernels as tune_gpu
 
 __all__ = ["config"]
 MIXED = f"cuda.decode_attention, {OURS}"
@@ -25,7 +25,7 @@ HEADS_OF_64 = (("hidden_size", 256), ("head_dim", 64), ("num_hidden_layers", 1))
 
 def in_cpp(config: CompileConfig, monkeypatch) -> CompileConfig:
     """With the library of CUDA C++ kernels there, and heads that it takes."""
-    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
     return replace(config, hf_overrides=HEADS_OF_64)
 
 
@@ -70,10 +70,10 @@ def test_without_their_library_linears_and_attention_are_tritons_and_torchs(conf
 
 def test_a_model_runs_kernels_in_cpp_and_what_was_faster(config, monkeypatch):
     """Steps of one sequence by Triton's product, of several by that in CUDA C++."""
-    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_twin.twin())
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
     clock = Clock(lambda label, rows: 0.5 if label == "triton.linear" and rows == 1 else None)
-    monkeypatch.setattr(tune_card, "CardTimer", lambda: clock)
-    model = compile_model(config, CARD)
+    monkeypatch.setattr(tune_gpu, "DeviceTimer", lambda: clock)
+    model = compile_model(config, GPU)
     labels = {kernel.label for kernel in model._executable.kernels.values()}
     assert {"triton.linear | cuda.linear | torch.linear", "cuda.add_rms_norm", "cuda.rope_cache"} <= labels
     for prompts in (zoo.make_prompts((3,)), zoo.make_prompts((3, 9))):
