@@ -18,6 +18,10 @@ from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineRequest, TokenOutput
 
 
+Sink = Callable[[Sequence[Event]], None]
+"""Takes the events of one output: all of one choice, its Done behind its last text."""
+
+
 @dataclass(frozen=True)
 class TextOptions:
     """Options that decide how a choice's tokens become text."""
@@ -45,9 +49,9 @@ class Generation:
         self._turns = options.turns
 
     async def run(
-        self, client: EngineClient, sink: Callable[[Event], None], open_prompt: Callable[[PromptInfo], Awaitable[None]]
+        self, client: EngineClient, sink: Sink, open_prompt: Callable[[PromptInfo], Awaitable[None]]
     ) -> None:
-        """Hand the prompt's facts to `open_prompt`, then the events of all choices to `sink` in their tokens' order.
+        """Hand the prompt's facts to `open_prompt`, then the events of each output to `sink`, in their tokens' order.
 
         Cancelling it aborts the request in the engine. Raises ApiError and EngineDeadError.
         """
@@ -60,9 +64,10 @@ class Generation:
                     if output.num_cached_tokens or output.prompt_logprobs is not None:
                         await open_prompt(PromptInfo(output.num_cached_tokens, output.prompt_logprobs))
                         pace = Pace(self._turns)  # each choice may repeat the prompt's log-probabilities
-                    for event in self._take(client, output):
-                        watch.see(event)
-                        deliver(event)
+                    if events := self._take(client, output):
+                        for event in events:
+                            watch.see(event)
+                        deliver(events)
                     if not self._num_open:
                         return
                     if pace is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -44,9 +44,10 @@ class Writer(Protocol):
 
     async def open(self, prompt: Prompt, info: PromptInfo) -> None: ...
 
-    def fold(self, prompt: Prompt, event: Event) -> None: ...
+    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None: ...
 
-    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]: ...
+    def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """Chunks of the events of one output. A choice's end goes with the last of its text."""
 
     def last_chunks(self) -> list[dict[str, Any]]: ...
 
@@ -100,8 +101,8 @@ class Answer(Response):
     async def _fill(self, outbox: Outbox) -> None:
         """Every chunk as a server-sent event. An error is the last one, or refuses the request if it comes first."""
 
-        def add(prompt: Prompt, event: Event) -> None:
-            for chunk in self._writer.chunks(prompt, event):
+        def add(prompt: Prompt, events: Sequence[Event]) -> None:
+            for chunk in self._writer.chunks(prompt, events):
                 outbox.add(sse(chunk))
 
         try:
@@ -116,7 +117,7 @@ class Answer(Response):
         outbox.add(DONE)
         outbox.close()
 
-    async def _generate(self, sink: Callable[[Prompt, Event], None]) -> None:
+    async def _generate(self, sink: Callable[[Prompt, Sequence[Event]], None]) -> None:
         """Run all prompts; the first error ends all. They start in slices, between which others have their turn."""
         if len(self._runs) == 1:
             await self._run(self._runs[0], sink)
@@ -130,7 +131,7 @@ class Answer(Response):
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _run(self, run: Run, sink: Callable[[Prompt, Event], None]) -> None:
+    async def _run(self, run: Run, sink: Callable[[Prompt, Sequence[Event]], None]) -> None:
         prompt, make = run
         await make().run(self._client, partial(sink, prompt), partial(self._writer.open, prompt))
 

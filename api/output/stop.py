@@ -22,7 +22,7 @@ class StopStrings:
             return text, None
         whole = self._tail + text
         out_from = len(self._tail) - self._held
-        if is_checked and (found := self._find(whole)) is not None:
+        if is_checked and (found := self._find(whole, len(self._tail))) is not None:
             stop, at = found
             end = at + len(stop) if self._include else at
             return whole[out_from : max(end, out_from)], stop
@@ -37,11 +37,10 @@ class StopStrings:
         self._held = 0
         return held
 
-    def _find(self, text: str) -> tuple[str, int] | None:
-        """The match that ends the text first; among equals the one listed first."""
-        hits = [(text.find(stop), stop) for stop in self._stops]
-        hits = [(at, stop) for at, stop in hits if at >= 0]
-        if not hits:
-            return None
-        at, stop = min(hits, key=lambda hit: hit[0])
-        return stop, at
+    def _find(self, text: str, num_old: int) -> tuple[str, int] | None:
+        """The first listed stop string that ends in the new text, which begins at `num_old`, and where it begins."""
+        for stop in self._stops:
+            at = text.find(stop, max(num_old - len(stop) + 1, 0))
+            if at >= 0:
+                return stop, at
+        return None
