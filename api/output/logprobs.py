@@ -61,10 +61,12 @@ class LogprobWriter:
         return len(self._tokenizer.token_text(token_id) if self._tokenizer else self.text(token_id))
 
     def _top(self, position: PositionLogprobs) -> dict[str, float]:
-        """The token itself first. Where another is spelled like it, the likelier one counts."""
+        """The alternatives by their text, the token itself first; one whose text another one has goes by its id."""
         top = {self.text(position.token_id): finite(position.logprob)}
         for token, value in zip(position.top_ids, position.top_logprobs, strict=True):
-            top.setdefault(self.text(token), finite(value))
+            if token != position.token_id:
+                name = self.text(token)
+                top[f"token_id:{token}" if name in top else name] = finite(value)
         return top
 
     def prompt(self, positions: Positions) -> list[dict | None]:

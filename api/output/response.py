@@ -21,6 +21,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fuseline.api.errors import ApiError, to_api_error
+from fuseline.api.output.beam import BeamSearch
 from fuseline.api.output.events import Event, Prompt, PromptInfo
 from fuseline.api.output.generation import Generation
 from fuseline.api.output.outbox import WRITE_BYTES, Outbox
@@ -35,7 +36,7 @@ STREAM_HEADERS = (
 )
 STARTED_AT_ONCE = 16
 """Prompts of a request that start without a pause: 2 to 3 ms."""
-Run = tuple[Prompt, Callable[[], Generation]]
+Run = tuple[Prompt, Callable[[], Generation | BeamSearch]]
 """A prompt and what makes its way through the engine, called when its turn comes."""
 
 
@@ -64,9 +65,13 @@ class Answer(Response):
         writer: Writer,
         held: AbstractContextManager,
         keep_alive: float | None,
+        is_one_event: bool = False,
     ) -> None:
-        """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole."""
+        """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole. A stream of
+        `is_one_event` is the whole answer as its one event.
+        """
         super().__init__()
+        self._is_one_event = is_one_event
         self._client, self._runs, self._writer, self._held = client, runs, writer, held
         self._keep_alive = keep_alive
         self._has_begun = False
@@ -106,9 +111,13 @@ class Answer(Response):
                 outbox.add(sse(chunk))
 
         try:
-            await self._generate(add)
-            for chunk in self._writer.last_chunks():
-                outbox.add(sse(chunk))
+            if self._is_one_event:
+                await self._generate(self._writer.fold)
+                outbox.add(b"data: " + b"".join(await self._writer.whole()) + b"\n\n")
+            else:
+                await self._generate(add)
+                for chunk in self._writer.last_chunks():
+                    outbox.add(sse(chunk))
         except Exception as error:
             if not outbox.has_begun:
                 outbox.fail(error)

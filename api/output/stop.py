@@ -17,12 +17,12 @@ class StopStrings:
         self._held = 0  # characters at the end of the tail that are not out yet
 
     def feed(self, text: str, is_checked: bool = True) -> tuple[str, str | None]:
-        """(text to show, the stop string that was found)."""
-        if not self._stops:
+        """(text to show, the stop string that `text` completes)."""
+        if not self._stops or not text:
             return text, None
         whole = self._tail + text
         out_from = len(self._tail) - self._held
-        if is_checked and (found := self._find(whole, len(self._tail))) is not None:
+        if is_checked and (found := self._find(whole)) is not None:
             stop, at = found
             end = at + len(stop) if self._include else at
             return whole[out_from : max(end, out_from)], stop
@@ -37,10 +37,10 @@ class StopStrings:
         self._held = 0
         return held
 
-    def _find(self, text: str, num_old: int) -> tuple[str, int] | None:
-        """The first listed stop string that ends in the new text, which begins at `num_old`, and where it begins."""
+    def _find(self, text: str) -> tuple[str, int] | None:
+        """The first listed stop string that ends behind the tail: what ends before was searched, or not to be."""
         for stop in self._stops:
-            at = text.find(stop, max(num_old - len(stop) + 1, 0))
+            at = text.find(stop, max(len(self._tail) - len(stop) + 1, 0))
             if at >= 0:
                 return stop, at
         return None
