@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, pre_tokenizers
 
 from fuseline.api.config import ConfigError
+from fuseline.api.prompt.fim import FimTokens, find_fim
 from fuseline.api.prompt.token_bound import TextBound, find_bound
 
 LONG_TEXT = 8192
@@ -73,6 +74,15 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, name: str) -> int | None:
+        """Id of the token that the vocabulary spells so."""
+        return self._tokenizer.token_to_id(name)
+
+    @cached_property
+    def fim(self) -> FimTokens | None:
+        """Tokens for filling in the middle; None for a model without."""
+        return find_fim(self.token_id)
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones included; bytes that are no character alone show as U+FFFD."""
