@@ -39,7 +39,8 @@ class Generation:
         self, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions, watch: RequestWatch
     ) -> None:
         self._request, self._watch = request, watch
-        self._choices = [_Choice(k, tokenizer, options, request) for k in range(request.params.n)]
+        start = Detokenizer(tokenizer, options.skip_special_tokens, request.prompt_token_ids) if tokenizer else None
+        self._choices = [_Choice(k, start, options, request) for k in range(request.params.n)]
         self._num_open = len(self._choices)
         self._interval = options.interval
         self._turns = options.turns
@@ -88,15 +89,15 @@ def _error(output: TokenOutput) -> ApiError:
 
 
 class _Choice:
-    def __init__(
-        self, index: int, tokenizer: TextTokenizer | None, options: TextOptions, request: EngineRequest
-    ) -> None:
+    def __init__(self, index: int, start: Detokenizer | None, options: TextOptions, request: EngineRequest) -> None:
+        """`start`: detokenizer of the prompt; None without a tokenizer."""
         self._index = index
-        self._detokenizer = Detokenizer(tokenizer, options.skip_special_tokens) if tokenizer else None
+        self._detokenizer = start.fork() if start else None
         self._stops = StopStrings(options.stops, options.include_stop)
         self._options = options
         self._ends = {*request.params.eos_token_ids, *request.params.stop_token_ids}
         self._num_tokens = 0
+        self._num_characters = 0  # of the text so far, held back or not
         self._is_done = False
 
     def take(self, output: TokenOutput) -> Sequence[Event]:
@@ -107,6 +108,7 @@ class _Choice:
             delta.token_ids.append(token)
             if output.logprobs:
                 delta.logprobs.append(output.logprobs[k])
+                delta.offsets.append(self._num_characters)
             is_last = output.finish_reason == "stop" and k == len(output.token_ids) - 1
             text, stop = self._feed(token, is_end=is_last and token in self._ends)
             delta.text += text
@@ -130,7 +132,9 @@ class _Choice:
         self._num_tokens += 1
         if self._detokenizer is None or (is_end and not self._options.include_stop):
             return "", None
-        return self._stops.feed(self._detokenizer.feed(token), self._is_checked)
+        text = self._detokenizer.feed(token)
+        self._num_characters += len(text)
+        return self._stops.feed(text, self._is_checked)
 
     def _end(self, delta: TextDelta, reason: str, stop_reason: str | int | None) -> Sequence[Event]:
         self._is_done = True

@@ -50,9 +50,9 @@ class Totals:
 @dataclass
 class _Choice:
     text: list[str] = field(default_factory=list)
-    offset: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     is_started: bool = False
@@ -75,7 +75,8 @@ class CompletionWriter:
         self._totals.cached += info.num_cached_tokens
         if prompt.echo is not None and self._shape.wants_logprobs and info.prompt_logprobs is not None:
             made = CompletionLogprobs(self._shape.writer)
-            await made.extend(info.prompt_logprobs, prompt.ids, Pace(self._shape.turns))
+            offsets = self._shape.writer.prompt_offsets(prompt.ids, prompt.echo)
+            await made.extend(info.prompt_logprobs, prompt.ids, offsets, Pace(self._shape.turns))
             self._echoes[prompt.first] = made
 
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
@@ -113,6 +114,7 @@ class CompletionWriter:
         if isinstance(event, TextDelta):
             choice.tokens += event.token_ids
             choice.logprobs += event.logprobs
+            choice.offsets += _behind_echo(prompt, event)
             self._totals.completion += len(event.token_ids)
         else:
             choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
@@ -132,15 +134,14 @@ class CompletionWriter:
         text = (echo or "") + event.text
         if not text and not event.token_ids:
             return None
-        choice = self._choices[index]
         logprobs: dict[str, Any] | None = None
         if self._shape.wants_logprobs and echo is not None:
             made = self._echo_logprobs(prompt)
-            made.add(event.logprobs, event.token_ids)
+            made.add(event.logprobs, event.token_ids, _behind_echo(prompt, event))
             logprobs = made.raw()
         elif self._shape.wants_logprobs:
-            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, choice.offset)
-        choice.offset += len(text)
+            offsets = _behind_echo(prompt, event)
+            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, offsets)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
         return {**chunk, "token_ids": event.token_ids} if self._shape.wants_ids else chunk
 
@@ -159,7 +160,7 @@ class CompletionWriter:
         if not self._shape.wants_logprobs:
             return None
         made = self._echo_logprobs(prompt)
-        await made.extend(choice.logprobs, choice.tokens, self._pace)
+        await made.extend(choice.logprobs, choice.tokens, choice.offsets, self._pace)
         return made.raw()
 
     def _echo_logprobs(self, prompt: Prompt) -> CompletionLogprobs:
@@ -188,3 +189,9 @@ class CompletionWriter:
         return Totals(len(prompt.ids), len(self._choices[index].tokens), prompt.info.num_cached_tokens).body(
             self._shape.shows_cached
         )
+
+
+def _behind_echo(prompt: Prompt, event: TextDelta) -> list[int]:
+    """Characters before each token of a delta, those of an echoed prompt among them."""
+    begin = len(prompt.echo or "")
+    return [begin + offset for offset in event.offsets]
