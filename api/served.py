@@ -29,7 +29,7 @@ from fuseline.api.output.response import Run
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.bodies import Bodies
 from fuseline.api.prompt.chat import template_text
-from fuseline.api.prompt.encode import TextTokenizer, read_json
+from fuseline.api.prompt.encode import TextTokenizer, open_tokenizer, read_json
 from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
@@ -159,7 +159,7 @@ def _brief(params: SamplingParams) -> str:
 
 def load_tokenizer(config: ServerConfig) -> TextTokenizer | None:
     """None when the server is to run without. Raises ConfigError."""
-    return None if config.skip_tokenizer_init else TextTokenizer(config.tokenizer_dir)
+    return open_tokenizer(config)
 
 
 def build_served(

@@ -16,6 +16,8 @@ class TextDelta:
     text: str
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    """With log-probabilities: characters of the choice's text before each token, whether they have been sent or not."""
 
 
 @dataclass(slots=True)

@@ -9,15 +9,20 @@ from fuseline.api.output.events import CallRevoked, Event, ReasoningDelta, TextD
 
 def delta_of(event: Event) -> dict[str, Any]:
     """`delta` of the chunk for an event (SPEC 7.2, 9.7, 10)."""
+    if isinstance(event, TextDelta):
+        return {"content": event.text}
     if isinstance(event, ReasoningDelta):
         return {"reasoning_content": event.text, "reasoning": event.text}
-    if not isinstance(event, ToolCallDelta):
-        return {"content": event.text}
     call: dict[str, Any] = {"index": event.call, "function": {"arguments": event.arguments}}
     if event.name is not None:
         function = {"name": event.name, "arguments": event.arguments}
         call = {"index": event.call, "id": event.id, "type": "function", "function": function}
     return {"tool_calls": [call]}
+
+
+def is_empty(event: Event) -> bool:
+    """Whether an event adds nothing to the message."""
+    return not (event.arguments or event.name if isinstance(event, ToolCallDelta) else event.text)
 
 
 class Message:
@@ -47,6 +52,7 @@ class Message:
             "role": role,
             "reasoning_content": reasoning or None,
             "content": text if text or keeps_empty else None,
+            "refusal": None,
         }
         if reasoning:
             message["reasoning"] = reasoning

@@ -25,36 +25,53 @@ class Parsed:
     Tokens and their log-probabilities travel with the last event that they made, or, where they made none, with the next.
     """
 
-    def __init__(self, settings: ParseSettings, n: int, sink: Callable[[Event], None]) -> None:
+    def __init__(self, settings: ParseSettings, n: int, sink: Callable[[Sequence[Event]], None]) -> None:
         self._settings, self._sink = settings, sink
         self._choices = [_Choice(make_parser(index, settings)) for index in range(n)]
 
-    def feed(self, event: Event) -> None:
-        choice = self._choices[event.index]
-        if isinstance(event, Done):
-            self._end(choice, event)
-            return
+    def feed(self, events: Sequence[Event]) -> None:
+        """Take the events of one output."""
+        parts: list[Part] = []
+        choice = self._choices[events[0].index]
+        done = events[-1] if isinstance(events[-1], Done) else None
+        for event in events:
+            if isinstance(event, TextDelta):
+                parts += self._parse(choice, event)
+        if done is not None:
+            parts += choice.parser.finish()
+        shown: list[Event] = [part for part in parts if self._is_shown(part)]
+        if done is not None and choice.token_ids and not any(map(_carries, shown)):
+            shown.append(TextDelta(done.index, ""))
+        _give_tokens(choice, shown)
+        if done is not None:
+            shown.append(Done(done.index, self._reason(choice, done), done.stop_reason, choice.num_reasoning))
+        if shown:
+            self._sink(shown)
+
+    def _parse(self, choice: _Choice, event: TextDelta) -> Sequence[Part]:
         choice.token_ids += event.token_ids
         choice.logprobs += event.logprobs
         parts = choice.parser.feed(event.text)
         if choice.parser.is_thinking:
             choice.num_reasoning += len(event.token_ids)
-        self._send(choice, parts)
+        return parts
 
-    def _end(self, choice: _Choice, done: Done) -> None:
-        self._send(choice, choice.parser.finish())
-        if choice.token_ids:
-            self._send(choice, [TextDelta(done.index, "")])
-        reason = done.finish_reason
-        if reason == "stop" and choice.parser.num_calls and self._settings.choice in ("auto", "required"):
-            reason = "tool_calls"
-        self._sink(Done(done.index, reason, done.stop_reason, choice.num_reasoning))
+    def _is_shown(self, part: Part) -> bool:
+        return self._settings.shows_reasoning or not isinstance(part, ReasoningDelta)
 
-    def _send(self, choice: _Choice, parts: Sequence[Part]) -> None:
-        shown = [part for part in parts if self._settings.shows_reasoning or not isinstance(part, ReasoningDelta)]
-        carriers = [part for part in shown if not isinstance(part, CallRevoked)]
-        if carriers:
-            carriers[-1].token_ids, choice.token_ids = choice.token_ids, []
-            carriers[-1].logprobs, choice.logprobs = choice.logprobs, []
-        for part in shown:
-            self._sink(part)
+    def _reason(self, choice: _Choice, done: Done) -> str:
+        has_calls = choice.parser.num_calls and self._settings.choice in ("auto", "required")
+        return "tool_calls" if has_calls and done.finish_reason == "stop" else done.finish_reason
+
+
+def _carries(part: Event) -> bool:
+    return not isinstance(part, CallRevoked)
+
+
+def _give_tokens(choice: _Choice, parts: Sequence[Event]) -> None:
+    """Let the last event carry the tokens that have come."""
+    for part in reversed(parts):
+        if _carries(part):
+            part.token_ids, choice.token_ids = choice.token_ids, []
+            part.logprobs, choice.logprobs = choice.logprobs, []
+            return
