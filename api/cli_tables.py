@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ).split(),
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "
+        "enable_auto_tool_choice tool_call_parser tool_parser_plugin enable_reasoning reasoning_parser "
         "response_role logits_processor_pattern strict_requests "
         "return_tokens_as_token_ids max_logprobs logprobs_mode enable_prompt_tokens_details "
         "enable_force_include_usage stream_interval"
@@ -164,8 +165,6 @@ LATER: dict[str, Later] = {
         "max_loras max_lora_rank lora_extra_vocab_size lora_dtype long_lora_scaling_factors max_cpu_loras "
         "max_prompt_adapters max_prompt_adapter_token qlora_adapter_name_or_path",
     ),
-    **_laters("tool calling and reasoning", "enable_auto_tool_choice enable_reasoning", is_switch=True),
-    **_laters("tool calling and reasoning", "reasoning_parser tool_call_parser tool_parser_plugin"),
     **_laters("templates of requests", "trust_request_chat_template", is_switch=True),
     **_laters("reloading certificates", "enable_ssl_refresh", is_switch=True),
     **_laters("downloading models", "revision code_revision tokenizer_revision ignore_patterns"),

@@ -139,6 +139,16 @@ class ServerConfig:
     """How message content reaches the template: as a string, or as a list of parts (openai)."""
     default_chat_template_kwargs: JsonObject = ()
     """JSON of template variables for requests that do not set them."""
+    enable_auto_tool_choice: bool = False
+    """Let the model choose tools (tool_choice auto); needs --tool-call-parser."""
+    tool_call_parser: str = ""
+    """Format in which the model writes tool calls; docs/TOOLS.md lists them."""
+    tool_parser_plugin: str = ""
+    """Python file that registers more tool parsers, imported at the start."""
+    reasoning_parser: str = ""
+    """Format in which the model writes its reasoning, which answers then show apart; docs/TOOLS.md lists them."""
+    enable_reasoning: bool = False
+    """Show reasoning apart; --reasoning-parser alone does so too."""
     response_role: str = "assistant"
     """Role of answers."""
     logits_processor_pattern: str = ""

@@ -142,11 +142,30 @@ def _template(config: ServerConfig) -> None:
         raise ConfigError(f"--chat-template: {template} is neither a file nor a template")
 
 
+def _parsers(config: ServerConfig) -> None:
+    switches = config.enable_auto_tool_choice or config.enable_reasoning
+    if not (switches or config.tool_call_parser or config.tool_parser_plugin or config.reasoning_parser):
+        return
+    # Imported only here: most servers have no parsers, and all check their configuration.
+    from fuseline.api.parsers.registry import reasoning_parser_names, tool_parser_names
+
+    names = tool_parser_names(config.tool_parser_plugin)
+    if config.enable_auto_tool_choice and not config.tool_call_parser:
+        raise ConfigError(f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(names)}")
+    if config.tool_call_parser and config.tool_call_parser not in names:
+        raise ConfigError(f"--tool-call-parser {config.tool_call_parser}: choose from {', '.join(names)}")
+    names = reasoning_parser_names()
+    if config.enable_reasoning and not config.reasoning_parser:
+        raise ConfigError(f"--enable-reasoning needs --reasoning-parser, one of {', '.join(names)}")
+    if config.reasoning_parser and config.reasoning_parser not in names:
+        raise ConfigError(f"--reasoning-parser {config.reasoning_parser}: choose from {', '.join(names)}")
+
+
 def _logging(config: ServerConfig) -> None:
     if config.logging_level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         raise ConfigError(f"FUSELINE_LOGGING_LEVEL={config.logging_level}: DEBUG, INFO, WARNING, ERROR or CRITICAL")
 
 
 RULES: tuple[Callable[[ServerConfig], None], ...] = (
-    _minima, _ranges, _token_budget, _partial_prefills, _files, _template, _logging,
+    _minima, _ranges, _token_budget, _partial_prefills, _files, _template, _parsers, _logging,
 )  # fmt: skip

@@ -27,6 +27,7 @@ from fuseline.api.output.openai_completion import Shape
 from fuseline.api.output.pace import Turns
 from fuseline.api.output.response import Run
 from fuseline.api.output.watch import RequestWatch
+from fuseline.api.parsers.parsing import Parsing, build_parsing
 from fuseline.api.prompt.bodies import Bodies
 from fuseline.api.prompt.chat import template_text
 from fuseline.api.prompt.encode import TextTokenizer, open_tokenizer, read_json
@@ -62,6 +63,7 @@ class Served:
     bodies: Bodies
     metrics: Metrics | None
     admission: Admission
+    parsing: Parsing
     turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
@@ -103,6 +105,8 @@ class Served:
             wants_ids=answer.wants_ids, include_usage=answer.include_usage or config.enable_force_include_usage,
             continuous_usage=answer.continuous_usage, shows_cached=config.enable_prompt_tokens_details,
             role=answer.role, echo=answer.echo, turns=self.turns,
+            keeps_empty=answer.parse is None or answer.parse.choice == "named",
+            counts_reasoning=answer.parse is not None and bool(config.reasoning_parser),
         )  # fmt: skip
 
     def runs(self, prepared: Prepared, prompts: list[Prompt], label: str) -> list[Run]:
@@ -123,10 +127,12 @@ class Served:
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(ids), params=params,
             priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
         )  # fmt: skip
+        parse, skips_special = self.parsing.settings(answer)
         options = TextOptions(
             stops=() if answer.beams else answer.stops, include_stop=answer.includes_stop,
-            skip_special_tokens=answer.skips_special, min_tokens=params.min_tokens, interval=config.stream_interval,
+            skip_special_tokens=skips_special, min_tokens=params.min_tokens, interval=config.stream_interval,
             turns=self.turns, num_shown=answer.n if answer.n < params.n else 0,
+            parse=parse, kept_ids=self.parsing.kept_ids if parse else frozenset(),
         )  # fmt: skip
         watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
         if answer.beams:
@@ -169,6 +175,7 @@ def build_served(
     template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
     settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
     preparer = Preparer(settings, tokenizer)
+    parsing = build_parsing(config, tokenizer, template)
     metrics = None
     if not config.engine.disable_log_stats:
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
@@ -178,7 +185,7 @@ def build_served(
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
         pools[0].start()
     bodies = Bodies(config.max_request_bytes)
-    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
+    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config), parsing)
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:

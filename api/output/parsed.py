@@ -1,4 +1,4 @@
-"""The stage between a choice's text and its chunks where reasoning and tool calls are found; plain answers pass none."""
+"""The stage that finds reasoning and tool calls in a choice's text before it is written; plain answers pass none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Choice:
 class Parsed:
     """Turns the text events of all choices of a prompt into events of content, reasoning and calls.
 
-    Tokens and their log-probabilities travel with the last event that they made, or, where they made none, with the next.
+    Tokens and their log-probabilities travel with the last event that they made, or else with the next one.
     """
 
     def __init__(self, settings: ParseSettings, n: int, sink: Callable[[Sequence[Event]], None]) -> None:

@@ -37,7 +37,12 @@ class CallSink:
     """
 
     def __init__(
-        self, index: int, tools: Mapping[str, Any], make_id: MakeId = hex_id, limit: int | None = None, strict_names: bool = False
+        self,
+        index: int,
+        tools: Mapping[str, Any],
+        make_id: MakeId = hex_id,
+        limit: int | None = None,
+        strict_names: bool = False,
     ) -> None:
         """`tools`: schemas of arguments by name. `limit`: calls that are handed on; more are dropped."""
         self.tools = tools

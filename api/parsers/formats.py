@@ -32,7 +32,7 @@ class ToolFormat:
     groups: tuple[str, ...] = ()
     """Texts behind which a call must begin."""
     ends: tuple[str, ...] = ()
-    """Texts behind calls, which belong to no content."""
+    """Texts behind calls."""
     bare: str = ""
     """First characters with which the whole output may be calls without any mark before them; "a" is a letter."""
     is_first: bool = False
@@ -41,6 +41,8 @@ class ToolFormat:
     """One call only."""
     needs_known: bool = False
     """A name that is not among the tools is no call."""
+    tokens: tuple[str, ...] = ()
+    """Marks that must be tokens of the vocabulary."""
     ids: Literal["hex", "nine", "written"] = "hex"
     frame: tuple[str, str] = ("", "")
     """Text before and behind the arguments of a call to {name}, where arguments are JSON."""
@@ -61,7 +63,7 @@ def read_output(source: Source, sink: CallSink, form: ToolFormat) -> Reading[Non
         yield from _attempt(source, sink, form, "", blanks)
     else:
         sink.text(blanks)
-    found = markers(*form.opens, *form.groups, *form.ends) if form.opens else None
+    found = markers(*form.opens, *form.groups) if form.opens else None
     if form.is_first and found and not sink.num_calls and not sink.has_content:
         if mark := (yield from source.goes_on_with(found)):
             yield from _attempt(source, sink, form, mark, "")
@@ -69,8 +71,7 @@ def read_output(source: Source, sink: CallSink, form: ToolFormat) -> Reading[Non
         yield from _rest(source, sink)
         return
     while (mark := (yield from source.until(found, sink.text))) is not None:
-        if mark not in form.ends:
-            yield from _attempt(source, sink, form, mark, "")
+        yield from _attempt(source, sink, form, mark, "")
 
 
 def _attempt(source: Source, sink: CallSink, form: ToolFormat, mark: str, before: str) -> Reading[None]:
@@ -128,7 +129,8 @@ FORMATS = (
         frame=_framed("<tool_call>\n", OBJECT, "\n</tool_call>"),
     ),
     ToolFormat(
-        ("mistral",), read_mistral, opens=("[TOOL_CALLS]",), ids="nine", frame=_framed("[TOOL_CALLS][", OBJECT, "]")
+        ("mistral",), read_mistral, opens=("[TOOL_CALLS]",), tokens=("[TOOL_CALLS]",), ids="nine",
+        frame=_framed("[TOOL_CALLS][", OBJECT, "]")
     ),
     ToolFormat(
         ("llama3_json", "llama4_json"), read_calls, opens=("<|python_tag|>",), bare="{", is_first=True, frame=LLAMA
@@ -212,7 +214,7 @@ FORMATS = (
     ),
     ToolFormat(
         ("cohere",), read_calls, opens=("<|START_ACTION|>",), ends=("<|END_ACTION|>",),
-        frame=_framed('<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "{name}", "parameters": ', ("", "}]"), "<|END_ACTION|>"),
+        frame=('<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "{name}", "parameters": ', "}]<|END_ACTION|>"),
     ),
     ToolFormat(("gemma4",), Gemma('<|"|>'), opens=("<|tool_call>",), ends=("<tool_call|>",)),
     ToolFormat(

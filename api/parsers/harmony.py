@@ -1,6 +1,6 @@
 """Harmony, the format of gpt-oss: messages in channels, of which one answer has several.
 
-    <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>commentary to=functions.f<|message|>{...}<|call|>
+<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>commentary to=functions.f<|message|>{...}<|call|>
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ class ReasoningFormat:
     """Texts that end the reasoning without its mark, and belong to what follows."""
     drops: tuple[str, ...] = ()
     """Marks around the content."""
+    tokens: tuple[str, ...] = ()
+    """Marks that must be tokens of the vocabulary."""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -37,6 +39,14 @@ class ReasoningFormat:
         if any(bare.endswith(mark) for mark in self.begins):
             return "open"
         return "closed" if any(bare.endswith(mark) for mark in self.ends) else ""
+
+    def start_within(self, content: str) -> Start:
+        """Look for the last mark of an answer that has begun already."""
+        last_begin = max((content.rfind(mark) for mark in self.begins), default=-1)
+        last_end = max((content.rfind(mark) for mark in self.ends), default=-1)
+        if last_begin < 0 and last_end < 0:
+            return ""
+        return "open" if last_begin > last_end else "closed"
 
 
 class ThinkingReader:
@@ -75,8 +85,15 @@ class ThinkingReader:
 
 THINK = (("<think>",), ("</think>",))
 FORMATS = (
-    ReasoningFormat(("deepseek_r1", "deepseek", "minimax_m2", "step3", "step3p5", "nemotron_v3"), *THINK, is_assumed=True),
-    ReasoningFormat(("qwen3", "glm45", "glm47", "deepseek_v3", "deepseek_v31", "nemotron", "olmo3", "holo2", "minimax", "exaone4"), *THINK),
+    ReasoningFormat(("deepseek_r1",), *THINK, is_assumed=True, tokens=("<think>", "</think>")),
+    ReasoningFormat(("minimax_m2", "step3", "step3p5", "nemotron_v3"), *THINK, is_assumed=True),
+    ReasoningFormat(
+        (
+            "qwen3", "glm45", "glm47", "deepseek_v3", "deepseek_v31", "nemotron", "olmo3", "holo2", "minimax",
+            "exaone4",
+        ),
+        *THINK,
+    ),
     ReasoningFormat(("kimi_k2",), *THINK, is_assumed=True, stops=("<|tool_calls_section_begin|>",)),
     ReasoningFormat(("kimi",), ("◁think▷",), ("◁/think▷",)),
     ReasoningFormat(("hunyuan_a13b",), *THINK, drops=("<answer>", "</answer>")),
@@ -85,7 +102,10 @@ FORMATS = (
     ReasoningFormat(("seed_oss",), ("<seed:think>",), ("</seed:think>",), is_assumed=True),
     ReasoningFormat(("gemma4",), ("<|channel>thought\n",), ("<channel|>",)),
     ReasoningFormat(("longcat",), ("<longcat_think>",), ("</longcat_think>",)),
-    ReasoningFormat(("cohere",), ("<|START_THINKING|>",), ("<|END_THINKING|>",), drops=("<|START_RESPONSE|>", "<|END_RESPONSE|>")),
+    ReasoningFormat(
+        ("cohere",), ("<|START_THINKING|>",), ("<|END_THINKING|>",),
+        drops=("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ),
     ReasoningFormat(
         ("granite",),
         ("Here is my thought process:", "Here's my thought process:"),

@@ -19,6 +19,10 @@ Sink = Callable[[str], object]
 BLANKS = re.compile(r"[ \t\r\n]*")
 
 
+def _drop(text: str) -> None:
+    """Nothing reads it."""
+
+
 class NotACall(Exception):
     """The text is not what its format announced."""
 
@@ -161,23 +165,28 @@ class Source:
                 return None
             yield
 
-    def until(self, found: Markers, sink: Sink) -> Reading[str | None]:
-        """Hand on the text before the next marker, which is read and returned; None at the end of the output."""
+    def until(self, found: Markers, sink: Sink, keeps_begun: bool = True) -> Reading[str | None]:
+        """Hand on the text before the next marker, which is read and returned; None at the end of the output.
+
+        `keeps_begun`: the beginning of a marker at the end of the output is text.
+        """
         while True:
             match = found.pattern.search(self._text, self._at)
             self.num_steps += len(self._text) - self._at
             if match:
                 self._hand_on(match.start() - self._at, sink)
                 return self.take(match.end() - match.start())
-            tail = "" if self.is_ended else self._text[max(self._at, len(self._text) - found.longest + 1) :]
-            self._hand_on(len(self._text) - self._at - found.num_held(tail), sink)
+            tail = self._text[max(self._at, len(self._text) - found.longest + 1) :]
+            num_held = found.num_held(tail)
+            self._hand_on(len(self._text) - self._at - num_held, sink)
             if self.is_ended:
+                (sink if keeps_begun else _drop)(self.take(num_held))
                 return None
             yield
 
     def need_until(self, found: Markers, sink: Sink) -> Reading[str]:
         """As `until`. Raises CutShort at the end."""
-        marker = yield from self.until(found, sink)
+        marker = yield from self.until(found, sink, keeps_begun=False)
         if marker is None:
             raise CutShort
         return marker

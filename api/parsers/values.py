@@ -71,4 +71,3 @@ def as_json(text: str, schema: object, name: str) -> str:
         return rewritten(bare)
     except NotACall:
         return json.dumps(text, ensure_ascii=False)
-

@@ -86,6 +86,10 @@ class TextTokenizer:
         """Id of the token that the vocabulary spells so."""
         return self._tokenizer.token_to_id(name)
 
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token, as plugins written for Transformers ask for them."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     @cached_property
     def fim(self) -> FimTokens | None:
         """Tokens for filling in the middle; None for a model without."""

@@ -25,6 +25,8 @@ from fuseline.api.prompt.parse import validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
 from fuseline.api.prompt.token_routes import detokenize, tokenize
+from fuseline.api.prompt.tool_grammar import answer_schema
+from fuseline.api.prompt.tools import parse_options, read_tools
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.api.protocol.completion import CompletionRequest
@@ -121,6 +123,9 @@ class Preparer:
         self._need_tokenizer("messages")
         if body.reasoning_effort is not None:  # a variable of the templates that know it
             body.chat_template_kwargs = {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
+        use = read_tools(body, self._config)
+        if answer_schema(use) is not None:
+            raise bad_request(f"tool_choice {use.choice!r} is not supported yet", "tool_choice", "unsupported_value")
         rendered = self._renderer.render(body)
         encoded = self._encode(body, rendered.text, bool(body.add_special_tokens))
         self.limits.check_prompt(encoded, "messages")
@@ -133,7 +138,8 @@ class Preparer:
             top = len(params.logprob_token_ids) + 1 if params.logprob_token_ids else params.logprobs
         prompt = PreparedPrompt(array("i", ids).tobytes(), limit)
         shown = rendered.text if len(ids) == len(encoded) else None
-        return Prepared((prompt,), params, self._chat_answer(body, rendered, top), shown)
+        answer = replace(self._chat_answer(body, rendered, top), parse=parse_options(body, use, rendered, self._config))
+        return Prepared((prompt,), params, answer, shown)
 
     def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, top: int | None) -> AnswerOptions:
         last = body.messages[-1]
