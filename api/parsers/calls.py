@@ -48,35 +48,35 @@ class CallSink:
         self.tools = tools
         self._index, self._make_id, self._limit, self._strict_names = index, make_id, limit, strict_names
         self._parts: list[Part] = []
-        self._blanks = ""
+        self._pieces: list[str] = []
+        """Text of the last event."""
+        self._blanks: list[str] = []
+        """Text so far, while it is blank."""
         self.has_content = False
-        self._open: tuple[str, str] | None = None  # name and written id of a call that is not announced yet
-        self._is_announced = False  # the call that is being read
+        self._open: tuple[str, str] | None = None
+        """Name and written id of the call that is being read."""
+        self._is_announced = False
         self._is_dropped = False
         self._num_announced = 0
         self.num_calls = 0
 
     def drain(self) -> list[Part]:
         """Return the events since the last call of this."""
+        self._join()
         parts, self._parts = self._parts, []
         return parts
 
     def reasoning(self, text: str) -> None:
-        last = self._parts[-1] if self._parts else None
-        if isinstance(last, ReasoningDelta):
-            last.text += text
-        elif text:
-            self._parts.append(ReasoningDelta(self._index, text))
+        if text:
+            self._add(ReasoningDelta, text)
 
     def text(self, text: str) -> None:
         """Text outside of calls."""
-        if self.num_calls:
+        if self.num_calls or not text:
             return
-        if not self.has_content:
-            self._blanks += text
-            if self._blanks.isspace() or not self._blanks:
-                return
-            text, self._blanks = self._blanks, ""
+        if not self.has_content and text.isspace():
+            self._blanks.append(text)
+            return
         self._content(text)
 
     def open(self, name: str, written: str = "") -> None:
@@ -91,19 +91,15 @@ class CallSink:
         """More of the open call's arguments, as JSON text."""
         if self._is_dropped or not fragment:
             return
-        if not self._is_announced:
-            name, written = self._open
-            id = self._make_id(self._num_announced, written)
-            self._parts.append(ToolCallDelta(self._index, self._num_announced, fragment, id, name))
-            self._is_announced = True
-            self._num_announced += 1
-            self.num_calls += 1
+        if self._is_announced:
+            self._add(ToolCallDelta, fragment)
             return
-        last = self._parts[-1] if self._parts else None
-        if isinstance(last, ToolCallDelta):
-            last.arguments += fragment
-        else:
-            self._parts.append(ToolCallDelta(self._index, self._num_announced - 1, fragment))
+        name, written = self._open
+        call = self._num_announced
+        self._start(ToolCallDelta(self._index, call, "", self._make_id(call, written), name), fragment)
+        self._is_announced = True
+        self._num_announced += 1
+        self.num_calls += 1
 
     def close(self) -> None:
         """The open call is complete."""
@@ -119,21 +115,41 @@ class CallSink:
             return
         if was_announced:
             self.num_calls -= 1
-            self._parts.append(CallRevoked(self._index, self._num_announced - 1))
+            self._start(CallRevoked(self._index, self._num_announced - 1), "")
         if raw:
-            self._content(self._blanks + raw)
-            self._blanks = ""
+            self._content(raw)
 
     def finish(self) -> None:
         """No more text comes."""
         if self._blanks and not self.num_calls:
-            self._content(self._blanks)
-        self._blanks = ""
+            self._content("")
 
     def _content(self, text: str) -> None:
         self.has_content = True
-        last = self._parts[-1] if self._parts else None
-        if isinstance(last, TextDelta):
-            last.text += text
+        blanks, self._blanks = "".join(self._blanks), []
+        if blanks or text:
+            self._add(TextDelta, blanks + text)
+
+    def _add(self, kind: type[Part], text: str) -> None:
+        """More text of the last event, if it is of that kind, else a new one."""
+        if self._parts and isinstance(self._parts[-1], kind):
+            self._pieces.append(text)
+        elif kind is ToolCallDelta:
+            self._start(ToolCallDelta(self._index, self._num_announced - 1, ""), text)
         else:
-            self._parts.append(TextDelta(self._index, text))
+            self._start(kind(self._index, ""), text)
+
+    def _start(self, part: Part, text: str) -> None:
+        self._join()
+        self._parts.append(part)
+        self._pieces = [text]
+
+    def _join(self) -> None:
+        """Give the last event its text."""
+        if not self._parts or isinstance(self._parts[-1], CallRevoked):
+            return
+        last, text = self._parts[-1], "".join(self._pieces)
+        if isinstance(last, ToolCallDelta):
+            last.arguments = text
+        else:
+            last.text = text

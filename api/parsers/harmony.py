@@ -50,24 +50,27 @@ class HarmonyReader:
         channel = match[1] if (match := CHANNEL.search(header)) else "final"
         recipient = match[1] if (match := RECIPIENT.search(header)) else ""
         if self._has_tools and recipient.startswith("functions."):
-            yield from self._call(source, sink, recipient.removeprefix("functions."))
-            return (yield from source.until(ENDS, _drop))
+            is_call = yield from self._call(source, sink, recipient.removeprefix("functions."))
+            return (yield from source.until(ENDS, _drop if is_call else sink.text))
         self.is_thinking = channel == "analysis" or bool(recipient)
         mark = yield from source.until(ENDS, sink.reasoning if self.is_thinking else sink.text)
         self.is_thinking = False
         return mark
 
-    def _call(self, source: Source, sink: CallSink, name: str) -> Reading[None]:
+    def _call(self, source: Source, sink: CallSink, name: str) -> Reading[bool]:
+        """Read a call's arguments. False: they are none, and their text is content."""
         source.record()
         try:
             sink.open(name)
             if (yield from source.need_after_blanks()) == "<":  # no arguments at all
                 sink.close()
-                return
+                return True
             yield from read_arguments(source, sink.arguments)
             sink.close()
         except NotACall as error:
             sink.fail(source.recorded(), isinstance(error, CutShort))
+            return False
+        return True
 
 
 def _drop(text: str) -> None:

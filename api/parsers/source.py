@@ -178,6 +178,7 @@ class Source:
                 return self.take(match.end() - match.start())
             tail = self._text[max(self._at, len(self._text) - found.longest + 1) :]
             num_held = found.num_held(tail)
+            self.num_steps += len(tail)
             self._hand_on(len(self._text) - self._at - num_held, sink)
             if self.is_ended:
                 (sink if keeps_begun else _drop)(self.take(num_held))
