@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fuseline.api.config import ConfigError
@@ -122,6 +125,33 @@ class ToolParserManager:
         return mark if module is None else mark(module)
 
 
+REFERENCE_MODULES = (
+    "vllm", "vllm.entrypoints", "vllm.entrypoints.openai", "vllm.entrypoints.openai.protocol",
+    "vllm.entrypoints.openai.tool_parsers", "vllm.entrypoints.openai.tool_parsers.abstract_tool_parser",
+    "vllm.tool_parsers", "vllm.tool_parsers.abstract_tool_parser", "vllm.logger", "vllm.transformers_utils",
+    "vllm.transformers_utils.tokenizer", "vllm.tokenizers",
+)  # fmt: skip
+"""Modules that a plugin for the reference server may import."""
+
+
+@contextmanager
+def _reference_modules() -> Iterator[None]:
+    """Lets the reference server's module names lead here while a plugin is imported, where it is not installed."""
+    if importlib.util.find_spec("vllm") is not None:
+        yield
+        return
+    stand_in = {name: ModuleType(name) for name in REFERENCE_MODULES}
+    own = {**globals(), "ChatCompletionRequest": ParserRequest, "init_logger": logging.getLogger, "AnyTokenizer": Any}
+    for module in stand_in.values():
+        vars(module).update({name: value for name, value in own.items() if not name.startswith("_")})
+    sys.modules.update(stand_in)
+    try:
+        yield
+    finally:
+        for name in stand_in:
+            sys.modules.pop(name, None)
+
+
 @cache
 def load_plugin(path: str) -> dict[str, type[ToolParser]]:
     """The parsers of a file by name. Raises ConfigError where it cannot be imported or names none."""
@@ -133,7 +163,8 @@ def load_plugin(path: str) -> dict[str, type[ToolParser]]:
         raise ConfigError(f"{flag}: give a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with _reference_modules():
+            spec.loader.exec_module(module)
     except Exception as error:  # whatever the operator's file does
         raise ConfigError(f"{flag} cannot be imported: {type(error).__name__}: {error}") from error
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and "registered_names" in vars(kind)]

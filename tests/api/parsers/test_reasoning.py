@@ -13,7 +13,7 @@ FORMS = reasoning_formats()
 HERMES = tool_formats()["hermes"]
 THOUGHTS = (
     "I think.", "\nOne line.\nTwo.\n", "é 日本 🎉", "a < b and <b>", '{"a": [1]}', "half a </thin", "[/THIN", "<thin",
-    "  blank  ", "Here is my", "1 + 1 = 2", "\\n \\u00e9", "'quoted' \"text\"", "tabs\tand\r\n", "-" * 50, "<|im_en", "◁/thin", ".",
+    "  blank  ", "Here is my", "\\n \\u00e9", "'quoted' \"text\"", "tabs\tand\r\n", "-" * 50, "<|im_en", "◁/thin", ".",
 )  # fmt: skip
 CALL = '<tool_call>{"name": "f", "arguments": {"a": "x"}}</tool_call>'
 
