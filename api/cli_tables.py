@@ -34,7 +34,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "enable_server_load_tracking shutdown_timeout sse_keep_alive_interval metrics_prefix"
     ).split(),
     "bounds of a request": (
-        "max_request_bytes max_prompt_bytes max_num_prompts max_n max_messages max_stop_strings max_stop_length "
+        "max_request_bytes max_prompt_bytes max_num_prompts max_n max_messages max_stored_responses "
+        "max_stop_strings max_stop_length "
         "max_logit_bias max_bad_words max_stop_token_ids max_token_rules prompt_workers prompt_timeout prompt_memory "
         "h11_max_incomplete_event_size h11_max_header_count max_pipelined_requests request_header_timeout "
         "request_body_timeout request_body_min_rate keep_alive_timeout response_write_timeout"

@@ -170,6 +170,8 @@ class ServerConfig:
     take eight times as much; a request beyond that gets 429."""
     max_prompt_bytes: int = 32 * 2**20
     """Longest prompt that a chat template may render, in bytes of UTF-8; a longer one is refused with 400."""
+    max_stored_responses: int = 1000
+    """Answers of /v1/responses that later requests may go on from; the oldest are forgotten."""
     max_messages: int = 16384
     """Most messages of one conversation."""
     max_token_rules: int = 131072

@@ -21,7 +21,8 @@ MINIMA: dict[str, float] = {
     "request_body_min_rate": 1, "keep_alive_timeout": 0, "response_write_timeout": 0.1,
     "max_num_prompts": 1, "max_n": 1, "max_stop_strings": 0, "max_stop_length": 1,
     "max_logit_bias": 0, "max_bad_words": 0, "max_stop_token_ids": 0, "max_request_bytes": 1, "max_prompt_bytes": 1,
-    "max_messages": 1, "max_token_rules": 0, "prompt_workers": 0, "prompt_timeout": 0.1, "prompt_memory": 64 * 2**20,
+    "max_messages": 1, "max_stored_responses": 0, "max_token_rules": 0,
+    "prompt_workers": 0, "prompt_timeout": 0.1, "prompt_memory": 64 * 2**20,
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
 from fuseline.api.protocol.common import GenerationDefaults
+from fuseline.api.stored_responses import ResponseStore
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
@@ -46,6 +47,8 @@ SHORT_BYTES = 65536
 MAX_SHOWN = 32
 """Entries of a list that a log line shows."""
 NO_PARAMS = SamplingParams()
+MAX_STORED_BYTES = 64 * 2**20
+"""Of all answers that later requests may name."""
 DEFAULTS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 
 
@@ -64,6 +67,7 @@ class Served:
     metrics: Metrics | None
     admission: Admission
     parsing: Parsing
+    stored: ResponseStore
     turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
@@ -176,6 +180,7 @@ def build_served(
     settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
     preparer = Preparer(settings, tokenizer)
     parsing = build_parsing(config, tokenizer, template)
+    stored = ResponseStore(config.max_stored_responses, MAX_STORED_BYTES)
     metrics = None
     if not config.engine.disable_log_stats:
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
@@ -185,7 +190,8 @@ def build_served(
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
         pools[0].start()
     bodies = Bodies(config.max_request_bytes)
-    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config), parsing)
+    admission = Admission(config)
+    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, admission, parsing, stored)
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:

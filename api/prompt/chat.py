@@ -241,6 +241,8 @@ def template_text(flag: str, own: str | dict[str, str] | None) -> str | None:
 def prepare_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Arguments of earlier tool calls become objects, as templates expect."""
     for k, message in enumerate(messages):
+        if thought := message.get("reasoning_content") or message.get("reasoning"):
+            message |= {"reasoning_content": thought, "reasoning": thought}  # templates know it by either name
         calls = message.get("tool_calls") or []
         for j, call in enumerate(calls if isinstance(calls, list) else [calls]):
             function = call.get("function") or {} if isinstance(call, dict) else None

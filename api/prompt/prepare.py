@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from array import array
 from collections.abc import Callable
@@ -16,25 +17,28 @@ from pydantic import BaseModel
 from fuseline.api.admission import Admission
 from fuseline.api.config import JsonObject, ServerConfig
 from fuseline.api.errors import ApiError, bad_request, to_api_error
+from fuseline.api.prompt import from_anthropic, from_responses
 from fuseline.api.prompt.chat import ChatRenderer, ChatTemplate, RenderedChat
 from fuseline.api.prompt.completion_prompt import CompletionPrompts
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.field_checks import check_request
 from fuseline.api.prompt.limits import Limits
-from fuseline.api.prompt.parse import validate
+from fuseline.api.prompt.parse import renamed_fields, validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
 from fuseline.api.prompt.token_routes import detokenize, tokenize
 from fuseline.api.prompt.tool_grammar import answer_schema
 from fuseline.api.prompt.tools import parse_options, read_tools
+from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.api.protocol.completion import CompletionRequest
 from fuseline.api.protocol.json_body import parse_object
+from fuseline.api.protocol.responses import ResponsesRequest
 from fuseline.engine.messages import EngineReady
 
 LOG = logging.getLogger("fuseline.prompts")
-Kind = Literal["chat", "completion", "tokenize", "detokenize"]
+Kind = Literal["chat", "completion", "responses", "messages", "count_tokens", "tokenize", "detokenize"]
 MAX_UNKNOWN = 20
 """Names of unknown fields that a warning lists."""
 
@@ -68,6 +72,9 @@ class Preparer:
         self._steps: dict[Kind, tuple[type[BaseModel], Callable[[Any], Reply]]] = {
             "chat": (ChatRequest, self._chat),
             "completion": (CompletionRequest, self._completion),
+            "responses": (ResponsesRequest, self._responses),
+            "messages": (MessagesRequest, self._messages),
+            "count_tokens": (CountTokensRequest, self._count_tokens),
             "tokenize": (TokenizeRequest, self._tokenize),
             "detokenize": (DetokenizeRequest, partial(detokenize, self._need_tokenizer, settings.ready.vocab_size)),
         }
@@ -117,13 +124,13 @@ class Preparer:
         return PreparedPrompt(array("i", ids).tobytes(), limit, echo)
 
     def _chat(self, body: ChatRequest) -> Prepared:
+        use = read_tools(body, self._config)
         refuse_unsupported(body)
         check_request(body, self._config)
         self._admission.check(body)
         self._need_tokenizer("messages")
         if body.reasoning_effort is not None:  # a variable of the templates that know it
             body.chat_template_kwargs = {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
-        use = read_tools(body, self._config)
         if answer_schema(use) is not None:
             raise bad_request(f"tool_choice {use.choice!r} is not supported yet", "tool_choice", "unsupported_value")
         rendered = self._renderer.render(body)
@@ -147,6 +154,24 @@ class Preparer:
         echo = last.content if body.echo and last.role == role and isinstance(last.content, str) else ""
         self.limits.check_text(echo, "messages")
         return replace(_answer(body), num_logprobs=top, role=role, echo=echo)
+
+    def _responses(self, body: ResponsesRequest) -> Prepared:
+        with renamed_fields(from_responses.RENAMED):
+            prepared = self._chat(from_responses.chat_of_responses(body))
+        items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+        kept = items if body.store is not False else None
+        shown = from_responses.shown_fields(body)
+        return replace(prepared, answer=replace(prepared.answer, shown=shown, items=kept))
+
+    def _messages(self, body: MessagesRequest) -> Prepared:
+        with renamed_fields(from_anthropic.RENAMED):
+            return self._chat(from_anthropic.chat_of_messages(body))
+
+    def _count_tokens(self, body: CountTokensRequest) -> Written:
+        with renamed_fields(from_anthropic.RENAMED):
+            chat = from_anthropic.chat_of_messages(body)
+            rendered = self._renderer.render(chat)
+            return Written([json.dumps({"input_tokens": len(self._encode(chat, rendered.text, False))}).encode()])
 
     def _tokenize(self, body: TokenizeRequest) -> Written:
         tokenizer = self._need_tokenizer()

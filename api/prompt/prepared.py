@@ -37,6 +37,10 @@ class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     beams: BeamOptions | None = None
     parse: ParseOptions | None = None
     """None where an answer's text is content alone."""
+    shown: dict[str, Any] | None = None
+    """Fields of the request that the answer repeats."""
+    items: list[Any] | None = None
+    """Input of the request, kept for those that go on from the answer."""
     stream: bool = False
     is_one_event: bool = False
     """A stream of one event that holds the whole answer: what is chosen at the end has no beginning to send."""
