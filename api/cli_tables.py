@@ -23,6 +23,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "
         "enable_auto_tool_choice tool_call_parser tool_parser_plugin enable_reasoning reasoning_parser "
+        "exclude_tools_when_tool_choice_none "
         "response_role logits_processor_pattern strict_requests "
         "return_tokens_as_token_ids max_logprobs logprobs_mode enable_prompt_tokens_details "
         "enable_force_include_usage stream_interval"

@@ -145,6 +145,8 @@ class ServerConfig:
     """Format in which the model writes tool calls; docs/TOOLS.md lists them."""
     tool_parser_plugin: str = ""
     """Python file that registers more tool parsers, imported at the start."""
+    exclude_tools_when_tool_choice_none: bool = True
+    """Hide the tools of a request with tool_choice none from the template; --no-... shows them."""
     reasoning_parser: str = ""
     """Format in which the model writes its reasoning, which answers then show apart; docs/TOOLS.md lists them."""
     enable_reasoning: bool = False

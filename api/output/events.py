@@ -50,6 +50,8 @@ class CallRevoked:
 
     index: int
     call: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
 
 
 @dataclass(slots=True)

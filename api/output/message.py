@@ -22,7 +22,9 @@ def delta_of(event: Event) -> dict[str, Any]:
 
 def is_empty(event: Event) -> bool:
     """Whether an event adds nothing to the message."""
-    return not (event.arguments or event.name if isinstance(event, ToolCallDelta) else event.text)
+    if isinstance(event, ToolCallDelta):
+        return not (event.arguments or event.name)
+    return isinstance(event, CallRevoked) or not event.text
 
 
 class Message:

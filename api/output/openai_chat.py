@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from fuseline.api.output.events import CallRevoked, Done, Event, Part, Prompt, PromptInfo
+from fuseline.api.output.events import Done, Event, Part, Prompt, PromptInfo
 from fuseline.api.output.logprobs import encode_slices
 from fuseline.api.output.message import Message, delta_of, is_empty
 from fuseline.api.output.openai_completion import Shape, Totals
@@ -40,7 +40,7 @@ class ChatWriter:
             self._take(event)
             if isinstance(event, Done):
                 _finish(choices, event)
-            elif not isinstance(event, CallRevoked) and (event.token_ids or not is_empty(event)):
+            elif event.token_ids or not is_empty(event):
                 choices.append(self._delta(event))
         opening = [] if self._is_started else self._opening()
         self._is_started = True
@@ -79,7 +79,7 @@ class ChatWriter:
             self._ends[event.index] = event
             if self._totals.reasoning is not None:
                 self._totals.reasoning += event.num_reasoning
-        elif not isinstance(event, CallRevoked):
+        else:
             self._tokens[event.index] += event.token_ids
             self._logprobs[event.index] += event.logprobs
             self._totals.completion += len(event.token_ids)

@@ -42,6 +42,7 @@ class ChatRenderer:
         self._special_tokens = special_tokens
         self._defaults = dict(config.default_chat_template_kwargs)
         self._max_bytes = config.max_prompt_bytes
+        self._hides_tools = config.exclude_tools_when_tool_choice_none
 
     def render(self, fields: Any) -> RenderedChat:
         """The prompt of a request with ChatFields. Raises ApiError 400."""
@@ -55,10 +56,10 @@ class ChatRenderer:
         """Variables of the template beside the messages."""
         self._check(fields)
         own = fields.chat_template_kwargs or {}
-        chosen = getattr(fields, "tool_choice", None)
+        is_hidden = self._hides_tools and getattr(fields, "tool_choice", None) == "none"
         return {
             **self._special_tokens,
-            "tools": getattr(fields, "tools", None) if chosen != "none" else None,
+            "tools": None if is_hidden else getattr(fields, "tools", None),
             "documents": getattr(fields, "documents", None),
             **self._defaults,
             **own,

@@ -117,6 +117,16 @@ def test_one_call_where_parallel_ones_are_off(name: str) -> None:
     assert (found.calls, found.content) == (written(calls[:1]), "")
 
 
+@pytest.mark.parametrize("name", [name for name in WRITERS if BY_FORM[name].frame[0]])
+def test_a_frame_around_arguments_is_a_call(name: str) -> None:
+    """What a grammar writes around a call's arguments."""
+    form, calls = FORMS[name], CALLS["nested"]
+    before, behind = form.frame
+    output = before.replace("{name}", "f") + json.dumps(calls[0][1]) + behind
+    found = every_split(output, settings(form, calls))
+    assert (found.calls, found.content) == (written(calls), "")
+
+
 def test_other_spellings() -> None:
     """What models of a format also write."""
     cases = {
