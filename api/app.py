@@ -19,8 +19,9 @@ import fuseline
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddleware, RequestIdMiddleware
+from fuseline.api.openapi import describe
 from fuseline.api.prompt.encode import TextTokenizer
-from fuseline.api.routes import chat, completions, operation, tokenizer, web
+from fuseline.api.routes import chat, completions, operation, other_tasks, tokenizer, web
 from fuseline.api.served import build_served, load_tokenizer
 from fuseline.engine.client import EngineClient, EngineDeadError
 from fuseline.engine.messages import EngineReady
@@ -34,6 +35,11 @@ class Application(FastAPI):
     def __init__(self, config: ServerConfig, **options) -> None:
         super().__init__(**options)
         self._config = config
+
+    def openapi(self) -> dict:
+        if self.openapi_schema is None:
+            self.openapi_schema = describe(self)
+        return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
         config = self._config
@@ -56,7 +62,8 @@ def build_app(
     app = Application(config, title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
     app.state.served = build_served(config, client, ready, loaded or load_tokenizer(config))
     app.state.unknown_fields = set()
-    for routes in (operation.router, completions.router, chat.router, tokenizer.router, web.router()):
+    own = (operation.router, completions.router, chat.router, tokenizer.router)
+    for routes in (*own, other_tasks.router(), web.router()):
         app.include_router(routes)
     if config.dev_mode:
         app.include_router(operation.dev_router)

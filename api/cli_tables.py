@@ -22,7 +22,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ).split(),
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "
-        "response_role return_tokens_as_token_ids max_logprobs logprobs_mode enable_prompt_tokens_details "
+        "response_role logits_processor_pattern strict_requests "
+        "return_tokens_as_token_ids max_logprobs logprobs_mode enable_prompt_tokens_details "
         "enable_force_include_usage stream_interval"
     ).split(),
     "server": (
@@ -173,7 +174,7 @@ LATER: dict[str, Later] = {
     **_laters("tokenizer workers", "tokenizer_pool_size", neutral=("0",)),
     **_laters(
         "structured output",
-        "guided_decoding_backend logits_processor_pattern structured_outputs_config logits_processors",
+        "guided_decoding_backend structured_outputs_config logits_processors",
     ),
     **_laters(
         "multimodal input",

@@ -141,6 +141,11 @@ class ServerConfig:
     """JSON of template variables for requests that do not set them."""
     response_role: str = "assistant"
     """Role of answers."""
+    logits_processor_pattern: str = ""
+    """Regular expression for the names of logits processors that requests may use, matched from their beginning; empty
+    allows none. They are imported and called in this server: allow only what you trust."""
+    strict_requests: bool = False
+    """Refuse unknown fields of requests with 400, instead of one warning."""
     return_tokens_as_token_ids: bool = False
     """Show tokens as token_id:N in log-probabilities."""
     enable_prompt_tokens_details: bool = False

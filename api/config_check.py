@@ -89,6 +89,10 @@ def _ranges(config: ServerConfig) -> None:
         raise ConfigError(f"--swap-space {space} GiB is more than 70 % of this machine's {memory:.1f} GiB of memory")
     if config.engine.cache.preemption_mode not in ("recompute", "swap"):
         raise ConfigError(f"--preemption-mode {config.engine.cache.preemption_mode}: choose from recompute, swap")
+    try:
+        re.compile(config.logits_processor_pattern)
+    except re.error as error:
+        raise ConfigError(f"--logits-processor-pattern is no regular expression: {error}") from error
     if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*[:_]", config.metrics_prefix):
         raise ConfigError(f"--metrics-prefix {config.metrics_prefix!r}: letters, digits and _, ending in : or _")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli_parser import command_parser, parse_values
 from fuseline.api.config import ConfigError, read_environment
+from fuseline.api.server_url import server_root
 
 if TYPE_CHECKING:
     from fuseline.api.llm import LLM
@@ -35,7 +36,7 @@ def run_chat(arguments: Sequence[str]) -> int:
         import readline  # noqa: F401 (gives input() line editing and history)
     chat = Chat(system=options["system"])
     if options["url"]:
-        return converse(chat, _url_answerer(options["url"].rstrip("/"), str(values.get("model", "")), sampling))
+        return converse(chat, _url_answerer(server_root(options["url"]), str(values.get("model", "")), sampling))
     with _start(values) as llm:
         return converse(chat, lambda messages: llm.stream_chat(messages, sampling))
 

@@ -19,6 +19,7 @@ from fuseline.api.admission import Admission
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.metrics import Metrics
+from fuseline.api.output.beam import BeamSearch
 from fuseline.api.output.events import Prompt
 from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.logprobs import LogprobWriter
@@ -89,7 +90,7 @@ class Served:
         return reply
 
     def prompts(self, prepared: Prepared) -> list[Prompt]:
-        n = prepared.params.n
+        n = prepared.answer.n
         return [Prompt(prompt.ids, k * n, prompt.echo) for k, prompt in enumerate(prepared.prompts)]
 
     def shape(self, prepared: Prepared, id: str) -> Shape:
@@ -112,7 +113,7 @@ class Served:
         """Seconds of silence in a stream before a comment; None for an answer that comes whole."""
         return self.config.sse_keep_alive_interval if prepared.answer.stream else None
 
-    def generation(self, prepared: Prepared, index: int, label: str) -> Generation:
+    def generation(self, prepared: Prepared, index: int, label: str) -> Generation | BeamSearch:
         """One of the prompts on its way through the engine, with metrics and the request log."""
         config, prompt, answer = self.config, prepared.prompts[index], prepared.answer
         params = replace(prepared.params, max_tokens=prompt.max_tokens)
@@ -123,10 +124,13 @@ class Served:
             priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
         )  # fmt: skip
         options = TextOptions(
-            answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens, config.stream_interval,
-            self.turns,
-        )
+            stops=() if answer.beams else answer.stops, include_stop=answer.includes_stop,
+            skip_special_tokens=answer.skips_special, min_tokens=params.min_tokens, interval=config.stream_interval,
+            turns=self.turns, num_shown=answer.n if answer.n < params.n else 0,
+        )  # fmt: skip
         watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
+        if answer.beams:
+            return BeamSearch(engine_request, self.tokenizer, options, answer.beams, watch)
         return Generation(engine_request, self.tokenizer, options, watch)
 
     def log_request(self, label: str, prompt: str | array[int], params: SamplingParams) -> None:

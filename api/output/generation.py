@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fuseline.api.errors import ApiError, bad_request
+from fuseline.api.output.best_of import BestOf
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.interval import Interval
@@ -16,6 +17,9 @@ from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineRequest, TokenOutput
+
+Sink = Callable[[Sequence[Event]], None]
+"""Takes the events of one output: all of one choice, its Done behind its last text."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class TextOptions:
     """Tokens of a choice that a delta waits for."""
     turns: Turns = field(default_factory=Turns)
     """Shared by all answers of a server."""
+    num_shown: int = 0
+    """Choices to show of those generated, the likeliest ones (best_of); 0: all as they come."""
 
 
 class Generation:
@@ -39,20 +45,19 @@ class Generation:
         self, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions, watch: RequestWatch
     ) -> None:
         self._request, self._watch = request, watch
-        start = Detokenizer(tokenizer, options.skip_special_tokens, request.prompt_token_ids) if tokenizer else None
-        self._choices = [_Choice(k, start, options, request) for k in range(request.params.n)]
+        self._choices = make_choices(request, tokenizer, options)
         self._num_open = len(self._choices)
-        self._interval = options.interval
+        self._interval, self._num_shown = options.interval, options.num_shown
         self._turns = options.turns
 
     async def run(
-        self, client: EngineClient, sink: Callable[[Event], None], open_prompt: Callable[[PromptInfo], Awaitable[None]]
+        self, client: EngineClient, sink: Sink, open_prompt: Callable[[PromptInfo], Awaitable[None]]
     ) -> None:
-        """Hand the prompt's facts to `open_prompt`, then the events of all choices to `sink` in their tokens' order.
+        """Hand the prompt's facts to `open_prompt`, then the events of each output to `sink`, in their tokens' order.
 
         Cancelling it aborts the request in the engine. Raises ApiError and EngineDeadError.
         """
-        deliver = sink if self._interval == 1 else Interval(self._interval, sink).feed
+        deliver = self._deliver(sink)
         pace: Pace | None = None
         with self._watch as watch:
             async with aclosing(client.generate(self._request)) as outputs:
@@ -61,17 +66,24 @@ class Generation:
                     if output.num_cached_tokens or output.prompt_logprobs is not None:
                         await open_prompt(PromptInfo(output.num_cached_tokens, output.prompt_logprobs))
                         pace = Pace(self._turns)  # each choice may repeat the prompt's log-probabilities
-                    for event in self._take(client, output):
-                        watch.see(event)
-                        deliver(event)
+                    if events := self._take(client, output):
+                        for event in events:
+                            watch.see(event)
+                        deliver(events)
                     if not self._num_open:
                         return
                     if pace is not None:
                         await pace.rest()
 
+    def _deliver(self, sink: Sink) -> Sink:
+        """What the events go through on their way to the sink."""
+        if self._num_shown:
+            return BestOf(self._num_shown, len(self._choices), sink).feed
+        return sink if self._interval == 1 else Interval(self._interval, sink).feed
+
     def _take(self, client: EngineClient, output: TokenOutput) -> Sequence[Event]:
         if output.finish_reason == "error":
-            raise _error(output)
+            raise engine_error(output)
         events = self._choices[output.index].take(output)
         is_done = (output.finish_reason is not None or len(events) > 1) and any(isinstance(e, Done) for e in events)
         if is_done:
@@ -82,13 +94,22 @@ class Generation:
         return events
 
 
-def _error(output: TokenOutput) -> ApiError:
+def engine_error(output: TokenOutput) -> ApiError:
+    """Why the engine has ended a request."""
     if output.is_bad_request:
         return bad_request(output.error)
     return ApiError(500, output.error or "the request failed in the engine", code="internal_error")
 
 
-class _Choice:
+def make_choices(request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions) -> list[Choice]:
+    """The n choices of a prompt."""
+    start = Detokenizer(tokenizer, options.skip_special_tokens, request.prompt_token_ids) if tokenizer else None
+    return [Choice(k, start, options, request) for k in range(request.params.n)]
+
+
+class Choice:
+    """Outputs of one choice to its events."""
+
     def __init__(self, index: int, start: Detokenizer | None, options: TextOptions, request: EngineRequest) -> None:
         """`start`: detokenizer of the prompt; None without a tokenizer."""
         self._index = index

@@ -38,9 +38,10 @@ class LogprobWriter:
         return [self._chat_token(position, num_top) for position in positions]
 
     def _chat_token(self, position: PositionLogprobs, num_top: int) -> dict:
-        pairs = list(zip(position.top_ids, position.top_logprobs, strict=True))[:num_top]
         own = self._entry(position.token_id, position.logprob)
-        return {**own, "top_logprobs": [self._entry(token, value) for token, value in pairs]}
+        others = zip(position.top_ids, position.top_logprobs, strict=True)
+        top = [own, *(self._entry(token, value) for token, value in others if token != position.token_id)]
+        return {**own, "top_logprobs": top[:num_top]}
 
     def _entry(self, token_id: int, logprob: float) -> dict:
         raw = self._tokenizer.token_bytes(token_id) if self._tokenizer else b""
@@ -75,14 +76,15 @@ class LogprobWriter:
         return [None if p is None else self._prompt_entry(p) for p in positions]
 
     def _prompt_entry(self, position: PositionLogprobs) -> dict[str, dict]:
-        entries = {
-            str(token): {"logprob": finite(value), "rank": rank, "decoded_token": self.text(token)}
-            for rank, (token, value) in enumerate(zip(position.top_ids, position.top_logprobs, strict=True), start=1)
-        }
-        entries[str(position.token_id)] = {
-            "logprob": finite(position.logprob), "rank": position.rank, "decoded_token": self.text(position.token_id),
-        }  # fmt: skip
+        entries = {str(position.token_id): self._prompt_token(position.token_id, position.logprob, position.rank)}
+        tops = enumerate(zip(position.top_ids, position.top_logprobs, strict=True), start=1)
+        for rank, (token, value) in tops:
+            if token != position.token_id:
+                entries[str(token)] = self._prompt_token(token, value, rank)
         return entries
+
+    def _prompt_token(self, token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": self.text(token_id)}
 
 
 def _prompt_offsets(tokenizer: TextTokenizer, tokens: Sequence[int], text: str) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ class Totals:
     cached: int = 0
 
     def body(self, shows_cached: bool) -> dict[str, Any]:
-        details = {"cached_tokens": self.cached} if shows_cached and self.cached else None
+        details = {"cached_tokens": self.cached} if shows_cached else None
         return {
             "prompt_tokens": self.prompt, "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion, "prompt_tokens_details": details,
@@ -79,25 +80,30 @@ class CompletionWriter:
             await made.extend(info.prompt_logprobs, prompt.ids, offsets, Pace(self._shape.turns))
             self._echoes[prompt.first] = made
 
-    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
-        index = self._take(prompt, event)
-        if isinstance(event, TextDelta):
-            chunk = self._delta(prompt, index, event)
-            return [] if chunk is None else [self._envelope([chunk], index)]
-        end = {"index": index, "text": "", "logprobs": None, "finish_reason": event.finish_reason,
-               "stop_reason": event.stop_reason}  # fmt: skip
-        return [self._envelope([end], index)]
+    def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        choices: list[dict[str, Any]] = []
+        for event in events:
+            index = self._take(prompt, event)
+            if isinstance(event, TextDelta):
+                delta = self._delta(prompt, index, event)
+                choices += [] if delta is None else [delta]
+                continue
+            if not choices:
+                choices.append({"index": index, "text": "", "logprobs": None})
+            choices[-1] |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
+        return [self._envelope([choice], choice["index"]) for choice in choices]
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """The usage chunk, where it was asked for."""
         usage = self._totals.body(self._shape.shows_cached)
         return [{**self._envelope([], None), "usage": usage}] if self._shape.include_usage else []
 
-    def fold(self, prompt: Prompt, event: Event) -> None:
-        index = self._take(prompt, event)
-        if isinstance(event, TextDelta):
-            self._start(prompt, index)
-            self._choices[index].text.append(event.text)
+    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None:
+        for event in events:
+            index = self._take(prompt, event)
+            if isinstance(event, TextDelta):
+                self._start(prompt, index)
+                self._choices[index].text.append(event.text)
 
     async def whole(self) -> list[bytes]:
         """Pieces of the answer that the folded events make, as JSON."""
@@ -105,8 +111,8 @@ class CompletionWriter:
         for index in range(len(self._choices)):
             pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
             await self._pace.rest()
-        usage = msgspec.json.encode({"usage": self._totals.body(self._shape.shows_cached)})
-        return [*pieces, b"]," + usage[1:]]
+        tail = {"usage": self._totals.body(self._shape.shows_cached), "system_fingerprint": None}
+        return [*pieces, b"]," + msgspec.json.encode(tail)[1:]]
 
     def _take(self, prompt: Prompt, event: Event) -> int:
         index = prompt.first + event.index
@@ -134,6 +140,7 @@ class CompletionWriter:
         text = (echo or "") + event.text
         if not text and not event.token_ids:
             return None
+        is_first = len(self._choices[index].tokens) == len(event.token_ids)
         logprobs: dict[str, Any] | None = None
         if self._shape.wants_logprobs and echo is not None:
             made = self._echo_logprobs(prompt)
@@ -143,7 +150,9 @@ class CompletionWriter:
             offsets = _behind_echo(prompt, event)
             logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, offsets)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
-        return {**chunk, "token_ids": event.token_ids} if self._shape.wants_ids else chunk
+        if self._shape.wants_ids:
+            chunk |= {"token_ids": event.token_ids} | ({"prompt_token_ids": prompt.ids.tolist()} if is_first else {})
+        return chunk
 
     async def _whole_choice(self, index: int) -> dict[str, Any]:
         choice, prompt = self._choices[index], self._prompts[index // self._n]

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.prompt.clean_up import clean_up
+from fuseline.api.prompt.fim import FimTokens, find_fim
 from fuseline.api.prompt.pieces import TokenPieces
 from fuseline.api.prompt.token_bound import TextBound, find_bound
 from fuseline.api.prompt.tokenizer_files import TokenizerFiles, read_tokenizer
@@ -80,6 +81,15 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self.cleans_up else text
+
+    def token_id(self, name: str) -> int | None:
+        """Id of the token that the vocabulary spells so."""
+        return self._tokenizer.token_to_id(name)
+
+    @cached_property
+    def fim(self) -> FimTokens | None:
+        """Tokens for filling in the middle; None for a model without."""
+        return find_fim(self.token_id)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token inside a text, special ones included; bytes that are no character alone show as U+FFFD."""

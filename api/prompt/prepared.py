@@ -9,10 +9,22 @@ import msgspec
 from fuseline.engine.messages import SamplingParams
 
 
+class BeamOptions(msgspec.Struct, frozen=True):
+    """Beam search in place of sampling. The width is the number of choices."""
+
+    length_penalty: float = 1.0
+    """A hypothesis counts its log-probability over its length, prompt included, to this power."""
+
+
 class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Options of the answer, the same for all prompts and choices of a request."""
 
+    n: int = 1
+    """Choices of each prompt that are shown; more may be generated (best_of)."""
+    beams: BeamOptions | None = None
     stream: bool = False
+    is_one_event: bool = False
+    """A stream of one event that holds the whole answer: what is chosen at the end has no beginning to send."""
     include_usage: bool = False
     continuous_usage: bool = False
     num_logprobs: int | None = None

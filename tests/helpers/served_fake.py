@@ -58,7 +58,7 @@ class Fake:
         async def open_prompt(info: PromptInfo) -> None:
             events.append(info)
 
-        await Generation(request, Letters(), TextOptions(stops), watch).run(self.client, events.append, open_prompt)
+        await Generation(request, Letters(), TextOptions(stops), watch).run(self.client, events.extend, open_prompt)
         return events
 
     def value(self, sample: str, **labels: str) -> float:
