@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "long_prefill_token_threshold"
     ).split(),
     "chat and answers": (
-        "chat_template chat_template_content_format default_chat_template_kwargs "
+        "chat_template chat_template_content_format default_chat_template_kwargs trust_request_chat_template "
         "response_role logits_processor_pattern strict_requests "
         "return_tokens_as_token_ids max_logprobs logprobs_mode enable_prompt_tokens_details "
         "enable_force_include_usage stream_interval"
@@ -166,7 +166,6 @@ LATER: dict[str, Later] = {
     ),
     **_laters("tool calling and reasoning", "enable_auto_tool_choice enable_reasoning", is_switch=True),
     **_laters("tool calling and reasoning", "reasoning_parser tool_call_parser tool_parser_plugin"),
-    **_laters("templates of requests", "trust_request_chat_template", is_switch=True),
     **_laters("reloading certificates", "enable_ssl_refresh", is_switch=True),
     **_laters("downloading models", "revision code_revision tokenizer_revision ignore_patterns"),
     **_laters("other tokenizers and formats", "tokenizer_mode config_format", neutral=("auto", "hf")),

@@ -33,6 +33,7 @@ from fuseline.api.prompt.encode import TextTokenizer, open_tokenizer, read_json
 from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
+from fuseline.api.prompt.template import ChatTemplate
 from fuseline.api.protocol.common import GenerationDefaults
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
@@ -45,6 +46,7 @@ SHORT_BYTES = 65536
 MAX_SHOWN = 32
 """Entries of a list that a log line shows."""
 NO_PARAMS = SamplingParams()
+CONTENT_FORMATS = {"string": "text (string)", "openai": "a list of parts (openai)"}
 DEFAULTS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 
 
@@ -169,6 +171,7 @@ def build_served(
     template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
     settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
     preparer = Preparer(settings, tokenizer)
+    _log_content_format(config, preparer.renderer.template)
     metrics = None
     if not config.engine.disable_log_stats:
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
@@ -179,6 +182,17 @@ def build_served(
         pools[0].start()
     bodies = Bodies(config.max_request_bytes)
     return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
+
+
+def _log_content_format(config: ServerConfig, template: ChatTemplate | None) -> None:
+    if template is None:
+        return
+    used, detected = template.content_format, template.detected_format
+    if used == detected:
+        LOG.info("message content reaches the chat template as %s", CONTENT_FORMATS[used])
+    else:
+        words = "--chat-template-content-format %s: message content reaches the chat template as %s, which looks for %s"
+        LOG.warning(words, used, CONTENT_FORMATS[used], CONTENT_FORMATS[detected])
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:
