@@ -171,7 +171,7 @@ def build_served(
     template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
     settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
     preparer = Preparer(settings, tokenizer)
-    _log_content_format(config, preparer.renderer.template)
+    log_content_format(config, preparer.renderer.template)
     metrics = None
     if not config.engine.disable_log_stats:
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
@@ -184,7 +184,8 @@ def build_served(
     return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
 
 
-def _log_content_format(config: ServerConfig, template: ChatTemplate | None) -> None:
+def log_content_format(config: ServerConfig, template: ChatTemplate | None) -> None:
+    """Log in which form content reaches the template, and a setting that contradicts what the template looks for."""
     if template is None:
         return
     used, detected = template.content_format, template.detected_format
@@ -192,7 +193,7 @@ def _log_content_format(config: ServerConfig, template: ChatTemplate | None) -> 
         LOG.info("message content reaches the chat template as %s", CONTENT_FORMATS[used])
     else:
         words = "--chat-template-content-format %s: message content reaches the chat template as %s, which looks for %s"
-        LOG.warning(words, used, CONTENT_FORMATS[used], CONTENT_FORMATS[detected])
+        LOG.warning(words, config.chat_template_content_format, CONTENT_FORMATS[used], CONTENT_FORMATS[detected])
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fuseline.api.config import ConfigError
-from fuseline.api.errors import bad_request
+from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.prompt.content_format import detect_content_format
 
 PARTS = ("text", "image_url", "audio_url", "video_url", "input_audio")
@@ -102,7 +102,9 @@ class ChatTemplate:
                     )
         except jinja2.TemplateError as error:
             raise bad_request(f"the chat template refused the messages: {error}", "messages") from error
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except (ApiError, MemoryError, RecursionError):
+            raise
+        except Exception as error:  # filters raise what they like
             raise bad_request(f"the chat template failed: {type(error).__name__}: {error}", "messages") from error
         return "".join(pieces)
 
