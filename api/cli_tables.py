@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "long_prefill_token_threshold"
     ).split(),
     "chat and answers": (
-        "chat_template chat_template_content_format default_chat_template_kwargs "
+        "chat_template chat_template_content_format default_chat_template_kwargs trust_request_chat_template "
         "enable_auto_tool_choice tool_call_parser tool_parser_plugin enable_reasoning reasoning_parser "
         "exclude_tools_when_tool_choice_none "
         "response_role logits_processor_pattern strict_requests "
@@ -167,7 +167,6 @@ LATER: dict[str, Later] = {
         "max_loras max_lora_rank lora_extra_vocab_size lora_dtype long_lora_scaling_factors max_cpu_loras "
         "max_prompt_adapters max_prompt_adapter_token qlora_adapter_name_or_path",
     ),
-    **_laters("templates of requests", "trust_request_chat_template", is_switch=True),
     **_laters("reloading certificates", "enable_ssl_refresh", is_switch=True),
     **_laters("downloading models", "revision code_revision tokenizer_revision ignore_patterns"),
     **_laters("other tokenizers and formats", "tokenizer_mode config_format", neutral=("auto", "hf")),

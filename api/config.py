@@ -137,6 +137,9 @@ class ServerConfig:
     """File of a chat template, or the template itself on one line. Default: the tokenizer's own."""
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
     """How message content reaches the template: as a string, or as a list of parts (openai)."""
+    trust_request_chat_template: bool = False
+    """Take chat_template from requests; it is compiled and rendered within the bounds of --prompt-timeout and
+    --prompt-memory."""
     default_chat_template_kwargs: JsonObject = ()
     """JSON of template variables for requests that do not set them."""
     enable_auto_tool_choice: bool = False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, ServerConfig
@@ -139,8 +141,20 @@ def _files(config: ServerConfig) -> None:
 
 def _template(config: ServerConfig) -> None:
     template = config.chat_template
-    if template and not any(mark in template for mark in "{}\n") and not os.path.isfile(template):
+    is_text = any(mark in template for mark in "{}\n")
+    if template and not is_text and not os.path.isfile(template) and template not in _template_names(config):
         raise ConfigError(f"--chat-template: {template} is neither a file nor a template")
+
+
+def _template_names(config: ServerConfig) -> list[str]:
+    """Names of the tokenizer's templates, where it has several."""
+    folder = Path(config.tokenizer_dir)
+    names = [path.stem for path in folder.glob("additional_chat_templates/*.jinja")]
+    try:
+        stored = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return names  # what is wrong with the file is said when it is loaded
+    return names + [str(item["name"]) for item in stored] if isinstance(stored, list) else names
 
 
 def _parsers(config: ServerConfig) -> None:

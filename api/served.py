@@ -34,6 +34,7 @@ from fuseline.api.prompt.encode import TextTokenizer, open_tokenizer, read_json
 from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
+from fuseline.api.prompt.template import ChatTemplate
 from fuseline.api.protocol.common import GenerationDefaults
 from fuseline.api.stored_responses import ResponseStore
 from fuseline.engine.client import EngineClient
@@ -49,6 +50,7 @@ MAX_SHOWN = 32
 NO_PARAMS = SamplingParams()
 MAX_STORED_BYTES = 64 * 2**20
 """Of all answers that later requests may name."""
+CONTENT_FORMATS = {"string": "text (string)", "openai": "a list of parts (openai)"}
 DEFAULTS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 
 
@@ -181,6 +183,7 @@ def build_served(
     preparer = Preparer(settings, tokenizer)
     parsing = build_parsing(config, tokenizer, template)
     stored = ResponseStore(config.max_stored_responses, MAX_STORED_BYTES)
+    log_content_format(config, preparer.renderer.template)
     metrics = None
     if not config.engine.disable_log_stats:
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
@@ -192,6 +195,18 @@ def build_served(
     bodies = Bodies(config.max_request_bytes)
     admission = Admission(config)
     return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, admission, parsing, stored)
+
+
+def log_content_format(config: ServerConfig, template: ChatTemplate | None) -> None:
+    """Log in which form content reaches the template, and a setting that contradicts what the template looks for."""
+    if template is None:
+        return
+    used, detected = template.content_format, template.detected_format
+    if used == detected:
+        LOG.info("message content reaches the chat template as %s", CONTENT_FORMATS[used])
+    else:
+        words = "--chat-template-content-format %s: message content reaches the chat template as %s, which looks for %s"
+        LOG.warning(words, config.chat_template_content_format, CONTENT_FORMATS[used], CONTENT_FORMATS[detected])
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:

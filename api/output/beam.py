@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from fuseline.api.output.events import PromptInfo
-from fuseline.api.output.generation import Choice, Sink, TextOptions, engine_error, prompt_detokenizer
+from fuseline.api.output.generation import Sink, TextOptions, engine_error, make_choices
 from fuseline.api.output.parsed import Parsed
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.encode import TextTokenizer
@@ -61,8 +61,7 @@ class BeamSearch:
             temperature=0.0, max_tokens=1, logprobs=max(2 * params.n, params.logprobs or 0),
             prompt_logprobs=params.prompt_logprobs, scores_temperature=params.temperature or 1.0,
         )  # fmt: skip
-        start = prompt_detokenizer(tokenizer, options, request)
-        self._choices = [Choice(k, start, options, request) for k in range(params.n)]
+        self._choices = make_choices(request, tokenizer, options)
         self._parse = options.parse
 
     async def run(

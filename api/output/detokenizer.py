@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from codecs import utf_8_decode
 from collections.abc import Sequence
+from itertools import islice
 
 from fuseline.api.prompt.clean_up import CleanUp
 from fuseline.api.prompt.encode import TextTokenizer
@@ -46,9 +47,9 @@ class Detokenizer:
 
     def feed(self, token: int) -> str:
         """New text, empty while the token leaves a character open."""
-        if token in self._skipped:
+        piece = None if token in self._skipped else self._pieces.piece(token, self._previous)
+        if piece is None:
             return ""
-        piece = self._pieces.piece(token, self._previous)
         self._previous = token
         if type(piece) is bytes:
             text = self._add(piece)
@@ -65,17 +66,20 @@ class Detokenizer:
 
     def _continue(self, prompt: Sequence[int]) -> None:
         """Find the last token that has a text, and the bytes of a character that the prompt leaves open."""
-        last = next((k for k in range(len(prompt) - 1, -1, -1) if prompt[k] not in self._skipped), None)
-        if last is None:
+        has_text = (k for k in range(len(prompt) - 1, -1, -1) if self._shows(prompt[k]))
+        last = [prompt[k] for k in islice(has_text, MAX_OPEN)]
+        if not last:
             return
-        self._previous = prompt[last]
-        shown = [token for token in prompt[max(last - MAX_OPEN, 0) : last + 1] if token not in self._skipped]
-        for token in shown:
+        self._previous = last[0]
+        for token in reversed(last):
             piece = self._pieces.inner(token)
             if type(piece) is bytes:
                 self._add(piece)
             else:
                 self._close()
+
+    def _shows(self, token: int) -> bool:
+        return token not in self._skipped and self._pieces.piece(token, token) is not None
 
     def _add(self, piece: bytes) -> str:
         if not self._pieces.has_runs:

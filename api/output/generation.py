@@ -51,8 +51,7 @@ class Generation:
         self, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions, watch: RequestWatch
     ) -> None:
         self._request, self._watch = request, watch
-        start = prompt_detokenizer(tokenizer, options, request)
-        self._choices = [Choice(k, start, options, request) for k in range(request.params.n)]
+        self._choices = make_choices(request, tokenizer, options)
         self._num_open = len(self._choices)
         self._interval, self._num_shown = options.interval, options.num_shown
         self._turns, self._parse = options.turns, options.parse
@@ -110,13 +109,12 @@ def engine_error(output: TokenOutput) -> ApiError:
     return ApiError(500, output.error or "the request failed in the engine", code="internal_error")
 
 
-def prompt_detokenizer(
-    tokenizer: TextTokenizer | None, options: TextOptions, request: EngineRequest
-) -> Detokenizer | None:
-    """The state of text at the end of the prompt, from which each choice goes on; None without a tokenizer."""
-    if tokenizer is None:
-        return None
-    return Detokenizer(tokenizer, options.skip_special_tokens, request.prompt_token_ids, options.kept_ids)
+def make_choices(request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions) -> list[Choice]:
+    """The n choices of a prompt, whose texts go on from its end."""
+    start = None
+    if tokenizer is not None:
+        start = Detokenizer(tokenizer, options.skip_special_tokens, request.prompt_token_ids, options.kept_ids)
+    return [Choice(k, start, options, request) for k in range(request.params.n)]
 
 
 class Choice:

@@ -10,7 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.errors import bad_request
 from fuseline.api.prompt.clean_up import clean_up
+from fuseline.api.prompt.control_tokens import Spans, split
 from fuseline.api.prompt.fim import FimTokens, find_fim
 from fuseline.api.prompt.pieces import TokenPieces
 from fuseline.api.prompt.token_bound import TextBound, find_bound
@@ -78,6 +80,55 @@ class TextTokenizer:
         # A batch of one keeps no offsets (a third less time and memory) and lets other threads run meanwhile.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def encode_chat(self, text: str, literals: Spans, add_special_tokens: bool) -> list[int]:
+        """Ids of a rendered conversation, in which `literals` spell control tokens and are text.
+
+        Raises ApiError 400 for one that this tokenizer cannot split.
+        """
+        if not literals:
+            return self.encode(text, add_special_tokens)
+        newline = self.encode("\n", False)
+        ids: list[int] = []
+        for k, (piece, is_literal) in enumerate(split(text, literals)):
+            if is_literal:
+                ids += self._encode_literal(piece, newline)
+            elif piece:
+                ids += self._encode_inner(piece, newline, k == 0)
+        return self._framed(ids) if add_special_tokens else ids
+
+    def _encode_inner(self, text: str, newline: list[int], is_first: bool) -> list[int]:
+        """A piece of a text, behind a line end so that it does not count as the beginning of one."""
+        if is_first:
+            return self.encode(text, False)
+        return _behind(newline, self.encode("\n" + text, False)) or self.encode(text, False)
+
+    def _encode_literal(self, token: str, newline: list[int]) -> list[int]:
+        """A token's name as text."""
+        id = self.token_id(token)
+        cuts = ((token,), *((token[:k], token[k:]) for k in range(1, len(token))))
+        for parts in cuts:
+            ids = [id for part in parts for id in self._encode_plain(part, newline)]
+            if id not in ids:
+                return ids
+        raise bad_request(f"{token!r} is a control token of this model that cannot be given as text", "messages")
+
+    def _encode_plain(self, text: str, newline: list[int]) -> list[int]:
+        """Without looking for added tokens."""
+        return _behind(newline, self._run_model("\n" + text)) or self._run_model(text)
+
+    def _run_model(self, text: str) -> list[int]:
+        steps = self._tokenizer
+        if steps.normalizer is not None:
+            text = steps.normalizer.normalize_str(text)
+        words = [text] if steps.pre_tokenizer is None else [w for w, _ in steps.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in steps.model.tokenize(word)]
+
+    def _framed(self, ids: list[int]) -> list[int]:
+        """With the tokens that begin and end a text."""
+        plain, framed = self.encode("a", False), self.encode("a", True)
+        at = next((k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0)
+        return [*framed[:at], *ids, *framed[at + len(plain) :]]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self.cleans_up else text
@@ -108,6 +159,11 @@ class TextTokenizer:
         """UTF-8 bytes of a token, also where they are only part of a character."""
         piece = self.pieces.inner(token_id)
         return piece.encode() if isinstance(piece, str) else piece
+
+
+def _behind(newline: list[int], ids: list[int]) -> list[int]:
+    """The ids that follow those of a line end; none where it is not split off."""
+    return ids[len(newline) :] if ids[: len(newline)] == newline else []
 
 
 def read_text(path: Path) -> str:

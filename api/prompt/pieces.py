@@ -27,25 +27,32 @@ class TokenPieces:
         kinds = [step["type"] for step in steps]
         self.has_runs = "ByteFallback" in kinds
         """Bytes that follow each other are characters all together or not at all (byte fallback of SentencePiece)."""
-        self._byte_of = _byte_of_character() if kinds[:1] == ["ByteLevel"] else {}
         self._anchor = _find_anchor(tokenizer) if _is_context_free(steps) else None
+        is_byte_level = self._anchor is not None and kinds[:1] == ["ByteLevel"]
+        self._byte_of = _byte_of_character() if is_byte_level else {}
         self._known: dict[int, str | bytes] = {}
 
-    def piece(self, token: int, previous: int | None) -> str | bytes:
-        """Text of a token behind `previous`; None begins a text."""
+    def piece(self, token: int, previous: int | None) -> str | bytes | None:
+        """Text of a token behind `previous` (None: at the beginning of a text); None for an id without a token.
+
+        A model can have more ids than its tokenizer.
+        """
+        known = self._known.get(token) if previous is not None else None
+        if known is not None:
+            return known
+        if self._tokenizer.id_to_token(token) is None:
+            return None
         if previous is None:
             return self._first(token)
-        known = self._known.get(token)
-        if known is None:
-            known = self._bytes(token)
-            if known is None and self._anchor is None:  # depends on the token before, whichever it is
-                return self._behind(previous, token)
-            known = self._known[token] = self._behind(self._anchor, token) if known is None else known
+        known = self._bytes(token)
+        if known is None and self._anchor is None:  # depends on the token before, whichever it is
+            return self._behind(previous, token)
+        known = self._known[token] = self._behind(self._anchor, token) if known is None else known
         return known
 
     def inner(self, token: int) -> str | bytes:
-        """Text of a token inside a text."""
-        return self.piece(token, token if self._anchor is None else self._anchor)
+        """Text of a token inside a text; empty for an id without a token."""
+        return self.piece(token, token if self._anchor is None else self._anchor) or ""
 
     def _first(self, token: int) -> str | bytes:
         found = self._bytes(token)
@@ -54,8 +61,6 @@ class TokenPieces:
     def _bytes(self, token: int) -> str | bytes | None:
         """The bytes that a token spells; as text where they are whole characters and end what came before."""
         name = self._tokenizer.id_to_token(token)
-        if name is None:  # ids that a model has more than its tokenizer
-            return ""
         if self._byte_of:
             is_spelled = set(name) <= self._byte_of.keys()
             return _as_text(bytes(self._byte_of[c] for c in name) if is_spelled else name.encode())

@@ -18,7 +18,7 @@ from fuseline.api.admission import Admission
 from fuseline.api.config import JsonObject, ServerConfig
 from fuseline.api.errors import ApiError, bad_request, to_api_error
 from fuseline.api.prompt import from_anthropic, from_responses
-from fuseline.api.prompt.chat import ChatRenderer, ChatTemplate, RenderedChat
+from fuseline.api.prompt.chat import ChatRenderer, RenderedChat, named_templates
 from fuseline.api.prompt.completion_prompt import CompletionPrompts
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.field_checks import check_request
@@ -60,14 +60,12 @@ class Preparer:
 
     def __init__(self, settings: PromptSettings, tokenizer: TextTokenizer | None) -> None:
         config = settings.config
-        text = settings.template
-        template = ChatTemplate(text, config.chat_template_content_format) if text else None
         self._config = config
         self._tokenizer = tokenizer
         self._admission = Admission(config)
         self.limits = Limits(config, settings.ready, tokenizer)
         self._prompts = CompletionPrompts(tokenizer, self.limits)
-        self._renderer = ChatRenderer(config, template, tokenizer.special_tokens if tokenizer else {})
+        self.renderer = ChatRenderer(config, settings.template, named_templates(tokenizer), tokenizer)
         self._sampling = SamplingBuilder(config, settings.ready, tokenizer, self.limits, dict(settings.defaults))
         self._steps: dict[Kind, tuple[type[BaseModel], Callable[[Any], Reply]]] = {
             "chat": (ChatRequest, self._chat),
@@ -129,12 +127,10 @@ class Preparer:
         check_request(body, self._config)
         self._admission.check(body)
         self._need_tokenizer("messages")
-        if body.reasoning_effort is not None:  # a variable of the templates that know it
-            body.chat_template_kwargs = {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
         if answer_schema(use) is not None:
             raise bad_request(f"tool_choice {use.choice!r} is not supported yet", "tool_choice", "unsupported_value")
-        rendered = self._renderer.render(body)
-        encoded = self._encode(body, rendered.text, bool(body.add_special_tokens))
+        rendered = self.renderer.render(body)
+        encoded = self._encode(body, rendered)
         self.limits.check_prompt(encoded, "messages")
         ids = encoded[self.limits.kept(len(encoded), body)]
         asked_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -151,7 +147,7 @@ class Preparer:
     def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, top: int | None) -> AnswerOptions:
         last = body.messages[-1]
         role = self._config.response_role if rendered.opens_answer else last.role
-        echo = last.content if body.echo and last.role == role and isinstance(last.content, str) else ""
+        echo = rendered.last_text if body.echo and last.role == role else ""
         self.limits.check_text(echo, "messages")
         return replace(_answer(body), num_logprobs=top, role=role, echo=echo)
 
@@ -170,18 +166,18 @@ class Preparer:
     def _count_tokens(self, body: CountTokensRequest) -> Written:
         with renamed_fields(from_anthropic.RENAMED):
             chat = from_anthropic.chat_of_messages(body)
-            rendered = self._renderer.render(chat)
-            return Written([json.dumps({"input_tokens": len(self._encode(chat, rendered.text, False))}).encode()])
+            ids = self._encode(chat, self.renderer.render(chat))
+            return Written([json.dumps({"input_tokens": len(ids)}).encode()])
 
     def _tokenize(self, body: TokenizeRequest) -> Written:
         tokenizer = self._need_tokenizer()
-        return tokenize(body, tokenizer, self._renderer, self.limits.context)
+        return tokenize(body, tokenizer, self.renderer, self.limits.context)
 
-    def _encode(self, body: GenerateRequest, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, body: ChatRequest, rendered: RenderedChat) -> list[int]:
         tokenizer = self._need_tokenizer()
         if body.truncate_prompt_tokens is None:
-            self.limits.check_text(text, "messages")
-        return tokenizer.encode(text, add_special_tokens)
+            self.limits.check_text(rendered.text, "messages")
+        return tokenizer.encode_chat(rendered.text, rendered.literals, bool(body.add_special_tokens))
 
     def _need_tokenizer(self, param: str = "prompt") -> TextTokenizer:
         if self._tokenizer is None:
