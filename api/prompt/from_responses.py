@@ -24,7 +24,13 @@ SAME = (
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
 """Values of `include` that have something to show here, or ask for nothing."""
-RENAMED = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
+RENAMED = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+    "reasoning_effort": "reasoning.effort",
+}
 """Field of the chat request -> the field that the client has sent."""
 
 
@@ -43,8 +49,9 @@ def chat_of_responses(body: ResponsesRequest) -> ChatRequest:
         "response_format": _format((body.text or {}).get("format")),
         "reasoning_effort": (body.reasoning or {}).get("effort"),
         "truncate_prompt_tokens": -1 if body.truncation == "auto" else None,
-        "logprobs": True if LOGPROBS in (body.include or ()) else None,
-        "top_logprobs": body.top_logprobs if LOGPROBS in (body.include or ()) else None,
+        "logprobs": True if LOGPROBS in (body.include or ()) or body.top_logprobs else None,
+        "top_logprobs": body.top_logprobs,
+        "verbosity": (body.text or {}).get("verbosity"),
     }
     return validate({name: value for name, value in fields.items() if value is not None}, ChatRequest)
 
