@@ -18,10 +18,10 @@ class Item:
 
     kind: Literal["reasoning", "text", "call"]
     id: str = ""
-    """Of a call."""
+    """Id of a call."""
     name: str = ""
     number: int = 0
-    """Of a call, among the calls."""
+    """Number of a call among the calls."""
     parts: list[str] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     is_revoked: bool = False
@@ -45,7 +45,7 @@ class Items:
         return [item for item in self.all if not item.is_revoked]
 
     def take(self, event: Event) -> Iterator[tuple[Step, Item, str]]:
-        """What an event does to the items: (step, item, its new text)."""
+        """Yield the steps of an event: (step, item, its new text)."""
         if isinstance(event, Done):
             self.done = event
             yield from self._end()

@@ -17,7 +17,7 @@ class Gemma:
     """Reads calls."""
 
     quote: str
-    """What stands around a string."""
+    """Mark on both sides of a string."""
 
     @property
     def own_markers(self) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ class DeltaMessage:
 
 @dataclass
 class ParserRequest:
-    """What a plugin sees of the request. `skip_special_tokens` may be set by `adjust_request`."""
+    """The request as a plugin sees it. `skip_special_tokens` may be set by `adjust_request`."""
 
     tools: list[dict[str, Any]]
     tool_choice: Any = "auto"

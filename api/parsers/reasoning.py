@@ -8,7 +8,7 @@ from typing import Literal
 from fuseline.api.parsers.source import Reading, Sink, Source, markers
 
 Start = Literal["open", "closed", ""]
-"""What the prompt says of the answer's beginning: inside of reasoning, behind it, or nothing."""
+"""Where the prompt leaves the answer: inside of reasoning, behind it, or unknown."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ TEMPLATE = "hf"
 
 @dataclass(frozen=True)
 class Formats:
-    """What a server's answers are parsed by."""
+    """Formats of a server's answers."""
 
     tools: ToolFormat | Literal["harmony"] | None = None
     plugin: type[ToolParser] | None = None

@@ -45,22 +45,22 @@ def read_calls(source: Source, sink: CallSink) -> Reading[None]:
 
 def _read_object(source: Source, sink: CallSink) -> Reading[None]:
     yield from source.expect("{")
-    has_name = has_arguments = False
+    name, has_arguments = "", False
     early: list[str] = []
     while (key := (yield from read_members(source))) is not None:
-        if key in NAME_KEYS and not has_name:
-            sink.open((yield from read_text(source, MAX_NAME)))
-            has_name = True
+        if key in NAME_KEYS and not name:
+            name = yield from read_text(source, MAX_NAME)
+            sink.open(name)
             for fragment in early:
                 sink.arguments(fragment)
         elif key in ARGUMENT_KEYS and not has_arguments:
-            yield from read_arguments(source, sink.arguments if has_name else early.append)
+            yield from read_arguments(source, sink.arguments if name else early.append)
             has_arguments = True
-        elif has_name or has_arguments or key in OTHER_KEYS:
+        elif name or has_arguments or key in OTHER_KEYS:
             yield from read_value(source, _drop)
         else:
             raise NotACall
-    if not has_name:
+    if not name or not (has_arguments or name in sink.tools):  # any object may have a name
         raise NotACall
     sink.close()
 
@@ -93,7 +93,7 @@ class Headed:
     ends: tuple[str, ...]
     """Markers of which one ends the header."""
     name_after: str = ""
-    """What stands before the name."""
+    """Text in front of the name."""
     has_number: bool = False
     """The name is followed by a colon and a number, and the whole header is the call's id."""
 

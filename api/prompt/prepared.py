@@ -26,7 +26,7 @@ class ParseOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     is_parallel: bool = True
     shows_reasoning: bool = True
     start: Literal["open", "closed", ""] = ""
-    """What the prompt says of the answer's beginning: inside of reasoning, behind it, or nothing."""
+    """Where the prompt leaves the answer: inside of reasoning, behind it, or unknown."""
 
 
 class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -14,7 +14,7 @@ CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 
 
 def run(text: str, reason: str = "stop", index: int = 0, **settings) -> list[list[Event]]:
-    """What each letter makes, a token each."""
+    """Events that each letter makes, a token each."""
     found: list[list[Event]] = []
     stage = Parsed(ParseSettings(**{"choice": "auto", "format": HERMES, **settings}), index + 1, found.append)
     for k, letter in enumerate(text):

@@ -73,7 +73,7 @@ def test_text_around_calls(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_cut_short_anywhere(name: str) -> None:
-    """What has come of a call stays, and no more of it is content than what may still have been none."""
+    """A call stays as far as it has come; before it is announced, its text is content."""
     form, calls = FORMS[name], [("get_weather", {"city": "Zürich", "days": [1, 2]})]
     output = WRITERS[name](calls)
     ((_, truth),) = written(calls)
@@ -156,8 +156,17 @@ def test_other_spellings() -> None:
         ("xlam", '```json\n[{"name": "f", "arguments": {}}]\n```'): [("f", {})],
     }  # fmt: skip
     for (name, output), calls in cases.items():
-        found = every_split(output, settings(FORMS[name]))
+        found = every_split(output, settings(FORMS[name], [("f", {})]))
         assert [(call, json.loads(text)) for call, text in found.calls] == calls, output
+
+
+def test_an_object_with_a_name_is_an_answer() -> None:
+    """Only a tool may be called without arguments."""
+    for name in ("llama3_json", "granite", "hermes"):
+        form = FORMS[name]
+        text = '{"name": "Bob", "age": 5}'
+        text = f"[{text}]" if name == "granite" else text if form.is_first else f"<tool_call>{text}</tool_call>"
+        assert every_split(text, settings(form, [("f", {})])) == Found(text)
 
 
 def test_names_that_internlm_does_not_know_are_no_calls() -> None:
