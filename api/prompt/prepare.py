@@ -27,7 +27,7 @@ from fuseline.api.prompt.parse import renamed_fields, validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
 from fuseline.api.prompt.token_routes import detokenize, tokenize
-from fuseline.api.prompt.tool_grammar import answer_schema
+from fuseline.api.prompt.tool_grammar import constrain
 from fuseline.api.prompt.tools import parse_options, read_tools
 from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -123,12 +123,11 @@ class Preparer:
 
     def _chat(self, body: ChatRequest) -> Prepared:
         use = read_tools(body, self._config)
+        constrain(body, use)
         refuse_unsupported(body)
         check_request(body, self._config)
         self._admission.check(body)
         self._need_tokenizer("messages")
-        if answer_schema(use) is not None:
-            raise bad_request(f"tool_choice {use.choice!r} is not supported yet", "tool_choice", "unsupported_value")
         rendered = self.renderer.render(body)
         encoded = self._encode(body, rendered)
         self.limits.check_prompt(encoded, "messages")
