@@ -142,6 +142,8 @@ def _files(config: ServerConfig) -> None:
 def _template(config: ServerConfig) -> None:
     template = config.chat_template
     is_text = any(mark in template for mark in "{}\n")
+    if config.trust_request_chat_template and not config.prompt_workers:
+        raise ConfigError("--trust-request-chat-template needs --prompt-workers above 0, which bound what it may take")
     if template and not is_text and not os.path.isfile(template) and template not in _template_names(config):
         raise ConfigError(f"--chat-template: {template} is neither a file nor a template")
 

@@ -85,18 +85,14 @@ class ControlTokens:
     def _mark_text(self, text: str, pattern: re.Pattern) -> str:
         if MARKS.search(text):
             text = MARKS.sub("", text)
-        marked = pattern.sub(_mark_one, text)
+        first = len(text) - len(text.lstrip())
+        marked = pattern.sub(lambda match: match[0] + BEHIND if match.start() <= first else BEFORE + match[0], text)
         lengths = range(1, min(self._longest, len(text) + 1))
         if any(text[-n:] in self._beginnings for n in lengths):
             marked += EDGE
         if any(text[:n] in self._ends for n in lengths):
             marked = EDGE + marked
         return marked
-
-
-def _mark_one(match: re.Match) -> str:
-    is_first = not match.string[: match.start()].strip()
-    return match[0] + BEHIND if is_first else BEFORE + match[0]
 
 
 def _is_own(span: tuple[int, int], places: dict[int, set[str]]) -> bool:

@@ -89,9 +89,12 @@ class TextTokenizer:
             return self.encode(text, add_special_tokens)
         newline = self.encode("\n", False)
         ids: list[int] = []
+        known: dict[str, list[int]] = {}
         for k, (piece, is_literal) in enumerate(split(text, literals)):
             if is_literal:
-                ids += self._encode_literal(piece, newline)
+                if piece not in known:
+                    known[piece] = self._encode_literal(piece, newline)
+                ids += known[piece]
             elif piece:
                 ids += self._encode_inner(piece, newline, k == 0)
         return self._framed(ids) if add_special_tokens else ids
