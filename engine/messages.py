@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from typing import Literal
 
 import msgspec
+
+
+class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The language that generated text must be in, as a grammar that is yet to be compiled."""
+
+    kind: Literal["ebnf", "lark", "structural_tag", "regex", "json_schema"]
+    """ebnf: GBNF with a rule `root`; lark: with a rule `start`; structural_tag: xgrammar's JSON. regex and json_schema
+    are for backends that take no ebnf."""
+    text: str
+    backend: str = "xgrammar"
+    starts_after: tuple[int, ...] = ()
+    """Token ids that follow each other in the answer before the grammar begins: the end of thinking. Until then every
+    token but an ending one may come. Empty: from the first token on."""
+
+    @property
+    def key(self) -> bytes:
+        """SHA-256 of what is compiled."""
+        parts = (self.backend, self.kind, self.text)
+        return hashlib.sha256(b"".join(len(p.encode()).to_bytes(8, "little") + p.encode() for p in parts)).digest()
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
@@ -37,6 +57,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] = ()
     """Empty = all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: GrammarSpec | None = None
+
+    @property
+    def ending_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end the sequence. A grammar allows EOS only where it is complete, and then ignore_eos is void."""
+        eos = self.masked_eos_token_ids if self.grammar else ()
+        return tuple(dict.fromkeys((*self.eos_token_ids, *self.stop_token_ids, *eos)))
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="pooling"):
