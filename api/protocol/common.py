@@ -83,6 +83,8 @@ class GenerateRequest(Fields):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
     structured_outputs: dict[str, Any] | None = None
     priority: Int64 | None = None
     cache_salt: str | None = Field(None, min_length=1)
