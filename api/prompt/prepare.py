@@ -27,7 +27,7 @@ from fuseline.api.prompt.parse import renamed_fields, validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
 from fuseline.api.prompt.token_routes import detokenize, tokenize
-from fuseline.api.prompt.tool_grammar import constrain
+from fuseline.api.prompt.tool_grammar import answer_grammar
 from fuseline.api.prompt.tools import parse_options, read_tools
 from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -123,7 +123,6 @@ class Preparer:
 
     def _chat(self, body: ChatRequest) -> Prepared:
         use = read_tools(body, self._config)
-        constrain(body, use)
         refuse_unsupported(body)
         check_request(body, self._config)
         self._admission.check(body)
@@ -140,7 +139,11 @@ class Preparer:
             top = len(params.logprob_token_ids) + 1 if params.logprob_token_ids else params.logprobs
         prompt = PreparedPrompt(array("i", ids).tobytes(), limit)
         shown = rendered.text if len(ids) == len(encoded) else None
-        answer = replace(self._chat_answer(body, rendered, top), parse=parse_options(body, use, rendered, self._config))
+        parse = parse_options(body, use, rendered, self._config)
+        if parse and answer_grammar(body, use, parse.start, self._config, self._need_tokenizer()) is not None:
+            words = f"tool_choice {use.choice!r} is not supported yet"
+            raise bad_request(words, "tool_choice", "unsupported_value")
+        answer = replace(self._chat_answer(body, rendered, top), parse=parse)
         return Prepared((prompt,), params, answer, shown)
 
     def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, top: int | None) -> AnswerOptions:

@@ -1,87 +1,62 @@
-"""The JSON schema that a request's tools make of its answer (SPEC 9.1)."""
+"""The grammar that a request's tools make of its answer (SPEC 9.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from typing import Any
 
+from fuseline.api.config import ServerConfig
+from fuseline.api.parsers.reasoning import ReasoningFormat, Start
+from fuseline.api.parsers.registry import find_reasoning
+from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.grammar import TaggedSchema, json_spec, structured_spec
 from fuseline.api.prompt.tools import Tool, ToolUse
 from fuseline.api.protocol.chat import ChatRequest
+from fuseline.engine.messages import GrammarSpec
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-CHOICES = ("anyOf", "oneOf", "allOf")
-DEFINITIONS = ("$defs", "definitions")
-NAMED = ("properties", "patternProperties", "dependentSchemas")
-VALUES = ("const", "enum", "default", "examples")
-"""Keywords whose values are data and no schemas."""
+DESCRIBES_VALUES = ("type", "$ref", "anyOf", "oneOf", "allOf")
 
 
-def constrain(body: ChatRequest, use: ToolUse) -> None:
-    """Let the request's tools decide its answer, where the client has not left that to the model."""
-    schema = answer_schema(use)
-    if schema is not None:
-        body.guided_json = schema
+def answer_grammar(
+    body: ChatRequest, use: ToolUse, start: Start, config: ServerConfig, tokenizer: TextTokenizer
+) -> GrammarSpec | None:
+    """The grammar of an answer that must be calls, behind its reasoning. Raises ApiError 400."""
+    variables = {**dict(config.default_chat_template_kwargs), **(body.chat_template_kwargs or {})}
+    is_asked = any(variables.get(name) is True for name in ("enable_thinking", "thinking"))
+    return tool_spec(use, reasoning_end(find_reasoning(config.reasoning_parser), start, is_asked, tokenizer))
 
 
-def answer_schema(use: ToolUse) -> dict[str, Any] | None:
-    """JSON schema of the whole answer: the arguments of the named function, or a list of calls; None asks for none."""
+def tool_spec(use: ToolUse, starts_after: tuple[int, ...] = ()) -> GrammarSpec | None:
+    """The grammar of the whole answer: the arguments of the named function, or a list of calls; None asks for none.
+
+    `starts_after`: tokens that end the reasoning in front of it. Raises ApiError 400 that names `tools`.
+    """
     if use.choice == "named":
-        return _arguments(use.tools[0])
+        return json_spec(_arguments(use.tools[0]), param="tools", starts_after=starts_after)
     if use.choice != "required":
         return None
-    definitions: dict[str, Any] = {}
-    calls = [_call(tool, _Moved(f"tool{k}", definitions)) for k, tool in enumerate(use.tools)]
-    most = {} if use.is_parallel else {"maxItems": 1}
-    schema = {"type": "array", "minItems": 1, **most, "items": calls[0] if len(calls) == 1 else {"anyOf": calls}}
-    return {**schema, "$defs": definitions} if definitions else schema
-
-
-def _call(tool: Tool, moved: _Moved) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {"name": {"type": "string", "enum": [tool.name]}, "parameters": moved.root(_arguments(tool))},
-        "required": ["name", "parameters"],
-        "additionalProperties": False,
-    }
+    tags = [
+        TaggedSchema(f'{{"name": {json.dumps(tool.name)}, "parameters": ', _arguments(tool), "}") for tool in use.tools
+    ]
+    most = None if use.is_parallel else 1
+    return structured_spec(tags, prefix="[", separator=", ", suffix="]", most=most, starts_after=starts_after)
 
 
 def _arguments(tool: Tool) -> dict[str, Any]:
     """The schema of a tool's arguments, which are an object whatever it says."""
     schema = tool.parameters or ANY_OBJECT
-    return schema if any(key in schema for key in ("type", "$ref", *CHOICES)) else {**ANY_OBJECT, **schema}
+    return schema if any(key in schema for key in DESCRIBES_VALUES) else {**ANY_OBJECT, **schema}
 
 
-class _Moved:
-    """A schema as part of another one, whose definitions it moves to the top under names of its own."""
+def reasoning_end(
+    form: ReasoningFormat | None, start: Start, is_asked: bool, tokenizer: TextTokenizer
+) -> tuple[int, ...]:
+    """Tokens behind which a grammar begins; none where the answer may come without reasoning, or its end is no token.
 
-    def __init__(self, name: str, definitions: dict[str, Any]) -> None:
-        self._name, self._definitions = name, definitions
-        self._refers_to_root = False
-
-    def root(self, schema: Mapping[str, Any]) -> dict[str, Any]:
-        for key in DEFINITIONS:
-            for name, inner in (schema.get(key) or {}).items():
-                self._definitions[f"{self._name}.{name}"] = self._value(inner)
-        moved = self._value({key: value for key, value in schema.items() if key not in (*DEFINITIONS, "$schema")})
-        if self._refers_to_root:
-            self._definitions[self._name] = moved
-        return moved
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._value(inner) for inner in value]
-        if not isinstance(value, dict):
-            return value
-        return {key: inner if key in VALUES else self._entry(key, inner) for key, inner in value.items()}
-
-    def _entry(self, key: str, value: Any) -> Any:
-        if key in NAMED and isinstance(value, dict):  # whose keys are names and no keywords
-            return {name: self._value(inner) for name, inner in value.items()}
-        if key != "$ref" or not isinstance(value, str) or not value.startswith("#"):
-            return self._value(value)
-        _, _, path = value.partition("#/")
-        first, _, rest = path.partition("/")
-        if first in DEFINITIONS:
-            return f"#/$defs/{self._name}.{rest}"
-        self._refers_to_root = True
-        return f"#/$defs/{self._name}/{path}".rstrip("/")
+    `is_asked`: the request has asked the template for reasoning.
+    """
+    if form is None or start == "closed" or not (start == "open" or form.is_assumed or is_asked):
+        return ()
+    end = tokenizer.token_id(form.ends[0])
+    return () if end is None else (end,)

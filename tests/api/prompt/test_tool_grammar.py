@@ -1,60 +1,92 @@
-"""Schemas that tools make of an answer."""
+"""Grammars that tools make of an answer: what they take and refuse, with the bundled tokenizer."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from functools import cache
+from pathlib import Path
 
-from fuseline.api.prompt.tool_grammar import answer_schema
+import pytest
+
+from fuseline.api.errors import ApiError
+from fuseline.api.parsers.reasoning import reasoning_formats
+from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.tokenizer_files import read_tokenizer
+from fuseline.api.prompt.tool_grammar import reasoning_end, tool_spec
 from fuseline.api.prompt.tools import Tool, ToolUse
 
-CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "$defs": {"city": {"type": "string"}}}
+xgrammar = pytest.importorskip("xgrammar")
+CITY = {
+    "type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"],
+    "additionalProperties": False, "$defs": {"city": {"type": "string"}},
+}  # fmt: skip
+COUNT = {**CITY, "$defs": {"city": {"type": "integer"}}}
+"""Another meaning of the same name."""
 
 
-def call(name: str, parameters: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {"name": {"type": "string", "enum": [name]}, "parameters": parameters},
-        "required": ["name", "parameters"],
-        "additionalProperties": False,
-    }
+@cache
+def compiler():
+    vocabulary = [bytes([k]) for k in range(256)] + [b"</s>"]
+    info = xgrammar.TokenizerInfo(vocabulary, vocab_type=xgrammar.VocabType.RAW, stop_token_ids=[256])
+    return xgrammar.GrammarCompiler(info, max_threads=1)
+
+
+def takes(use: ToolUse, text: str) -> bool:
+    """Whether a whole answer is in the language."""
+    matcher = xgrammar.GrammarMatcher(compiler().compile_grammar(tool_spec(use).text))
+    return all(matcher.accept_token(byte) for byte in text.encode()) and matcher.accept_token(256)
+
+
+def calls(*pairs: tuple[str, object]) -> str:
+    return json.dumps([{"name": name, "parameters": arguments} for name, arguments in pairs])
 
 
 def test_a_named_function_leaves_its_arguments() -> None:
-    assert answer_schema(ToolUse("named", (Tool("f", CITY),))) == CITY
-    assert answer_schema(ToolUse("named", (Tool("f", None),))) == {"type": "object"}
-    bare = {"properties": {"a": {}}}
-    assert answer_schema(ToolUse("named", (Tool("f", bare),))) == {"type": "object", **bare}
+    use = ToolUse("named", (Tool("f", CITY),))
+    assert takes(use, '{"city": "Paris"}')
+    for text in ("{}", '{"city": 1}', '{"city": "x", "y": 1}', "[]", "", 'Sure: {"city": "Paris"}'):
+        assert not takes(use, text)
+    for parameters in (None, {}, {"properties": {"a": {"type": "integer"}}}):
+        use = ToolUse("named", (Tool("f", parameters),))
+        assert takes(use, '{"a": 1}') and not takes(use, "[1]") and not takes(use, "null")
 
 
 def test_required_leaves_a_list_of_calls() -> None:
-    inner = {"type": "object", "properties": {"city": {"$ref": "#/$defs/tool0.city"}}}
-    one = answer_schema(ToolUse("required", (Tool("f", CITY),)))
-    definitions = {"tool0.city": {"type": "string"}}
-    assert one == {"type": "array", "minItems": 1, "items": call("f", inner), "$defs": definitions}
-    two = answer_schema(ToolUse("required", (Tool("f", CITY), Tool("g", None)), is_parallel=False))
-    assert two["maxItems"] == 1 and two["items"] == {"anyOf": [call("f", inner), call("g", {"type": "object"})]}
+    use = ToolUse("required", (Tool("f", CITY), Tool("g", None), Tool("h", COUNT)))
+    for text in (calls(("f", {"city": "x"})), calls(("h", {"city": 1}), ("g", {}), ("f", {"city": "y"}))):
+        assert takes(use, text), text
+    refused = (
+        "[]", "{}", "No.", calls(("f", {})), calls(("f", {"city": 1})), calls(("h", {"city": "x"})), calls(("k", {})),
+        calls(("g", {})) + " ", '[{"name": "g"}]',
+    )  # fmt: skip
+    for text in refused:
+        assert not takes(use, text), text
 
 
-def test_definitions_of_two_tools_keep_apart() -> None:
-    """One name may mean another thing in each tool."""
-    other = {"type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "$defs": {"city": {"type": "integer"}}}
-    schema = answer_schema(ToolUse("required", (Tool("f", CITY), Tool("g", other))))
-    found = []
-    for item, tool in zip(schema["items"]["anyOf"], (CITY, other), strict=True):
-        ref = item["properties"]["parameters"]["properties"]["city"]["$ref"]
-        found.append(schema["$defs"][ref.removeprefix("#/$defs/")] == tool["$defs"]["city"])
-    assert found == [True, True]
-
-
-def test_a_schema_that_refers_to_itself_still_does() -> None:
-    tree = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#"}}, "$ref": {"const": "#"}}}
-    tree["properties"]["default"] = {"$ref": "#"}
-    schema = answer_schema(ToolUse("required", (Tool("f", tree),)))
-    moved = schema["items"]["properties"]["parameters"]
-    assert moved["properties"]["kids"]["items"] == {"$ref": "#/$defs/tool0"} and schema["$defs"]["tool0"] == moved
-    assert moved["properties"]["default"] == {"$ref": "#/$defs/tool0"}
-    assert moved["properties"]["$ref"] == {"const": "#"}
+def test_one_call_where_parallel_ones_are_off() -> None:
+    use = ToolUse("required", (Tool("g", None),), is_parallel=False)
+    assert takes(use, calls(("g", {}))) and not takes(use, calls(("g", {}), ("g", {})))
 
 
 def test_nothing_is_asked_of_other_choices() -> None:
-    assert answer_schema(ToolUse("auto", (Tool("f", CITY),))) is answer_schema(ToolUse()) is None
+    assert tool_spec(ToolUse("auto", (Tool("f", CITY),))) is tool_spec(ToolUse()) is None
+
+
+def test_a_schema_that_no_grammar_holds_is_refused() -> None:
+    for choice in ("named", "required"):
+        with pytest.raises(ApiError) as caught:
+            tool_spec(ToolUse(choice, (Tool("f", {"type": "object", "properties": {"a": {"type": "nothing"}}}),)))
+        assert caught.value.status == 400 and caught.value.param.startswith("tools")
+
+
+def test_grammars_begin_behind_the_reasoning() -> None:
+    demo = Path(__file__).resolve().parents[3] / "csrc" / "pkg" / "demo"
+    tokenizer, forms = TextTokenizer(read_tokenizer(str(demo))), reasoning_formats()
+    end = (tokenizer.token_id("</think>"),)
+    for name, start, is_asked, expected in (
+        ("deepseek_r1", "", False, end), ("deepseek_r1", "closed", True, ()), ("qwen3", "", False, ()),
+        ("qwen3", "open", False, end), ("qwen3", "", True, end), ("granite", "open", True, ()),
+    ):  # fmt: skip
+        assert reasoning_end(forms[name], start, is_asked, tokenizer) == expected
+    assert reasoning_end(None, "", True, tokenizer) == ()
+    assert tool_spec(ToolUse("named", (Tool("f", None),)), end).starts_after == end
