@@ -27,7 +27,7 @@ from fuseline.api.prompt.parse import renamed_fields, validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
 from fuseline.api.prompt.token_routes import detokenize, tokenize
-from fuseline.api.prompt.tool_grammar import answer_grammar
+from fuseline.api.prompt.tool_grammar import reasoning_end, with_grammar
 from fuseline.api.prompt.tools import parse_options, read_tools
 from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -140,9 +140,8 @@ class Preparer:
         prompt = PreparedPrompt(array("i", ids).tobytes(), limit)
         shown = rendered.text if len(ids) == len(encoded) else None
         parse = parse_options(body, use, rendered, self._config)
-        if parse and answer_grammar(body, use, parse.start, self._config, self._need_tokenizer()) is not None:
-            words = f"tool_choice {use.choice!r} is not supported yet"
-            raise bad_request(words, "tool_choice", "unsupported_value")
+        if parse:
+            params = with_grammar(params, use, reasoning_end(body, parse.start, self._config, self._need_tokenizer()))
         answer = replace(self._chat_answer(body, rendered, top), parse=parse)
         return Prepared((prompt,), params, answer, shown)
 

@@ -34,6 +34,7 @@ def refuse_unsupported(request: GenerateRequest) -> None:
         "guided_choice": request.guided_choice is not None,
         "guided_grammar": request.guided_grammar is not None,
         "structured_outputs": request.structured_outputs is not None,
+        "tool_choice": getattr(request, "tool_choice", None) not in (None, "none", "auto"),
     }
     for name, is_used in structured.items():
         if is_used:

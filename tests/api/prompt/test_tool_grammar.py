@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from fuseline.api.config_resolve import resolve
 from fuseline.api.errors import ApiError
-from fuseline.api.parsers.reasoning import reasoning_formats
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tokenizer_files import read_tokenizer
-from fuseline.api.prompt.tool_grammar import reasoning_end, tool_spec
+from fuseline.api.prompt.tool_grammar import reasoning_end, tool_spec, with_grammar
 from fuseline.api.prompt.tools import Tool, ToolUse
+from fuseline.api.protocol.chat import ChatRequest
+from fuseline.engine.messages import SamplingParams
 
 xgrammar = pytest.importorskip("xgrammar")
 CITY = {
@@ -81,12 +84,16 @@ def test_a_schema_that_no_grammar_holds_is_refused() -> None:
 
 def test_grammars_begin_behind_the_reasoning() -> None:
     demo = Path(__file__).resolve().parents[3] / "csrc" / "pkg" / "demo"
-    tokenizer, forms = TextTokenizer(read_tokenizer(str(demo))), reasoning_formats()
+    tokenizer = TextTokenizer(read_tokenizer(str(demo)))
     end = (tokenizer.token_id("</think>"),)
     for name, start, is_asked, expected in (
         ("deepseek_r1", "", False, end), ("deepseek_r1", "closed", True, ()), ("qwen3", "", False, ()),
-        ("qwen3", "open", False, end), ("qwen3", "", True, end), ("granite", "open", True, ()),
+        ("qwen3", "open", False, end), ("qwen3", "", True, end), ("granite", "open", True, ()), ("", "", True, ()),
     ):  # fmt: skip
-        assert reasoning_end(forms[name], start, is_asked, tokenizer) == expected
-    assert reasoning_end(None, "", True, tokenizer) == ()
-    assert tool_spec(ToolUse("named", (Tool("f", None),)), end).starts_after == end
+        body = ChatRequest(messages=[], chat_template_kwargs={"enable_thinking": True} if is_asked else None)
+        config = replace(resolve({"model": "demo"}), reasoning_parser=name)
+        assert reasoning_end(body, start, config, tokenizer) == expected
+    own = SamplingParams(grammar=tool_spec(ToolUse("named", (Tool("f", None),))))
+    assert with_grammar(own, ToolUse(), end).grammar.starts_after == end
+    assert with_grammar(SamplingParams(), ToolUse("named", (Tool("f", None),)), end).grammar.starts_after == end
+    assert with_grammar(SamplingParams(), ToolUse(), end).grammar is None
