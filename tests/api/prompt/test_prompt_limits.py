@@ -54,7 +54,8 @@ def stripping() -> Tokenizer:
 
 BOUNDED: dict[str, Callable[[], Tokenizer]] = {
     "byte level": byte_level, "byte fallback": with_bytes,
-    "byte fallback of Llama": lambda: with_bytes(unk_token="<unk>", fuse_unk=True), "special tokens that take blanks": stripping,
+    "byte fallback of Llama": lambda: with_bytes(unk_token="<unk>", fuse_unk=True),
+    "special tokens that take blanks": stripping,
     "NFC": lambda: normalized(normalizers.NFC()), "NFD": lambda: normalized(normalizers.NFD()),
     "NFKC": lambda: normalized(normalizers.NFKC()), "NFKD": lambda: normalized(normalizers.NFKD()),
     "lower case": lambda: normalized(normalizers.Lowercase()),
