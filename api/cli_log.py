@@ -30,6 +30,19 @@ def configure_logging(config: ServerConfig) -> None:
         log.warning(line)
 
 
+class PathFilter(logging.Filter):
+    """Drops the HTTP server's access lines of some paths (comma separated)."""
+
+    def __init__(self, paths: str) -> None:
+        super().__init__()
+        self._paths = {path.strip() for path in paths.split(",") if path.strip()}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """uvicorn's arguments: client address, method, path with its query, HTTP version, status."""
+        is_access = isinstance(record.args, tuple) and len(record.args) == 5
+        return not (is_access and str(record.args[2]).partition("?")[0] in self._paths)
+
+
 def _from_file(path: str) -> None:
     try:
         logging.config.dictConfig(json.loads(Path(path).read_text()))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import msgspec
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids (a list or an array), or {"prompt": text} or {"prompt_token_ids": ids}."""
 Sampling = Mapping[str, Any] | object
 
 
@@ -37,13 +39,24 @@ class RequestOutput:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A text or a list of token ids is one prompt; anything else is many."""
-    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    """A text, a mapping or a list of token ids is one prompt; anything else is many."""
+    is_one = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
     return [prompts] if is_one else list(prompts)
 
 
 def plain(prompt: Prompt) -> str | list[int]:
-    return prompt if isinstance(prompt, str) else list(prompt)
+    """The prompt as a request holds it. Raises ValueError for what is none."""
+    if isinstance(prompt, Mapping):
+        known = [prompt[name] for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
+        if not known:
+            raise ValueError(f"a prompt needs prompt or prompt_token_ids, not only {', '.join(map(str, prompt))}")
+        prompt = known[0]
+    if isinstance(prompt, str):
+        return prompt
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if not all(isinstance(token, Integral) for token in ids):
+        raise ValueError("token ids must be whole numbers in one dimension")
+    return [int(token) for token in ids]
 
 
 def per_prompt(sampling: Sampling | Sequence[Sampling] | None, num: int) -> list[dict[str, Any]]:

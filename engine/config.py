@@ -23,6 +23,8 @@ class CacheConfig:
     """Exact number of KV blocks."""
     swap_space: float = 4.0
     """GiB of host memory for swapped sequences; nothing to swap to on CPU: accepted, treated as 0."""
+    fits_context: bool = False
+    """Shorten the context to what the KV cache can hold of one sequence (--max-model-len auto)."""
     preemption_mode: Literal["recompute", "swap"] = "recompute"
     """How a preempted sequence goes on: computed anew, or on a GPU from its KV in swap space while there is room."""
 

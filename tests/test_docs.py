@@ -13,7 +13,7 @@ from fuseline.api import cli, llm
 from fuseline.api import cli_tables as tables
 from fuseline.api.bench import command as bench
 from fuseline.api.bench import kernels, offline, startup
-from fuseline.api.cli_flags import config_flags, recorded_flags
+from fuseline.api.cli_flags import config_flags, row_flags
 from fuseline.api.config_resolve import resolve
 from fuseline.compile import report, target
 
@@ -140,14 +140,14 @@ def all_flags() -> set[str]:
 
 def serve_flags() -> set[str]:
     """Flags of `fuseline serve` that are not refused, by their names, short names and --no-names."""
-    flags = {flag.option: flag for flag in (*config_flags().values(), *recorded_flags().values())}
+    flags = {flag.option: flag for flag in (*config_flags().values(), *row_flags().values())}
     shown = set(flags) | {f"--no-{name[2:]}" for name in flags} | {"-O0", "-O1", "-O2", "-O3", "-O"}
     shown |= {name for names in tables.SHORT_NAMES.values() for name in names} | {"--config", "--print-config"}
     return shown - refused_flags()
 
 
 def refused_flags() -> set[str]:
-    return {"--" + name.replace("_", "-") for name in tables.LATER}
+    return {"--" + name.replace("_", "-") for name, row in tables.ROWS.items() if row.fate != "idle"}
 
 
 def script_flags() -> set[str]:

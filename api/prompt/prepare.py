@@ -88,6 +88,8 @@ class Preparer:
         body = validate(fields, body_class)
         self.limits.check_model(body.model)
         unknown = tuple(sorted(name[:100] for name in islice(body.model_extra or (), MAX_UNKNOWN)))
+        if unknown and self._config.strict_requests:
+            raise bad_request(f"unknown fields: {', '.join(unknown)} (--strict-requests)"[:500], unknown[0])
         return replace(step(body), unknown=unknown)
 
     def _completion(self, body: CompletionRequest) -> Prepared:
