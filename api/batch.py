@@ -1,4 +1,4 @@
-"""`fuseline run-batch`: an OpenAI batch file, answered by an engine in this process.
+"""`fuseline run-batch -i FILE -o FILE`: an OpenAI batch file, answered by an engine in this process.
 
 Lines of the input: {"custom_id", "method": "POST", "url": "/v1/...", "body"}; of the output, in the same order:
 {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}. One of response and error is null.

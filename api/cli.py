@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache as once
 
 import fuseline
 from fuseline.api import cli_tables as tables
@@ -55,6 +56,7 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + separator + rest
 
 
+@once
 def serve_parser() -> argparse.ArgumentParser:
     parser = command_parser("serve", list(tables.GROUPS))
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and exit")

@@ -1,4 +1,4 @@
-"""`fuseline completion SHELL`: a completion script made from the parsers of the commands."""
+"""`fuseline completion bash`: a completion script made from the parsers of the commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools of `fuseline run --tools FILE.py`: the functions of the user's file, called with what the model asks for."""
+"""Tools of `fuseline run`: the functions of the user's file, called with what the model asks for."""
 
 from __future__ import annotations
 

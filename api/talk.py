@@ -1,4 +1,4 @@
-"""`fuseline chat` and `fuseline complete`: a running server from the terminal."""
+"""The subcommands chat and complete: a running server from the terminal."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def test_flags_without_a_field_accept_their_default(resolved, name: str) -> None
     flag = row_flags()[name]
     if flag.kind == "bool":
         value = [flag.option if flag.default else f"--no-{flag.option[2:]}"]
-    elif flag.kind == "many":
+    elif flag.kind in ("many", "floats"):
         value = []
     elif flag.kind in ("json", "pairs"):
         value = [flag.option, "{}"]
@@ -251,7 +251,7 @@ max-num-batched-tokens: 8192
 served-model-name: [a, b]
 api-key: [k1, k2]
 allowed-origins: ["https://x"]
-hf-overrides: {max_position_embeddings: 9000}
+hf-overrides: {max_position_embeddings: 5000}
 compilation-config: {level: 1}
 swap-space: null
 """
@@ -259,7 +259,7 @@ swap-space: null
     assert config["allow_credentials"] and not config["skip_tokenizer_init"]
     assert not config["enable_prefix_caching"] and not config["enable_chunked_prefill"]
     assert config["served_model_name"] == ["a", "b"] and config["allowed_origins"] == ["https://x"]
-    assert config["hf_overrides"] == {"max_position_embeddings": 9000} and config["compilation_config"] == {"level": 1}
+    assert config["hf_overrides"] == {"max_position_embeddings": 5000} and config["compilation_config"] == {"level": 1}
     assert config["api_key"] == "***"
 
 

@@ -73,7 +73,8 @@ def test_half_a_tls_pair_is_refused(model: str) -> None:
 
 def test_python_values_are_taken_like_flags(model: str) -> None:
     config = resolve({"model": model, "compilation_config": 0, "hf_overrides": {"vocab_size": 1}, "api_key": "k",
-                      "seed": None, "tensor_parallel_size": 1, "served_model_name": "x", "additional_config": {}})  # fmt: skip
+                      "seed": None, "tensor_parallel_size": 1, "served_model_name": "x",
+                      "additional_config": {}})  # fmt: skip
     assert config.engine.compile.level == 0 and config.engine.compile.hf_overrides == (("vocab_size", 1),)
     assert config.api_key == ("k",) and config.served_model_name == ("x",)
     assert hash(config) == hash(dataclasses.replace(config))
