@@ -36,8 +36,8 @@ def with_overrides(
     if kind != found.model_type and kind not in CONFIG_MAPPING:
         raise CaptureError(f"--hf-overrides: Transformers has no model_type {kind!r}")
     config_class = type(found) if kind == found.model_type else CONFIG_MAPPING[kind]
+    _check_keys(found if kind == found.model_type else config_class(), stored, overrides, "")
     made = config_class.from_dict(values)
-    _check_keys(made if kind != found.model_type else found, stored, overrides, "")
     made._name_or_path = found._name_or_path
     return made
 
