@@ -20,7 +20,7 @@ from fuseline.api.llm_values import (
     Sampling,
     as_list,
     per_prompt,
-    plain,
+    prompt_fields,
     request_fields,
     request_output,
 )
@@ -67,9 +67,9 @@ class LLM:
         """
         many = as_list(prompts)
         settings = per_prompt(sampling_params, len(many))
-        bodies = [{**fields, "prompt": plain(prompt)} for prompt, fields in zip(many, settings, strict=True)]
+        bodies = [{**fields, **prompt_fields(prompt)} for prompt, fields in zip(many, settings, strict=True)]
         answers = self._call(self._post_all("/v1/completions", bodies, use_tqdm))
-        return [request_output(prompt, answer) for prompt, answer in zip(many, answers, strict=True)]
+        return [request_output(body["prompt"], answer) for body, answer in zip(bodies, answers, strict=True)]
 
     def chat(
         self,
@@ -103,7 +103,7 @@ class LLM:
 
     def encode(self, prompts: Prompt | Sequence[Prompt], **fields: Any) -> list[Any]:
         """`data` of POST /pooling for each prompt. Raises ValueError with the server's message for other models."""
-        bodies = [{**fields, "input": plain(prompt)} for prompt in as_list(prompts)]
+        bodies = [{**fields, "input": prompt_fields(prompt)["prompt"]} for prompt in as_list(prompts)]
         return [answer["data"] for answer in self._call(self._post_all("/pooling", bodies, False))]
 
     def stream_chat(

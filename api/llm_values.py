@@ -40,17 +40,26 @@ class RequestOutput:
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A text, a mapping or a list of token ids is one prompt; anything else is many."""
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     is_one = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
     return [prompts] if is_one else list(prompts)
 
 
-def plain(prompt: Prompt) -> str | list[int]:
-    """The prompt as a request holds it. Raises ValueError for what is none."""
-    if isinstance(prompt, Mapping):
-        known = [prompt[name] for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
-        if not known:
-            raise ValueError(f"a prompt needs prompt or prompt_token_ids, not only {', '.join(map(str, prompt))}")
-        prompt = known[0]
+def prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    """The request fields of a prompt. Raises ValueError for what is none."""
+    if not isinstance(prompt, Mapping):
+        return {"prompt": plain(prompt)}
+    given = {name: value for name, value in prompt.items() if value is not None}
+    if unknown := sorted(set(given) - {"prompt", "prompt_token_ids", "cache_salt"}):
+        raise ValueError(f"a prompt cannot hold {unknown[0]!r} (keys: prompt, prompt_token_ids, cache_salt)")
+    found = given.get("prompt_token_ids", given.get("prompt"))
+    if found is None:
+        raise ValueError("a prompt needs prompt or prompt_token_ids")
+    return {"prompt": plain(found)} | {name: given[name] for name in ("cache_salt",) if name in given}
+
+
+def plain(prompt: str | Sequence[int]) -> str | list[int]:
+    """A text, or token ids as a list. Raises ValueError."""
     if isinstance(prompt, str):
         return prompt
     ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
