@@ -51,6 +51,7 @@ def dry(monkeypatch, tmp_path) -> Callable[[list[str]], None]:
     monkeypatch.setattr(bench, "require_matplotlib", lambda: None)
     monkeypatch.setattr(report, "explain", stop)
     monkeypatch.setattr("fuseline.api.run.converse", stop)
+    monkeypatch.setattr("fuseline.api.remote.Remote.stream_completion", stop)
     monkeypatch.setattr("fuseline.api.cli_cache.clear", stop)
     monkeypatch.setenv("FUSELINE_CACHE_ROOT", str(tmp_path))
     (tmp_path / "flags.yaml").write_text("")
@@ -80,7 +81,7 @@ def test_a_shown_command_is_taken(command: Command, dry, monkeypatch) -> None:
         asked = set(",".join(re.findall(r"\[([\w,]+)\]", " ".join(rest))).split(",")) - {""}
         assert asked <= extras().keys()
     elif len(words) == 1:
-        assert words[0].partition("=")[0] in all_flags(), f"{words[0]} is refused, or there is no such flag"
+        assert re.split("[.=]", words[0])[0] in all_flags(), f"{words[0]} is refused, or there is no such flag"
     else:
         check_flags(list(words), dry, monkeypatch)
 

@@ -125,6 +125,13 @@ def test_rope_settings_change_the_captured_model(tmp_path: Path) -> None:
     assert inv_freq(rope_theta=5.0)[1:].gt(plain[1:]).all()
 
 
+def test_a_model_with_dynamic_rope_passes_the_model_check(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    scaling = (("rope_type", "dynamic"), ("factor", 2.0))
+    captured, _ = optimize(CompileConfig(str(tmp_path), rope_scaling=scaling, cache_dir=str(tmp_path / "c")))
+    assert captured.verdict.startswith("checked: ") and captured.rope_switch.table_rows == 64
+
+
 def test_dynamic_rope_is_that_of_transformers_within_and_at_the_extended_context(tmp_path: Path) -> None:
     """Within the original context the base is the original one; a longer sequence has that of the whole context."""
     from fuseline.compile.capture.hf_patches import patch_model
