@@ -22,7 +22,7 @@ from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
 CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, CompileConfig)
 """Outer first: of fields with one name the outermost gives default and help, and one flag sets them all."""
-SUFFIXES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
+SUFFIXES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30, "t": 10**12, "T": 2**40}
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,24 @@ def command_parser(command: str, groups: Sequence[str], add_help: bool = True) -
     return parser
 
 
+def help_of(parser: Parser, word: str) -> str:
+    """--help=WORD: the flags of a group, or whose name holds the word; all of them for `all`."""
+    wanted = word.strip("-").replace("_", "-").lower()
+    formatter = parser._get_formatter()
+    for group in parser._action_groups:
+        is_whole = wanted in ("all", str(group.title).lower())
+        found = [action for action in group._group_actions if is_whole or wanted in " ".join(action.option_strings)]
+        formatter.start_section(group.title)
+        formatter.add_arguments(found)
+        formatter.end_section()
+    return formatter.format_help() or f"no flag and no group of flags is called {word!r}\n"
+
+
 def parse_values(parser: Parser, arguments: Sequence[str]) -> dict[str, object]:
     """Values by field name from the command line and, below it, from --config."""
+    if word := next((text.partition("=")[2] for text in arguments if text.startswith("--help=")), ""):
+        print(help_of(parser, word), end="")
+        parser.exit()
     line = vars(parser.parse_args(fold_dotted(arguments)))
     files = line.pop("config") or []
     if len(files) > 1:

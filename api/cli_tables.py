@@ -63,6 +63,13 @@ SHORT_NAMES = {
     "pipeline_parallel_size": ("-pp",),
     "data_parallel_size": ("-dp",),
     "data_parallel_size_local": ("-dpl",),
+    "data_parallel_rank": ("-dpn",),
+    "data_parallel_start_rank": ("-dpr",),
+    "data_parallel_address": ("-dpa",),
+    "data_parallel_rpc_port": ("-dpp",),
+    "data_parallel_backend": ("-dpb",),
+    "data_parallel_hybrid_lb": ("-dph",),
+    "data_parallel_external_lb": ("-dpe",),
     "decode_context_parallel_size": ("-dcp",),
     "prefill_context_parallel_size": ("-pcp",),
     "api_server_count": ("-asc",),
@@ -146,6 +153,12 @@ LATER: dict[str, Row] = {
     **_laters(
         "structured output",
         "guided_decoding_backend logits_processor_pattern structured_outputs_config logits_processors",
+    ),
+    **_laters(
+        "structured output",
+        "guided_decoding_disable_fallback guided_decoding_disable_any_whitespace "
+        "guided_decoding_disable_additional_properties",
+        is_switch=True,
     ),
 }
 """Flags of parts that are being built."""

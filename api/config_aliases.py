@@ -19,6 +19,9 @@ def without_aliases(given: Mapping[str, object]) -> dict[str, object]:
         values["logging_config_path"] = path
     if size := given.get("tokenizer_pool_size"):
         _set(values, "prompt_workers", size, "--tokenizer-pool-size")
+    if given.get("disable_uvicorn_metrics_access_log"):
+        paths = str(given.get("disable_access_log_for_endpoints", ""))
+        values["disable_access_log_for_endpoints"] = ",".join(filter(None, (paths, "/health,/metrics")))
     levels = _level_keys(given)
     if levels:
         known = given.get("compilation_config", ())

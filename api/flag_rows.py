@@ -82,18 +82,23 @@ IDLE: dict[str, Row] = {
     **idle("output is processed in another process", "bool", "disable_async_output_proc"),
     **idle("there is one device", "bool", "disable_custom_all_reduce enable_expert_parallel enable_eplb "
            "data_parallel_hybrid_lb data_parallel_external_lb disable_nccl_for_dp_synchronization enable_dbo "
-           "eplb_log_balancedness enable_multimodal_encoder_data_parallel"),
+           "eplb_log_balancedness enable_multimodal_encoder_data_parallel data_parallel_multi_port_external_lb "
+           "enable_elastic_ep enable_ep_weight_filter"),
     **idle("there is one device", "int", "master_port data_parallel_rpc_port data_parallel_rank "
            "data_parallel_start_rank num_redundant_experts eplb_window_size eplb_step_interval "
            "dbo_decode_token_threshold dbo_prefill_token_threshold ubatch_size distributed_timeout_seconds "
-           "dcp_kv_cache_interleave_size cp_kv_cache_interleave_size", minimum=0),
-    **idle("there is one device", "str", "master_addr data_parallel_address data_parallel_backend all2all_backend "
-           "expert_placement_strategy worker_extension_cls"),
+           "dcp_kv_cache_interleave_size cp_kv_cache_interleave_size data_parallel_supervisor_port", minimum=0),
+    **idle("there is one device", "float", "data_parallel_probe_interval_s data_parallel_probe_timeout_s", minimum=0),
+    **idle("there is one device", "str", {"master_addr": None, "data_parallel_address": None,
+                                          "data_parallel_backend": "mp", "all2all_backend": None,
+                                          "expert_placement_strategy": "linear", "worker_extension_cls": None}),
     **idle("there is one device", "json", "eplb_config"),
     **idle("one process reads the weights, in as many threads as there are cores", "int",
            "max_parallel_loading_workers", minimum=1),
     **idle("weights are read by need, straight into their packed form", "str",
            {"safetensors_load_strategy": "lazy", "pt_load_map_location": "cpu"}),
+    **idle("weights are read by need, straight into their packed form", "str", "safetensors_prefetch_block_size"),
+    **idle("it is --max-num-batched-tokens without speculation", "int", "max_num_scheduled_tokens", minimum=1),
     **idle("the start always shows its progress on a terminal", "bool", {"use_tqdm_on_load": True}),
     **idle("only for Neuron", "json", "override_neuron_config"),
     **idle("this platform has no extras", "json", "additional_config"),
@@ -177,6 +182,8 @@ LATER_ROWS: dict[str, Row] = {
     **later(SPECULATION, "json", "speculative_config"),
     **later("tracing", "str", "otlp_traces_endpoint collect_detailed_traces"),
     **later("profiling", "json", "profiler_config"),
+    **later("gRPC", "bool", "grpc"),
+    **later(POOLING, "bool", "enable_flash_late_interaction"),
     **later("a page of documentation without network", "bool", "enable_offline_docs"),
 }  # fmt: skip
 
@@ -189,6 +196,7 @@ ALIASES: dict[str, Row] = {
     **idle("a JSON file for logging.config.dictConfig, as $FUSELINE_LOGGING_CONFIG_PATH", "str", "log_config_file"),
     **idle("a number above 0 is --prompt-workers", "int", {"tokenizer_pool_size": 0}, minimum=0),
     **idle("the kind is a process", "str", "tokenizer_pool_type"),
+    **idle("as --disable-access-log-for-endpoints /health,/metrics", "bool", "disable_uvicorn_metrics_access_log"),
     **idle("as -O", "int", "optimization_level", choices=(0, 1, 2, 3)),
     **idle("as the key of -O", "many", "cudagraph_capture_sizes cuda_graph_sizes"),
     **idle("as the key of -O", "int", "max_cudagraph_capture_size", minimum=1),

@@ -305,6 +305,18 @@ def test_help_is_grouped(capsys) -> None:
         assert all(word in out for word in words), arguments
 
 
+@pytest.mark.parametrize(
+    ("word", "shown", "hidden"),
+    [("max-num-s", "--max-num-seqs", "--port"), ("Server", "--port", "--max-num-seqs"), ("all", "--port", "zzz"),
+     ("max_num_seqs", "--max-num-seqs", "--port"), ("zzz", "no flag and no group", "--port")],
+)  # fmt: skip
+def test_help_of_a_word(word: str, shown: str, hidden: str, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["serve", f"--help={word}"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and shown in out and (hidden not in out or word == hidden)
+
+
 def test_every_flag_has_help_and_one_group() -> None:
     grouped = [name for names in tables.GROUPS.values() for name in names]
     assert sorted(grouped) == sorted(config_flags())
