@@ -15,7 +15,8 @@ from fuseline.compile.target import DeviceError, likely_kind
 
 MINIMA: dict[str, float] = {
     "max_model_len": 0, "cpu_threads": 0, "max_num_batched_tokens": 1, "max_num_seqs": 1, "max_num_queued_reqs": 0,
-    "max_num_partial_prefills": 1, "max_long_partial_prefills": 1, "long_prefill_token_threshold": 0, "swap_space": 0,
+    "scheduler_delay_factor": 0, "max_num_partial_prefills": 1, "max_long_partial_prefills": 1,
+    "long_prefill_token_threshold": 0, "swap_space": 0,
     "chunked_prefill_size": 0, "cpu_offload_gb": 0, "kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1,
     "max_logprobs": -1, "stream_interval": 1, "port": 0, "max_seq_len_to_capture": 1, "shutdown_timeout": 0,
     "sse_keep_alive_interval": 0, "max_log_len": 0, "h11_max_incomplete_event_size": 1024, "h11_max_header_count": 8,

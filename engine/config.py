@@ -41,6 +41,9 @@ class SchedulerConfig:
     """Schedule the next step while the last one runs; tokens are the same. A GPU always works so."""
     scheduling_policy: str = "fcfs"
     """fcfs, or priority (lower value first, ties by arrival)."""
+    scheduler_delay_factor: float = 0.0
+    """While others run, prompts wait for so many times the seconds of the last step with new prompts: more of them
+    start together."""
     enable_chunked_prefill: bool = True
     """Split long prompts over several steps."""
     chunked_prefill_size: int = 0
