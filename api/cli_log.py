@@ -7,7 +7,7 @@ import logging
 import logging.config
 from pathlib import Path
 
-from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.config import ConfigError, ServerConfig, variables_without_effect
 from fuseline.api.config_resolve import without_effect
 
 FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
@@ -26,7 +26,7 @@ def configure_logging(config: ServerConfig) -> None:
     log = logging.getLogger("fuseline.config")
     if config.enable_sleep_mode:
         log.info("sleep mode: level 1 gives back the KV memory (a GPU's weights move to the host), 2 the weights too")
-    for line in without_effect(config):
+    for line in [*without_effect(config), *variables_without_effect()]:
         log.warning(line)
 
 

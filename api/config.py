@@ -256,6 +256,24 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(**read)
 
 
+IDLE_VARIABLES: dict[str, str] = {
+    "ALLOW_RUNTIME_LORA_UPDATING": "adapters are not yet supported",
+    "KEEP_ALIVE_ON_ENGINE_DEATH": "an engine that dies is started anew",
+    "CPU_OMP_THREADS_BIND": "threads use the cores of the process (taskset); their number is --cpu-threads",
+    **dict.fromkeys(
+        ("IMAGE_FETCH_TIMEOUT", "AUDIO_FETCH_TIMEOUT", "VIDEO_FETCH_TIMEOUT"), "media are not yet supported"
+    ),
+}
+"""Variables of the specification that do nothing here, and why."""
+
+
+def variables_without_effect(variables: Mapping[str, str] | None = None) -> list[str]:
+    """One line for each variable that is set and does nothing, for the start-up log."""
+    source = os.environ if variables is None else variables
+    names = [(f"{prefix}_{name}", why) for name, why in IDLE_VARIABLES.items() for prefix in ("FUSELINE", "VLLM")]
+    return [f"{name} has no effect: {why}" for name, why in names if source.get(name)]
+
+
 def demo_dir() -> Path:
     """Directory of the model that ships inside the package."""
     return Path(fuseline.__file__).parent / "demo"

@@ -41,7 +41,7 @@ def refuse_unavailable(given: Mapping[str, object]) -> None:
             _check_row(flag, tables.ROWS[name], value)
             refuse_combination(name, value, given)
             _refuse_row(flag, tables.ROWS[name], value)
-        elif name == "code_revision":
+        elif name not in tables.ROWS:
             refuse_combination(name, value, given)
 
 

@@ -1,4 +1,4 @@
-"""Refusals of flags without a field that need more than their own value: each gives cause and cure in one line."""
+"""Refusals that need more than the flag itself: each gives cause and cure in one line."""
 
 from __future__ import annotations
 

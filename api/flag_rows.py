@@ -152,7 +152,6 @@ LATER_ROWS: dict[str, Row] = {
     **later("prompt embeddings", "bool", "enable_prompt_embeds"),
     **later("routed experts in answers", "bool", "enable_return_routed_experts"),
     **later("other checkpoint formats", "str", "hf_config_path"),
-    **later("scheduling", "str", "scheduler_cls"),
     **later("passing the KV cache on", "json", "kv_transfer_config kv_events_config ec_transfer_config "
             "weight_transfer_config"),
     **later("passing the KV cache on", "float", "kv_offloading_size", minimum=0),

@@ -39,6 +39,8 @@ class SchedulerConfig:
     """Sequences (prompts x n) that may wait before new requests get 429; 0 means 4 x max-num-seqs."""
     async_scheduling: bool = False
     """Schedule the next step while the last one runs; tokens are the same. A GPU always works so."""
+    scheduler_cls: str = ""
+    """Import path of a subclass of fuseline.engine.schedule.scheduler.Scheduler; empty takes that itself."""
     scheduling_policy: str = "fcfs"
     """fcfs, or priority (lower value first, ties by arrival)."""
     scheduler_delay_factor: float = 0.0

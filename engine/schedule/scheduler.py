@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -290,3 +291,17 @@ class Scheduler:
         self._free_rows.append(seq.row)
         self.rows.leave(seq)
         self.kv.free(seq)
+
+
+def scheduler_class(path: str) -> type[Scheduler]:
+    """The class of --scheduler-cls; empty: Scheduler. Raises ValueError for a path that leads to no subclass of it."""
+    if not path:
+        return Scheduler
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--scheduler-cls {path} cannot be imported ({error}); give module.Class") from error
+    if not (isinstance(found, type) and issubclass(found, Scheduler)):
+        raise ValueError(f"--scheduler-cls {path} is no subclass of {Scheduler.__module__}.Scheduler")
+    return found

@@ -10,7 +10,15 @@ import pytest
 
 from fuseline.api import cli_tables as tables
 from fuseline.api import config_check, config_levels, config_resolve
-from fuseline.api.config import ConfigError, Environment, ServerConfig, demo_dir, find_checkpoint, read_environment
+from fuseline.api.config import (
+    ConfigError,
+    Environment,
+    ServerConfig,
+    demo_dir,
+    find_checkpoint,
+    read_environment,
+    variables_without_effect,
+)
 from fuseline.api.config_resolve import config_dict, resolve, without_effect
 from fuseline.compile.config import PASSES, GraphConfig
 from fuseline.compile.passes import pipeline
@@ -184,6 +192,11 @@ def test_environment_is_below_flags(model: str) -> None:
 def test_bad_environment_is_refused(model: str, bad: Environment) -> None:
     with pytest.raises(ConfigError, match="FUSELINE_"):
         resolve({"model": model}, bad)
+
+
+def test_variables_without_effect_are_named() -> None:
+    lines = variables_without_effect({"VLLM_IMAGE_FETCH_TIMEOUT": "5", "FUSELINE_API_KEY": "k", "FUSELINE_X": "1"})
+    assert lines == ["VLLM_IMAGE_FETCH_TIMEOUT has no effect: media are not yet supported"]
 
 
 def test_long_context_can_be_forced(model: str) -> None:
