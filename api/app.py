@@ -65,6 +65,8 @@ def build_app(
     own = (operation.router, completions.router, chat.router, invocations.router, tokenizer.router)
     for routes in (*own, other_tasks.router(), web.router()):
         app.include_router(routes)
+    if config.enable_tokenizer_info_endpoint:
+        app.include_router(tokenizer.info_router)
     if config.dev_mode:
         app.include_router(operation.dev_router)
     for kind in (ApiError, EngineDeadError, HTTPException, RequestValidationError, Exception):
@@ -76,6 +78,8 @@ def build_app(
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     mapped = to_api_error(error)
+    if request.app.state.served.config.log_error_stack:
+        LOG.error("%s %s: %s", request.method, request.url.path, mapped, exc_info=error)
     if mapped.code == "internal_error" and not isinstance(error, ApiError):
         LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return mapped.response()

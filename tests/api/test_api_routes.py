@@ -1,4 +1,4 @@
-"""Routes beside the answers: other tasks, SageMaker's door, the description of bodies, addresses with /v1."""
+"""Routes beside the answers: other tasks, SageMaker's door, the description of bodies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 
 import pytest
 from api_client import MESSAGES, Api, api
-
-from fuseline.api.server_url import server_root
 
 __all__ = ["api"]
 OTHERS = {
@@ -65,9 +63,3 @@ def test_ids_of_answers_are_the_clients(api: Api, path: str) -> None:
     body = {**fields, "max_tokens": 1, "request_id": "mine"}
     response = api.call("POST", path, body, headers={"x-request-id": "sent"})
     assert response.json()["id"] == prefix + "sent"
-
-
-@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/", "http://h:1//v1"])
-def test_addresses_with_and_without_v1(url: str) -> None:
-    assert server_root(url) == "http://h:1"
-    assert server_root("http://h/base/v1") == "http://h/base"
