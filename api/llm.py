@@ -100,23 +100,6 @@ class LLM:
         answers = self._call(self._post_all("/v1/chat/completions", bodies, use_tqdm))
         return [request_output(None, answer) for answer in answers]
 
-    def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: Sampling, use_tqdm: bool = False
-    ) -> list[RequestOutput]:
-        """The best continuations of each prompt, `beam_width` of them, best first.
-
-        params: beam_width, max_tokens and further request fields (length_penalty, ignore_eos, temperature).
-        """
-        many = as_list(prompts)
-        settings = []
-        for fields in per_prompt(params, len(many)):
-            width = fields.get("beam_width")
-            if not isinstance(width, int) or width < 1:
-                raise ValueError("beam_search needs beam_width, a number of at least 1")
-            own = {name: value for name, value in fields.items() if name != "beam_width"}
-            settings.append({**own, "use_beam_search": True, "n": width, "best_of": width})
-        return self.generate(many, settings, use_tqdm)
-
     def encode(self, prompts: Prompt | Sequence[Prompt], **fields: Any) -> list[Any]:
         """`data` of POST /pooling for each prompt. Raises ValueError with the server's message for other models."""
         bodies = [{**fields, "input": prompt_fields(prompt)["prompt"]} for prompt in as_list(prompts)]
