@@ -103,6 +103,19 @@ def test_text_adds_up_without_a_null_and_the_end_comes_with_the_last_token(api: 
     assert chunks[0].prompt_token_ids and all("prompt_token_ids" not in chunk.model_extra for chunk in chunks[1:])
 
 
+def test_completions_stream_the_prompts_tokens_first(api: Api) -> None:
+    fields = {"prompt": ["The sky", [5, 6, 7]], "n": 2, "max_tokens": 3, "temperature": 1.0, "ignore_eos": True}
+    whole = api.answer(COMPLETIONS, **fields, seed=1, return_token_ids=True)["choices"]
+    chunks: dict[int, list[dict[str, Any]]] = {}
+    for event in api.stream(COMPLETIONS, **fields, seed=1, return_token_ids=True):
+        chunks.setdefault(event["choices"][0]["index"], []).append(event["choices"][0])
+    for choice in whole:
+        first, *others = chunks[choice["index"]]
+        assert first["prompt_token_ids"] == choice["prompt_token_ids"] and len(others) == 2
+        assert all(chunk["prompt_token_ids"] is None for chunk in others)
+        assert [token for chunk in (first, *others) for token in chunk["token_ids"]] == choice["token_ids"]
+
+
 def test_errors_are_the_clients_exceptions(api: Api) -> None:
     def refused(kind: type[openai.APIStatusError], **fields: Any) -> dict[str, Any]:
         with pytest.raises(kind) as caught:

@@ -109,6 +109,11 @@ def test_token_ids_of_prompts(own: Preparer) -> None:
     assert reply.param == "prompt" and "4096, 5000" in reply.message and "4096 tokens (0 to 4095)" in reply.message
 
 
+def test_token_ids_to_decode(own: Preparer) -> None:
+    reply = own.prepare("detokenize", body(tokens=[5, VOCAB, -3]))
+    assert isinstance(reply, Refused) and reply.param == "tokens" and f"{VOCAB}, -3" in reply.message
+
+
 def test_the_name_of_the_field_is_the_clients(own: Preparer) -> None:
     assert refused(own, "chat", max_tokens=CONTEXT).param == "max_tokens"
     both = refused(own, "chat", max_completion_tokens=CONTEXT, max_tokens=2)
