@@ -153,6 +153,13 @@ def test_choices_that_are_generated_and_shown(own: Preparer, kind: str) -> None:
     assert refused(logits, kind, use_beam_search=True).param == "use_beam_search"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fields_for_the_engine_reach_it(kind: str) -> None:
+    own = preparer(scheduling_policy="priority")
+    answer = prepared(own, kind, priority=-3, cache_salt="s", request_id="r", return_token_ids=True).answer
+    assert (answer.priority, answer.cache_salt, answer.request_id, answer.wants_ids) == (-3, "s", "r", True)
+
+
 def test_streams_of_ranked_choices(own: Preparer) -> None:
     assert prepared(own, "completion", best_of=2, stream=True).answer.is_one_event
     assert refused(own, "chat", best_of=2, stream=True).param == "best_of"
