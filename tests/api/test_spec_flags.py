@@ -113,7 +113,8 @@ ROWS: dict[str, list[Good | Bad]] = {
                       Bad("--max-model-len 8k", 1, "above the model's limit of 4096"),
                       Bad("--max-model-len x", 2, "x")],
     "guided_decoding_backend": [],  # other tests
-    "logits_processor_pattern": [],
+    "logits_processor_pattern": [Good("", ""), Good("--logits-processor-pattern my.+$", "my.+$"),
+                                 Bad("--logits-processor-pattern (", 1, "no regular expression")],
     "model_impl": choice("--model-impl", "auto", "fuseline", "vllm", "transformers"),
     "hf_overrides": [Good('--hf-overrides {"max_position_embeddings":512}', {"max_position_embeddings": 512}),
                      *only_json("--hf-overrides")],
@@ -270,7 +271,7 @@ ROWS: dict[str, list[Good | Bad]] = {
 """By the name of the flag. Flags of tools, reasoning and structured output are tested with those."""
 ELSEWHERE = {
     "enable_auto_tool_choice", "enable_reasoning", "reasoning_parser", "tool_call_parser", "tool_parser_plugin",
-    "guided_decoding_backend", "logits_processor_pattern", "config",
+    "guided_decoding_backend", "config",
 }  # fmt: skip
 
 
