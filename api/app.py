@@ -22,7 +22,17 @@ from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddle
 from fuseline.api.openapi import describe
 from fuseline.api.output.anthropic_messages import error_body
 from fuseline.api.prompt.encode import TextTokenizer
-from fuseline.api.routes import anthropic, chat, completions, operation, other_tasks, responses, tokenizer, web
+from fuseline.api.routes import (
+    anthropic,
+    chat,
+    completions,
+    invocations,
+    operation,
+    other_tasks,
+    responses,
+    tokenizer,
+    web,
+)
 from fuseline.api.served import build_served, load_tokenizer
 from fuseline.engine.client import EngineClient, EngineDeadError
 from fuseline.engine.messages import EngineReady
@@ -63,9 +73,12 @@ def build_app(
     app = Application(config, title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
     app.state.served = build_served(config, client, ready, loaded or load_tokenizer(config))
     app.state.unknown_fields = set()
-    own = (operation.router, completions.router, chat.router, responses.router, anthropic.router, tokenizer.router)
+    generating = (completions.router, chat.router, responses.router, anthropic.router, invocations.router)
+    own = (operation.router, *generating, tokenizer.router)
     for routes in (*own, other_tasks.router(), web.router()):
         app.include_router(routes)
+    if config.enable_tokenizer_info_endpoint:
+        app.include_router(tokenizer.info_router)
     if config.dev_mode:
         app.include_router(operation.dev_router)
     for kind in (ApiError, EngineDeadError, HTTPException, RequestValidationError, Exception):
@@ -77,6 +90,8 @@ def build_app(
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     mapped = to_api_error(error)
+    if request.app.state.served.config.log_error_stack:
+        LOG.error("%s %s: %s", request.method, request.url.path, mapped, exc_info=error)
     if mapped.code == "internal_error" and not isinstance(error, ApiError):
         LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
     if request.url.path.startswith("/v1/messages"):  # that API has an error body of its own

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.config_refusals import refuse_combination
+from fuseline.api.flag_rows import Row
 from fuseline.compile.target import DeviceError, likely_kind
 
 MINIMA: dict[str, float] = {
     "max_model_len": 0, "cpu_threads": 0, "max_num_batched_tokens": 1, "max_num_seqs": 1, "max_num_queued_reqs": 0,
-    "max_num_partial_prefills": 1, "max_long_partial_prefills": 1, "long_prefill_token_threshold": 0, "swap_space": 0,
+    "scheduler_delay_factor": 0, "max_num_partial_prefills": 1, "max_long_partial_prefills": 1,
+    "long_prefill_token_threshold": 0, "swap_space": 0,
     "chunked_prefill_size": 0, "cpu_offload_gb": 0, "kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1,
     "max_logprobs": -1, "stream_interval": 1, "port": 0, "max_seq_len_to_capture": 1, "shutdown_timeout": 0,
     "sse_keep_alive_interval": 0, "max_log_len": 0, "h11_max_incomplete_event_size": 1024, "h11_max_header_count": 8,
@@ -33,14 +36,16 @@ def refuse_unavailable(given: Mapping[str, object]) -> None:
     kind = _find_kind(str(given.get("device", "auto")))
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
-        if name in tables.LATER and not _is_neutral(tables.LATER[name], value):
-            raise ConfigError(f"{flag} is not supported yet ({tables.LATER[name].part})")
         if cure := tables.LATER_CHOICES.get(name, {}).get(str(value)):
-            raise ConfigError(f"{flag} {value} is not supported yet; {cure}")
+            raise ConfigError(f"{flag} {value}: not yet supported; {cure}")
         if kind == "cpu" and (cure := tables.GPU_CHOICES.get(name, {}).get(str(value))):
             raise ConfigError(f"{flag} {value} needs a GPU (--device cuda); on a CPU {cure}")
-        if name in tables.RECORDED:
-            _check_recorded(flag, tables.RECORDED[name], value)
+        if name in tables.ROWS and not tables.ROWS[name].changes_nothing(value):
+            _check_row(flag, tables.ROWS[name], value)
+            refuse_combination(name, value, given)
+            _refuse_row(flag, tables.ROWS[name], value)
+        elif name not in tables.ROWS:
+            refuse_combination(name, value, given)
 
 
 def _find_kind(device: str) -> str:
@@ -54,15 +59,18 @@ def _find_kind(device: str) -> str:
         raise ConfigError(str(error)) from error
 
 
-def _is_neutral(later: tables.Later, value: object) -> bool:
-    return value is False if later.is_switch else str(value).lower() in later.neutral
-
-
-def _check_recorded(flag: str, row: tables.Recorded, value: object) -> None:
+def _check_row(flag: str, row: Row, value: object) -> None:
     if row.choices and value not in row.choices:
         raise ConfigError(f"{flag} {value}: choose from {', '.join(map(str, row.choices))}")
-    if row.minimum is not None and float(value) < row.minimum:
+    if row.minimum is not None and not float(value) >= row.minimum:
         raise ConfigError(f"{flag} {value}: must be at least {row.minimum}")
+
+
+def _refuse_row(flag: str, row: Row, value: object) -> None:
+    if row.fate == "later":
+        raise ConfigError(f"{flag}: not yet supported ({row.note}); leave it out")
+    if row.fate == "absent":
+        raise ConfigError(f"{flag}: {row.note}")
 
 
 def check(config: ServerConfig) -> None:
@@ -83,6 +91,9 @@ def _minima(config: ServerConfig) -> None:
 def _ranges(config: ServerConfig) -> None:
     if config.port > 65535:
         raise ConfigError(f"--port {config.port}: must be at most 65535")
+    theta = config.engine.compile.rope_theta
+    if theta is not None and not 0 < theta < math.inf:
+        raise ConfigError(f"--rope-theta {theta}: must be a number above 0")
     if not 0 < config.engine.cache.gpu_memory_utilization <= 1:
         fraction = config.engine.cache.gpu_memory_utilization
         raise ConfigError(f"--gpu-memory-utilization {fraction}: must be above 0 and at most 1")
@@ -132,11 +143,14 @@ def _files(config: ServerConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}")
     if bool(config.ssl_keyfile) != bool(config.ssl_certfile):
         raise ConfigError("HTTPS needs both --ssl-keyfile and --ssl-certfile")
+    if config.enable_ssl_refresh and not config.ssl_certfile:
+        raise ConfigError("--enable-ssl-refresh needs --ssl-keyfile and --ssl-certfile")
     if config.ssl_cert_reqs and not config.ssl_ca_certs:
         raise ConfigError("--ssl-cert-reqs above 0 needs --ssl-ca-certs to verify clients with")
     generation = config.generation_config
-    if generation not in ("", "auto") and not os.path.isdir(generation):
-        raise ConfigError(f"--generation-config: there is no directory {generation} (auto takes the model's)")
+    if generation not in ("", "none", "vllm", "auto") and not os.path.isdir(generation):
+        choices = "auto: the model's; none, vllm: no defaults"
+        raise ConfigError(f"--generation-config: there is no directory {generation} ({choices})")
 
 
 def _template(config: ServerConfig) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fuseline.api.config import ServerConfig, read_environment
 from fuseline.api.config_resolve import resolve
-from fuseline.api.llm_asgi import App, post, post_stream
+from fuseline.api.llm_asgi import App, exchange, post, post_stream
 from fuseline.api.llm_beams import BeamSearchOutput, beam_fields, beam_output
 from fuseline.api.llm_values import (
     Prompt,
@@ -61,7 +61,7 @@ class LLM:
         sampling_params: Sampling | Sequence[Sampling] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Complete each prompt (text, token ids, {"prompt": text} or {"prompt_token_ids": ids}), all in one batch.
+        """Complete each prompt (text, token ids or a mapping with them), all of them in one batch.
 
         sampling_params: request fields of /v1/completions as a mapping or an object with such attributes, one for all
         prompts or one for each. Raises ValueError with the server's message for a request it refuses.
@@ -100,18 +100,41 @@ class LLM:
         answers = self._call(self._post_all("/v1/chat/completions", bodies, use_tqdm))
         return [request_output(None, answer) for answer in answers]
 
+    def encode(self, prompts: Prompt | Sequence[Prompt], **fields: Any) -> list[Any]:
+        """`data` of POST /pooling for each prompt. Raises ValueError with the server's message for other models."""
+        bodies = [{**fields, "input": prompt_fields(prompt)["prompt"]} for prompt in as_list(prompts)]
+        return [answer["data"] for answer in self._call(self._post_all("/pooling", bodies, False))]
+
     def stream_chat(
         self, messages: Sequence[Mapping[str, Any]], sampling_params: Sampling | None = None
     ) -> Iterator[str]:
         """Text of the answer as it comes; closing the iterator aborts the request."""
-        body = {
-            **request_fields(sampling_params),
-            "messages": list(messages),
-            "model": self.config.served_model_name[0],
-        }
+        for delta in self.stream_deltas(messages, sampling_params):
+            yield delta.get("content") or ""
+
+    def stream_deltas(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: Sampling | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The answer's deltas (content, reasoning, tool_calls) as they come; closing the iterator aborts it."""
+        fields = request_fields(sampling_params)
+        body = {**fields, "messages": list(messages), "model": self.config.served_model_name[0]}
         for event in self._iterate(post_stream(self._app, "/v1/chat/completions", body)):
             for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
+                yield choice["delta"]
+
+    def run_batch(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+        """(status, answer) of each (path, body), in order; at most as many in flight as the engine runs at a time."""
+
+        async def run_all() -> list[tuple[int, dict[str, Any]]]:
+            places = asyncio.Semaphore(self.config.engine.scheduler.max_num_seqs)
+
+            async def one(path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+                async with places:
+                    return await exchange(self._app, path, body)
+
+            return await asyncio.gather(*(one(path, body) for path, body in requests))
+
+        return self._call(run_all())
 
     def close(self) -> None:
         """Stop the engine; further calls fail. Idempotent."""
@@ -134,7 +157,9 @@ class LLM:
         counts = (body.get(name) for body in bodies for name in ("n", "best_of"))
         most = max((count for count in counts if isinstance(count, int)), default=1)
         places = asyncio.Semaphore(max(self.config.engine.scheduler.max_num_seqs // max(most, 1), 1))
-        common = {"model": self.config.served_model_name[0], "return_token_ids": True}
+        common = {"model": self.config.served_model_name[0]}
+        if path != "/pooling":
+            common["return_token_ids"] = True
         with tqdm(total=len(bodies), desc="requests", disable=not use_tqdm) as bar:
 
             async def one(body: dict[str, Any]) -> dict[str, Any]:

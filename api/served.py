@@ -211,7 +211,7 @@ def log_content_format(config: ServerConfig, template: ChatTemplate | None) -> N
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:
     """Sampling defaults: overrides over the generation config that --generation-config names."""
-    folder = {"": None, "none": None, "auto": config.engine.compile.model}.get(
+    folder = {"": None, "none": None, "vllm": None, "auto": config.engine.compile.model}.get(
         config.generation_config, config.generation_config
     )
     stored = read_json(Path(folder) / "generation_config.json") if folder else {}

@@ -17,7 +17,7 @@ from fuseline.engine.run.device import Device
 from fuseline.engine.run.runner import Model, PreparedBatch, Runner
 from fuseline.engine.run.sampling import NOT_FINITE, OK, PROCESSOR_FAILED, Launched, Sampled, StepResult
 from fuseline.engine.run.speculate.drafting import Drafter, Drafting, kept_positions
-from fuseline.engine.schedule.scheduler import Limits, Scheduler
+from fuseline.engine.schedule.scheduler import Limits, scheduler_class
 from fuseline.engine.schedule.stages import choose_stage_order
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
@@ -65,7 +65,7 @@ class Engine:
         self.kv = KVManager(
             windows, num_blocks, block_size, num_seqs, self.max_model_len, num_host_blocks, num_states
         )  # fmt: skip
-        self.scheduler = Scheduler(limits, self.rows, self.kv, info.rope_switch)
+        self.scheduler = scheduler_class(config.scheduler.scheduler_cls)(limits, self.rows, self.kv, info.rope_switch)
         self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens, config.logprobs_mode)
         self.requests = Requests(config, info, self.scheduler, self.max_model_len)
         threshold = info.rope_switch.threshold if info.rope_switch else None

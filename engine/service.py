@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.engine import Engine
-from fuseline.engine.memory.sizing import CacheSize, size_cache
+from fuseline.engine.memory.sizing import CacheSize, longest_context, size_cache
 from fuseline.engine.memory.swap import host_blocks
 from fuseline.engine.messages import (
     AbortRequests,
@@ -59,8 +60,11 @@ class EngineService:
         info = model.info
         needed = warm_up(self.device, model, config, self._tell_progress)
         budget = self.device.kv_budget(info, config.cache.gpu_memory_utilization, before, needed)
-        max_model_len = config.compile.max_model_len or info.max_model_len
-        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, budget)
+        length = config.compile.max_model_len or info.max_model_len
+        if config.cache.fits_context:
+            length = longest_context(info, config.cache, config.scheduler, length, budget)
+            config = replace(config, compile=replace(config.compile, max_model_len=length))
+        self.size = size_cache(info, config.cache, config.scheduler, length, budget)
         self.host_blocks = self._count_host_blocks(model)
         self.engine = Engine(
             config, model, self.size.num_blocks, self.device, self.host_blocks, self.size.num_states

@@ -7,9 +7,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import islice
 
 from msgspec.structs import replace
 
@@ -36,11 +37,13 @@ class Beam:
     """Tokens generated, a final EOS apart."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Candidate:
+    """A beam and the token of rank `index` behind it."""
+
     beam: Beam
     step: PositionLogprobs
-    token: int
+    index: int
     logprob: float
 
 
@@ -125,15 +128,18 @@ class BeamSearch:
 
     def _extend(self, live: list[Beam], outputs: list[TokenOutput], done: list[Beam]) -> list[Beam]:
         """The beams that go on; those that an EOS completes go to `done`."""
-        candidates: list[_Candidate] = []
-        for beam, step in zip(live, (output.logprobs[0] for output in outputs), strict=True):
-            for token, logprob in zip(step.top_ids[: 2 * self._width], step.top_logprobs, strict=False):
-                if token in self._eos:
-                    done.append(self._completed(_Candidate(beam, step, token, beam.logprob + logprob)))
-                else:
-                    candidates.append(_Candidate(beam, step, token, beam.logprob + logprob))
-        # All are of one length: the likeliest have the best scores.
-        return [_grown(found) for found in heapq.nlargest(self._width, candidates, key=lambda one: one.logprob)]
+        steps = [(beam, output.logprobs[0]) for beam, output in zip(live, outputs, strict=True)]
+        done += [self._completed(found) for step in steps for found in self._candidates(*step, are_eos=True)]
+        done[:] = heapq.nlargest(self._width, done, key=self._score)
+        # All are of one length, so the likeliest have the best scores; those of a beam come in their order.
+        likeliest = heapq.merge(*(self._candidates(*step) for step in steps), key=lambda found: -found.logprob)
+        return [_grown(found) for found in islice(likeliest, self._width)]
+
+    def _candidates(self, beam: Beam, step: PositionLogprobs, are_eos: bool = False) -> Iterator[_Candidate]:
+        """The likeliest extensions of a beam, in descending order, made as they are asked for."""
+        for index, token in enumerate(step.top_ids[: 2 * self._width]):
+            if (token in self._eos) == are_eos:
+                yield _Candidate(beam, step, index, beam.logprob + step.top_logprobs[index])
 
     def _completed(self, found: _Candidate) -> Beam:
         grown, beam = _grown(found), found.beam
@@ -158,10 +164,10 @@ class BeamSearch:
 
 
 def _grown(found: _Candidate) -> Beam:
-    beam, step = found.beam, found.step
-    rank = step.top_ids.index(found.token)
-    score = replace(step, token_id=found.token, logprob=step.top_logprobs[rank], rank=rank + 1)
-    return Beam((*beam.tokens, found.token), (*beam.scores, score), found.logprob, False, beam.length + 1)
+    beam, step, index = found.beam, found.step, found.index
+    token = step.top_ids[index]
+    score = replace(step, token_id=token, logprob=step.top_logprobs[index], rank=index + 1)
+    return Beam((*beam.tokens, token), (*beam.scores, score), found.logprob, False, beam.length + 1)
 
 
 def _cut(score: PositionLogprobs, count: int) -> PositionLogprobs:

@@ -159,7 +159,7 @@ class CompletionWriter:
             logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, offsets)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
         if self._shape.wants_ids:
-            chunk |= {"token_ids": event.token_ids} | ({"prompt_token_ids": prompt.ids.tolist()} if is_first else {})
+            chunk |= {"token_ids": event.token_ids, "prompt_token_ids": prompt.ids.tolist() if is_first else None}
         return chunk
 
     async def _whole_choice(self, index: int) -> dict[str, Any]:

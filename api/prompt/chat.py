@@ -237,7 +237,9 @@ def _parse_arguments(call: Any, where: str) -> None:
     if not isinstance(function, dict):
         raise bad_request(f"{where} is no object with a function object", where)
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
+    if arguments is None and function:
+        function["arguments"] = {}
+    elif isinstance(arguments, str):
         where = f"{where}.function.arguments"
         try:
             function["arguments"] = json.loads(arguments or "{}")

@@ -15,6 +15,16 @@ MAX_NAMED = 20
 """Token ids that an error lists."""
 
 
+def check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+    """Raises ApiError 400 for token ids out of the vocabulary; all of them are named."""
+    wrong = list(dict.fromkeys(token for token in ids if not 0 <= token < vocab_size))
+    if wrong:
+        shown = ", ".join(map(str, wrong[:MAX_NAMED])) + (", ..." if len(wrong) > MAX_NAMED else "")
+        words = f"Token id {shown} is" if len(wrong) == 1 else f"Token ids {shown} are"
+        message = f"{param}: {words} out of vocabulary, which has {vocab_size} tokens (0 to {vocab_size - 1})"
+        raise bad_request(message, param)
+
+
 class Limits:
     """The bounds of one server; all methods raise ApiError with the field's name."""
 
@@ -80,13 +90,8 @@ class Limits:
             self.check_ids(ids, param)
 
     def check_ids(self, ids: Iterable[int], param: str) -> None:
-        """Refuses token ids that the model has not; all of them are named."""
-        wrong = list(dict.fromkeys(token for token in ids if not 0 <= token < self.vocab))
-        if wrong:
-            shown = ", ".join(map(str, wrong[:MAX_NAMED])) + (", ..." if len(wrong) > MAX_NAMED else "")
-            words = f"Token id {shown} is" if len(wrong) == 1 else f"Token ids {shown} are"
-            message = f"{param}: {words} out of vocabulary, which has {self.vocab} tokens (0 to {self.vocab - 1})"
-            raise bad_request(message, param)
+        """Refuses token ids that the model has not."""
+        check_ids(ids, self.vocab, param)
 
     def max_tokens(self, num_prompt: int, asked: int | None, cap: int | None, names: tuple[str, str]) -> int:
         """Tokens that may be generated; `cap` is the server's own. Refuses a prompt and an ask that do not fit.

@@ -10,6 +10,7 @@ import msgspec
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.chat import ChatRenderer
 from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.limits import check_ids
 from fuseline.api.prompt.prepared import Written
 from fuseline.api.protocol.chat import DetokenizeRequest, TokenizeRequest
 
@@ -34,10 +35,7 @@ def tokenize(body: TokenizeRequest, tokenizer: TextTokenizer, renderer: ChatRend
 def detokenize(need_tokenizer: Callable[[], TextTokenizer], vocab_size: int, body: DetokenizeRequest) -> Written:
     """`vocab_size`: the model's, which can be above the tokenizer's. Raises ApiError 400."""
     tokenizer = need_tokenizer()
-    top = max(tokenizer.vocab_size, vocab_size)
-    for token in body.tokens:
-        if not 0 <= token < top:
-            raise bad_request(f"Token id {token} is out of vocabulary", "tokens")
+    check_ids(body.tokens, max(tokenizer.vocab_size, vocab_size), "tokens")
     return _written({"prompt": tokenizer.decode(body.tokens, False)})
 
 

@@ -67,7 +67,7 @@ def _resolve(folder: str, trust_remote_code: bool) -> bytes:
     """TokenizerFiles as Transformers finds them, packed."""
     command = [sys.executable, "-P", "-m", CHILD, folder, *(["--trust-remote-code"] if trust_remote_code else [])]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{folder}: reading the tokenizer takes more than {SECONDS} seconds") from error
     if done.returncode == 0:

@@ -97,6 +97,13 @@ def test_history_reaches_the_template_as_in_transformers() -> None:
     assert "NONE" not in shown and "(hm|hm|hm)" in shown and shown.count("CALLS") == 1
 
 
+@pytest.mark.parametrize("arguments", [{"arguments": ""}, {"arguments": None}, {"arguments": "{}"}, {}])
+def test_a_call_without_arguments_has_an_empty_object(arguments: dict[str, Any]) -> None:
+    made = preparer(chat_template="{{ messages[0].tool_calls[0].function.arguments | tojson }}")
+    calls = [{"type": "function", "function": {"name": "f", **arguments}}]
+    assert prompt(made, [{"role": "assistant", "content": None, "tool_calls": calls}]) == "{}"
+
+
 @pytest.mark.parametrize(
     ("fields", "shown"),
     [
