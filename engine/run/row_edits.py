@@ -53,7 +53,7 @@ def edit_rows(logits: Tensor, edits: Seq[RowEdit], named: Tensor | None) -> Edit
         if edit.named:
             ids = torch.tensor(edit.named, device=row.device)
             named[edit.row, : len(ids)] = torch.log_softmax(row, 0)[ids]
-        if edit.processors:
+        if edit.processors and row.isfinite().all():  # else the kernel finds the model's fault
             if edit.wants_raw:
                 edited.raw[edit.row] = row.clone()
             if not _process(row, edit):

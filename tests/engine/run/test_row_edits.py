@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from engine_walk_cases import ORDERS, Walk, expected_tokens, make_engine
-from fake_model import VOCAB_SIZE, next_logits
+from fake_model import NAN_TOKEN, VOCAB_SIZE, next_logits
 
 from fuseline.engine.messages import LogitsProcessor, SamplingParams
 from fuseline.engine.run.logits_processors import find_callable, for_sequence, make_processor
@@ -117,6 +117,14 @@ def test_a_processor_that_fails_ends_its_request_alone(name: str) -> None:
     again = walk.submit([*PROMPT, 1], max_tokens=2, seed=3)
     walk.finish()
     assert walk.outputs[again, 0][0].num_cached_tokens == 12, "its KV is as good as any"
+
+
+def test_a_fault_of_the_model_stays_one() -> None:
+    walk = Walk(make_engine())
+    bad = walk.submit([*PROMPT, NAN_TOKEN], max_tokens=2, logprobs=1, logits_processors=named("echo"))
+    walk.finish()
+    last = walk.outputs[bad, 0][-1]
+    assert last.finish_reason == "error" and "not finite" in last.error and not last.is_bad_request
 
 
 def test_one_that_cannot_be_made_is_the_requests_own_error() -> None:
