@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fuseline.api.config import ServerConfig, read_environment
 from fuseline.api.config_resolve import resolve
 from fuseline.api.llm_asgi import App, exchange, post, post_stream
+from fuseline.api.llm_beams import BeamSearchOutput, beam_fields, beam_output
 from fuseline.api.llm_values import (
     Prompt,
     RequestOutput,
@@ -60,7 +61,7 @@ class LLM:
         sampling_params: Sampling | Sequence[Sampling] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Complete each prompt (text, token ids or a mapping with them), all of them in one batch.
+        """Complete each prompt (text, token ids, {"prompt": text} or {"prompt_token_ids": ids}), all in one batch.
 
         sampling_params: request fields of /v1/completions as a mapping or an object with such attributes, one for all
         prompts or one for each. Raises ValueError with the server's message for a request it refuses.
@@ -70,6 +71,21 @@ class LLM:
         bodies = [{**fields, **prompt_fields(prompt)} for prompt, fields in zip(many, settings, strict=True)]
         answers = self._call(self._post_all("/v1/completions", bodies, use_tqdm))
         return [request_output(body["prompt"], answer) for body, answer in zip(bodies, answers, strict=True)]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: Sampling, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, best first.
+
+        params: `beam_width` and `max_tokens`, and where they are to differ `temperature` (0), `ignore_eos` (False),
+        `length_penalty` (1.0) and `include_stop_str_in_output` (False), as a mapping or an object with such attributes.
+        Raises ValueError like `generate`.
+        """
+        fields = beam_fields(params)
+        bodies = [{**fields, **prompt_fields(prompt)} for prompt in as_list(prompts)]
+        answers = self._call(self._post_all("/v1/completions", bodies, use_tqdm))
+        keeps_eos = bool(request_fields(params).get("include_stop_str_in_output"))
+        return [beam_output(answer, keeps_eos) for answer in answers]
 
     def chat(
         self,
@@ -83,23 +99,6 @@ class LLM:
         bodies = [{**fields, "messages": list(turns)} for turns, fields in zip(many, settings, strict=True)]
         answers = self._call(self._post_all("/v1/chat/completions", bodies, use_tqdm))
         return [request_output(None, answer) for answer in answers]
-
-    def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: Sampling, use_tqdm: bool = False
-    ) -> list[RequestOutput]:
-        """The best continuations of each prompt, `beam_width` of them, best first.
-
-        params: beam_width, max_tokens and further request fields (length_penalty, ignore_eos, temperature).
-        """
-        many = as_list(prompts)
-        settings = []
-        for fields in per_prompt(params, len(many)):
-            width = fields.get("beam_width")
-            if not isinstance(width, int) or width < 1:
-                raise ValueError("beam_search needs beam_width, a number of at least 1")
-            own = {name: value for name, value in fields.items() if name != "beam_width"}
-            settings.append({**own, "use_beam_search": True, "n": width, "best_of": width})
-        return self.generate(many, settings, use_tqdm)
 
     def encode(self, prompts: Prompt | Sequence[Prompt], **fields: Any) -> list[Any]:
         """`data` of POST /pooling for each prompt. Raises ValueError with the server's message for other models."""
@@ -155,7 +154,8 @@ class LLM:
 
     async def _post_all(self, path: str, bodies: list[dict[str, Any]], use_tqdm: bool) -> list[dict[str, Any]]:
         """Answers in order; at most as many sequences in flight as the engine runs at a time."""
-        most = max((n for body in bodies if isinstance(n := body.get("n"), int)), default=1)
+        counts = (body.get(name) for body in bodies for name in ("n", "best_of"))
+        most = max((count for count in counts if isinstance(count, int)), default=1)
         places = asyncio.Semaphore(max(self.config.engine.scheduler.max_num_seqs // max(most, 1), 1))
         common = {"model": self.config.served_model_name[0]}
         if path != "/pooling":

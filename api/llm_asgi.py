@@ -61,7 +61,7 @@ async def _chunks(app: App, path: str, body: dict[str, Any]) -> AsyncIterator[by
     """Body chunks of the answer. Leaving early tells the app that the client is gone and ends its task."""
     sent: asyncio.Queue[dict] = asyncio.Queue(MAX_CHUNKS_AHEAD)
     gone = asyncio.Event()
-    task = asyncio.create_task(_run(app, _scope(path), json.dumps(body).encode(), sent, gone))
+    task = asyncio.create_task(_run(app, _scope(path), json.dumps(body, default=_plain).encode(), sent, gone))
     try:
         status = (await _next(sent, task))["status"]
         failure = b""
@@ -105,6 +105,13 @@ async def _next(sent: asyncio.Queue[dict], task: asyncio.Task) -> dict:
         return await getter
     finally:
         getter.cancel()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy or torch among the settings."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a request cannot hold a {type(value).__name__}")
 
 
 def _failed(status: int, answer: bytes) -> RequestFailed:

@@ -15,7 +15,7 @@ from fuseline.engine.outputs import Ending, new_tokens, on_fast_path, pooled_out
 from fuseline.engine.requests import Requests
 from fuseline.engine.run.device import Device
 from fuseline.engine.run.runner import Model, PreparedBatch, Runner
-from fuseline.engine.run.sampling import NOT_FINITE, OK, Launched, Sampled, StepResult
+from fuseline.engine.run.sampling import NOT_FINITE, OK, PROCESSOR_FAILED, Launched, Sampled, StepResult
 from fuseline.engine.run.speculate.drafting import Drafter, Drafting, kept_positions
 from fuseline.engine.schedule.scheduler import Limits, scheduler_class
 from fuseline.engine.schedule.stages import choose_stage_order
@@ -31,6 +31,9 @@ NOTHING_LEFT_ERROR = (
     "no token is left to choose from: logit_bias, allowed_token_ids, bad_words, min_tokens, the penalties or the "
     "temperature of this request exclude all"
 )
+
+
+PROCESSOR_ERROR = "a logits processor of this request failed; the server's log has the cause"
 
 
 class Engine:
@@ -237,4 +240,5 @@ class Engine:
             self.scheduler.forget_computed(seq.request.request_id)
             self.requests.finish(seq, Ending("error", error=NOT_FINITE_ERROR))
         else:
-            self.requests.finish(seq, Ending("error", error=NOTHING_LEFT_ERROR, is_bad_request=True))
+            error = PROCESSOR_ERROR if status == PROCESSOR_FAILED else NOTHING_LEFT_ERROR
+            self.requests.finish(seq, Ending("error", error=error, is_bad_request=True))

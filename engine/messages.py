@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from array import array
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+
+
+class LogitsProcessor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A callable by its dotted name, or a factory of one with its arguments."""
+
+    qualname: str
+    is_factory: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
@@ -37,6 +46,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] = ()
     """Empty = all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
+    logprob_token_ids: tuple[int, ...] = ()
+    """With logprobs: the alternatives shown at each position, in place of the best ones."""
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    scores_temperature: float = 1.0
+    """Temperature at which log-probabilities are taken; for beam search, whose steps are greedy."""
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="pooling"):

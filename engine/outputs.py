@@ -103,13 +103,13 @@ def new_tokens(
     """Tokens that a step has sampled at `positions` of a sequence, as far as they belong to it, and the status of the
     last position: they stop at a token that ends the sequence, and before a position without a token.
     """
-    tokens, logprobs, count = [], [], seq.params.logprobs
+    tokens, logprobs = [], []
     for position in positions:
         if sampled.status[position] != OK:
             return NewTokens(tuple(tokens), tuple(logprobs)), int(sampled.status[position])
         tokens.append(int(sampled.tokens[position]))
-        if count is not None:
-            logprobs.append(sampled.scores.position(position, tokens[-1], count))
+        if seq.params.logprobs is not None:
+            logprobs.append(sampled.position(position, seq.params))
         ending = find_ending(seq, tokens[-1], int(lengths[position]) + 1, max_model_len)
         if ending:
             return NewTokens(tuple(tokens), tuple(logprobs), ending), OK

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import Any
 
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import EngineRequest, Output, PooledOutput, PoolingParams, SamplingParams, TokenOutput
 from fuseline.engine.outputs import Ending, NewTokens, Report, make_outputs
+from fuseline.engine.run.logits_processors import for_sequence, make_processor
 from fuseline.engine.schedule.scheduler import Scheduler
 from fuseline.engine.state.sequence import Sequence, SequenceOptions, make_sequences
 
@@ -43,13 +45,18 @@ class Requests:
         """
         if request.request_id in self.live:
             return
-        error = self._find_fault(request)
+        try:
+            error, made = self._find_fault(request), _make_processors(request)
+        except ValueError as failure:
+            error, made = f"a logits processor cannot be used: {failure}", []
         if error:
             self.report.outputs += _refusals(request, error)
             return
         sequences = make_sequences(
             request, self._order(request), self._seed(request), self._options, self._num_sequences
         )
+        for seq in sequences if made else ():
+            seq.processors = tuple(map(for_sequence, made))
         self._num_sequences += len(sequences)
         self.live[request.request_id] = sequences
         self._scheduler.add(sequences[0])
@@ -145,7 +152,14 @@ class Requests:
 def _named_tokens(params: SamplingParams) -> Iterator[int]:
     """Token ids in the settings of a request, stop tokens apart: those may be any."""
     biased = (token for token, _ in params.logit_bias)
-    return chain(biased, params.allowed_token_ids, *params.bad_words)
+    return chain(biased, params.allowed_token_ids, params.logprob_token_ids, *params.bad_words)
+
+
+def _make_processors(request: EngineRequest) -> list[Callable[..., Any]]:
+    """Raises ValueError."""
+    if isinstance(request.params, PoolingParams):
+        return []
+    return [make_processor(spec) for spec in request.params.logits_processors]
 
 
 def _refusals(request: EngineRequest, error: str) -> list[Output]:

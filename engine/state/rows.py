@@ -64,6 +64,7 @@ class RequestRows:
         self.has_history = np.zeros(num_rows, bool)
         self.reads_tokens = np.zeros(num_rows, bool)  # what it may sample depends on the newest tokens, on the host
         self.has_lists = np.zeros(num_rows, bool)
+        self.has_edits = np.zeros(num_rows, bool)  # run/row_edits.py has work for it
 
     def load(self, seq: Sequence, num_computed: int = 0) -> None:
         """Give the row `seq.row` to a sequence of whose tokens the first `num_computed` need no computing."""
@@ -169,7 +170,8 @@ class RequestRows:
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)
-        self.reads_tokens[row] = any(len(word) > 1 for word in params.bad_words)
+        self.reads_tokens[row] = bool(seq.processors) or any(len(word) > 1 for word in params.bad_words)
+        self.has_edits[row] = bool(seq.processors or params.logprob_token_ids or params.scores_temperature != 1)
         self.has_lists[row] = bool(
             params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens > 0
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fuseline.engine.messages import EngineRequest, PoolingParams, PositionLogprobs, SamplingParams
 from fuseline.engine.state.block_keys import EmbedsDigest, root_key
@@ -76,6 +77,8 @@ class Sequence:
     """Its KV in host memory, while it waits to go on."""
     state_slot: int = -1
     """Slot of its recurrent state; -1 while it has none."""
+    processors: tuple[Callable[..., Any], ...] = ()
+    """Logits processors of its request."""
 
     @property
     def params(self) -> SamplingParams | PoolingParams:

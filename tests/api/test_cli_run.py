@@ -11,9 +11,10 @@ import pytest
 
 from fuseline.api.cli import main
 from fuseline.api.config import ConfigError
-from fuseline.api.remote import Remote, server_url
+from fuseline.api.remote import Remote
 from fuseline.api.run import Chat, converse, run_chat
 from fuseline.api.run_tools import MAX_ROUNDS, Tools, answer_with_tools
+from fuseline.api.server_url import server_root
 
 
 def lines_then_end(*lines: str):
@@ -128,9 +129,9 @@ def test_streams_from_a_server(url: str, path: str, monkeypatch) -> None:
 
 
 def test_addresses_end_before_the_version() -> None:
-    for text in ("http://h:1", "http://h:1/", "http://h:1/v1", " http://h:1/v1/ "):
-        assert server_url(text) == "http://h:1"
-    assert server_url("https://h/proxy/v1") == "https://h/proxy"
+    for text in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
+        assert server_root(text) == "http://h:1"
+    assert server_root("https://h/proxy/v1") == "https://h/proxy"
 
 
 def test_command_with_a_url(url: str, capsys, monkeypatch) -> None:
@@ -232,6 +233,11 @@ def test_called_tools_are_run_and_their_results_sent(url: str, tools_file: str, 
             {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}]},
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
     ]  # fmt: skip
+
+
+def test_an_engine_here_needs_to_know_how_tools_are_called(tools_file: str, capsys) -> None:
+    assert main(["run", "--tools", tools_file]) == 1
+    assert "--tools needs --tool-call-parser" in capsys.readouterr().err
 
 
 def test_a_model_that_only_calls_tools_is_stopped(tools_file: str) -> None:

@@ -49,6 +49,7 @@ BROKEN = {
     "needs --ssl-ca-certs": {"ssl_cert_reqs": 2},
     "neither a file nor a template": {"chat_template": "chatml"},
     "neither a file nor": {"chat_template": "x" * 5000},
+    "needs --prompt-workers": {"trust_request_chat_template": True, "prompt_workers": 0},
     "no directory": {"generation_config": "/no/such"},
     "--metrics-prefix": {"metrics_prefix": "1 bad"},
     "--num-scheduler-steps 0: must be at least 1": {"num_scheduler_steps": 0},
