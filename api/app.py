@@ -22,7 +22,17 @@ from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddle
 from fuseline.api.openapi import describe
 from fuseline.api.output.anthropic_messages import error_body
 from fuseline.api.prompt.encode import TextTokenizer
-from fuseline.api.routes import anthropic, chat, completions, operation, other_tasks, responses, tokenizer, web
+from fuseline.api.routes import (
+    anthropic,
+    chat,
+    completions,
+    invocations,
+    operation,
+    other_tasks,
+    responses,
+    tokenizer,
+    web,
+)
 from fuseline.api.served import build_served, load_tokenizer
 from fuseline.engine.client import EngineClient, EngineDeadError
 from fuseline.engine.messages import EngineReady
@@ -63,7 +73,10 @@ def build_app(
     app = Application(config, title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
     app.state.served = build_served(config, client, ready, loaded or load_tokenizer(config))
     app.state.unknown_fields = set()
-    own = (operation.router, completions.router, chat.router, responses.router, anthropic.router, tokenizer.router)
+    own = (
+        operation.router, completions.router, chat.router, responses.router, anthropic.router, invocations.router,
+        tokenizer.router,
+    )  # fmt: skip
     for routes in (*own, other_tasks.router(), web.router()):
         app.include_router(routes)
     if config.enable_tokenizer_info_endpoint:

@@ -61,7 +61,7 @@ class LLM:
         sampling_params: Sampling | Sequence[Sampling] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Complete each prompt (text, token ids, {"prompt": text} or {"prompt_token_ids": ids}), all in one batch.
+        """Complete each prompt (text, token ids or a mapping with them), all of them in one batch.
 
         sampling_params: request fields of /v1/completions as a mapping or an object with such attributes, one for all
         prompts or one for each. Raises ValueError with the server's message for a request it refuses.

@@ -6,14 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from operator import index
 from typing import Any
 
 import msgspec
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids (a list, an array, a tensor), or a mapping with one of both and what else belongs to the prompt."""
-PROMPT_FIELDS = ("prompt", "prompt_token_ids", "cache_salt")
+"""A text, token ids (a list or an array), or {"prompt": text} or {"prompt_token_ids": ids}."""
 Sampling = Mapping[str, Any] | object
 
 
@@ -38,7 +36,7 @@ class CompletionOutput:
 class RequestOutput:
     """The answer to one prompt."""
 
-    prompt: str | list[int] | None
+    prompt: Prompt | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     usage: dict[str, Any]
@@ -46,31 +44,32 @@ class RequestOutput:
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A text, a mapping or a list of token ids is one prompt; anything else is many."""
-    prompts = _listed(prompts)
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     is_one = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
     return [prompts] if is_one else list(prompts)
 
 
 def prompt_fields(prompt: Prompt) -> dict[str, Any]:
-    """Request fields of a prompt. Raises ValueError for a mapping that names none, or something else."""
+    """The request fields of a prompt. Raises ValueError for what is none."""
     if not isinstance(prompt, Mapping):
-        return {"prompt": _plain(prompt)}
-    if unknown := sorted(set(prompt) - set(PROMPT_FIELDS)):
-        raise ValueError(f"a prompt has no {unknown[0]!r} here (keys: {', '.join(PROMPT_FIELDS)})")
-    given = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
-    if not given:
-        raise ValueError("a prompt needs 'prompt' or 'prompt_token_ids'")
-    salt = {"cache_salt": prompt["cache_salt"]} if prompt.get("cache_salt") is not None else {}
-    return {"prompt": _plain(prompt[given[0]]), **salt}
+        return {"prompt": plain(prompt)}
+    given = {name: value for name, value in prompt.items() if value is not None}
+    if unknown := sorted(set(given) - {"prompt", "prompt_token_ids", "cache_salt"}):
+        raise ValueError(f"a prompt cannot hold {unknown[0]!r} (keys: prompt, prompt_token_ids, cache_salt)")
+    found = given.get("prompt_token_ids", given.get("prompt"))
+    if found is None:
+        raise ValueError("a prompt needs prompt or prompt_token_ids")
+    return {"prompt": plain(found)} | {name: given[name] for name in ("cache_salt",) if name in given}
 
 
-def _plain(prompt: str | Sequence[int]) -> str | list[int]:
-    return prompt if isinstance(prompt, str) else [index(token) for token in _listed(prompt)]
-
-
-def _listed(value: Any) -> Any:
-    """Arrays of numpy, torch and Python as lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
+def plain(prompt: str | Sequence[int]) -> str | list[int]:
+    """A text, or token ids as a list. Raises ValueError."""
+    if isinstance(prompt, str):
+        return prompt
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if not all(isinstance(token, Integral) for token in ids):
+        raise ValueError("token ids must be whole numbers in one dimension")
+    return [int(token) for token in ids]
 
 
 def per_prompt(sampling: Sampling | Sequence[Sampling] | None, num: int) -> list[dict[str, Any]]:
@@ -94,7 +93,7 @@ def request_fields(sampling: Sampling | None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None and not name.startswith("_")}
 
 
-def request_output(prompt: str | list[int] | None, answer: dict[str, Any]) -> RequestOutput:
+def request_output(prompt: Prompt | None, answer: dict[str, Any]) -> RequestOutput:
     choices = answer["choices"]
     prompt_ids = answer.get("prompt_token_ids") or choices[0].get("prompt_token_ids") or ()
     return RequestOutput(prompt, tuple(prompt_ids), tuple(map(_completion_output, choices)), answer["usage"])

@@ -24,7 +24,9 @@ BODIES: dict[str, type[BaseModel]] = {
     "/detokenize": DetokenizeRequest,
 }
 """Route -> the JSON body of its POST."""
-STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+EITHER = {"/invocations": (ChatRequest, CompletionRequest)}
+"""Route -> the bodies that it takes."""
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations")
 REFERENCE = "#/components/schemas/{model}"
 
 
@@ -39,17 +41,20 @@ def describe(app: FastAPI) -> dict[str, Any]:
         for method, operation in operations.items():
             responses = operation["responses"]
             responses.pop("422", None)  # what FastAPI would answer to a body that it had parsed
-            if path in BODIES and method == "post":
-                _add(schemas, BODIES[path])
-                operation["requestBody"] = {"required": True, "content": _json(BODIES[path])}
+            kinds = EITHER.get(path) or ((BODIES[path],) if path in BODIES else ())
+            if kinds and method == "post":
+                operation["requestBody"] = {"required": True, "content": _json(*kinds)}
+            for kind in kinds:
+                _add(schemas, kind)
             if path in STREAMED:
                 responses["200"]["content"] = {"application/json": {}, "text/event-stream": {}}
             responses["default"] = {"description": "Refused or failed", "content": _json(ErrorBody)}
     return made
 
 
-def _json(kind: type[BaseModel]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": REFERENCE.format(model=kind.__name__)}}}
+def _json(*kinds: type[BaseModel]) -> dict[str, Any]:
+    references = [{"$ref": REFERENCE.format(model=kind.__name__)} for kind in kinds]
+    return {"application/json": {"schema": references[0] if len(kinds) == 1 else {"anyOf": references}}}
 
 
 def _add(schemas: dict[str, Any], kind: type[BaseModel]) -> None:

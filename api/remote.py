@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fuseline.api.config import read_environment
-from fuseline.api.server_url import server_root
 
 TIMEOUT = 600
 """Seconds of silence."""
@@ -21,7 +20,7 @@ class Remote:
     """
 
     def __init__(self, url: str, model: str = "", api_key: str = "") -> None:
-        self.url = server_root(url)
+        self.url = server_url(url)
         self._key = api_key or read_environment().api_key
         self._model = model
 
@@ -69,3 +68,8 @@ class Remote:
             raise ValueError(f"{url}: {error.code} {text[:500]}") from error
         except urllib.error.URLError as error:
             raise OSError(f"{url} does not answer ({error.reason}); is the server up?") from error
+
+
+def server_url(url: str) -> str:
+    """The address without a final / or /v1, before which our clients put the paths of routes."""
+    return url.strip().rstrip("/").removesuffix("/v1").rstrip("/")

@@ -22,7 +22,7 @@ from fuseline.api.bench.plot import require_matplotlib, save_plot
 from fuseline.api.bench.startup import run_startup
 from fuseline.api.bench.workload import MAX_PROMPTS, MAX_TOKENS, WorkloadConfig, arrival_times, make_samples
 from fuseline.api.config import ConfigError, read_environment
-from fuseline.api.server_url import server_root
+from fuseline.api.remote import server_url
 
 BENCHES = {
     "serve": "load an OpenAI-compatible server and report latencies and throughput",
@@ -117,7 +117,7 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 async def bench_serve(options: argparse.Namespace) -> int:
     """One run: warm-up, load, report, files."""
     api_key = options.api_key or read_environment().api_key
-    base_url = server_root(options.base_url)
+    base_url = server_url(options.base_url)
     async with open_session(api_key, options.timeout) as session:
         model = options.model or await first_model(session, base_url)
         target = Target(base_url, options.endpoint, model, options.temperature, options.ignore_eos)

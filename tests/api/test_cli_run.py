@@ -11,10 +11,9 @@ import pytest
 
 from fuseline.api.cli import main
 from fuseline.api.config import ConfigError
-from fuseline.api.remote import Remote
+from fuseline.api.remote import Remote, server_url
 from fuseline.api.run import Chat, converse, run_chat
 from fuseline.api.run_tools import MAX_ROUNDS, Tools, answer_with_tools
-from fuseline.api.server_url import server_root
 
 
 def lines_then_end(*lines: str):
@@ -130,8 +129,8 @@ def test_streams_from_a_server(url: str, path: str, monkeypatch) -> None:
 
 def test_addresses_end_before_the_version() -> None:
     for text in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
-        assert server_root(text) == "http://h:1"
-    assert server_root("https://h/proxy/v1") == "https://h/proxy"
+        assert server_url(text) == "http://h:1"
+    assert server_url("https://h/proxy/v1") == "https://h/proxy"
 
 
 def test_command_with_a_url(url: str, capsys, monkeypatch) -> None:

@@ -57,7 +57,8 @@ class FakeApp:
     def _whole(self, body: dict, text: str) -> dict:
         part = {"message": {"content": text.upper()}} if "messages" in body else {"text": text.upper()}
         choices = [{"index": i, **part, "finish_reason": "stop", "token_ids": [7, 8]} for i in range(body.get("n", 1))]
-        choices[0]["prompt_token_ids"] = [1, 2]
+        for choice in choices:
+            choice |= {"prompt_token_ids": [1, 2], "logprobs": {"token_logprobs": [None, -9.0, -1.0, -2.0]}}
         return {"choices": choices, "usage": USAGE}
 
     async def _stream(self, text: str, send) -> None:
@@ -138,12 +139,16 @@ def test_prompts_come_in_any_shape(llm: LLM, app: FakeApp) -> None:
 
 
 def test_beams_are_asked_for(llm: LLM, app: FakeApp) -> None:
-    outputs = llm.beam_search(["a", "b"], {"beam_width": 2, "max_tokens": 4, "length_penalty": 0.5})
-    assert [len(output.outputs) for output in outputs] == [2, 2]
-    wanted = {"use_beam_search": True, "n": 2, "best_of": 2, "max_tokens": 4, "length_penalty": 0.5}
-    assert all(wanted.items() <= body.items() and "beam_width" not in body for body in app.bodies)
-    for bad in ({}, {"beam_width": 0}, {"beam_width": "2"}):
-        with pytest.raises(ValueError, match="beam_width"):
+    params = SimpleNamespace(beam_width=2, max_tokens=4, length_penalty=0.5)
+    for output in llm.beam_search(["a", "b"], params):
+        assert [sequence.tokens for sequence in output.sequences] == [(1, 2, 7)] * 2, "an EOS is left out"
+        assert [sequence.cum_logprob for sequence in output.sequences] == [-3.0] * 2
+    kept = llm.beam_search("a", {"beam_width": 2, "max_tokens": 4, "include_stop_str_in_output": True})
+    assert kept[0].sequences[1].tokens == (1, 2, 7, 8)
+    wanted = {"use_beam_search": True, "n": 2, "max_tokens": 4, "length_penalty": 0.5, "temperature": 0.0}
+    assert all(wanted.items() <= body.items() and "beam_width" not in body for body in app.bodies[:2])
+    for bad in ({}, {"beam_width": 2}, {"max_tokens": 4}, {"beam_width": 2, "max_tokens": 4, "top_p": 0.5}):
+        with pytest.raises(ValueError, match="beam search"):
             llm.beam_search("a", bad)
 
 
