@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fuseline.api.flag_rows import ROWS as SETTLED
-from fuseline.api.flag_rows import Row, later
+from fuseline.api.flag_rows import Row, unimplemented
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
@@ -146,7 +146,7 @@ MISSING_DEVICES = {
 
 
 def _laters(part: str, names: str, is_switch: bool = False) -> dict[str, Row]:
-    return later(part, "bool" if is_switch else "str", names)
+    return unimplemented(part, "bool" if is_switch else "str", names)
 
 
 LATER: dict[str, Row] = {
