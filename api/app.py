@@ -73,8 +73,10 @@ def build_app(
     app = Application(config, title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
     app.state.served = build_served(config, client, ready, loaded or load_tokenizer(config))
     app.state.unknown_fields = set()
-    generating = (completions.router, chat.router, responses.router, anthropic.router, invocations.router)
-    own = (operation.router, *generating, tokenizer.router)
+    own = (
+        operation.router, completions.router, chat.router, responses.router, anthropic.router, invocations.router,
+        tokenizer.router,
+    )  # fmt: skip
     for routes in (*own, other_tasks.router(), web.router()):
         app.include_router(routes)
     if config.enable_tokenizer_info_endpoint:

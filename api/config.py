@@ -139,8 +139,6 @@ class ServerConfig:
     """No /docs, /redoc and /openapi.json."""
     enable_tokenizer_info_endpoint: bool = False
     """Mount GET /tokenizer_info: the tokenizer's settings and chat template."""
-    strict_requests: bool = False
-    """Answer 400 to a request with a field that is unknown, instead of a warning in the log."""
     enable_server_load_tracking: bool = False
     """Count the requests in flight for GET /load."""
     shutdown_timeout: float = 30.0
@@ -178,6 +176,8 @@ class ServerConfig:
     logits_processor_pattern: str = ""
     """Regular expression for the names of logits processors that requests may use, matched from their beginning; empty
     allows none. They are imported and called in this server: allow only what you trust."""
+    strict_requests: bool = False
+    """Refuse unknown fields of requests with 400, instead of one warning."""
     return_tokens_as_token_ids: bool = False
     """Show tokens as token_id:N in log-probabilities."""
     enable_prompt_tokens_details: bool = False

@@ -67,9 +67,9 @@ def _check_row(flag: str, row: Row, value: object) -> None:
 
 
 def _refuse_row(flag: str, row: Row, value: object) -> None:
-    if row.fate == "later":
+    if row.fate == "unimplemented":
         raise ConfigError(f"{flag}: not yet supported ({row.note}); leave it out")
-    if row.fate == "absent":
+    if row.fate == "refused":
         raise ConfigError(f"{flag}: {row.note}")
 
 

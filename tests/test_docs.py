@@ -148,7 +148,7 @@ def serve_flags() -> set[str]:
 
 
 def refused_flags() -> set[str]:
-    return {"--" + name.replace("_", "-") for name, row in tables.ROWS.items() if row.fate != "idle"}
+    return {"--" + name.replace("_", "-") for name, row in tables.ROWS.items() if row.fate != "ignored"}
 
 
 def script_flags() -> set[str]:
