@@ -16,9 +16,9 @@ from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, JsonObject, ServerConfig
 from fuseline.api.config_levels import check_levels
 from fuseline.compile.config import CompileConfig
-from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from fuseline.engine.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
 
-CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, CompileConfig)
+CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, GrammarConfig, CompileConfig)
 """Outer first: of fields with one name the outermost gives default and help, and one flag sets them all."""
 SUFFIXES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
 

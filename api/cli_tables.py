@@ -23,7 +23,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs "
         "response_role return_tokens_as_token_ids max_logprobs logprobs_mode enable_prompt_tokens_details "
-        "enable_force_include_usage stream_interval"
+        "enable_force_include_usage stream_interval guided_decoding_backend structured_outputs_config"
     ).split(),
     "server": (
         "host port api_key uvicorn_log_level allow_credentials allowed_origins allowed_methods "
@@ -35,6 +35,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_request_bytes max_prompt_bytes max_num_prompts max_n max_messages max_stop_strings max_stop_length "
         "max_logit_bias max_bad_words max_stop_token_ids max_token_rules prompt_workers prompt_timeout prompt_memory "
         "h11_max_incomplete_event_size h11_max_header_count max_pipelined_requests request_header_timeout "
+        "grammar_timeout grammar_memory grammar_cache_bytes grammar_workers "
         "request_body_timeout request_body_min_rate keep_alive_timeout response_write_timeout"
     ).split(),
     "logging": "disable_log_requests max_log_len enable_log_outputs disable_log_stats".split(),
@@ -42,7 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Help groups in order; every field that is a flag is in exactly one (a test checks it)."""
 
 NOT_FLAGS = frozenset((
-    "engine compile cache scheduler graphs level recorded weight_format dev_mode logging_level "
+    "engine compile cache scheduler graphs grammars level recorded weight_format dev_mode logging_level "
     "logging_config_path"
 ).split())
 """Fields without a flag: nested configs, what -O decides, what the environment sets, what has one value a target."""
@@ -171,10 +172,7 @@ LATER: dict[str, Later] = {
     **_laters("other tokenizers and formats", "tokenizer_mode config_format", neutral=("auto", "hf")),
     **_laters("other tokenizers and formats", "model_loader_extra_config rope_scaling rope_theta"),
     **_laters("tokenizer workers", "tokenizer_pool_size", neutral=("0",)),
-    **_laters(
-        "structured output",
-        "guided_decoding_backend logits_processor_pattern structured_outputs_config logits_processors",
-    ),
+    **_laters("logits processors", "logits_processor_pattern logits_processors"),
     **_laters(
         "multimodal input",
         "limit_mm_per_prompt mm_processor_kwargs allowed_local_media_path allowed_media_domains",

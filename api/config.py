@@ -139,6 +139,11 @@ class ServerConfig:
     """How message content reaches the template: as a string, or as a list of parts (openai)."""
     default_chat_template_kwargs: JsonObject = ()
     """JSON of template variables for requests that do not set them."""
+    guided_decoding_backend: str = "xgrammar"
+    """Backend of structured output, NAME or NAME:no-fallback: xgrammar, outlines, lm-format-enforcer, guidance or auto.
+    Requests may name another."""
+    structured_outputs_config: JsonObject = ()
+    """JSON with the key backend, the newer name of --guided-decoding-backend."""
     response_role: str = "assistant"
     """Role of answers."""
     return_tokens_as_token_ids: bool = False

@@ -14,12 +14,13 @@ from fuseline.api.config_levels import graph_config, level_values
 from fuseline.api.config_levels import without_effect as idle_keys
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import likely_kind
-from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from fuseline.engine.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
 
-CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, CompileConfig)
+CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, GrammarConfig, CompileConfig)
 JSON_OBJECTS = (
     "hf_overrides", "override_generation_config", "compilation_config", "default_chat_template_kwargs",
     "additional_config", "override_neuron_config", "tokenizer_pool_extra_config",
+    "structured_outputs_config",
 )  # fmt: skip
 CPU_PREFILL_SIZE = 128
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -41,6 +42,8 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     checkpoint = find_checkpoint(model, folder)
     given |= level_values(levels, given) | {"graphs": graph_config(levels, given)}
     given |= _prefill_values(given) | _context_values(checkpoint, given, environment or Environment())
+    if backend := dict(given.get("structured_outputs_config", ())).get("backend"):
+        given["guided_decoding_backend"] = str(backend)
     engine = _engine(given, checkpoint)
     own = _fields_of(ServerConfig, given) | {
         "engine": engine,
@@ -80,10 +83,10 @@ def config_dict(config: ServerConfig) -> dict[str, object]:
     """The flat, resolved configuration as --print-config and /server_info show it; secrets are hidden."""
     compile_config, engine = config.engine.compile, config.engine
     flat: dict[str, object] = {}
-    for part in (compile_config, engine.scheduler, engine.cache, engine, config):
+    for part in (compile_config, engine.scheduler, engine.cache, engine.grammars, engine, config):
         flat |= {item.name: getattr(part, item.name) for item in fields(part)}
     flat |= dict(config.recorded)
-    for name in ("engine", "compile", "cache", "scheduler", "graphs", "recorded"):
+    for name in ("engine", "compile", "cache", "scheduler", "graphs", "grammars", "recorded"):
         del flat[name]
     flat["model"], flat["model_path"] = config.model, compile_config.model
     for name in tables.SECRETS:
@@ -221,6 +224,7 @@ def _engine(given: dict[str, object], checkpoint: str) -> EngineConfig:
         compile=compile_config,
         cache=CacheConfig(**_fields_of(CacheConfig, values)),
         scheduler=SchedulerConfig(**_fields_of(SchedulerConfig, values)),
+        grammars=GrammarConfig(**_fields_of(GrammarConfig, values)),
     )
 
 

@@ -32,6 +32,7 @@ from fuseline.api.prompt.encode import TextTokenizer, read_json
 from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
+from fuseline.api.prompt.vocabulary import make_vocabulary
 from fuseline.api.protocol.common import GenerationDefaults
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
@@ -173,6 +174,8 @@ def build_served(
     if config.prompt_workers:
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
         pools[0].start()
+    if tokenizer is not None:
+        client.vocabulary = partial(make_vocabulary, tokenizer, ready.eos_token_ids)
     bodies = Bodies(config.max_request_bytes)
     return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
 

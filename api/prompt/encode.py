@@ -56,6 +56,11 @@ class TextTokenizer:
         text = self.special_tokens.get("eos_token")
         return None if text is None else self._tokenizer.token_to_id(text)
 
+    @property
+    def backend(self) -> Tokenizer:
+        """The library's own tokenizer."""
+        return self._tokenizer
+
     @cached_property
     def bytes_per_token(self) -> TextBound | None:
         """The most text that one token can stand for; None where a token can stand for text without end."""

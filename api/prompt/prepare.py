@@ -99,7 +99,8 @@ class Preparer:
         params = self._sampling.build(body, body.logprobs, prompts[0].max_tokens)
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
             params = replace(params, prompt_logprobs=body.logprobs)
-        return Prepared(prompts, params, replace(_answer(body), num_logprobs=body.logprobs))
+        answer = _answer(body, is_structured=params.grammar is not None)
+        return Prepared(prompts, params, replace(answer, num_logprobs=body.logprobs))
 
     def _completion_prompt(self, body: CompletionRequest, text: str | list[int]) -> PreparedPrompt:
         is_text = isinstance(text, str)
@@ -130,14 +131,15 @@ class Preparer:
         params = self._sampling.build(body, top, limit)
         prompt = PreparedPrompt(array("i", ids).tobytes(), limit)
         shown = rendered.text if len(ids) == len(encoded) else None
-        return Prepared((prompt,), params, self._chat_answer(body, rendered, top), shown)
+        answer = replace(_answer(body, params.grammar is not None), num_logprobs=top)
+        return Prepared((prompt,), params, self._chat_answer(body, rendered, answer), shown)
 
-    def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, top: int | None) -> AnswerOptions:
+    def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, answer: AnswerOptions) -> AnswerOptions:
         last = body.messages[-1]
         role = self._config.response_role if rendered.opens_answer else last.role
         echo = last.content if body.echo and last.role == role and isinstance(last.content, str) else ""
         self.limits.check_text(echo)
-        return replace(_answer(body), num_logprobs=top, request_id=body.request_id, role=role, echo=echo)
+        return replace(answer, request_id=body.request_id, role=role, echo=echo)
 
     def _tokenize(self, body: TokenizeRequest) -> Written:
         tokenizer = self._need_tokenizer()
@@ -155,7 +157,8 @@ class Preparer:
         return self._tokenizer
 
 
-def _answer(body: GenerateRequest) -> AnswerOptions:
+def _answer(body: GenerateRequest, is_structured: bool) -> AnswerOptions:
+    """A grammar alone says where a structured answer ends: stop strings within it are text."""
     options = body.stream_options
     return AnswerOptions(
         stream=bool(body.stream),
@@ -163,7 +166,7 @@ def _answer(body: GenerateRequest) -> AnswerOptions:
         continuous_usage=bool(options and options.continuous_usage_stats),
         wants_ids=bool(body.return_token_ids),
         shows_ids=body.return_tokens_as_token_ids,
-        stops=tuple(body.stops),
+        stops=() if is_structured else tuple(body.stops),
         includes_stop=bool(body.include_stop_str_in_output),
         skips_special=body.skip_special_tokens is not False,
         priority=body.priority or 0,

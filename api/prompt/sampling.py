@@ -8,29 +8,17 @@ from typing import Any
 from fuseline.api.config import ServerConfig
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.grammar import request_spec
 from fuseline.api.prompt.limits import Limits
+from fuseline.api.prompt.vocabulary import spelling
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.engine.messages import EngineReady, SamplingParams
+from fuseline.engine.messages import EngineReady, GrammarSpec, SamplingParams
 
 MAX_BIAS = 100.0
 
 
 def refuse_unsupported(request: GenerateRequest) -> None:
     """400 in words for what later parts bring."""
-    formats = request.response_format
-    if formats is not None and formats.type not in ("text", "json_object", "json_schema", "structural_tag"):
-        raise bad_request(f"unknown response_format.type {formats.type!r}", "response_format.type")
-    structured = {
-        "response_format": formats is not None and formats.type != "text",
-        "guided_json": request.guided_json is not None,
-        "guided_regex": request.guided_regex is not None,
-        "guided_choice": request.guided_choice is not None,
-        "guided_grammar": request.guided_grammar is not None,
-        "structured_outputs": request.structured_outputs is not None,
-    }
-    for name, is_used in structured.items():
-        if is_used:
-            raise bad_request(f"{name}: structured output is not supported yet", name, "unsupported_value")
     if request.use_beam_search:
         raise bad_request("use_beam_search is not supported yet", "use_beam_search", "unsupported_value")
     if request.length_penalty not in (None, 1.0):
@@ -64,6 +52,8 @@ class SamplingBuilder:
         self._tokenizer = tokenizer
         self._limits = limits
         self._defaults = defaults
+        self._backend = config.guided_decoding_backend
+        self._spelling = spelling(tokenizer) if tokenizer else None
         own = tokenizer.eos_id if tokenizer else None
         self._eos = tuple(dict.fromkeys(([own] if own is not None else []) + list(ready.eos_token_ids)))
 
@@ -77,6 +67,7 @@ class SamplingBuilder:
     def build(self, request: GenerateRequest, logprobs: int | None, max_tokens: int) -> SamplingParams:
         """Build the parameters that all prompts share, with the `max_tokens` of one. Raises ApiError 400."""
         ignore_eos = bool(request.ignore_eos)
+        grammar = self._grammar(request)
         self._limits.check_stops(request)
         self._limits.check_priority(request.priority)
         params = SamplingParams(
@@ -99,9 +90,26 @@ class SamplingBuilder:
             logit_bias=self._logit_bias(request.logit_bias),
             allowed_token_ids=self._allowed(request.allowed_token_ids),
             bad_words=self._bad_words(request.bad_words),
+            grammar=grammar,
         )
         check_choice(params, self._vocab)
         return params
+
+    def _grammar(self, request: GenerateRequest) -> GrammarSpec | None:
+        spec = request_spec(request, self._backend)
+        if spec is not None:
+            self.check_grammar()
+        return spec
+
+    def check_grammar(self) -> None:
+        """Raises ApiError 400 where this server's tokenizer cannot follow a grammar."""
+        if self._tokenizer is None:
+            raise bad_request("structured output needs a tokenizer; this server runs without one", "response_format")
+        if not self._eos:
+            message = "structured output needs an end-of-sequence token, and this model has none"
+            raise bad_request(message, "response_format")
+        if self._spelling is None:
+            raise bad_request("structured output does not work with this model's tokenizer", "response_format")
 
     def _value(self, request: GenerateRequest, name: str, built_in: Any) -> Any:
         given = getattr(request, name)
@@ -162,7 +170,7 @@ class SamplingBuilder:
 def check_choice(params: SamplingParams, vocab_size: int) -> None:
     """Raises ApiError 400 when every token is banned from the first one on: nothing could be sampled."""
     banned = {word[0] for word in params.bad_words if len(word) == 1}
-    if params.min_tokens:
+    if params.min_tokens and not params.grammar:
         banned |= {*params.masked_eos_token_ids, *params.stop_token_ids}
     if set(params.allowed_token_ids) - banned or (not params.allowed_token_ids and len(banned) < vocab_size):
         return
