@@ -18,9 +18,9 @@ from fuseline.api.config_levels import check_levels, explicit_levels
 from fuseline.api.flag_rows import ALIASES
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.overrides import merged
-from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from fuseline.engine.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
 
-CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, CompileConfig)
+CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, GrammarConfig, CompileConfig)
 """Outer first: of fields with one name the outermost gives default and help, and one flag sets them all."""
 SUFFIXES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30, "t": 10**12, "T": 2**40}
 

@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "chat and answers": (
         "chat_template chat_template_content_format default_chat_template_kwargs trust_request_chat_template "
         "enable_auto_tool_choice tool_call_parser tool_parser_plugin enable_reasoning reasoning_parser "
-        "exclude_tools_when_tool_choice_none "
+        "exclude_tools_when_tool_choice_none guided_decoding_backend structured_outputs_config "
         "response_role logits_processor_pattern strict_requests "
         "return_tokens_as_token_ids max_logprobs logprobs_mode enable_prompt_tokens_details "
         "enable_force_include_usage stream_interval"
@@ -43,6 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_stop_strings max_stop_length "
         "max_logit_bias max_bad_words max_stop_token_ids max_token_rules prompt_workers prompt_timeout prompt_memory "
         "h11_max_incomplete_event_size h11_max_header_count max_pipelined_requests request_header_timeout "
+        "grammar_timeout grammar_memory grammar_cache_bytes grammar_workers "
         "request_body_timeout request_body_min_rate keep_alive_timeout response_write_timeout"
     ).split(),
     "logging": (
@@ -53,7 +54,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Help groups in order; every field that is a flag is in exactly one (a test checks it)."""
 
 NOT_FLAGS = frozenset((
-    "engine compile cache scheduler graphs level recorded weight_format dev_mode logging_level "
+    "engine compile cache scheduler graphs grammars level recorded weight_format dev_mode logging_level "
     "logging_config_path fits_context"
 ).split())
 """Fields without a flag: nested configs, what -O decides, what the environment sets, what has one value a target."""
@@ -151,10 +152,7 @@ def _laters(part: str, names: str, is_switch: bool = False) -> dict[str, Row]:
 
 LATER: dict[str, Row] = {
     **_laters("tool calling and reasoning", "tool_server reasoning_parser_plugin"),
-    **_laters(
-        "structured output",
-        "guided_decoding_backend structured_outputs_config logits_processors",
-    ),
+    **_laters("logits processors", "logits_processors"),
     **_laters(
         "structured output",
         "guided_decoding_disable_fallback guided_decoding_disable_any_whitespace "

@@ -171,6 +171,11 @@ class ServerConfig:
     """Format in which the model writes its reasoning, which answers then show apart; docs/TOOLS.md lists them."""
     enable_reasoning: bool = False
     """Show reasoning apart; --reasoning-parser alone does so too."""
+    guided_decoding_backend: str = "xgrammar"
+    """Backend of structured output, NAME or NAME:no-fallback: xgrammar, outlines, lm-format-enforcer, guidance or auto.
+    Requests may name another."""
+    structured_outputs_config: JsonObject = ()
+    """JSON with the key backend, the newer name of --guided-decoding-backend."""
     response_role: str = "assistant"
     """Role of answers."""
     logits_processor_pattern: str = ""

@@ -13,6 +13,7 @@ from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.config_refusals import refuse_combination
 from fuseline.api.flag_rows import Row
+from fuseline.api.prompt.backends import NATIVE, parse_backend
 from fuseline.compile.target import DeviceError, likely_kind
 
 MINIMA: dict[str, float] = {
@@ -28,6 +29,7 @@ MINIMA: dict[str, float] = {
     "max_logit_bias": 0, "max_bad_words": 0, "max_stop_token_ids": 0, "max_request_bytes": 1, "max_prompt_bytes": 1,
     "max_messages": 1, "max_stored_responses": 0, "max_token_rules": 0,
     "prompt_workers": 0, "prompt_timeout": 0.1, "prompt_memory": 64 * 2**20,
+    "grammar_timeout": 0.1, "grammar_memory": 64 * 2**20, "grammar_cache_bytes": 0, "grammar_workers": 1,
 }  # fmt: skip
 
 
@@ -81,11 +83,26 @@ def check(config: ServerConfig) -> None:
 
 def _minima(config: ServerConfig) -> None:
     engine = config.engine
-    for part in (config, engine, engine.cache, engine.scheduler, engine.compile):
+    for part in (config, engine, engine.cache, engine.scheduler, engine.grammars, engine.compile):
         for name, minimum in MINIMA.items():
             value = getattr(part, name, None)
             if value is not None and (math.isnan(value) or value < minimum):
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+
+
+def _grammar_backend(config: ServerConfig) -> None:
+    unknown = sorted(set(dict(config.structured_outputs_config)) - {"backend"})
+    if unknown:
+        raise ConfigError(f"--structured-outputs-config: unknown key {unknown[0]!r} (backend)")
+    try:
+        name, has_fallback = parse_backend(config.guided_decoding_backend)
+    except ValueError as error:
+        raise ConfigError(f"--guided-decoding-backend: {error}") from error
+    if name not in NATIVE and not has_fallback:
+        raise ConfigError(
+            f"--guided-decoding-backend {name}:no-fallback: this server compiles grammars with xgrammar; "
+            "use xgrammar, auto, or the name without no-fallback"
+        )
 
 
 def _ranges(config: ServerConfig) -> None:
@@ -198,5 +215,5 @@ def _logging(config: ServerConfig) -> None:
 
 
 RULES: tuple[Callable[[ServerConfig], None], ...] = (
-    _minima, _ranges, _token_budget, _partial_prefills, _files, _template, _parsers, _logging,
+    _minima, _ranges, _grammar_backend, _token_budget, _partial_prefills, _files, _template, _parsers, _logging,
 )  # fmt: skip

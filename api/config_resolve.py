@@ -19,7 +19,7 @@ from fuseline.api.flag_rows import ALIASES
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.overrides import is_within, merged
 from fuseline.compile.target import likely_kind
-from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from fuseline.engine.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
 
 CPU_PREFILL_SIZE = 128
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -45,6 +45,8 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
         given["tokenizer"] = find_checkpoint(tokenizer or model, folder, str(given.get("tokenizer_revision", default)))
     check_overrides(checkpoint, given)
     given |= _prefill_values(given) | _context_values(checkpoint, given, environment)
+    if backend := dict(given.get("structured_outputs_config", ())).get("backend"):
+        given["guided_decoding_backend"] = str(backend)
     own = _fields_of(ServerConfig, given) | {
         "engine": _engine(given, checkpoint),
         "model": model,
@@ -83,10 +85,10 @@ def config_dict(config: ServerConfig) -> dict[str, object]:
     """The flat, resolved configuration as --print-config and /server_info show it; secrets are hidden."""
     compile_config, engine = config.engine.compile, config.engine
     flat: dict[str, object] = {}
-    for part in (compile_config, engine.scheduler, engine.cache, engine, config):
+    for part in (compile_config, engine.scheduler, engine.cache, engine.grammars, engine, config):
         flat |= {item.name: getattr(part, item.name) for item in fields(part)}
     flat |= dict(config.recorded)
-    for name in ("engine", "compile", "cache", "scheduler", "graphs", "recorded"):
+    for name in ("engine", "compile", "cache", "scheduler", "graphs", "grammars", "recorded"):
         del flat[name]
     flat["model"], flat["model_path"] = config.model, compile_config.model
     for name in tables.SECRETS:
@@ -208,6 +210,7 @@ def _engine(given: dict[str, object], checkpoint: str) -> EngineConfig:
         compile=compile_config,
         cache=CacheConfig(**_fields_of(CacheConfig, values)),
         scheduler=SchedulerConfig(**_fields_of(SchedulerConfig, values)),
+        grammars=GrammarConfig(**_fields_of(GrammarConfig, values)),
     )
 
 

@@ -35,6 +35,7 @@ from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
 from fuseline.api.prompt.template import ChatTemplate
+from fuseline.api.prompt.vocabulary import make_vocabulary
 from fuseline.api.protocol.common import GenerationDefaults
 from fuseline.api.stored_responses import ResponseStore
 from fuseline.engine.client import EngineClient
@@ -192,6 +193,8 @@ def build_served(
     if config.prompt_workers:
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
         pools[0].start()
+    if tokenizer is not None:
+        client.vocabulary = partial(make_vocabulary, tokenizer, ready.eos_token_ids)
     bodies = Bodies(config.max_request_bytes)
     admission = Admission(config)
     return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, admission, parsing, stored)

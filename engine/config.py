@@ -60,6 +60,20 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class GrammarConfig:
+    """Bounds of structured output: grammars are compiled in processes of their own."""
+
+    grammar_timeout: float = 10.0
+    """Seconds that compiling a request's grammar may take; it is refused then with 400."""
+    grammar_memory: int = 2 * 2**30
+    """Bytes of memory that compiling a grammar may take; it is refused then with 400."""
+    grammar_cache_bytes: int = 256 * 2**20
+    """Bytes of compiled grammars that are kept for requests to come; a larger one is refused with 400."""
+    grammar_workers: int = 2
+    """Grammars that are compiled at the same time; the processes start with the first request that needs them."""
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine process is told; sent to it as is."""
 
@@ -69,6 +83,7 @@ class EngineConfig:
     device: Literal["auto", "cuda", "neuron", "cpu", "openvino", "tpu", "xpu", "hpu"] = "auto"
     """Where to run; auto takes the best present."""
     graphs: GraphConfig = field(default_factory=GraphConfig)
+    grammars: GrammarConfig = field(default_factory=GrammarConfig)
     max_logprobs: int = 20
     """Most log-probabilities a request may ask for at a position; -1 allows the whole vocabulary."""
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = "raw_logprobs"

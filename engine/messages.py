@@ -37,6 +37,16 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         return hashlib.sha256(b"".join(len(p.encode()).to_bytes(8, "little") + p.encode() for p in parts)).digest()
 
 
+class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, tag="vocabulary"):
+    """The tokens as text, which grammars need: sent before the first request with one."""
+
+    tokens: tuple[bytes, ...]
+    """UTF-8 bytes by id; empty for special tokens, which no text has."""
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int = 0
+    """Logits of the model; tokens beyond the list are never allowed."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
     """One request's sampling settings, validated and resolved by the API (SPEC 4.1, 6)."""
 
@@ -324,5 +334,5 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 Call = ResetPrefixCache | Sleep | WakeUp | IsSleeping
 CallResult = CallDone | CallFailed | SleepState
-ToEngine = EngineRequest | AbortRequests | Call | Shutdown
+ToEngine = EngineRequest | AbortRequests | Vocabulary | Call | Shutdown
 FromEngine = StepOutputs | CallResult | EngineReady | EngineFailed | Progress

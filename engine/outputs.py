@@ -119,6 +119,8 @@ def new_tokens(
 def find_ending(seq: Sequence, token: int, length: int, max_model_len: int) -> Ending | None:
     """Whether `token` ends the sequence, which has `length` tokens with it. Stop strings are the API's; it aborts."""
     params, num_generated = seq.params, length - seq.prompt_len
+    if params.grammar and token in params.ending_token_ids:  # allowed only where the grammar is complete
+        return Ending("stop", token if token in params.stop_token_ids else None)
     if num_generated >= params.min_tokens:
         if token in params.eos_token_ids:
             return Ending("stop")

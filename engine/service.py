@@ -30,6 +30,7 @@ from fuseline.engine.messages import (
     Sleep,
     SleepState,
     ToEngine,
+    Vocabulary,
     WakeUp,
 )
 from fuseline.engine.run.runner import Model, SwappingModel
@@ -46,7 +47,10 @@ Send = Callable[[FromEngine], None]
 
 class Inbox(Protocol):
     def receive(self, wait: bool) -> ToEngine | None:
-        """The next message; None when there is none and `wait` is false."""
+        """The next message; None when there is none and `wait` is false, or `wake` was called."""
+
+    def wake(self) -> None:
+        """End a `receive` that waits. From any thread."""
 
 
 class EngineService:
@@ -76,10 +80,13 @@ class EngineService:
     def run(self, inbox: Inbox) -> None:
         """Serve until told to shut down. Without work it blocks on the inbox."""
         try:
+            self.engine.grammars.on_ready = inbox.wake
             while self._take_messages(inbox):
+                self.engine.admit_compiled()
                 if self.engine.has_work:
                     self.send(self.engine.step())
         finally:
+            self.engine.grammars.close()
             # A thread that still captures would outlive the interpreter.
             self.device.stop_capture(self.engine.runner.model)
 
@@ -100,6 +107,8 @@ class EngineService:
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, EngineRequest):
             self.engine.add(message)
+        elif isinstance(message, Vocabulary):
+            self.engine.grammars.set_vocabulary(message)
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
                 self.engine.abort(request_id)

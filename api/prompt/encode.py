@@ -65,6 +65,11 @@ class TextTokenizer:
         """Ids that decoding leaves out when special tokens are skipped."""
         return frozenset(k for k, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
 
+    @property
+    def backend(self) -> Tokenizer:
+        """The library's own tokenizer."""
+        return self._tokenizer
+
     @cached_property
     def bytes_per_token(self) -> TextBound | None:
         """The most text that one token can stand for; None where a token can stand for text without end."""

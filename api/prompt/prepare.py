@@ -25,9 +25,9 @@ from fuseline.api.prompt.field_checks import check_request
 from fuseline.api.prompt.limits import Limits
 from fuseline.api.prompt.parse import renamed_fields, validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
-from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
+from fuseline.api.prompt.sampling import SamplingBuilder
 from fuseline.api.prompt.token_routes import detokenize, tokenize
-from fuseline.api.prompt.tool_grammar import reasoning_end, with_grammar
+from fuseline.api.prompt.tool_grammar import thinking_of, with_grammar
 from fuseline.api.prompt.tools import parse_options, read_tools
 from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -104,7 +104,6 @@ class Preparer:
         return replace(step(body), unknown=unknown)
 
     def _completion(self, body: CompletionRequest) -> Prepared:
-        refuse_unsupported(body)
         check_request(body, self._config)
         texts = _as_list(body.prompt)
         self._admission.check(body, len(texts))
@@ -113,8 +112,8 @@ class Preparer:
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
             params = replace(params, prompt_logprobs=params.logprobs)
         shown = None if body.logprobs is None else params.logprobs
-        answer = replace(_answer(body), num_logprobs=shown, is_one_event=_is_ranked(body))
-        return Prepared(prompts, params, answer)
+        answer = _answer(body, is_structured=params.grammar is not None)
+        return Prepared(prompts, params, replace(answer, num_logprobs=shown, is_one_event=_is_ranked(body)))
 
     def _completion_prompt(self, body: CompletionRequest, text: str | list[int]) -> PreparedPrompt:
         ids, echo = self._prompts.encode(body, text)
@@ -123,7 +122,6 @@ class Preparer:
 
     def _chat(self, body: ChatRequest) -> Prepared:
         use = read_tools(body, self._config)
-        refuse_unsupported(body)
         check_request(body, self._config)
         self._admission.check(body)
         self._need_tokenizer("messages")
@@ -141,16 +139,19 @@ class Preparer:
         shown = rendered.text if len(ids) == len(encoded) else None
         parse = parse_options(body, use, rendered, self._config)
         if parse:
-            params = with_grammar(params, use, reasoning_end(body, parse.start, self._config, self._need_tokenizer()))
-        answer = replace(self._chat_answer(body, rendered, top), parse=parse)
-        return Prepared((prompt,), params, answer, shown)
+            thinking = thinking_of(body, parse.start, self._config)
+            params = with_grammar(params, use, thinking, self._need_tokenizer())
+        if params.grammar is not None:
+            self._sampling.check_grammar(body)
+        answer = replace(_answer(body, params.grammar is not None), num_logprobs=top, parse=parse)
+        return Prepared((prompt,), params, self._chat_answer(body, rendered, answer), shown)
 
-    def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, top: int | None) -> AnswerOptions:
+    def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, answer: AnswerOptions) -> AnswerOptions:
         last = body.messages[-1]
         role = self._config.response_role if rendered.opens_answer else last.role
         echo = rendered.last_text if body.echo and last.role == role else ""
         self.limits.check_text(echo, "messages")
-        return replace(_answer(body), num_logprobs=top, role=role, echo=echo)
+        return replace(answer, role=role, echo=echo)
 
     def _responses(self, body: ResponsesRequest) -> Prepared:
         with renamed_fields(from_responses.RENAMED):
@@ -186,7 +187,8 @@ class Preparer:
         return self._tokenizer
 
 
-def _answer(body: GenerateRequest) -> AnswerOptions:
+def _answer(body: GenerateRequest, is_structured: bool) -> AnswerOptions:
+    """A grammar alone says where a structured answer ends: stop strings within it are text."""
     options = body.stream_options
     length_penalty = 1.0 if body.length_penalty is None else body.length_penalty
     return AnswerOptions(
@@ -198,7 +200,7 @@ def _answer(body: GenerateRequest) -> AnswerOptions:
         continuous_usage=bool(options and options.continuous_usage_stats),
         wants_ids=bool(body.return_token_ids),
         shows_ids=body.return_tokens_as_token_ids,
-        stops=tuple(body.stops),
+        stops=() if is_structured else tuple(body.stops),
         includes_stop=bool(body.include_stop_str_in_output),
         skips_special=body.skip_special_tokens is not False,
         priority=body.priority or 0,

@@ -11,34 +11,17 @@ from fuseline.api.config import ServerConfig
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.field_checks import read_processors
+from fuseline.api.prompt.grammar import request_spec
 from fuseline.api.prompt.limits import MAX_NAMED, Limits
+from fuseline.api.prompt.vocabulary import spelling
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.engine.messages import EngineReady, SamplingParams
+from fuseline.engine.messages import EngineReady, GrammarSpec, SamplingParams
 
 LOG = logging.getLogger("fuseline.requests")
 MAX_BIAS = 100.0
 MIN_TEMPERATURE = 0.01
 """A temperature between 0 and this is raised to it by the engine (SPEC 6.2)."""
 TOKEN_ID = re.compile(r"-?[0-9]{1,18}")
-
-
-def refuse_unsupported(request: GenerateRequest) -> None:
-    """400 in words for what later parts bring."""
-    formats = request.response_format
-    if formats is not None and formats.type not in ("text", "json_object", "json_schema", "structural_tag"):
-        raise bad_request(f"unknown response_format.type {formats.type!r}", "response_format.type")
-    structured = {
-        "response_format": formats is not None and formats.type != "text",
-        "guided_json": request.guided_json is not None,
-        "guided_regex": request.guided_regex is not None,
-        "guided_choice": request.guided_choice is not None,
-        "guided_grammar": request.guided_grammar is not None,
-        "structured_outputs": request.structured_outputs is not None,
-        "tool_choice": getattr(request, "tool_choice", None) not in (None, "none", "auto"),
-    }
-    for name, is_used in structured.items():
-        if is_used:
-            raise bad_request(f"{name}: structured output is not supported yet", name, "unsupported_value")
 
 
 class SamplingBuilder:
@@ -60,6 +43,8 @@ class SamplingBuilder:
         self._tokenizer = tokenizer
         self._limits = limits
         self._defaults = defaults
+        self._backend = config.guided_decoding_backend
+        self._spelling = spelling(tokenizer) if tokenizer else None
         own = tokenizer.eos_id if tokenizer else None
         self._eos = tuple(dict.fromkeys(([own] if own is not None else []) + list(ready.eos_token_ids)))
 
@@ -84,6 +69,7 @@ class SamplingBuilder:
         """
         ignore_eos = bool(request.ignore_eos)
         is_ranked = request.num_generated != request.num_choices  # best_of picks by log-probability
+        grammar = self._grammar(request)
         self._limits.check_stops(request)
         self._limits.check_priority(request.priority)
         params = SamplingParams(
@@ -108,6 +94,7 @@ class SamplingBuilder:
             bad_words=self._bad_words(request.bad_words),
             logprob_token_ids=self._named(request),
             logits_processors=read_processors(request.logits_processors, self._pattern),
+            grammar=grammar,
         )
         check_choice(params, self._vocab)
         return params
@@ -132,6 +119,25 @@ class SamplingBuilder:
             raise bad_request(message, "logprob_token_ids", "unsupported_value")
         self._logprobs(len(ids), "logprob_token_ids")
         return ids
+
+    def _grammar(self, request: GenerateRequest) -> GrammarSpec | None:
+        spec = request_spec(request, self._backend)
+        if spec is not None:
+            self.check_grammar(request)
+        return spec
+
+    def check_grammar(self, request: GenerateRequest) -> None:
+        """Raises ApiError 400 where this request, or this server's tokenizer, cannot follow a grammar."""
+        if request.use_beam_search:
+            message = "use_beam_search does not go with structured output"
+            raise bad_request(message, "use_beam_search", "unsupported_value")
+        if self._tokenizer is None:
+            raise bad_request("structured output needs a tokenizer; this server runs without one", "response_format")
+        if not self._eos:
+            message = "structured output needs an end-of-sequence token, and this model has none"
+            raise bad_request(message, "response_format")
+        if self._spelling is None:
+            raise bad_request("structured output does not work with this model's tokenizer", "response_format")
 
     def _value(self, request: GenerateRequest, name: str, built_in: Any) -> Any:
         given = getattr(request, name)
@@ -188,7 +194,7 @@ class SamplingBuilder:
 def check_choice(params: SamplingParams, vocab_size: int) -> None:
     """Raises ApiError 400 when every token is banned from the first one on: nothing could be sampled."""
     banned = {word[0] for word in params.bad_words if len(word) == 1}
-    if params.min_tokens:
+    if params.min_tokens and not params.grammar:
         banned |= {*params.masked_eos_token_ids, *params.stop_token_ids}
     if set(params.allowed_token_ids) - banned or (not params.allowed_token_ids and len(banned) < vocab_size):
         return

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec.structs import replace
 
 from fuseline.api.config import ServerConfig
-from fuseline.api.parsers.reasoning import Start
+from fuseline.api.parsers.reasoning import ReasoningFormat, Start
 from fuseline.api.parsers.registry import find_reasoning
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.grammar import TaggedSchema, json_spec, structured_spec
@@ -17,14 +18,48 @@ from fuseline.api.protocol.chat import ChatRequest
 from fuseline.engine.messages import GrammarSpec, SamplingParams
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+ASKED = ("enable_thinking", "thinking")
+"""Variables with which templates ask for reasoning."""
 DESCRIBES_VALUES = ("type", "$ref", "anyOf", "oneOf", "allOf")
 
 
-def with_grammar(params: SamplingParams, use: ToolUse, starts_after: tuple[int, ...]) -> SamplingParams:
-    """The parameters with the grammar of the request's tools, or with its own, behind the reasoning."""
+@dataclass(frozen=True)
+class Thinking:
+    """Reasoning as the prompt leaves it."""
+
+    form: ReasoningFormat | None = None
+    start: Start = ""
+    is_asked: bool = False
+    """The request has asked the template for it."""
+
+    @property
+    def has_begun(self) -> bool:
+        form = self.form
+        return form is not None and (self.start == "open" or (form.is_assumed and self.start == ""))
+
+    @property
+    def may_begin(self) -> bool:
+        """A model that is not asked is not given the choice: with all else forbidden it would take it."""
+        return self.form is not None and self.start == "" and self.is_asked
+
+
+def thinking_of(body: ChatRequest, start: Start, config: ServerConfig) -> Thinking:
+    variables = {**dict(config.default_chat_template_kwargs), **(body.chat_template_kwargs or {})}
+    is_asked = any(variables.get(name) is True for name in ASKED)
+    return Thinking(find_reasoning(config.reasoning_parser), start, is_asked)
+
+
+def with_grammar(params: SamplingParams, use: ToolUse, thinking: Thinking, tokenizer: TextTokenizer) -> SamplingParams:
+    """The parameters with the grammar of the request's tools, or with its own, behind the reasoning.
+
+    Raises ApiError 400 that names `tools`.
+    """
+    starts_after = reasoning_end(thinking, tokenizer)
     grammar = tool_spec(use, starts_after)
     if grammar is None and params.grammar is not None:
         grammar = replace(params.grammar, starts_after=starts_after)
+    if grammar is not None and not starts_after and thinking.may_begin:
+        grammar = behind_optional_reasoning(grammar, thinking.form)
     return replace(params, grammar=grammar)
 
 
@@ -50,15 +85,19 @@ def _arguments(tool: Tool) -> dict[str, Any]:
     return schema if any(key in schema for key in DESCRIBES_VALUES) else {**ANY_OBJECT, **schema}
 
 
-def reasoning_end(body: ChatRequest, start: Start, config: ServerConfig, tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """Tokens behind which a grammar begins; none where the answer may come without reasoning, or its end is no token.
-
-    `start`: where the prompt leaves the answer.
-    """
-    form = find_reasoning(config.reasoning_parser)
-    variables = {**dict(config.default_chat_template_kwargs), **(body.chat_template_kwargs or {})}
-    is_asked = any(variables.get(name) is True for name in ("enable_thinking", "thinking"))
-    if form is None or start == "closed" or not (start == "open" or form.is_assumed or is_asked):
+def reasoning_end(thinking: Thinking, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """Tokens behind which a grammar begins; none where no reasoning has begun, or its end is no token."""
+    if not thinking.has_begun:
         return ()
-    end = tokenizer.token_id(form.ends[0])
+    end = tokenizer.token_id(thinking.form.ends[0])
     return () if end is None else (end,)
+
+
+def behind_optional_reasoning(grammar: GrammarSpec, form: ReasoningFormat) -> GrammarSpec:
+    """The same language, and before it reasoning between its marks, if the model begins with the first of them."""
+    if grammar.kind != "ebnf":
+        return grammar
+    answer = {"type": "grammar", "grammar": grammar.text}
+    thoughts = {"type": "tag", "begin": form.begins[0], "content": {"type": "any_text"}, "end": form.ends[0]}
+    either = {"type": "or", "elements": [{"type": "sequence", "elements": [thoughts, answer]}, answer]}
+    return replace(grammar, kind="structural_tag", text=json.dumps({"type": "structural_tag", "format": either}))

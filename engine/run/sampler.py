@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuseline.engine.messages import SamplingParams
+from fuseline.engine.run.grammar.masks import bitmask_of
 from fuseline.engine.run.histories import Histories, History
 from fuseline.engine.run.row_edits import RowEdit
 from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments, is_raw
@@ -29,6 +30,7 @@ class RowSettings:
     has_any_history: bool
     has_lists: bool
     has_edits: bool
+    has_grammar: bool
     no_scores: dict[str, Tensor] | None
     """As SampleArguments has it."""
 
@@ -61,6 +63,8 @@ class Sampler:
             arguments.inputs |= self._lists(batch)
         if settings.has_edits:
             arguments.edits = self._edits(batch)
+        if settings.has_grammar:
+            arguments.inputs["bitmask"] = bitmask_of(batch, self.rows, self.vocab_size)
         if not settings.has_any_history:
             return
         if self.histories is None:
@@ -89,6 +93,7 @@ class Sampler:
             has_any_history=bool(has_history.any()),
             has_lists=bool(state.has_lists[rows].any()),
             has_edits=bool(state.has_edits[rows].any()),
+            has_grammar=bool(state.has_grammar[rows].any()),
             no_scores={} if (num_logprobs < 0).all() else None,
         )
 
@@ -153,7 +158,7 @@ def banned_tokens(params: SamplingParams, generated: np.ndarray) -> list[int]:
     The newest generated token need not be known unless a bad word has several tokens.
     """
     banned = [word[-1] for word in params.bad_words if _ends_with(generated, word[:-1])]
-    if len(generated) < params.min_tokens:
+    if len(generated) < params.min_tokens and params.grammar is None:  # a grammar's mask knows them
         banned += [*params.eos_token_ids, *params.masked_eos_token_ids, *params.stop_token_ids]
     return banned
 

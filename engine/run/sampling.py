@@ -48,7 +48,7 @@ class SampleArguments:
     mode: int
     """Index in LOGPROBS_MODES."""
     inputs: dict[str, Tensor]
-    """By the names in INPUTS."""
+    """By the names in INPUTS, and `bitmask` [R, ceil(V / 32)] int32 where a row has a grammar."""
     history: History | None = None
     """On the device, in place of the one among the inputs; history_start [2, R] is then where each row's begins and
     ends. None where nobody asks for it, and on devices that keep none."""
@@ -175,7 +175,7 @@ def launch_sampling(
         scores = _score_outputs(device, out, arguments)
         device.ops.sample(
             out["tokens"], *itemgetter(*SCORES)(scores), out["ok"], logits[:num_rows], *itemgetter(*INPUTS)(given),
-            None, arguments.mode,
+            given.get("bitmask"), arguments.mode,
         )  # fmt: skip
     if edited:
         restore_scores(out, edited, arguments.mode == 0)

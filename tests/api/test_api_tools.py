@@ -21,6 +21,7 @@ THINKS = {
     "messages": [{"role": "user", "content": "What is 12 plus 7?"}],
     "chat_template_kwargs": {"enable_thinking": True},
 }
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
 GREEDY = {"temperature": 0, "max_tokens": 80}
 
 
@@ -137,7 +138,47 @@ def test_an_answer_without_thoughts_has_none(tooled: Api) -> None:
     assert message["reasoning_content"] is None and "19" in message["content"]
 
 
-NAMED = {"type": "function", "function": {"name": "get_weather"}}
+SHORT = {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 8}, "now": {"type": "boolean"}},
+    "required": ["city", "now"], "additionalProperties": False,
+}  # fmt: skip
+CHOSEN = {
+    "messages": ASKS["messages"], "max_tokens": 200,
+    "tools": [{"type": "function", "function": {"name": name, "parameters": SHORT}} for name in ("get_weather", "f")],
+}  # fmt: skip
+
+
+def test_structured_output_begins_behind_the_reasoning(tooled: Api) -> None:
+    fields = {**THINKS, "guided_json": SHORT, "temperature": 0, "max_tokens": 200}
+    (choice,) = tooled.answer(CHAT, **fields)["choices"]
+    assert choice["finish_reason"] == "stop" and "12" in choice["message"]["reasoning_content"]
+    assert set(json.loads(choice["message"]["content"])) == {"city", "now"}
+
+
+def test_a_named_function_is_called(tooled: Api) -> None:
+    fields = {**CHOSEN, "tool_choice": NAMED, "temperature": 0}
+    (choice,) = tooled.answer(CHAT, **fields)["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"] == ""
+    assert call["function"]["name"] == "get_weather"
+    assert set(json.loads(call["function"]["arguments"])) == {"city", "now"}
+    streamed = joined(tooled.stream(CHAT, **fields))
+    assert streamed["tool_calls"][0]["function"] == call["function"] and streamed["finish_reason"] == "stop"
+
+
+def test_required_calls_are_made(tooled: Api, plain: Api) -> None:
+    """Whatever the temperature, and also where no parser is set."""
+    fields = {**CHOSEN, "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1}
+    for api in (tooled, plain):
+        for choice in api.answer(CHAT, **fields, n=4, seed=1)["choices"]:
+            (call,) = choice["message"]["tool_calls"]
+            assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+            assert call["function"]["name"] in ("get_weather", "f")
+            assert set(json.loads(call["function"]["arguments"])) == {"city", "now"}
+    message = joined(tooled.stream(CHAT, **fields, seed=1))
+    assert message["finish_reason"] == "tool_calls" and len(message["tool_calls"]) == 1 and not message["content"]
+
+
 REFUSED = {
     "no tools": ({"tools": []}, "tools", "empty"),
     "choice alone": ({"tools": None, "tool_choice": "auto"}, "tool_choice", "`tools` must be set"),

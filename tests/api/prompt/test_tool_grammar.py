@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from fuseline.api.config_resolve import resolve
 from fuseline.api.errors import ApiError
+from fuseline.api.parsers.reasoning import reasoning_formats
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tokenizer_files import read_tokenizer
-from fuseline.api.prompt.tool_grammar import reasoning_end, tool_spec, with_grammar
+from fuseline.api.prompt.tool_grammar import (
+    Thinking,
+    behind_optional_reasoning,
+    reasoning_end,
+    tool_spec,
+    with_grammar,
+)
 from fuseline.api.prompt.tools import Tool, ToolUse
-from fuseline.api.protocol.chat import ChatRequest
 from fuseline.engine.messages import SamplingParams
 
 xgrammar = pytest.importorskip("xgrammar")
@@ -25,6 +29,7 @@ CITY = {
 }  # fmt: skip
 COUNT = {**CITY, "$defs": {"city": {"type": "integer"}}}
 """Another meaning of the same name."""
+NAMED = ToolUse("named", (Tool("f", None),))
 
 
 @cache
@@ -84,16 +89,30 @@ def test_a_schema_that_no_grammar_holds_is_refused() -> None:
 
 def test_grammars_begin_behind_the_reasoning() -> None:
     demo = Path(__file__).resolve().parents[3] / "csrc" / "pkg" / "demo"
-    tokenizer = TextTokenizer(read_tokenizer(str(demo)))
+    tokenizer, forms = TextTokenizer(read_tokenizer(str(demo))), reasoning_formats()
     end = (tokenizer.token_id("</think>"),)
-    for name, start, is_asked, expected in (
-        ("deepseek_r1", "", False, end), ("deepseek_r1", "closed", True, ()), ("qwen3", "", False, ()),
-        ("qwen3", "open", False, end), ("qwen3", "", True, end), ("granite", "open", True, ()), ("", "", True, ()),
+    for name, start, expected in (
+        ("deepseek_r1", "", end), ("deepseek_r1", "closed", ()), ("deepseek_r1", "open", end), ("qwen3", "open", end),
+        ("qwen3", "closed", ()), ("qwen3", "", ()), ("granite", "open", ()), ("", "open", ()),
     ):  # fmt: skip
-        body = ChatRequest(messages=[], chat_template_kwargs={"enable_thinking": True} if is_asked else None)
-        config = replace(resolve({"model": "demo"}), reasoning_parser=name)
-        assert reasoning_end(body, start, config, tokenizer) == expected
-    own = SamplingParams(grammar=tool_spec(ToolUse("named", (Tool("f", None),))))
-    assert with_grammar(own, ToolUse(), end).grammar.starts_after == end
-    assert with_grammar(SamplingParams(), ToolUse("named", (Tool("f", None),)), end).grammar.starts_after == end
-    assert with_grammar(SamplingParams(), ToolUse(), end).grammar is None
+        assert reasoning_end(Thinking(forms.get(name), start), tokenizer) == expected
+    own, use = SamplingParams(grammar=tool_spec(NAMED)), ToolUse()
+    assert with_grammar(own, use, Thinking(forms["deepseek_r1"]), tokenizer).grammar.starts_after == end
+    opened = with_grammar(SamplingParams(), NAMED, Thinking(forms["qwen3"], "open"), tokenizer).grammar
+    assert opened.starts_after == end
+    assert with_grammar(SamplingParams(), use, Thinking(forms["qwen3"]), tokenizer).grammar is None
+    assert with_grammar(own, use, Thinking(), tokenizer).grammar == own.grammar
+    assert with_grammar(own, use, Thinking(forms["qwen3"]), tokenizer).grammar == own.grammar
+    asked = with_grammar(own, use, Thinking(forms["qwen3"], is_asked=True), tokenizer).grammar
+    assert asked == behind_optional_reasoning(own.grammar, forms["qwen3"])
+
+
+def test_reasoning_may_come_before_a_grammar() -> None:
+    spec = behind_optional_reasoning(tool_spec(NAMED), reasoning_formats()["qwen3"])
+    grammar = compiler().compile_structural_tag(json.loads(spec.text))
+    for text, is_taken in (
+        ("{}", True), ("<think>a {} b</think>{}", True), ("<think></think>{}", True), ("<think>Hm.", False),
+        ("Hm.</think>{}", False), ("<think>a</think>No.", False),
+    ):  # fmt: skip
+        matcher = xgrammar.GrammarMatcher(grammar)
+        assert (all(map(matcher.accept_token, text.encode())) and matcher.accept_token(256)) is is_taken, text
