@@ -44,7 +44,7 @@ class CompileConfig:
     cpu_offload_gb: float = 0.0
     """GiB of a GPU's weights that stay in host memory and are copied to it each step, layer by layer."""
     max_model_len: int = 0
-    """Context length in tokens; 0 takes the model's own limit."""
+    """Context length in tokens; 0 takes the model's own limit, auto or -1 as much of it as the KV cache can hold."""
     block_size: int = 16
     """Tokens per KV block."""
     max_num_batched_tokens: int = 2048
@@ -65,7 +65,15 @@ class CompileConfig:
     cache_dir: str = ""
     """Where captured graphs are cached; empty takes $FUSELINE_CACHE_ROOT or ~/.cache/fuseline."""
     hf_overrides: tuple[tuple[str, object], ...] = ()
-    """Values merged over the checkpoint's config.json before the model is built."""
+    """JSON merged over the checkpoint's config.json, objects key by key; a key that its model type has not is an
+    error."""
+    rope_scaling: tuple[tuple[str, object], ...] = ()
+    """JSON that replaces the scaling of rotary embeddings, for instance {"rope_type": "dynamic", "factor": 2.0}; it
+    extends the context."""
+    rope_theta: float | None = None
+    """Base period of rotary embeddings; default: the checkpoint's."""
+    ignore_patterns: tuple[str, ...] = ("original/**/*",)
+    """Glob of files of the checkpoint that are not read; may be repeated."""
     load_format: str = "auto"
     """auto, safetensors, pt or dummy (random weights from `seed`)."""
     seed: int = 0
@@ -93,10 +101,13 @@ class GraphConfig:
     """Tokens of other steps, captured in segments. None: those of `sizes`, if there are any, else MIXED_SIZES."""
     splitting_ops: tuple[str, ...] = ()
     """Ops at which the segments end besides attention (`splitting_ops`), with or without the namespace."""
+    max_size: int = 0
+    """Most sequences of a captured decode step (`max_cudagraph_capture_size`); 0 sets no limit."""
 
     def resolved(self, max_num_seqs: int) -> tuple[int, ...]:
         """Sizes of decode steps, ascending; one is at most the sequences of a step."""
-        return self._ascending(self.sizes or (1, 2, 4, *range(8, max_num_seqs + 1, 8)), max_num_seqs)
+        most = min(max_num_seqs, self.max_size or max_num_seqs)
+        return self._ascending(self.sizes or (1, 2, 4, *range(8, most + 1, 8)), most)
 
     def resolved_mixed(self, max_num_tokens: int) -> tuple[int, ...]:
         """Sizes of other steps, ascending; one is at most the tokens of a step."""

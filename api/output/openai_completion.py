@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,9 @@ class Shape:
     shows_cached: bool = False
     role: str = "assistant"
     echo: str = ""
+    keeps_empty: bool = True
+    """Content that is empty is "" and not null."""
+    counts_reasoning: bool = False
     turns: Turns = field(default_factory=Turns)
     """Shared by all answers of a server."""
 
@@ -38,21 +42,26 @@ class Totals:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int | None = None
+    """None does not show it."""
 
     def body(self, shows_cached: bool) -> dict[str, Any]:
-        details = {"cached_tokens": self.cached} if shows_cached and self.cached else None
-        return {
+        details = {"cached_tokens": self.cached} if shows_cached else None
+        usage = {
             "prompt_tokens": self.prompt, "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion, "prompt_tokens_details": details,
         }  # fmt: skip
+        if self.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
+        return usage
 
 
 @dataclass
 class _Choice:
     text: list[str] = field(default_factory=list)
-    offset: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     is_started: bool = False
@@ -75,28 +84,34 @@ class CompletionWriter:
         self._totals.cached += info.num_cached_tokens
         if prompt.echo is not None and self._shape.wants_logprobs and info.prompt_logprobs is not None:
             made = CompletionLogprobs(self._shape.writer)
-            await made.extend(info.prompt_logprobs, prompt.ids, Pace(self._shape.turns))
+            offsets = self._shape.writer.prompt_offsets(prompt.ids, prompt.echo)
+            await made.extend(info.prompt_logprobs, prompt.ids, offsets, Pace(self._shape.turns))
             self._echoes[prompt.first] = made
 
-    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
-        index = self._take(prompt, event)
-        if isinstance(event, TextDelta):
-            chunk = self._delta(prompt, index, event)
-            return [] if chunk is None else [self._envelope([chunk], index)]
-        end = {"index": index, "text": "", "logprobs": None, "finish_reason": event.finish_reason,
-               "stop_reason": event.stop_reason}  # fmt: skip
-        return [self._envelope([end], index)]
+    def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        choices: list[dict[str, Any]] = []
+        for event in events:
+            index = self._take(prompt, event)
+            if isinstance(event, TextDelta):
+                delta = self._delta(prompt, index, event)
+                choices += [] if delta is None else [delta]
+                continue
+            if not choices:
+                choices.append({"index": index, "text": "", "logprobs": None})
+            choices[-1] |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
+        return [self._envelope([choice], choice["index"]) for choice in choices]
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """The usage chunk, where it was asked for."""
         usage = self._totals.body(self._shape.shows_cached)
         return [{**self._envelope([], None), "usage": usage}] if self._shape.include_usage else []
 
-    def fold(self, prompt: Prompt, event: Event) -> None:
-        index = self._take(prompt, event)
-        if isinstance(event, TextDelta):
-            self._start(prompt, index)
-            self._choices[index].text.append(event.text)
+    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None:
+        for event in events:
+            index = self._take(prompt, event)
+            if isinstance(event, TextDelta):
+                self._start(prompt, index)
+                self._choices[index].text.append(event.text)
 
     async def whole(self) -> list[bytes]:
         """Pieces of the answer that the folded events make, as JSON."""
@@ -104,8 +119,8 @@ class CompletionWriter:
         for index in range(len(self._choices)):
             pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
             await self._pace.rest()
-        usage = msgspec.json.encode({"usage": self._totals.body(self._shape.shows_cached)})
-        return [*pieces, b"]," + usage[1:]]
+        tail = {"usage": self._totals.body(self._shape.shows_cached), "system_fingerprint": None}
+        return [*pieces, b"]," + msgspec.json.encode(tail)[1:]]
 
     def _take(self, prompt: Prompt, event: Event) -> int:
         index = prompt.first + event.index
@@ -113,6 +128,7 @@ class CompletionWriter:
         if isinstance(event, TextDelta):
             choice.tokens += event.token_ids
             choice.logprobs += event.logprobs
+            choice.offsets += _behind_echo(prompt, event)
             self._totals.completion += len(event.token_ids)
         else:
             choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
@@ -132,17 +148,19 @@ class CompletionWriter:
         text = (echo or "") + event.text
         if not text and not event.token_ids:
             return None
-        choice = self._choices[index]
+        is_first = len(self._choices[index].tokens) == len(event.token_ids)
         logprobs: dict[str, Any] | None = None
         if self._shape.wants_logprobs and echo is not None:
             made = self._echo_logprobs(prompt)
-            made.add(event.logprobs, event.token_ids)
+            made.add(event.logprobs, event.token_ids, _behind_echo(prompt, event))
             logprobs = made.raw()
         elif self._shape.wants_logprobs:
-            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, choice.offset)
-        choice.offset += len(text)
+            offsets = _behind_echo(prompt, event)
+            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, offsets)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
-        return {**chunk, "token_ids": event.token_ids} if self._shape.wants_ids else chunk
+        if self._shape.wants_ids:
+            chunk |= {"token_ids": event.token_ids, "prompt_token_ids": prompt.ids.tolist() if is_first else None}
+        return chunk
 
     async def _whole_choice(self, index: int) -> dict[str, Any]:
         choice, prompt = self._choices[index], self._prompts[index // self._n]
@@ -159,7 +177,7 @@ class CompletionWriter:
         if not self._shape.wants_logprobs:
             return None
         made = self._echo_logprobs(prompt)
-        await made.extend(choice.logprobs, choice.tokens, self._pace)
+        await made.extend(choice.logprobs, choice.tokens, choice.offsets, self._pace)
         return made.raw()
 
     def _echo_logprobs(self, prompt: Prompt) -> CompletionLogprobs:
@@ -188,3 +206,9 @@ class CompletionWriter:
         return Totals(len(prompt.ids), len(self._choices[index].tokens), prompt.info.num_cached_tokens).body(
             self._shape.shows_cached
         )
+
+
+def _behind_echo(prompt: Prompt, event: TextDelta) -> list[int]:
+    """Characters before each token of a delta, those of an echoed prompt among them."""
+    begin = len(prompt.echo or "")
+    return [begin + offset for offset in event.offsets]

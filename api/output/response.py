@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -21,13 +21,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fuseline.api.errors import ApiError, to_api_error
+from fuseline.api.output.beam import BeamSearch
 from fuseline.api.output.events import Event, Prompt, PromptInfo
+from fuseline.api.output.framing import OPENAI, Framing
 from fuseline.api.output.generation import Generation
 from fuseline.api.output.outbox import WRITE_BYTES, Outbox
 from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
-DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -35,7 +36,7 @@ STREAM_HEADERS = (
 )
 STARTED_AT_ONCE = 16
 """Prompts of a request that start without a pause: 2 to 3 ms."""
-Run = tuple[Prompt, Callable[[], Generation]]
+Run = tuple[Prompt, Callable[[], Generation | BeamSearch]]
 """A prompt and what makes its way through the engine, called when its turn comes."""
 
 
@@ -44,9 +45,10 @@ class Writer(Protocol):
 
     async def open(self, prompt: Prompt, info: PromptInfo) -> None: ...
 
-    def fold(self, prompt: Prompt, event: Event) -> None: ...
+    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None: ...
 
-    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]: ...
+    def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """Chunks of the events of one output. A choice's end goes with the last of its text."""
 
     def last_chunks(self) -> list[dict[str, Any]]: ...
 
@@ -63,9 +65,14 @@ class Answer(Response):
         writer: Writer,
         held: AbstractContextManager,
         keep_alive: float | None,
+        is_one_event: bool = False,
+        framing: Framing = OPENAI,
     ) -> None:
-        """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole."""
+        """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole. A stream of
+        `is_one_event` is the whole answer as its one event.
+        """
         super().__init__()
+        self._is_one_event, self._framing = is_one_event, framing
         self._client, self._runs, self._writer, self._held = client, runs, writer, held
         self._keep_alive = keep_alive
         self._has_begun = False
@@ -100,23 +107,29 @@ class Answer(Response):
     async def _fill(self, outbox: Outbox) -> None:
         """Every chunk as a server-sent event. An error is the last one, or refuses the request if it comes first."""
 
-        def add(prompt: Prompt, event: Event) -> None:
-            for chunk in self._writer.chunks(prompt, event):
-                outbox.add(sse(chunk))
+        write = self._framing.write
+
+        def add(prompt: Prompt, events: Sequence[Event]) -> None:
+            for chunk in self._writer.chunks(prompt, events):
+                outbox.add(write(chunk))
 
         try:
-            await self._generate(add)
-            for chunk in self._writer.last_chunks():
-                outbox.add(sse(chunk))
+            if self._is_one_event:
+                await self._generate(self._writer.fold)
+                outbox.add(b"data: " + b"".join(await self._writer.whole()) + b"\n\n")
+            else:
+                await self._generate(add)
+                for chunk in self._writer.last_chunks():
+                    outbox.add(write(chunk))
         except Exception as error:
             if not outbox.has_begun:
                 outbox.fail(error)
                 return
-            outbox.add(sse(_failure(error).body()))
-        outbox.add(DONE)
+            outbox.add(write(self._framing.failure(_failure(error))))
+        outbox.add(self._framing.end)
         outbox.close()
 
-    async def _generate(self, sink: Callable[[Prompt, Event], None]) -> None:
+    async def _generate(self, sink: Callable[[Prompt, Sequence[Event]], None]) -> None:
         """Run all prompts; the first error ends all. They start in slices, between which others have their turn."""
         if len(self._runs) == 1:
             await self._run(self._runs[0], sink)
@@ -130,7 +143,7 @@ class Answer(Response):
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _run(self, run: Run, sink: Callable[[Prompt, Event], None]) -> None:
+    async def _run(self, run: Run, sink: Callable[[Prompt, Sequence[Event]], None]) -> None:
         prompt, make = run
         await make().run(self._client, partial(sink, prompt), partial(self._writer.open, prompt))
 
@@ -164,10 +177,6 @@ def _failure(error: Exception) -> ApiError:
     if mapped.code == "internal_error" and not isinstance(error, ApiError):
         LOG.exception("error in a stream", exc_info=error)
     return mapped
-
-
-def sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def json_response(body: Any) -> Response:

@@ -93,7 +93,7 @@ class CheckpointWeights:
 
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
         self._config, self.origin = config, config.model
-        self._stored = open_checkpoint(Path(config.model), config.load_format)
+        self._stored = open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns)
         self._alike = alike(captured.tied)
         self._map_path = map_path(config, self._stored)
         found = None

@@ -20,7 +20,7 @@ COMMON: list[tuple[str, Any]] = [
     ("allowed_token_ids", [99999]), ("prompt_logprobs", -2), ("truncate_prompt_tokens", 0), ("best_of", 0),
 ]  # fmt: skip
 LATER: list[tuple[str, Any]] = [
-    ("guided_json", {"type": "object"}), ("guided_regex", "a+"), ("guided_choice", ["a"]), ("use_beam_search", True),
+    ("guided_json", {"type": "object"}), ("guided_regex", "a+"), ("guided_choice", ["a"]),
     ("logits_processors", ["x"]), ("response_format", {"type": "json_object"}),
 ]  # fmt: skip
 OWN = {

@@ -91,7 +91,6 @@ REFUSED: dict[str, Family] = {
     "bloom": Family("BloomConfig", dict(hidden_size=64, n_layer=3, n_head=4, vocab_size=VOCAB), 0),
     "falcon_alibi": Family("FalconConfig", dict(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=VOCAB, alibi=True), 0),
-    "llama_dynamic_rope": Family("LlamaConfig", COMMON | rope("dynamic", factor=2.0), 0),
 }  # fmt: skip
 
 
