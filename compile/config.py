@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 PASSES = (
     "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
-    "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "pack_weights",
-    "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant",
+    "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "tap_hidden", "fuse_rope_cache",
+    "pack_weights", "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant",
 )  # fmt: skip
 """Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last."""
 NEEDED_PASSES = frozenset({"page_attention"})
@@ -55,6 +55,8 @@ class CompileConfig:
     """Names of passes to leave out."""
     weight_format: str = ""
     """Storage format of the weights of linears (compile/formats); empty takes the one that the kernels read."""
+    gives_hidden: bool = False
+    """Give the final hidden states beside the logits: pooled vectors are made of them."""
     batch_invariant: bool = False
     """On a GPU, from level 1 on: a request's answer is the same bit for bit whatever else is in its batches, at the
     cost of products that are slower. On a CPU it always is."""

@@ -79,6 +79,10 @@ class StepInputs:
         return {spec.field: getattr(self, spec.field) for spec in INPUTS}
 
 
+GraphOutput = Tensor | tuple[Tensor, Tensor]
+"""Logits [1, R, V] of a graph, with the hidden states [1, R, D] if it gives them."""
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """Results of one step, on the device that computed them, valid until the next one."""
@@ -87,6 +91,14 @@ class StepOutput:
     """[R, V] float32."""
     hidden: Tensor | None = None
     """[R, D] in the model's dtype, the input of the final linear; None unless the model was compiled to return it."""
+
+    @staticmethod
+    def of(found: GraphOutput, rows: Tensor | None) -> StepOutput:
+        """From a graph's results; `rows` are selected if the graph has computed those of all tokens."""
+        results = [result[0] for result in (found if isinstance(found, tuple) else (found,))]
+        if rows is not None:
+            results = [result.index_select(0, rows) for result in results]
+        return StepOutput(results[0].float(), *results[1:])
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,13 @@ class StateSpec:
         return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
 
 
+@dataclass(frozen=True)
+class TapSpec:
+    """The graph gives the final hidden states [R, hidden_dim] beside the logits."""
+
+    hidden_dim: int
+
+
 def scale_names(layer: int) -> tuple[str, str]:
     """Constants with the scales of a layer's keys and values in fp8 caches."""
     return f"k_scale_{layer}", f"v_scale_{layer}"
@@ -110,7 +117,7 @@ class ModelInfo:
     state_specs: tuple[StateSpec, ...] = ()
     takes_embeds: bool = False
     """Whether StepInputs may contain embeddings."""
-    gives_hidden: bool = False
-    """Whether StepOutput has hidden states."""
+    hidden_dim: int = 0
+    """Features of the hidden states in StepOutput; 0: there are none."""
     host_weight_bytes: int = 0
     """Bytes of weights that are copied to the device in each step."""

@@ -120,7 +120,7 @@ class Requests:
         is_pooling = isinstance(params, PoolingParams)
         if num_prompt == 0:
             return "the prompt is empty"
-        if is_pooling and not self._info.gives_hidden:
+        if is_pooling and not self._info.hidden_dim:
             return "this model gives no pooled vectors"
         num_new = 0 if is_pooling else min(1, params.max_tokens)
         if num_prompt + num_new > self._max_model_len:

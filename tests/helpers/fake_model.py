@@ -97,7 +97,7 @@ class FakeModel:
             cache_groups=tuple(CacheGroup(w, (i,)) for i, w in enumerate(windows)),
             state_specs=(StateSpec(len(windows), (4,), "float32"),) if with_state else (),
             takes_embeds=True,
-            gives_hidden=True,
+            hidden_dim=HIDDEN_SIZE,
         )
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:

@@ -78,5 +78,5 @@ class CpuModel:
         if inputs.sources is not None:
             is_sampled = inputs.sources >= 0
             inputs.token_ids[is_sampled] = inputs.sampled[inputs.sources[is_sampled].long()]
-        logits = self._executable.run(graph_values(inputs.fields(), self.info.rope_switch is not None)).float()[0]
-        return StepOutput(logits if self._keeps_rows else logits[inputs.logits_rows])
+        found = self._executable.run(graph_values(inputs.fields(), self.info.rope_switch is not None))
+        return StepOutput.of(found, None if self._keeps_rows else inputs.logits_rows)

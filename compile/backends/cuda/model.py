@@ -11,7 +11,7 @@ from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphAp
 from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs, Progress
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
-from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput, graph_values
+from fuseline.compile.graph_inputs import BlockCopy, GraphOutput, StepInputs, StepOutput, graph_values
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import cache_tensors, describe
 from fuseline.compile.residency.sleep import Weights
@@ -111,21 +111,20 @@ class CudaModel:
             # The first step that writes keys to a cache; a warm-up's keys are meaningless.
             self._is_uncalibrated = False
             return self._wanted(self._executable.calibrate(self._caches | self._values(step)), step)
-        logits = self._replayed(inputs, step)
-        if logits is None:
-            logits = self._executable.run(self._caches | self._values(step))
-        return self._wanted(logits, step)
+        found = self._replayed(inputs, step)
+        if found is None:
+            found = self._executable.run(self._caches | self._values(step))
+        return self._wanted(found, step)
 
-    def _wanted(self, logits: Tensor, step: Mapping[str, Tensor]) -> StepOutput:
-        """Selects the requested rows of logits."""
-        return StepOutput(logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"]))
+    def _wanted(self, found: GraphOutput, step: Mapping[str, Tensor]) -> StepOutput:
+        return StepOutput.of(found, None if self._keeps_rows else step["logits_rows"])
 
-    def _replayed(self, inputs: StepInputs, step: Mapping[str, Tensor]) -> Tensor | None:
-        """Logits [1, R, V] from a graph replay; None if no graph fits the step."""
+    def _replayed(self, inputs: StepInputs, step: Mapping[str, Tensor]) -> GraphOutput | None:
+        """Results of a graph replay; None if no graph fits the step."""
         if self.graphs is None:
             return None
-        logits = self.graphs.decode.run(step) if inputs.only_decodes else None
-        return self.graphs.mixed.run(step, self._values(step)) if logits is None else logits
+        found = self.graphs.decode.run(step) if inputs.only_decodes else None
+        return self.graphs.mixed.run(step, self._values(step)) if found is None else found
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return graph_values(step, self.info.rope_switch is not None)
