@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Help groups in order; every field that is a flag is in exactly one (a test checks it)."""
 
 NOT_FLAGS = frozenset((
-    "engine compile cache scheduler graphs level recorded weight_format gives_hidden dev_mode "
+    "engine compile cache scheduler graphs level recorded weight_format gives_hidden takes_embeds dev_mode "
     "logging_level logging_config_path"
 ).split())
 """Fields without a flag: nested configs, what -O decides, what the environment sets, what has one value a target, what

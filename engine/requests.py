@@ -132,12 +132,12 @@ class Requests:
         return self._find_embeds_fault(request)
 
     def _find_embeds_fault(self, request: EngineRequest) -> str:
-        if request.embeds and not self._info.takes_embeds:
+        if request.embeds and not self._info.embed_dim:
             return "this model takes no embeddings"
         for span in request.embeds:
-            end, size = span.start + span.count, 4 * span.count * self._info.hidden_size
+            end, size = span.start + span.count, 4 * span.count * self._info.embed_dim
             if not 0 <= span.start < end <= len(request.prompt_token_ids) or len(span.data) != size:
-                shape = f"[{span.count}, {self._info.hidden_size}]"
+                shape = f"[{span.count}, {self._info.embed_dim}]"
                 return f"embeddings at {span.start} must be float32 {shape} and lie within the prompt's tokens"
         return ""
 

@@ -12,6 +12,7 @@ from fuseline.compile.graph.runner import Stages
 from fuseline.compile.passes.bind_kernels import bind_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
 from fuseline.compile.passes.cut_regions import cut_regions
+from fuseline.compile.passes.feed_embeds import feed_embeds
 from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
@@ -78,6 +79,8 @@ def stages(config: CompileConfig, kind: str = "cpu") -> Stages:
     found = _of_level(config, kind)
     if config.gives_hidden:
         found = [(stage, (*passes, tap_hidden) if stage == "serve" else passes) for stage, passes in found]
+    if config.takes_embeds:
+        found = [("feed", (feed_embeds,)), *found]
     return found
 
 

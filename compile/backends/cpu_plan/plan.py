@@ -117,6 +117,7 @@ class PlanExecutable:
         return [
             values["token_ids"].shape[1], sequences, sequences + 1, values["logits_rows"].shape[0],
             values[group_placeholder("block_tables", 0)].shape[1], self._num_blocks,
+            values["embed_rows"].shape[0] if "embed_rows" in values else 0,
         ]  # fmt: skip
 
     def _add(self, step: Call | Region) -> Segment | Region:
@@ -215,8 +216,8 @@ def merge(steps: list[Segment | Region]) -> list[Segment | Region]:
 
 def limits_of(config: CompileConfig) -> dict[str, int]:
     """Largest value of each symbol; caches and block tables are not in the arena."""
-    seqs = config.max_num_seqs
-    return {"T": config.max_num_batched_tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1}
+    tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
+    return {"T": tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1, "E": tokens}
 
 
 def meta_inputs(graph: fx.GraphModule, block_size: int, same: Mapping[str, str] | None = None) -> MakeInputs:
