@@ -54,10 +54,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Help groups in order; every field that is a flag is in exactly one (a test checks it)."""
 
 NOT_FLAGS = frozenset((
-    "engine compile cache scheduler graphs grammars level recorded weight_format dev_mode logging_level "
-    "logging_config_path fits_context"
+    "engine compile cache scheduler graphs grammars level recorded weight_format gives_hidden takes_embeds dev_mode "
+    "logging_level logging_config_path fits_context"
 ).split())
-"""Fields without a flag: nested configs, what -O decides, what the environment sets, what has one value a target."""
+"""Fields without a flag: nested configs, what -O decides, what the environment sets, what has one value a target, what
+no endpoint uses."""
 
 ENGINE_GROUPS = ("model", "compiler", "memory and scheduling")
 """Groups that also apply where there is no server: `fuseline run`, `fuseline explain`."""

@@ -96,7 +96,7 @@ def _settings(config: CompileConfig) -> dict[str, object]:
     return {
         "dtype": "float32", "kv_cache_dtype": "auto", "level": 1, "max_model_len": 0,
         "max_num_batched_tokens": MAX_ROWS, "max_num_seqs": MAX_ROWS, "cpu_offload_gb": 0.0, "batch_invariant": False,
-        "weight_format": "",
+        "weight_format": "", "gives_hidden": False, "takes_embeds": False,
     }  # fmt: skip
 
 

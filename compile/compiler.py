@@ -146,7 +146,7 @@ def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:
 
 
 def _stages(config: CompileConfig, target: Target) -> Stages:
-    return stages(config.level, target.kind, config.batch_invariant)
+    return stages(config, target.kind)
 
 
 def on_device(constants: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 PASSES = (
     "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
     "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "pack_weights",
-    "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant",
+    "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant", "feed_embeds", "tap_hidden",
 )  # fmt: skip
-"""Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last."""
+"""Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last,
+then those that a setting asks for."""
 NEEDED_PASSES = frozenset({"page_attention"})
 """Without these there is nothing to serve: the caches are theirs."""
 MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -55,6 +56,10 @@ class CompileConfig:
     """Names of passes to leave out."""
     weight_format: str = ""
     """Storage format of the weights of linears (compile/formats); empty takes the one that the kernels read."""
+    gives_hidden: bool = False
+    """Give the final hidden states beside the logits: pooled vectors are made of them."""
+    takes_embeds: bool = False
+    """Let positions be fed by embeddings in place of their tokens'."""
     batch_invariant: bool = False
     """On a GPU, from level 1 on: a request's answer is the same bit for bit whatever else is in its batches, at the
     cost of products that are slower. On a CPU it always is."""

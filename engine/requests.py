@@ -164,7 +164,7 @@ class Requests:
         is_pooling = isinstance(params, PoolingParams)
         if num_prompt == 0:
             return "the prompt is empty"
-        if is_pooling and not self._info.gives_hidden:
+        if is_pooling and not self._info.hidden_dim:
             return "this model gives no pooled vectors"
         num_new = 0 if is_pooling else min(1, params.max_tokens)
         if num_prompt + num_new > self._max_model_len:
@@ -176,12 +176,12 @@ class Requests:
         return self._find_embeds_fault(request)
 
     def _find_embeds_fault(self, request: EngineRequest) -> str:
-        if request.embeds and not self._info.takes_embeds:
+        if request.embeds and not self._info.embed_dim:
             return "this model takes no embeddings"
         for span in request.embeds:
-            end, size = span.start + span.count, 4 * span.count * self._info.hidden_size
+            end, size = span.start + span.count, 4 * span.count * self._info.embed_dim
             if not 0 <= span.start < end <= len(request.prompt_token_ids) or len(span.data) != size:
-                shape = f"[{span.count}, {self._info.hidden_size}]"
+                shape = f"[{span.count}, {self._info.embed_dim}]"
                 return f"embeddings at {span.start} must be float32 {shape} and lie within the prompt's tokens"
         return ""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, fx
 
 from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph_inputs import GraphOutput
 
 
 class EagerExecutable:
@@ -25,6 +26,6 @@ class EagerExecutable:
         """Sets inputs that persist for all later runs: the caches."""
         self._bound |= tensors
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+    def run(self, values: Mapping[str, Tensor]) -> GraphOutput:
         known = self._bound | values
         return self._graph(*(known[name] for name in self._inputs))

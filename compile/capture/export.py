@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
@@ -126,11 +128,35 @@ def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]
         raise
     except Exception as error:  # torch.export raises many types; all mean the same to the user
         raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {one_line(error)}") from error
-    return _lift(program, layer_list)
+    graph, constants, done = _lift(program, layer_list)
+    _mark_embedded(model, done)
+    return graph, constants
 
 
-def _lift(program: torch.export.ExportedProgram, layer_list: str) -> tuple[fx.Graph, set[str]]:
-    """Parameters and buffers become get_attr nodes named by their path. With a layer list, nodes tell their layer."""
+def _mark_embedded(model: nn.Module, done: Mapping[fx.Node, fx.Node]) -> None:
+    """Marks the embeddings of the tokens (inputs_embeds), the last that their module computes, if they are found."""
+    try:
+        module = model.get_input_embeddings()
+    except NotImplementedError:  # a model that does not tell
+        return
+    path = next((f"model.{name}" for name, other in model.named_modules() if other is module), None)
+    inside = [node for node in done if path in _module_paths(node) and isinstance(node.meta["val"], Tensor)]
+    if inside and inside[-1].meta["val"].ndim == 3:
+        done[inside[-1]].meta["is_embedded"] = True
+
+
+def _module_paths(node: fx.Node) -> list[str]:
+    """Paths of the modules in which an exported node was traced."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def _lift(
+    program: torch.export.ExportedProgram, layer_list: str
+) -> tuple[fx.Graph, set[str], dict[fx.Node, fx.Node]]:  # fmt: skip
+    """Returns the graph, which of its get_attr nodes are buffers, and its nodes by exported ones.
+
+    Parameters and buffers become get_attr nodes named by their path. With a layer list, nodes tell their layer.
+    """
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     out, done, constants = fx.Graph(), {}, set()
     for node in program.graph.nodes:
@@ -147,9 +173,8 @@ def _lift(program: torch.export.ExportedProgram, layer_list: str) -> tuple[fx.Gr
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # it pins the meta device
             done[node] = _retarget(out.node_copy(node, lambda n: done[n]))
             if layer_list:
-                stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-                done[node].meta["layer"] = layer_at(stack, f"model.{layer_list}")
-    return out, constants
+                done[node].meta["layer"] = layer_at(_module_paths(node), f"model.{layer_list}")
+    return out, constants, done
 
 
 def _retarget(node: fx.Node) -> fx.Node:

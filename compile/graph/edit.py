@@ -42,6 +42,12 @@ def constant_name(node: fx.Node) -> str:
     return node.meta["fqn"] if "fqn" in node.meta else str(node.target)
 
 
+def results_of(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Returns the graph's results: the logits, then the hidden states if it gives them."""
+    (found,) = graph.output_node().args
+    return found if isinstance(found, tuple) else (found,)
+
+
 def insert_call(
     graph: fx.Graph, before: fx.Node, target: object, args: tuple, like: fx.Node, value: object
 ) -> fx.Node:  # fmt: skip

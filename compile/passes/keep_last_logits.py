@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import insert_call, meta_int, placeholder
+from fuseline.compile.graph.edit import insert_call, meta_int, placeholder, results_of
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast
 
@@ -29,8 +29,8 @@ SUMS = (OPS.add_rms_norm.default, OPS.add_layer_norm.default)
 
 def keep_last_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Raises ValueError if the graph does not end in a linear."""
-    output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
-    behind = _final_linear(output.args[0])
+    (logits,) = results_of(graph.graph)
+    behind = final_linear(logits)
     first, num_inputs = _first_by_row(behind[-1], behind)
     rows = placeholder(graph.graph, "logits_rows", meta_int(2))
     kept: dict[fx.Node, fx.Node] = {}
@@ -42,8 +42,8 @@ def keep_last_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     return PassResult(1, True)
 
 
-def _final_linear(node: fx.Node) -> list[fx.Node]:
-    """Returns the row-wise ops after the last linear, then that linear."""
+def final_linear(node: fx.Node) -> list[fx.Node]:
+    """Returns the row-wise ops after the last linear, then that linear. Raises ValueError if there is not one."""
     nodes: list[fx.Node] = []
     while node.target not in LINEARS:
         inputs = [n for n in node.all_input_nodes if n.op == "call_function"]

@@ -16,11 +16,10 @@ def widen_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 def widen_output(graph: fx.Graph) -> bool:
     """Logits in fp32; False when they are so already."""
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    logits: fx.Node = output.args[0]
+    output, logits = graph.output_node(), edit.results_of(graph)[0]
     if logits.meta["val"].dtype == torch.float32:
         return False
     convert = torch.ops.prims.convert_element_type.default
     wide = edit.insert_call(graph, output, convert, (logits, torch.float32), logits, logits.meta["val"].float())
-    output.update_arg(0, wide)
+    output.replace_input_with(logits, wide)
     return True

@@ -20,7 +20,7 @@ from fuseline.api.config import (
     variables_without_effect,
 )
 from fuseline.api.config_resolve import config_dict, resolve, without_effect
-from fuseline.compile.config import PASSES, GraphConfig
+from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
 from fuseline.compile.passes import pipeline
 
 
@@ -155,12 +155,13 @@ def test_enforce_eager_compiles_no_regions(model: str) -> None:
 
 
 def test_the_names_of_passes_are_those_of_the_pipeline() -> None:
-    cpu, *cuda = (
+    asked = pipeline.stages(CompileConfig("", gives_hidden=True, takes_embeds=True))
+    cpu, *others = (
         [graph_pass.__name__ for _, passes in stages for graph_pass in passes]
-        for stages in (pipeline.COMPILED, pipeline.COMPILED_CUDA, pipeline.INVARIANT_CUDA)
+        for stages in (pipeline.COMPILED, pipeline.COMPILED_CUDA, pipeline.INVARIANT_CUDA, asked)
     )
-    only_cuda = dict.fromkeys(name for names in cuda for name in names if name not in cpu)
-    assert list(PASSES) == [*cpu, "cut_regions", *only_cuda]
+    more = dict.fromkeys(name for names in others for name in names if name not in cpu)
+    assert list(PASSES) == [*cpu, "cut_regions", *more]
 
 
 def test_batch_invariance_can_be_asked_for_by_flag_or_variable(model: str) -> None:

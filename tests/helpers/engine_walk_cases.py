@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander, TokenOutput
+from fuseline.engine.messages import EngineRequest, PoolingParams, SamplingParams, StepExpander, TokenOutput
 from fuseline.engine.run.sampler_reference import _draw, reference_device
 
 ORDERS = ("in_order", "overlapped", "queued")
@@ -115,6 +115,13 @@ class Walk:
         )  # fmt: skip
         self.requests[name] = request
         self.engine.add(request)
+        return name
+
+    def pool(self, prompt: list[int], kind: str = "last", normalize: bool = True) -> str:
+        name = f"r{len(self.requests)}"
+        params = PoolingParams(pooling=kind, normalize=normalize)
+        self.requests[name] = EngineRequest(request_id=name, prompt_token_ids=tuple(prompt), params=params)
+        self.engine.add(self.requests[name])
         return name
 
     def step(self) -> None:

@@ -96,8 +96,8 @@ class FakeModel:
             cache_specs=tuple(CacheSpec(i, 1, 4, 4, "float32", w) for i, w in enumerate(windows)),
             cache_groups=tuple(CacheGroup(w, (i,)) for i, w in enumerate(windows)),
             state_specs=(StateSpec(len(windows), (4,), "float32"),) if with_state else (),
-            takes_embeds=True,
-            gives_hidden=True,
+            embed_dim=HIDDEN_SIZE,
+            hidden_dim=HIDDEN_SIZE,
         )
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:

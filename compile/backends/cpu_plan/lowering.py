@@ -28,7 +28,7 @@ from fuseline.compile.backends.cpu_plan.sizes import (
     small_sizes,
 )
 from fuseline.compile.backends.cpu_plan.symbolic import Values, View, agrees, symbolic
-from fuseline.compile.graph.edit import tensors_of
+from fuseline.compile.graph.edit import results_of, tensors_of
 from fuseline.compile.graph.region import Region, draw_borders, storage_key
 from fuseline.compile.kernels.plan_call import plan_call
 from fuseline.compile.kernels.registry import PlanCall
@@ -66,7 +66,7 @@ class Lowered:
     places: dict[int, Place]
     """Places by storage key."""
     buffers: list[Buffer]
-    output: fx.Node
+    output: fx.Node | tuple[fx.Node, ...]
     min_tokens: int
     """Fewest tokens for which the shapes hold: x[:, -3:] has another shape for fewer than 3."""
 
@@ -111,7 +111,7 @@ class Lowering:
         steps = [
             a if isinstance(a, Region) else _join_calls(a, b) for a, b in zip(first.steps, second.steps, strict=True)
         ]
-        borders = [self._graph.graph.output_node().args[0]]
+        borders = list(results_of(self._graph.graph))
         for region in (step for step in steps if isinstance(step, Region)):
             borders += [*region.inputs, *(node for node, _ in region.outputs)]
         for node in borders:
@@ -202,7 +202,7 @@ class _Interpretation:
     def run(self) -> _Interpretation:
         for node in self._graph.graph.nodes:
             self._visit(node)
-        self._use([self.value(self._graph.graph.output_node().args[0])], len(self.steps))
+        self._use([self.values[node] for node in results_of(self._graph.graph)], len(self.steps))
         self._draw_borders()
         return self
 

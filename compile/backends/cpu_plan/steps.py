@@ -20,6 +20,7 @@ from fuseline.compile.backends.cpu_plan.lowering import Lowered, Lowering
 from fuseline.compile.backends.cpu_plan.plan import PlanExecutable, limits_of, meta_inputs
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.graph_inputs import GraphOutput
 from fuseline.compile.passes.pipeline import DECODE
 
 DECODE_LEVEL = 3
@@ -91,7 +92,7 @@ class StepPlans:
         self.general.bind(tensors)
         self.decode.bind(tensors)
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+    def run(self, values: Mapping[str, Tensor]) -> GraphOutput:
         return (self.decode if self.only_decodes(values) else self.general).run(values)
 
     def only_decodes(self, values: Mapping[str, Tensor]) -> bool:

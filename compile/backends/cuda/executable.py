@@ -18,6 +18,7 @@ from fuseline.compile.backends.cuda.calibrate import Calibration
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.graph_inputs import GraphOutput
 from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.ops.registry import op_of
@@ -67,8 +68,8 @@ class CudaExecutable:
     def host_weight_bytes(self) -> int:
         return self.offload.num_bytes if self.offload else 0
 
-    def run(self, values: Mapping[str, Tensor], is_trial: bool = False) -> Tensor:
-        """Returns logits [1, R, V] float32 in newly allocated memory.
+    def run(self, values: Mapping[str, Tensor], is_trial: bool = False) -> GraphOutput:
+        """Returns the graph's results in newly allocated memory, logits as float32.
 
         A trial run, whose results are discarded, may overlap other calls: it does not fetch offloaded weights.
         """
@@ -76,7 +77,7 @@ class CudaExecutable:
             values = {**values, PREFETCH: self.offload.start(is_trial)}
         return self.program(*(values[name] for name in self._inputs))
 
-    def calibrate(self, values: Mapping[str, Tensor]) -> Tensor:
+    def calibrate(self, values: Mapping[str, Tensor]) -> GraphOutput:
         """Like `run`, but first sets the scales of fp8 caches from the values that the step writes."""
         if self.offload is not None:
             values = {**values, PREFETCH: self.offload.start(is_trial=False)}
