@@ -68,7 +68,7 @@ def config_flags() -> dict[str, Flag]:
 @cache
 def row_flags() -> dict[str, Flag]:
     """Flags that no field stands for."""
-    words = {"idle": "No effect here: {}.", "later": "Not yet ({}).", "absent": "Refused: {}."}
+    words = {"ignored": "No effect here: {}.", "unimplemented": "Not yet ({}).", "refused": "Refused: {}."}
     made = {
         name: Flag(name, row.kind, row.default, words[row.fate].format(row.note), row.choices)
         for name, row in tables.ROWS.items()

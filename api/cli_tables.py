@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fuseline.api.flag_rows import ROWS as SETTLED
-from fuseline.api.flag_rows import Row, later
+from fuseline.api.flag_rows import Row, unimplemented
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
@@ -24,8 +24,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "long_prefill_token_threshold"
     ).split(),
     "chat and answers": (
-        "chat_template chat_template_content_format default_chat_template_kwargs "
-        "response_role logits_processor_pattern "
+        "chat_template chat_template_content_format default_chat_template_kwargs trust_request_chat_template "
+        "enable_auto_tool_choice tool_call_parser tool_parser_plugin enable_reasoning reasoning_parser "
+        "exclude_tools_when_tool_choice_none "
+        "response_role logits_processor_pattern strict_requests "
         "return_tokens_as_token_ids max_logprobs logprobs_mode enable_prompt_tokens_details "
         "enable_force_include_usage stream_interval"
     ).split(),
@@ -33,11 +35,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "host port uds api_key uvicorn_log_level allow_credentials allowed_origins allowed_methods "
         "allowed_headers ssl_keyfile ssl_certfile ssl_ca_certs ssl_cert_reqs ssl_ciphers enable_ssl_refresh root_path "
         "middleware disable_frontend_multiprocessing enable_sleep_mode enable_request_id_headers disable_fastapi_docs "
-        "enable_tokenizer_info_endpoint strict_requests enable_server_load_tracking shutdown_timeout "
+        "enable_tokenizer_info_endpoint enable_server_load_tracking shutdown_timeout "
         "sse_keep_alive_interval metrics_prefix"
     ).split(),
     "bounds of a request": (
-        "max_request_bytes max_prompt_bytes max_num_prompts max_n max_messages max_stop_strings max_stop_length "
+        "max_request_bytes max_prompt_bytes max_num_prompts max_n max_messages max_stored_responses "
+        "max_stop_strings max_stop_length "
         "max_logit_bias max_bad_words max_stop_token_ids max_token_rules prompt_workers prompt_timeout prompt_memory "
         "h11_max_incomplete_event_size h11_max_header_count max_pipelined_requests request_header_timeout "
         "request_body_timeout request_body_min_rate keep_alive_timeout response_write_timeout"
@@ -143,15 +146,11 @@ MISSING_DEVICES = {
 
 
 def _laters(part: str, names: str, is_switch: bool = False) -> dict[str, Row]:
-    return later(part, "bool" if is_switch else "str", names)
+    return unimplemented(part, "bool" if is_switch else "str", names)
 
 
 LATER: dict[str, Row] = {
-    **_laters("tool calling and reasoning", "enable_auto_tool_choice enable_reasoning", is_switch=True),
-    **_laters("tool calling and reasoning", "reasoning_parser tool_call_parser tool_parser_plugin"),
     **_laters("tool calling and reasoning", "tool_server reasoning_parser_plugin"),
-    **_laters("tool calling and reasoning", "exclude_tools_when_tool_choice_none", is_switch=True),
-    **_laters("templates of requests", "trust_request_chat_template", is_switch=True),
     **_laters(
         "structured output",
         "guided_decoding_backend structured_outputs_config logits_processors",

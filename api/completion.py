@@ -6,13 +6,15 @@ import argparse
 from collections.abc import Sequence
 
 from fuseline.api import cli_tables as tables
+from fuseline.api.batch import BATCH_GROUPS
 from fuseline.api.cli_parser import COMMANDS, command_parser
 from fuseline.api.config import ConfigError
+from fuseline.api.run import RUN_GROUPS
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 GROUPS: dict[str, Sequence[str]] = {
-    "serve": list(tables.GROUPS), "run": tables.ENGINE_GROUPS, "explain": tables.ENGINE_GROUPS,
-    "run-batch": tables.ENGINE_GROUPS,
+    "serve": list(tables.GROUPS), "run": RUN_GROUPS, "explain": tables.ENGINE_GROUPS,
+    "run-batch": BATCH_GROUPS,
 }  # fmt: skip
 """Commands that take a model, with the groups of their flags."""
 

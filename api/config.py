@@ -139,8 +139,6 @@ class ServerConfig:
     """No /docs, /redoc and /openapi.json."""
     enable_tokenizer_info_endpoint: bool = False
     """Mount GET /tokenizer_info: the tokenizer's settings and chat template."""
-    strict_requests: bool = False
-    """Answer 400 to a request with a field that is unknown, instead of a warning in the log."""
     enable_server_load_tracking: bool = False
     """Count the requests in flight for GET /load."""
     shutdown_timeout: float = 30.0
@@ -156,13 +154,30 @@ class ServerConfig:
     """File of a chat template, or the template itself on one line. Default: the tokenizer's own."""
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
     """How message content reaches the template: as a string, or as a list of parts (openai)."""
+    trust_request_chat_template: bool = False
+    """Take chat_template from requests; it is compiled and rendered within the bounds of --prompt-timeout and
+    --prompt-memory."""
     default_chat_template_kwargs: JsonObject = ()
     """JSON of template variables for requests that do not set them."""
+    enable_auto_tool_choice: bool = False
+    """Let the model choose tools (tool_choice auto); needs --tool-call-parser."""
+    tool_call_parser: str = ""
+    """Format in which the model writes tool calls; docs/TOOLS.md lists them."""
+    tool_parser_plugin: str = ""
+    """Python file that registers more tool parsers, imported at the start."""
+    exclude_tools_when_tool_choice_none: bool = True
+    """Hide the tools of a request with tool_choice none from the template; --no-... shows them."""
+    reasoning_parser: str = ""
+    """Format in which the model writes its reasoning, which answers then show apart; docs/TOOLS.md lists them."""
+    enable_reasoning: bool = False
+    """Show reasoning apart; --reasoning-parser alone does so too."""
     response_role: str = "assistant"
     """Role of answers."""
     logits_processor_pattern: str = ""
     """Regular expression for the names of logits processors that requests may use, matched from their beginning; empty
     allows none. They are imported and called in this server: allow only what you trust."""
+    strict_requests: bool = False
+    """Refuse unknown fields of requests with 400, instead of one warning."""
     return_tokens_as_token_ids: bool = False
     """Show tokens as token_id:N in log-probabilities."""
     enable_prompt_tokens_details: bool = False
@@ -177,6 +192,8 @@ class ServerConfig:
     take eight times as much; a request beyond that gets 429."""
     max_prompt_bytes: int = 32 * 2**20
     """Longest prompt that a chat template may render, in bytes of UTF-8; a longer one is refused with 400."""
+    max_stored_responses: int = 1000
+    """Answers of /v1/responses that later requests may go on from; the oldest are forgotten."""
     max_messages: int = 16384
     """Most messages of one conversation."""
     max_token_rules: int = 131072

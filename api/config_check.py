@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, ServerConfig
@@ -24,7 +26,8 @@ MINIMA: dict[str, float] = {
     "request_body_min_rate": 1, "keep_alive_timeout": 0, "response_write_timeout": 0.1,
     "max_num_prompts": 1, "max_n": 1, "max_stop_strings": 0, "max_stop_length": 1,
     "max_logit_bias": 0, "max_bad_words": 0, "max_stop_token_ids": 0, "max_request_bytes": 1, "max_prompt_bytes": 1,
-    "max_messages": 1, "max_token_rules": 0, "prompt_workers": 0, "prompt_timeout": 0.1, "prompt_memory": 64 * 2**20,
+    "max_messages": 1, "max_stored_responses": 0, "max_token_rules": 0,
+    "prompt_workers": 0, "prompt_timeout": 0.1, "prompt_memory": 64 * 2**20,
 }  # fmt: skip
 
 
@@ -64,9 +67,9 @@ def _check_row(flag: str, row: Row, value: object) -> None:
 
 
 def _refuse_row(flag: str, row: Row, value: object) -> None:
-    if row.fate == "later":
+    if row.fate == "unimplemented":
         raise ConfigError(f"{flag}: not yet supported ({row.note}); leave it out")
-    if row.fate == "absent":
+    if row.fate == "refused":
         raise ConfigError(f"{flag}: {row.note}")
 
 
@@ -152,8 +155,41 @@ def _files(config: ServerConfig) -> None:
 
 def _template(config: ServerConfig) -> None:
     template = config.chat_template
-    if template and not any(mark in template for mark in "{}\n") and not os.path.isfile(template):
+    is_text = any(mark in template for mark in "{}\n")
+    if config.trust_request_chat_template and not config.prompt_workers:
+        raise ConfigError("--trust-request-chat-template needs --prompt-workers above 0, which bound what it may take")
+    if template and not is_text and not os.path.isfile(template) and template not in _template_names(config):
         raise ConfigError(f"--chat-template: {template} is neither a file nor a template")
+
+
+def _template_names(config: ServerConfig) -> list[str]:
+    """Names of the tokenizer's templates, where it has several."""
+    folder = Path(config.tokenizer_dir)
+    names = [path.stem for path in folder.glob("additional_chat_templates/*.jinja")]
+    try:
+        stored = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return names  # what is wrong with the file is said when it is loaded
+    return names + [str(item["name"]) for item in stored] if isinstance(stored, list) else names
+
+
+def _parsers(config: ServerConfig) -> None:
+    switches = config.enable_auto_tool_choice or config.enable_reasoning
+    if not (switches or config.tool_call_parser or config.tool_parser_plugin or config.reasoning_parser):
+        return
+    # Imported only here: most servers have no parsers, and all check their configuration.
+    from fuseline.api.parsers.registry import reasoning_parser_names, tool_parser_names
+
+    names = tool_parser_names(config.tool_parser_plugin)
+    if config.enable_auto_tool_choice and not config.tool_call_parser:
+        raise ConfigError(f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(names)}")
+    if config.tool_call_parser and config.tool_call_parser not in names:
+        raise ConfigError(f"--tool-call-parser {config.tool_call_parser}: choose from {', '.join(names)}")
+    names = reasoning_parser_names()
+    if config.enable_reasoning and not config.reasoning_parser:
+        raise ConfigError(f"--enable-reasoning needs --reasoning-parser, one of {', '.join(names)}")
+    if config.reasoning_parser and config.reasoning_parser not in names:
+        raise ConfigError(f"--reasoning-parser {config.reasoning_parser}: choose from {', '.join(names)}")
 
 
 def _logging(config: ServerConfig) -> None:
@@ -162,5 +198,5 @@ def _logging(config: ServerConfig) -> None:
 
 
 RULES: tuple[Callable[[ServerConfig], None], ...] = (
-    _minima, _ranges, _token_budget, _partial_prefills, _files, _template, _logging,
+    _minima, _ranges, _token_budget, _partial_prefills, _files, _template, _parsers, _logging,
 )  # fmt: skip

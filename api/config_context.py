@@ -17,6 +17,8 @@ FIXED_ROPES = ("default", "llama3", "longrope", "su", "mrope", "proportional", "
 """Kinds whose factor says nothing about the context that config.json states."""
 SCALED_MODELS = ("gemma3", "gemma3_text")
 """Models whose config.json states the context after scaling."""
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
+"""Objects of config.json that may tell about the language model."""
 WINDOW_KEYS = ("sliding_window", "window_size")
 NO_LIMIT = 1e15
 """Tokenizers without a limit store 1e30."""
@@ -30,6 +32,13 @@ class Context:
     key: str = ""
     window: int = 0
     """Sliding window in tokens; 0 for none."""
+    part: str = ""
+    """The object of config.json that holds the key; empty: config.json itself."""
+
+    def override(self, length: int) -> dict[str, object]:
+        """The override of config.json that states another length."""
+        own: dict[str, object] = {self.key: length} if self.key else {}
+        return {self.part: own} if self.part and own else own
 
 
 def find_context(
@@ -37,7 +46,9 @@ def find_context(
     tokenizer: str = "",
 ) -> Context:  # fmt: skip
     """`rope_scaling` replaces the checkpoint's. Raises ConfigError for files that cannot be read."""
-    config = text_config(merged(read_config_json(checkpoint), overrides))
+    whole = merged(read_config_json(checkpoint), overrides)
+    part = next((name for name in TEXT_PARTS if isinstance(whole.get(name), Mapping)), "")
+    config = {**whole, **whole[part]} if part else whole
     window = next((int(n) for key in WINDOW_KEYS if (n := _number(config.get(key)))), 0)
     window = 0 if config.get("use_sliding_window") is False else window
     own = _stated(config)
@@ -47,13 +58,8 @@ def find_context(
     scaling = rope_scaling or config.get("rope_parameters") or config.get("rope_scaling")
     if not rope_scaling and config.get("model_type") in SCALED_MODELS:
         scaling = None
-    return Context(int(_scaled(length, scaling, config)), key, window)
-
-
-def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
-    """The part of config.json that tells about the language model."""
-    inner = config.get("text_config") or config.get("llm_config") or config.get("language_config")
-    return {**config, **inner} if isinstance(inner, Mapping) else config
+    part = part if part and key in whole[part] else ""
+    return Context(int(_scaled(length, scaling, config)), key, window, part)
 
 
 def _stated(config: Mapping[str, object]) -> tuple[str, float] | None:

@@ -17,7 +17,7 @@ from fuseline.api.config_levels import explicit_levels, graph_config, level_valu
 from fuseline.api.config_levels import without_effect as idle_keys
 from fuseline.api.flag_rows import ALIASES
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.overrides import is_within
+from fuseline.compile.overrides import is_within, merged
 from fuseline.compile.target import likely_kind
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
@@ -167,8 +167,7 @@ def _context_values(checkpoint: str, given: dict[str, object], environment: Envi
         if environment.allow_long_max_model_len != "1" or limit < context.limit:
             message = f"--max-model-len {asked} is above the model's limit of {limit}"
             raise ConfigError(message + " (FUSELINE_ALLOW_LONG_MAX_MODEL_LEN=1 allows it, at the cost of sense)")
-        if context.key:
-            values["hf_overrides"] = tuple({**overrides, context.key: asked}.items())
+        values["hf_overrides"] = tuple(merged(overrides, context.override(asked)).items())
     if given.get("enable_chunked_prefill", True) is False and "max_num_batched_tokens" not in given:
         values["max_num_batched_tokens"] = max(values["max_model_len"], 2048)
     return values

@@ -26,6 +26,10 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: dict[str, Any] | None = None
     """In the form of the API's answer."""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """In the form of the API's answer, where tools were given."""
+    reasoning: str | None = None
+    """Text in front of the answer, where the server has a reasoning parser."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,10 @@ def request_output(prompt: Prompt | None, answer: dict[str, Any]) -> RequestOutp
 
 
 def _completion_output(choice: dict[str, Any]) -> CompletionOutput:
-    text = choice["message"].get("content") if "message" in choice else choice["text"]
+    message = choice.get("message") or {}
+    text = message.get("content") if message else choice["text"]
     return CompletionOutput(
         choice["index"], text or "", tuple(choice.get("token_ids") or ()), choice["finish_reason"],
         choice.get("stop_reason"), choice.get("logprobs"),
+        tuple(message.get("tool_calls") or ()), message.get("reasoning_content"),
     )  # fmt: skip

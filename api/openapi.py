@@ -8,20 +8,25 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from fuseline.api.protocol.completion import CompletionRequest
 from fuseline.api.protocol.errors import ErrorBody
+from fuseline.api.protocol.responses import ResponsesRequest
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
 """Route -> the JSON body of its POST."""
 EITHER = {"/invocations": (ChatRequest, CompletionRequest)}
 """Route -> the bodies that it takes."""
-STREAMED = ("/v1/chat/completions", "/v1/completions", "/invocations")
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations")
 REFERENCE = "#/components/schemas/{model}"
 
 

@@ -22,12 +22,13 @@ SAMPLING = ("temperature", "max_tokens", "top_p")
 Answerer = Callable[[list[Message]], Iterator[str]]
 """Streams the text of the answer to a conversation."""
 
+RUN_GROUPS = (*tables.ENGINE_GROUPS, "chat and answers")
 HELP = "/reset starts over, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
 
 def run_chat(arguments: Sequence[str]) -> int:
     """Entry of the subcommand; returns the exit status."""
-    parser = command_parser("run", tables.ENGINE_GROUPS)
+    parser = command_parser("run", RUN_GROUPS)
     _add_options(parser)
     values = parse_values(parser, arguments)
     options = {name: values.pop(name) for name in ("url", "system", "tools", *SAMPLING)}
@@ -39,6 +40,10 @@ def run_chat(arguments: Sequence[str]) -> int:
     if options["url"]:
         remote = Remote(options["url"], str(values.get("model", "")))
         return talk(chat, lambda messages: remote.stream_chat(messages, fields), tools)
+    if tools:
+        if not values.get("tool_call_parser"):
+            raise ConfigError("--tools needs --tool-call-parser, the format in which the model calls them")
+        values["enable_auto_tool_choice"] = True
     with _start(values) as llm:
         return talk(chat, lambda messages: llm.stream_deltas(messages, fields), tools)
 

@@ -27,13 +27,16 @@ from fuseline.api.output.openai_completion import Shape
 from fuseline.api.output.pace import Turns
 from fuseline.api.output.response import Run
 from fuseline.api.output.watch import RequestWatch
+from fuseline.api.parsers.parsing import Parsing, build_parsing
 from fuseline.api.prompt.bodies import Bodies
 from fuseline.api.prompt.chat import template_text
-from fuseline.api.prompt.encode import TextTokenizer, read_json
+from fuseline.api.prompt.encode import TextTokenizer, open_tokenizer, read_json
 from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
+from fuseline.api.prompt.template import ChatTemplate
 from fuseline.api.protocol.common import GenerationDefaults
+from fuseline.api.stored_responses import ResponseStore
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
@@ -45,6 +48,9 @@ SHORT_BYTES = 65536
 MAX_SHOWN = 32
 """Entries of a list that a log line shows."""
 NO_PARAMS = SamplingParams()
+MAX_STORED_BYTES = 64 * 2**20
+"""Of all answers that later requests may name."""
+CONTENT_FORMATS = {"string": "text (string)", "openai": "a list of parts (openai)"}
 DEFAULTS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 
 
@@ -62,6 +68,8 @@ class Served:
     bodies: Bodies
     metrics: Metrics | None
     admission: Admission
+    parsing: Parsing
+    stored: ResponseStore
     turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
@@ -103,6 +111,8 @@ class Served:
             wants_ids=answer.wants_ids, include_usage=answer.include_usage or config.enable_force_include_usage,
             continuous_usage=answer.continuous_usage, shows_cached=config.enable_prompt_tokens_details,
             role=answer.role, echo=answer.echo, turns=self.turns,
+            keeps_empty=answer.parse is None or answer.parse.choice == "named",
+            counts_reasoning=answer.parse is not None and bool(config.reasoning_parser),
         )  # fmt: skip
 
     def runs(self, prepared: Prepared, prompts: list[Prompt], label: str) -> list[Run]:
@@ -123,10 +133,12 @@ class Served:
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(ids), params=params,
             priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
         )  # fmt: skip
+        parse, skips_special = self.parsing.settings(answer)
         options = TextOptions(
             stops=() if answer.beams else answer.stops, include_stop=answer.includes_stop,
-            skip_special_tokens=answer.skips_special, min_tokens=params.min_tokens, interval=config.stream_interval,
+            skip_special_tokens=skips_special, min_tokens=params.min_tokens, interval=config.stream_interval,
             turns=self.turns, num_shown=answer.n if answer.n < params.n else 0,
+            parse=parse, kept_ids=self.parsing.kept_ids if parse else frozenset(),
         )  # fmt: skip
         watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
         if answer.beams:
@@ -159,7 +171,7 @@ def _brief(params: SamplingParams) -> str:
 
 def load_tokenizer(config: ServerConfig) -> TextTokenizer | None:
     """None when the server is to run without. Raises ConfigError."""
-    return None if config.skip_tokenizer_init else TextTokenizer(config.tokenizer_dir)
+    return open_tokenizer(config)
 
 
 def build_served(
@@ -169,6 +181,9 @@ def build_served(
     template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
     settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
     preparer = Preparer(settings, tokenizer)
+    parsing = build_parsing(config, tokenizer, template)
+    stored = ResponseStore(config.max_stored_responses, MAX_STORED_BYTES)
+    log_content_format(config, preparer.renderer.template)
     metrics = None
     if not config.engine.disable_log_stats:
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
@@ -178,7 +193,20 @@ def build_served(
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
         pools[0].start()
     bodies = Bodies(config.max_request_bytes)
-    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
+    admission = Admission(config)
+    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, admission, parsing, stored)
+
+
+def log_content_format(config: ServerConfig, template: ChatTemplate | None) -> None:
+    """Log in which form content reaches the template, and a setting that contradicts what the template looks for."""
+    if template is None:
+        return
+    used, detected = template.content_format, template.detected_format
+    if used == detected:
+        LOG.info("message content reaches the chat template as %s", CONTENT_FORMATS[used])
+    else:
+        words = "--chat-template-content-format %s: message content reaches the chat template as %s, which looks for %s"
+        LOG.warning(words, config.chat_template_content_format, CONTENT_FORMATS[used], CONTENT_FORMATS[detected])
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def make_text() -> str:
         parts.append(_table(title.capitalize(), ("flag", "value", "meaning"), rows))
     parts.append(_level_keys())
     parts.append(_aliases())
-    parts.append(_rows("idle", "Accepted without effect on this device", ("why", "flags")))
-    parts.append(_rows("later", "Not yet supported (refused in words)", ("part", "flags")))
-    parts.append(_rows("absent", "Refused", ("cause and cure", "flags")))
+    parts.append(_rows("ignored", "Accepted without effect on this device", ("why", "flags")))
+    parts.append(_rows("unimplemented", "Not yet supported (refused in words)", ("part", "flags")))
+    parts.append(_rows("refused", "Refused", ("cause and cure", "flags")))
     parts.append(_environment())
     return "\n".join(parts)
 

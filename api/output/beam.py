@@ -15,7 +15,8 @@ from itertools import islice
 from msgspec.structs import replace
 
 from fuseline.api.output.events import PromptInfo
-from fuseline.api.output.generation import Choice, Sink, TextOptions, engine_error
+from fuseline.api.output.generation import Sink, TextOptions, engine_error, make_choices
+from fuseline.api.output.parsed import Parsed
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.prepared import BeamOptions
@@ -63,7 +64,8 @@ class BeamSearch:
             temperature=0.0, max_tokens=1, logprobs=max(2 * params.n, params.logprobs or 0),
             prompt_logprobs=params.prompt_logprobs, scores_temperature=params.temperature or 1.0,
         )  # fmt: skip
-        self._choices = [Choice(k, tokenizer, options, request) for k in range(params.n)]
+        self._choices = make_choices(request, tokenizer, options)
+        self._parse = options.parse
 
     async def run(
         self, client: EngineClient, sink: Sink, open_prompt: Callable[[PromptInfo], Awaitable[None]]
@@ -72,6 +74,8 @@ class BeamSearch:
 
         Cancelling it aborts the request in the engine. Raises ApiError and EngineDeadError.
         """
+        if self._parse:
+            sink = Parsed(self._parse, len(self._choices), sink).feed
         with self._watch as watch:
             best = await self._search(client, open_prompt)
             for choice, beam in zip(self._choices, best, strict=True):

@@ -12,8 +12,10 @@ from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.interval import Interval
 from fuseline.api.output.pace import Pace, Turns
+from fuseline.api.output.parsed import Parsed
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.output.watch import RequestWatch
+from fuseline.api.parsers.choice import ParseSettings
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineRequest, TokenOutput
@@ -34,6 +36,10 @@ class TextOptions:
     """Tokens of a choice that a delta waits for."""
     turns: Turns = field(default_factory=Turns)
     """Shared by all answers of a server."""
+    kept_ids: frozenset[int] = frozenset()
+    """Special tokens that stay in the text although others are skipped: what parsers look for."""
+    parse: ParseSettings | None = None
+    """Reasoning and tool calls are looked for."""
     num_shown: int = 0
     """Choices to show of those generated, the likeliest ones (best_of); 0: all as they come."""
 
@@ -45,10 +51,10 @@ class Generation:
         self, request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions, watch: RequestWatch
     ) -> None:
         self._request, self._watch = request, watch
-        self._choices = [Choice(k, tokenizer, options, request) for k in range(request.params.n)]
+        self._choices = make_choices(request, tokenizer, options)
         self._num_open = len(self._choices)
         self._interval, self._num_shown = options.interval, options.num_shown
-        self._turns = options.turns
+        self._turns, self._parse = options.turns, options.parse
 
     async def run(
         self, client: EngineClient, sink: Sink, open_prompt: Callable[[PromptInfo], Awaitable[None]]
@@ -77,6 +83,8 @@ class Generation:
 
     def _deliver(self, sink: Sink) -> Sink:
         """What the events go through on their way to the sink."""
+        if self._parse:
+            sink = Parsed(self._parse, self._num_shown or len(self._choices), sink).feed
         if self._num_shown:
             return BestOf(self._num_shown, len(self._choices), sink).feed
         return sink if self._interval == 1 else Interval(self._interval, sink).feed
@@ -101,18 +109,26 @@ def engine_error(output: TokenOutput) -> ApiError:
     return ApiError(500, output.error or "the request failed in the engine", code="internal_error")
 
 
+def make_choices(request: EngineRequest, tokenizer: TextTokenizer | None, options: TextOptions) -> list[Choice]:
+    """The n choices of a prompt, whose texts go on from its end."""
+    start = None
+    if tokenizer is not None:
+        start = Detokenizer(tokenizer, options.skip_special_tokens, request.prompt_token_ids, options.kept_ids)
+    return [Choice(k, start, options, request) for k in range(request.params.n)]
+
+
 class Choice:
     """Outputs of one choice to its events."""
 
-    def __init__(
-        self, index: int, tokenizer: TextTokenizer | None, options: TextOptions, request: EngineRequest
-    ) -> None:
+    def __init__(self, index: int, start: Detokenizer | None, options: TextOptions, request: EngineRequest) -> None:
+        """`start`: detokenizer of the prompt; None without a tokenizer."""
         self._index = index
-        self._detokenizer = Detokenizer(tokenizer, options.skip_special_tokens) if tokenizer else None
+        self._detokenizer = start.fork() if start else None
         self._stops = StopStrings(options.stops, options.include_stop)
         self._options = options
         self._ends = {*request.params.eos_token_ids, *request.params.stop_token_ids}
         self._num_tokens = 0
+        self._num_characters = 0  # of the text so far, held back or not
         self._is_done = False
 
     def take(self, output: TokenOutput) -> Sequence[Event]:
@@ -123,6 +139,7 @@ class Choice:
             delta.token_ids.append(token)
             if output.logprobs:
                 delta.logprobs.append(output.logprobs[k])
+                delta.offsets.append(self._num_characters)
             is_last = output.finish_reason == "stop" and k == len(output.token_ids) - 1
             text, stop = self._feed(token, is_end=is_last and token in self._ends)
             delta.text += text
@@ -146,7 +163,9 @@ class Choice:
         self._num_tokens += 1
         if self._detokenizer is None or (is_end and not self._options.include_stop):
             return "", None
-        return self._stops.feed(self._detokenizer.feed(token), self._is_checked)
+        text = self._detokenizer.feed(token)
+        self._num_characters += len(text)
+        return self._stops.feed(text, self._is_checked)
 
     def _end(self, delta: TextDelta, reason: str, stop_reason: str | int | None) -> Sequence[Event]:
         self._is_done = True

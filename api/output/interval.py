@@ -36,5 +36,6 @@ def _joined(before: TextDelta | None, delta: TextDelta) -> TextDelta:
     if before is None:
         return delta
     return TextDelta(
-        delta.index, before.text + delta.text, before.token_ids + delta.token_ids, before.logprobs + delta.logprobs
-    )
+        delta.index, before.text + delta.text, before.token_ids + delta.token_ids, before.logprobs + delta.logprobs,
+        before.offsets + delta.offsets,
+    )  # fmt: skip

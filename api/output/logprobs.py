@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, repeat
 from typing import Any
 
 import msgspec
 
+from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.pace import Pace
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.messages import PositionLogprobs
@@ -45,20 +47,20 @@ class LogprobWriter:
         raw = self._tokenizer.token_bytes(token_id) if self._tokenizer else b""
         return {"token": self.text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
-    def completion(self, positions: Positions, tokens: Sequence[int], offset: int) -> dict[str, list]:
-        """choices[].logprobs of completions; `offset` is the text before the first token, None stands for no value."""
-        out: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        for token, position in zip(tokens, positions, strict=True):
-            out["text_offset"].append(offset)
-            out["tokens"].append(self.text(token))
-            out["token_logprobs"].append(None if position is None else finite(position.logprob))
-            out["top_logprobs"].append(None if position is None else self._top(position))
-            offset += self.length(token)
-        return out
+    def completion(self, positions: Positions, tokens: Sequence[int], offsets: Sequence[int]) -> dict[str, list]:
+        """choices[].logprobs of completions. `offsets`: characters before each token; None stands for no value."""
+        return {
+            "text_offset": list(offsets),
+            "token_logprobs": [None if position is None else finite(position.logprob) for position in positions],
+            "tokens": [self.text(token) for token in tokens],
+            "top_logprobs": [None if position is None else self._top(position) for position in positions],
+        }
 
-    def length(self, token_id: int) -> int:
-        """Characters of a token's text."""
-        return len(self._tokenizer.token_text(token_id) if self._tokenizer else self.text(token_id))
+    def prompt_offsets(self, tokens: Sequence[int], text: str) -> Iterator[int]:
+        """Characters of an echoed prompt before each of its tokens."""
+        if self._tokenizer is None:
+            return repeat(0, len(tokens))
+        return _prompt_offsets(self._tokenizer, tokens, text)
 
     def _top(self, position: PositionLogprobs) -> dict[str, float]:
         """The alternatives by their text, the token itself first; one whose text another one has goes by its id."""
@@ -85,6 +87,19 @@ class LogprobWriter:
         return {"logprob": finite(logprob), "rank": rank, "decoded_token": self.text(token_id)}
 
 
+def _prompt_offsets(tokenizer: TextTokenizer, tokens: Sequence[int], text: str) -> Iterator[int]:
+    """Tokens that the tokenizer has added to the text, and the blank before its first word, take no place in it."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    at = 0
+    for token in tokens:
+        yield at
+        piece = detokenizer.feed(token)
+        if not at and not text.startswith(piece):
+            piece = piece[1:] if piece[:1] == " " and text.startswith(piece[1:]) else piece
+        if token not in tokenizer.special_ids or text.startswith(piece, at):
+            at = min(at + len(piece), len(text))
+
+
 class JsonList:
     """A list that is encoded while it grows."""
 
@@ -104,28 +119,24 @@ class CompletionLogprobs:
 
     def __init__(self, writer: LogprobWriter) -> None:
         self._writer = writer
-        self._offset = 0  # characters of the choice's text so far
         self._lists: dict[str, JsonList] = {}
 
     def copy(self) -> CompletionLogprobs:
         made = CompletionLogprobs(self._writer)
-        made._offset = self._offset
         made._lists = {name: JsonList(items.parts) for name, items in self._lists.items()}
         return made
 
-    async def extend(self, positions: Positions, tokens: Sequence[int], pace: Pace) -> None:
+    async def extend(self, positions: Positions, tokens: Sequence[int], offsets: Iterable[int], pace: Pace) -> None:
+        left = iter(offsets)
         for at in range(0, len(tokens), SLICE):
-            self.add(positions[at : at + SLICE], tokens[at : at + SLICE])
+            some = tokens[at : at + SLICE]
+            self.add(positions[at : at + SLICE], some, list(islice(left, len(some))))
             await pace.rest()
 
-    def add(self, positions: Positions, tokens: Sequence[int]) -> None:
+    def add(self, positions: Positions, tokens: Sequence[int], offsets: Sequence[int]) -> None:
         """Encode a few positions without a pause."""
-        if not tokens:
-            return
-        out = self._writer.completion(positions, tokens, self._offset)
-        for name, items in out.items():
+        for name, items in self._writer.completion(positions, tokens, offsets).items():
             self._lists.setdefault(name, JsonList()).extend(items)
-        self._offset = out["text_offset"][-1] + self._writer.length(tokens[-1])
 
     def raw(self) -> dict[str, msgspec.Raw]:
         names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from fuseline.api.output.events import Done, Event, Prompt, PromptInfo, TextDelta
+from fuseline.api.output.events import Done, Event, Part, Prompt, PromptInfo
 from fuseline.api.output.logprobs import encode_slices
+from fuseline.api.output.message import Message, delta_of, is_empty
 from fuseline.api.output.openai_completion import Shape, Totals
 from fuseline.api.output.pace import Pace
 from fuseline.engine.messages import PositionLogprobs
@@ -20,9 +21,9 @@ class ChatWriter:
 
     def __init__(self, shape: Shape, prompt: Prompt, n: int) -> None:
         self._shape, self._ids, self._n = shape, prompt.ids, n
-        self._totals = Totals(prompt=len(prompt.ids))
+        self._totals = Totals(prompt=len(prompt.ids), reasoning=0 if shape.counts_reasoning else None)
         self._info = PromptInfo()
-        self._text = [[shape.echo] for _ in range(n)]
+        self._messages = [Message(shape.echo) for _ in range(n)]
         self._pace = Pace(shape.turns)
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
@@ -39,7 +40,7 @@ class ChatWriter:
             self._take(event)
             if isinstance(event, Done):
                 _finish(choices, event)
-            elif event.text or event.token_ids:
+            elif event.token_ids or not is_empty(event):
                 choices.append(self._delta(event))
         opening = [] if self._is_started else self._opening()
         self._is_started = True
@@ -53,8 +54,7 @@ class ChatWriter:
     def fold(self, prompt: Prompt, events: Sequence[Event]) -> None:
         for event in events:
             self._take(event)
-            if isinstance(event, TextDelta):
-                self._text[event.index].append(event.text)
+            self._messages[event.index].take(event)
 
     async def whole(self) -> list[bytes]:
         """Pieces of the answer that the folded events make, as JSON."""
@@ -75,15 +75,17 @@ class ChatWriter:
         return {**tail, "prompt_token_ids": self._ids.tolist()} if self._shape.wants_ids else tail
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, TextDelta):
+        if isinstance(event, Done):
+            self._ends[event.index] = event
+            if self._totals.reasoning is not None:
+                self._totals.reasoning += event.num_reasoning
+        else:
             self._tokens[event.index] += event.token_ids
             self._logprobs[event.index] += event.logprobs
             self._totals.completion += len(event.token_ids)
-        else:
-            self._ends[event.index] = event
 
-    def _delta(self, event: TextDelta) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
+    def _delta(self, event: Part) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": event.index, "delta": delta_of(event), "finish_reason": None}
         if self._shape.wants_logprobs:
             choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
         if self._shape.wants_ids:
@@ -111,10 +113,9 @@ class ChatWriter:
         if shape.wants_logprobs:
             write = partial(shape.writer.chat_tokens, num_top=shape.num_top)
             logprobs = {"content": await encode_slices(write, self._logprobs[index], self._pace), "refusal": None}
-        text = "".join(self._text[index])
         choice = {
             "index": index,
-            "message": {"role": shape.role, "reasoning_content": None, "content": text, "refusal": None},
+            "message": self._messages[index].body(shape.role, shape.keeps_empty),
             "logprobs": logprobs,
             "finish_reason": end.finish_reason if end else None,
             "stop_reason": end.stop_reason if end else None,

@@ -30,6 +30,9 @@ class Shape:
     shows_cached: bool = False
     role: str = "assistant"
     echo: str = ""
+    keeps_empty: bool = True
+    """Content that is empty is "" and not null."""
+    counts_reasoning: bool = False
     turns: Turns = field(default_factory=Turns)
     """Shared by all answers of a server."""
 
@@ -39,21 +42,26 @@ class Totals:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int | None = None
+    """None does not show it."""
 
     def body(self, shows_cached: bool) -> dict[str, Any]:
         details = {"cached_tokens": self.cached} if shows_cached else None
-        return {
+        usage = {
             "prompt_tokens": self.prompt, "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion, "prompt_tokens_details": details,
         }  # fmt: skip
+        if self.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
+        return usage
 
 
 @dataclass
 class _Choice:
     text: list[str] = field(default_factory=list)
-    offset: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     is_started: bool = False
@@ -76,7 +84,8 @@ class CompletionWriter:
         self._totals.cached += info.num_cached_tokens
         if prompt.echo is not None and self._shape.wants_logprobs and info.prompt_logprobs is not None:
             made = CompletionLogprobs(self._shape.writer)
-            await made.extend(info.prompt_logprobs, prompt.ids, Pace(self._shape.turns))
+            offsets = self._shape.writer.prompt_offsets(prompt.ids, prompt.echo)
+            await made.extend(info.prompt_logprobs, prompt.ids, offsets, Pace(self._shape.turns))
             self._echoes[prompt.first] = made
 
     def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -119,6 +128,7 @@ class CompletionWriter:
         if isinstance(event, TextDelta):
             choice.tokens += event.token_ids
             choice.logprobs += event.logprobs
+            choice.offsets += _behind_echo(prompt, event)
             self._totals.completion += len(event.token_ids)
         else:
             choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
@@ -138,15 +148,15 @@ class CompletionWriter:
         text = (echo or "") + event.text
         if not text and not event.token_ids:
             return None
-        choice, is_first = self._choices[index], len(self._choices[index].tokens) == len(event.token_ids)
+        is_first = len(self._choices[index].tokens) == len(event.token_ids)
         logprobs: dict[str, Any] | None = None
         if self._shape.wants_logprobs and echo is not None:
             made = self._echo_logprobs(prompt)
-            made.add(event.logprobs, event.token_ids)
+            made.add(event.logprobs, event.token_ids, _behind_echo(prompt, event))
             logprobs = made.raw()
         elif self._shape.wants_logprobs:
-            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, choice.offset)
-        choice.offset += len(text)
+            offsets = _behind_echo(prompt, event)
+            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, offsets)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
         if self._shape.wants_ids:
             chunk |= {"token_ids": event.token_ids, "prompt_token_ids": prompt.ids.tolist() if is_first else None}
@@ -167,7 +177,7 @@ class CompletionWriter:
         if not self._shape.wants_logprobs:
             return None
         made = self._echo_logprobs(prompt)
-        await made.extend(choice.logprobs, choice.tokens, self._pace)
+        await made.extend(choice.logprobs, choice.tokens, choice.offsets, self._pace)
         return made.raw()
 
     def _echo_logprobs(self, prompt: Prompt) -> CompletionLogprobs:
@@ -196,3 +206,9 @@ class CompletionWriter:
         return Totals(len(prompt.ids), len(self._choices[index].tokens), prompt.info.num_cached_tokens).body(
             self._shape.shows_cached
         )
+
+
+def _behind_echo(prompt: Prompt, event: TextDelta) -> list[int]:
+    """Characters before each token of a delta, those of an echoed prompt among them."""
+    begin = len(prompt.echo or "")
+    return [begin + offset for offset in event.offsets]

@@ -23,12 +23,12 @@ from starlette.types import Receive, Scope, Send
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.output.beam import BeamSearch
 from fuseline.api.output.events import Event, Prompt, PromptInfo
+from fuseline.api.output.framing import OPENAI, Framing
 from fuseline.api.output.generation import Generation
 from fuseline.api.output.outbox import WRITE_BYTES, Outbox
 from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
-DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -66,12 +66,13 @@ class Answer(Response):
         held: AbstractContextManager,
         keep_alive: float | None,
         is_one_event: bool = False,
+        framing: Framing = OPENAI,
     ) -> None:
         """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole. A stream of
         `is_one_event` is the whole answer as its one event.
         """
         super().__init__()
-        self._is_one_event = is_one_event
+        self._is_one_event, self._framing = is_one_event, framing
         self._client, self._runs, self._writer, self._held = client, runs, writer, held
         self._keep_alive = keep_alive
         self._has_begun = False
@@ -106,9 +107,11 @@ class Answer(Response):
     async def _fill(self, outbox: Outbox) -> None:
         """Every chunk as a server-sent event. An error is the last one, or refuses the request if it comes first."""
 
+        write = self._framing.write
+
         def add(prompt: Prompt, events: Sequence[Event]) -> None:
             for chunk in self._writer.chunks(prompt, events):
-                outbox.add(sse(chunk))
+                outbox.add(write(chunk))
 
         try:
             if self._is_one_event:
@@ -117,13 +120,13 @@ class Answer(Response):
             else:
                 await self._generate(add)
                 for chunk in self._writer.last_chunks():
-                    outbox.add(sse(chunk))
+                    outbox.add(write(chunk))
         except Exception as error:
             if not outbox.has_begun:
                 outbox.fail(error)
                 return
-            outbox.add(sse(_failure(error).body()))
-        outbox.add(DONE)
+            outbox.add(write(self._framing.failure(_failure(error))))
+        outbox.add(self._framing.end)
         outbox.close()
 
     async def _generate(self, sink: Callable[[Prompt, Sequence[Event]], None]) -> None:
@@ -174,10 +177,6 @@ def _failure(error: Exception) -> ApiError:
     if mapped.code == "internal_error" and not isinstance(error, ApiError):
         LOG.exception("error in a stream", exc_info=error)
     return mapped
-
-
-def sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def json_response(body: Any) -> Response:

@@ -80,12 +80,6 @@ def _check_chat(body: ChatRequest) -> None:
         raise bad_request("when using `logprob_token_ids`, `logprobs` must be set to true.", "logprob_token_ids")
     if body.stream and body.num_generated != body.num_choices:
         raise bad_request("best_of other than n cannot be streamed", "best_of")
-    if body.tools is not None and not body.tools:
-        raise bad_request("tools must not be an empty list", "tools")
-    if body.tool_choice not in (None, "none") and not body.tools:
-        raise bad_request("When using `tool_choice`, `tools` must be set.", "tool_choice")
-    if body.tools and body.tool_choice != "none":
-        raise bad_request('tools are not supported yet (tool_choice "none" is)', "tools", "unsupported_value")
 
 
 def read_processors(values: list[Any] | None, pattern: str) -> tuple[LogitsProcessor, ...]:

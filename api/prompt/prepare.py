@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from array import array
 from collections.abc import Callable
@@ -16,23 +17,28 @@ from pydantic import BaseModel
 from fuseline.api.admission import Admission
 from fuseline.api.config import JsonObject, ServerConfig
 from fuseline.api.errors import ApiError, bad_request, to_api_error
-from fuseline.api.prompt.chat import ChatRenderer, ChatTemplate, RenderedChat
+from fuseline.api.prompt import from_anthropic, from_responses
+from fuseline.api.prompt.chat import ChatRenderer, RenderedChat, named_templates
 from fuseline.api.prompt.completion_prompt import CompletionPrompts
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.field_checks import check_request
 from fuseline.api.prompt.limits import Limits
-from fuseline.api.prompt.parse import validate
+from fuseline.api.prompt.parse import renamed_fields, validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
 from fuseline.api.prompt.token_routes import detokenize, tokenize
+from fuseline.api.prompt.tool_grammar import constrain
+from fuseline.api.prompt.tools import parse_options, read_tools
+from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.api.protocol.completion import CompletionRequest
 from fuseline.api.protocol.json_body import parse_object
+from fuseline.api.protocol.responses import ResponsesRequest
 from fuseline.engine.messages import EngineReady
 
 LOG = logging.getLogger("fuseline.prompts")
-Kind = Literal["chat", "completion", "tokenize", "detokenize"]
+Kind = Literal["chat", "completion", "responses", "messages", "count_tokens", "tokenize", "detokenize"]
 MAX_UNKNOWN = 20
 """Names of unknown fields that a warning lists."""
 
@@ -54,18 +60,19 @@ class Preparer:
 
     def __init__(self, settings: PromptSettings, tokenizer: TextTokenizer | None) -> None:
         config = settings.config
-        text = settings.template
-        template = ChatTemplate(text, config.chat_template_content_format) if text else None
         self._config = config
         self._tokenizer = tokenizer
         self._admission = Admission(config)
         self.limits = Limits(config, settings.ready, tokenizer)
         self._prompts = CompletionPrompts(tokenizer, self.limits)
-        self._renderer = ChatRenderer(config, template, tokenizer.special_tokens if tokenizer else {})
+        self.renderer = ChatRenderer(config, settings.template, named_templates(tokenizer), tokenizer)
         self._sampling = SamplingBuilder(config, settings.ready, tokenizer, self.limits, dict(settings.defaults))
         self._steps: dict[Kind, tuple[type[BaseModel], Callable[[Any], Reply]]] = {
             "chat": (ChatRequest, self._chat),
             "completion": (CompletionRequest, self._completion),
+            "responses": (ResponsesRequest, self._responses),
+            "messages": (MessagesRequest, self._messages),
+            "count_tokens": (CountTokensRequest, self._count_tokens),
             "tokenize": (TokenizeRequest, self._tokenize),
             "detokenize": (DetokenizeRequest, partial(detokenize, self._need_tokenizer, settings.ready.vocab_size)),
         }
@@ -115,14 +122,14 @@ class Preparer:
         return PreparedPrompt(array("i", ids).tobytes(), limit, echo)
 
     def _chat(self, body: ChatRequest) -> Prepared:
+        use = read_tools(body, self._config)
+        constrain(body, use)
         refuse_unsupported(body)
         check_request(body, self._config)
         self._admission.check(body)
         self._need_tokenizer("messages")
-        if body.reasoning_effort is not None:  # a variable of the templates that know it
-            body.chat_template_kwargs = {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
-        rendered = self._renderer.render(body)
-        encoded = self._encode(body, rendered.text, bool(body.add_special_tokens))
+        rendered = self.renderer.render(body)
+        encoded = self._encode(body, rendered)
         self.limits.check_prompt(encoded, "messages")
         ids = encoded[self.limits.kept(len(encoded), body)]
         asked_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -133,24 +140,43 @@ class Preparer:
             top = len(params.logprob_token_ids) + 1 if params.logprob_token_ids else params.logprobs
         prompt = PreparedPrompt(array("i", ids).tobytes(), limit)
         shown = rendered.text if len(ids) == len(encoded) else None
-        return Prepared((prompt,), params, self._chat_answer(body, rendered, top), shown)
+        answer = replace(self._chat_answer(body, rendered, top), parse=parse_options(body, use, rendered, self._config))
+        return Prepared((prompt,), params, answer, shown)
 
     def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, top: int | None) -> AnswerOptions:
         last = body.messages[-1]
         role = self._config.response_role if rendered.opens_answer else last.role
-        echo = last.content if body.echo and last.role == role and isinstance(last.content, str) else ""
+        echo = rendered.last_text if body.echo and last.role == role else ""
         self.limits.check_text(echo, "messages")
         return replace(_answer(body), num_logprobs=top, role=role, echo=echo)
 
+    def _responses(self, body: ResponsesRequest) -> Prepared:
+        with renamed_fields(from_responses.RENAMED):
+            prepared = self._chat(from_responses.chat_of_responses(body))
+        items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+        kept = items if body.store is not False else None
+        shown = from_responses.shown_fields(body)
+        return replace(prepared, answer=replace(prepared.answer, shown=shown, items=kept))
+
+    def _messages(self, body: MessagesRequest) -> Prepared:
+        with renamed_fields(from_anthropic.RENAMED):
+            return self._chat(from_anthropic.chat_of_messages(body))
+
+    def _count_tokens(self, body: CountTokensRequest) -> Written:
+        with renamed_fields(from_anthropic.RENAMED):
+            chat = from_anthropic.chat_of_messages(body)
+            ids = self._encode(chat, self.renderer.render(chat))
+            return Written([json.dumps({"input_tokens": len(ids)}).encode()])
+
     def _tokenize(self, body: TokenizeRequest) -> Written:
         tokenizer = self._need_tokenizer()
-        return tokenize(body, tokenizer, self._renderer, self.limits.context)
+        return tokenize(body, tokenizer, self.renderer, self.limits.context)
 
-    def _encode(self, body: GenerateRequest, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, body: ChatRequest, rendered: RenderedChat) -> list[int]:
         tokenizer = self._need_tokenizer()
         if body.truncate_prompt_tokens is None:
-            self.limits.check_text(text, "messages")
-        return tokenizer.encode(text, add_special_tokens)
+            self.limits.check_text(rendered.text, "messages")
+        return tokenizer.encode_chat(rendered.text, rendered.literals, bool(body.add_special_tokens))
 
     def _need_tokenizer(self, param: str = "prompt") -> TextTokenizer:
         if self._tokenizer is None:

@@ -24,7 +24,8 @@ def tokenize(body: TokenizeRequest, tokenizer: TextTokenizer, renderer: ChatRend
     if body.prompt is not None:
         ids = tokenizer.encode(body.prompt, body.add_special_tokens is not False)
     else:
-        ids = tokenizer.encode(renderer.render(body).text, bool(body.add_special_tokens))
+        rendered = renderer.render(body)
+        ids = tokenizer.encode_chat(rendered.text, rendered.literals, bool(body.add_special_tokens))
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": context, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = [tokenizer.token_name(token) for token in ids]

@@ -37,6 +37,8 @@ class ChatRequest(ChatFields, GenerateRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: int | None = Field(None, ge=0)
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None

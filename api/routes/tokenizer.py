@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fuseline.api.config_context import read_json_file
 from fuseline.api.errors import bad_request
 from fuseline.api.routes.http import json_response, prepare, raw_response
 
@@ -22,10 +25,12 @@ async def tokenize(request: Request) -> Response:
 @info_router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> Response:
     """tokenizer_config.json as served; 400 without a tokenizer."""
-    tokenizer = request.app.state.served.tokenizer
-    if tokenizer is None:
+    served = request.app.state.served
+    if served.tokenizer is None:
         raise bad_request("this server runs without a tokenizer (--skip-tokenizer-init)")
-    return json_response({**tokenizer.settings, "chat_template": tokenizer.chat_template})
+    settings = read_json_file(Path(served.config.tokenizer_dir) / "tokenizer_config.json")
+    own = {"chat_template": served.tokenizer.chat_template}
+    return json_response({**settings, **served.tokenizer.special_tokens, **own})
 
 
 @router.post("/detokenize")

@@ -160,7 +160,7 @@ async def test_the_log_probabilities_of_an_echo_are_written_in_slices() -> None:
     assert len(gaps) > 5 and max(gaps) < whole / 3, (max(gaps), whole)
     for index in range(2):
         begin = time.perf_counter()
-        (chunk,) = writer.chunks(prompt, [TextDelta(index, " x", [200], [info.prompt_logprobs[1]])])
+        (chunk,) = writer.chunks(prompt, [TextDelta(index, " x", [200], [info.prompt_logprobs[1]], [0])])
         assert time.perf_counter() - begin < whole / 3
         (choice,) = events(b"data: " + encode(chunk) + b"\n\n")[0]["choices"]
         shown = choice["logprobs"]

@@ -128,7 +128,7 @@ def test_streams_from_a_server(url: str, path: str, monkeypatch) -> None:
 
 
 def test_addresses_end_before_the_version() -> None:
-    for text in ("http://h:1", "http://h:1/", "http://h:1/v1", " http://h:1/v1/ "):
+    for text in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
         assert server_url(text) == "http://h:1"
     assert server_url("https://h/proxy/v1") == "https://h/proxy"
 
@@ -232,6 +232,11 @@ def test_called_tools_are_run_and_their_results_sent(url: str, tools_file: str, 
             {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}]},
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
     ]  # fmt: skip
+
+
+def test_an_engine_here_needs_to_know_how_tools_are_called(tools_file: str, capsys) -> None:
+    assert main(["run", "--tools", tools_file]) == 1
+    assert "--tools needs --tool-call-parser" in capsys.readouterr().err
 
 
 def test_a_model_that_only_calls_tools_is_stopped(tools_file: str) -> None:

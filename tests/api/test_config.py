@@ -49,6 +49,7 @@ BROKEN = {
     "needs --ssl-ca-certs": {"ssl_cert_reqs": 2},
     "neither a file nor a template": {"chat_template": "chatml"},
     "neither a file nor": {"chat_template": "x" * 5000},
+    "needs --prompt-workers": {"trust_request_chat_template": True, "prompt_workers": 0},
     "no directory": {"generation_config": "/no/such"},
     "--metrics-prefix": {"metrics_prefix": "1 bad"},
     "--num-scheduler-steps 0: must be at least 1": {"num_scheduler_steps": 0},
@@ -256,6 +257,22 @@ def test_cached_snapshots_are_found_by_hub_id(tmp_path: Path, monkeypatch) -> No
     (folder / "snapshots" / commit).mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
+    other = "1" * 40
+    (folder / "snapshots" / other).mkdir()
+    (folder / "refs" / "v2").write_text(other)
+    assert find_checkpoint("org/tiny", str(tmp_path), "v2") == str(folder / "snapshots" / other)
+    assert find_checkpoint("org/tiny", str(tmp_path), other) == str(folder / "snapshots" / other)
+    with pytest.raises(ConfigError, match="files of revision v3 are in"):
+        find_checkpoint("org/tiny", str(tmp_path), "v3")
+    for snapshot in (commit, other):
+        config = {"model_type": "llama", "max_position_embeddings": 64 if snapshot == commit else 32}
+        (folder / "snapshots" / snapshot / "config.json").write_text(json.dumps(config))
+    given = {"model": "org/tiny", "download_dir": str(tmp_path)}
+    assert resolve(given).engine.compile.max_model_len == 64
+    newer = resolve({**given, "revision": "v2"})
+    assert newer.engine.compile.max_model_len == 32 and newer.tokenizer_dir.endswith(other)
+    mixed = resolve({**given, "revision": "v2", "tokenizer_revision": "main"})
+    assert mixed.engine.compile.model.endswith(other) and mixed.tokenizer_dir.endswith(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert find_checkpoint("org/tiny") == str(folder / "snapshots" / commit)
 

@@ -113,6 +113,14 @@ def test_the_window_can_end_the_context(llama: str) -> None:
             resolve({**given, "max_model_len": 1025}, environment)
 
 
+def test_a_longer_context_can_be_forced_inside_a_model_too(tmp_path: Path) -> None:
+    allowed = Environment(allow_long_max_model_len="1")
+    given = {"model": write(tmp_path, {"model_type": "gemma3", "text_config": {"max_position_embeddings": 100}}),
+             "max_model_len": 200}  # fmt: skip
+    overrides = dict(resolve(given, allowed).engine.compile.hf_overrides)
+    assert overrides == {"text_config": {"max_position_embeddings": 200}}
+
+
 def test_scaling_raises_the_limit(llama: str) -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0}
     config = resolve({"model": llama, "rope_scaling": scaling, "max_model_len": 16000})

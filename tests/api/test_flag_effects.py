@@ -244,6 +244,11 @@ def test_stacks_of_refused_requests(door, caplog) -> None:
         assert sum(record.exc_info is not None for record in caplog.records) == count
 
 
+def test_an_offline_engine_that_generates_gives_no_vectors(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="does not support Pooling"):
+        llm.encode("Hello!")
+
+
 def test_load_is_counted_on_request(door) -> None:
     assert door(enable_server_load_tracking=True).call("GET", "/load").json() == {"server_load": 0}
 

@@ -22,10 +22,20 @@ from fuseline.engine.run.sampler_reference import reference_device
 
 
 class Letters:
-    """A tokenizer: token k is the character 64 + k."""
+    """A tokenizer, and its pieces: token k is the character 64 + k."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return "".join(chr(64 + token) for token in ids)
+    cleans_up = has_runs = False
+    special_ids: frozenset[int] = frozenset()
+
+    @property
+    def pieces(self) -> Letters:
+        return self
+
+    def piece(self, token: int, previous: int | None) -> str:
+        return chr(64 + token)
+
+    def inner(self, token: int) -> str:
+        return chr(64 + token)
 
 
 class Fake:

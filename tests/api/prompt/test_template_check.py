@@ -9,7 +9,8 @@ import pytest
 
 from fuseline.api.config import ConfigError, read_environment
 from fuseline.api.config_resolve import resolve
-from fuseline.api.prompt.chat import ChatTemplate, template_text
+from fuseline.api.prompt.chat import template_text
+from fuseline.api.prompt.template import ChatTemplate
 from fuseline.api.prompt.template_check import check_template
 
 FAULTS = {
