@@ -104,7 +104,7 @@ def test_text_adds_up_without_a_null_and_the_end_comes_with_the_last_token(api: 
 
 
 def test_completions_stream_the_prompts_tokens_first(api: Api) -> None:
-    fields = {"prompt": ["The sky", [5, 6, 7]], "n": 2, "max_tokens": 3, "temperature": 1.0, "ignore_eos": True}
+    fields = {"prompt": [[343, 1364], [5, 6, 7]], "n": 2, "max_tokens": 3, "temperature": 1.0, "ignore_eos": True}
     whole = api.answer(COMPLETIONS, **fields, seed=1, return_token_ids=True)["choices"]
     chunks: dict[int, list[dict[str, Any]]] = {}
     for event in api.stream(COMPLETIONS, **fields, seed=1, return_token_ids=True):
