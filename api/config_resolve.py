@@ -49,11 +49,16 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
         "model": model,
         "compilation_config": tuple(levels.items()),
         "served_model_name": given.get("served_model_name") or (model,),
-        "recorded": tuple((name, asked.get(name, row.default)) for name, row in tables.ROWS.items()),
+        "recorded": tuple((name, _recorded(name, asked, row.default)) for name, row in tables.ROWS.items()),
     }
     config = ServerConfig(**own)
     check(config)
     return config
+
+
+def _recorded(name: str, asked: Mapping[str, object], default: object) -> object:
+    """The value of a flag without a field; nobody needs a secret one."""
+    return "***" if name in tables.SECRETS and name in asked else asked.get(name, default)
 
 
 def without_effect(config: ServerConfig) -> list[str]:
