@@ -43,7 +43,6 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     if tokenizer or given.get("tokenizer_revision"):
         default = revision if tokenizer in ("", model) else ""
         given["tokenizer"] = find_checkpoint(tokenizer or model, folder, str(given.get("tokenizer_revision", default)))
-    check_overrides(checkpoint, given)
     given |= _prefill_values(given) | _context_values(checkpoint, given, environment)
     if backend := dict(given.get("structured_outputs_config", ())).get("backend"):
         given["guided_decoding_backend"] = str(backend)
@@ -52,11 +51,16 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
         "model": model,
         "compilation_config": tuple(levels.items()),
         "served_model_name": given.get("served_model_name") or (model,),
-        "recorded": tuple((name, asked.get(name, row.default)) for name, row in tables.ROWS.items()),
+        "recorded": tuple((name, _recorded(name, asked, row.default)) for name, row in tables.ROWS.items()),
     }
     config = ServerConfig(**own)
     check(config)
     return config
+
+
+def _recorded(name: str, asked: Mapping[str, object], default: object) -> object:
+    """The value of a flag without a field; nobody needs a secret one."""
+    return "***" if name in tables.SECRETS and name in asked else asked.get(name, default)
 
 
 def without_effect(config: ServerConfig) -> list[str]:
@@ -183,16 +187,20 @@ def _prefill_values(given: Mapping[str, object]) -> dict[str, object]:
     return {"chunked_prefill_size": CPU_PREFILL_SIZE} if is_cpu and not is_whole else {}
 
 
-def check_overrides(checkpoint: str, given: Mapping[str, object]) -> None:
-    """Raises ConfigError for a key of --hf-overrides that the model's config has not, and for bad rope settings."""
-    stored, overrides = read_config_json(checkpoint), dict(given.get("hf_overrides", ()))
-    if is_within(stored, overrides) and not {"rope_scaling", "rope_theta"} & set(given):
+def check_overrides(config: ServerConfig) -> None:
+    """Raises ConfigError for a key of --hf-overrides that the model's config has not, and for bad rope settings.
+
+    The engine says the same when it starts; asking beforehand takes seconds where Transformers has to be asked.
+    """
+    settings = config.engine.compile
+    stored, overrides = read_config_json(settings.model), dict(settings.hf_overrides)
+    if is_within(stored, overrides) and not settings.rope_scaling and settings.rope_theta is None:
         return
     from fuseline.compile.capture.errors import CaptureError
-    from fuseline.compile.capture.hf_model import load_config  # takes seconds, and is needed for new keys only
+    from fuseline.compile.capture.hf_model import load_config
 
     try:
-        load_config(CompileConfig(**{**_fields_of(CompileConfig, given), "model": checkpoint}))
+        load_config(settings)
     except CaptureError as error:
         raise ConfigError(str(error)) from error
 

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.overrides import merged, whole_lengths
+from fuseline.compile.overrides import merged, whole_lengths, with_fewer_layers
 
 
 def read_config(config: CompileConfig, stored: Mapping[str, Any]) -> PreTrainedConfig:
@@ -31,7 +31,7 @@ def with_overrides(
     """
     if not overrides:
         return found
-    values = whole_lengths(merged(stored, overrides))
+    values = with_fewer_layers(whole_lengths(merged(stored, overrides)), stored)
     kind = values.get("model_type", found.model_type)
     if kind != found.model_type and kind not in CONFIG_MAPPING:
         raise CaptureError(f"--hf-overrides: Transformers has no model_type {kind!r}")

@@ -94,5 +94,7 @@ def test_what_has_no_effect_is_told(model: str) -> None:
 
 
 def test_secrets_are_hidden(model: str) -> None:
-    shown = config_dict(resolve({"model": model, "hf_token": "hf_xyzzy", "api_key": "k_xyzzy"}))
+    config = resolve({"model": model, "hf_token": "hf_xyzzy", "api_key": "k_xyzzy"})
+    shown = config_dict(config)
+    assert "xyzzy" not in repr(config) + repr(without_effect(config))
     assert shown["hf_token"] == shown["api_key"] == "***" and "xyzzy" not in json.dumps(shown)

@@ -46,6 +46,15 @@ def test_nested_overrides_leave_the_rest(tmp_path: Path) -> None:
     assert config.text_config.num_hidden_layers == 2 and config.model_type == "gemma3"
 
 
+def test_fewer_layers_shorten_what_is_listed_by_layer(tmp_path: Path) -> None:
+    config = loaded(tmp_path, GEMMA, hf_overrides={"num_hidden_layers": 1})
+    assert config.layer_types == ["sliding_attention"] and config.num_hidden_layers == 1
+    nested = loaded(tmp_path, NESTED, hf_overrides={"text_config": {"num_hidden_layers": 1}})
+    assert nested.text_config.layer_types == ["sliding_attention"]
+    with pytest.raises(CaptureError, match="layer_types"):
+        loaded(tmp_path, GEMMA, hf_overrides={"num_hidden_layers": 3})
+
+
 def test_what_is_derived_follows(tmp_path: Path) -> None:
     config = loaded(tmp_path, LLAMA, hf_overrides={"hidden_size": 64, "rope_theta": 5.0})
     assert config.head_dim == 16 and config.rope_parameters["rope_theta"] == 5.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from served_fake import served_fake
 
@@ -35,9 +37,7 @@ async def test_a_scheduler_of_the_users_own_decides(tmp_path, monkeypatch) -> No
     monkeypatch.syspath_prepend(tmp_path)
     async with served_fake(scheduler_cls="patient_scheduler.Patient") as served:
         await served.collect([3, 4], max_tokens=3)
-    import patient_scheduler
-
-    assert patient_scheduler.Patient.num_steps >= 3
+    assert importlib.import_module("patient_scheduler").Patient.num_steps >= 3
     with pytest.raises(EngineStartError, match="is no subclass"):
         async with served_fake(scheduler_cls="collections.deque"):
             pass
