@@ -29,11 +29,12 @@ class ControlTokens:
     """
 
     def __init__(self, special: Iterable[str], markers: Iterable[str]) -> None:
-        special, markers = list(special), list(markers)
+        special, markers = list(filter(None, special)), list(markers)
         self._special, self._all = _alternatives(special), _alternatives([*special, *markers])
         names = [*special, *markers]
         self._most = max(map(len, names), default=1) - 1  # characters of the longest beginning or end
         self._first, self._last = {name[0] for name in names}, {name[-1] for name in names}
+        self._suspect = re.compile(f"[{re.escape(''.join(self._first | self._last))}{BEFORE}{BEHIND}{EDGE}]")
         self._beginnings = {name[:n] for name in names for n in range(1, len(name))}
         self._ends = {name[n:] for name in names for n in range(1, len(name))}
 
@@ -84,9 +85,9 @@ class ControlTokens:
         return [self._mark(item, pattern) for item in value] if isinstance(value, list) else value
 
     def _mark_text(self, text: str, pattern: re.Pattern) -> str:
-        if MARKS.search(text):
-            text = MARKS.sub("", text)
-        marked = text
+        if not self._suspect.search(text):
+            return text
+        marked = text = MARKS.sub("", text)
         if pattern.search(text):
             first = len(text) - len(text.lstrip())
             marked = pattern.sub(lambda match: match[0] + BEHIND if match.start() <= first else BEFORE + match[0], text)
