@@ -29,10 +29,12 @@ class ControlTokens:
     """
 
     def __init__(self, special: Iterable[str], markers: Iterable[str]) -> None:
-        special, markers = list(special), list(markers)
+        special, markers = list(filter(None, special)), list(markers)
         self._special, self._all = _alternatives(special), _alternatives([*special, *markers])
         names = [*special, *markers]
-        self._longest = max(map(len, names), default=0)
+        self._most = max(map(len, names), default=1) - 1  # characters of the longest beginning or end
+        self._first, self._last = {name[0] for name in names}, {name[-1] for name in names}
+        self._suspect = re.compile(f"[{re.escape(''.join(self._first | self._last))}{BEFORE}{BEHIND}{EDGE}]")
         self._beginnings = {name[:n] for name in names for n in range(1, len(name))}
         self._ends = {name[n:] for name in names for n in range(1, len(name))}
 
@@ -83,14 +85,16 @@ class ControlTokens:
         return [self._mark(item, pattern) for item in value] if isinstance(value, list) else value
 
     def _mark_text(self, text: str, pattern: re.Pattern) -> str:
-        if MARKS.search(text):
-            text = MARKS.sub("", text)
-        first = len(text) - len(text.lstrip())
-        marked = pattern.sub(lambda match: match[0] + BEHIND if match.start() <= first else BEFORE + match[0], text)
-        lengths = range(1, min(self._longest, len(text) + 1))
-        if any(text[-n:] in self._beginnings for n in lengths):
+        if not self._suspect.search(text):
+            return text
+        marked = text = MARKS.sub("", text)
+        if pattern.search(text):
+            first = len(text) - len(text.lstrip())
+            marked = pattern.sub(lambda match: match[0] + BEHIND if match.start() <= first else BEFORE + match[0], text)
+        head, tail = text[: self._most], text[max(len(text) - self._most, 0) :]
+        if any(c in tail for c in self._first) and any(tail[k:] in self._beginnings for k in range(len(tail))):
             marked += EDGE
-        if any(text[:n] in self._ends for n in lengths):
+        if any(c in head for c in self._last) and any(head[:k] in self._ends for k in range(1, len(head) + 1)):
             marked = EDGE + marked
         return marked
 
