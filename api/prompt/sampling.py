@@ -13,7 +13,7 @@ from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.field_checks import read_processors
 from fuseline.api.prompt.grammar import request_spec
 from fuseline.api.prompt.limits import MAX_NAMED, Limits
-from fuseline.api.prompt.vocabulary import spelling
+from fuseline.api.prompt.vocabulary import special_ids, spelling
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.engine.messages import EngineReady, GrammarSpec, SamplingParams
 
@@ -84,7 +84,7 @@ class SamplingBuilder:
             seed=None if request.seed in (None, -1) else request.seed,
             max_tokens=max_tokens,
             min_tokens=request.min_tokens or 0,
-            stop_token_ids=self._ids(request.stop_token_ids, "stop_token_ids"),
+            stop_token_ids=self._stop_ids(request, grammar),
             eos_token_ids=() if ignore_eos else self._eos,
             masked_eos_token_ids=self._eos,
             logprobs=self._logprobs(0 if logprobs is None and is_ranked else logprobs, logprobs_name),
@@ -138,6 +138,14 @@ class SamplingBuilder:
             raise bad_request(message, "response_format")
         if self._spelling is None:
             raise bad_request("structured output does not work with this model's tokenizer", "response_format")
+
+    def _stop_ids(self, request: GenerateRequest, grammar: GrammarSpec | None) -> tuple[int, ...]:
+        """A token with text is text to a grammar, which alone says where the answer ends."""
+        found = self._ids(request.stop_token_ids, "stop_token_ids")
+        if grammar is None or not found:
+            return found
+        special = special_ids(self._tokenizer)
+        return tuple(token for token in found if token in special)
 
     def _value(self, request: GenerateRequest, name: str, built_in: Any) -> Any:
         given = getattr(request, name)

@@ -23,6 +23,11 @@ def spelling(tokenizer: TextTokenizer) -> Spelling | None:
     return "metaspace" if decoders & {"Metaspace", "ByteFallback", "Fuse"} else None
 
 
+def special_ids(tokenizer: TextTokenizer) -> set[int]:
+    """Tokens that no text has."""
+    return {token for token, added in tokenizer.backend.get_added_tokens_decoder().items() if added.special}
+
+
 def make_vocabulary(tokenizer: TextTokenizer, eos_token_ids: tuple[int, ...]) -> Vocabulary:
     """The tokens in the order of their ids. Special tokens have no bytes: no text has them."""
     backend, is_bytes = tokenizer.backend, spelling(tokenizer) == "bytes"

@@ -8,7 +8,6 @@ import selectors
 import subprocess
 import sys
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -149,13 +148,11 @@ class _Worker:
         self._vocabulary: Vocabulary | None = vocabulary
 
     def compile(self, spec: GrammarSpec, timeout: float) -> Answer:
-        begin, allowed = time.monotonic(), timeout
         try:
             if self._vocabulary is not None:
-                write_frame(self._process.stdin, msgspec.msgpack.encode(self._vocabulary))
-                self._vocabulary, allowed = None, timeout + START_SECONDS
-            write_frame(self._process.stdin, msgspec.msgpack.encode(spec))
-            data = self._wait(begin + allowed) and read_frame(self._process.stdout)
+                self._ask(self._vocabulary, START_SECONDS)
+                self._vocabulary = None
+            data = self._ask(spec, timeout)
         except OSError:
             data = b""
         if data is None:
@@ -173,8 +170,9 @@ class _Worker:
             except OSError:
                 continue  # what was not sent has nobody to go to
 
-    def _wait(self, deadline: float) -> bool | None:
-        """True when there is an answer or the process has ended; None when it is too late."""
+    def _ask(self, message: Vocabulary | GrammarSpec, timeout: float) -> bytes | None:
+        """The answer, empty if the process has ended; None when it is too late."""
+        write_frame(self._process.stdin, msgspec.msgpack.encode(message))
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            return True if selector.select(max(0.0, deadline - time.monotonic())) else None
+            return read_frame(self._process.stdout) if selector.select(timeout) else None

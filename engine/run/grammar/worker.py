@@ -1,7 +1,7 @@
 """The process that compiles grammars, within bounds of memory; its parent ends it when one takes too long.
 
-Messages in both directions are frames: length as little-endian uint32, then msgpack. The first is the vocabulary, each
-further one a GrammarSpec, answered by a `Compiled` or a `Failed`.
+Messages in both directions are frames: length as little-endian uint32, then msgpack. The first is the vocabulary,
+answered when the process is ready; each further one is a GrammarSpec, answered by a `Compiled` or a `Failed`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main(num_bytes: int) -> None:
     vocabulary = msgspec.msgpack.decode(read_frame(inbox), type=Vocabulary)
     info = tokenizer_info(vocabulary)
     limit_memory(num_bytes)
+    write_frame(outbox, b"ready")
     while data := read_frame(inbox):
         write_frame(outbox, msgspec.msgpack.encode(_answer(msgspec.msgpack.decode(data, type=GrammarSpec), info)))
 
