@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
 
+from fuseline.compile.ops.library import named_arguments
+
 
 def placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     """Returns the input called `name`; a new one is added after the others."""
@@ -133,9 +135,8 @@ def is_write(node: fx.Node) -> bool:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The memory that a write mutates, as the nodes that allocated it."""
-    specs = node.target._schema.arguments
-    args = dict(zip((spec.name for spec in specs), node.args, strict=False)) | node.kwargs
-    names = [spec.name for spec in specs if spec.alias_info and spec.alias_info.is_write]
+    args = named_arguments(node) | node.kwargs
+    names = [of.name for of in node.target._schema.arguments if of.alias_info and of.alias_info.is_write]
     return [memory_of(args[name]) for name in names if isinstance(args.get(name), fx.Node)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fuseline import _C  # noqa: F401  registers torch.ops.fuseline_cpu
 from fuseline.compile.kernels.registry import Implementation, PlanCall, implementations
-from fuseline.compile.ops.library import op_name
+from fuseline.compile.ops.library import named_arguments, op_name
 from fuseline.compile.ops.registry import registry
 
 
@@ -52,9 +52,7 @@ def without_scales(op: str) -> Callable[..., bool]:
 
 
 def _call_by_name(kernel: str, others: dict[str, Callable[[fx.Node], object]], node: fx.Node) -> PlanCall:
-    schema = node.target._schema.arguments
-    given = {argument.name: arg for argument, arg in zip(schema, node.args, strict=False)}
-    given |= {name: find(node) for name, find in others.items()}
+    given = named_arguments(node) | {name: find(node) for name, find in others.items()}
     own = _signature(kernel)
     return PlanCall(
         kernel, tuple(given.get(name) for name in own.inputs), tuple(_number(given[name]) for name in own.ints),
