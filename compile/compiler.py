@@ -26,7 +26,7 @@ from fuseline.compile.capture.weights import WeightFinder, load_weights
 from fuseline.compile.capture.words import told_as
 from fuseline.compile.check import check_model
 from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig
-from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph.edit import constant_name, source_of
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, Stages, run_passes
 from fuseline.compile.model_info import model_limit
@@ -196,7 +196,7 @@ def _by_target(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[str
 def weight_requests(graph: fx.GraphModule, captured: CapturedModel, result: PipelineResult) -> dict[str, WeightSource]:
     """The weights to load, by constant name."""
     return {
-        constant_name(node): node.meta.get("weight") or WeightSource((node.meta["fqn"],))
+        constant_name(node): source_of(node)
         for node in graph.graph.nodes
         if node.op == "get_attr" and constant_name(node) not in result.constants
     }

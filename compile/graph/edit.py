@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
 
 from fuseline.compile.ops.library import named_arguments
+from fuseline.compile.specs import WeightSource
 
 
 def placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
@@ -44,47 +45,50 @@ def constant_name(node: fx.Node) -> str:
     return node.meta["fqn"] if "fqn" in node.meta else str(node.target)
 
 
-def insert_call(
-    graph: fx.Graph, before: fx.Node, target: object, args: tuple, like: fx.Node, value: object
-) -> fx.Node:  # fmt: skip
+def source_of(node: fx.Node) -> WeightSource:
+    """The checkpoint tensors that a get_attr node's value is made of."""
+    return node.meta.get("weight") or WeightSource((node.meta["fqn"],))
+
+
+def insert_call(before: fx.Node, target: object, args: tuple, like: fx.Node, value: object) -> fx.Node:
     """Inserts a call before a node, with `like`'s trace. Raises ValueError if an operand is defined only later."""
-    with graph.inserting_before(before):
-        node = graph.call_function(target, args)
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
     copy_meta(like, node, value)
     if late := next((arg for arg in node.all_input_nodes if not arg < node), None):
         raise ValueError(f"{node.name} would read {late.name} before it is defined")
     return node
 
 
-def replace(graph: fx.Graph, old: fx.Node, target: object, args: tuple) -> fx.Node | None:
-    """Replaces `old` by a call that takes its value and users; returns None, without a change, if there is no place."""
+def replace(old: fx.Node, target: object, args: tuple) -> bool:
+    """Replaces `old` by a call that takes its value and users. Returns False, unchanged, if no place is valid."""
     place = find_place(args, [old])
-    if place is None:
-        return None
-    new = insert_call(graph, place, target, args, old, old.meta["val"])
-    take_over(graph, [old], [new])
-    return new
+    if place is not None:
+        take_over([old], [insert_call(place, target, args, old, old.meta["val"])])
+    return place is not None
 
 
-def replace_all(graph: fx.Graph, olds: Sequence[fx.Node], target: object, args: tuple) -> list[fx.Node] | None:
-    """Replaces each of `olds` by a call with one result; returns None, without a change, if there is no place."""
+def replace_all(olds: Sequence[fx.Node], target: object, args: tuple) -> bool:
+    """Replaces `olds` by the results of one call. Returns False, unchanged, if no place is valid."""
     place = find_place(args, olds)
-    if place is None:
-        return None
-    values = tuple(old.meta["val"] for old in olds)
-    both = insert_call(graph, place, target, args, olds[0], values)
-    parts = [insert_call(graph, place, operator.getitem, (both, k), old, values[k]) for k, old in enumerate(olds)]
-    take_over(graph, olds, parts)
-    return parts
+    if place is not None:
+        values = tuple(old.meta["val"] for old in olds)
+        take_over(olds, insert_parts(place, insert_call(place, target, args, olds[0], values), olds))
+    return place is not None
 
 
-def take_over(graph: fx.Graph, olds: Sequence[fx.Node], news: Sequence[fx.Node]) -> None:
+def insert_parts(before: fx.Node, whole: fx.Node, olds: Sequence[fx.Node]) -> list[fx.Node]:
+    """Inserts a getitem for each result of `whole`; result k takes the trace and value of olds[k]."""
+    return [insert_call(before, operator.getitem, (whole, k), old, old.meta["val"]) for k, old in enumerate(olds)]
+
+
+def take_over(olds: Sequence[fx.Node], news: Sequence[fx.Node]) -> None:
     """Gives the users of each old node to its new node and erases the old one."""
     for old, new in zip(olds, news, strict=True):
         old.replace_all_uses_with(new)
     # In reverse, since olds may read each other.
     for old in sorted(olds, reverse=True):
-        graph.erase_node(old)
+        old.graph.erase_node(old)
 
 
 def find_place(args: object, olds: Sequence[fx.Node]) -> fx.Node | None:

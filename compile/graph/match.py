@@ -107,6 +107,12 @@ def is_constant(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr"
 
 
+def is_alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors have the same shape and dtype."""
+    a, b = one.meta["val"], other.meta["val"]
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
 def maybe_cast(pattern: Any) -> Either:
     """Matches the pattern, or a cast of it."""
     return Either(Call(cast, pattern), pattern)

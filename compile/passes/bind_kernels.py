@@ -27,6 +27,6 @@ def bind_kernels(runs: Mapping[str, Callable], device: torch.device) -> GraphPas
             node.target = runs[node.name]
             node.args = fx.node.map_aggregate(node.args, on_device)
             node.kwargs = fx.node.map_aggregate(node.kwargs, on_device)
-        return PassResult(len(nodes), bool(nodes))
+        return PassResult(len(nodes))
 
     return bind_kernels

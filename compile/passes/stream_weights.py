@@ -31,7 +31,7 @@ def stream_weights(layers: Sequence[Sequence[str]]) -> GraphPass:
             prefetch = graph.graph.placeholder(PREFETCH)
         for index, names in enumerate(layers):
             _stream_layer(graph.graph, prefetch, index, [of_name[name] for name in names])
-        return PassResult(len(layers), bool(layers))
+        return PassResult(len(layers))
 
     return stream_weights
 
@@ -43,4 +43,4 @@ def _stream_layer(graph: fx.Graph, prefetch: fx.Node, index: int, weights: Seque
         parts = [graph.call_method("__getitem__", (fetched, place)) for place in range(len(weights))]
     with graph.inserting_after(users[-1]):
         graph.call_method("release", (prefetch, index))
-    take_over(graph, weights, parts)
+    take_over(weights, parts)

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph.edit import constant_name, source_of
 from fuseline.compile.memory import host_pages
 from fuseline.compile.ops.registry import op_of
 
@@ -63,7 +63,7 @@ def choose_offloaded(graph: fx.GraphModule, num_bytes: int) -> tuple[HostLayer, 
     """
     layers: dict[int, list[fx.Node]] = {}
     for node in _product_weights(graph):
-        if found := re.search(r"(?:^|\.)(\d+)\.", _name(node)):
+        if found := re.search(r"(?:^|\.)(\d+)\.", source_of(node).names[0]):
             layers.setdefault(int(found[1]), []).append(node)
     chosen: list[HostLayer] = []
     for nodes in reversed(layers.values()):
@@ -89,17 +89,8 @@ def _product_weights(graph: fx.GraphModule) -> list[fx.Node]:
         for arg in node.all_input_nodes
         if arg.op == "get_attr" and len(arg.users) == 1 and arg.meta["val"].ndim > 1
     ]
-    times = Counter(_source(node) for node in weights)
-    return [node for node in weights if times[_source(node)] == 1]
-
-
-def _source(node: fx.Node) -> object:
-    return node.meta.get("weight") or node.meta["fqn"]
-
-
-def _name(node: fx.Node) -> str:
-    """Return the name of the parameter, or of the first of the joined parameters."""
-    return node.meta["weight"].names[0] if "weight" in node.meta else node.meta["fqn"]
+    times = Counter(source_of(node) for node in weights)
+    return [node for node in weights if times[source_of(node)] == 1]
 
 
 def _layer(nodes: Sequence[fx.Node]) -> HostLayer:

@@ -397,4 +397,4 @@ def test_a_call_before_its_operands_is_an_error() -> None:
     found = built(lambda g: sum_of_two(g)[1])
     total = next(node for node in found.graph.graph.nodes if node.target is aten.add.Tensor)
     with pytest.raises(ValueError, match="would read add_tensor before it is defined"):
-        insert_call(found.graph.graph, total.args[0], aten.neg.default, (total,), total, total.meta["val"])
+        insert_call(total.args[0], aten.neg.default, (total,), total, total.meta["val"])
