@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from fuseline import _C  # noqa: F401  registers torch.ops.fuseline_cpu
 from fuseline.compile.kernels.registry import Implementation, PlanCall, implementations
 from fuseline.compile.ops.library import named_arguments, op_name
-from fuseline.compile.ops.registry import registry
 
 
 def plan_call(node: fx.Node, value: Callable[[object], object]) -> PlanCall | None:
@@ -40,15 +39,9 @@ def native(
     op: str, kernel: str = "", supports: Callable[..., bool] | None = None, **others: Callable[[fx.Node], object]
 ) -> Implementation:
     """A kernel whose arguments are those of the op that have the same names; `others` gives further ones of a node."""
-    kernel = kernel or op
+    call = functools.partial(_call_by_name, kernel or op, others)
     more = {"supports": supports} if supports else {}
-    return Implementation(op, kernel, "cpu", call=functools.partial(_call_by_name, kernel, others), **more)
-
-
-def without_scales(op: str) -> Callable[..., bool]:
-    """Takes calls of the op that scale no cache."""
-    first = registry()[op].arguments.index("k_scale")
-    return lambda *args: all(arg is None for arg in args[first:])
+    return Implementation(op, kernel or op, "cpu", call=call, **more)
 
 
 def _call_by_name(kernel: str, others: dict[str, Callable[[fx.Node], object]], node: fx.Node) -> PlanCall:

@@ -74,10 +74,9 @@ experts_invariant = batch_invariant(experts)
 
 
 def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
-    if act != codes.EXPERT_ACTS["glu_oss"]:
+    if (unary := codes.EXPERT_UNARY[act]) is not None:
         gate, up = hidden.chunk(2, -1)
-        names = {code: name for name, code in codes.EXPERT_ACTS.items()}
-        return ACTIVATIONS[codes.UNARY[names[act]]](gate) * up
+        return ACTIVATIONS[unary](gate) * up
     gate, up = hidden[..., ::2].clamp(max=limit), hidden[..., 1::2].clamp(-limit, limit)
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
