@@ -8,7 +8,7 @@ and the pass has no match.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -38,11 +38,6 @@ def constant(graph: fx.GraphModule, name: str, value: Tensor, **meta: object) ->
     graph.register_buffer(node.target, like)
     node.meta = {"val": like, **meta}
     return node
-
-
-def constant_name(node: fx.Node) -> str:
-    """Key of a get_attr node's value: the parameter's path, or the node's name if a pass made it."""
-    return node.meta["fqn"] if "fqn" in node.meta else str(node.target)
 
 
 def source_of(node: fx.Node) -> WeightSource:
@@ -117,6 +112,16 @@ def find_place(args: object, olds: Sequence[fx.Node]) -> fx.Node | None:
     for node in moved:
         place.prepend(node)
     return place
+
+
+def call_node(node: fx.Node, value: Callable[[object], object]) -> object:
+    """Calls the node's op on `value` of each of its arguments, nested ones included."""
+    return node.target(*fx.node.map_aggregate(node.args, value), **fx.node.map_aggregate(node.kwargs, value))
+
+
+def map_arguments(node: fx.Node, change: Callable[[object], object]) -> None:
+    """Replaces each argument of a node, nested ones included, by `change` of it."""
+    node.args, node.kwargs = (fx.node.map_aggregate(part, change) for part in (node.args, node.kwargs))
 
 
 def nodes_in(args: object) -> list[fx.Node]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant, meta_int, placeholder, replace
+from fuseline.compile.graph.edit import call_node, constant, meta_int, placeholder, replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import Bindings, Call, Var, is_node, is_number, match
 from fuseline.compile.ops import codes
@@ -164,9 +164,7 @@ class _Tables:
                     return None
                 done[step] = self._ctx.constants[step.meta["fqn"]]
             elif step.op == "call_function":
-                args = fx.node.map_arg(step.args, lambda n: done[n])
-                kwargs = fx.node.map_arg(step.kwargs, lambda n: done[n])
-                done[step] = step.target(*args, **kwargs)
+                done[step] = call_node(step, lambda arg: done[arg] if is_node(arg) else arg)
             else:
                 return None
         return done[node][0].contiguous()

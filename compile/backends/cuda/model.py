@@ -11,7 +11,7 @@ from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphAp
 from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs, Progress
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
-from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput, graph_values
+from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput, graph_values, only_decodes
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import cache_tensors, describe
 from fuseline.compile.residency.sleep import Weights
@@ -111,7 +111,7 @@ class CudaModel:
             # The first step that writes keys to a cache; a warm-up's keys are meaningless.
             self._is_uncalibrated = False
             return self._wanted(self._executable.calibrate(self._caches | self._values(step)), step)
-        logits = self._replayed(inputs, step)
+        logits = self._replayed(only_decodes(fields), step)
         if logits is None:
             logits = self._executable.run(self._caches | self._values(step))
         return self._wanted(logits, step)
@@ -120,11 +120,11 @@ class CudaModel:
         """Selects the requested rows of logits."""
         return StepOutput(logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"]))
 
-    def _replayed(self, inputs: StepInputs, step: Mapping[str, Tensor]) -> Tensor | None:
+    def _replayed(self, is_decode: bool, step: Mapping[str, Tensor]) -> Tensor | None:
         """Logits [1, R, V] from a graph replay; None if no graph fits the step."""
         if self.graphs is None:
             return None
-        logits = self.graphs.decode.run(step) if inputs.only_decodes else None
+        logits = self.graphs.decode.run(step) if is_decode else None
         return self.graphs.mixed.run(step, self._values(step)) if logits is None else logits
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:

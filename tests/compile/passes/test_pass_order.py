@@ -230,7 +230,7 @@ def shuffle(graph: fx.Graph, rng: random.Random) -> None:
 
 
 def sharing(node: fx.Node) -> set[fx.Node]:
-    """What may read or write the memory of a node."""
+    """Nodes that may read or write the memory of a node."""
     while node.target in VIEWS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     found, pending = {node}, [node]
