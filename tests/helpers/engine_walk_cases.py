@@ -62,13 +62,10 @@ def expected_tokens(request: EngineRequest, index: int, windows, threshold=None,
 
 
 def check_tree(kv) -> None:
-    nodes = kv._tree._nodes
-    counts = Counter(key for group in kv.groups for key in group.pool._cached)
-    for key, node in nodes.items():
-        assert node.num_blocks == counts[key] and (node.num_blocks or node.children)
-        assert not node.parent or key in nodes[node.parent].children
-        assert all(nodes[child].parent == key for child in node.children or ())
-    assert counts.keys() <= nodes.keys()
+    tree = kv._tree
+    uses = Counter(key for group in kv.groups for key in group.pool._cached)
+    uses.update(parent for parent in tree._parents.values() if parent)
+    assert uses == tree._uses and uses.keys() == tree._parents.keys()
 
 
 def check_invariants(engine: Engine) -> None:
