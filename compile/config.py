@@ -1,4 +1,4 @@
-"""What the compiler is told. Frozen; resolved before it gets here."""
+"""Settings of the compiler. Frozen; resolved before they get here."""
 
 from __future__ import annotations
 

@@ -69,13 +69,6 @@ class StepInputs:
     embed_rows: Tensor | None = None  # [E] int64, indices into T: positions with given embeddings
     embeds: Tensor | None = None  # [E, D] float32
 
-    @property
-    def only_decodes(self) -> bool:
-        """Whether each sequence computes one token and the logits of all are wanted, in order."""
-        num_tokens = self.token_ids.shape[0]
-        is_even = self.seq_lens.shape[0] == num_tokens == self.logits_rows.shape[0]
-        return is_even and np.array_equal(self.logits_rows.numpy(), np.arange(num_tokens))
-
     def fields(self) -> dict[str, Tensor]:
         """The tensors of INPUTS by field name; without embeddings if none are given."""
         found = {spec.field: getattr(self, spec.field) for spec in INPUTS}
@@ -144,6 +137,16 @@ def graph_values(tensors: Mapping[str, Tensor], has_rope_switch: bool = False) -
         else:
             values[spec.placeholder] = tensor[None] if spec.is_batched else tensor
     return values
+
+
+def only_decodes(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether each sequence computes one token and the logits of all are wanted, in order.
+
+    `inputs` of one step on the host, by field or by placeholder name.
+    """
+    rows, num_tokens = inputs["logits_rows"], inputs["token_ids"].shape[-1]
+    is_even = inputs["seq_lens"].shape[0] == num_tokens == rows.shape[0]
+    return is_even and np.array_equal(rows.numpy(), np.arange(num_tokens))
 
 
 def padding(sizes: Mapping[str, int], num_groups: int, device: str = "cpu") -> dict[str, Tensor]:

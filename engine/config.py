@@ -87,7 +87,7 @@ class EngineConfig:
     max_logprobs: int = 20
     """Most log-probabilities a request may ask for at a position; -1 allows the whole vocabulary."""
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = "raw_logprobs"
-    """What log-probabilities report: before or after penalties, masks and temperature."""
+    """Kind of log-probabilities to report: before (raw) or after (processed) penalties, masks and temperature."""
     seed: int = 0
     """Seed of dummy weights and of requests without their own."""
     disable_log_stats: bool = False

@@ -16,14 +16,7 @@ from torch import fx
 
 from fuseline.compile.cache.keys import cache_key, optimized_key, sources_key
 from fuseline.compile.cache.store import cache_path, pack, read_cached, unpack, write_cached
-from fuseline.compile.capture.captured import (
-    DTYPES,
-    EXAMPLE_TOKENS,
-    MAX_TOKENS,
-    MIN_TOKENS,
-    CapturedModel,
-    ModelFacts,
-)
+from fuseline.compile.capture.captured import DTYPES, EXAMPLE_TOKENS, MAX_TOKENS, MIN_TOKENS, CapturedModel, ModelFacts
 from fuseline.compile.capture.unneeded import without_unneeded
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, decode_fixed, encode, module_of

@@ -44,10 +44,7 @@ def open_checkpoint(folder: Path, load_format: str, ignored: Sequence[str] = ())
 
     load_format: auto, safetensors or pt. Raises LoadError.
     """
-    kinds = {
-        "safetensors": ("model.safetensors", read_safetensors),
-        "pt": ("pytorch_model.bin", read_torch_file),
-    }
+    kinds = {"safetensors": ("model.safetensors", read_safetensors), "pt": ("pytorch_model.bin", read_torch_file)}
     wanted = list(kinds) if load_format == "auto" else [load_format]
     for kind in wanted:
         name, read = kinds[kind]

@@ -9,20 +9,13 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
 
-from fuseline.compile.capture.captured import (
-    DTYPES,
-    EXAMPLE_TOKENS,
-    MAX_TOKENS,
-    MIN_TOKENS,
-    CapturedModel,
-    facts_of,
-)
-from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.captured import DTYPES, EXAMPLE_TOKENS, MAX_TOKENS, MIN_TOKENS, CapturedModel, facts_of
+from fuseline.compile.capture.errors import CaptureError, one_line, told_as
 from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_layers, only_chosen, repeat_layers
-from fuseline.compile.capture.words import one_line, told_as
 from fuseline.compile.config import STORED, CompileConfig
+from fuseline.compile.graph.edit import map_arguments
 from fuseline.compile.graph.graph_json import module_of
 
 
@@ -180,9 +173,7 @@ def _lift(
 def _retarget(node: fx.Node) -> fx.Node:
     """Move tensor creation from the meta device to the CPU; of the node's metadata keep only `val`."""
     node.meta = {"val": node.meta.get("val")}
-    move = {torch.device("meta"): torch.device("cpu")}
-    node.args = fx.node.map_aggregate(node.args, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
-    node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
+    map_arguments(node, lambda arg: torch.device("cpu") if arg == torch.device("meta") else arg)
     return node
 
 

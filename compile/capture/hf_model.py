@@ -13,9 +13,8 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fuseline.compile import ops  # noqa: F401  registers the vocabulary
-from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.errors import CaptureError, one_line
 from fuseline.compile.capture.hf_overrides import read_config, with_overrides, with_rope
-from fuseline.compile.capture.words import one_line
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
 

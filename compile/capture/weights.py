@@ -55,8 +55,6 @@ def load_weights(
     weights = weights or open_weights(captured, config, sink.device)
     num_readers = max(1, min(MAX_READERS, torch.get_num_threads()))
     sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
-    with Reader() as reader:
-        weights.check_tied(reader)
     # A weight is read once for all of its stored tensors.
     distinct: dict[WeightSource, dict[str, str]] = {}
     for key, source in sources.items():
@@ -84,17 +82,14 @@ class WeightFinder(Protocol):
 
     def find(self, name: str) -> LazyTensor | None: ...
 
-    def check_tied(self, reader: Reader) -> None: ...
-
     def remember(self) -> None: ...
-
-    def origin_of(self, lazy: LazyTensor) -> str: ...
 
 
 class CheckpointWeights:
-    """The checkpoint by the names of the model; nothing is read."""
+    """The checkpoint by the names of the model. Only values of tied parameters are read, to compare them."""
 
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
+        """Raises LoadError for a damaged checkpoint, or if parameters that the model ties have different values."""
         self._config, self.origin = config, config.model
         self._stored = open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns)
         self._alike = alike(captured.tied)
@@ -103,6 +98,8 @@ class CheckpointWeights:
         if self._map_path is not None:
             found = read_cached(self._map_path, self._read_map, "it is made anew")
         self._known = RememberedWeights(found, lambda: resolve(self._stored, captured, config))
+        with Reader() as reader:
+            self._check_tied(reader)
 
     def _read_map(self, body: bytes) -> Found:
         try:
@@ -122,8 +119,7 @@ class CheckpointWeights:
         found = (self._known.get(other) for other in self._alike.get(name, (name,)))
         return next((lazy for lazy in found if lazy is not None), None)
 
-    def check_tied(self, reader: Reader) -> None:
-        """Raises LoadError if parameters that the model ties are stored with different values."""
+    def _check_tied(self, reader: Reader) -> None:
         for first, *others in self._alike.values():
             for other in others:
                 one, two = self._known.get(first), self._known.get(other)
@@ -132,9 +128,6 @@ class CheckpointWeights:
                         f"{first} and {other} differ in {self.origin}, but config.json ties them: "
                         "set tie_word_embeddings to false there or among the overrides"
                     )
-
-    def origin_of(self, lazy: LazyTensor) -> str:
-        return next((str(part.stored.path) for part in lazy.slices if part.stored), self.origin)
 
 
 def alike(tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -264,8 +257,9 @@ def _part(
     if lazy is None:
         raise LoadError(f"{name} is not in the weights of {weights.origin}: the checkpoint is not complete")
     if lazy.shape != shape:
+        file = next((str(part.stored.path) for part in lazy.slices if part.stored), weights.origin)
         raise LoadError(
-            f"{name} in {weights.origin_of(lazy)} has shape {list(lazy.shape)}, "
+            f"{name} in {file} has shape {list(lazy.shape)}, "
             f"but config.json makes it {list(shape)}: they do not belong together"
         )
     if dtype.is_floating_point and any(part.view.dtype in INTEGERS for part in lazy.slices):

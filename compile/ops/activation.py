@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,14 +33,7 @@ def act_mul_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
         yield Workload(f"{tokens} x {width}", (joined[..., :width], joined[..., width:], codes.UNARY["silu"]))
 
 
-@op(
-    "act_mul(Tensor gate, Tensor up, int act) -> Tensor",
-    fake=lambda gate, up, act: torch.empty_like(gate),
-    inputs=act_mul_inputs,
-    tolerance=8.0,
-    workloads=act_mul_workloads,
-    sums=False,
-)
+@op(inputs=act_mul_inputs, tolerance=8.0, workloads=act_mul_workloads, sums=False)
 def act_mul(gate: Tensor, up: Tensor, act: int) -> Tensor:
     """Computes act(gate) * up; act(gate) is rounded to the dtype first, as Transformers' two ops do."""
     return ACTIVATIONS[act](gate) * up

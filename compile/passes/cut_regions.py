@@ -45,7 +45,7 @@ def cut_regions(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     for number, run in enumerate(regions):
         for node in run:
             node.meta["region"] = number
-    return PassResult(len(regions), False)
+    return PassResult(len(regions))
 
 
 def is_free(node: fx.Node) -> bool:

@@ -29,9 +29,9 @@ def feed_embeds(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     rows = placeholder(graph.graph, "embed_rows", meta_int(2))
     embeds = placeholder(graph.graph, "embeds", torch.empty(2, value.shape[-1], device="meta"))
     like: torch.Tensor = embeds.meta["val"].to(value.dtype)
-    given = insert_call(graph.graph, place, cast, (embeds, value.dtype), node, like)
-    given = insert_call(graph.graph, place, aten.unsqueeze.default, (given, 0), node, like[None])
-    fed = insert_call(graph.graph, place, aten.index_copy.default, (node, 1, rows, given), node, value)
+    given = insert_call(place, cast, (embeds, value.dtype), node, like)
+    given = insert_call(place, aten.unsqueeze.default, (given, 0), node, like[None])
+    fed = insert_call(place, aten.index_copy.default, (node, 1, rows, given), node, value)
     for user in users:
         user.replace_input_with(node, fed)
-    return PassResult(1, True, (FeedSpec(value.shape[-1]),))
+    return PassResult(1, specs=(FeedSpec(value.shape[-1]),))

@@ -21,4 +21,4 @@ def tap_hidden(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     (logits,) = results_of(graph.graph)
     hidden = final_linear(logits)[-1].args[0]
     graph.graph.output_node().args = ((logits, hidden),)
-    return PassResult(1, True, (TapSpec(hidden.meta["val"].shape[-1]),))
+    return PassResult(1, specs=(TapSpec(hidden.meta["val"].shape[-1]),))

@@ -35,7 +35,7 @@ def make_engine(
 
 
 def seen_prompt(request: EngineRequest) -> list[int]:
-    """What the fake model sees of a prompt: embeddings in the place of their tokens."""
+    """The prompt as the fake model sees it: embeddings in the place of their tokens."""
     tokens = list(request.prompt_token_ids)
     for span in request.embeds:
         rows = np.frombuffer(span.data, np.float32).reshape(span.count, -1)

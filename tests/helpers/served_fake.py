@@ -65,7 +65,7 @@ class Fake:
         return events
 
     def value(self, sample: str, **labels: str) -> float:
-        """Of one sample of the metrics, without the prefix."""
+        """Value of one sample of the metrics; `sample` is its name without the prefix."""
         for family in text_string_to_metric_families(self.metrics.text().decode()):
             for found in family.samples:
                 if found.name == f"fuseline:{sample}" and labels.items() <= found.labels.items():

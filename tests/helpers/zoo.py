@@ -95,7 +95,7 @@ REFUSED: dict[str, Family] = {
 
 
 def texts() -> torch.Tensor:
-    """What every model knows by heart: [NUM_TEXTS, TEXT_LENGTH] token ids, all first tokens different."""
+    """Texts that every model knows by heart: [NUM_TEXTS, TEXT_LENGTH] token ids, all first tokens different."""
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(VOCAB, (NUM_TEXTS, TEXT_LENGTH), generator=generator)
     tokens[:, 0] = torch.randperm(VOCAB, generator=generator)[:NUM_TEXTS]

@@ -28,7 +28,7 @@ from fuseline.compile.backends.cpu_plan.sizes import (
     small_sizes,
 )
 from fuseline.compile.backends.cpu_plan.symbolic import Values, View, agrees, symbolic
-from fuseline.compile.graph.edit import results_of, tensors_of
+from fuseline.compile.graph.edit import call_node, is_write, results_of, tensors_of
 from fuseline.compile.graph.region import Region, draw_borders, storage_key
 from fuseline.compile.kernels.plan_call import plan_call
 from fuseline.compile.kernels.registry import PlanCall
@@ -75,11 +75,7 @@ class Lowering:
     """Interprets a graph for two sets of sizes. `limits` are the largest values of the symbols, by name."""
 
     def __init__(
-        self,
-        graph: fx.GraphModule,
-        make_inputs: MakeInputs,
-        limits: Mapping[str, int],
-        marks: Set[int] = frozenset(),
+        self, graph: fx.GraphModule, make_inputs: MakeInputs, limits: Mapping[str, int], marks: Set[int] = frozenset()
     ) -> None:
         self._graph = graph
         self._make_inputs = make_inputs
@@ -165,7 +161,7 @@ def call_on_meta(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
             return torch.device("meta")
         return values[arg] if isinstance(arg, fx.Node) else arg
 
-    return node.target(*fx.node.map_aggregate(node.args, value), **fx.node.map_aggregate(node.kwargs, value))
+    return call_node(node, value)
 
 
 @dataclass
@@ -231,7 +227,7 @@ class _Interpretation:
         if node.target is aten.cat.default and mark is None:
             return self._add_cat(node, result)
         native = plan_call(node, self.value) if mark is None else None
-        is_view = all(storage_key(t) in self.places for t in tensors) and not (native or writes_in_place(node))
+        is_view = all(storage_key(t) in self.places for t in tensors) and not (native or is_write(node))
         if is_view:
             return
         if native is None:
@@ -294,8 +290,3 @@ class _Interpretation:
             place = self.places.get(storage_key(tensor)) if isinstance(tensor, Tensor) else None
             if place is not None and place.buffer is not None:
                 place.buffer.last = max(place.buffer.last, step)
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

@@ -17,8 +17,9 @@ from fuseline.compile.backends.cpu_plan.arena import place
 from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered, MakeInputs
 from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear, Size, evaluate
 from fuseline.compile.backends.cpu_plan.symbolic import NonLinear, View, views_of
+from fuseline.compile.backends.eager import EagerExecutable
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph.edit import tensors_of
+from fuseline.compile.graph.edit import call_node, tensors_of
 from fuseline.compile.graph.region import Region
 from fuseline.compile.graph_inputs import GraphOutput, group_placeholder, is_cache, meta_input
 
@@ -57,7 +58,8 @@ class PlanExecutable:
         # Arena pages are touched only up to the largest step so far.
         self._arena = torch.empty(self.arena_bytes + 64, dtype=torch.uint8)
         self._base = -self._arena.data_ptr() % 64
-        self._lasting = dict(weights)
+        self._weights, self._lasting = weights, dict(weights)
+        self._eager: EagerExecutable | None = None
         self._output: tuple[list[int], GraphOutput] | None = None
         self._plan = _C.Plan()
         for name in SYMBOLS:
@@ -145,15 +147,9 @@ class PlanExecutable:
 
     def _run_torch(self, values: Mapping[str, Tensor]) -> GraphOutput:
         """Runs the whole graph with reference ops, for a step too small for the lowered shapes."""
-        known = self._lasting | values
-        done: dict[fx.Node, object] = {}
-        for node in self._lowered.graph.graph.nodes:
-            if node.op in ("placeholder", "get_attr"):
-                done[node] = known[str(node.target)]
-            elif node.op == "call_function":
-                args, kwargs = (fx.node.map_arg(part, done.__getitem__) for part in (node.args, node.kwargs))
-                done[node] = node.target(*args, **kwargs)
-        return fx.node.map_arg(self._lowered.output, done.__getitem__)
+        if self._eager is None:
+            self._eager = EagerExecutable(self._lowered.graph, self._weights)
+        return self._eager.run(self._lasting | values)
 
     def _run_region(self, region: Region, values: Mapping[str, Tensor], symbols: list[int]) -> None:
         if compiled := self._kernels.get(region.mark):
@@ -172,8 +168,7 @@ class PlanExecutable:
             return call(arg) if isinstance(value, NonLinear) else evaluate(value, symbols)
 
         def call(node: fx.Node) -> object:
-            args, kwargs = fx.node.map_aggregate(node.args, real), fx.node.map_aggregate(node.kwargs, real)
-            computed[node] = node.target(*args, **kwargs)
+            computed[node] = call_node(node, real)
             return computed[node]
 
         for node in region.nodes:

@@ -24,6 +24,7 @@ from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs
 from fuseline.compile.backends.cuda.segments import map_tensors
 from fuseline.compile.graph_inputs import GraphOutput, graph_values, narrowed, padding
+from fuseline.compile.kernels.triton.batch import pad_decode
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -82,8 +83,6 @@ class DecodeGraphs:
         size = next((size for size in self.sizes if size >= num_seqs and size in self.captured), None)
         if size is None or step["block_tables"].shape[2] > self._inputs.width:
             return None
-        from fuseline.compile.kernels.triton.batch import pad_decode
-
         pad_decode(self._inputs.padded, step, size)
         graph = self.captured[size]
         graph.replay()
@@ -97,8 +96,6 @@ class DecodeGraphs:
         self.captured[size] = DecodeGraph(replay, map_tensors(found, self.api.borrowed))
 
     def _try(self, size: int) -> GraphOutput:
-        from fuseline.compile.kernels.triton.batch import pad_decode
-
         inputs = self.make_inputs(size)
         pad_decode(inputs.padded, inputs.padded, size)  # compiles it before the first replay
         return self.executable.run({**self.caches, **inputs.values(size)}, is_trial=True)

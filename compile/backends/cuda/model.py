@@ -11,7 +11,15 @@ from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphAp
 from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs, Progress
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
-from fuseline.compile.graph_inputs import BlockCopy, GraphOutput, StepInputs, StepOutput, graph_values, no_embeds
+from fuseline.compile.graph_inputs import (
+    BlockCopy,
+    GraphOutput,
+    StepInputs,
+    StepOutput,
+    graph_values,
+    no_embeds,
+    only_decodes,
+)
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import cache_tensors, describe
 from fuseline.compile.residency.sleep import Weights
@@ -112,7 +120,7 @@ class CudaModel:
             # The first step that writes keys to a cache; a warm-up's keys are meaningless.
             self._is_uncalibrated = False
             return self._wanted(self._executable.calibrate(self._caches | self._values(step)), step)
-        found = self._replayed(inputs, step)
+        found = None if inputs.embeds is not None else self._replayed(only_decodes(fields), step)
         if found is None:
             found = self._executable.run(self._caches | self._values(step))
         return self._wanted(found, step)
@@ -120,11 +128,11 @@ class CudaModel:
     def _wanted(self, found: GraphOutput, step: Mapping[str, Tensor]) -> StepOutput:
         return StepOutput.of(found, None if self._keeps_rows else step["logits_rows"])
 
-    def _replayed(self, inputs: StepInputs, step: Mapping[str, Tensor]) -> GraphOutput | None:
-        """Results of a graph replay; None if no graph fits the step: graphs are captured without embeddings."""
-        if self.graphs is None or inputs.embeds is not None:
+    def _replayed(self, is_decode: bool, step: Mapping[str, Tensor]) -> GraphOutput | None:
+        """Results of a graph replay; None if no graph fits the step. Graphs are captured without embeddings."""
+        if self.graphs is None:
             return None
-        found = self.graphs.decode.run(step) if inputs.only_decodes else None
+        found = self.graphs.decode.run(step) if is_decode else None
         return self.graphs.mixed.run(step, self._values(step)) if found is None else found
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from fuseline.compile.backends.cuda.graph_api import GraphApi
 from fuseline.compile.backends.cuda.segments import Cuts, Segment, SplitOp, Values, cut, map_tensors
 from fuseline.compile.graph_inputs import GraphOutput, graph_values, narrowed, padding
 from fuseline.compile.kernels.registry import Implementation
+from fuseline.compile.kernels.triton.batch import pad_tokens
 
 Launch = Callable[[Mapping[str, Tensor], int], None]
 """Takes a step's inputs by placeholder name and its number of tokens."""
@@ -88,8 +89,6 @@ class MixedGraphs:
         graph = self.captured.get(size)
         if graph is None:
             return None
-        from fuseline.compile.kernels.triton.batch import pad_tokens
-
         pad_tokens(self._inputs.padded, step, size)
         for launch in graph.launches:
             launch(values, num_tokens)
@@ -105,8 +104,6 @@ class MixedGraphs:
 
     def _trial(self, size: int) -> Values:
         """Runs the parts op by op; returns the results of split ops by name, on meta."""
-        from fuseline.compile.kernels.triton.batch import pad_tokens
-
         inputs = self.make_inputs(size)
         pad_tokens(inputs.padded, inputs.padded, size)  # compiles it before the first replay
         values = {**self.caches, **inputs.values(size), **inputs.trial_sequence(size, self.block_size)}

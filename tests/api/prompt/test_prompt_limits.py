@@ -1,4 +1,4 @@
-"""What is admitted: cheap bounds come before the work they save, and each of them is a flag."""
+"""Admission: cheap bounds come before the work they save, and each of them is a flag."""
 
 from __future__ import annotations
 

@@ -38,7 +38,6 @@ from fuseline.compile.ops.library import op
 
 
 @op(
-    "linear_int8_rows(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
     fake=lambda x, values, scales, bias: x.new_empty(*x.shape[:-1], values.shape[0]),
     weights=("values", "scales", "bias"), is_product=True, by_reference=True,
 )
@@ -47,7 +46,6 @@ def linear_int8_rows(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | N
 
 
 @op(
-    "embedding_int8_rows(Tensor ids, Tensor values, Tensor scales) -> Tensor",
     fake=lambda ids, values, scales: scales.new_empty(*ids.shape, values.shape[1]),
     weights=("values", "scales"), sums=False, by_reference=True,
 )
