@@ -136,6 +136,11 @@ class Served:
         shown = prompt[:limit]
         LOG.info("%s: prompt %r, %s", label, shown if isinstance(shown, str) else shown.tolist(), _brief(params))
 
+    def start_processes(self) -> None:
+        """Start a process that prepares requests, before the first one."""
+        if self.pools is not None:
+            self.pools[0].start()
+
     def close(self) -> None:
         """End the processes that prepare requests."""
         for pool in self.pools or ():
@@ -172,7 +177,6 @@ def build_served(
     pools = None
     if config.prompt_workers:
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
-        pools[0].start()
     bodies = Bodies(config.max_request_bytes)
     return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
 

@@ -29,7 +29,8 @@ def start_context() -> ForkServerContext | SpawnContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([run_worker.__module__])
+    # The command line's module too: each process imports the main script, whatever it needs of it.
+    context.set_forkserver_preload([run_worker.__module__, "fuseline.api.cli"])
     return context
 
 

@@ -23,6 +23,7 @@ KINDS = {
     "weights": "where the checkpoint's tensors go",
     "regions": "compiled region",
     "tuned": "which kernels are fastest",
+    "templates": "chat template that has been tried",
 }
 MAX_BYTES = 4 << 30
 """Limit of all files together; least recently used ones are deleted first."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op, same_layout
 
 ACTIVATIONS = {
     codes.UNARY["silu"]: F.silu,
@@ -36,7 +35,7 @@ def act_mul_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 @op(
     "act_mul(Tensor gate, Tensor up, int act) -> Tensor",
-    fake=lambda gate, up, act: torch.empty_like(gate),
+    fake=lambda gate, up, act: same_layout(gate),
     inputs=act_mul_inputs,
     tolerance=8.0,
     workloads=act_mul_workloads,

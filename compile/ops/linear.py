@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import act_mul
-from fuseline.compile.ops.library import Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op, same_layout
 from fuseline.compile.ops.moe import EXPERT_WEIGHTS, experts
 
 PANEL = 16
@@ -178,7 +178,7 @@ def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
 @op(
     "experts_panels(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias, int act, int num_hidden, float alpha, float limit) -> Tensor",
-    fake=lambda x, *_: torch.empty_like(x),
+    fake=lambda x, *_: same_layout(x),
     inputs=experts_panels_inputs,
     tolerance=12.0,
     workloads=experts_workloads,

@@ -18,6 +18,7 @@ from fuseline.compile.ops.library import (
     batch_invariant,
     lines_size,
     op,
+    same_layout,
 )
 
 EXPERT_WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
@@ -46,7 +47,7 @@ def make_tokens(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], step:
 @op(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias, int act, bool transposed, float alpha, float limit) -> Tensor",
-    fake=lambda x, *_: torch.empty_like(x),
+    fake=lambda x, *_: same_layout(x),
     inputs=experts_inputs,
     tolerance=12.0,
     weights=EXPERT_WEIGHTS,

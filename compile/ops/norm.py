@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op, same_layout
 
 MODES = (codes.NORM_CAST_THEN_SCALE, codes.NORM_SCALE_THEN_CAST, codes.NORM_ONE_PLUS)
 
@@ -36,7 +36,7 @@ def norm_workloads(num_inputs: int, takes_bias: bool) -> Callable[[Make, ModelSh
 
 @op(
     "rms_norm(Tensor x, Tensor? weight, float eps, int mode) -> Tensor",
-    fake=lambda x, *_: torch.empty_like(x),
+    fake=lambda x, *_: same_layout(x),
     inputs=rms_norm_inputs,
     tolerance=4.0,
     workloads=norm_workloads(1, False),
@@ -56,7 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
 
 @op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, int mode) -> (Tensor, Tensor)",
-    fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    fake=lambda x, *_: (same_layout(x), same_layout(x)),
     inputs=lambda make: [(make.normal(1, 5, 77), make.normal(1, 5, 77), make.normal(77), 1e-6, mode) for mode in MODES],
     tolerance=4.0,
     workloads=norm_workloads(2, False),
@@ -75,7 +75,7 @@ def layer_norm_inputs(make: Make) -> Iterator[tuple]:
 
 @op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    fake=lambda x, *_: torch.empty_like(x),
+    fake=lambda x, *_: same_layout(x),
     inputs=layer_norm_inputs,
     tolerance=4.0,
     workloads=norm_workloads(1, True),
@@ -87,7 +87,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 @op(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    fake=lambda x, *_: (same_layout(x), same_layout(x)),
     inputs=lambda make: [(make.normal(5, 77), *args) for args in layer_norm_inputs(make)],
     tolerance=4.0,
     workloads=norm_workloads(2, True),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, StepSize, Workload, op
+from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, StepSize, Workload, op, same_layout
 from fuseline.compile.specs import FP8_DTYPES
 
 FP8 = tuple(getattr(torch, name) for name in dict.fromkeys(FP8_DTYPES.values()))
@@ -135,7 +135,7 @@ def rope_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 @op(
     "rope(Tensor x, Tensor cos, Tensor sin, Tensor rows, int rotary_dim, int layout) -> Tensor",
-    fake=lambda x, *_: torch.empty_like(x),
+    fake=lambda x, *_: same_layout(x),
     inputs=rope_inputs,
     tolerance=0.0,
     workloads=rope_workloads,
@@ -197,7 +197,7 @@ def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
 @op(
     "rope_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
     "Tensor rows, Tensor slots, int rotary_dim, int layout, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
-    fake=lambda k_cache, v_cache, q, *_: torch.empty_like(q),
+    fake=lambda k_cache, v_cache, q, *_: same_layout(q),
     inputs=rope_cache_inputs,
     tolerance=0.0,
     workloads=rope_cache_workloads,

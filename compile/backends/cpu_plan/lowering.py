@@ -32,8 +32,10 @@ from fuseline.compile.graph.edit import tensors_of
 from fuseline.compile.graph.region import Region, draw_borders, storage_key
 from fuseline.compile.kernels.plan_call import plan_call
 from fuseline.compile.kernels.registry import PlanCall
+from fuseline.compile.ops.library import same_layout
 
 aten = torch.ops.aten
+CONVERT = torch.ops.prims.convert_element_type.default
 logger = logging.getLogger(__name__)
 MakeInputs = Callable[[Mapping[str, int]], Mapping[str, Tensor]]
 """Sizes by symbol -> meta tensors by placeholder name."""
@@ -165,7 +167,10 @@ def call_on_meta(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
             return torch.device("meta")
         return values[arg] if isinstance(arg, fx.Node) else arg
 
-    return node.target(*fx.node.map_aggregate(node.args, value), **fx.node.map_aggregate(node.kwargs, value))
+    args = fx.node.map_aggregate(node.args, value)
+    if node.target is CONVERT:  # most graphs end with it, and torch's own meta function imports a shape environment
+        return same_layout(*args)
+    return node.target(*args, **fx.node.map_aggregate(node.kwargs, value))
 
 
 @dataclass
