@@ -13,11 +13,13 @@ from typing import Any
 
 import msgspec
 from msgspec.structs import replace
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
 from fuseline.api.admission import Admission
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
+from fuseline.api.http_metrics import HttpMetrics
 from fuseline.api.metrics import Metrics
 from fuseline.api.output.events import Prompt
 from fuseline.api.output.generation import Generation, TextOptions
@@ -59,7 +61,11 @@ class Served:
     pools: tuple[PromptPool, PromptPool] | None
     """For short and for large bodies; None prepares in this process."""
     bodies: Bodies
+    registry: CollectorRegistry
+    """Of all metrics."""
+    http_metrics: HttpMetrics
     metrics: Metrics | None
+    """Of the engine and its requests; None with --disable-log-stats."""
     admission: Admission
     turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -170,15 +176,18 @@ def build_served(
     template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
     settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
     preparer = Preparer(settings, tokenizer)
-    metrics = None
+    metrics, registry = None, CollectorRegistry()
     if not config.engine.disable_log_stats:
-        metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
+        metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready, config.engine.cache, registry)
         client.on_step.append(metrics.on_step)
     pools = None
     if config.prompt_workers:
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
     bodies = Bodies(config.max_request_bytes)
-    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, Admission(config))
+    return Served(
+        config, client, ready, tokenizer, preparer, pools, bodies, registry, HttpMetrics(registry), metrics,
+        Admission(config),
+    )  # fmt: skip
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Literal
 
 import msgspec
 
+AWAKE = -1
+"""In place of a sleep level."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
     """One request's sampling settings, validated and resolved by the API (SPEC 4.1, 6)."""
@@ -148,6 +151,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     """With finish_reason error: the request's own settings are the cause."""
     queue_seconds: float | None = None
     """With the first output, if a step has computed for the choice: time from arrival to its first step."""
+    num_preemptions: int = 0
+    """With the last output: how often the choice has been preempted."""
     handle: int | None = None
     """With the first output and with the last: what stands for the choice in TokenDeltas."""
 
@@ -174,6 +179,8 @@ Output = TokenOutput | PooledOutput
 class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_running: int = 0
     num_waiting: int = 0
+    num_deferred: int = 0
+    """Of those: how many wait for a block of their prompt that a running sequence computes."""
     num_swapped: int = 0
     """Waiting too, but with their KV in host memory."""
     num_preemptions: int = 0
@@ -183,10 +190,18 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prefix_queries: int = 0
     """Tokens looked up since start."""
     prefix_hits: int = 0
+    host_queries: int = 0
+    """Tokens of preempted sequences that were looked up in host memory since start."""
+    host_hits: int = 0
     num_drafts: int = 0
     """Draft tokens computed since start."""
     num_accepted: int = 0
     """Draft tokens kept since start."""
+    num_emitted: int = 0
+    """Tokens that the sequences with drafts got in those steps: the accepted ones, and one more each time."""
+    block_lifetimes: tuple[float, ...] = ()
+    """Seconds for which blocks have kept their content that have lost it since the last message."""
+    sleep_level: int = AWAKE
     num_step_tokens: int = 0
     num_prompt_tokens: int = 0
     """Prompt tokens computed in this step."""
@@ -265,6 +280,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     eos_token_ids: tuple[int, ...]
     architecture: str
     table: tuple[tuple[str, str], ...] = ()
+    num_host_blocks: int = 0
+    """Blocks of host memory to swap to."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -146,6 +146,7 @@ def make_outputs(seq: Sequence, new: NewTokens) -> Iterator[Output]:
         handle=seq.handle if is_first or ending else None,
         num_cached_tokens=seq.num_cached if is_first else 0,
         queue_seconds=seq.queue_seconds if is_first else None,
+        num_preemptions=seq.num_preemptions if ending else 0,
         finish_reason=ending.reason if ending else None,
         stop_token_id=ending.stop_token_id if ending else None,
         error=ending.error if ending else "",

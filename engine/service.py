@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from fuseline.engine.build import BuildModel, FindDevice
@@ -67,7 +67,7 @@ class EngineService:
         )  # fmt: skip
         self._sleeper = Sleeper(self.engine.runner, self._build, self._open)
         self._open(model)  # last: from now on a thread may capture
-        send(_ready(config, self.engine, self.size, self.device.name))
+        send(_ready(config, self.engine, self.size, self.host_blocks, self.device.name))
 
     def run(self, inbox: Inbox) -> None:
         """Serve until told to shut down. Without work it blocks on the inbox."""
@@ -121,7 +121,7 @@ class EngineService:
     def _sleep(self, level: int) -> None:
         if level not in (0, 1, 2):
             raise ValueError(f"sleep level must be 0, 1 or 2, not {level}")
-        self.engine.pause()
+        self.engine.pause(level)
         self._sleeper.deepen(level)
 
     def _wake_up(self, tags: tuple[str, ...]) -> None:
@@ -173,7 +173,9 @@ def _one_line(error: Exception) -> str:
     return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 
-def _ready(config: EngineConfig, engine: Engine, size: CacheSize, device: str) -> EngineReady:
+def _ready(
+    config: EngineConfig, engine: Engine, size: CacheSize, host_blocks: Sequence[int], device: str
+) -> EngineReady:
     info = engine.runner.model.info
     kv_dtype = info.cache_specs[0].dtype if info.cache_specs else info.dtype
     return EngineReady(
@@ -186,4 +188,5 @@ def _ready(config: EngineConfig, engine: Engine, size: CacheSize, device: str) -
         eos_token_ids=info.eos_token_ids,
         architecture=info.architecture,
         table=(("device", device), *size.table),
+        num_host_blocks=max(host_blocks, default=0),
     )

@@ -57,6 +57,7 @@ class Sequence:
     was_looked_up: bool = False
     """The prefix cache's counts include it."""
     has_output: bool = False
+    num_preemptions: int = 0
     queue_seconds: float | None = None
     """From its request's arrival to its first step; None while it waits for that."""
     num_cached: int = 0
