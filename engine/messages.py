@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
-from typing import Literal
+from typing import Literal, overload
 
 import msgspec
+
+_INT, _FLOAT = struct.Struct("=q"), struct.Struct("=f")
 
 AWAKE = -1
 """In place of a sleep level."""
@@ -128,6 +131,47 @@ class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     top_logprobs: tuple[float, ...] = ()
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of a prompt's tokens, as a sequence of PositionLogprobs: None for the first token, and for
+    those that have not been computed. Packed, as a long prompt has millions of numbers: N positions from the second on.
+    """
+
+    num_tokens: int
+    num_top: int
+    token_ids: bytes = b""
+    """int64 [N], as are the ranks; log-probabilities are float32."""
+    logprobs: bytes = b""
+    ranks: bytes = b""
+    top_ids: bytes = b""
+    """int64 [N, num_top]."""
+    top_logprobs: bytes = b""
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    @overload
+    def __getitem__(self, at: int) -> PositionLogprobs | None: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[PositionLogprobs | None]: ...
+
+    def __getitem__(self, at: int | slice) -> PositionLogprobs | None | list[PositionLogprobs | None]:
+        if isinstance(at, slice):
+            return [self._position(k) for k in range(*at.indices(self.num_tokens))]
+        return self._position(range(self.num_tokens)[at])
+
+    def _position(self, at: int) -> PositionLogprobs | None:
+        row, num_top = at - 1, self.num_top
+        if not 0 <= row < len(self.token_ids) // 8:
+            return None
+        (token,) = _INT.unpack_from(self.token_ids, 8 * row)
+        (logprob,) = _FLOAT.unpack_from(self.logprobs, 4 * row)
+        (rank,) = _INT.unpack_from(self.ranks, 8 * row)
+        begin, end = row * num_top, (row + 1) * num_top
+        ids, values = array("q", self.top_ids[8 * begin : 8 * end]), array("f", self.top_logprobs[4 * begin : 4 * end])
+        return PositionLogprobs(token, logprob, rank, tuple(ids), tuple(values))
+
+
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
     """New tokens of one choice of one request. A choice ends with exactly one output that has a finish_reason."""
 
@@ -137,7 +181,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     """One per token of token_ids when asked for, else empty."""
-    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     """With the first output of choice 0, when asked for."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache (with the first output)."""

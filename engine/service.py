@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Protocol
 
 from fuseline.engine.build import BuildModel, FindDevice
@@ -37,8 +38,8 @@ from fuseline.engine.sleep import TAGS, Sleeper
 
 logger = logging.getLogger("fuseline.engine")
 
-MAX_MESSAGES = 64
-"""Messages that are handled between two steps."""
+MESSAGES_SECONDS = 0.002
+"""For which messages are handled between two steps, if there is something to compute; at least one of them."""
 Send = Callable[[FromEngine], None]
 """From any thread."""
 
@@ -82,14 +83,16 @@ class EngineService:
     def _take_messages(self, inbox: Inbox) -> bool:
         """Handle what has come in; wait for it when there is nothing else to do. False on shutdown.
 
-        At most MAX_MESSAGES, so that a thousand requests at once do not hold up the tokens of those that run.
+        For MESSAGES_SECONDS at most, so that a thousand requests at once do not hold up the tokens of those that run.
         """
-        for _ in range(MAX_MESSAGES):
+        begin: float | None = None
+        while begin is None or perf_counter() - begin < MESSAGES_SECONDS:
             message = inbox.receive(wait=not self.engine.has_work)
             if isinstance(message, Shutdown):
                 return False
             if message is None:
                 break
+            begin = begin or perf_counter()
             self._handle(message)
         return True
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from fuseline.api.output.pace import Pace
+from fuseline.api.output.pace import Turns
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.messages import PositionLogprobs
 
@@ -79,7 +79,7 @@ class LogprobWriter:
 
 
 class JsonList:
-    """A list that is encoded while it grows."""
+    """A list that is encoded while it grows; `encode_pieces` puts it into a larger object."""
 
     def __init__(self, parts: Sequence[bytes] = ()) -> None:
         self.parts = list(parts)
@@ -88,16 +88,39 @@ class JsonList:
         if items:
             self.parts.append(msgspec.json.encode(items)[1:-1])
 
-    def raw(self) -> msgspec.Raw:
-        return msgspec.Raw(b"[" + b",".join(self.parts) + b"]")
+
+MARK = b"\0"
+"""Stands for a JsonList in a message; JSON has no such byte."""
+
+
+def encode_pieces(body: dict[str, Any]) -> list[bytes]:
+    """A JSON object with JsonLists in it, whose parts are not copied: they can be many megabytes."""
+    lists: list[JsonList] = []
+
+    def stand_in(value: object) -> msgspec.Raw:
+        if not isinstance(value, JsonList):
+            raise TypeError(f"{type(value).__name__} is not JSON")
+        lists.append(value)
+        return msgspec.Raw(MARK)
+
+    first, *rest = msgspec.json.encode(body, enc_hook=stand_in).split(MARK)
+    pieces = [first]
+    for items, text in zip(lists, rest, strict=True):
+        pieces[-1] += b"["
+        for part in items.parts:
+            pieces += (part, b",")
+        if items.parts:
+            pieces.pop()
+        pieces.append(b"]" + text)
+    return pieces
 
 
 class CompletionLogprobs:
     """choices[].logprobs of one completion, encoded while it grows."""
 
-    def __init__(self, writer: LogprobWriter) -> None:
+    def __init__(self, writer: LogprobWriter, offset: int = 0) -> None:
         self._writer = writer
-        self._offset = 0  # characters of the choice's text so far
+        self._offset = offset  # characters of the choice's text so far
         self._lists: dict[str, JsonList] = {}
 
     def copy(self) -> CompletionLogprobs:
@@ -106,10 +129,10 @@ class CompletionLogprobs:
         made._lists = {name: JsonList(items.parts) for name, items in self._lists.items()}
         return made
 
-    async def extend(self, positions: Positions, tokens: Sequence[int], pace: Pace) -> None:
+    async def extend(self, positions: Positions, tokens: Sequence[int], turns: Turns) -> None:
         for at in range(0, len(tokens), SLICE):
+            await turns.rest()
             self.add(positions[at : at + SLICE], tokens[at : at + SLICE])
-            await pace.rest()
 
     def add(self, positions: Positions, tokens: Sequence[int]) -> None:
         """Encode a few positions without a pause."""
@@ -120,18 +143,18 @@ class CompletionLogprobs:
             self._lists.setdefault(name, JsonList()).extend(items)
         self._offset = out["text_offset"][-1] + self._writer.length(tokens[-1])
 
-    def raw(self) -> dict[str, msgspec.Raw]:
+    def lists(self) -> dict[str, JsonList]:
         names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
-        return {name: self._lists.get(name, JsonList()).raw() for name in names}
+        return {name: self._lists.get(name) or JsonList() for name in names}
 
 
-async def encode_slices(write: Callable[[Positions], list], positions: Positions, pace: Pace) -> msgspec.Raw:
-    """Encode the positions with `write`, in slices, as one JSON list."""
+async def encode_slices(write: Callable[[Positions], list], positions: Positions, turns: Turns) -> JsonList:
+    """Encode the positions with `write`, in slices."""
     made = JsonList()
     for at in range(0, len(positions), SLICE):
+        await turns.rest()
         made.extend(write(positions[at : at + SLICE]))
-        await pace.rest()
-    return made.raw()
+    return made
 
 
 def finite(value: float) -> float:

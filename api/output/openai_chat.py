@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from fuseline.api.output.events import Done, Event, Prompt, PromptInfo, TextDelta
-from fuseline.api.output.logprobs import encode_slices
+from fuseline.api.output.logprobs import SLICE, JsonList, encode_pieces, encode_slices
 from fuseline.api.output.openai_completion import Shape, Totals
-from fuseline.api.output.pace import Pace
 from fuseline.engine.messages import PositionLogprobs
 
 
@@ -22,7 +22,7 @@ class ChatWriter:
         self._totals = Totals(prompt=len(prompt.ids))
         self._info = PromptInfo()
         self._text = [[shape.echo] for _ in range(n)]
-        self._pace = Pace(shape.turns)
+        self._turns = shape.turns
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
         self._ends: list[Done | None] = [None] * n
@@ -33,12 +33,26 @@ class ChatWriter:
         self._totals.cached += info.num_cached_tokens
 
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
+        return self._chunks(event)
+
+    def is_long(self, prompt: Prompt, event: Event) -> bool:
+        """Whether the chunk of an event takes long: it has the scores of many tokens."""
+        return isinstance(event, TextDelta) and len(event.logprobs) > SLICE
+
+    async def long_chunks(self, prompt: Prompt, event: TextDelta) -> list[dict[str, Any]]:
+        """As `chunks`, in slices."""
+        return self._chunks(event, await self._encode(event.logprobs))
+
+    def _chunks(self, event: Event, logprobs: JsonList | None = None) -> list[dict[str, Any]]:
+        """`logprobs`: those of the event, where they have been encoded already."""
         self._take(event)
         chunks = [] if self._is_started else self._opening()
         self._is_started = True
         if isinstance(event, TextDelta) and (event.text or event.token_ids):
             choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
-            if self._shape.wants_logprobs:
+            if logprobs is not None:
+                choice["logprobs"] = {"content": logprobs}
+            elif self._shape.wants_logprobs:
                 choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
             if self._shape.wants_ids:
                 choice["token_ids"] = event.token_ids
@@ -64,16 +78,22 @@ class ChatWriter:
         """Pieces of the answer that the folded events make, as JSON."""
         pieces = [msgspec.json.encode({**self._common(), "object": "chat.completion"})[:-1] + b',"choices":[']
         for index in range(self._n):
-            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
-            await self._pace.rest()
-        return [*pieces, b"]," + msgspec.json.encode(await self._tail())[1:]]
+            await self._turns.rest()
+            choice = encode_pieces(await self._whole_choice(index))
+            pieces += [b",", *choice] if index else choice
+        first, *tail = encode_pieces(await self._tail())
+        return [*pieces, b"]," + first[1:], *tail]
+
+    async def _encode(self, positions: Sequence[PositionLogprobs]) -> JsonList:
+        write = partial(self._shape.writer.chat_tokens, num_top=self._shape.num_top)
+        return await encode_slices(write, positions, self._turns)
 
     async def _tail(self) -> dict[str, Any]:
         """The fields that follow the choices."""
         positions = self._info.prompt_logprobs
         scores = None
         if positions is not None:
-            scores = await encode_slices(self._shape.writer.prompt, positions, self._pace)
+            scores = await encode_slices(self._shape.writer.prompt, positions, self._turns)
         tail = {"usage": self._totals.body(self._shape.shows_cached), "prompt_logprobs": scores}
         return {**tail, "prompt_token_ids": self._ids.tolist()} if self._shape.wants_ids else tail
 
@@ -101,8 +121,7 @@ class ChatWriter:
         shape, end = self._shape, self._ends[index]
         logprobs = None
         if shape.wants_logprobs:
-            write = partial(shape.writer.chat_tokens, num_top=shape.num_top)
-            logprobs = {"content": await encode_slices(write, self._logprobs[index], self._pace)}
+            logprobs = {"content": await self._encode(self._logprobs[index])}
         choice = {
             "index": index,
             "message": {"role": shape.role, "reasoning_content": None, "content": "".join(self._text[index])},

@@ -8,8 +8,15 @@ from typing import Any
 import msgspec
 
 from fuseline.api.output.events import Event, Prompt, PromptInfo, TextDelta
-from fuseline.api.output.logprobs import CompletionLogprobs, LogprobWriter, encode_slices
-from fuseline.api.output.pace import Pace, Turns
+from fuseline.api.output.logprobs import (
+    SLICE,
+    CompletionLogprobs,
+    JsonList,
+    LogprobWriter,
+    encode_pieces,
+    encode_slices,
+)
+from fuseline.api.output.pace import Turns
 from fuseline.engine.messages import PositionLogprobs
 
 
@@ -65,7 +72,7 @@ class CompletionWriter:
         self._shape, self._prompts, self._n = shape, prompts, n
         self._choices = [_Choice() for _ in range(len(prompts) * n)]
         self._totals = Totals(prompt=sum(len(prompt.ids) for prompt in prompts))
-        self._pace = Pace(shape.turns)
+        self._turns = shape.turns
         self._echoes: dict[int, CompletionLogprobs] = {}
         """Log-probabilities of the prompts that are repeated, by the number of their first choice."""
 
@@ -75,17 +82,35 @@ class CompletionWriter:
         self._totals.cached += info.num_cached_tokens
         if prompt.echo is not None and self._shape.wants_logprobs and info.prompt_logprobs is not None:
             made = CompletionLogprobs(self._shape.writer)
-            await made.extend(info.prompt_logprobs, prompt.ids, Pace(self._shape.turns))
+            await made.extend(info.prompt_logprobs, prompt.ids, self._turns)
             self._echoes[prompt.first] = made
 
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
         index = self._take(prompt, event)
         if isinstance(event, TextDelta):
-            chunk = self._delta(prompt, index, event)
-            return [] if chunk is None else [self._envelope([chunk], index)]
+            return self._delta_chunks(prompt, index, event, self._start(prompt, index))
         end = {"index": index, "text": "", "logprobs": None, "finish_reason": event.finish_reason,
                "stop_reason": event.stop_reason}  # fmt: skip
         return [self._envelope([end], index)]
+
+    def is_long(self, prompt: Prompt, event: Event) -> bool:
+        """Whether the chunk of an event takes long: it repeats the prompt, or has the scores of many tokens."""
+        if not isinstance(event, TextDelta):
+            return False
+        repeats = prompt.echo is not None and not self._choices[prompt.first + event.index].is_started
+        return repeats or len(event.logprobs) > SLICE
+
+    async def long_chunks(self, prompt: Prompt, event: TextDelta) -> list[dict[str, Any]]:
+        """As `chunks`, in slices."""
+        await self._turns.rest()
+        index = self._take(prompt, event)
+        echo = self._start(prompt, index)
+        if not self._shape.wants_logprobs:
+            return self._delta_chunks(prompt, index, event, echo)
+        writer, offset = self._shape.writer, self._choices[index].offset
+        made = CompletionLogprobs(writer, offset) if echo is None else self._echo_logprobs(prompt)
+        await made.extend(event.logprobs, event.token_ids, self._turns)
+        return self._delta_chunks(prompt, index, event, echo, made.lists())
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """The usage chunk, where it was asked for."""
@@ -102,8 +127,9 @@ class CompletionWriter:
         """Pieces of the answer that the folded events make, as JSON."""
         pieces = [msgspec.json.encode(self._common())[:-1] + b',"choices":[']
         for index in range(len(self._choices)):
-            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
-            await self._pace.rest()
+            await self._turns.rest()
+            choice = encode_pieces(await self._whole_choice(index))
+            pieces += [b",", *choice] if index else choice
         usage = msgspec.json.encode({"usage": self._totals.body(self._shape.shows_cached)})
         return [*pieces, b"]," + usage[1:]]
 
@@ -127,22 +153,21 @@ class CompletionWriter:
         choice.text.append(prompt.echo)
         return prompt.echo
 
-    def _delta(self, prompt: Prompt, index: int, event: TextDelta) -> dict[str, Any] | None:
-        echo = self._start(prompt, index)
+    def _delta_chunks(
+        self, prompt: Prompt, index: int, event: TextDelta, echo: str | None, logprobs: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """The chunk of new text, if there is any; `logprobs` where they have been encoded already."""
         text = (echo or "") + event.text
         if not text and not event.token_ids:
-            return None
+            return []
         choice = self._choices[index]
-        logprobs: dict[str, Any] | None = None
-        if self._shape.wants_logprobs and echo is not None:
-            made = self._echo_logprobs(prompt)
-            made.add(event.logprobs, event.token_ids)
-            logprobs = made.raw()
-        elif self._shape.wants_logprobs:
+        if self._shape.wants_logprobs and logprobs is None:
             logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, choice.offset)
         choice.offset += len(text)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
-        return {**chunk, "token_ids": event.token_ids} if self._shape.wants_ids else chunk
+        if self._shape.wants_ids:
+            chunk["token_ids"] = event.token_ids
+        return [self._envelope([chunk], index)]
 
     async def _whole_choice(self, index: int) -> dict[str, Any]:
         choice, prompt = self._choices[index], self._prompts[index // self._n]
@@ -155,21 +180,21 @@ class CompletionWriter:
             body |= {"token_ids": choice.tokens, "prompt_token_ids": prompt.ids.tolist()}
         return body
 
-    async def _whole_logprobs(self, choice: _Choice, prompt: Prompt) -> dict[str, msgspec.Raw] | None:
+    async def _whole_logprobs(self, choice: _Choice, prompt: Prompt) -> dict[str, JsonList] | None:
         if not self._shape.wants_logprobs:
             return None
         made = self._echo_logprobs(prompt)
-        await made.extend(choice.logprobs, choice.tokens, self._pace)
-        return made.raw()
+        await made.extend(choice.logprobs, choice.tokens, self._turns)
+        return made.lists()
 
     def _echo_logprobs(self, prompt: Prompt) -> CompletionLogprobs:
         """The beginning of a choice's log-probabilities: those of the prompt, if they are repeated, else none."""
         echo = self._echoes.get(prompt.first)
         return CompletionLogprobs(self._shape.writer) if echo is None else echo.copy()
 
-    async def _prompt_logprobs(self, prompt: Prompt) -> msgspec.Raw | None:
+    async def _prompt_logprobs(self, prompt: Prompt) -> JsonList | None:
         positions = prompt.info.prompt_logprobs
-        return None if positions is None else await encode_slices(self._shape.writer.prompt, positions, self._pace)
+        return None if positions is None else await encode_slices(self._shape.writer.prompt, positions, self._turns)
 
     def _envelope(self, choices: list[dict[str, Any]], index: int | None) -> dict[str, Any]:
         shape = self._shape

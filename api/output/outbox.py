@@ -14,7 +14,7 @@ class Outbox:
 
     def __init__(self, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: list[bytes] = []
+        self._events: list[bytes] = []  # or pieces of events
         self._waiter: asyncio.Future[None] | None = None
         self._is_closed = False
         self._error: Exception | None = None
@@ -24,9 +24,10 @@ class Outbox:
         self._last_write = self._loop.time()
         self._timer = self._loop.call_later(seconds, self._check_silence) if seconds > 0 else None
 
-    def add(self, event: bytes) -> None:
+    def add(self, *pieces: bytes) -> None:
+        """An event, in one piece or several."""
         self.has_begun = True
-        self._events.append(event)
+        self._events += pieces
         self._wake()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -21,9 +21,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fuseline.api.errors import ApiError, to_api_error
-from fuseline.api.output.events import Event, Prompt, PromptInfo
+from fuseline.api.output.events import Event, Prompt, PromptInfo, TextDelta
 from fuseline.api.output.generation import Generation
+from fuseline.api.output.logprobs import encode_pieces
 from fuseline.api.output.outbox import WRITE_BYTES, Outbox
+from fuseline.api.output.pace import Turns
 from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
@@ -33,8 +35,8 @@ STREAM_HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-STARTED_AT_ONCE = 16
-"""Prompts of a request that start without a pause: 2 to 3 ms."""
+PromptSink = Callable[[Prompt, Event], Awaitable[None] | None]
+"""A Sink of Generation for several prompts."""
 Run = tuple[Prompt, Callable[[], Generation]]
 """A prompt and what makes its way through the engine, called when its turn comes."""
 
@@ -47,6 +49,10 @@ class Writer(Protocol):
     def fold(self, prompt: Prompt, event: Event) -> None: ...
 
     def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]: ...
+
+    def is_long(self, prompt: Prompt, event: Event) -> bool: ...
+
+    async def long_chunks(self, prompt: Prompt, event: TextDelta) -> list[dict[str, Any]]: ...
 
     def last_chunks(self) -> list[dict[str, Any]]: ...
 
@@ -63,11 +69,12 @@ class Answer(Response):
         writer: Writer,
         held: AbstractContextManager,
         keep_alive: float | None,
+        turns: Turns,
     ) -> None:
         """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole."""
         super().__init__()
         self._client, self._runs, self._writer, self._held = client, runs, writer, held
-        self._keep_alive = keep_alive
+        self._keep_alive, self._turns = keep_alive, turns
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,9 +107,12 @@ class Answer(Response):
     async def _fill(self, outbox: Outbox) -> None:
         """Every chunk as a server-sent event. An error is the last one, or refuses the request if it comes first."""
 
-        def add(prompt: Prompt, event: Event) -> None:
+        def add(prompt: Prompt, event: Event) -> Awaitable[None] | None:
+            if self._writer.is_long(prompt, event):
+                return self._add_long(outbox, prompt, event)
             for chunk in self._writer.chunks(prompt, event):
                 outbox.add(sse(chunk))
+            return None
 
         try:
             await self._generate(add)
@@ -116,22 +126,26 @@ class Answer(Response):
         outbox.add(DONE)
         outbox.close()
 
-    async def _generate(self, sink: Callable[[Prompt, Event], None]) -> None:
-        """Run all prompts; the first error ends all. They start in slices, between which others have their turn."""
+    async def _add_long(self, outbox: Outbox, prompt: Prompt, event: TextDelta) -> None:
+        for chunk in await self._writer.long_chunks(prompt, event):
+            outbox.add(b"data: ", *encode_pieces(chunk), b"\n\n")
+
+    async def _generate(self, sink: PromptSink) -> None:
+        """Run all prompts; the first error ends all. One starts in each round of the event loop."""
         if len(self._runs) == 1:
             await self._run(self._runs[0], sink)
             return
         try:
             async with asyncio.TaskGroup() as group:
-                for k, run in enumerate(self._runs, start=1):
+                for run in self._runs:
                     group.create_task(self._run(run, sink))
-                    if k % STARTED_AT_ONCE == 0:
-                        await asyncio.sleep(0)
+                    await asyncio.sleep(0)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _run(self, run: Run, sink: Callable[[Prompt, Event], None]) -> None:
+    async def _run(self, run: Run, sink: PromptSink) -> None:
         prompt, make = run
+        await self._turns.rest()
         await make().run(self._client, partial(sink, prompt), partial(self._writer.open, prompt))
 
 

@@ -29,4 +29,4 @@ async def chat_completions(request: Request) -> Response:
         prompts = served.prompts(prepared)
         writer = ChatWriter(served.shape(prepared, id), prompts[0], prepared.params.n)
         runs = served.runs(prepared, prompts, id)
-        return Answer(served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared))
+        return Answer(served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), served.turns)

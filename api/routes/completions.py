@@ -29,4 +29,4 @@ async def completions(request: Request) -> Response:
         prompts = served.prompts(prepared)
         writer = CompletionWriter(served.shape(prepared, id), prompts, prepared.params.n)
         runs = served.runs(prepared, prompts, id)
-        return Answer(served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared))
+        return Answer(served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), served.turns)
