@@ -37,7 +37,7 @@ from fuseline.compile.ops.library import same_layout
 aten = torch.ops.aten
 META: Mapping[object, Callable[..., Tensor]] = {
     torch.ops.prims.convert_element_type.default: same_layout,
-    aten.embedding.default: lambda weight, ids, *_: weight.new_empty(*ids.shape, weight.shape[1]),
+    aten.embedding.default: lambda weight, ids, *_, **__: weight.new_empty(*ids.shape, weight.shape[1]),
 }
 """Ops of most graphs for which torch's own meta functions import a shape environment (0.3 s of every start)."""
 logger = logging.getLogger(__name__)
