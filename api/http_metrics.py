@@ -51,7 +51,7 @@ class HttpMetrics:
 
 
 class HttpMetricsMiddleware:
-    """Counts what passes through it; a request without an answer counts as 499 when its client has gone, else 500."""
+    """Counts what passes through it, when its answer ends. A request without an answer counts as 5xx."""
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self._app, self._metrics = app, metrics
