@@ -198,6 +198,14 @@ def raw_response(pieces: list[bytes]) -> Response:
 
 
 async def _in_writes(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in writes of WRITE_BYTES at most."""
+    gathered, size = [], 0
     for piece in pieces:
         for at in range(0, len(piece), WRITE_BYTES):
-            yield piece[at : at + WRITE_BYTES]
+            part = piece[at : at + WRITE_BYTES]
+            if size + len(part) > WRITE_BYTES:
+                yield b"".join(gathered)
+                gathered, size = [], 0
+            gathered.append(part)
+            size += len(part)
+    yield b"".join(gathered)

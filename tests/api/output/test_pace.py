@@ -19,8 +19,9 @@ from fuseline.api.output.interval import Interval
 from fuseline.api.output.logprobs import SLICE, JsonList, LogprobWriter, encode_pieces
 from fuseline.api.output.openai_chat import ChatWriter
 from fuseline.api.output.openai_completion import CompletionWriter, Shape
+from fuseline.api.output.outbox import WRITE_BYTES
 from fuseline.api.output.pace import SLICE_SECONDS, Turns
-from fuseline.api.output.response import Answer
+from fuseline.api.output.response import Answer, raw_response
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.served import Served, load_tokenizer
 from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams, TokenOutput
@@ -218,6 +219,23 @@ def test_lists_of_any_number_of_parts_become_json() -> None:
     assert parsed(body) == {"x": [], "y": [[1, None], {"z": [{"a": "\0"}, 2.5, "b"]}], "\0": "\0"}
     with pytest.raises(TypeError, match="not JSON"):
         encode_pieces({"x": object()})
+
+
+async def test_pieces_of_any_size_become_few_writes() -> None:
+    sizes = (10, 1, 3 * WRITE_BYTES + 5, 0, WRITE_BYTES - 5, 7, WRITE_BYTES)
+    pieces = [bytes([97 + k]) * size for k, size in enumerate(sizes)]
+    sent: list[bytes] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    await raw_response(pieces)({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+    assert b"".join(sent) == b"".join(pieces) and max(map(len, sent)) <= WRITE_BYTES
+    assert len([body for body in sent if body]) <= 8
 
 
 def test_an_interval_joins_without_copying_what_it_holds() -> None:
