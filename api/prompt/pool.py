@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fuseline.api.prompt.prepared import Reply
 
 LOG = logging.getLogger("fuseline.prompts")
+BUSY = 10
+"""How many times as long as its processor time a request may take, on a busy machine, before it counts as slow."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Lane:
     niceness: int
     """Niceness of its processes: how far the engine goes first where both want the same core."""
     patience: float
-    """Seconds after which a request is slow: others take its place, and it runs on beside them or starts anew later."""
+    """Seconds of processor time after which a request is slow: others take its place, and it runs on beside them or
+    starts anew later. Ten times as long if the processor does other things."""
     slow_per_place: int
     """Slow requests that run on, for each place of the pool."""
     least: float
@@ -206,6 +209,7 @@ class _Job:
         self._begin = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._gives_way = self._makes_room = False
+        self._used = 0.0  # processor time of its process before it
         self._process: WorkerProcess
         self._limit: asyncio.Timeout
         self.has_place = has_place
@@ -213,9 +217,18 @@ class _Job:
     def begin(self, process: WorkerProcess, limit: asyncio.Timeout, lane: Lane) -> None:
         self._process, self._limit, self._begin = process, limit, self._loop.time()
         if self.has_place:
-            self._timer = self._loop.call_later(lane.patience, self._pool.see_slow, self)
+            self._used = process.cpu_seconds()
+            self._timer = self._loop.call_later(lane.patience, self._see_slow, lane.patience)
         else:
             self._pool.run_on(self)
+
+    def _see_slow(self, patience: float) -> None:
+        """On a busy machine a request that needs some milliseconds may take long: that does not make it a slow one."""
+        left = patience - (self._process.cpu_seconds() - self._used)
+        if left > 0 and self._loop.time() - self._begin < BUSY * patience:
+            self._timer = self._loop.call_later(max(left, patience / 10), self._see_slow, patience)
+        else:
+            self._pool.see_slow(self)
 
     def end(self) -> None:
         if self._timer is not None:

@@ -22,15 +22,18 @@ SETTINGS = settings(prompt_timeout=TIMEOUT)
 class FakeProcess:
     """Takes as many seconds for a request as its body says."""
 
-    def __init__(self) -> None:
-        self.is_slowed = False
+    def __init__(self, slowness: float) -> None:
+        self.is_slowed, self.slowness = False, slowness
 
     async def wait_ready(self) -> None:
         pass
 
     async def prepare(self, kind: str, pieces: list[bytes]) -> str:
-        await asyncio.sleep(float(pieces[0]))
+        await asyncio.sleep(float(pieces[0]) * self.slowness)
         return "done"
+
+    def cpu_seconds(self) -> float:
+        return asyncio.get_running_loop().time() / self.slowness
 
     def slow_down(self, niceness: int) -> None:
         self.is_slowed = True
@@ -39,7 +42,9 @@ class FakeProcess:
 class FakeProcesses:
     """Any number of processes at once; counts those that run."""
 
-    def __init__(self) -> None:
+    def __init__(self, slowness: float = 1.0) -> None:
+        self.slowness = slowness
+        self.processes: list[FakeProcess] = []
         self.num_busy = self.most_busy = 0
 
     @asynccontextmanager
@@ -47,14 +52,16 @@ class FakeProcesses:
         self.num_busy += 1
         self.most_busy = max(self.most_busy, self.num_busy)
         try:
-            yield FakeProcess()
+            self.processes.append(FakeProcess(self.slowness))
+            yield self.processes[-1]
         finally:
             self.num_busy -= 1
 
 
-def make_pool(lane: Lane) -> tuple[PromptPool, FakeProcesses]:
+def make_pool(lane: Lane, slowness: float = 1.0) -> tuple[PromptPool, FakeProcesses]:
+    """`slowness`: how many times as long everything takes, as other programs use the processors."""
     pool = PromptPool(SETTINGS, PLACES, lane)
-    pool.processes = processes = FakeProcesses()
+    pool.processes = processes = FakeProcesses(slowness)
     return pool, processes
 
 
@@ -98,6 +105,29 @@ def test_a_slow_request_among_those_that_hang_is_answered() -> None:
         slow = [asyncio.create_task(pool.prepare("chat", [b"0.8"])) for _ in range(3)]
         others = [asyncio.create_task(pool.prepare("chat", [b"0.01"])) for _ in range(9)]
         assert await asyncio.gather(*slow, *others) == ["done"] * 12
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
+        check_free(pool, SHORT)
+
+    virtual_time.run(crowd())
+
+
+def test_a_quick_request_on_a_busy_machine_is_no_slow_one() -> None:
+    """Else it would lose its place or its priority, and wait behind those that hang."""
+
+    async def crowd() -> None:
+        pool, processes = make_pool(SHORT, slowness=8)
+        hung = [asyncio.create_task(pool.prepare("chat", [b"1e9"])) for _ in range(60)]
+        await asyncio.sleep(5)
+        waits, num_before = [], len(processes.processes)
+        for _ in range(50):
+            begin = asyncio.get_running_loop().time()
+            assert await pool.prepare("chat", [b"0.03"]) == "done"
+            waits.append(asyncio.get_running_loop().time() - begin)
+        assert max(waits) <= 8 * (SHORT.patience + 0.03) + SHORT.patience, max(waits)
+        quick = processes.processes[num_before:]
+        assert sum(process.is_slowed for process in quick) <= len(quick) - 50
         for task in hung:
             task.cancel()
         await asyncio.gather(*hung, return_exceptions=True)
