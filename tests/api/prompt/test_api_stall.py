@@ -30,6 +30,8 @@ KINDS = {
     "64 short chats": "200", "48 chats that hang": "", "16 long echoes with log-probabilities": "200",
 }  # fmt: skip
 """Large request or burst -> status of its answers; empty: several."""
+OUT_OF_TIME = "400 reading, rendering and encoding"
+"""Begins the answer to any large request on a machine that is busy enough."""
 Longest = Callable[[], float]
 
 
@@ -76,7 +78,7 @@ def check(stalls: ModuleType, longest: Longest, url: str, path: str, bodies: lis
     seconds = []
     while len(seconds) < TRIES and (not seconds or seconds[-1] >= MOST_SECONDS):
         answers = stalls.send_all(url, path, bodies)
-        assert all(answer.startswith(status) for answer in answers), set(answers)
+        assert all(answer.startswith((status, OUT_OF_TIME)) for answer in answers), set(answers)
         seconds.append(longest())
     assert seconds[-1] < MOST_SECONDS, seconds
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
