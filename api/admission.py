@@ -45,9 +45,9 @@ class Admission:
 
     def check(self, request: GenerateRequest, num_prompts: int = 1) -> int:
         """The request's number of sequences. Raises ApiError 400 for more of anything than the flags allow."""
-        config, n = self._config, request.n or 1
+        config, n = self._config, request.num_generated
         _at_most(config.max_num_prompts, num_prompts, "prompt", "prompts in one request", "max-num-prompts")
-        _at_most(config.max_n, n, "n", "choices", "max-n")
+        _at_most(config.max_n, n, "n" if n == request.num_choices else "best_of", "choices", "max-n")
         _at_most(config.max_stop_strings, len(request.stops), "stop", "stop strings", "max-stop-strings")
         longest = max(map(len, request.stops), default=0)
         _at_most(config.max_stop_length, longest, "stop", "characters in a stop string", "max-stop-length")

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 import fuseline
@@ -20,8 +20,20 @@ from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.http_metrics import HttpMetricsMiddleware
 from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddleware, RequestIdMiddleware
+from fuseline.api.openapi import describe
+from fuseline.api.output.anthropic_messages import error_body
 from fuseline.api.prompt.encode import TextTokenizer
-from fuseline.api.routes import chat, completions, operation, tokenizer, web
+from fuseline.api.routes import (
+    anthropic,
+    chat,
+    completions,
+    invocations,
+    operation,
+    other_tasks,
+    responses,
+    tokenizer,
+    web,
+)
 from fuseline.api.served import build_served, load_tokenizer
 from fuseline.engine.client import EngineClient, EngineDeadError
 from fuseline.engine.messages import EngineReady
@@ -35,6 +47,11 @@ class Application(FastAPI):
     def __init__(self, config: ServerConfig, **options) -> None:
         super().__init__(**options)
         self._config = config
+
+    def openapi(self) -> dict:
+        if self.openapi_schema is None:
+            self.openapi_schema = describe(self)
+        return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
         config = self._config
@@ -59,8 +76,14 @@ def build_app(
     app = Application(config, title="fuseline", version=fuseline.__version__, root_path=config.root_path, **docs)
     app.state.served = build_served(config, client, ready, loaded or load_tokenizer(config))
     app.state.unknown_fields = set()
-    for routes in (operation.router, completions.router, chat.router, tokenizer.router, web.router()):
+    own = (
+        operation.router, completions.router, chat.router, responses.router, anthropic.router, invocations.router,
+        tokenizer.router,
+    )  # fmt: skip
+    for routes in (*own, other_tasks.router(), web.router()):
         app.include_router(routes)
+    if config.enable_tokenizer_info_endpoint:
+        app.include_router(tokenizer.info_router)
     if config.dev_mode:
         app.include_router(operation.dev_router)
     for kind in (ApiError, EngineDeadError, HTTPException, RequestValidationError, Exception):
@@ -72,8 +95,12 @@ def build_app(
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     mapped = to_api_error(error)
+    if request.app.state.served.config.log_error_stack:
+        LOG.error("%s %s: %s", request.method, request.url.path, mapped, exc_info=error)
     if mapped.code == "internal_error" and not isinstance(error, ApiError):
         LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    if request.url.path.startswith("/v1/messages"):  # that API has an error body of its own
+        return JSONResponse(error_body(mapped), mapped.status, mapped.response_headers())
     return mapped.response()
 
 

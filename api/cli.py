@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache as once
 
 import fuseline
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli_parser import COMMANDS, command_parser, parse_values
 from fuseline.api.config import ConfigError, read_environment
-from fuseline.api.config_resolve import config_dict, resolve
+from fuseline.api.config_resolve import check_overrides, config_dict, resolve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _main_parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:<9}{text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fuseline",
         usage="fuseline COMMAND [options]",
@@ -46,18 +52,25 @@ def _dashed(argument: str) -> str:
     """In names `_` and `-` are the same."""
     if not argument.startswith("--"):
         return argument
-    name, separator, value = argument.partition("=")
-    return name.replace("_", "-") + separator + value
+    name, separator, rest = re.fullmatch(r"([^=.]*)([=.]?)(.*)", argument, re.DOTALL).groups()
+    return name.replace("_", "-") + separator + rest
+
+
+@once
+def serve_parser() -> argparse.ArgumentParser:
+    parser = command_parser("serve", list(tables.GROUPS))
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and exit")
+    return parser
 
 
 def serve(arguments: Sequence[str], on_phase: Callable[[str], None] | None = None) -> int:
     """`on_phase` is told when each phase of the start ends."""
-    parser = command_parser("serve", list(tables.GROUPS))
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and exit")
+    parser = serve_parser()
     values = parse_values(parser, arguments)
     wants_print = values.pop("print_config", False)
     config = resolve(values, read_environment())
     if wants_print:
+        check_overrides(config)
         print(json.dumps(config_dict(config), indent=2))
         return 0
     from fuseline.api.cli_log import configure_logging
@@ -84,6 +97,36 @@ def run(arguments: Sequence[str]) -> int:
     return run_chat(arguments)
 
 
+def chat(arguments: Sequence[str]) -> int:
+    from fuseline.api.talk import run_remote_chat
+
+    return run_remote_chat(arguments)
+
+
+def complete(arguments: Sequence[str]) -> int:
+    from fuseline.api.talk import run_complete
+
+    return run_complete(arguments)
+
+
+def run_batch(arguments: Sequence[str]) -> int:
+    from fuseline.api.batch import run_batch_file
+
+    return run_batch_file(arguments)
+
+
+def collect_env(arguments: Sequence[str]) -> int:
+    from fuseline.api.collect_env import run_collect_env
+
+    return run_collect_env(arguments)
+
+
+def completion(arguments: Sequence[str]) -> int:
+    from fuseline.api.completion import run_completion
+
+    return run_completion(arguments)
+
+
 def bench(arguments: Sequence[str]) -> int:
     from fuseline.api.bench.command import run_bench
 
@@ -103,5 +146,6 @@ def version(arguments: Sequence[str]) -> int:
 
 
 HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "run": run, "bench": bench, "cache": cache, "explain": explain, "version": version,
+    "serve": serve, "run": run, "chat": chat, "complete": complete, "run-batch": run_batch, "bench": bench,
+    "cache": cache, "explain": explain, "collect-env": collect_env, "completion": completion, "version": version,
 }  # fmt: skip

@@ -8,24 +8,26 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, dataclass, fields
-from functools import cache
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from functools import cache, partial
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, JsonObject, ServerConfig
-from fuseline.api.config_levels import check_levels
+from fuseline.api.config_levels import check_levels, explicit_levels
+from fuseline.api.flag_rows import ALIASES
 from fuseline.compile.config import CompileConfig
-from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from fuseline.compile.overrides import merged
+from fuseline.engine.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
 
-CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, CompileConfig)
+CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, GrammarConfig, CompileConfig)
 """Outer first: of fields with one name the outermost gives default and help, and one flag sets them all."""
-SUFFIXES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
+SUFFIXES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30, "t": 10**12, "T": 2**40}
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. `kind` is one of bool, bool-value, int, float, str, many, json-list, json, levels."""
+    """One flag. `kind` is one of bool, bool-value, int, float, str, many, json-list, json, levels, pairs, floats."""
 
     name: str
     kind: str
@@ -63,12 +65,21 @@ def config_flags() -> dict[str, Flag]:
     return flags
 
 
-def recorded_flags() -> dict[str, Flag]:
-    """Flags that only validate."""
-    return {
-        name: Flag(name, _kind(name, type(row.default)), row.default, f"No effect here: {row.note}.", row.choices)
-        for name, row in tables.RECORDED.items()
+@cache
+def row_flags() -> dict[str, Flag]:
+    """Flags that no field stands for."""
+    words = {"ignored": "No effect here: {}.", "unimplemented": "Not yet ({}).", "refused": "Refused: {}."}
+    made = {
+        name: Flag(name, row.kind, row.default, words[row.fate].format(row.note), row.choices)
+        for name, row in tables.ROWS.items()
     }
+    return made | {name: replace(made[name], help=f"Also: {row.note}.") for name, row in ALIASES.items()}
+
+
+@cache
+def all_flags() -> dict[str, Flag]:
+    """Every flag by its name with underscores."""
+    return {**row_flags(), **config_flags()}
 
 
 def _flag(item: Field, hint: object, help_text: str) -> Flag:
@@ -95,22 +106,21 @@ def _kind(name: str, hint: object) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: Iterable[str]) -> None:
-    """Add the flags of the help groups, the recorded ones and, hidden, those of later parts."""
+    """Add the flags of the help groups and, not shown by --help, those without a field."""
     flags = config_flags()
     for title in groups:
         group = parser.add_argument_group(title)
         for name in tables.GROUPS[title]:
             _add(group, flags[name])
-    group = parser.add_argument_group("accepted without effect on this device")
-    for flag in recorded_flags().values():
-        _add(group, flag)
-    for name, later in tables.LATER.items():
-        _add_later(parser, name, later)
+    for flag in row_flags().values():
+        _add(parser, flag, is_hidden=flag.name not in ALIASES)
 
 
-def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+def _add(group: argparse._ActionsContainer, flag: Flag, is_hidden: bool = False) -> None:
     names = [*tables.SHORT_NAMES.get(flag.name, ()), flag.option]
-    common: dict = {"dest": flag.name, "default": argparse.SUPPRESS, "help": help_line(flag)}
+    common: dict = {"dest": flag.name, **_hidden()}
+    if not is_hidden:
+        common["help"] = help_line(flag)
     if flag.kind == "bool":
         _add_switch(group, flag, names, common)
     elif flag.kind == "bool-value":
@@ -120,25 +130,26 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
         repeat = {"action": "append"} if flag.name in tables.REPEATABLE else {"action": "extend", "nargs": "+"}
         group.add_argument(*names, **repeat, metavar="X", **common)
     else:
-        choices = {"choices": flag.choices} if flag.choices else {"metavar": METAVARS[flag.kind]}
-        group.add_argument(*names, type=converter(flag), **choices, **common)
+        action = {"action": MergeObjects} if flag.kind in ("json", "levels") else {}
+        metavar = "|".join(map(str, flag.choices)) or METAVARS[flag.kind]
+        group.add_argument(*names, type=converter(flag), metavar=metavar, **action, **common)
 
 
-def _add_switch(group: argparse._ArgumentGroup, flag: Flag, names: list[str], common: dict) -> None:
+class MergeObjects(argparse.Action):
+    """A JSON object given in several parts (-O3 -O.backend=eager) is one; later keys win."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:  # noqa: ANN001 (argparse's own)
+        found = dict(getattr(namespace, self.dest, None) or ())
+        setattr(namespace, self.dest, tuple(merged(found, dict(values)).items()))
+
+
+def _add_switch(group: argparse._ActionsContainer, flag: Flag, names: list[str], common: dict) -> None:
     """--x and --no-x; help shows the second only where the default is on."""
     if flag.default:
         group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         return
     group.add_argument(*names, action="store_true", **common)
     group.add_argument(f"--no-{flag.option[2:]}", dest=flag.name, action="store_false", **_hidden())
-
-
-def _add_later(parser: argparse.ArgumentParser, name: str, later: tables.Later) -> None:
-    names = [*tables.SHORT_NAMES.get(name, ()), "--" + name.replace("_", "-")]
-    if later.is_switch:
-        parser.add_argument(*names, dest=name, action=argparse.BooleanOptionalAction, **_hidden())
-    else:
-        parser.add_argument(*names, dest=name, nargs="+" if later.takes_many else None, **_hidden())
 
 
 def _hidden() -> dict:
@@ -159,13 +170,33 @@ def help_line(flag: Flag) -> str:
 
 def converter(flag: Flag) -> Callable[[str], object]:
     """Return the function that parses one value's text; it raises ArgumentTypeError."""
-    if flag.kind == "int" and flag.name in tables.HUMAN_INTS:
-        return human_int
-    kinds = {"int": int, "float": float, "str": text_or_unset, "json": json_object, "json-list": json_list}
-    return {**kinds, "levels": compilation_config}[flag.kind]
+    parse = CONVERTERS[flag.kind]
+    if flag.name in tables.HUMAN_INTS:
+        parse = context_length if flag.name == "max_model_len" else human_int
+    return partial(_chosen, parse, flag.choices) if flag.choices else parse
 
 
-METAVARS = {"int": "N", "float": "X", "str": "TEXT", "json": "JSON", "json-list": "JSON", "levels": "LEVEL|JSON"}
+def _chosen(parse: Callable[[str], object], choices: tuple[object, ...], text: str) -> object:
+    value = parse(text)
+    if value not in choices and not (value == "" and isinstance(choices[0], str)):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(map(str, choices))})")
+    return value
+
+
+METAVARS = {
+    "int": "N", "float": "X", "str": "TEXT", "json": "JSON", "json-list": "JSON", "levels": "LEVEL|JSON",
+    "pairs": "K=N,...", "floats": "X,...",
+}  # fmt: skip
+
+
+def number(kind: Callable[[str], object], text: str) -> object:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {NUMBERS[kind]}") from error
+
+
+NUMBERS = {int: "whole number", float: "number"}
 
 
 def text_or_unset(text: str) -> str:
@@ -176,6 +207,11 @@ def bool_value(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+def context_length(text: str) -> int:
+    """As human_int; auto and -1 are the longest context that fits."""
+    return -1 if text.strip().lower() in ("auto", "-1") else human_int(text)
 
 
 def human_int(text: str) -> int:
@@ -194,6 +230,24 @@ def json_object(text: str) -> JsonObject:
     return tuple(value.items())
 
 
+def pairs(text: str) -> JsonObject:
+    """image=2,video=1, or the same as a JSON object."""
+    if text.lstrip().startswith("{"):
+        return json_object(text)
+    found: dict[str, object] = {}
+    for part in filter(None, text.split(",")):
+        name, separator, count = part.partition("=")
+        if not separator or not count.strip().isdigit():
+            raise argparse.ArgumentTypeError(f"{part!r} is no NAME=N")
+        if found.setdefault(name.strip(), int(count)) != int(count):
+            raise argparse.ArgumentTypeError(f"{name.strip()} is given twice, with different numbers")
+    return tuple(found.items())
+
+
+def floats(text: str) -> tuple[float, ...]:
+    return tuple(float(number(float, part)) for part in text_or_unset(text).split(",") if part)
+
+
 def json_list(text: str) -> tuple[str, ...]:
     value = _json(text)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -202,18 +256,17 @@ def json_list(text: str) -> tuple[str, ...]:
 
 
 def compilation_config(text: str) -> JsonObject:
-    """A level, or a JSON object with known keys; the level comes first in the result."""
+    """A level, or a JSON object with known keys."""
     value = _json(text)
     if isinstance(value, int):
         value = {"level": value}
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a level (0 to 3) nor a JSON object")
-    levels = {"level": 2, **value}
     try:
-        check_levels(levels)
+        check_levels(explicit_levels(value))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("compilation_config: ")) from error
-    return tuple(levels.items())
+    return tuple(value.items())
 
 
 def _json(text: str) -> object:
@@ -221,3 +274,10 @@ def _json(text: str) -> object:
         return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no valid JSON: {error}") from error
+
+
+CONVERTERS: dict[str, Callable[[str], object]] = {
+    "int": partial(number, int), "float": partial(number, float), "str": text_or_unset, "json": json_object,
+    "json-list": json_list, "levels": compilation_config, "pairs": pairs, "floats": floats, "bool": bool_value,
+    "bool-value": bool_value, "many": json_list,
+}  # fmt: skip

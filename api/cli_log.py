@@ -7,7 +7,7 @@ import logging
 import logging.config
 from pathlib import Path
 
-from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.config import ConfigError, ServerConfig, variables_without_effect
 from fuseline.api.config_resolve import without_effect
 
 FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
@@ -26,8 +26,21 @@ def configure_logging(config: ServerConfig) -> None:
     log = logging.getLogger("fuseline.config")
     if config.enable_sleep_mode:
         log.info("sleep mode: level 1 gives back the KV memory (a GPU's weights move to the host), 2 the weights too")
-    for line in without_effect(config):
+    for line in [*without_effect(config), *variables_without_effect()]:
         log.warning(line)
+
+
+class PathFilter(logging.Filter):
+    """Drops the HTTP server's access lines of some paths (comma separated)."""
+
+    def __init__(self, paths: str) -> None:
+        super().__init__()
+        self._paths = {path.strip() for path in paths.split(",") if path.strip()}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """uvicorn's arguments: client address, method, path with its query, HTTP version, status."""
+        is_access = isinstance(record.args, tuple) and len(record.args) == 5
+        return not (is_access and str(record.args[2]).partition("?")[0] in self._paths)
 
 
 def _from_file(path: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 from collections.abc import Sequence
 
+from fuseline.api.cli_dotted import fold_dotted
 from fuseline.api.cli_flags import add_flags
 from fuseline.api.cli_yaml import read_arguments
 from fuseline.api.config import ConfigError
@@ -13,9 +14,14 @@ from fuseline.api.config import ConfigError
 COMMANDS = {
     "serve": "serve a model over the OpenAI API",
     "run": "chat with a model in the terminal",
+    "chat": "chat with a running server in the terminal",
+    "complete": "complete texts with a running server",
+    "run-batch": "answer the requests of an OpenAI batch file",
     "bench": "measure: `serve` any OpenAI-compatible server, `offline` an engine, `startup` a start, `kernels`",
     "cache": "list or clear what is kept for the next start",
     "explain": "show how a model is captured, transformed and lowered",
+    "collect-env": "print what a report of a fault should tell of this machine",
+    "completion": "print the completion script of a shell: bash, zsh, tcsh, fish",
     "version": "print the version",
 }
 
@@ -42,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         return f" (did you mean {near[0]}?)" if near else ""
 
 
-def command_parser(command: str, groups: Sequence[str]) -> Parser:
+def command_parser(command: str, groups: Sequence[str], add_help: bool = True) -> Parser:
     """Parser of a command that takes a model and its flags."""
     parser = Parser(
         prog=f"fuseline {command}",
@@ -50,6 +56,7 @@ def command_parser(command: str, groups: Sequence[str]) -> Parser:
         description=COMMANDS.get(command),
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+        add_help=add_help,
         epilog="All flags, also those of later parts: docs/FLAGS.md.",
     )
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="checkpoint directory; wins over --model")
@@ -58,9 +65,25 @@ def command_parser(command: str, groups: Sequence[str]) -> Parser:
     return parser
 
 
+def help_of(parser: Parser, word: str) -> str:
+    """--help=WORD: the flags of a group, or whose name holds the word; all of them for `all`."""
+    wanted = word.strip("-").replace("_", "-").lower()
+    formatter = parser._get_formatter()
+    for group in parser._action_groups:
+        is_whole = wanted in ("all", str(group.title).lower())
+        found = [action for action in group._group_actions if is_whole or wanted in " ".join(action.option_strings)]
+        formatter.start_section(group.title)
+        formatter.add_arguments(found)
+        formatter.end_section()
+    return formatter.format_help() or f"no flag and no group of flags is called {word!r}\n"
+
+
 def parse_values(parser: Parser, arguments: Sequence[str]) -> dict[str, object]:
     """Values by field name from the command line and, below it, from --config."""
-    line = vars(parser.parse_args(arguments))
+    if word := next((text.partition("=")[2] for text in arguments if text.startswith("--help=")), ""):
+        print(help_of(parser, word), end="")
+        parser.exit()
+    line = vars(parser.parse_args(fold_dotted(arguments)))
     files = line.pop("config") or []
     if len(files) > 1:
         raise ConfigError("--config is given more than once; one file holds all")

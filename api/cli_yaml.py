@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from fuseline.api import cli_tables as tables
-from fuseline.api.cli_flags import config_flags, recorded_flags
+from fuseline.api.cli_flags import all_flags
 from fuseline.api.config import ConfigError
 
 
@@ -49,13 +48,12 @@ def _boolean(name: str, option: str, value: bool) -> list[str]:
         return [f"{option}={str(value).lower()}"]
     if value:
         return [option]
-    is_default_on = name in config_flags() and config_flags()[name].default is True
+    is_default_on = name in all_flags() and all_flags()[name].default is True
     return [f"--no-{option[2:]}"] if is_default_on else []
 
 
 def _kind(name: str) -> str:
-    flags: Mapping = {**config_flags(), **recorded_flags()}
-    return flags[name].kind if name in flags else ""
+    return all_flags()[name].kind if name in all_flags() else ""
 
 
 def _text(value: object) -> str:

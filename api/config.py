@@ -41,12 +41,21 @@ class ServerConfig:
     """Directory of another tokenizer; empty takes the model's."""
     download_dir: str = ""
     """Directory of downloaded hub models, of which this server only reads. Default: the Hugging Face cache."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; a directory has none. Default: main."""
+    code_revision: str = ""
+    """Revision of the model's own Python code, which can only be that of the model."""
+    tokenizer_revision: str = ""
+    """Branch, tag or commit of the tokenizer's hub id. Default: --revision where the tokenizer is the model's."""
+    disable_sliding_window: bool = False
+    """End the context at the window of sliding attention."""
     skip_tokenizer_init: bool = False
     """Load no tokenizer: only token-id prompts, answers carry ids."""
     task: Literal["auto", "generate", "embedding", "embed", "classify", "score", "reward", "transcription"] = "auto"
     """Kind of work the server does with the model."""
     generation_config: str = ""
-    """Sampling defaults: empty takes none, auto reads generation_config.json of the model, else of that directory."""
+    """Sampling defaults: empty, none or vllm takes none, auto reads generation_config.json of the model, else of that
+    directory."""
     override_generation_config: JsonObject = ()
     """JSON merged over the generation config, for instance {"temperature": 0.5}."""
     compilation_config: JsonObject = (("level", 2),)
@@ -60,6 +69,8 @@ class ServerConfig:
     """Address to listen on; give 0.0.0.0 to be reached from outside."""
     port: int = 8000
     """TCP port; 0 picks a free one."""
+    uds: str = ""
+    """Path of a Unix socket to listen on, in place of host and port."""
     uvicorn_log_level: LogLevel = "info"
     """Log level of the HTTP server."""
     allow_credentials: bool = False
@@ -80,6 +91,10 @@ class ServerConfig:
     """PEM file of the authorities that verify clients."""
     ssl_cert_reqs: Literal[0, 1, 2] = 0
     """Client certificate: 0 none, 1 optional, 2 required."""
+    ssl_ciphers: str = ""
+    """Ciphers of TLS 1.2 in OpenSSL's syntax."""
+    enable_ssl_refresh: bool = False
+    """Read the TLS files again when they change; open connections stay."""
     root_path: str = ""
     """ASGI root path behind a proxy that strips it."""
     middleware: tuple[str, ...] = ()
@@ -122,6 +137,8 @@ class ServerConfig:
     """Send X-Request-Id with every response."""
     disable_fastapi_docs: bool = False
     """No /docs, /redoc and /openapi.json."""
+    enable_tokenizer_info_endpoint: bool = False
+    """Mount GET /tokenizer_info: the tokenizer's settings and chat template."""
     enable_server_load_tracking: bool = False
     """Count the requests in flight for GET /load."""
     shutdown_timeout: float = 30.0
@@ -137,10 +154,35 @@ class ServerConfig:
     """File of a chat template, or the template itself on one line. Default: the tokenizer's own."""
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
     """How message content reaches the template: as a string, or as a list of parts (openai)."""
+    trust_request_chat_template: bool = False
+    """Take chat_template from requests; it is compiled and rendered within the bounds of --prompt-timeout and
+    --prompt-memory."""
     default_chat_template_kwargs: JsonObject = ()
     """JSON of template variables for requests that do not set them."""
+    enable_auto_tool_choice: bool = False
+    """Let the model choose tools (tool_choice auto); needs --tool-call-parser."""
+    tool_call_parser: str = ""
+    """Format in which the model writes tool calls; docs/TOOLS.md lists them."""
+    tool_parser_plugin: str = ""
+    """Python file that registers more tool parsers, imported at the start."""
+    exclude_tools_when_tool_choice_none: bool = True
+    """Hide the tools of a request with tool_choice none from the template; --no-... shows them."""
+    reasoning_parser: str = ""
+    """Format in which the model writes its reasoning, which answers then show apart; docs/TOOLS.md lists them."""
+    enable_reasoning: bool = False
+    """Show reasoning apart; --reasoning-parser alone does so too."""
+    guided_decoding_backend: str = "xgrammar"
+    """Backend of structured output, NAME or NAME:no-fallback: xgrammar, outlines, lm-format-enforcer, guidance or auto.
+    Requests may name another."""
+    structured_outputs_config: JsonObject = ()
+    """JSON with the key backend, the newer name of --guided-decoding-backend."""
     response_role: str = "assistant"
     """Role of answers."""
+    logits_processor_pattern: str = ""
+    """Regular expression for the names of logits processors that requests may use, matched from their beginning; empty
+    allows none. They are imported and called in this server: allow only what you trust."""
+    strict_requests: bool = False
+    """Refuse unknown fields of requests with 400, instead of one warning."""
     return_tokens_as_token_ids: bool = False
     """Show tokens as token_id:N in log-probabilities."""
     enable_prompt_tokens_details: bool = False
@@ -155,6 +197,8 @@ class ServerConfig:
     take eight times as much; a request beyond that gets 429."""
     max_prompt_bytes: int = 32 * 2**20
     """Longest prompt that a chat template may render, in bytes of UTF-8; a longer one is refused with 400."""
+    max_stored_responses: int = 1000
+    """Answers of /v1/responses that later requests may go on from; the oldest are forgotten."""
     max_messages: int = 16384
     """Most messages of one conversation."""
     max_token_rules: int = 131072
@@ -177,6 +221,12 @@ class ServerConfig:
     """Characters (or ids) of a prompt that a log line shows; default all."""
     enable_log_outputs: bool = False
     """Log generated text too."""
+    log_error_stack: bool = False
+    """Log the stack of every request that is refused or fails."""
+    disable_uvicorn_access_log: bool = False
+    """No access lines of the HTTP server."""
+    disable_access_log_for_endpoints: str = ""
+    """Paths without access lines, separated by commas, for instance /health,/metrics."""
     logging_level: str = "INFO"
     """Level of our own log; set by FUSELINE_LOGGING_LEVEL."""
     logging_config_path: str = ""
@@ -231,15 +281,33 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(**read)
 
 
+IDLE_VARIABLES: dict[str, str] = {
+    "ALLOW_RUNTIME_LORA_UPDATING": "adapters are not yet supported",
+    "KEEP_ALIVE_ON_ENGINE_DEATH": "an engine that dies is started anew",
+    "CPU_OMP_THREADS_BIND": "threads use the cores of the process (taskset); their number is --cpu-threads",
+    **dict.fromkeys(
+        ("IMAGE_FETCH_TIMEOUT", "AUDIO_FETCH_TIMEOUT", "VIDEO_FETCH_TIMEOUT"), "media are not yet supported"
+    ),
+}
+"""Variables of the specification that do nothing here, and why."""
+
+
+def variables_without_effect(variables: Mapping[str, str] | None = None) -> list[str]:
+    """One line for each variable that is set and does nothing, for the start-up log."""
+    source = os.environ if variables is None else variables
+    names = [(f"{prefix}_{name}", why) for name, why in IDLE_VARIABLES.items() for prefix in ("FUSELINE", "VLLM")]
+    return [f"{name} has no effect: {why}" for name, why in names if source.get(name)]
+
+
 def demo_dir() -> Path:
     """Directory of the model that ships inside the package."""
     return Path(fuseline.__file__).parent / "demo"
 
 
-def find_checkpoint(model: str, download_dir: str = "") -> str:
+def find_checkpoint(model: str, download_dir: str = "", revision: str = "") -> str:
     """Directory of a checkpoint: a path, `demo`, or the snapshot of a hub id in `download_dir` (empty: the hub's own).
 
-    Raises ConfigError.
+    `revision` is that of a hub id. Raises ConfigError.
     """
     path = demo_dir() if model == "demo" and not Path("demo").is_dir() else Path(model).expanduser()
     if os.path.isfile(path):
@@ -247,16 +315,18 @@ def find_checkpoint(model: str, download_dir: str = "") -> str:
     if model == "demo" and not path.is_dir():
         raise ConfigError("the bundled demo model is not in this installation; give a checkpoint directory")
     if not os.path.isdir(path):
-        path = _cached_snapshot(model, download_dir)
+        path = _cached_snapshot(model, download_dir, revision)
     return str(path.resolve())
 
 
-def _cached_snapshot(model: str, download_dir: str) -> Path:
+def _cached_snapshot(model: str, download_dir: str, revision: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, local_files_only=True, cache_dir=download_dir or None))
+        cached = {"local_files_only": True, "cache_dir": download_dir or None, "revision": revision or None}
+        return Path(snapshot_download(model, **cached))
     except Exception as error:  # any reason (bad id, not cached, no package) means the same to the user
         where = download_dir or "the local Hugging Face cache"
-        message = f"model {model!r} is neither a directory nor a hub id whose files are in {where}"
+        which = f"hub id whose files of revision {revision}" if revision else "hub id whose files"
+        message = f"model {model!r} is neither a directory nor a {which} are in {where}"
         raise ConfigError(message + "; give a checkpoint directory") from error

@@ -10,6 +10,9 @@ from fuseline.compile.config import NEEDED_PASSES, PASSES, GraphConfig
 
 LEVELS = (0, 1, 2, 3)
 BACKENDS = ("inductor", "eager")
+MODES = {"NONE": 0, "STOCK_TORCH_COMPILE": 1, "DYNAMO_TRACE_ONCE": 2, "VLLM_COMPILE": 3}
+"""Names of levels, as values of `mode`."""
+GRAPH_MODES = ("NONE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 CUSTOM_OPS = {
     "rms_norm": "find_norm", "rotary_embedding": "find_rope", "silu_and_mul": "fuse_act_mul",
     "fused_moe": "find_moe", "linear": "pack_weights",
@@ -57,6 +60,14 @@ KEYS: dict[str, LevelKey] = {
     "cudagraph_capture_sizes": LevelKey(
         _is_sizes, "is a list of numbers above 0", "on a GPU: sequences of the decode steps that are captured", True
     ),
+    "cudagraph_mode": LevelKey(
+        lambda value: value in GRAPH_MODES, f"is one of {', '.join(GRAPH_MODES)}",
+        "on a GPU: which steps are captured; the last is the default", True,
+    ),
+    "max_cudagraph_capture_size": LevelKey(
+        lambda value: _is_count(value) and value > 0, "is a number above 0",
+        "on a GPU: captures no step of more sequences", True,
+    ),
     "cudagraph_num_of_warmups": LevelKey(
         _is_count, "is a number, 0 or more", "on a GPU: runs before each capture, one at least", True
     ),
@@ -72,6 +83,17 @@ KEYS: dict[str, LevelKey] = {
     "use_inductor": LevelKey(lambda value: isinstance(value, bool), "is true or false", "false compiles no regions"),
 }  # fmt: skip
 """By name. null stands for a key's default, but for that of the level."""
+
+
+def explicit_levels(given: Mapping[str, object]) -> dict[str, object]:
+    """The keys with the level among them, first. `mode` is another name of it. Raises ConfigError."""
+    keys = dict(given)
+    if "mode" in keys:
+        mode = keys.pop("mode")
+        level = MODES.get(mode.upper(), mode) if isinstance(mode, str) else mode
+        if keys.setdefault("level", level) != level:
+            raise ConfigError(f"compilation_config: mode {mode!r} and level {keys['level']!r} differ; give one")
+    return {"level": keys.get("level", 2), **keys}
 
 
 def check_levels(levels: Mapping[str, object]) -> None:
@@ -130,9 +152,13 @@ def level_values(levels: Mapping[str, object], given: Mapping[str, object]) -> d
 
 def graph_config(levels: Mapping[str, object], given: Mapping[str, object]) -> GraphConfig:
     """The graphs that a GPU captures."""
+    sizes, most = levels.get("cudagraph_capture_sizes") or (), levels.get("max_cudagraph_capture_size")
+    mode = levels.get("cudagraph_mode")
     return GraphConfig(
-        sizes=tuple(levels.get("cudagraph_capture_sizes") or ()),
-        enabled=not given.get("enforce_eager"),
+        sizes=tuple(sizes),
+        enabled=not given.get("enforce_eager") and mode != "NONE",
+        max_size=int(most or 0),
+        mixed_sizes=() if mode == "FULL_DECODE_ONLY" else None,
         max_seq_len=int(given.get("max_seq_len_to_capture", GraphConfig.max_seq_len)),
         num_warmups=max(1, int(levels.get("cudagraph_num_of_warmups") or 0)),
         splitting_ops=tuple(levels.get("splitting_ops") or ()),

@@ -2,67 +2,76 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
 from fuseline.api import cli_tables as tables
+from fuseline.api.cli_flags import CONFIGS, all_flags, converter
 from fuseline.api.config import ConfigError, Environment, JsonObject, ServerConfig, find_checkpoint
+from fuseline.api.config_aliases import without_aliases
 from fuseline.api.config_check import check, refuse_unavailable
-from fuseline.api.config_levels import graph_config, level_values
+from fuseline.api.config_context import find_context, read_config_json
+from fuseline.api.config_levels import explicit_levels, graph_config, level_values
 from fuseline.api.config_levels import without_effect as idle_keys
+from fuseline.api.flag_rows import ALIASES
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.overrides import is_within, merged
 from fuseline.compile.target import likely_kind
-from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from fuseline.engine.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
 
-CONFIGS = (ServerConfig, EngineConfig, CacheConfig, SchedulerConfig, CompileConfig)
-JSON_OBJECTS = (
-    "hf_overrides", "override_generation_config", "compilation_config", "default_chat_template_kwargs",
-    "additional_config", "override_neuron_config", "tokenizer_pool_extra_config",
-)  # fmt: skip
 CPU_PREFILL_SIZE = 128
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-CONTEXT_KEYS = (
-    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx",
-)  # fmt: skip
 
 
 def resolve(values: Mapping[str, object], environment: Environment | None = None) -> ServerConfig:
     """Make the configuration from values by field name (those given only; "" is unset).
 
-    Reads no more than the checkpoint's config.json. Raises ConfigError with one line.
+    Reads no more than the checkpoint's JSON files. Raises ConfigError with one line.
     """
-    given = _with_environment(_given(values), environment or Environment())
-    refuse_unavailable(given)
-    levels = dict(_items(given.get("compilation_config", 2), "level"))
-    model = str(given.get("model") or "demo")
-    folder = str(given.get("download_dir", ""))
-    checkpoint = find_checkpoint(model, folder)
+    environment = environment or Environment()
+    asked = _given(values)
+    refuse_unavailable(asked)
+    given = _with_environment(without_aliases(asked), environment)
+    levels = explicit_levels(_items(given.get("compilation_config", ()), "level"))
+    model, folder = str(given.get("model") or "demo"), str(given.get("download_dir", ""))
+    revision = str(given.get("revision", ""))
+    checkpoint = find_checkpoint(model, folder, revision)
     given |= level_values(levels, given) | {"graphs": graph_config(levels, given)}
-    given |= _prefill_values(given) | _context_values(checkpoint, given, environment or Environment())
-    engine = _engine(given, checkpoint)
+    tokenizer = str(given.get("tokenizer") or "")
+    if tokenizer or given.get("tokenizer_revision"):
+        default = revision if tokenizer in ("", model) else ""
+        given["tokenizer"] = find_checkpoint(tokenizer or model, folder, str(given.get("tokenizer_revision", default)))
+    given |= _prefill_values(given) | _context_values(checkpoint, given, environment)
+    if backend := dict(given.get("structured_outputs_config", ())).get("backend"):
+        given["guided_decoding_backend"] = str(backend)
     own = _fields_of(ServerConfig, given) | {
-        "engine": engine,
+        "engine": _engine(given, checkpoint),
         "model": model,
         "compilation_config": tuple(levels.items()),
         "served_model_name": given.get("served_model_name") or (model,),
-        "recorded": tuple((name, given.get(name, row.default)) for name, row in tables.RECORDED.items()),
+        "recorded": tuple((name, _recorded(name, asked, row.default)) for name, row in tables.ROWS.items()),
     }
-    if tokenizer := own.get("tokenizer"):
-        own["tokenizer"] = find_checkpoint(str(tokenizer), folder)
     config = ServerConfig(**own)
     check(config)
     return config
 
 
+def _recorded(name: str, asked: Mapping[str, object], default: object) -> object:
+    """The value of a flag without a field; nobody needs a secret one."""
+    return "***" if name in tables.SECRETS and name in asked else asked.get(name, default)
+
+
 def without_effect(config: ServerConfig) -> list[str]:
     """One line for each given flag that has no effect here, for the start-up log."""
     lines = [
-        f"--{name.replace('_', '-')} has no effect: {tables.RECORDED[name].note}"
+        f"--{name.replace('_', '-')} has no effect: {tables.ROWS[name].note}"
         for name, value in config.recorded
-        if value != tables.RECORDED[name].default
+        if name not in ALIASES and not tables.ROWS[name].changes_nothing(value)
     ]
+    if config.revision and Path(config.model).is_dir():
+        lines.append("--revision has no effect: the model is a directory")
     kind, shown = likely_kind(config.engine.device), config_dict(config)
     if kind == "cpu":
         defaults = {item.name: item.default for part in CONFIGS for item in fields(part)}
@@ -80,35 +89,39 @@ def config_dict(config: ServerConfig) -> dict[str, object]:
     """The flat, resolved configuration as --print-config and /server_info show it; secrets are hidden."""
     compile_config, engine = config.engine.compile, config.engine
     flat: dict[str, object] = {}
-    for part in (compile_config, engine.scheduler, engine.cache, engine, config):
+    for part in (compile_config, engine.scheduler, engine.cache, engine.grammars, engine, config):
         flat |= {item.name: getattr(part, item.name) for item in fields(part)}
     flat |= dict(config.recorded)
-    for name in ("engine", "compile", "cache", "scheduler", "graphs", "recorded"):
+    for name in ("engine", "compile", "cache", "scheduler", "graphs", "grammars", "recorded"):
         del flat[name]
     flat["model"], flat["model_path"] = config.model, compile_config.model
     for name in tables.SECRETS:
         flat[name] = "***" if flat[name] else None
-    for name in JSON_OBJECTS:
-        flat[name] = dict(flat[name])
-    flat |= {name: _neutral_value(later) for name, later in tables.LATER.items()}
+    for name, flag in all_flags().items():
+        if flag.kind in ("json", "levels", "pairs"):
+            flat[name] = dict(flat[name] or ())
     return dict(sorted(flat.items()))
-
-
-def _neutral_value(later: tables.Later) -> object:
-    if later.is_switch:
-        return False
-    text = later.neutral[0]
-    return int(text) if text.isdigit() else text or None
 
 
 def _given(values: Mapping[str, object]) -> dict[str, object]:
     """Drop unset values; freeze lists and JSON objects. Unknown names are an error."""
-    known = {item.name for config in CONFIGS for item in fields(config)} | set(tables.RECORDED) | set(tables.LATER)
-    known -= tables.NOT_FLAGS
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - set(all_flags())):
         raise ConfigError(f"unknown setting {unknown[0]!r}; the names are those of the flags of fuseline serve")
-    kept = {name: value for name, value in values.items() if value is not None and value != ""}
-    return {name: _frozen(value) for name, value in kept.items()}
+    kept = {name: _parsed(name, value) for name, value in values.items() if value is not None and value != ""}
+    return {name: _frozen(value) for name, value in kept.items() if value != ""}
+
+
+def _parsed(name: str, value: object) -> object:
+    """Text given from Python is what it is on the command line."""
+    flag = all_flags()[name]
+    if not isinstance(value, str) or (flag.kind == "str" and not flag.choices):
+        return value
+    if flag.kind in ("many", "json-list") and not value.startswith("["):
+        return (value,)
+    try:
+        return converter(flag)(value)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{flag.option}: {error}") from error
 
 
 def _frozen(value: object) -> object:
@@ -118,9 +131,8 @@ def _frozen(value: object) -> object:
 
 
 def _items(value: object, key: str) -> JsonObject:
-    """A plain value stands for {key: value}; the key comes first."""
-    items = dict(value) if isinstance(value, tuple) else {key: value}
-    return tuple({key: items.get(key, 2), **items}.items())
+    """A plain value stands for {key: value}."""
+    return value if isinstance(value, tuple) else ((key, value),)
 
 
 def _with_environment(given: dict[str, object], environment: Environment) -> dict[str, object]:
@@ -138,10 +150,6 @@ def _with_environment(given: dict[str, object], environment: Environment) -> dic
         found["logging_config_path"] = environment.logging_config_path
     if environment.cpu_kvcache_space and "num_gpu_blocks_override" not in given:
         found["kv_cache_memory_bytes"] = _gib(environment.cpu_kvcache_space)
-    if isinstance(given.get("api_key"), str):
-        given = {**given, "api_key": (given["api_key"],)}
-    if isinstance(given.get("served_model_name"), str):
-        given = {**given, "served_model_name": (given["served_model_name"],)}
     return {**found, **given}
 
 
@@ -153,18 +161,21 @@ def _gib(text: str) -> int:
 
 
 def _context_values(checkpoint: str, given: dict[str, object], environment: Environment) -> dict[str, object]:
-    """Check the context length asked for against the model's, and the token budget that depends on it."""
-    overrides = dict(given.get("hf_overrides", ()))
-    limit, key = context_limit(checkpoint, overrides)
+    """The context length, checked against the model's, and the token budget that depends on it."""
+    overrides, scaling = dict(given.get("hf_overrides", ())), dict(given.get("rope_scaling", ()))
+    context = find_context(checkpoint, overrides, scaling, str(given.get("tokenizer", "")))
+    limit = context.limit
+    if given.get("disable_sliding_window") and context.window:
+        limit = min(limit or context.window, context.window)
     asked = int(given.get("max_model_len", 0))
-    values: dict[str, object] = {}
+    values: dict[str, object] = {"max_model_len": limit if asked in (-1, 0) else asked, "fits_context": asked == -1}
     if limit and asked > limit:
-        if environment.allow_long_max_model_len != "1":
+        if environment.allow_long_max_model_len != "1" or limit < context.limit:
             message = f"--max-model-len {asked} is above the model's limit of {limit}"
             raise ConfigError(message + " (FUSELINE_ALLOW_LONG_MAX_MODEL_LEN=1 allows it, at the cost of sense)")
-        values["hf_overrides"] = tuple({**overrides, key: asked}.items())
+        values["hf_overrides"] = tuple(merged(overrides, context.override(asked)).items())
     if given.get("enable_chunked_prefill", True) is False and "max_num_batched_tokens" not in given:
-        values["max_num_batched_tokens"] = max(asked or limit, 2048)
+        values["max_num_batched_tokens"] = max(values["max_model_len"], 2048)
     return values
 
 
@@ -176,36 +187,22 @@ def _prefill_values(given: Mapping[str, object]) -> dict[str, object]:
     return {"chunked_prefill_size": CPU_PREFILL_SIZE} if is_cpu and not is_whole else {}
 
 
-def context_limit(checkpoint: str, overrides: Mapping[str, object]) -> tuple[int, str]:
-    """(Context length that config.json states, its key); (0, "") when it states none."""
-    config = read_config_json(checkpoint) | overrides
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    for source in (config, inner):
-        for key in CONTEXT_KEYS:
-            if isinstance(source.get(key), int):
-                return max(source[key], _scaled_context(source)), key
-    return 0, ""
+def check_overrides(config: ServerConfig) -> None:
+    """Raises ConfigError for a key of --hf-overrides that the model's config has not, and for bad rope settings.
 
+    The engine says the same when it starts; asking beforehand takes seconds where Transformers has to be asked.
+    """
+    settings = config.engine.compile
+    stored, overrides = read_config_json(settings.model), dict(settings.hf_overrides)
+    if is_within(stored, overrides) and not settings.rope_scaling and settings.rope_theta is None:
+        return
+    from fuseline.compile.capture.errors import CaptureError
+    from fuseline.compile.capture.hf_model import load_config
 
-def _scaled_context(config: Mapping) -> int:
-    """Context of yarn and its kin: the original one times the factor."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    factor = scaling.get("factor") if isinstance(scaling, dict) else None
-    original = scaling.get("original_max_position_embeddings") if factor else None
-    return int(original * factor) if original else 0
-
-
-def read_config_json(checkpoint: str) -> dict:
-    path = Path(checkpoint) / "config.json"
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{checkpoint} has no config.json; give a Transformers checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is no JSON object; give a Transformers checkpoint")
-    return content
+        load_config(settings)
+    except CaptureError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _engine(given: dict[str, object], checkpoint: str) -> EngineConfig:
@@ -221,6 +218,7 @@ def _engine(given: dict[str, object], checkpoint: str) -> EngineConfig:
         compile=compile_config,
         cache=CacheConfig(**_fields_of(CacheConfig, values)),
         scheduler=SchedulerConfig(**_fields_of(SchedulerConfig, values)),
+        grammars=GrammarConfig(**_fields_of(GrammarConfig, values)),
     )
 
 

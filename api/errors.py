@@ -44,11 +44,12 @@ class ApiError(Exception):
         message = self.message if len(self.message) <= MAX_MESSAGE else self.message[:MAX_MESSAGE] + "..."
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response_headers(self) -> dict[str, str]:
         headers = self.headers | ({} if self.retry_after is None else {"Retry-After": str(self.retry_after)})
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(), self.status, headers)
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.response_headers())
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -79,7 +79,7 @@ class Connection(HttpToolsProtocol):
         """Bytes of the line of the head that has not ended."""
         self._body_deadline = 0.0
 
-    # What the transport calls.
+    # Called by the transport.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -131,7 +131,7 @@ class Connection(HttpToolsProtocol):
         if self._writing_timer is not None:
             self._writing_timer.cancel()
 
-    # What the parser calls.
+    # Called by the parser.
 
     def _feed(self, data: bytes) -> None:
         """Parse. An offered upgrade (h2c, ...) is not taken up: the request is read again without it, as HTTP/1.1."""

@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from fuseline.api.config import ServerConfig, read_environment
 from fuseline.api.config_resolve import resolve
-from fuseline.api.llm_asgi import App, post, post_stream
+from fuseline.api.llm_asgi import App, exchange, post, post_stream
+from fuseline.api.llm_beams import BeamSearchOutput, beam_fields, beam_output
 from fuseline.api.llm_values import (
     Prompt,
     RequestOutput,
     Sampling,
     as_list,
     per_prompt,
-    plain,
+    prompt_fields,
     request_fields,
     request_output,
 )
@@ -60,16 +61,31 @@ class LLM:
         sampling_params: Sampling | Sequence[Sampling] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Complete each prompt (text or token ids), all of them in one batch.
+        """Complete each prompt (text, token ids or a mapping with them), all of them in one batch.
 
         sampling_params: request fields of /v1/completions as a mapping or an object with such attributes, one for all
         prompts or one for each. Raises ValueError with the server's message for a request it refuses.
         """
         many = as_list(prompts)
         settings = per_prompt(sampling_params, len(many))
-        bodies = [{**fields, "prompt": plain(prompt)} for prompt, fields in zip(many, settings, strict=True)]
+        bodies = [{**fields, **prompt_fields(prompt)} for prompt, fields in zip(many, settings, strict=True)]
         answers = self._call(self._post_all("/v1/completions", bodies, use_tqdm))
-        return [request_output(prompt, answer) for prompt, answer in zip(many, answers, strict=True)]
+        return [request_output(body["prompt"], answer) for body, answer in zip(bodies, answers, strict=True)]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: Sampling, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, best first.
+
+        params: `beam_width` and `max_tokens`, and where they are to differ `temperature` (0), `ignore_eos` (False),
+        `length_penalty` (1.0) and `include_stop_str_in_output` (False), as a mapping or an object with such attributes.
+        Raises ValueError like `generate`.
+        """
+        fields = beam_fields(params)
+        bodies = [{**fields, **prompt_fields(prompt)} for prompt in as_list(prompts)]
+        answers = self._call(self._post_all("/v1/completions", bodies, use_tqdm))
+        keeps_eos = bool(request_fields(params).get("include_stop_str_in_output"))
+        return [beam_output(answer, keeps_eos) for answer in answers]
 
     def chat(
         self,
@@ -84,18 +100,41 @@ class LLM:
         answers = self._call(self._post_all("/v1/chat/completions", bodies, use_tqdm))
         return [request_output(None, answer) for answer in answers]
 
+    def encode(self, prompts: Prompt | Sequence[Prompt], **fields: Any) -> list[Any]:
+        """`data` of POST /pooling for each prompt. Raises ValueError with the server's message for other models."""
+        bodies = [{**fields, "input": prompt_fields(prompt)["prompt"]} for prompt in as_list(prompts)]
+        return [answer["data"] for answer in self._call(self._post_all("/pooling", bodies, False))]
+
     def stream_chat(
         self, messages: Sequence[Mapping[str, Any]], sampling_params: Sampling | None = None
     ) -> Iterator[str]:
         """Text of the answer as it comes; closing the iterator aborts the request."""
-        body = {
-            **request_fields(sampling_params),
-            "messages": list(messages),
-            "model": self.config.served_model_name[0],
-        }
+        for delta in self.stream_deltas(messages, sampling_params):
+            yield delta.get("content") or ""
+
+    def stream_deltas(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: Sampling | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The answer's deltas (content, reasoning, tool_calls) as they come; closing the iterator aborts it."""
+        fields = request_fields(sampling_params)
+        body = {**fields, "messages": list(messages), "model": self.config.served_model_name[0]}
         for event in self._iterate(post_stream(self._app, "/v1/chat/completions", body)):
             for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
+                yield choice["delta"]
+
+    def run_batch(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+        """(status, answer) of each (path, body), in order; at most as many in flight as the engine runs at a time."""
+
+        async def run_all() -> list[tuple[int, dict[str, Any]]]:
+            places = asyncio.Semaphore(self.config.engine.scheduler.max_num_seqs)
+
+            async def one(path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+                async with places:
+                    return await exchange(self._app, path, body)
+
+            return await asyncio.gather(*(one(path, body) for path, body in requests))
+
+        return self._call(run_all())
 
     def close(self) -> None:
         """Stop the engine; further calls fail. Idempotent."""
@@ -115,9 +154,12 @@ class LLM:
 
     async def _post_all(self, path: str, bodies: list[dict[str, Any]], use_tqdm: bool) -> list[dict[str, Any]]:
         """Answers in order; at most as many sequences in flight as the engine runs at a time."""
-        most = max((n for body in bodies if isinstance(n := body.get("n"), int)), default=1)
+        counts = (body.get(name) for body in bodies for name in ("n", "best_of"))
+        most = max((count for count in counts if isinstance(count, int)), default=1)
         places = asyncio.Semaphore(max(self.config.engine.scheduler.max_num_seqs // max(most, 1), 1))
-        common = {"model": self.config.served_model_name[0], "return_token_ids": True}
+        common = {"model": self.config.served_model_name[0]}
+        if path != "/pooling":
+            common["return_token_ids"] = True
         with tqdm(total=len(bodies), desc="requests", disable=not use_tqdm) as bar:
 
             async def one(body: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,14 +16,24 @@ MAX_CHUNKS_AHEAD = 64
 class RequestFailed(ValueError):
     """The server refused or failed the request; the message is the server's."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, body: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.body = body or {"error": {"message": message}}
+        """The whole answer."""
 
 
 async def post(app: App, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The parsed answer of a POST. Raises RequestFailed for any status but 200."""
     return json.loads(b"".join([chunk async for chunk in _chunks(app, path, body)]))
+
+
+async def exchange(app: App, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """(Status, parsed answer) of a POST, whatever the status."""
+    try:
+        return 200, await post(app, path, dict(body))
+    except RequestFailed as error:
+        return error.status, error.body
 
 
 async def post_stream(app: App, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -51,7 +61,7 @@ async def _chunks(app: App, path: str, body: dict[str, Any]) -> AsyncIterator[by
     """Body chunks of the answer. Leaving early tells the app that the client is gone and ends its task."""
     sent: asyncio.Queue[dict] = asyncio.Queue(MAX_CHUNKS_AHEAD)
     gone = asyncio.Event()
-    task = asyncio.create_task(_run(app, _scope(path), json.dumps(body).encode(), sent, gone))
+    task = asyncio.create_task(_run(app, _scope(path), json.dumps(body, default=_plain).encode(), sent, gone))
     try:
         status = (await _next(sent, task))["status"]
         failure = b""
@@ -64,7 +74,7 @@ async def _chunks(app: App, path: str, body: dict[str, Any]) -> AsyncIterator[by
             if not message.get("more_body"):
                 break
         if status != 200:
-            raise RequestFailed(status, _error_text(failure))
+            raise _failed(status, failure)
     finally:
         gone.set()
         task.cancel()
@@ -97,11 +107,19 @@ async def _next(sent: asyncio.Queue[dict], task: asyncio.Task) -> dict:
         getter.cancel()
 
 
-def _error_text(body: bytes) -> str:
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy or torch among the settings."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a request cannot hold a {type(value).__name__}")
+
+
+def _failed(status: int, answer: bytes) -> RequestFailed:
     try:
-        return json.loads(body)["error"]["message"]
+        body = json.loads(answer)
+        return RequestFailed(status, body["error"]["message"], body)
     except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")
+        return RequestFailed(status, answer.decode(errors="replace"))
 
 
 def _scope(path: str) -> dict:

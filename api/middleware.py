@@ -35,8 +35,10 @@ class KeyMiddleware:
         return path in OPEN_PATHS
 
     def _has_key(self, scope) -> bool:
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = header.partition(b" ")
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if own := headers.get(b"x-api-key"):  # as Anthropic's clients send it
+            scheme, key = b"bearer", own
         # Every key is compared, so that time tells nothing about which one was close.
         matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
         return scheme.lower() == b"bearer" and any(matches)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -12,32 +11,56 @@ from typing import TYPE_CHECKING
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli_parser import command_parser, parse_values
-from fuseline.api.config import ConfigError, read_environment
+from fuseline.api.config import ConfigError
+from fuseline.api.remote import Remote
+from fuseline.api.run_tools import Message, Stream, Tools, answer_with_tools
 
 if TYPE_CHECKING:
     from fuseline.api.llm import LLM
 
-Message = dict[str, str]
+SAMPLING = ("temperature", "max_tokens", "top_p")
 Answerer = Callable[[list[Message]], Iterator[str]]
 """Streams the text of the answer to a conversation."""
 
+RUN_GROUPS = (*tables.ENGINE_GROUPS, "chat and answers")
 HELP = "/reset starts over, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
 
 def run_chat(arguments: Sequence[str]) -> int:
     """Entry of the subcommand; returns the exit status."""
-    parser = command_parser("run", tables.ENGINE_GROUPS)
+    parser = command_parser("run", RUN_GROUPS)
     _add_options(parser)
     values = parse_values(parser, arguments)
-    options = {name: values.pop(name) for name in ("url", "system", "temperature", "max_tokens", "top_p")}
-    sampling = {name: options[name] for name in ("temperature", "max_tokens", "top_p") if options[name] is not None}
-    with suppress(ImportError):
-        import readline  # noqa: F401 (gives input() line editing and history)
+    options = {name: values.pop(name) for name in ("url", "system", "tools", *SAMPLING)}
+    fields = {name: options[name] for name in SAMPLING if options[name] is not None}
+    tools = Tools(options["tools"]) if options["tools"] else None
+    if tools:
+        fields["tools"] = tools.schemas
     chat = Chat(system=options["system"])
     if options["url"]:
-        return converse(chat, _url_answerer(options["url"].rstrip("/"), str(values.get("model", "")), sampling))
+        remote = Remote(options["url"], str(values.get("model", "")))
+        return talk(chat, lambda messages: remote.stream_chat(messages, fields), tools)
+    if tools:
+        if not values.get("tool_call_parser"):
+            raise ConfigError("--tools needs --tool-call-parser, the format in which the model calls them")
+        values["enable_auto_tool_choice"] = True
     with _start(values) as llm:
-        return converse(chat, lambda messages: llm.stream_chat(messages, sampling))
+        return talk(chat, lambda messages: llm.stream_deltas(messages, fields), tools)
+
+
+def talk(chat: Chat, stream: Stream, tools: Tools | None = None) -> int:
+    """A conversation in the terminal, with `tools` for the model to call."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives input() line editing and history)
+    return converse(chat, answer_with_tools(stream, tools, print) if tools else texts(stream))
+
+
+def texts(stream: Stream) -> Answerer:
+    def answer(messages: list[Message]) -> Iterator[str]:
+        for delta in stream(messages):
+            yield delta.get("content") or ""
+
+    return answer
 
 
 def _start(values: dict[str, object]) -> LLM:
@@ -52,8 +75,10 @@ def _start(values: dict[str, object]) -> LLM:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("chat")
-    group.add_argument("--url", default="", help="address of a running server instead of an engine in this process")
+    words = "address of a running server, with or without /v1, instead of an engine in this process"
+    group.add_argument("--url", default="", help=words)
     group.add_argument("--system", default="", help="system prompt")
+    group.add_argument("--tools", default="", metavar="FILE", help="Python file of functions that the model may call")
     group.add_argument("--temperature", type=float)
     group.add_argument("--top-p", type=float)
     group.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
@@ -109,43 +134,3 @@ def _turn(chat: Chat, line: str, answer: Answerer) -> None:
         chat.turns.append({"role": "assistant", "content": text})
     else:
         chat.turns.pop()
-
-
-def _url_answerer(url: str, model: str, sampling: dict[str, object]) -> Answerer:
-    def answer(messages: list[Message]) -> Iterator[str]:
-        yield from stream_url(url, model, messages, sampling)
-
-    return answer
-
-
-def stream_url(url: str, model: str, messages: list[Message], sampling: dict[str, object]) -> Iterator[str]:
-    """Text of a streamed /v1/chat/completions answer. Raises OSError or ValueError with the server's words."""
-    with _open(f"{url}/v1/models") as response:
-        model = model or json.load(response)["data"][0]["id"]
-    body = {"model": model, "messages": messages, "stream": True, **sampling}
-    with _open(f"{url}/v1/chat/completions", body) as response:
-        for line in response:
-            if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
-                continue
-            event = json.loads(line[5:])
-            if "error" in event:
-                raise ValueError(event["error"]["message"])
-            for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
-
-
-def _open(url: str, body: dict[str, object] | None = None):  # noqa: ANN202 (urllib's response has no public type)
-    import urllib.error
-    import urllib.request
-
-    headers = {"Content-Type": "application/json"}
-    if key := read_environment().api_key:
-        headers["Authorization"] = f"Bearer {key}"
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=600)
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        raise ValueError(f"{url}: {error.code} {text[:500]}") from error
-    except urllib.error.URLError as error:
-        raise OSError(f"{url} does not answer ({error.reason}); is the server up?") from error

@@ -21,6 +21,7 @@ from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.http_metrics import HttpMetrics
 from fuseline.api.metrics import Metrics
+from fuseline.api.output.beam import BeamSearch
 from fuseline.api.output.events import Prompt
 from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.logprobs import LogprobWriter
@@ -28,13 +29,17 @@ from fuseline.api.output.openai_completion import Shape
 from fuseline.api.output.pace import Turns
 from fuseline.api.output.response import Run
 from fuseline.api.output.watch import RequestWatch
+from fuseline.api.parsers.parsing import Parsing, build_parsing
 from fuseline.api.prompt.bodies import Bodies
 from fuseline.api.prompt.chat import template_text
-from fuseline.api.prompt.encode import TextTokenizer, read_json
+from fuseline.api.prompt.encode import TextTokenizer, open_tokenizer, read_json
 from fuseline.api.prompt.pool import LARGE, SHORT, PromptPool
 from fuseline.api.prompt.prepare import Kind, Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Prepared, Refused, Written
+from fuseline.api.prompt.template import ChatTemplate
+from fuseline.api.prompt.vocabulary import make_vocabulary
 from fuseline.api.protocol.common import GenerationDefaults
+from fuseline.api.stored_responses import ResponseStore
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
@@ -46,6 +51,9 @@ SHORT_BYTES = 65536
 MAX_SHOWN = 32
 """Entries of a list that a log line shows."""
 NO_PARAMS = SamplingParams()
+MAX_STORED_BYTES = 64 * 2**20
+"""Of all answers that later requests may name."""
+CONTENT_FORMATS = {"string": "text (string)", "openai": "a list of parts (openai)"}
 DEFAULTS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 
 
@@ -67,6 +75,8 @@ class Served:
     metrics: Metrics | None
     """Of the engine and its requests; None with --disable-log-stats."""
     admission: Admission
+    parsing: Parsing
+    stored: ResponseStore
     turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
@@ -96,7 +106,7 @@ class Served:
         return reply
 
     def prompts(self, prepared: Prepared) -> list[Prompt]:
-        n = prepared.params.n
+        n = prepared.answer.n
         return [Prompt(prompt.ids, k * n, prompt.echo) for k, prompt in enumerate(prepared.prompts)]
 
     def shape(self, prepared: Prepared, id: str) -> Shape:
@@ -109,6 +119,8 @@ class Served:
             wants_ids=answer.wants_ids, include_usage=answer.include_usage or config.enable_force_include_usage,
             continuous_usage=answer.continuous_usage, shows_cached=config.enable_prompt_tokens_details,
             role=answer.role, echo=answer.echo, turns=self.turns,
+            keeps_empty=answer.parse is None or answer.parse.choice == "named",
+            counts_reasoning=answer.parse is not None and bool(config.reasoning_parser),
         )  # fmt: skip
 
     def runs(self, prepared: Prepared, prompts: list[Prompt], label: str) -> list[Run]:
@@ -119,7 +131,7 @@ class Served:
         """Seconds of silence in a stream before a comment; None for an answer that comes whole."""
         return self.config.sse_keep_alive_interval if prepared.answer.stream else None
 
-    def generation(self, prepared: Prepared, index: int, label: str) -> Generation:
+    def generation(self, prepared: Prepared, index: int, label: str) -> Generation | BeamSearch:
         """One of the prompts on its way through the engine, with metrics and the request log."""
         config, prompt, answer = self.config, prepared.prompts[index], prepared.answer
         params = replace(prepared.params, max_tokens=prompt.max_tokens)
@@ -129,11 +141,16 @@ class Served:
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(ids), params=params,
             priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
         )  # fmt: skip
+        parse, skips_special = self.parsing.settings(answer)
         options = TextOptions(
-            answer.stops, answer.includes_stop, answer.skips_special, params.min_tokens, config.stream_interval,
-            self.turns,
-        )
+            stops=() if answer.beams else answer.stops, include_stop=answer.includes_stop,
+            skip_special_tokens=skips_special, min_tokens=params.min_tokens, interval=config.stream_interval,
+            turns=self.turns, num_shown=answer.n if answer.n < params.n else 0,
+            parse=parse, kept_ids=self.parsing.kept_ids if parse else frozenset(),
+        )  # fmt: skip
         watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
+        if answer.beams:
+            return BeamSearch(engine_request, self.tokenizer, options, answer.beams, watch)
         return Generation(engine_request, self.tokenizer, options, watch)
 
     def log_request(self, label: str, prompt: str | array[int], params: SamplingParams) -> None:
@@ -167,7 +184,7 @@ def _brief(params: SamplingParams) -> str:
 
 def load_tokenizer(config: ServerConfig) -> TextTokenizer | None:
     """None when the server is to run without. Raises ConfigError."""
-    return None if config.skip_tokenizer_init else TextTokenizer(config.tokenizer_dir)
+    return open_tokenizer(config)
 
 
 def build_served(
@@ -177,6 +194,9 @@ def build_served(
     template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
     settings = PromptSettings(config, ready, tuple(generation_defaults(config).items()), template)
     preparer = Preparer(settings, tokenizer)
+    parsing = build_parsing(config, tokenizer, template)
+    stored = ResponseStore(config.max_stored_responses, MAX_STORED_BYTES)
+    log_content_format(config, preparer.renderer.template)
     metrics, registry = None, CollectorRegistry()
     if not config.engine.disable_log_stats:
         metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready, config.engine.cache, registry)
@@ -184,16 +204,31 @@ def build_served(
     pools = None
     if config.prompt_workers:
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
+    if tokenizer is not None:
+        client.vocabulary = partial(make_vocabulary, tokenizer, ready.eos_token_ids)
     bodies = Bodies(config.max_request_bytes)
+    admission = Admission(config)
     return Served(
-        config, client, ready, tokenizer, preparer, pools, bodies, registry, HttpMetrics(registry), metrics,
-        Admission(config),
+        config, client, ready, tokenizer, preparer, pools, bodies, registry, HttpMetrics(registry), metrics, admission,
+        parsing, stored,
     )  # fmt: skip
+
+
+def log_content_format(config: ServerConfig, template: ChatTemplate | None) -> None:
+    """Log in which form content reaches the template, and a setting that contradicts what the template looks for."""
+    if template is None:
+        return
+    used, detected = template.content_format, template.detected_format
+    if used == detected:
+        LOG.info("message content reaches the chat template as %s", CONTENT_FORMATS[used])
+    else:
+        words = "--chat-template-content-format %s: message content reaches the chat template as %s, which looks for %s"
+        LOG.warning(words, config.chat_template_content_format, CONTENT_FORMATS[used], CONTENT_FORMATS[detected])
 
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:
     """Sampling defaults: overrides over the generation config that --generation-config names."""
-    folder = {"": None, "none": None, "auto": config.engine.compile.model}.get(
+    folder = {"": None, "none": None, "vllm": None, "auto": config.engine.compile.model}.get(
         config.generation_config, config.generation_config
     )
     stored = read_json(Path(folder) / "generation_config.json") if folder else {}

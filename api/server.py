@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import ssl
+import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+from fuseline.api.certificates import refresh_certificates
+from fuseline.api.cli_log import PathFilter
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.progress import StartupProgress, startup_table
 from fuseline.api.route_table import route_table
@@ -41,7 +45,10 @@ def run_server(config: ServerConfig, on_phase: OnPhase | None = None) -> int:
     try:
         listener = bind(config)
     except OSError as error:
-        return fail(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; choose another --port")
+        reason = error.strerror or error
+        if config.uds:
+            return fail(f"cannot listen on {config.uds}: {reason}; choose another --uds")
+        return fail(f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port")
     try:
         return asyncio.run(_Server(config, listener, on_phase or _tell_no_one).run())
     except (EngineStartError, ConfigError) as error:
@@ -50,6 +57,9 @@ def run_server(config: ServerConfig, on_phase: OnPhase | None = None) -> int:
         return 0
     finally:
         listener.close()
+        if config.uds:
+            with suppress(OSError):
+                os.unlink(config.uds)
 
 
 def _tell_no_one(phase: str) -> None:
@@ -63,6 +73,8 @@ def fail(message: str) -> int:
 
 def bind(config: ServerConfig) -> socket.socket:
     """The listening port, taken before the engine is built. Raises OSError."""
+    if config.uds:
+        return _bind_unix(config.uds)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else asyncio leaves Nagle on
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -73,6 +85,25 @@ def bind(config: ServerConfig) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """A socket that a server has left behind is replaced; nothing else is. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode) and not _is_served(path):
+            os.unlink(path)
+        listener.bind(path)
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == 0
 
 
 def prepare(config: ServerConfig) -> TextTokenizer | None:
@@ -163,21 +194,30 @@ class _Server:
             lifespan="off",
             ssl_keyfile=config.ssl_keyfile or None, ssl_certfile=config.ssl_certfile or None,
             ssl_ca_certs=config.ssl_ca_certs or None, ssl_cert_reqs=config.ssl_cert_reqs,
+            ssl_ciphers=config.ssl_ciphers or None, access_log=not config.disable_uvicorn_access_log,
             timeout_graceful_shutdown=max(int(config.shutdown_timeout), 1),
         )  # fmt: skip
         try:
             made.load()
         except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"--ssl-certfile/--ssl-keyfile cannot be used: {error}") from error
+            raise ConfigError(f"the files or ciphers of --ssl-* cannot be used: {error}") from error
+        if config.disable_access_log_for_endpoints:
+            logging.getLogger("uvicorn.access").addFilter(PathFilter(config.disable_access_log_for_endpoints))
+        if config.enable_ssl_refresh:
+            self._spawn(refresh_certificates(made.ssl, config))
         return uvicorn.Server(made)
 
     def _announce(self, app, ready) -> None:
-        scheme = "https" if self._config.ssl_certfile else "http"
-        host, port = self._listener.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
         for path, methods in route_table(app):
             LOG.info("route %s %s", ",".join(methods), path)
-        print(startup_table(self._config, ready, f"{scheme}://{host}:{port}"), file=sys.stderr, flush=True)
+        print(startup_table(self._config, ready, self._address()), file=sys.stderr, flush=True)
+
+    def _address(self) -> str:
+        if self._config.uds:
+            return f"unix:{self._config.uds}"
+        scheme = "https" if self._config.ssl_certfile else "http"
+        host, port = self._listener.getsockname()[:2]
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def _serve(self, server: uvicorn.Server) -> None:
         self._client.on_death.append(self._on_engine_death)

@@ -9,7 +9,8 @@ then token by token over a paged cache, and must give the logits of Transformers
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.capture.captured import CapturedModel
-from fuseline.compile.capture.errors import CaptureError, LoadError
-from fuseline.compile.capture.words import one_line
+from fuseline.compile.capture.errors import CaptureError, LoadError, one_line
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import StepInputs, StepOutput, make_step
 from fuseline.compile.specs import ModelInfo
@@ -40,6 +40,12 @@ MAX_ERROR = 2e-3
 """Largest difference of a row of logits, relative to the row's standard deviation. Rounding gives about 1e-5."""
 MAX_PARAMETERS = 50_000_000
 """Largest number of parameters of a copy that keeps the model's sizes."""
+SETTINGS = {
+    "dtype": "float32", "kv_cache_dtype": "auto", "level": 1, "max_model_len": 0, "max_num_batched_tokens": MAX_ROWS,
+    "max_num_seqs": MAX_ROWS, "cpu_offload_gb": 0.0, "batch_invariant": False, "weight_format": "",
+    "gives_hidden": False, "takes_embeds": False,
+}  # fmt: skip
+"""The copy is compiled for this machine's CPU, in float32, for a few tokens."""
 CASTS = ("aten.to.", "aten._to_copy", "prims.convert_element_type")
 SKIP = "--skip-model-check serves it all the same"
 logger = logging.getLogger(__name__)
@@ -76,7 +82,7 @@ def check_config(hf_config: PreTrainedConfig, captured: CapturedModel, config: C
     for narrow in (True, False):
         try:
             small = _copy(hf_config, captured.num_distinct_layers, narrow)
-            error, missing = _compared(small, captured, replace(config, **_settings(config)), build)
+            error, missing = _compared(small, captured, replace(config, **SETTINGS), build)
         except _NotComparable as reason:
             reasons.append(str(reason))
             continue
@@ -91,37 +97,33 @@ def check_config(hf_config: PreTrainedConfig, captured: CapturedModel, config: C
     return verdict
 
 
-def _settings(config: CompileConfig) -> dict[str, object]:
-    """The copy is compiled for this machine's CPU, in float32, for a few tokens."""
-    return {
-        "dtype": "float32", "kv_cache_dtype": "auto", "level": 1, "max_model_len": 0,
-        "max_num_batched_tokens": MAX_ROWS, "max_num_seqs": MAX_ROWS, "cpu_offload_gb": 0.0, "batch_invariant": False,
-        "weight_format": "",
-    }  # fmt: skip
+@contextmanager
+def _needed(what_failed: str) -> Iterator[None]:
+    """Raises errors inside, which the code of a model or its config may raise of any type, as _NotComparable."""
+    try:
+        yield
+    except _NotComparable:
+        raise
+    except Exception as error:
+        raise _NotComparable(f"{what_failed} ({one_line(error)})") from error
 
 
 def _copy(hf_config: PreTrainedConfig, num_layers: int, narrow: bool) -> PreTrainedConfig:
     from fuseline.compile.capture.small_config import small_config
 
-    try:
+    with _needed("its config cannot be made small"):
         return small_config(hf_config, num_layers, narrow)
-    except Exception as error:  # configs check themselves in many ways
-        raise _NotComparable(f"its config cannot be made small ({one_line(error)})") from error
 
 
-def _compared(
-    small: PreTrainedConfig, whole: CapturedModel, config: CompileConfig, build: Build
-) -> tuple[float, str]:
+def _compared(small: PreTrainedConfig, whole: CapturedModel, config: CompileConfig, build: Build) -> tuple[float, str]:
     """(largest error, ops of the whole model that the copy lacks, in words). Raises CaptureError for a wrong copy."""
     reference, captured = _both(small, config)
     missing = sorted(_ops(whole) - _ops(captured))
     if missing:
         logger.warning("the model check of %s does not cover %s", small.model_type, ", ".join(missing))
     sequences = _sequences(captured)
-    try:
+    with _needed("Transformers cannot run a small copy"):
         expected = [reference.logits(tokens) for tokens in sequences]
-    except Exception as error:  # Transformers' own code, on a config that it does not know
-        raise _NotComparable(f"Transformers cannot run a small copy ({one_line(error)})") from error
     if not all(bool(torch.isfinite(logits).all()) for logits in expected):
         raise _NotComparable("a small copy of random weights has infinite logits")
     name = small.model_type
@@ -159,18 +161,12 @@ def _both(small: PreTrainedConfig, config: CompileConfig) -> tuple[RandomModel, 
     from fuseline.compile.capture.hf_model import num_parameters
     from fuseline.compile.capture.reference import RandomModel
 
-    try:
+    with _needed("Transformers cannot build a small copy"):
         if num_parameters(small, config.trust_remote_code) > MAX_PARAMETERS:
             raise _NotComparable("no copy is small enough")
         reference = RandomModel(small, config.trust_remote_code)
-    except _NotComparable:
-        raise
-    except Exception as error:  # a model's own code may raise anything
-        raise _NotComparable(f"Transformers cannot build a small copy ({one_line(error)})") from error
-    try:
+    with _needed("a small copy cannot be captured"):
         return reference, capture_config(small, torch.float32, config)
-    except Exception as error:  # the model itself was captured
-        raise _NotComparable(f"a small copy cannot be captured ({one_line(error)})") from error
 
 
 def _sequences(captured: CapturedModel) -> list[Tensor]:

@@ -19,14 +19,13 @@ from fuseline.compile.backends.eager import EagerExecutable
 from fuseline.compile.backends.inductor.upgrade import RegionUpgrade
 from fuseline.compile.capture.artifact import load_optimized, load_or_capture, save_optimized
 from fuseline.compile.capture.captured import CapturedModel
-from fuseline.compile.capture.errors import CaptureError, LoadError
+from fuseline.compile.capture.errors import CaptureError, LoadError, told_as
 from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import WeightFinder, load_weights
-from fuseline.compile.capture.words import told_as
 from fuseline.compile.check import check_model
 from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig
-from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph.edit import source_of
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, Stages, run_passes
 from fuseline.compile.model_info import model_limit
@@ -56,20 +55,20 @@ def compile_model(
     report_progress("capturing", 0, 1)
     captured, result = load_optimized(config, target) or optimize(config, target, keep=True, progress=report_progress)
     report_progress("capturing", 1, 1)
-    requests = weight_requests(captured.graph, captured, result)
+    requests = weight_requests(captured.graph, result)
     offload = _offload(captured.graph, config, target)
     with told_as(LoadError, f"the weights of {config.model} cannot be loaded"):
         weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
     weights |= on_device(result.constants | _kv_scales(result, config), target)
     if config.level >= TUNE_LEVEL:
-        _tune(captured.graph, _by_target(captured.graph, weights), config, target, report_progress)
+        _tune(captured.graph, weights, config, target, report_progress)
     executable = _executable(captured.graph, weights, config, target, offload)
     if isinstance(executable, CudaExecutable):
         weights = without_offloaded(weights, offload)
         return _on_gpu(config, captured, result, weights, executable, target, graphs)
     model = CpuModel(config, captured, result, weights, executable)
     if config.level > 1 and executable.num_regions and "cut_regions" not in config.disabled_passes:
-        model.compile_regions(RegionUpgrade(captured.graph, _by_target(captured.graph, weights), config))
+        model.compile_regions(RegionUpgrade(captured.graph, weights, config))
         if config.wait_compiled:
             report_progress("compiling", 0, 1)
             model.wait_compiled()
@@ -123,7 +122,7 @@ def _check(config: CompileConfig, progress: Progress | None, captured: CapturedM
 def build_on_cpu(captured: CapturedModel, config: CompileConfig, weights: WeightFinder) -> CpuModel:
     """Compiles a captured model with those weights for the CPU; nothing is cached."""
     result = _run_passes(captured, config, CPU)
-    loaded = load_weights(weight_requests(captured.graph, captured, result), captured, config, weights=weights)
+    loaded = load_weights(weight_requests(captured.graph, result), captured, config, weights=weights)
     loaded |= result.constants
     return CpuModel(config, captured, result, loaded, _executable(captured.graph, loaded, config, CPU))
 
@@ -146,7 +145,7 @@ def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:
 
 
 def _stages(config: CompileConfig, target: Target) -> Stages:
-    return stages(config.level, target.kind, config.batch_invariant)
+    return stages(config, target.kind)
 
 
 def on_device(constants: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
@@ -175,28 +174,17 @@ def _sink(target: Target, offload: Offload | None) -> Sink:
 
 
 def _executable(
-    graph: fx.GraphModule,
-    weights: Mapping[str, Tensor],
-    config: CompileConfig,
-    target: Target,
+    graph: fx.GraphModule, weights: Mapping[str, Tensor], config: CompileConfig, target: Target,
     offload: Offload | None = None,
-) -> Executable:
+) -> Executable:  # fmt: skip
+    """`weights` by get_attr target."""
     if target.kind == "cuda":
-        return CudaExecutable(graph, _by_target(graph, weights), target, offload=offload)
+        return CudaExecutable(graph, weights, target, offload=offload)
     with told_as(CaptureError, "its graph cannot be lowered"):
-        if config.level == 0:
-            return EagerExecutable(graph, weights)
-        return lower(graph, _by_target(graph, weights), config)
+        return EagerExecutable(graph, weights) if config.level == 0 else lower(graph, weights, config)
 
 
-def _by_target(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {str(n.target): weights[constant_name(n)] for n in graph.graph.nodes if n.op == "get_attr"}
-
-
-def weight_requests(graph: fx.GraphModule, captured: CapturedModel, result: PipelineResult) -> dict[str, WeightSource]:
-    """The weights to load, by constant name."""
-    return {
-        constant_name(node): node.meta.get("weight") or WeightSource((node.meta["fqn"],))
-        for node in graph.graph.nodes
-        if node.op == "get_attr" and constant_name(node) not in result.constants
-    }
+def weight_requests(graph: fx.GraphModule, result: PipelineResult) -> dict[str, WeightSource]:
+    """The weights to load, by get_attr target; passes name the constants that they compute so."""
+    nodes = graph.graph.find_nodes(op="get_attr")
+    return {str(node.target): source_of(node) for node in nodes if node.target not in result.constants}

@@ -1,4 +1,4 @@
-"""What the compiler is told. Frozen; resolved before it gets here."""
+"""Settings of the compiler. Frozen; resolved before they get here."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 PASSES = (
     "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
     "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "pack_weights",
-    "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant",
+    "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant", "feed_embeds", "tap_hidden",
 )  # fmt: skip
-"""Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last."""
+"""Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last,
+then those that a setting asks for."""
 NEEDED_PASSES = frozenset({"page_attention"})
 """Without these there is nothing to serve: the caches are theirs."""
 MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -44,7 +45,7 @@ class CompileConfig:
     cpu_offload_gb: float = 0.0
     """GiB of a GPU's weights that stay in host memory and are copied to it each step, layer by layer."""
     max_model_len: int = 0
-    """Context length in tokens; 0 takes the model's own limit."""
+    """Context length in tokens; 0 takes the model's own limit, auto or -1 as much of it as the KV cache can hold."""
     block_size: int = 16
     """Tokens per KV block."""
     max_num_batched_tokens: int = 2048
@@ -55,6 +56,10 @@ class CompileConfig:
     """Names of passes to leave out."""
     weight_format: str = ""
     """Storage format of the weights of linears (compile/formats); empty takes the one that the kernels read."""
+    gives_hidden: bool = False
+    """Give the final hidden states beside the logits: pooled vectors are made of them."""
+    takes_embeds: bool = False
+    """Let positions be fed by embeddings in place of their tokens'."""
     batch_invariant: bool = False
     """On a GPU, from level 1 on: a request's answer is the same bit for bit whatever else is in its batches, at the
     cost of products that are slower. On a CPU it always is."""
@@ -65,7 +70,15 @@ class CompileConfig:
     cache_dir: str = ""
     """Where captured graphs are cached; empty takes $FUSELINE_CACHE_ROOT or ~/.cache/fuseline."""
     hf_overrides: tuple[tuple[str, object], ...] = ()
-    """Values merged over the checkpoint's config.json before the model is built."""
+    """JSON merged over the checkpoint's config.json, objects key by key; a key that its model type has not is an
+    error."""
+    rope_scaling: tuple[tuple[str, object], ...] = ()
+    """JSON that replaces the scaling of rotary embeddings, for instance {"rope_type": "dynamic", "factor": 2.0}; it
+    extends the context."""
+    rope_theta: float | None = None
+    """Base period of rotary embeddings; default: the checkpoint's."""
+    ignore_patterns: tuple[str, ...] = ("original/**/*",)
+    """Glob of files of the checkpoint that are not read; may be repeated."""
     load_format: str = "auto"
     """auto, safetensors, pt or dummy (random weights from `seed`)."""
     seed: int = 0
@@ -93,10 +106,13 @@ class GraphConfig:
     """Tokens of other steps, captured in segments. None: those of `sizes`, if there are any, else MIXED_SIZES."""
     splitting_ops: tuple[str, ...] = ()
     """Ops at which the segments end besides attention (`splitting_ops`), with or without the namespace."""
+    max_size: int = 0
+    """Most sequences of a captured decode step (`max_cudagraph_capture_size`); 0 sets no limit."""
 
     def resolved(self, max_num_seqs: int) -> tuple[int, ...]:
         """Sizes of decode steps, ascending; one is at most the sequences of a step."""
-        return self._ascending(self.sizes or (1, 2, 4, *range(8, max_num_seqs + 1, 8)), max_num_seqs)
+        most = min(max_num_seqs, self.max_size or max_num_seqs)
+        return self._ascending(self.sizes or (1, 2, 4, *range(8, most + 1, 8)), most)
 
     def resolved_mixed(self, max_num_tokens: int) -> tuple[int, ...]:
         """Sizes of other steps, ascending; one is at most the tokens of a step."""

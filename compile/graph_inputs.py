@@ -1,7 +1,7 @@
 """Inputs and output of one step: names, shapes, padding and construction (DESIGN contract 6).
 
 Legend: T tokens in the step, S sequences in the step, R rows with logits, G cache groups,
-M blocks in the longest table of the step, N blocks of a cache.
+M blocks in the longest table of the step, N blocks of a cache, E positions with given embeddings, D features.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ INPUTS = (
     InputSpec("logits_rows", "logits_rows", ("R",), torch.int64),
     InputSpec("slot_mapping", "slots", ("T",), torch.int64, padding=-1, is_grouped=True),
     InputSpec("block_tables", "block_table", ("S", "M"), torch.int32, is_grouped=True),
+    InputSpec("embed_rows", "embed_rows", ("E",), torch.int64),
+    InputSpec("embeds", "embeds", ("E", "D"), torch.float32),
 )
-"""Also the argument order of padding kernels."""
+"""Also the argument order of padding kernels. The last two are inputs of a graph that takes embeddings."""
 BY_FIELD = {spec.field: spec for spec in INPUTS}
 BY_PLACEHOLDER = {spec.placeholder: spec for spec in INPUTS}
 
@@ -67,16 +69,14 @@ class StepInputs:
     embed_rows: Tensor | None = None  # [E] int64, indices into T: positions with given embeddings
     embeds: Tensor | None = None  # [E, D] float32
 
-    @property
-    def only_decodes(self) -> bool:
-        """Whether each sequence computes one token and the logits of all are wanted, in order."""
-        num_tokens = self.token_ids.shape[0]
-        is_even = self.seq_lens.shape[0] == num_tokens == self.logits_rows.shape[0]
-        return is_even and np.array_equal(self.logits_rows.numpy(), np.arange(num_tokens))
-
     def fields(self) -> dict[str, Tensor]:
-        """The tensors of INPUTS by field name."""
-        return {spec.field: getattr(self, spec.field) for spec in INPUTS}
+        """The tensors of INPUTS by field name; without embeddings if none are given."""
+        found = {spec.field: getattr(self, spec.field) for spec in INPUTS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+GraphOutput = Tensor | tuple[Tensor, Tensor]
+"""Logits [1, R, V] of a graph, with the hidden states [1, R, D] if it gives them."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,14 @@ class StepOutput:
     """[R, V] float32."""
     hidden: Tensor | None = None
     """[R, D] in the model's dtype, the input of the final linear; None unless the model was compiled to return it."""
+
+    @staticmethod
+    def of(found: GraphOutput, rows: Tensor | None) -> StepOutput:
+        """From a graph's results; `rows` are selected if the graph has computed those of all tokens."""
+        results = [result[0] for result in (found if isinstance(found, tuple) else (found,))]
+        if rows is not None:
+            results = [result.index_select(0, rows) for result in results]
+        return StepOutput(results[0].float(), *results[1:])
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,16 @@ def graph_values(tensors: Mapping[str, Tensor], has_rope_switch: bool = False) -
     return values
 
 
+def only_decodes(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether each sequence computes one token and the logits of all are wanted, in order.
+
+    `inputs` of one step on the host, by field or by placeholder name.
+    """
+    rows, num_tokens = inputs["logits_rows"], inputs["token_ids"].shape[-1]
+    is_even = inputs["seq_lens"].shape[0] == num_tokens == rows.shape[0]
+    return is_even and np.array_equal(rows.numpy(), np.arange(num_tokens))
+
+
 def padding(sizes: Mapping[str, int], num_groups: int, device: str = "cpu") -> dict[str, Tensor]:
     """Padding for the fields whose sizes are all known, by field name in the order of INPUTS."""
     return {
@@ -140,6 +158,11 @@ def padding(sizes: Mapping[str, int], num_groups: int, device: str = "cpu") -> d
         )
         for spec in INPUTS if set(spec.shape) <= set(sizes)
     }  # fmt: skip
+
+
+def no_embeds(embed_dim: int, device: str = "cpu") -> dict[str, Tensor]:
+    """Inputs of a step without embeddings, by field name: empty, or absent for a graph that takes none (0)."""
+    return padding({"E": 0, "D": embed_dim}, 0, device) if embed_dim else {}
 
 
 def narrowed(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -159,6 +182,7 @@ def meta_input(placeholder: str, like: Tensor, block_size: int, sizes: Mapping[s
         shape = (sizes["N"], like.shape[1], block_size, like.shape[3])
     else:
         spec = BY_PLACEHOLDER.get(placeholder) or BY_PLACEHOLDER[placeholder.rpartition("_")[0]]
+        sizes = {**sizes, "D": like.shape[-1]}
         shape = (1,) * spec.is_batched + tuple(sizes[symbol] for symbol in spec.shape)
     return torch.empty(shape, dtype=like.dtype, device="meta")
 

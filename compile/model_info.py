@@ -12,7 +12,7 @@ from fuseline.compile.capture.captured import ModelFacts
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import cache_name
-from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo
+from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, ModelInfo, TapSpec
 
 DEFAULT_LIMIT = 2048
 
@@ -38,6 +38,8 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
         rope_switch=captured.rope_switch,
         cache_specs=tuple(spec for spec in specs if isinstance(spec, CacheSpec)),
         cache_groups=tuple(spec for spec in specs if isinstance(spec, CacheGroup)),
+        embed_dim=next((spec.embed_dim for spec in specs if isinstance(spec, FeedSpec)), 0),
+        hidden_dim=next((spec.hidden_dim for spec in specs if isinstance(spec, TapSpec)), 0),
     )
 
 

@@ -6,8 +6,7 @@ from collections import Counter
 
 from fuseline.compile.backends.cpu_plan.lowering import Call
 from fuseline.compile.backends.cpu_plan.steps import StepKind, step_kinds
-from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.capture.words import told_as
+from fuseline.compile.capture.errors import CaptureError, told_as
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.region import Region

@@ -45,6 +45,20 @@ class StateSpec:
         return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
 
 
+@dataclass(frozen=True)
+class TapSpec:
+    """The graph gives the final hidden states [R, hidden_dim] beside the logits."""
+
+    hidden_dim: int
+
+
+@dataclass(frozen=True)
+class FeedSpec:
+    """The graph takes embeddings [E, embed_dim] of some positions."""
+
+    embed_dim: int
+
+
 def scale_names(layer: int) -> tuple[str, str]:
     """Constants with the scales of a layer's keys and values in fp8 caches."""
     return f"k_scale_{layer}", f"v_scale_{layer}"
@@ -108,9 +122,9 @@ class ModelInfo:
     cache_specs: tuple[CacheSpec, ...] = ()
     cache_groups: tuple[CacheGroup, ...] = field(default=())
     state_specs: tuple[StateSpec, ...] = ()
-    takes_embeds: bool = False
-    """Whether StepInputs may contain embeddings."""
-    gives_hidden: bool = False
-    """Whether StepOutput has hidden states."""
+    embed_dim: int = 0
+    """Features of the embeddings that StepInputs may contain; 0: they may not."""
+    hidden_dim: int = 0
+    """Features of the hidden states in StepOutput; 0: there are none."""
     host_weight_bytes: int = 0
     """Bytes of weights that are copied to the device in each step."""

@@ -25,11 +25,13 @@ from fuseline.engine.messages import (
     PooledOutput,
     Progress,
     ResetPrefixCache,
+    SamplingParams,
     Sleep,
     SleepState,
     StepExpander,
     StepOutputs,
     StepStats,
+    Vocabulary,
     WakeUp,
 )
 from fuseline.engine.transport import EngineSetup, ProcessTransport, ThreadTransport, Transport
@@ -70,6 +72,9 @@ class EngineClient:
         self._calls: dict[int, asyncio.Future[CallResult]] = {}
         self._num_calls = 0
         self._stats = StepStats()
+        self.vocabulary: Callable[[], Vocabulary] | None = None
+        """Makes what the engine must know before the first request with a grammar; takes a while for a large one."""
+        self._has_vocabulary = False
         self._expander = StepExpander()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._is_stopping = False
@@ -89,6 +94,7 @@ class EngineClient:
         """Raises EngineStartError."""
         self._on_progress = on_progress
         self._is_stopping = False
+        self._has_vocabulary = False
         self._expander = StepExpander()
         self._starting = asyncio.get_running_loop().create_future()
         self._transport = self._make_transport(self._setup, self._take, self._end)
@@ -118,6 +124,8 @@ class EngineClient:
             raise ValueError(f"request id {request.request_id} is in use")
         mailbox = _Mailbox()
         num_unfinished = request.params.n
+        if isinstance(request.params, SamplingParams) and request.params.grammar:
+            await self._send_vocabulary()
         self._send(request)
         self._mailboxes[request.request_id] = mailbox
         try:
@@ -129,6 +137,13 @@ class EngineClient:
             self._mailboxes.pop(request.request_id, None)
             if num_unfinished and self.is_alive:
                 self._send(AbortRequests(request_ids=(request.request_id,)))
+
+    async def _send_vocabulary(self) -> None:
+        if self.vocabulary is not None and not self._has_vocabulary:
+            vocabulary = await asyncio.to_thread(self.vocabulary)
+            if not self._has_vocabulary:
+                self._send(vocabulary)
+                self._has_vocabulary = True
 
     async def pool(self, request: EngineRequest) -> PooledOutput:
         """The vector of a request with PoolingParams. Cancelling aborts it. Raises like `generate`."""
@@ -176,7 +191,7 @@ class EngineClient:
             await transport.stop(timeout)
         self._fail_all(EngineDeadError("the engine has been shut down"))
 
-    def _send(self, message: EngineRequest | AbortRequests | Call) -> None:
+    def _send(self, message: EngineRequest | AbortRequests | Vocabulary | Call) -> None:
         if not self.is_alive or self._transport is None:
             raise EngineDeadError("the engine is not running")
         self._transport.send(message)

@@ -23,6 +23,8 @@ class CacheConfig:
     """Exact number of KV blocks."""
     swap_space: float = 4.0
     """GiB of host memory for swapped sequences; nothing to swap to on CPU: accepted, treated as 0."""
+    fits_context: bool = False
+    """Shorten the context to what the KV cache can hold of one sequence (--max-model-len auto)."""
     preemption_mode: Literal["recompute", "swap"] = "recompute"
     """How a preempted sequence goes on: computed anew, or on a GPU from its KV in swap space while there is room."""
 
@@ -37,8 +39,13 @@ class SchedulerConfig:
     """Sequences (prompts x n) that may wait before new requests get 429; 0 means 4 x max-num-seqs."""
     async_scheduling: bool = False
     """Schedule the next step while the last one runs; tokens are the same. A GPU always works so."""
+    scheduler_cls: str = ""
+    """Import path of a subclass of fuseline.engine.schedule.scheduler.Scheduler; empty takes that itself."""
     scheduling_policy: str = "fcfs"
     """fcfs, or priority (lower value first, ties by arrival)."""
+    scheduler_delay_factor: float = 0.0
+    """While others run, prompts wait for so many times the seconds of the last step with new prompts: more of them
+    start together."""
     enable_chunked_prefill: bool = True
     """Split long prompts over several steps."""
     chunked_prefill_size: int = 0
@@ -53,6 +60,20 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class GrammarConfig:
+    """Bounds of structured output: grammars are compiled in processes of their own."""
+
+    grammar_timeout: float = 10.0
+    """Seconds that compiling a request's grammar may take; it is refused then with 400."""
+    grammar_memory: int = 2 * 2**30
+    """Bytes of memory that compiling a grammar may take; it is refused then with 400."""
+    grammar_cache_bytes: int = 256 * 2**20
+    """Bytes of compiled grammars that are kept for requests to come; a larger one is refused with 400."""
+    grammar_workers: int = 2
+    """Grammars that are compiled at the same time; the processes start with the first request that needs them."""
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine process is told; sent to it as is."""
 
@@ -62,10 +83,11 @@ class EngineConfig:
     device: Literal["auto", "cuda", "neuron", "cpu", "openvino", "tpu", "xpu", "hpu"] = "auto"
     """Where to run; auto takes the best present."""
     graphs: GraphConfig = field(default_factory=GraphConfig)
+    grammars: GrammarConfig = field(default_factory=GrammarConfig)
     max_logprobs: int = 20
     """Most log-probabilities a request may ask for at a position; -1 allows the whole vocabulary."""
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = "raw_logprobs"
-    """What log-probabilities report: before or after penalties, masks and temperature."""
+    """Kind of log-probabilities to report: before (raw) or after (processed) penalties, masks and temperature."""
     seed: int = 0
     """Seed of dummy weights and of requests without their own."""
     disable_log_stats: bool = False

@@ -14,11 +14,13 @@ from fuseline.engine.messages import AWAKE, EngineRequest, StepOutputs
 from fuseline.engine.outputs import Ending, new_tokens, on_fast_path, pooled_output, store_prompt_scores
 from fuseline.engine.requests import Requests
 from fuseline.engine.run.device import Device
+from fuseline.engine.run.grammar.compiler import GrammarCompiler
+from fuseline.engine.run.grammar.masks import ForcedTokens
 from fuseline.engine.run.runner import Model, PreparedBatch, Runner
-from fuseline.engine.run.sampling import NOT_FINITE, OK, Launched, Sampled, StepResult
+from fuseline.engine.run.sampling import NOT_FINITE, OK, PROCESSOR_FAILED, Launched, Sampled, StepResult
 from fuseline.engine.run.speculate.drafting import Drafter, Drafting, kept_positions
-from fuseline.engine.schedule.scheduler import Limits, Scheduler
-from fuseline.engine.schedule.stages import choose_stage_order
+from fuseline.engine.schedule.scheduler import Limits, scheduler_class
+from fuseline.engine.schedule.stages import InOrder, choose_stage_order
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
 from fuseline.engine.state.sequence import Sequence
@@ -28,9 +30,12 @@ logger = logging.getLogger("fuseline.engine")
 
 NOT_FINITE_ERROR = "the model's output is not finite for this request"
 NOTHING_LEFT_ERROR = (
-    "no token is left to choose from: logit_bias, allowed_token_ids, bad_words, min_tokens, the penalties or the "
-    "temperature of this request exclude all"
+    "no token is left to choose from: the grammar, logit_bias, allowed_token_ids, bad_words, min_tokens, the penalties "
+    "or the temperature of this request exclude all"
 )
+
+
+PROCESSOR_ERROR = "a logits processor of this request failed; the server's log has the cause"
 
 
 class Engine:
@@ -56,19 +61,24 @@ class Engine:
         self.config = config
         self.max_model_len = config.compile.max_model_len or info.max_model_len
         self.num_blocks = tuple(num_blocks)
-        limits = Limits.resolve(config.scheduler, self.max_model_len, drafter.num_tokens if drafter else 0)
+        self._order = choose_stage_order(device.is_asynchronous, config.scheduler.async_scheduling)
+        # Drafts are proposed when all tokens are known: not by those who schedule ahead, unless all steps have drafts.
+        can_jump = not info.state_specs and (drafter is not None or isinstance(self._order, InOrder))
+        num_drafts = max(drafter.num_tokens if drafter else 0, ForcedTokens.num_tokens if can_jump else 0)
+        limits = Limits.resolve(config.scheduler, self.max_model_len, num_drafts)
         windows, num_seqs, block_size = [g.window for g in info.cache_groups], limits.num_seqs, config.cache.block_size
-        self.rows = RequestRows(num_seqs, self.max_model_len, drafter is not None)
+        self.rows = RequestRows(num_seqs, self.max_model_len, num_drafts > 0)
         self.kv = KVManager(
             windows, num_blocks, block_size, num_seqs, self.max_model_len, num_host_blocks, num_states
         )  # fmt: skip
-        self.scheduler = Scheduler(limits, self.rows, self.kv, info.rope_switch)
+        self.scheduler = scheduler_class(config.scheduler.scheduler_cls)(limits, self.rows, self.kv, info.rope_switch)
         self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens, config.logprobs_mode)
-        self.requests = Requests(config, info, self.scheduler, self.max_model_len)
+        self.grammars = GrammarCompiler(config.grammars, info.vocab_size)
+        self.requests = Requests(config, info, self.scheduler, self.max_model_len, self.grammars)
         threshold = info.rope_switch.threshold if info.rope_switch else None
         self.drafting = Drafting(drafter, self.rows, info.vocab_size, threshold) if drafter else None
+        self.forced = ForcedTokens(self.rows, threshold) if can_jump else None
         self.sleep_level = AWAKE
-        self._order = choose_stage_order(device.is_asynchronous, config.scheduler.async_scheduling)
 
     @property
     def is_asleep(self) -> bool:
@@ -89,6 +99,8 @@ class Engine:
     def schedule(self) -> ScheduledBatch:
         if self.drafting:
             self.drafting.propose()
+        if self.forced:
+            self.forced.propose()
         return self.scheduler.schedule()
 
     def prepare(self, scheduled: ScheduledBatch) -> PreparedBatch:
@@ -164,6 +176,10 @@ class Engine:
         """Queue a request. One that cannot be served fails alone, with the next step's outputs."""
         self.requests.add(request)
 
+    def admit_compiled(self) -> None:
+        """Queue the requests whose grammar has been compiled, refuse those whose grammar cannot be."""
+        self.requests.admit_compiled()
+
     def abort(self, request_id: str) -> None:
         """End a request's unfinished choices and free their blocks; unknown ids are ignored."""
         self.requests.abort(request_id)
@@ -201,8 +217,9 @@ class Engine:
     def _settle_drafts(self, batch: PreparedBatch, stays: np.ndarray) -> None:
         """Take back what was computed for drafts that are not kept, and commit the blocks of kept ones."""
         scheduled = batch.scheduled
-        num_accepted = int(batch.kept.sum()) - len(np.unique(scheduled.sampling))
-        self.drafting.note(scheduled.num_drafts, num_accepted)
+        if self.drafting:
+            num_accepted = int(batch.kept.sum()) - len(np.unique(scheduled.sampling))
+            self.drafting.note(scheduled.num_drafts, num_accepted)
         rows = np.unique(scheduled.rows[scheduled.sampling[stays]])
         self.rows.settle(rows)
         for row in rows.tolist():
@@ -242,4 +259,5 @@ class Engine:
             self.scheduler.forget_computed(seq.request.request_id)
             self.requests.finish(seq, Ending("error", error=NOT_FINITE_ERROR))
         else:
-            self.requests.finish(seq, Ending("error", error=NOTHING_LEFT_ERROR, is_bad_request=True))
+            error = PROCESSOR_ERROR if status == PROCESSOR_FAILED else NOTHING_LEFT_ERROR
+            self.requests.finish(seq, Ending("error", error=error, is_bad_request=True))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from array import array
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import msgspec
 
@@ -12,6 +13,44 @@ _INT, _FLOAT = struct.Struct("=q"), struct.Struct("=f")
 
 AWAKE = -1
 """In place of a sleep level."""
+
+
+class LogitsProcessor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A callable by its dotted name, or a factory of one with its arguments."""
+
+    qualname: str
+    is_factory: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+
+
+class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The language that generated text must be in, as a grammar that is yet to be compiled."""
+
+    kind: Literal["ebnf", "lark", "structural_tag", "regex", "json_schema"]
+    """ebnf: GBNF with a rule `root`; lark: with a rule `start`; structural_tag: xgrammar's JSON. regex and json_schema
+    are for backends that take no ebnf."""
+    text: str
+    backend: str = "xgrammar"
+    starts_after: tuple[int, ...] = ()
+    """Token ids that follow each other in the answer before the grammar begins: the end of thinking. Until then every
+    token but an ending one may come. Empty: from the first token on."""
+
+    @property
+    def key(self) -> bytes:
+        """SHA-256 of what is compiled."""
+        parts = (self.backend, self.kind, self.text)
+        return hashlib.sha256(b"".join(len(p.encode()).to_bytes(8, "little") + p.encode() for p in parts)).digest()
+
+
+class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, tag="vocabulary"):
+    """The tokens as text, which grammars need: sent before the first request with one."""
+
+    tokens: tuple[bytes, ...]
+    """UTF-8 bytes by id; empty for special tokens, which no text has."""
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int = 0
+    """Logits of the model; tokens beyond the list are never allowed."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
@@ -43,6 +82,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] = ()
     """Empty = all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
+    logprob_token_ids: tuple[int, ...] = ()
+    """With logprobs: the alternatives shown at each position, in place of the best ones."""
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    scores_temperature: float = 1.0
+    """Temperature at which log-probabilities are taken; for beam search, whose steps are greedy."""
+    grammar: GrammarSpec | None = None
+
+    @property
+    def ending_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end the sequence. A grammar allows EOS only where it is complete, and then ignore_eos is void."""
+        eos = self.masked_eos_token_ids if self.grammar else ()
+        return tuple(dict.fromkeys((*self.eos_token_ids, *self.stop_token_ids, *eos)))
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="pooling"):
@@ -344,5 +395,5 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 Call = ResetPrefixCache | Sleep | WakeUp | IsSleeping
 CallResult = CallDone | CallFailed | SleepState
-ToEngine = EngineRequest | AbortRequests | Call | Shutdown
+ToEngine = EngineRequest | AbortRequests | Vocabulary | Call | Shutdown
 FromEngine = StepOutputs | CallResult | EngineReady | EngineFailed | Progress

@@ -106,13 +106,13 @@ def new_tokens(
     """Tokens that a step has sampled at `positions` of a sequence, as far as they belong to it, and the status of the
     last position: they stop at a token that ends the sequence, and before a position without a token.
     """
-    tokens, logprobs, count = [], [], seq.params.logprobs
+    tokens, logprobs = [], []
     for position in positions:
         if sampled.status[position] != OK:
             return NewTokens(tuple(tokens), tuple(logprobs)), int(sampled.status[position])
         tokens.append(int(sampled.tokens[position]))
-        if count is not None:
-            logprobs.append(sampled.scores.position(position, tokens[-1], count))
+        if seq.params.logprobs is not None:
+            logprobs.append(sampled.position(position, seq.params))
         ending = find_ending(seq, tokens[-1], int(lengths[position]) + 1, max_model_len)
         if ending:
             return NewTokens(tuple(tokens), tuple(logprobs), ending), OK
@@ -122,6 +122,8 @@ def new_tokens(
 def find_ending(seq: Sequence, token: int, length: int, max_model_len: int) -> Ending | None:
     """Whether `token` ends the sequence, which has `length` tokens with it. Stop strings are the API's; it aborts."""
     params, num_generated = seq.params, length - seq.prompt_len
+    if params.grammar and token in params.ending_token_ids:  # allowed only where the grammar is complete
+        return Ending("stop", token if token in params.stop_token_ids else None)
     if num_generated >= params.min_tokens:
         if token in params.eos_token_ids:
             return Ending("stop")

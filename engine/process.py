@@ -17,6 +17,7 @@ from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import FromEngine, ToEngine
 
 REQUESTS, ANSWERS = "requests", "answers"
+WAKE_ADDRESS = "inproc://wake"
 LINGER_MS = 1000
 """How long the last messages (why a start failed) may wait to be taken."""
 
@@ -79,10 +80,20 @@ class ZmqInbox:
     def __init__(self, socket: zmq.Socket) -> None:
         self._socket = socket
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._socket.bind(WAKE_ADDRESS)
+        self._bell = socket.context.socket(zmq.PUSH)
+        self._bell.connect(WAKE_ADDRESS)
+        self._lock = threading.Lock()
+
+    def wake(self) -> None:
+        with self._lock:
+            if not self._bell.closed:
+                self._bell.send(b"")
 
     def receive(self, wait: bool) -> ToEngine | None:
         try:
-            return self._decoder.decode(self._socket.recv(0 if wait else zmq.NOBLOCK))
+            data = self._socket.recv(0 if wait else zmq.NOBLOCK)
+            return self._decoder.decode(data) if data else None
         except zmq.Again:
             return None
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import Any
 
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import EngineRequest, Output, PooledOutput, PoolingParams, SamplingParams, TokenOutput
 from fuseline.engine.outputs import Ending, NewTokens, Report, make_outputs
+from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
+from fuseline.engine.run.grammar.matcher import GrammarState
+from fuseline.engine.run.logits_processors import for_sequence, make_processor
 from fuseline.engine.schedule.scheduler import Scheduler
 from fuseline.engine.state.sequence import Sequence, SequenceOptions, make_sequences
 
@@ -17,11 +21,20 @@ from fuseline.engine.state.sequence import Sequence, SequenceOptions, make_seque
 class Requests:
     """The requests of one engine, and the report that is being written for their client."""
 
-    def __init__(self, config: EngineConfig, info: ModelInfo, scheduler: Scheduler, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: ModelInfo,
+        scheduler: Scheduler,
+        max_model_len: int,
+        grammars: GrammarCompiler,
+    ) -> None:
         self.report = Report()
         self.live: dict[str, list[Sequence]] = {}  # the unfinished sequences of each request
         self._info, self._scheduler = info, scheduler
         self._max_model_len = max_model_len
+        self._grammars = grammars
+        self._compiling: dict[bytes, list[Sequence]] = {}  # by key of the grammar that they wait for
         switch = info.rope_switch
         self._options = SequenceOptions(
             is_caching=config.cache.enable_prefix_caching,
@@ -43,17 +56,48 @@ class Requests:
         """
         if request.request_id in self.live:
             return
-        error = self._find_fault(request)
+        try:
+            error, made = self._find_fault(request), _make_processors(request)
+        except ValueError as failure:
+            error, made = f"a logits processor cannot be used: {failure}", []
         if error:
             self.report.outputs += _refusals(request, error)
             return
         sequences = make_sequences(
             request, self._order(request), self._seed(request), self._options, self._num_sequences
         )
+        for seq in sequences if made else ():
+            seq.processors = tuple(map(for_sequence, made))
         self._num_sequences += len(sequences)
         self.live[request.request_id] = sequences
-        self._scheduler.add(sequences[0])
+        self._queue(sequences[0])
         self.report.has_news = True
+
+    def admit_compiled(self) -> None:
+        """Queue the sequences whose grammar has been compiled, refuse those whose grammar cannot be."""
+        for key, result in self._grammars.take_finished():
+            for seq in self._compiling.pop(key, ()):
+                if seq.is_finished:
+                    continue
+                if isinstance(result, GrammarError):
+                    seq.children = []
+                    for other in list(self.live[seq.request.request_id]):
+                        self.finish(other, Ending("error", error=str(result), is_bad_request=True))
+                else:
+                    seq.grammar = GrammarState(result, seq.params, self._info.vocab_size)
+                    self._scheduler.add(seq)
+
+    def _queue(self, seq: Sequence) -> None:
+        """The scheduler takes a sequence once its grammar, if it has one, is compiled."""
+        spec = None if isinstance(seq.params, PoolingParams) else seq.params.grammar
+        if spec is None:
+            self._scheduler.add(seq)
+        elif (compiled := self._grammars.find(spec)) is not None:
+            seq.grammar = GrammarState(compiled, seq.params, self._info.vocab_size)
+            self._scheduler.add(seq)
+        else:
+            self._compiling.setdefault(spec.key, []).append(seq)
+            self._grammars.start(spec)
 
     def abort(self, request_id: str) -> None:
         """End a request's unfinished choices and free their blocks; unknown ids are ignored."""
@@ -89,7 +133,7 @@ class Requests:
         """The prompt is computed: the other choices find its blocks in the cache."""
         for child in seq.children:
             if not child.is_finished:
-                self._scheduler.add(child)
+                self._queue(child)
         seq.children = []
         if seq.rows is not None:
             seq.rows.is_parent[seq.row] = False
@@ -120,7 +164,7 @@ class Requests:
         is_pooling = isinstance(params, PoolingParams)
         if num_prompt == 0:
             return "the prompt is empty"
-        if is_pooling and not self._info.gives_hidden:
+        if is_pooling and not self._info.hidden_dim:
             return "this model gives no pooled vectors"
         num_new = 0 if is_pooling else min(1, params.max_tokens)
         if num_prompt + num_new > self._max_model_len:
@@ -137,12 +181,12 @@ class Requests:
         return ""
 
     def _find_embeds_fault(self, request: EngineRequest) -> str:
-        if request.embeds and not self._info.takes_embeds:
+        if request.embeds and not self._info.embed_dim:
             return "this model takes no embeddings"
         for span in request.embeds:
-            end, size = span.start + span.count, 4 * span.count * self._info.hidden_size
+            end, size = span.start + span.count, 4 * span.count * self._info.embed_dim
             if not 0 <= span.start < end <= len(request.prompt_token_ids) or len(span.data) != size:
-                shape = f"[{span.count}, {self._info.hidden_size}]"
+                shape = f"[{span.count}, {self._info.embed_dim}]"
                 return f"embeddings at {span.start} must be float32 {shape} and lie within the prompt's tokens"
         return ""
 
@@ -150,7 +194,14 @@ class Requests:
 def _named_tokens(params: SamplingParams) -> Iterator[int]:
     """Token ids in the settings of a request, stop tokens apart: those may be any."""
     biased = (token for token, _ in params.logit_bias)
-    return chain(biased, params.allowed_token_ids, *params.bad_words)
+    return chain(biased, params.allowed_token_ids, params.logprob_token_ids, *params.bad_words)
+
+
+def _make_processors(request: EngineRequest) -> list[Callable[..., Any]]:
+    """Raises ValueError."""
+    if isinstance(request.params, PoolingParams):
+        return []
+    return [make_processor(spec) for spec in request.params.logits_processors]
 
 
 def _refusals(request: EngineRequest, error: str) -> list[Output]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
 from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.engine import Engine
-from fuseline.engine.memory.sizing import CacheSize, size_cache
+from fuseline.engine.memory.sizing import CacheSize, longest_context, size_cache
 from fuseline.engine.memory.swap import host_blocks
 from fuseline.engine.messages import (
     AbortRequests,
@@ -30,6 +31,7 @@ from fuseline.engine.messages import (
     Sleep,
     SleepState,
     ToEngine,
+    Vocabulary,
     WakeUp,
 )
 from fuseline.engine.run.runner import Model, SwappingModel
@@ -46,7 +48,10 @@ Send = Callable[[FromEngine], None]
 
 class Inbox(Protocol):
     def receive(self, wait: bool) -> ToEngine | None:
-        """The next message; None when there is none and `wait` is false."""
+        """The next message; None when there is none and `wait` is false, or `wake` was called."""
+
+    def wake(self) -> None:
+        """End a `receive` that waits. From any thread."""
 
 
 class EngineService:
@@ -60,8 +65,11 @@ class EngineService:
         info = model.info
         needed = warm_up(self.device, model, config, self._tell_progress)
         budget = self.device.kv_budget(info, config.cache.gpu_memory_utilization, before, needed)
-        max_model_len = config.compile.max_model_len or info.max_model_len
-        self.size = size_cache(info, config.cache, config.scheduler, max_model_len, budget)
+        length = config.compile.max_model_len or info.max_model_len
+        if config.cache.fits_context:
+            length = longest_context(info, config.cache, config.scheduler, length, budget)
+            config = replace(config, compile=replace(config.compile, max_model_len=length))
+        self.size = size_cache(info, config.cache, config.scheduler, length, budget)
         self.host_blocks = self._count_host_blocks(model)
         self.engine = Engine(
             config, model, self.size.num_blocks, self.device, self.host_blocks, self.size.num_states
@@ -73,10 +81,13 @@ class EngineService:
     def run(self, inbox: Inbox) -> None:
         """Serve until told to shut down. Without work it blocks on the inbox."""
         try:
+            self.engine.grammars.on_ready = inbox.wake
             while self._take_messages(inbox):
+                self.engine.admit_compiled()
                 if self.engine.has_work:
                     self.send(self.engine.step())
         finally:
+            self.engine.grammars.close()
             # A thread that still captures would outlive the interpreter.
             self.device.stop_capture(self.engine.runner.model)
 
@@ -99,6 +110,8 @@ class EngineService:
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, EngineRequest):
             self.engine.add(message)
+        elif isinstance(message, Vocabulary):
+            self.engine.grammars.set_vocabulary(message)
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
                 self.engine.abort(request_id)

@@ -150,10 +150,13 @@ class ThreadTransport:
 
 class QueueInbox:
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
 
     def put(self, message: ToEngine) -> None:
         self._queue.put(message)
+
+    def wake(self) -> None:
+        self._queue.put(None)
 
     def receive(self, wait: bool) -> ToEngine | None:
         try:

@@ -13,7 +13,7 @@ from fuseline.api import cli, llm
 from fuseline.api import cli_tables as tables
 from fuseline.api.bench import command as bench
 from fuseline.api.bench import kernels, offline, startup
-from fuseline.api.cli_flags import config_flags, recorded_flags
+from fuseline.api.cli_flags import config_flags, row_flags
 from fuseline.api.config_resolve import resolve
 from fuseline.compile import report, target
 
@@ -51,6 +51,7 @@ def dry(monkeypatch, tmp_path) -> Callable[[list[str]], None]:
     monkeypatch.setattr(bench, "require_matplotlib", lambda: None)
     monkeypatch.setattr(report, "explain", stop)
     monkeypatch.setattr("fuseline.api.run.converse", stop)
+    monkeypatch.setattr("fuseline.api.remote.Remote.stream_completion", stop)
     monkeypatch.setattr("fuseline.api.cli_cache.clear", stop)
     monkeypatch.setenv("FUSELINE_CACHE_ROOT", str(tmp_path))
     (tmp_path / "flags.yaml").write_text("")
@@ -80,7 +81,7 @@ def test_a_shown_command_is_taken(command: Command, dry, monkeypatch) -> None:
         asked = set(",".join(re.findall(r"\[([\w,]+)\]", " ".join(rest))).split(",")) - {""}
         assert asked <= extras().keys()
     elif len(words) == 1:
-        assert words[0].partition("=")[0] in all_flags(), f"{words[0]} is refused, or there is no such flag"
+        assert re.split("[.=]", words[0])[0] in all_flags(), f"{words[0]} is refused, or there is no such flag"
     else:
         check_flags(list(words), dry, monkeypatch)
 
@@ -140,14 +141,14 @@ def all_flags() -> set[str]:
 
 def serve_flags() -> set[str]:
     """Flags of `fuseline serve` that are not refused, by their names, short names and --no-names."""
-    flags = {flag.option: flag for flag in (*config_flags().values(), *recorded_flags().values())}
+    flags = {flag.option: flag for flag in (*config_flags().values(), *row_flags().values())}
     shown = set(flags) | {f"--no-{name[2:]}" for name in flags} | {"-O0", "-O1", "-O2", "-O3", "-O"}
     shown |= {name for names in tables.SHORT_NAMES.values() for name in names} | {"--config", "--print-config"}
     return shown - refused_flags()
 
 
 def refused_flags() -> set[str]:
-    return {"--" + name.replace("_", "-") for name in tables.LATER}
+    return {"--" + name.replace("_", "-") for name, row in tables.ROWS.items() if row.fate != "ignored"}
 
 
 def script_flags() -> set[str]:
@@ -182,7 +183,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Say `--tool-call-parser hermes`.", "`--enable-lora`", "    fuseline serve MODEL --quantization awq",
+        "Say `--tool-call-parser nothing`.", "`--enable-lora`", "    fuseline serve MODEL --quantization awq",
         "```\nfuseline serve MODEL \\\n  --tensor-parallel-size 2\n```", "`fuseline serve --no-such-flag`",
         "    fuseline serve MODEL --max-num-seqs 0", "    fuseline bench serve --dataset nothing", "`make nothing`",
         "    python benchmarks/nothing.py", "    python benchmarks/load.py 135m --nothing",

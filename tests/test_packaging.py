@@ -75,7 +75,7 @@ def reached(requirements: list[Requirement]) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("api", ["plot"]), ("engine", []), ("compile", []), ("csrc/pkg", []), ("benchmarks", ["bench"]),
+    [("api", ["plot", "completion"]), ("engine", []), ("compile", []), ("csrc/pkg", []), ("benchmarks", ["bench"]),
      ("tools", ["bench", "test"]), ("tests", ["bench", "test"])],
 )  # fmt: skip
 def test_what_is_imported_is_declared(folder: str, extras: list[str]) -> None:

@@ -14,15 +14,18 @@ from fuseline.api import cli_tables as tables
 from fuseline.api.cli_flags import METAVARS, Flag, config_flags, field_docs, help_line
 from fuseline.api.config import Environment
 from fuseline.api.config_levels import KEYS
+from fuseline.api.flag_rows import ALIASES, Fate
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "FLAGS.md"
 HEAD = """# Flags of `fuseline serve`
 
 Made from the configuration by `tools/make_flag_docs.py`; edit the text under the fields instead.
 
-`_` and `-` are the same in names; `--name value` and `--name=value` are the same; the positional MODEL wins over
-`--model`. Precedence: command line > `--config` file > environment > default. A bad value or an unknown flag ends with
-status 2, a combination that cannot run with status 1 and one line. `--print-config` shows what was resolved.
+`_` and `-` are the same in names; `--name value` and `--name=value` are the same; keys of JSON flags can be given one
+at a time (`-O.level=1`, `--hf-overrides.text_config.rope_theta 1e6`, `--x.list+ a,b`), and several parts of one JSON
+flag are merged; the positional MODEL wins over `--model`. Precedence: command line > `--config` file > environment >
+default. A bad value or an unknown flag ends with status 2, a combination that cannot run with status 1 and one line.
+`--print-config` shows what was resolved.
 """
 
 
@@ -33,8 +36,10 @@ def make_text() -> str:
         rows = [_row(flags[name]) for name in names]
         parts.append(_table(title.capitalize(), ("flag", "value", "meaning"), rows))
     parts.append(_level_keys())
-    parts.append(_recorded())
-    parts.append(_later())
+    parts.append(_aliases())
+    parts.append(_rows("ignored", "Accepted without effect on this device", ("why", "flags")))
+    parts.append(_rows("unimplemented", "Not yet supported (refused in words)", ("part", "flags")))
+    parts.append(_rows("refused", "Refused", ("cause and cure", "flags")))
     parts.append(_environment())
     return "\n".join(parts)
 
@@ -57,17 +62,19 @@ def _level_keys() -> str:
     return _table("Keys of `--compilation-config`", ("key", "value", "meaning"), rows)
 
 
-def _recorded() -> str:
-    rows = [(f"`--{name.replace('_', '-')}`", row.note) for name, row in tables.RECORDED.items()]
-    return _table("Accepted without effect on this device", ("flag", "why"), rows)
+def _rows(fate: Fate, title: str, head: tuple[str, str]) -> str:
+    """Flags without a field, by their note."""
+    notes: dict[str, list[str]] = {}
+    for name, row in tables.ROWS.items():
+        if row.fate == fate and name not in ALIASES:
+            names = [*tables.SHORT_NAMES.get(name, ()), "--" + name.replace("_", "-")]
+            notes.setdefault(row.note, []).append(", ".join(f"`{option}`" for option in names))
+    return _table(title, head, [(note, ", ".join(names)) for note, names in notes.items()])
 
 
-def _later() -> str:
-    parts: dict[str, list[str]] = {}
-    for name, later in tables.LATER.items():
-        parts.setdefault(later.part, []).append(f"`--{name.replace('_', '-')}`")
-    rows = [(part, ", ".join(names)) for part, names in parts.items()]
-    return _table("Not supported yet (refused in words)", ("part", "flags"), rows)
+def _aliases() -> str:
+    rows = [(f"`--{name.replace('_', '-')}`", row.note) for name, row in ALIASES.items()]
+    return _table("Other names", ("flag", "meaning"), rows)
 
 
 def _environment() -> str:

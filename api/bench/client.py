@@ -136,6 +136,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict]:
 def _has_text(event: dict) -> bool:
     for choice in event.get("choices") or ():
         delta = choice.get("delta") or {}
-        if choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning"):
+        names = ("content", "reasoning_content", "reasoning", "tool_calls")
+        if choice.get("text") or any(delta.get(name) for name in names):
             return True
     return False

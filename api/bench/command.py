@@ -22,6 +22,7 @@ from fuseline.api.bench.plot import require_matplotlib, save_plot
 from fuseline.api.bench.startup import run_startup
 from fuseline.api.bench.workload import MAX_PROMPTS, MAX_TOKENS, WorkloadConfig, arrival_times, make_samples
 from fuseline.api.config import ConfigError, read_environment
+from fuseline.api.remote import server_url
 
 BENCHES = {
     "serve": "load an OpenAI-compatible server and report latencies and throughput",
@@ -52,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         benches.add_parser(name, help=BENCHES[name])
     serve = benches.add_parser("serve", help=BENCHES["serve"], description=BENCHES["serve"], allow_abbrev=False)
     target = serve.add_argument_group("server")
-    target.add_argument("--base-url", default="http://127.0.0.1:8000", help="address of the server")
+    words = "address of the server, with or without /v1"
+    target.add_argument("--base-url", default="http://127.0.0.1:8000", help=words)
     target.add_argument("--endpoint", default="/v1/completions", help="/v1/completions or /v1/chat/completions")
     target.add_argument("--model", default="", help="name to ask for; default: the first the server lists")
     target.add_argument("--api-key", default="", help="default: $FUSELINE_API_KEY")
@@ -115,7 +117,7 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 async def bench_serve(options: argparse.Namespace) -> int:
     """One run: warm-up, load, report, files."""
     api_key = options.api_key or read_environment().api_key
-    base_url = options.base_url.rstrip("/")
+    base_url = server_url(options.base_url)
     async with open_session(api_key, options.timeout) as session:
         model = options.model or await first_model(session, base_url)
         target = Target(base_url, options.endpoint, model, options.temperature, options.ignore_eos)

@@ -17,6 +17,42 @@ class TextDelta:
     text: str
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    """With log-probabilities: characters of the choice's text before each token, whether they have been sent or not."""
+
+
+@dataclass(slots=True)
+class ReasoningDelta:
+    """New text of one choice's reasoning and the tokens that made it."""
+
+    index: int
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class ToolCallDelta:
+    """More of one tool call's arguments, as JSON text; id and name come with the first of it."""
+
+    index: int
+    call: int
+    """Number of the call in its choice."""
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class CallRevoked:
+    """A call turned out to be none after its beginning was told; its text follows as content."""
+
+    index: int
+    call: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -26,6 +62,8 @@ class Done:
     index: int
     finish_reason: str
     stop_reason: str | int | None = None
+    num_reasoning: int = 0
+    """Tokens of reasoning."""
 
 
 @dataclass(slots=True)
@@ -46,4 +84,5 @@ class Prompt:
     info: PromptInfo = field(default_factory=PromptInfo)
 
 
-Event = TextDelta | Done
+Part = TextDelta | ReasoningDelta | ToolCallDelta | CallRevoked
+Event = Part | Done

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, repeat
 from typing import Any
 
 import msgspec
 
+from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.pace import Turns
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.messages import PositionLogprobs
@@ -36,46 +38,66 @@ class LogprobWriter:
         return [self._chat_token(position, num_top) for position in positions]
 
     def _chat_token(self, position: PositionLogprobs, num_top: int) -> dict:
-        pairs = list(zip(position.top_ids, position.top_logprobs, strict=True))[:num_top]
         own = self._entry(position.token_id, position.logprob)
-        return {**own, "top_logprobs": [self._entry(token, value) for token, value in pairs]}
+        others = zip(position.top_ids, position.top_logprobs, strict=True)
+        top = [own, *(self._entry(token, value) for token, value in others if token != position.token_id)]
+        return {**own, "top_logprobs": top[:num_top]}
 
     def _entry(self, token_id: int, logprob: float) -> dict:
         raw = self._tokenizer.token_bytes(token_id) if self._tokenizer else b""
         return {"token": self.text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
-    def completion(self, positions: Positions, tokens: Sequence[int], offset: int) -> dict[str, list]:
-        """choices[].logprobs of completions; `offset` is the text before the first token, None stands for no value."""
-        out: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        for token, position in zip(tokens, positions, strict=True):
-            out["text_offset"].append(offset)
-            out["tokens"].append(self.text(token))
-            out["token_logprobs"].append(None if position is None else finite(position.logprob))
-            out["top_logprobs"].append(None if position is None else self._top(position))
-            offset += self.length(token)
-        return out
+    def completion(self, positions: Positions, tokens: Sequence[int], offsets: Sequence[int]) -> dict[str, list]:
+        """choices[].logprobs of completions. `offsets`: characters before each token; None stands for no value."""
+        return {
+            "text_offset": list(offsets),
+            "token_logprobs": [None if position is None else finite(position.logprob) for position in positions],
+            "tokens": [self.text(token) for token in tokens],
+            "top_logprobs": [None if position is None else self._top(position) for position in positions],
+        }
 
-    def length(self, token_id: int) -> int:
-        """Characters of a token's text."""
-        return len(self._tokenizer.token_text(token_id) if self._tokenizer else self.text(token_id))
+    def prompt_offsets(self, tokens: Sequence[int], text: str) -> Iterator[int]:
+        """Characters of an echoed prompt before each of its tokens."""
+        if self._tokenizer is None:
+            return repeat(0, len(tokens))
+        return _prompt_offsets(self._tokenizer, tokens, text)
 
     def _top(self, position: PositionLogprobs) -> dict[str, float]:
-        top = {self.text(t): finite(v) for t, v in zip(position.top_ids, position.top_logprobs, strict=True)}
-        return {**top, self.text(position.token_id): finite(position.logprob)}
+        """The alternatives by their text, the token itself first; one whose text another one has goes by its id."""
+        top = {self.text(position.token_id): finite(position.logprob)}
+        for token, value in zip(position.top_ids, position.top_logprobs, strict=True):
+            if token != position.token_id:
+                name = self.text(token)
+                top[f"token_id:{token}" if name in top else name] = finite(value)
+        return top
 
     def prompt(self, positions: Positions) -> list[dict | None]:
         """prompt_logprobs: token id -> logprob, rank, decoded token."""
         return [None if p is None else self._prompt_entry(p) for p in positions]
 
     def _prompt_entry(self, position: PositionLogprobs) -> dict[str, dict]:
-        entries = {
-            str(token): {"logprob": finite(value), "rank": rank, "decoded_token": self.text(token)}
-            for rank, (token, value) in enumerate(zip(position.top_ids, position.top_logprobs, strict=True), start=1)
-        }
-        entries[str(position.token_id)] = {
-            "logprob": finite(position.logprob), "rank": position.rank, "decoded_token": self.text(position.token_id),
-        }  # fmt: skip
+        entries = {str(position.token_id): self._prompt_token(position.token_id, position.logprob, position.rank)}
+        tops = enumerate(zip(position.top_ids, position.top_logprobs, strict=True), start=1)
+        for rank, (token, value) in tops:
+            if token != position.token_id:
+                entries[str(token)] = self._prompt_token(token, value, rank)
         return entries
+
+    def _prompt_token(self, token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": self.text(token_id)}
+
+
+def _prompt_offsets(tokenizer: TextTokenizer, tokens: Sequence[int], text: str) -> Iterator[int]:
+    """Tokens that the tokenizer has added to the text, and the blank before its first word, take no place in it."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    at = 0
+    for token in tokens:
+        yield at
+        piece = detokenizer.feed(token)
+        if not at and not text.startswith(piece):
+            piece = piece[1:] if piece[:1] == " " and text.startswith(piece[1:]) else piece
+        if token not in tokenizer.special_ids or text.startswith(piece, at):
+            at = min(at + len(piece), len(text))
 
 
 class JsonList:
@@ -118,30 +140,26 @@ def encode_pieces(body: dict[str, Any]) -> list[bytes]:
 class CompletionLogprobs:
     """choices[].logprobs of one completion, encoded while it grows."""
 
-    def __init__(self, writer: LogprobWriter, offset: int = 0) -> None:
+    def __init__(self, writer: LogprobWriter) -> None:
         self._writer = writer
-        self._offset = offset  # characters of the choice's text so far
         self._lists: dict[str, JsonList] = {}
 
     def copy(self) -> CompletionLogprobs:
         made = CompletionLogprobs(self._writer)
-        made._offset = self._offset
         made._lists = {name: JsonList(items.parts) for name, items in self._lists.items()}
         return made
 
-    async def extend(self, positions: Positions, tokens: Sequence[int], turns: Turns) -> None:
+    async def extend(self, positions: Positions, tokens: Sequence[int], offsets: Iterable[int], turns: Turns) -> None:
+        left = iter(offsets)
         for at in range(0, len(tokens), SLICE):
             await turns.rest()
-            self.add(positions[at : at + SLICE], tokens[at : at + SLICE])
+            some = tokens[at : at + SLICE]
+            self.add(positions[at : at + SLICE], some, list(islice(left, len(some))))
 
-    def add(self, positions: Positions, tokens: Sequence[int]) -> None:
+    def add(self, positions: Positions, tokens: Sequence[int], offsets: Sequence[int]) -> None:
         """Encode a few positions without a pause."""
-        if not tokens:
-            return
-        out = self._writer.completion(positions, tokens, self._offset)
-        for name, items in out.items():
+        for name, items in self._writer.completion(positions, tokens, offsets).items():
             self._lists.setdefault(name, JsonList()).extend(items)
-        self._offset = out["text_offset"][-1] + self._writer.length(tokens[-1])
 
     def lists(self) -> dict[str, JsonList]:
         names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")

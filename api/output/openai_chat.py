@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from fuseline.api.output.events import Done, Event, Prompt, PromptInfo, TextDelta
+from fuseline.api.output.events import Done, Event, Part, Prompt, PromptInfo
 from fuseline.api.output.logprobs import SLICE, JsonList, encode_pieces, encode_slices
+from fuseline.api.output.message import Message, delta_of, is_empty
 from fuseline.api.output.openai_completion import Shape, Totals
 from fuseline.engine.messages import PositionLogprobs
 
@@ -19,9 +20,9 @@ class ChatWriter:
 
     def __init__(self, shape: Shape, prompt: Prompt, n: int) -> None:
         self._shape, self._ids, self._n = shape, prompt.ids, n
-        self._totals = Totals(prompt=len(prompt.ids))
+        self._totals = Totals(prompt=len(prompt.ids), reasoning=0 if shape.counts_reasoning else None)
         self._info = PromptInfo()
-        self._text = [[shape.echo] for _ in range(n)]
+        self._messages = [Message(shape.echo) for _ in range(n)]
         self._turns = shape.turns
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
@@ -32,47 +33,40 @@ class ChatWriter:
         self._info = info
         self._totals.cached += info.num_cached_tokens
 
-    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
-        return self._chunks(event)
+    def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        return self._chunks(events, {})
 
-    def is_long(self, prompt: Prompt, event: Event) -> bool:
-        """Whether the chunk of an event takes long: it has the scores of many tokens."""
-        return isinstance(event, TextDelta) and len(event.logprobs) > SLICE
+    def is_long(self, prompt: Prompt, events: Sequence[Event]) -> bool:
+        """Whether the chunks of events take long: they have the scores of many tokens."""
+        return any(not isinstance(event, Done) and len(event.logprobs) > SLICE for event in events)
 
-    async def long_chunks(self, prompt: Prompt, event: TextDelta) -> list[dict[str, Any]]:
+    async def long_chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
         """As `chunks`, in slices."""
-        return self._chunks(event, await self._encode(event.logprobs))
+        wanted = [(k, event) for k, event in enumerate(events) if not isinstance(event, Done)]
+        return self._chunks(events, {k: await self._encode(event.logprobs) for k, event in wanted})
 
-    def _chunks(self, event: Event, logprobs: JsonList | None = None) -> list[dict[str, Any]]:
-        """`logprobs`: those of the event, where they have been encoded already."""
-        self._take(event)
-        chunks = [] if self._is_started else self._opening()
+    def _chunks(self, events: Sequence[Event], encoded: Mapping[int, JsonList]) -> list[dict[str, Any]]:
+        """`encoded`: log-probabilities of events by their place, where they have been encoded already."""
+        choices: list[dict[str, Any]] = []
+        for k, event in enumerate(events):
+            self._take(event)
+            if isinstance(event, Done):
+                _finish(choices, event)
+            elif event.token_ids or not is_empty(event):
+                choices.append(self._delta(event, encoded.get(k)))
+        opening = [] if self._is_started else self._opening()
         self._is_started = True
-        if isinstance(event, TextDelta) and (event.text or event.token_ids):
-            choice: dict[str, Any] = {"index": event.index, "delta": {"content": event.text}, "finish_reason": None}
-            if logprobs is not None:
-                choice["logprobs"] = {"content": logprobs}
-            elif self._shape.wants_logprobs:
-                choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
-            if self._shape.wants_ids:
-                choice["token_ids"] = event.token_ids
-            chunks.append(self._envelope(choice))
-        elif isinstance(event, Done):
-            choice = {"index": event.index, "delta": {}, "finish_reason": event.finish_reason}
-            if event.stop_reason is not None:
-                choice["stop_reason"] = event.stop_reason
-            chunks.append(self._envelope(choice))
-        return chunks
+        return opening + [self._envelope(choice) for choice in choices]
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """The usage chunk, where it was asked for."""
         usage = self._totals.body(self._shape.shows_cached)
         return [{**self._common(), "choices": [], "usage": usage}] if self._shape.include_usage else []
 
-    def fold(self, prompt: Prompt, event: Event) -> None:
-        self._take(event)
-        if isinstance(event, TextDelta):
-            self._text[event.index].append(event.text)
+    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None:
+        for event in events:
+            self._take(event)
+            self._messages[event.index].take(event)
 
     async def whole(self) -> list[bytes]:
         """Pieces of the answer that the folded events make, as JSON."""
@@ -94,19 +88,32 @@ class ChatWriter:
         scores = None
         if positions is not None:
             scores = await encode_slices(self._shape.writer.prompt, positions, self._turns)
-        tail = {"usage": self._totals.body(self._shape.shows_cached), "prompt_logprobs": scores}
+        usage = self._totals.body(self._shape.shows_cached)
+        tail = {"usage": usage, "service_tier": None, "system_fingerprint": None, "prompt_logprobs": scores}
         return {**tail, "prompt_token_ids": self._ids.tolist()} if self._shape.wants_ids else tail
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, TextDelta):
+        if isinstance(event, Done):
+            self._ends[event.index] = event
+            if self._totals.reasoning is not None:
+                self._totals.reasoning += event.num_reasoning
+        else:
             self._tokens[event.index] += event.token_ids
             self._logprobs[event.index] += event.logprobs
             self._totals.completion += len(event.token_ids)
-        else:
-            self._ends[event.index] = event
+
+    def _delta(self, event: Part, encoded: JsonList | None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": event.index, "delta": delta_of(event), "finish_reason": None}
+        if self._shape.wants_logprobs and encoded is not None:
+            choice["logprobs"] = {"content": encoded}
+        elif self._shape.wants_logprobs:
+            choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
+        if self._shape.wants_ids:
+            choice["token_ids"] = event.token_ids
+        return choice
 
     def _opening(self) -> list[dict[str, Any]]:
-        """A role chunk per choice, then what echo repeats."""
+        """A role chunk per choice, the first of them with the prompt's tokens, then what echo repeats."""
         role = [
             {"index": k, "delta": {"role": self._shape.role, "content": ""}, "logprobs": None, "finish_reason": None}
             for k in range(self._n)
@@ -115,16 +122,19 @@ class ChatWriter:
             {"index": k, "delta": {"content": self._shape.echo}, "logprobs": None, "finish_reason": None}
             for k in range(self._n if self._shape.echo else 0)
         ]
-        return [self._envelope(choice, is_opening=True) for choice in (*role, *echo)]
+        chunks = [self._envelope(choice, is_opening=True) for choice in (*role, *echo)]
+        if self._shape.wants_ids:
+            chunks[0]["prompt_token_ids"] = self._ids.tolist()
+        return chunks
 
     async def _whole_choice(self, index: int) -> dict[str, Any]:
         shape, end = self._shape, self._ends[index]
         logprobs = None
         if shape.wants_logprobs:
-            logprobs = {"content": await self._encode(self._logprobs[index])}
+            logprobs = {"content": await self._encode(self._logprobs[index]), "refusal": None}
         choice = {
             "index": index,
-            "message": {"role": shape.role, "reasoning_content": None, "content": "".join(self._text[index])},
+            "message": self._messages[index].body(shape.role, shape.keeps_empty),
             "logprobs": logprobs,
             "finish_reason": end.finish_reason if end else None,
             "stop_reason": end.stop_reason if end else None,
@@ -133,6 +143,8 @@ class ChatWriter:
 
     def _envelope(self, choice: dict[str, Any], is_opening: bool = False) -> dict[str, Any]:
         body = {**self._common(), "choices": [choice]}
+        if self._shape.include_usage:
+            body["usage"] = None
         if self._shape.include_usage and self._shape.continuous_usage:
             count = 0 if is_opening else len(self._tokens[choice["index"]])
             body["usage"] = Totals(len(self._ids), count, self._info.num_cached_tokens).body(self._shape.shows_cached)
@@ -141,3 +153,12 @@ class ChatWriter:
     def _common(self) -> dict[str, Any]:
         shape = self._shape
         return {"id": shape.id, "object": "chat.completion.chunk", "created": shape.created, "model": shape.model}
+
+
+def _finish(choices: list[dict[str, Any]], end: Done) -> None:
+    """Put the end of a choice into its last chunk, or into an empty one of its own."""
+    if not choices or choices[-1]["index"] != end.index:
+        choices.append({"index": end.index, "delta": {"content": ""}, "finish_reason": None})
+    choices[-1]["finish_reason"] = end.finish_reason
+    if end.stop_reason is not None:
+        choices[-1]["stop_reason"] = end.stop_reason

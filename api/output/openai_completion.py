@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,9 @@ class Shape:
     shows_cached: bool = False
     role: str = "assistant"
     echo: str = ""
+    keeps_empty: bool = True
+    """Content that is empty is "" and not null."""
+    counts_reasoning: bool = False
     turns: Turns = field(default_factory=Turns)
     """Shared by all answers of a server."""
 
@@ -45,21 +49,26 @@ class Totals:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int | None = None
+    """None does not show it."""
 
     def body(self, shows_cached: bool) -> dict[str, Any]:
-        details = {"cached_tokens": self.cached} if shows_cached and self.cached else None
-        return {
+        details = {"cached_tokens": self.cached} if shows_cached else None
+        usage = {
             "prompt_tokens": self.prompt, "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion, "prompt_tokens_details": details,
         }  # fmt: skip
+        if self.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
+        return usage
 
 
 @dataclass
 class _Choice:
     text: list[str] = field(default_factory=list)
-    offset: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     is_started: bool = False
@@ -82,46 +91,61 @@ class CompletionWriter:
         self._totals.cached += info.num_cached_tokens
         if prompt.echo is not None and self._shape.wants_logprobs and info.prompt_logprobs is not None:
             made = CompletionLogprobs(self._shape.writer)
-            await made.extend(info.prompt_logprobs, prompt.ids, self._turns)
+            offsets = self._shape.writer.prompt_offsets(prompt.ids, prompt.echo)
+            await made.extend(info.prompt_logprobs, prompt.ids, offsets, self._turns)
             self._echoes[prompt.first] = made
 
-    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]:
-        index = self._take(prompt, event)
-        if isinstance(event, TextDelta):
-            return self._delta_chunks(prompt, index, event, self._start(prompt, index))
-        end = {"index": index, "text": "", "logprobs": None, "finish_reason": event.finish_reason,
-               "stop_reason": event.stop_reason}  # fmt: skip
-        return [self._envelope([end], index)]
+    def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        return self._chunks(prompt, events, {})
 
-    def is_long(self, prompt: Prompt, event: Event) -> bool:
-        """Whether the chunk of an event takes long: it repeats the prompt, or has the scores of many tokens."""
-        if not isinstance(event, TextDelta):
-            return False
-        repeats = prompt.echo is not None and not self._choices[prompt.first + event.index].is_started
-        return repeats or len(event.logprobs) > SLICE
+    def _chunks(
+        self, prompt: Prompt, events: Sequence[Event], encoded: Mapping[int, dict[str, JsonList]]
+    ) -> list[dict[str, Any]]:
+        """`encoded`: log-probabilities of events by their place, where they have been encoded already."""
+        choices: list[dict[str, Any]] = []
+        for k, event in enumerate(events):
+            index = self._take(prompt, event)
+            if isinstance(event, TextDelta):
+                delta = self._delta(prompt, index, event, encoded.get(k))
+                choices += [] if delta is None else [delta]
+                continue
+            if not choices:
+                choices.append({"index": index, "text": "", "logprobs": None})
+            choices[-1] |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
+        return [self._envelope([choice], choice["index"]) for choice in choices]
 
-    async def long_chunks(self, prompt: Prompt, event: TextDelta) -> list[dict[str, Any]]:
+    def is_long(self, prompt: Prompt, events: Sequence[Event]) -> bool:
+        """Whether the chunks of events take long: they repeat the prompt, or have the scores of many tokens."""
+        texts = (event for event in events if isinstance(event, TextDelta))
+        return any(self._repeats(prompt, event) or len(event.logprobs) > SLICE for event in texts)
+
+    async def long_chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
         """As `chunks`, in slices."""
         await self._turns.rest()
-        index = self._take(prompt, event)
-        echo = self._start(prompt, index)
-        if not self._shape.wants_logprobs:
-            return self._delta_chunks(prompt, index, event, echo)
-        writer, offset = self._shape.writer, self._choices[index].offset
-        made = CompletionLogprobs(writer, offset) if echo is None else self._echo_logprobs(prompt)
-        await made.extend(event.logprobs, event.token_ids, self._turns)
-        return self._delta_chunks(prompt, index, event, echo, made.lists())
+        encoded: dict[int, dict[str, JsonList]] = {}
+        for k, event in enumerate(events):
+            if isinstance(event, TextDelta) and self._shape.wants_logprobs:
+                starts = not encoded and self._repeats(prompt, event)
+                made = self._echo_logprobs(prompt) if starts else CompletionLogprobs(self._shape.writer)
+                await made.extend(event.logprobs, event.token_ids, _behind_echo(prompt, event), self._turns)
+                encoded[k] = made.lists()
+        return self._chunks(prompt, events, encoded)
+
+    def _repeats(self, prompt: Prompt, event: TextDelta) -> bool:
+        """Whether echo puts the prompt in front of the event."""
+        return prompt.echo is not None and not self._choices[prompt.first + event.index].is_started
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """The usage chunk, where it was asked for."""
         usage = self._totals.body(self._shape.shows_cached)
         return [{**self._envelope([], None), "usage": usage}] if self._shape.include_usage else []
 
-    def fold(self, prompt: Prompt, event: Event) -> None:
-        index = self._take(prompt, event)
-        if isinstance(event, TextDelta):
-            self._start(prompt, index)
-            self._choices[index].text.append(event.text)
+    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None:
+        for event in events:
+            index = self._take(prompt, event)
+            if isinstance(event, TextDelta):
+                self._start(prompt, index)
+                self._choices[index].text.append(event.text)
 
     async def whole(self) -> list[bytes]:
         """Pieces of the answer that the folded events make, as JSON."""
@@ -130,8 +154,8 @@ class CompletionWriter:
             await self._turns.rest()
             choice = encode_pieces(await self._whole_choice(index))
             pieces += [b",", *choice] if index else choice
-        usage = msgspec.json.encode({"usage": self._totals.body(self._shape.shows_cached)})
-        return [*pieces, b"]," + usage[1:]]
+        tail = {"usage": self._totals.body(self._shape.shows_cached), "system_fingerprint": None}
+        return [*pieces, b"]," + msgspec.json.encode(tail)[1:]]
 
     def _take(self, prompt: Prompt, event: Event) -> int:
         index = prompt.first + event.index
@@ -139,6 +163,7 @@ class CompletionWriter:
         if isinstance(event, TextDelta):
             choice.tokens += event.token_ids
             choice.logprobs += event.logprobs
+            choice.offsets += _behind_echo(prompt, event)
             self._totals.completion += len(event.token_ids)
         else:
             choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
@@ -153,21 +178,21 @@ class CompletionWriter:
         choice.text.append(prompt.echo)
         return prompt.echo
 
-    def _delta_chunks(
-        self, prompt: Prompt, index: int, event: TextDelta, echo: str | None, logprobs: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
-        """The chunk of new text, if there is any; `logprobs` where they have been encoded already."""
-        text = (echo or "") + event.text
+    def _delta(
+        self, prompt: Prompt, index: int, event: TextDelta, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """The choice of a chunk with new text, if there is any; `logprobs` where they have been encoded already."""
+        text = (self._start(prompt, index) or "") + event.text
         if not text and not event.token_ids:
-            return []
-        choice = self._choices[index]
+            return None
+        is_first = len(self._choices[index].tokens) == len(event.token_ids)
         if self._shape.wants_logprobs and logprobs is None:
-            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, choice.offset)
-        choice.offset += len(text)
+            offsets = _behind_echo(prompt, event)
+            logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, offsets)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
         if self._shape.wants_ids:
-            chunk["token_ids"] = event.token_ids
-        return [self._envelope([chunk], index)]
+            chunk |= {"token_ids": event.token_ids, "prompt_token_ids": prompt.ids.tolist() if is_first else None}
+        return chunk
 
     async def _whole_choice(self, index: int) -> dict[str, Any]:
         choice, prompt = self._choices[index], self._prompts[index // self._n]
@@ -184,7 +209,7 @@ class CompletionWriter:
         if not self._shape.wants_logprobs:
             return None
         made = self._echo_logprobs(prompt)
-        await made.extend(choice.logprobs, choice.tokens, self._turns)
+        await made.extend(choice.logprobs, choice.tokens, choice.offsets, self._turns)
         return made.lists()
 
     def _echo_logprobs(self, prompt: Prompt) -> CompletionLogprobs:
@@ -213,3 +238,9 @@ class CompletionWriter:
         return Totals(len(prompt.ids), len(self._choices[index].tokens), prompt.info.num_cached_tokens).body(
             self._shape.shows_cached
         )
+
+
+def _behind_echo(prompt: Prompt, event: TextDelta) -> list[int]:
+    """Characters before each token of a delta, those of an echoed prompt among them."""
+    begin = len(prompt.echo or "")
+    return [begin + offset for offset in event.offsets]

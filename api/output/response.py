@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -21,7 +21,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fuseline.api.errors import ApiError, to_api_error
-from fuseline.api.output.events import Event, Prompt, PromptInfo, TextDelta
+from fuseline.api.output.beam import BeamSearch
+from fuseline.api.output.events import Event, Prompt, PromptInfo
+from fuseline.api.output.framing import OPENAI, Framing
 from fuseline.api.output.generation import Generation
 from fuseline.api.output.logprobs import encode_pieces
 from fuseline.api.output.outbox import WRITE_BYTES, Outbox
@@ -29,15 +31,14 @@ from fuseline.api.output.pace import Turns
 from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
-DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-PromptSink = Callable[[Prompt, Event], Awaitable[None] | None]
+PromptSink = Callable[[Prompt, Sequence[Event]], Awaitable[None] | None]
 """A Sink of Generation for several prompts."""
-Run = tuple[Prompt, Callable[[], Generation]]
+Run = tuple[Prompt, Callable[[], Generation | BeamSearch]]
 """A prompt and what makes its way through the engine, called when its turn comes."""
 
 
@@ -46,17 +47,23 @@ class Writer(Protocol):
 
     async def open(self, prompt: Prompt, info: PromptInfo) -> None: ...
 
-    def fold(self, prompt: Prompt, event: Event) -> None: ...
+    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None: ...
 
-    def chunks(self, prompt: Prompt, event: Event) -> list[dict[str, Any]]: ...
-
-    def is_long(self, prompt: Prompt, event: Event) -> bool: ...
-
-    async def long_chunks(self, prompt: Prompt, event: TextDelta) -> list[dict[str, Any]]: ...
+    def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """Chunks of the events of one output. A choice's end goes with the last of its text."""
 
     def last_chunks(self) -> list[dict[str, Any]]: ...
 
     async def whole(self) -> list[bytes]: ...
+
+
+@runtime_checkable
+class SlicedWriter(Writer, Protocol):
+    """A writer of OpenAI's chunks that can make long ones in slices."""
+
+    def is_long(self, prompt: Prompt, events: Sequence[Event]) -> bool: ...
+
+    async def long_chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]: ...
 
 
 class Answer(Response):
@@ -69,11 +76,18 @@ class Answer(Response):
         writer: Writer,
         held: AbstractContextManager,
         keep_alive: float | None,
+        is_one_event: bool = False,
+        framing: Framing = OPENAI,
+        *,
         turns: Turns,
     ) -> None:
-        """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole."""
+        """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole. A stream of
+        `is_one_event` is the whole answer as its one event.
+        """
         super().__init__()
+        self._is_one_event, self._framing = is_one_event, framing
         self._client, self._runs, self._writer, self._held = client, runs, writer, held
+        self._sliced = writer if isinstance(writer, SlicedWriter) else None
         self._keep_alive, self._turns = keep_alive, turns
         self._has_begun = False
 
@@ -107,27 +121,33 @@ class Answer(Response):
     async def _fill(self, outbox: Outbox) -> None:
         """Every chunk as a server-sent event. An error is the last one, or refuses the request if it comes first."""
 
-        def add(prompt: Prompt, event: Event) -> Awaitable[None] | None:
-            if self._writer.is_long(prompt, event):
-                return self._add_long(outbox, prompt, event)
-            for chunk in self._writer.chunks(prompt, event):
-                outbox.add(sse(chunk))
+        write = self._framing.write
+
+        def add(prompt: Prompt, events: Sequence[Event]) -> Awaitable[None] | None:
+            if self._sliced is not None and self._sliced.is_long(prompt, events):
+                return self._add_long(outbox, self._sliced.long_chunks(prompt, events))
+            for chunk in self._writer.chunks(prompt, events):
+                outbox.add(write(chunk))
             return None
 
         try:
-            await self._generate(add)
-            for chunk in self._writer.last_chunks():
-                outbox.add(sse(chunk))
+            if self._is_one_event:
+                await self._generate(self._writer.fold)
+                outbox.add(b"data: ", *await self._writer.whole(), b"\n\n")
+            else:
+                await self._generate(add)
+                for chunk in self._writer.last_chunks():
+                    outbox.add(write(chunk))
         except Exception as error:
             if not outbox.has_begun:
                 outbox.fail(error)
                 return
-            outbox.add(sse(_failure(error).body()))
-        outbox.add(DONE)
+            outbox.add(write(self._framing.failure(_failure(error))))
+        outbox.add(self._framing.end)
         outbox.close()
 
-    async def _add_long(self, outbox: Outbox, prompt: Prompt, event: TextDelta) -> None:
-        for chunk in await self._writer.long_chunks(prompt, event):
+    async def _add_long(self, outbox: Outbox, chunks: Awaitable[list[dict[str, Any]]]) -> None:
+        for chunk in await chunks:
             outbox.add(b"data: ", *encode_pieces(chunk), b"\n\n")
 
     async def _generate(self, sink: PromptSink) -> None:
@@ -178,10 +198,6 @@ def _failure(error: Exception) -> ApiError:
     if mapped.code == "internal_error" and not isinstance(error, ApiError):
         LOG.exception("error in a stream", exc_info=error)
     return mapped
-
-
-def sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def json_response(body: Any) -> Response:

@@ -17,8 +17,8 @@ class StopStrings:
         self._held = 0  # characters at the end of the tail that are not out yet
 
     def feed(self, text: str, is_checked: bool = True) -> tuple[str, str | None]:
-        """(text to show, the stop string that was found)."""
-        if not self._stops:
+        """(text to show, the stop string that `text` completes)."""
+        if not self._stops or not text:
             return text, None
         whole = self._tail + text
         out_from = len(self._tail) - self._held
@@ -38,10 +38,9 @@ class StopStrings:
         return held
 
     def _find(self, text: str) -> tuple[str, int] | None:
-        """The match that ends the text first; among equals the one listed first."""
-        hits = [(text.find(stop), stop) for stop in self._stops]
-        hits = [(at, stop) for at, stop in hits if at >= 0]
-        if not hits:
-            return None
-        at, stop = min(hits, key=lambda hit: hit[0])
-        return stop, at
+        """The first listed stop string that ends behind the tail: what ends before was searched, or not to be."""
+        for stop in self._stops:
+            at = text.find(stop, max(len(self._tail) - len(stop) + 1, 0))
+            if at >= 0:
+                return stop, at
+        return None

@@ -1,4 +1,4 @@
-"""Conversations to prompt text: sandboxed Jinja, compiled once, and the options of a request (SPEC 5, 11)."""
+"""Conversations to prompt text: which template, which variables, and an answer that is begun (SPEC 5, 11)."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import bad_request
-from fuseline.api.prompt.encode import read_text
+from fuseline.api.prompt.control_tokens import ControlTokens, Spans
+from fuseline.api.prompt.encode import TextTokenizer, read_text
+from fuseline.api.prompt.template import ChatTemplate
 
 REFUSED_VARIABLES = ("chat_template", "tokenize")
 """Names in chat_template_kwargs that would change how the server renders, not what the template sees."""
 SWITCHES = ("add_generation_prompt", "continue_final_message")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning; templates read the first, those of gpt-oss the second."""
+END = "\ue003end of the last message\ue003"
+"""Stands behind the text of a message that is continued while it is rendered."""
 
 
 @dataclass(frozen=True)
@@ -32,38 +31,98 @@ class RenderedChat:
     text: str
     opens_answer: bool
     """The prompt ends with the beginning of an answer; otherwise the last message is continued or simply ends."""
+    literals: Spans = ()
+    """Where the text spells control tokens that the conversation, and not the template, has written."""
+    last_text: str = ""
+    """Text of the last message."""
 
 
 class ChatRenderer:
-    """The conversations of one server as prompt text."""
+    """The conversations of one server as prompt text. Raises ConfigError for a template that does not parse."""
 
-    def __init__(self, config: ServerConfig, template: ChatTemplate | None, special_tokens: Mapping[str, str]) -> None:
-        self._template = template
-        self._special_tokens = special_tokens
+    def __init__(
+        self, config: ServerConfig, template: str | None, named: Mapping[str, str], tokenizer: TextTokenizer | None
+    ) -> None:
+        """`named`: templates of the checkpoint beside the server's own."""
+        self._config, self._named, self._tokenizer = config, named, tokenizer
         self._defaults = dict(config.default_chat_template_kwargs)
-        self._max_bytes = config.max_prompt_bytes
+        self._compiled: dict[str, tuple[ChatTemplate, ControlTokens]] = {}
+        self._text = template
+        self.template = self._compile(template)[0] if template else None
+        """The server's own."""
 
     def render(self, fields: Any) -> RenderedChat:
         """The prompt of a request with ChatFields. Raises ApiError 400."""
-        variables = self._variables(fields)
-        adds, continues = (bool(variables[name]) for name in SWITCHES)
-        messages = prepare_messages([message.model_dump(exclude_none=True) for message in fields.messages])
-        text = self._template.render(messages, variables, self._max_bytes)
-        return RenderedChat(_cut_after_last(text, messages[-1]) if continues else text, adds and not continues)
-
-    def _variables(self, fields: Any) -> dict[str, Any]:
-        """Variables of the template beside the messages."""
         self._check(fields)
-        own = fields.chat_template_kwargs or {}
-        chosen = getattr(fields, "tool_choice", None)
-        return {
-            **self._special_tokens,
-            "tools": getattr(fields, "tools", None) if chosen != "none" else None,
-            "documents": getattr(fields, "documents", None),
-            **self._defaults,
-            **own,
-            **self._switches(fields, own),
-        }
+        kwargs = fields.chat_template_kwargs or {}
+        switches = self._switches(fields, kwargs)
+        template, controls = self._choose(fields)
+        messages = template.shape(prepare_messages([m.model_dump(exclude_none=True) for m in fields.messages]))
+        continues = switches["continue_final_message"]
+        if continues and not fields.messages[-1].content and fields.messages[-1].content != "":
+            raise bad_request("continue_final_message needs a last message with text", "continue_final_message")
+        own = self._own_variables(fields, kwargs)
+        common = {**(self._tokenizer.special_tokens if self._tokenizer else {}), **self._defaults}
+
+        def draw(messages: list[dict[str, Any]], own: Mapping[str, Any]) -> str:
+            return self._draw(template, messages, {**common, **own, **switches}, continues)
+
+        text, literals = draw(messages, own), ()
+        if marked := controls.mark(messages, own):
+            text, literals = controls.find(text, draw(*marked))
+        opens = switches["add_generation_prompt"] and not continues
+        return RenderedChat(text, opens, literals, _text_of(messages[-1]))
+
+    def _draw(
+        self, template: ChatTemplate, messages: list[dict[str, Any]], variables: Mapping[str, Any], continues: bool
+    ) -> str:
+        if not continues:
+            return template.render(messages, variables, self._config.max_prompt_bytes)
+        begun, last = _with_end(messages[-1])
+        text = template.render([*messages[:-1], last], variables, self._config.max_prompt_bytes + len(END))
+        return _cut(text, begun)
+
+    def _own_variables(self, fields: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of the template that the request gives."""
+        effort = getattr(fields, "reasoning_effort", None)
+        found: dict[str, Any] = {"tools": self._tools(fields), "documents": getattr(fields, "documents", None)}
+        if effort is not None:
+            found["reasoning_effort"] = effort
+            if effort == "none":
+                found["enable_thinking"] = False
+        return {**found, **kwargs}
+
+    def _tools(self, fields: Any) -> list[dict[str, Any]] | None:
+        hides = self._config.exclude_tools_when_tool_choice_none and getattr(fields, "tool_choice", None) == "none"
+        return None if hides else getattr(fields, "tools", None)
+
+    def _choose(self, fields: Any) -> tuple[ChatTemplate, ControlTokens]:
+        """The request's template, by its name or its text; else that for tools where it has any; else the server's."""
+        asked = fields.chat_template
+        if asked is not None and asked not in self._named:
+            try:
+                return self._build(asked)  # not kept: others are as many as requests
+            except ConfigError as error:
+                raise bad_request(f"chat_template: {error}", "chat_template") from error
+        if asked is None and not self._config.chat_template and self._tools(fields) and "tool_use" in self._named:
+            asked = "tool_use"
+        try:
+            return self._compile(self._text if asked is None else self._named[asked])
+        except ConfigError as error:
+            raise bad_request(f"the template {asked}: {error}", "chat_template") from error
+
+    def _compile(self, text: str) -> tuple[ChatTemplate, ControlTokens]:
+        if text not in self._compiled:
+            self._compiled[text] = self._build(text)
+        return self._compiled[text]
+
+    def _build(self, text: str) -> tuple[ChatTemplate, ControlTokens]:
+        template = ChatTemplate(text, self._config.chat_template_content_format)
+        added = self._tokenizer.added_tokens if self._tokenizer else {}
+        listed = self._tokenizer.control_tokens if self._tokenizer else None
+        written = template.literals if listed is None else "\0".join(listed)
+        markers = [name for name, is_special in added.items() if not is_special and name.strip() and name in written]
+        return template, ControlTokens([name for name, is_special in added.items() if is_special], markers)
 
     def _check(self, fields: Any) -> None:
         if not fields.messages:
@@ -72,12 +131,14 @@ class ChatRenderer:
             if name in (fields.chat_template_kwargs or ()):
                 where = f"chat_template_kwargs.{name}"
                 raise bad_request(f"{where} is not accepted in requests by this server", where)
-        if fields.chat_template is not None:
+        asked = fields.chat_template
+        if asked is not None and asked not in self._named and not self._config.trust_request_chat_template:
             raise bad_request(
-                "chat_template is not accepted in requests by this server; start it with --chat-template",
+                "chat_template is not accepted in requests by this server; start it with --chat-template, or with "
+                "--trust-request-chat-template",
                 "chat_template",
             )
-        if self._template is None:
+        if asked is None and self.template is None:
             raise bad_request(
                 "the model has no chat template: start the server with --chat-template, or use /v1/completions",
                 "messages",
@@ -102,122 +163,35 @@ class ChatRenderer:
         return found
 
 
-def _cut_after_last(text: str, message: dict[str, Any]) -> str:
-    """Leaves the last message open: the text up to the end of its content."""
-    content = message.get("content")
-    if not isinstance(content, str) or not content.strip():
-        raise bad_request("continue_final_message needs a last message with text", "continue_final_message")
-    found = text.rfind(content.strip())
-    if found < 0:
-        raise bad_request(
-            "continue_final_message: the template changes the last message's text, so it cannot be continued",
-            "continue_final_message",
-        )
-    return text[: found + len(content.strip())]
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-class _CodeGenerator(CodeGenerator):
-    """Evaluates no expression of the template: a constant one can take time and memory without end ('x' * 10**10)."""
-
-    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
-        if not isinstance(node, nodes.TemplateData):
-            raise nodes.Impossible
-        return super()._output_child_to_const(node, frame, finalize)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    code_generator_class = _CodeGenerator
+def _with_end(message: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The text that is continued, and the message with END behind it."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content, {**message, "content": content + END}
+    *parts, last = content
+    return last["text"], {**message, "content": [*parts, {**last, "text": last["text"] + END}]}
 
 
-def environment() -> ImmutableSandboxedEnvironment:
-    env = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], optimized=False)
-    env.filters["tojson"] = _to_json
-    env.globals["raise_exception"] = _raise
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env
+def _cut(text: str, begun: str) -> str:
+    """The prompt up to the end of the text that is continued, which stays as it is to the letter.
 
-
-def _to_json(value: Any, indent: int | None = None, **kwargs: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **kwargs)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-class ChatTemplate:
-    """One compiled template. Raises ConfigError for one that does not parse."""
-
-    def __init__(self, text: str, content_format: str = "auto") -> None:
-        env = environment()
-        try:
-            self._template = env.from_string(text)
-            detected = detect_content_format(env, text)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"the chat template does not parse: {error}") from error
-        except (SyntaxError, RecursionError, MemoryError) as error:  # of the Python that a template becomes
-            message = f"the chat template is nested too deeply or too large to be compiled ({error})"
-            raise ConfigError(message) from error
-        self.content_format = detected if content_format == "auto" else content_format
-
-    def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], max_bytes: int) -> str:
-        """`variables` of any names, which never replace the messages. Raises ApiError 400 in the template's words."""
-        shaped = [self._shape(message, k) for k, message in enumerate(messages)]
-        pieces, left = [], max_bytes
-        try:
-            for piece in self._template.generate({**variables, "messages": shaped}):
-                pieces.append(piece)
-                left -= len(piece) if piece.isascii() else len(piece.encode(errors="replace"))
-                if left < 0:
-                    raise bad_request(
-                        f"the chat template renders more than {max_bytes} bytes (--max-prompt-bytes)", "messages"
-                    )
-        except jinja2.TemplateError as error:
-            raise bad_request(f"the chat template refused the messages: {error}", "messages") from error
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise bad_request(f"the chat template failed: {type(error).__name__}: {error}", "messages") from error
-        return "".join(pieces)
-
-    def _shape(self, message: dict[str, Any], index: int) -> dict[str, Any]:
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [_text_part(part, f"messages[{index}].content[{k}]") for k, part in enumerate(content)]
-            if self.content_format == "openai":
-                return {**message, "content": [{"type": "text", "text": text} for text in parts]}
-            return {**message, "content": "\n".join(parts)}
-        if self.content_format == "openai" and isinstance(content, str):
-            return {**message, "content": [{"type": "text", "text": content}]}
-        return {**message, "content": content if content is not None else ""}
-
-
-def _text_part(part: Any, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict):
-        raise bad_request(f"{where} is neither text nor an object", where)
-    kind = part.get("type") or next(
-        (k for k in ("text", "image_url", "audio_url", "video_url", "input_audio") if k in part), None
+    What a template trims of it at its beginning comes back; END guards the other side.
+    """
+    text, found, _ = text.rpartition(END)
+    trimmed = begun.lstrip()
+    if found and text.endswith(begun):
+        return text
+    if found and text.endswith(trimmed):
+        return text[: len(text) - len(trimmed)] + begun
+    raise bad_request(
+        "continue_final_message: the template changes the last message's text, so it cannot be continued",
+        "continue_final_message",
     )
-    if kind is None:
-        raise bad_request("Missing 'type' field in multimodal part.", where)
-    if kind in ("text", "refusal"):
-        return str(part.get("text") or part.get("refusal") or "")
-    raise bad_request(f"{where}: content of type {kind!r} is not supported by this model, which takes text only", where)
-
-
-def detect_content_format(env: jinja2.Environment, text: str) -> str:
-    """openai when the template loops over a message's content, else string."""
-    tree = env.parse(text)
-    for loop in tree.find_all(nodes.For):
-        if any(_is_content(node) for node in [loop.iter, *loop.iter.find_all((nodes.Getattr, nodes.Getitem))]):
-            return "openai"
-    return "string"
-
-
-def _is_content(node: nodes.Node) -> bool:
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "content"
-    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
 
 
 def template_text(flag: str, own: str | dict[str, str] | None) -> str | None:
@@ -238,20 +212,36 @@ def template_text(flag: str, own: str | dict[str, str] | None) -> str | None:
         raise ConfigError(f"--chat-template holds an escape sequence that stands for no character: {error}") from error
 
 
+def named_templates(tokenizer: TextTokenizer | None) -> dict[str, str]:
+    """The checkpoint's templates by name, where it has several."""
+    own = tokenizer.chat_template if tokenizer else None
+    return own if isinstance(own, dict) else {}
+
+
 def prepare_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Arguments of earlier tool calls become objects, as templates expect."""
+    """Earlier turns as templates expect them: arguments of tool calls are objects, no calls are no key."""
     for k, message in enumerate(messages):
+        if message.get("tool_calls") == []:
+            del message["tool_calls"]
         calls = message.get("tool_calls") or []
         for j, call in enumerate(calls if isinstance(calls, list) else [calls]):
-            function = call.get("function") or {} if isinstance(call, dict) else None
-            if not isinstance(function, dict):
-                where = f"messages[{k}].tool_calls[{j}]"
-                raise bad_request(f"{where} is no object with a function object", where)
-            arguments = function.get("arguments")
-            if isinstance(arguments, str):
-                where = f"messages[{k}].tool_calls[{j}].function.arguments"
-                try:
-                    call["function"]["arguments"] = json.loads(arguments or "{}")
-                except ValueError as error:
-                    raise bad_request(f"{where} is no valid JSON", where) from error
+            _parse_arguments(call, f"messages[{k}].tool_calls[{j}]")
+        reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+        if reasoning is not None:
+            message |= {"thinking": reasoning, **message, "reasoning_content": reasoning}
     return messages
+
+
+def _parse_arguments(call: Any, where: str) -> None:
+    function = call.get("function") or {} if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise bad_request(f"{where} is no object with a function object", where)
+    arguments = function.get("arguments")
+    if arguments is None and function:
+        function["arguments"] = {}
+    elif isinstance(arguments, str):
+        where = f"{where}.function.arguments"
+        try:
+            function["arguments"] = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise bad_request(f"{where} is no valid JSON", where) from error

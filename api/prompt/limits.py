@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fuseline.api.config import ServerConfig
@@ -10,6 +10,19 @@ from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.engine.messages import EngineReady
+
+MAX_NAMED = 20
+"""Token ids that an error lists."""
+
+
+def check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+    """Raises ApiError 400 for token ids out of the vocabulary; all of them are named."""
+    wrong = list(dict.fromkeys(token for token in ids if not 0 <= token < vocab_size))
+    if wrong:
+        shown = ", ".join(map(str, wrong[:MAX_NAMED])) + (", ..." if len(wrong) > MAX_NAMED else "")
+        words = f"Token id {shown} is" if len(wrong) == 1 else f"Token ids {shown} are"
+        message = f"{param}: {words} out of vocabulary, which has {vocab_size} tokens (0 to {vocab_size - 1})"
+        raise bad_request(message, param)
 
 
 class Limits:
@@ -38,8 +51,8 @@ class Limits:
         if fields.get("truncate_prompt_tokens") is None:
             for ids in prompts:
                 self._check_fits(len(ids) if isinstance(ids, list) else 0)
-        n = fields.get("n")
-        self._check_rules(fields, len(prompts) * (n if isinstance(n, int) else 1))
+        most = max(n if isinstance(n := fields.get(name), int) else 1 for name in ("n", "best_of"))
+        self._check_rules(fields, len(prompts) * most)
 
     def _check_rules(self, fields: Mapping[str, Any], num_sequences: int) -> None:
         stops = fields.get("stop")
@@ -47,7 +60,7 @@ class Limits:
             most = self._config.max_stop_strings
             raise bad_request(f"stop: at most {most} stop strings are allowed (--max-stop-strings)", "stop")
         left = self._config.max_token_rules
-        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids", "bad_words"):
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids", "bad_words", "logprob_token_ids"):
             rules = fields.get(name)
             left -= num_sequences * len(rules) if isinstance(rules, list | dict) else 0
             if left < 0:
@@ -55,43 +68,53 @@ class Limits:
                 words = f"{name}: at most {most} entries for all prompts and choices are allowed (--max-token-rules)"
                 raise bad_request(words, name)
 
-    def check_text(self, text: str) -> None:
+    def check_text(self, text: str, param: str = "prompt") -> None:
         """Refuses a text that must be longer than the context, before it is encoded."""
         fewest = self._tokenizer.fewest_tokens(text) if self._tokenizer and len(text) > self.context else 0
-        self._check_fits(fewest, "at least ")
+        self._check_fits(fewest, "at least ", param)
 
-    def _check_fits(self, num_prompt: int, about: str = "", must_leave_one: bool = False) -> None:
+    def _check_fits(
+        self, num_prompt: int, about: str = "", param: str = "prompt", must_leave_one: bool = False
+    ) -> None:
         if num_prompt + must_leave_one > self.context:
             raise bad_request(
                 f"This model's maximum context length is {self.context} tokens, but the prompt has "
                 f"{about}{num_prompt}. Please shorten the prompt.",
-                "prompt", "context_length_exceeded",
+                param, "context_length_exceeded",
             )  # fmt: skip
 
     def check_prompt(self, ids: Sequence[int], param: str = "prompt") -> None:
         if not ids:
             raise bad_request("Prompt cannot be empty", param)
         if min(ids) < 0 or max(ids) >= self.vocab:
-            wrong = next(token for token in ids if not 0 <= token < self.vocab)
-            raise bad_request(f"Token id {wrong} is out of vocabulary", param)
+            self.check_ids(ids, param)
 
-    def max_tokens(self, num_prompt: int, asked: int | None, cap: int | None) -> int:
-        """Tokens that may be generated; `cap` is the server's own. Refuses a prompt and an ask that do not fit."""
-        self._check_fits(num_prompt, must_leave_one=asked != 0)
+    def check_ids(self, ids: Iterable[int], param: str) -> None:
+        """Refuses token ids that the model has not."""
+        check_ids(ids, self.vocab, param)
+
+    def max_tokens(self, num_prompt: int, asked: int | None, cap: int | None, names: tuple[str, str]) -> int:
+        """Tokens that may be generated; `cap` is the server's own. Refuses a prompt and an ask that do not fit.
+
+        `names`: the client's fields of the prompt and of what is asked.
+        """
+        prompt_name, asked_name = names
+        self._check_fits(num_prompt, "", prompt_name, must_leave_one=asked != 0)
         if asked is not None and num_prompt + asked > self.context:
             raise bad_request(
                 f"This model's maximum context length is {self.context} tokens. However, you requested "
                 f"{num_prompt + asked} tokens ({num_prompt} in the prompt, {asked} in the completion). "
                 "Please reduce the length of the prompt or the completion.",
-                "max_tokens", "context_length_exceeded",
+                asked_name, "context_length_exceeded",
             )  # fmt: skip
         limits = [self.context - num_prompt, asked, cap]
         return min(limit for limit in limits if limit is not None)
 
-    def truncate(self, ids: Sequence[int], keep: int | None) -> Sequence[int]:
-        """The last `keep` tokens; -1 keeps what fits the context."""
+    def kept(self, num_tokens: int, request: GenerateRequest) -> slice:
+        """The tokens that truncate_prompt_tokens keeps, by default the last ones; -1 keeps what fits the context."""
+        keep = request.truncate_prompt_tokens
         if keep is None:
-            return ids
+            return slice(0, num_tokens)
         if keep == -1:
             keep = self.context
         if keep < 1:
@@ -103,7 +126,9 @@ class Limits:
                 f"truncate_prompt_tokens ({keep}) is above the context length ({self.context})",
                 "truncate_prompt_tokens",
             )
-        return ids[-keep:]
+        if request.truncation_side == "right":
+            return slice(0, min(keep, num_tokens))
+        return slice(max(num_tokens - keep, 0), num_tokens)
 
     def check_stops(self, request: GenerateRequest) -> None:
         stops = request.stops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from array import array
 from collections.abc import Callable
@@ -16,21 +17,28 @@ from pydantic import BaseModel
 from fuseline.api.admission import Admission
 from fuseline.api.config import JsonObject, ServerConfig
 from fuseline.api.errors import ApiError, bad_request, to_api_error
-from fuseline.api.prompt.chat import ChatRenderer, ChatTemplate, RenderedChat
+from fuseline.api.prompt import from_anthropic, from_responses
+from fuseline.api.prompt.chat import ChatRenderer, RenderedChat, named_templates
+from fuseline.api.prompt.completion_prompt import CompletionPrompts
 from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.field_checks import check_request
 from fuseline.api.prompt.limits import Limits
-from fuseline.api.prompt.parse import validate
-from fuseline.api.prompt.prepared import AnswerOptions, Prepared, PreparedPrompt, Refused, Reply, Written
-from fuseline.api.prompt.sampling import SamplingBuilder, refuse_unsupported
+from fuseline.api.prompt.parse import renamed_fields, validate
+from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
+from fuseline.api.prompt.sampling import SamplingBuilder
 from fuseline.api.prompt.token_routes import detokenize, tokenize
+from fuseline.api.prompt.tool_grammar import thinking_of, with_grammar
+from fuseline.api.prompt.tools import parse_options, read_tools
+from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.api.protocol.completion import CompletionRequest
 from fuseline.api.protocol.json_body import parse_object
+from fuseline.api.protocol.responses import ResponsesRequest
 from fuseline.engine.messages import EngineReady
 
 LOG = logging.getLogger("fuseline.prompts")
-Kind = Literal["chat", "completion", "tokenize", "detokenize"]
+Kind = Literal["chat", "completion", "responses", "messages", "count_tokens", "tokenize", "detokenize"]
 MAX_UNKNOWN = 20
 """Names of unknown fields that a warning lists."""
 
@@ -52,17 +60,19 @@ class Preparer:
 
     def __init__(self, settings: PromptSettings, tokenizer: TextTokenizer | None) -> None:
         config = settings.config
-        text = settings.template
-        template = ChatTemplate(text, config.chat_template_content_format) if text else None
         self._config = config
         self._tokenizer = tokenizer
         self._admission = Admission(config)
         self.limits = Limits(config, settings.ready, tokenizer)
-        self._renderer = ChatRenderer(config, template, tokenizer.special_tokens if tokenizer else {})
+        self._prompts = CompletionPrompts(tokenizer, self.limits)
+        self.renderer = ChatRenderer(config, settings.template, named_templates(tokenizer), tokenizer)
         self._sampling = SamplingBuilder(config, settings.ready, tokenizer, self.limits, dict(settings.defaults))
         self._steps: dict[Kind, tuple[type[BaseModel], Callable[[Any], Reply]]] = {
             "chat": (ChatRequest, self._chat),
             "completion": (CompletionRequest, self._completion),
+            "responses": (ResponsesRequest, self._responses),
+            "messages": (MessagesRequest, self._messages),
+            "count_tokens": (CountTokensRequest, self._count_tokens),
             "tokenize": (TokenizeRequest, self._tokenize),
             "detokenize": (DetokenizeRequest, partial(detokenize, self._need_tokenizer, settings.ready.vocab_size)),
         }
@@ -87,88 +97,126 @@ class Preparer:
         self.limits.check_sizes(fields)
         body = validate(fields, body_class)
         self.limits.check_model(body.model)
-        unknown = tuple(sorted(name[:100] for name in islice(body.model_extra or (), MAX_UNKNOWN)))
+        unknown = _unknown_fields(body)
+        if unknown and self._config.strict_requests:
+            message = f"unknown fields: {', '.join(unknown)} (this server takes known ones only: --strict-requests)"
+            raise bad_request(message, unknown[0], "unknown_parameter")
         return replace(step(body), unknown=unknown)
 
     def _completion(self, body: CompletionRequest) -> Prepared:
-        refuse_unsupported(body)
-        _check_completion(body)
+        check_request(body, self._config)
         texts = _as_list(body.prompt)
         self._admission.check(body, len(texts))
         prompts = tuple(self._completion_prompt(body, text) for text in texts)
         params = self._sampling.build(body, body.logprobs, prompts[0].max_tokens)
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
-            params = replace(params, prompt_logprobs=body.logprobs)
-        return Prepared(prompts, params, replace(_answer(body), num_logprobs=body.logprobs))
+            params = replace(params, prompt_logprobs=params.logprobs)
+        shown = None if body.logprobs is None else params.logprobs
+        answer = _answer(body, is_structured=params.grammar is not None)
+        return Prepared(prompts, params, replace(answer, num_logprobs=shown, is_one_event=_is_ranked(body)))
 
     def _completion_prompt(self, body: CompletionRequest, text: str | list[int]) -> PreparedPrompt:
-        is_text = isinstance(text, str)
-        encoded = self._encode(body, text, body.add_special_tokens is not False) if is_text else text
-        self.limits.check_prompt(encoded)
-        ids = self.limits.truncate(encoded, body.truncate_prompt_tokens)
-        limit = self._sampling.max_tokens(body, len(ids), body.max_tokens)
-        echo = None
-        if body.echo:
-            is_whole = is_text and len(ids) == len(encoded)
-            echo = text if is_whole else self._need_tokenizer().decode(ids, False)
+        ids, echo = self._prompts.encode(body, text)
+        limit = self._sampling.max_tokens(body, len(ids), body.max_tokens, ("prompt", "max_tokens"))
         return PreparedPrompt(array("i", ids).tobytes(), limit, echo)
 
     def _chat(self, body: ChatRequest) -> Prepared:
-        refuse_unsupported(body)
-        _check_chat(body)
+        use = read_tools(body, self._config)
+        check_request(body, self._config)
         self._admission.check(body)
-        self._need_tokenizer()
-        if body.reasoning_effort is not None:  # a variable of the templates that know it
-            body.chat_template_kwargs = {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
-        rendered = self._renderer.render(body)
-        encoded = self._encode(body, rendered.text, bool(body.add_special_tokens))
+        self._need_tokenizer("messages")
+        rendered = self.renderer.render(body)
+        encoded = self._encode(body, rendered)
         self.limits.check_prompt(encoded, "messages")
-        ids = self.limits.truncate(encoded, body.truncate_prompt_tokens)
-        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        limit = self._sampling.max_tokens(body, len(ids), asked)
+        ids = encoded[self.limits.kept(len(encoded), body)]
+        asked_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        limit = self._sampling.max_tokens(body, len(ids), getattr(body, asked_name), ("messages", asked_name))
         top = (body.top_logprobs or 0) if body.logprobs else None
-        params = self._sampling.build(body, top, limit)
+        params = self._sampling.build(body, top, limit, "top_logprobs")
+        if top is not None:
+            top = len(params.logprob_token_ids) + 1 if params.logprob_token_ids else params.logprobs
         prompt = PreparedPrompt(array("i", ids).tobytes(), limit)
         shown = rendered.text if len(ids) == len(encoded) else None
-        return Prepared((prompt,), params, self._chat_answer(body, rendered, top), shown)
+        parse = parse_options(body, use, rendered, self._config)
+        if parse:
+            thinking = thinking_of(body, parse.start, self._config)
+            params = with_grammar(params, use, thinking, self._need_tokenizer())
+        if params.grammar is not None:
+            self._sampling.check_grammar(body)
+        answer = replace(_answer(body, params.grammar is not None), num_logprobs=top, parse=parse)
+        return Prepared((prompt,), params, self._chat_answer(body, rendered, answer), shown)
 
-    def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, top: int | None) -> AnswerOptions:
+    def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, answer: AnswerOptions) -> AnswerOptions:
         last = body.messages[-1]
         role = self._config.response_role if rendered.opens_answer else last.role
-        echo = last.content if body.echo and last.role == role and isinstance(last.content, str) else ""
-        self.limits.check_text(echo)
-        return replace(_answer(body), num_logprobs=top, request_id=body.request_id, role=role, echo=echo)
+        echo = rendered.last_text if body.echo and last.role == role else ""
+        self.limits.check_text(echo, "messages")
+        return replace(answer, role=role, echo=echo)
+
+    def _responses(self, body: ResponsesRequest) -> Prepared:
+        with renamed_fields(from_responses.RENAMED):
+            prepared = self._chat(from_responses.chat_of_responses(body))
+        items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+        kept = items if body.store is not False else None
+        shown = from_responses.shown_fields(body)
+        return replace(prepared, answer=replace(prepared.answer, shown=shown, items=kept))
+
+    def _messages(self, body: MessagesRequest) -> Prepared:
+        with renamed_fields(from_anthropic.RENAMED):
+            return self._chat(from_anthropic.chat_of_messages(body))
+
+    def _count_tokens(self, body: CountTokensRequest) -> Written:
+        with renamed_fields(from_anthropic.RENAMED):
+            chat = from_anthropic.chat_of_messages(body)
+            ids = self._encode(chat, self.renderer.render(chat))
+            return Written([json.dumps({"input_tokens": len(ids)}).encode()])
 
     def _tokenize(self, body: TokenizeRequest) -> Written:
         tokenizer = self._need_tokenizer()
-        return tokenize(body, tokenizer, self._renderer, self.limits.context)
+        return tokenize(body, tokenizer, self.renderer, self.limits.context)
 
-    def _encode(self, body: GenerateRequest, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, body: ChatRequest, rendered: RenderedChat) -> list[int]:
         tokenizer = self._need_tokenizer()
         if body.truncate_prompt_tokens is None:
-            self.limits.check_text(text)
-        return tokenizer.encode(text, add_special_tokens)
+            self.limits.check_text(rendered.text, "messages")
+        return tokenizer.encode_chat(rendered.text, rendered.literals, bool(body.add_special_tokens))
 
-    def _need_tokenizer(self) -> TextTokenizer:
+    def _need_tokenizer(self, param: str = "prompt") -> TextTokenizer:
         if self._tokenizer is None:
-            raise bad_request("this server runs without a tokenizer (--skip-tokenizer-init): send token ids", "prompt")
+            raise bad_request("this server runs without a tokenizer (--skip-tokenizer-init): send token ids", param)
         return self._tokenizer
 
 
-def _answer(body: GenerateRequest) -> AnswerOptions:
+def _answer(body: GenerateRequest, is_structured: bool) -> AnswerOptions:
+    """A grammar alone says where a structured answer ends: stop strings within it are text."""
     options = body.stream_options
+    length_penalty = 1.0 if body.length_penalty is None else body.length_penalty
     return AnswerOptions(
+        n=body.num_choices,
+        beams=BeamOptions(length_penalty) if body.use_beam_search else None,
+        request_id=body.request_id,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
         wants_ids=bool(body.return_token_ids),
         shows_ids=body.return_tokens_as_token_ids,
-        stops=tuple(body.stops),
+        stops=() if is_structured else tuple(body.stops),
         includes_stop=bool(body.include_stop_str_in_output),
         skips_special=body.skip_special_tokens is not False,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
     )
+
+
+def _is_ranked(body: GenerateRequest) -> bool:
+    """Whether choices are picked at the end: best_of, beam search."""
+    return bool(body.use_beam_search) or body.num_generated != body.num_choices
+
+
+def _unknown_fields(body: BaseModel) -> tuple[str, ...]:
+    options = getattr(body, "stream_options", None)
+    names = (*(body.model_extra or ()), *(f"stream_options.{name}" for name in (options and options.model_extra) or ()))
+    return tuple(sorted(name[:100] for name in islice(names, MAX_UNKNOWN)))
 
 
 def _as_list(prompt: str | list) -> list:
@@ -177,25 +225,3 @@ def _as_list(prompt: str | list) -> list:
     if not prompt:
         raise bad_request("Prompt cannot be empty", "prompt")
     return prompt
-
-
-def _check_completion(body: CompletionRequest) -> None:
-    if body.suffix:
-        raise bad_request("suffix is not currently supported", "suffix", "unsupported_value")
-    if body.stream and body.prompt_logprobs:
-        raise bad_request("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
-    if body.max_tokens == 0 and not body.echo:
-        raise bad_request("max_tokens must be at least 1 (0 goes with echo only)", "max_tokens")
-
-
-def _check_chat(body: ChatRequest) -> None:
-    if body.top_logprobs and not body.logprobs:
-        raise bad_request("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
-    if body.stream and body.prompt_logprobs:
-        raise bad_request("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
-    if body.tools is not None and not body.tools:
-        raise bad_request("tools must not be an empty list", "tools")
-    if body.tool_choice not in (None, "none") and not body.tools:
-        raise bad_request("When using `tool_choice`, `tools` must be set.", "tool_choice")
-    if body.tools and body.tool_choice != "none":
-        raise bad_request('tools are not supported yet (tool_choice "none" is)', "tools", "unsupported_value")

@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any, Literal
 
 import msgspec
 
 from fuseline.engine.messages import SamplingParams
 
 
+class BeamOptions(msgspec.Struct, frozen=True):
+    """Beam search in place of sampling. The width is the number of choices."""
+
+    length_penalty: float = 1.0
+    """A hypothesis counts its log-probability over its length, prompt included, to this power."""
+
+
+class ParseOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How reasoning and tool calls are found in the text of an answer."""
+
+    tools: tuple[tuple[str, Any], ...] = ()
+    """(name, schema of its arguments) of each tool; for choice named the one function."""
+    choice: Literal["none", "auto", "required", "named"] = "none"
+    is_parallel: bool = True
+    shows_reasoning: bool = True
+    start: Literal["open", "closed", ""] = ""
+    """Where the prompt leaves the answer: inside of reasoning, behind it, or unknown."""
+
+
 class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Options of the answer, the same for all prompts and choices of a request."""
 
+    n: int = 1
+    """Choices of each prompt that are shown; more may be generated (best_of)."""
+    beams: BeamOptions | None = None
+    parse: ParseOptions | None = None
+    """None where an answer's text is content alone."""
+    shown: dict[str, Any] | None = None
+    """Fields of the request that the answer repeats."""
+    items: list[Any] | None = None
+    """Input of the request, kept for those that go on from the answer."""
     stream: bool = False
+    is_one_event: bool = False
+    """A stream of one event that holds the whole answer: what is chosen at the end has no beginning to send."""
     include_usage: bool = False
     continuous_usage: bool = False
     num_logprobs: int | None = None

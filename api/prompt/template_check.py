@@ -17,7 +17,7 @@ from pathlib import Path
 import fuseline
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError
-from fuseline.api.prompt.chat import ChatTemplate
+from fuseline.api.prompt.template import ChatTemplate
 from fuseline.api.prompt.worker import limit_memory
 from fuseline.api.prompt.worker_process import start_context
 from fuseline.compile.cache.files import CacheError, read_file, write_file
@@ -78,7 +78,8 @@ def _try(sender: Connection, config: ServerConfig, text: str, special_tokens: di
     variables = {**special_tokens, **dict(config.default_chat_template_kwargs), "add_generation_prompt": True}
     problem = ""
     try:
-        ChatTemplate(text, config.chat_template_content_format).render(TRIAL, variables, config.max_prompt_bytes)
+        template = ChatTemplate(text, config.chat_template_content_format)
+        template.render(template.shape(TRIAL), variables, config.max_prompt_bytes)
     except ConfigError as error:
         problem = str(error)
     except (MemoryError, RecursionError):

@@ -59,17 +59,16 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 def _keeps_unknown_text(tokenizer: Tokenizer) -> bool:
     """Every byte of the text ends in some token, and no token stands for several unknown characters."""
     model = tokenizer.model
-    if not isinstance(model, models.BPE) or model.fuse_unk:
+    if not isinstance(model, models.BPE):
         return False
-    if model.unk_token is not None:
-        return True
+    names: list[str] = []
     if _is_byte_level(tokenizer):
         names = pre_tokenizers.ByteLevel.alphabet()
     elif model.byte_fallback:
         names = [f"<0x{byte:02X}>" for byte in range(256)]
-    else:
-        return False
-    return all(model.token_to_id(name) is not None for name in names)
+    if names and all(model.token_to_id(name) is not None for name in names):
+        return True  # nothing is unknown
+    return model.unk_token is not None and not model.fuse_unk
 
 
 def _steps(part: object, inner: str) -> Iterable[dict]:

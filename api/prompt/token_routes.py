@@ -10,6 +10,7 @@ import msgspec
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.chat import ChatRenderer
 from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.limits import check_ids
 from fuseline.api.prompt.prepared import Written
 from fuseline.api.protocol.chat import DetokenizeRequest, TokenizeRequest
 
@@ -23,7 +24,8 @@ def tokenize(body: TokenizeRequest, tokenizer: TextTokenizer, renderer: ChatRend
     if body.prompt is not None:
         ids = tokenizer.encode(body.prompt, body.add_special_tokens is not False)
     else:
-        ids = tokenizer.encode(renderer.render(body).text, bool(body.add_special_tokens))
+        rendered = renderer.render(body)
+        ids = tokenizer.encode_chat(rendered.text, rendered.literals, bool(body.add_special_tokens))
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": context, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = [tokenizer.token_name(token) for token in ids]
@@ -33,10 +35,7 @@ def tokenize(body: TokenizeRequest, tokenizer: TextTokenizer, renderer: ChatRend
 def detokenize(need_tokenizer: Callable[[], TextTokenizer], vocab_size: int, body: DetokenizeRequest) -> Written:
     """`vocab_size`: the model's, which can be above the tokenizer's. Raises ApiError 400."""
     tokenizer = need_tokenizer()
-    top = max(tokenizer.vocab_size, vocab_size)
-    for token in body.tokens:
-        if not 0 <= token < top:
-            raise bad_request(f"Token id {token} is out of vocabulary", "tokens")
+    check_ids(body.tokens, max(tokenizer.vocab_size, vocab_size), "tokens")
     return _written({"prompt": tokenizer.decode(body.tokens, False)})
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.encode import open_tokenizer
 from fuseline.api.prompt.prepare import Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Refused, Reply, Written
 
@@ -41,7 +41,7 @@ def run_worker(connection: socket.socket, settings: PromptSettings, niceness: in
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
     os.nice(niceness)
     config = settings.config
-    tokenizer = None if config.skip_tokenizer_init else TextTokenizer(config.tokenizer_dir)
+    tokenizer = open_tokenizer(config)
     preparer = Preparer(settings, tokenizer)
     if tokenizer is not None:
         _ = tokenizer.bytes_per_token  # computed once, here

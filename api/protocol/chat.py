@@ -36,8 +36,23 @@ class ChatRequest(ChatFields, GenerateRequest):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     parallel_tool_calls: bool | None = None
-    request_id: str | None = Field(None, max_length=MAX_NAME)
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: int | None = Field(None, ge=0)
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
+    verbosity: str | None = None
+    # OpenAI's own, which by their definition change no answer: accepted.
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None
 
 
 class TokenizeRequest(Fields):

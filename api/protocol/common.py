@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,8 @@ MAX_NAME = 256
 """Characters of what the chunks of an answer repeat."""
 MAX_PENALTY = 1e30
 """Largest repetition penalty, and one over the smallest: logits times or over it stay finite in float32."""
+MAX_LENGTH_PENALTY = 50
+"""Largest power of a length, and of one over it, that beam search may take: it stays finite for any context."""
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -19,9 +21,11 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+    """Accepted: chunks are never padded."""
 
 
 class ResponseFormat(Fields):
@@ -55,11 +59,12 @@ class GenerateRequest(Fields):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     user: str | None = None
+    request_id: str | None = Field(None, max_length=MAX_NAME)
     use_beam_search: bool | None = None
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=1 / MAX_PENALTY, le=MAX_PENALTY)
-    length_penalty: float | None = None
+    length_penalty: float | None = Field(None, ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -67,15 +72,19 @@ class GenerateRequest(Fields):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = Field(None, ge=-1)
+    logprob_token_ids: list[int] | None = None
     add_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     guided_json: Any = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
     structured_outputs: dict[str, Any] | None = None
     priority: Int64 | None = None
     cache_salt: str | None = Field(None, min_length=1)
@@ -83,12 +92,25 @@ class GenerateRequest(Fields):
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     echo: bool | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerateRequest:
         if self.stream_options is not None and not self.stream:
             raise_field("stream_options", "Stream options can only be defined when `stream=True`.")
         return self
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt that are shown."""
+        return self.n or 1
+
+    @property
+    def num_generated(self) -> int:
+        """Choices of each prompt that are generated."""
+        return max(self.num_choices, self.best_of or 0)
 
     @property
     def stops(self) -> list[str]:

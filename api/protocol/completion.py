@@ -36,3 +36,4 @@ class CompletionRequest(GenerateRequest):
     logprobs: int | None = Field(None, ge=-1)
     max_tokens: int | None = Field(16, ge=0)
     suffix: str | None = None
+    prompt_embeds: Any = None

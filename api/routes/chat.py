@@ -27,6 +27,9 @@ async def chat_completions(request: Request) -> Response:
         places.take(prepared.num_sequences)
         id = new_id("chatcmpl-", request, prepared.answer.request_id)
         prompts = served.prompts(prepared)
-        writer = ChatWriter(served.shape(prepared, id), prompts[0], prepared.params.n)
+        writer = ChatWriter(served.shape(prepared, id), prompts[0], prepared.answer.n)
         runs = served.runs(prepared, prompts, id)
-        return Answer(served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), served.turns)
+        return Answer(
+            served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), prepared.answer.is_one_event,
+            turns=served.turns,
+        )  # fmt: skip

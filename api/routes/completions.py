@@ -25,8 +25,11 @@ async def completions(request: Request) -> Response:
         prepared = await prepare(request, "completion", places)
         served.check_ready()
         places.take(prepared.num_sequences)
-        id = new_id("cmpl-", request)
+        id = new_id("cmpl-", request, prepared.answer.request_id)
         prompts = served.prompts(prepared)
-        writer = CompletionWriter(served.shape(prepared, id), prompts, prepared.params.n)
+        writer = CompletionWriter(served.shape(prepared, id), prompts, prepared.answer.n)
         runs = served.runs(prepared, prompts, id)
-        return Answer(served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), served.turns)
+        return Answer(
+            served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), prepared.answer.is_one_event,
+            turns=served.turns,
+        )  # fmt: skip

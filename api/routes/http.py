@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -28,14 +28,23 @@ SOON = 0.02
 T = TypeVar("T")
 
 
-async def prepare(request: Request, kind: Kind, places: Places | None = None) -> Prepared | Written:
+async def prepare(
+    request: Request,
+    kind: Kind,
+    places: Places | None = None,
+    rewrite: Callable[[list[bytes]], list[bytes]] | None = None,
+) -> Prepared | Written:
     """The body parsed, validated, rendered and encoded; meanwhile the request is counted as one of `places`.
+
+    `rewrite` puts into the body what the server knows of it.
 
     Raises ApiError, and ClientDisconnect for a client that leaves, whose process is freed.
     """
     served: Served = request.app.state.served
     with served.bodies.hold() as held:
         pieces = await read_body(request, held)
+        if rewrite is not None:
+            pieces = rewrite(pieces)
         if places is not None:
             places.take(1)
         reply = await _unless_gone(request, served.prepare(kind, pieces))

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph_inputs import GraphOutput
 
 
 class EagerExecutable:
-    """Runs a graph with constants from `weights` (by fqn) and inputs by placeholder name."""
+    """Runs a graph with constants from `weights`, by get_attr target, and inputs by placeholder name."""
 
     def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
-        for node in graph.graph.nodes:
-            if node.op == "get_attr":
-                setattr(graph, node.target, weights[constant_name(node)])
+        for name, weight in weights.items():
+            setattr(graph, name, weight)
         graph.recompile()
         self._graph = graph
         self._bound: dict[str, Tensor] = {}
@@ -25,6 +24,6 @@ class EagerExecutable:
         """Sets inputs that persist for all later runs: the caches."""
         self._bound |= tensors
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+    def run(self, values: Mapping[str, Tensor]) -> GraphOutput:
         known = self._bound | values
         return self._graph(*(known[name] for name in self._inputs))

@@ -24,6 +24,7 @@ KINDS = {
     "regions": "compiled region",
     "tuned": "which kernels are fastest",
     "templates": "chat template that has been tried",
+    "tokenizers": "tokenizer, resolved from its files",
 }
 MAX_BYTES = 4 << 30
 """Limit of all files together; least recently used ones are deleted first."""

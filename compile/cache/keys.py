@@ -15,14 +15,14 @@ from fuseline.compile.target import CPU, Target
 SOURCES = Path(fuseline.compile.__file__).parent
 WITHOUT_EFFECT = {
     "model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0, "wait_compiled": False,
-    "cpu_offload_gb": 0.0, "calculate_kv_scales": False,
+    "cpu_offload_gb": 0.0, "calculate_kv_scales": False, "ignore_patterns": (),
 }  # fmt: skip
 """Settings that do not change a graph."""
 
 
 def cache_key(config: CompileConfig) -> str | None:
     """SHA-256 of everything the captured graph depends on; None if config.json cannot be read."""
-    settings = (config.hf_overrides, config.dtype, config.trust_remote_code)
+    settings = (config.hf_overrides, config.rope_scaling, config.rope_theta, config.dtype, config.trust_remote_code)
     return _key(config, settings, [path for folder in ("capture", "ops") for path in (SOURCES / folder).glob("*.py")])
 
 

@@ -16,22 +16,15 @@ from torch import fx
 
 from fuseline.compile.cache.keys import cache_key, optimized_key, sources_key
 from fuseline.compile.cache.store import cache_path, pack, read_cached, unpack, write_cached
-from fuseline.compile.capture.captured import (
-    DTYPES,
-    EXAMPLE_TOKENS,
-    MAX_TOKENS,
-    MIN_TOKENS,
-    CapturedModel,
-    ModelFacts,
-)
+from fuseline.compile.capture.captured import DTYPES, EXAMPLE_TOKENS, MAX_TOKENS, MIN_TOKENS, CapturedModel, ModelFacts
 from fuseline.compile.capture.unneeded import without_unneeded
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, decode_fixed, encode, module_of
 from fuseline.compile.graph.runner import PassReport, PipelineResult
-from fuseline.compile.specs import CacheGroup, CacheSpec, RopeSwitchSpec
+from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, RopeSwitchSpec, TapSpec
 from fuseline.compile.target import CPU, Target
 
-SPECS = {"CacheSpec": CacheSpec, "CacheGroup": CacheGroup}
+SPECS = {spec.__name__: spec for spec in (CacheSpec, CacheGroup, FeedSpec, TapSpec)}
 Value = TypeVar("Value")
 Check = Callable[[CapturedModel], str]
 """Gives the verdict on a captured model; raises CaptureError for one that must not be served."""

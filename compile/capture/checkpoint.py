@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 
@@ -38,20 +39,25 @@ class StoredTensor:
     """Meta tensor: shape, dtype, and strides and offset within the storage."""
 
 
-def open_checkpoint(folder: Path, load_format: str) -> dict[str, StoredTensor]:
-    """Every stored tensor by its name in the file. load_format: auto, safetensors or pt. Raises LoadError."""
-    kinds = {
-        "safetensors": ("model.safetensors", read_safetensors),
-        "pt": ("pytorch_model.bin", read_torch_file),
-    }
+def open_checkpoint(folder: Path, load_format: str, ignored: Sequence[str] = ()) -> dict[str, StoredTensor]:
+    """Every stored tensor by its name in the file, but for files that a glob of `ignored` matches.
+
+    load_format: auto, safetensors or pt. Raises LoadError.
+    """
+    kinds = {"safetensors": ("model.safetensors", read_safetensors), "pt": ("pytorch_model.bin", read_torch_file)}
     wanted = list(kinds) if load_format == "auto" else [load_format]
     for kind in wanted:
         name, read = kinds[kind]
-        files = find_files(folder, name)
+        files = [path for path in find_files(folder, name) if not _is_ignored(path.relative_to(folder), ignored)]
         if files:
             return {stored.name: stored for path in files for stored in read(path)}
     names = " or ".join(kinds[kind][0] for kind in wanted)
     raise LoadError(f"{folder} holds no weights: no {names}, nor a sharded one with its index")
+
+
+def _is_ignored(path: Path, patterns: Sequence[str]) -> bool:
+    """As Hugging Face matches: * also matches a slash."""
+    return any(fnmatch(str(path), pattern + "*" if pattern.endswith("/") else pattern) for pattern in patterns)
 
 
 def find_files(folder: Path, name: str) -> list[Path]:

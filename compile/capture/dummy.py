@@ -13,7 +13,6 @@ import torch
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.lazy_tensor import LazyTensor
-from fuseline.compile.capture.reader import Reader
 
 DEFAULT_STD = 0.02
 
@@ -41,11 +40,5 @@ class DummyWeights:
         made = torch.empty(shape, dtype=dtype, device=self._device)
         return lazy_tensor.computed(made.normal_(0.0, self._std, generator=generator))
 
-    def check_tied(self, reader: Reader) -> None:
-        """Nothing to check: one of the tied is made."""
-
     def remember(self) -> None:
         """Do nothing: dummy weights have no weight map to save."""
-
-    def origin_of(self, lazy: LazyTensor) -> str:
-        return self.origin

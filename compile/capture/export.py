@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
 
-from fuseline.compile.capture.captured import (
-    DTYPES,
-    EXAMPLE_TOKENS,
-    MAX_TOKENS,
-    MIN_TOKENS,
-    CapturedModel,
-    facts_of,
-)
-from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.captured import DTYPES, EXAMPLE_TOKENS, MAX_TOKENS, MIN_TOKENS, CapturedModel, facts_of
+from fuseline.compile.capture.errors import CaptureError, one_line, told_as
 from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_layers, only_chosen, repeat_layers
-from fuseline.compile.capture.words import one_line, told_as
 from fuseline.compile.config import STORED, CompileConfig
+from fuseline.compile.graph.edit import map_arguments
 from fuseline.compile.graph.graph_json import module_of
 
 
@@ -126,11 +121,35 @@ def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]
         raise
     except Exception as error:  # torch.export raises many types; all mean the same to the user
         raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {one_line(error)}") from error
-    return _lift(program, layer_list)
+    graph, constants, done = _lift(program, layer_list)
+    _mark_embedded(model, done)
+    return graph, constants
 
 
-def _lift(program: torch.export.ExportedProgram, layer_list: str) -> tuple[fx.Graph, set[str]]:
-    """Parameters and buffers become get_attr nodes named by their path. With a layer list, nodes tell their layer."""
+def _mark_embedded(model: nn.Module, done: Mapping[fx.Node, fx.Node]) -> None:
+    """Marks the embeddings of the tokens (inputs_embeds), the last that their module computes, if they are found."""
+    try:
+        module = model.get_input_embeddings()
+    except NotImplementedError:  # a model that does not tell
+        return
+    path = next((f"model.{name}" for name, other in model.named_modules() if other is module), None)
+    inside = [node for node in done if path in _module_paths(node) and isinstance(node.meta["val"], Tensor)]
+    if inside and inside[-1].meta["val"].ndim == 3:
+        done[inside[-1]].meta["is_embedded"] = True
+
+
+def _module_paths(node: fx.Node) -> list[str]:
+    """Paths of the modules in which an exported node was traced."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def _lift(
+    program: torch.export.ExportedProgram, layer_list: str
+) -> tuple[fx.Graph, set[str], dict[fx.Node, fx.Node]]:  # fmt: skip
+    """Returns the graph, which of its get_attr nodes are buffers, and its nodes by exported ones.
+
+    Parameters and buffers become get_attr nodes named by their path. With a layer list, nodes tell their layer.
+    """
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     out, done, constants = fx.Graph(), {}, set()
     for node in program.graph.nodes:
@@ -147,17 +166,14 @@ def _lift(program: torch.export.ExportedProgram, layer_list: str) -> tuple[fx.Gr
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # it pins the meta device
             done[node] = _retarget(out.node_copy(node, lambda n: done[n]))
             if layer_list:
-                stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-                done[node].meta["layer"] = layer_at(stack, f"model.{layer_list}")
-    return out, constants
+                done[node].meta["layer"] = layer_at(_module_paths(node), f"model.{layer_list}")
+    return out, constants, done
 
 
 def _retarget(node: fx.Node) -> fx.Node:
     """Move tensor creation from the meta device to the CPU; of the node's metadata keep only `val`."""
     node.meta = {"val": node.meta.get("val")}
-    move = {torch.device("meta"): torch.device("cpu")}
-    node.args = fx.node.map_aggregate(node.args, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
-    node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: move.get(a, a) if isinstance(a, torch.device) else a)
+    map_arguments(node, lambda arg: torch.device("cpu") if arg == torch.device("meta") else arg)
     return node
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fuseline.compile import ops  # noqa: F401  registers the vocabulary
-from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.capture.words import one_line
+from fuseline.compile.capture.errors import CaptureError, one_line
+from fuseline.compile.capture.hf_overrides import read_config, with_overrides, with_rope
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
 
@@ -30,15 +30,16 @@ EXPERT_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation"
 
 
 def load_config(config: CompileConfig) -> PreTrainedConfig:
-    """config.json with the overrides merged in. Raises CaptureError."""
+    """config.json with the overrides and the rope settings merged in. Raises CaptureError."""
     path = Path(config.model) / "config.json"
     if not path.is_file():
         raise CaptureError(f"{config.model} has no config.json: give the directory of a Transformers checkpoint")
     try:
-        json.loads(path.read_text())
-        found = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        for name, value in config.hf_overrides:
-            setattr(found, name, value)
+        stored = json.loads(path.read_text())
+        found = with_overrides(read_config(config, stored), stored, dict(config.hf_overrides))
+        found = with_rope(found, config)
+    except CaptureError:
+        raise
     except Exception as error:  # configs check themselves in many ways
         if "trust_remote_code" in str(error):
             raise CaptureError(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.specs import RopeSwitchSpec
 
 
@@ -20,24 +19,41 @@ def patch_model(model: nn.Module) -> RopeSwitchSpec | None:
         if kind == "longrope":
             switch = _choose_factors_per_token(module)
         elif kind == "dynamic":
-            raise CaptureError(
-                "dynamic-NTK rope computes its frequencies from the longest sequence seen, so one request would change "
-                "another's answers; use a checkpoint with yarn, llama3 or longrope scaling"
-            )
+            switch = _choose_base_per_token(module)
     return switch
 
 
-def _choose_factors_per_token(rotary: nn.Module) -> RopeSwitchSpec:
-    """longrope picks its factors by the longest position of the batch; serving must pick by each sequence's length.
+def _choose_base_per_token(rotary: nn.Module) -> RopeSwitchSpec:
+    """dynamic-NTK rope computes its base from the longest sequence seen; serving must not depend on others.
 
-    The positions a patched model takes are rope rows: position for the short factors, table_rows + position for long.
+    A sequence of the original context keeps the original base, a longer one has that of the whole extended context.
     """
+    original = rotary.config.max_position_embeddings
+    rows = int(original * rotary.config.rope_parameters["factor"])
+    long_inv_freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](rotary.config, torch.device("cpu"), seq_len=rows)
+    _switch_tables(rotary, long_inv_freq, rows)
+    return RopeSwitchSpec(original, rows)
+
+
+def _choose_factors_per_token(rotary: nn.Module) -> RopeSwitchSpec:
+    """longrope picks its factors by the longest position of the batch; serving must pick by each sequence's length."""
     rows, settings = rotary.config.max_position_embeddings, rotary.config.rope_parameters
     threshold = settings["original_max_position_embeddings"]
     # PhiMoE chooses a scale by length instead, and keeps the short factors.
     scales = (settings["short_mscale"], settings["long_mscale"]) if "short_mscale" in settings else None
     seq_len = None if scales else threshold + 1
     long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, torch.device("cpu"), seq_len=seq_len)
+    _switch_tables(rotary, long_inv_freq, rows, scales)
+    return RopeSwitchSpec(threshold, rows)
+
+
+def _switch_tables(
+    rotary: nn.Module, long_inv_freq: Tensor, rows: int, scales: tuple[float, float] | None = None
+) -> None:
+    """The positions a patched model takes are rope rows: position for short sequences, rows + position for long ones.
+
+    `scales`: of short and of long sequences; None: the model's own for both.
+    """
     rotary.register_buffer("long_inv_freq", long_inv_freq.to("meta"), persistent=False)
     rotary.fuseline_buffers = {"long_inv_freq": long_inv_freq}
 
@@ -51,4 +67,3 @@ def _choose_factors_per_token(rotary: nn.Module) -> RopeSwitchSpec:
         return (emb.cos() * scale).to(x.dtype), (emb.sin() * scale).to(x.dtype)
 
     rotary.forward = types.MethodType(forward, rotary)
-    return RopeSwitchSpec(threshold, rows)

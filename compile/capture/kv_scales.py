@@ -25,7 +25,7 @@ def stored_scales(config: CompileConfig, layers: Collection[int]) -> dict[str, T
     """[1] float32 by the names of the graph's constants. Layers without scales in the checkpoint are left out."""
     if config.load_format == "dummy":
         return {}
-    found = find_scales(open_checkpoint(Path(config.model), config.load_format), layers)
+    found = find_scales(open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns), layers)
     with Reader() as reader:
         values = {name: reader.value(whole(stored)).float().amax().reshape(1) for name, stored in found.items()}
     good = {name: value for name, value in values.items() if value.isfinite() and value > 0}

@@ -25,7 +25,7 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """What no slice covers is zeros."""
+    """A tensor made of slices of stored ones; elements that none covers are zeros."""
 
     shape: tuple[int, ...]
     slices: tuple[TensorSlice, ...]

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.lazy_tensor import LazyTensor
-from fuseline.compile.capture.reader import Reader
 
 GAIN = 1.6
 """Standard deviation of a product of a random matrix and values of deviation 1: enough for attention with peaks."""
@@ -55,14 +54,8 @@ class RandomModel:
         value = self._values.get(name)
         return None if value is None else lazy_tensor.computed(value)
 
-    def check_tied(self, reader: Reader) -> None:
-        """Tied parameters are one tensor here."""
-
     def remember(self) -> None:
         """Nothing was looked for."""
-
-    def origin_of(self, lazy: LazyTensor) -> str:
-        return self.origin
 
 
 def randomize(model: nn.Module) -> None:

@@ -15,13 +15,10 @@ from math import gcd
 
 from transformers import PreTrainedConfig
 
-VOCAB = 256
 NUM_SPECIAL = 8
 """Ids of tokens with a meaning are below it."""
-MAX_POSITIONS = 128
-ORIGINAL_POSITIONS = 32
-"""The `original_max_position_embeddings` of scaled rotary embeddings."""
-WINDOW = 8
+LARGEST = {"vocab": 256, "positions": 128, "original": 32, "window": 8}
+"""Largest value by kind of setting; `original` is the number of positions that scaled rotary embeddings begin with."""
 HEAD_DIM = 16
 MIN_EXPERTS = 8
 RULES: tuple[tuple[str, str], ...] = (
@@ -126,22 +123,16 @@ def _shrunk_int(kind: str, value: int, shrink: Shrink) -> int:
     match kind:
         case "special":
             return value % NUM_SPECIAL
-        case "vocab":
-            return min(value, VOCAB)
-        case "original":
-            return min(value, ORIGINAL_POSITIONS)
         case "layers":
             return min(value, shrink.num_layers)
-        case "positions":
-            return min(value, MAX_POSITIONS)
-        case "window":
-            return min(value, WINDOW)
         case "experts":
             return _halved(value, shrink.min_experts)
         case "heads":
             return value // shrink.heads if value % shrink.heads == 0 else value
         case "head_dim":
             return value // shrink.head_dim if value % shrink.head_dim == 0 else value
+    if kind in LARGEST:
+        return min(value, LARGEST[kind])
     divisor = shrink.heads * shrink.head_dim
     return value // divisor if value % divisor == 0 else max(min(value, HEAD_DIM), value // divisor // 8 * 8)
 

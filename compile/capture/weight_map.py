@@ -17,6 +17,7 @@ import torch
 
 from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
+from fuseline.compile.capture.reader import span_of
 
 Found = dict[str, LazyTensor | None]
 
@@ -44,8 +45,7 @@ def read_map(body: bytes, stored: Mapping[str, StoredTensor]) -> Found:
 
 
 def _row(part: TensorSlice) -> list[Any]:
-    view = part.view
-    return [part.start, part.stored.name, *_numbers(view)]
+    return [part.start, part.stored.name, *_numbers(part.view)]
 
 
 def _numbers(view: torch.Tensor) -> list[Any]:
@@ -65,14 +65,10 @@ def _slice(
     if _numbers(whole.meta)[0] != dtype:
         raise ValueError(f"{name} is not of type {dtype}")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    inside = whole.meta.storage_offset() <= offset and last < whole.meta.storage_offset() + _span(whole.meta)
+    inside = whole.meta.storage_offset() <= offset and last < whole.meta.storage_offset() + span_of(whole.meta)
     if not inside:
         raise ValueError(f"{name} is smaller")
     return TensorSlice(tuple(start), whole.meta.as_strided(shape, strides, offset), whole)
-
-
-def _span(view: torch.Tensor) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
 
 
 class RememberedWeights:

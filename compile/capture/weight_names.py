@@ -19,6 +19,7 @@ from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.conversions import convert
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
+from fuseline.compile.capture.stored_parts import part_name, weight_of
 
 
 @dataclass
@@ -78,7 +79,12 @@ def resolve(
     direct: dict[str, StoredTensor] = {}
     conversions: dict[str, Conversion] = {}
     for name in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        weight = weight_of(name)
+        target, pattern = rename_source_key(weight, renamings, converters, model.base_model_prefix, known)
+        if weight != name:
+            if target in known and pattern is None:
+                direct[part_name(target, name.rpartition(".")[2])] = stored[name]
+            continue
         if target not in known and name in known:
             target, pattern = name, None
         if target not in known:

@@ -23,14 +23,17 @@ from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
-from fuseline.compile.capture.reader import Reader
+from fuseline.compile.capture.reader import Reader, write_box
 from fuseline.compile.capture.sinks import HostSink, Sink
+from fuseline.compile.capture.stored_parts import check_parts, stored_parts
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.format import Format, Put, Stored
 from fuseline.compile.formats.registry import registry
 from fuseline.compile.specs import WeightSource
 
 Progress = Callable[[str, int, int], None]
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 MAX_READERS = 4
 """Threads that read and pack; each holds one block of the file."""
 
@@ -52,8 +55,6 @@ def load_weights(
     weights = weights or open_weights(captured, config, sink.device)
     num_readers = max(1, min(MAX_READERS, torch.get_num_threads()))
     sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
-    with Reader() as reader:
-        weights.check_tied(reader)
     # A weight is read once for all of its stored tensors.
     distinct: dict[WeightSource, dict[str, str]] = {}
     for key, source in sources.items():
@@ -81,25 +82,24 @@ class WeightFinder(Protocol):
 
     def find(self, name: str) -> LazyTensor | None: ...
 
-    def check_tied(self, reader: Reader) -> None: ...
-
     def remember(self) -> None: ...
-
-    def origin_of(self, lazy: LazyTensor) -> str: ...
 
 
 class CheckpointWeights:
-    """The checkpoint by the names of the model; nothing is read."""
+    """The checkpoint by the names of the model. Only values of tied parameters are read, to compare them."""
 
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
+        """Raises LoadError for a damaged checkpoint, or if parameters that the model ties have different values."""
         self._config, self.origin = config, config.model
-        self._stored = open_checkpoint(Path(config.model), config.load_format)
+        self._stored = open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns)
         self._alike = alike(captured.tied)
         self._map_path = map_path(config, self._stored)
         found = None
         if self._map_path is not None:
             found = read_cached(self._map_path, self._read_map, "it is made anew")
         self._known = RememberedWeights(found, lambda: resolve(self._stored, captured, config))
+        with Reader() as reader:
+            self._check_tied(reader)
 
     def _read_map(self, body: bytes) -> Found:
         try:
@@ -119,8 +119,7 @@ class CheckpointWeights:
         found = (self._known.get(other) for other in self._alike.get(name, (name,)))
         return next((lazy for lazy in found if lazy is not None), None)
 
-    def check_tied(self, reader: Reader) -> None:
-        """Raises LoadError if parameters that the model ties are stored with different values."""
+    def _check_tied(self, reader: Reader) -> None:
         for first, *others in self._alike.values():
             for other in others:
                 one, two = self._known.get(first), self._known.get(other)
@@ -129,9 +128,6 @@ class CheckpointWeights:
                         f"{first} and {other} differ in {self.origin}, but config.json ties them: "
                         "set tie_word_embeddings to false there or among the overrides"
                     )
-
-    def origin_of(self, lazy: LazyTensor) -> str:
-        return next((str(part.stored.path) for part in lazy.slices if part.stored), self.origin)
 
 
 def alike(tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -181,25 +177,59 @@ def _load(
     sink: Sink,
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight by part; `keys`: the request of each, by part."""
-    lazy, dtype = _gather(source, weights, captured)
-    final = getattr(torch, source.dtype) if source.dtype else dtype
     form = registry()[source.format]
-    shapes = form.shapes(lazy.shape, final).items()
+    parts = stored_parts(source, form, weights.find)
+    lazy, dtype = _gather(source, weights, captured) if parts is None else _joined_shape(source, captured)
+    final = getattr(torch, source.dtype) if source.dtype else dtype
+    shapes = form.shapes(lazy.shape, final)
+    if parts is not None:
+        check_parts(parts, shapes, source)
     # A part that no constant is may still be needed to make the others.
-    stored = {part: sink.zeros(keys.get(part, ""), shape, kind) for part, (shape, kind) in shapes}
+    stored = {part: sink.zeros(keys.get(part, ""), shape, kind) for part, (shape, kind) in shapes.items()}
     reader = readers.get()
     try:
-        for take in filter(None, (form.scan, form.write)):
-            for part in lazy.slices:
-                for start, block in reader.blocks(part):
-                    # For every storage dtype, the model computes with values rounded to its own dtype.
-                    # Packing casts, too, but only the dtypes of models: no float64.
-                    is_cast = block.dtype in DTYPES.values() and dtype == final
-                    value = block if is_cast or block.dtype == dtype else block.to(dtype)
-                    take(stored, value, start, sink.write)
+        if parts is not None:
+            _copy(parts, stored, reader, sink)
+        elif form.is_blockwise or sink.device.type == "cpu":
+            _store(form, lazy, (dtype, final), stored, reader, sink.write)
+        else:
+            made = {part: torch.zeros(shape, dtype=kind) for part, (shape, kind) in shapes.items()}
+            _store(form, lazy, (dtype, final), made, reader, write_box)
+            for part, tensor in made.items():
+                sink.write(stored[part], tensor, (0,) * tensor.ndim)
     finally:
         readers.put(reader)
     return stored
+
+
+def _copy(parts: Mapping[str, LazyTensor], stored: Mapping[str, Tensor], reader: Reader, sink: Sink) -> None:
+    """Copies a weight that the checkpoint holds in its format."""
+    for part, lazy in parts.items():
+        for one in lazy.slices:
+            for start, block in reader.blocks(one):
+                sink.write(stored[part], block, start)
+
+
+def _store(
+    form: Format, lazy: LazyTensor, dtypes: tuple[torch.dtype, torch.dtype], stored: Stored, reader: Reader, put: Put
+) -> None:
+    """Converts a weight to its format, block by block. `dtypes`: of the model, and of the stored values."""
+    dtype, final = dtypes
+    for take in filter(None, (form.scan, form.write)):
+        for part in lazy.slices:
+            for start, block in reader.blocks(part):
+                # For every storage dtype, the model computes with values rounded to its own dtype.
+                # Packing casts, too, but only the dtypes of models: no float64.
+                is_cast = block.dtype in DTYPES.values() and dtype == final
+                value = block if is_cast or block.dtype == dtype else block.to(dtype)
+                # Dummy weights of a GPU are made there.
+                take(stored, value if form.is_blockwise else value.cpu(), start, put)
+
+
+def _joined_shape(source: WeightSource, captured: CapturedModel) -> tuple[LazyTensor, torch.dtype]:
+    """A weight as the model has it, without values."""
+    wanted = [expected(name, captured) for name in source.names]
+    return lazy_tensor.concatenate([lazy_tensor.zeros(shape) for shape, _ in wanted], 0), wanted[0][1]
 
 
 def _gather(source: WeightSource, weights: WeightFinder, captured: CapturedModel) -> tuple[LazyTensor, torch.dtype]:
@@ -227,9 +257,15 @@ def _part(
     if lazy is None:
         raise LoadError(f"{name} is not in the weights of {weights.origin}: the checkpoint is not complete")
     if lazy.shape != shape:
+        file = next((str(part.stored.path) for part in lazy.slices if part.stored), weights.origin)
         raise LoadError(
-            f"{name} in {weights.origin_of(lazy)} has shape {list(lazy.shape)}, "
+            f"{name} in {file} has shape {list(lazy.shape)}, "
             f"but config.json makes it {list(shape)}: they do not belong together"
+        )
+    if dtype.is_floating_point and any(part.view.dtype in INTEGERS for part in lazy.slices):
+        raise LoadError(
+            f"{name} in {weights.origin_of(lazy)} is stored as integers, which format {source.format} does not read: "
+            "the checkpoint is quantized"
         )
     return (lazy_tensor.transpose(lazy, -2, -1) if source.transpose else lazy), dtype
 

@@ -1,7 +1,8 @@
 """A storage format declares the tensors it stores, how a checkpoint fills them, and the ops that read them.
 
 A weight is [N, K], outputs by inputs, experts with a leading dim. It is loaded block by block straight into its stored
-tensors, so that joining (along outputs), transposing and cutting for ranks happen before a format sees a block.
+tensors, so that joining (along outputs), transposing and cutting for ranks happen before a format sees a block. A
+weight that the checkpoint holds in the format already is copied part by part.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class Format:
     """By op on plain weights: from its arguments, the call that computes the same from stored tensors."""
     targets: tuple[str, ...] = ("cpu", "cuda")
     """Kinds of targets that compute linears with it."""
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    """Where a checkpoint holds a weight in this format already: by part, the last word of the stored tensor's name,
+    such as weight_scale beside weight. Parts are read as they are; several weights are joined along the first dim."""
+    is_blockwise: bool = False
+    """Whether `write` only puts blocks, wherever the stored tensors lie; else a weight is made in host memory first."""
     multiples: tuple[int, int] = (1, 1)
     """Outputs and inputs that are stored together: a rank's part of a weight is a multiple of them."""
 
@@ -52,3 +58,8 @@ def rank_range(form: Format, size: int, dim: int, rank: int, num_ranks: int) -> 
                          f"they must be a multiple of {num_ranks * multiple}")  # fmt: skip
     part = size // num_ranks
     return rank * part, (rank + 1) * part
+
+
+def part_range(whole: tuple[int, int], size: int, part_size: int) -> tuple[int, int]:
+    """What [begin, end) of `size` outputs or inputs is of a stored part's dim: all of it where they share one value."""
+    return (0, 1) if part_size == 1 else (whole[0] * part_size // size, whole[1] * part_size // size)

@@ -16,4 +16,4 @@ def _write(stored: Stored, block: Tensor, start: Shape, put: Put) -> None:
     put(stored[""], block, start)
 
 
-FORMAT = Format("rows", _shapes, _write, targets=("cuda",))
+FORMAT = Format("rows", _shapes, _write, targets=("cuda",), is_blockwise=True)

@@ -8,11 +8,14 @@ and the pass has no match.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
+
+from fuseline.compile.ops.library import named_arguments
+from fuseline.compile.specs import WeightSource
 
 
 def placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
@@ -37,52 +40,56 @@ def constant(graph: fx.GraphModule, name: str, value: Tensor, **meta: object) ->
     return node
 
 
-def constant_name(node: fx.Node) -> str:
-    """Key of a get_attr node's value: the parameter's path, or the node's name if a pass made it."""
-    return node.meta["fqn"] if "fqn" in node.meta else str(node.target)
+def source_of(node: fx.Node) -> WeightSource:
+    """The checkpoint tensors that a get_attr node's value is made of."""
+    return node.meta.get("weight") or WeightSource((node.meta["fqn"],))
 
 
-def insert_call(
-    graph: fx.Graph, before: fx.Node, target: object, args: tuple, like: fx.Node, value: object
-) -> fx.Node:  # fmt: skip
+def results_of(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Returns the graph's results: the logits, then the hidden states if it gives them."""
+    (found,) = graph.output_node().args
+    return found if isinstance(found, tuple) else (found,)
+
+
+def insert_call(before: fx.Node, target: object, args: tuple, like: fx.Node, value: object) -> fx.Node:
     """Inserts a call before a node, with `like`'s trace. Raises ValueError if an operand is defined only later."""
-    with graph.inserting_before(before):
-        node = graph.call_function(target, args)
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
     copy_meta(like, node, value)
     if late := next((arg for arg in node.all_input_nodes if not arg < node), None):
         raise ValueError(f"{node.name} would read {late.name} before it is defined")
     return node
 
 
-def replace(graph: fx.Graph, old: fx.Node, target: object, args: tuple) -> fx.Node | None:
-    """Replaces `old` by a call that takes its value and users; returns None, without a change, if there is no place."""
+def replace(old: fx.Node, target: object, args: tuple) -> bool:
+    """Replaces `old` by a call that takes its value and users. Returns False, unchanged, if no place is valid."""
     place = find_place(args, [old])
-    if place is None:
-        return None
-    new = insert_call(graph, place, target, args, old, old.meta["val"])
-    take_over(graph, [old], [new])
-    return new
+    if place is not None:
+        take_over([old], [insert_call(place, target, args, old, old.meta["val"])])
+    return place is not None
 
 
-def replace_all(graph: fx.Graph, olds: Sequence[fx.Node], target: object, args: tuple) -> list[fx.Node] | None:
-    """Replaces each of `olds` by a call with one result; returns None, without a change, if there is no place."""
+def replace_all(olds: Sequence[fx.Node], target: object, args: tuple) -> bool:
+    """Replaces `olds` by the results of one call. Returns False, unchanged, if no place is valid."""
     place = find_place(args, olds)
-    if place is None:
-        return None
-    values = tuple(old.meta["val"] for old in olds)
-    both = insert_call(graph, place, target, args, olds[0], values)
-    parts = [insert_call(graph, place, operator.getitem, (both, k), old, values[k]) for k, old in enumerate(olds)]
-    take_over(graph, olds, parts)
-    return parts
+    if place is not None:
+        values = tuple(old.meta["val"] for old in olds)
+        take_over(olds, insert_parts(place, insert_call(place, target, args, olds[0], values), olds))
+    return place is not None
 
 
-def take_over(graph: fx.Graph, olds: Sequence[fx.Node], news: Sequence[fx.Node]) -> None:
+def insert_parts(before: fx.Node, whole: fx.Node, olds: Sequence[fx.Node]) -> list[fx.Node]:
+    """Inserts a getitem for each result of `whole`; result k takes the trace and value of olds[k]."""
+    return [insert_call(before, operator.getitem, (whole, k), old, old.meta["val"]) for k, old in enumerate(olds)]
+
+
+def take_over(olds: Sequence[fx.Node], news: Sequence[fx.Node]) -> None:
     """Gives the users of each old node to its new node and erases the old one."""
     for old, new in zip(olds, news, strict=True):
         old.replace_all_uses_with(new)
     # In reverse, since olds may read each other.
     for old in sorted(olds, reverse=True):
-        graph.erase_node(old)
+        old.graph.erase_node(old)
 
 
 def find_place(args: object, olds: Sequence[fx.Node]) -> fx.Node | None:
@@ -113,6 +120,16 @@ def find_place(args: object, olds: Sequence[fx.Node]) -> fx.Node | None:
     return place
 
 
+def call_node(node: fx.Node, value: Callable[[object], object]) -> object:
+    """Calls the node's op on `value` of each of its arguments, nested ones included."""
+    return node.target(*fx.node.map_aggregate(node.args, value), **fx.node.map_aggregate(node.kwargs, value))
+
+
+def map_arguments(node: fx.Node, change: Callable[[object], object]) -> None:
+    """Replaces each argument of a node, nested ones included, by `change` of it."""
+    node.args, node.kwargs = (fx.node.map_aggregate(part, change) for part in (node.args, node.kwargs))
+
+
 def nodes_in(args: object) -> list[fx.Node]:
     """The nodes among arguments, nested ones included."""
     found: dict[fx.Node, None] = {}
@@ -133,9 +150,8 @@ def is_write(node: fx.Node) -> bool:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The memory that a write mutates, as the nodes that allocated it."""
-    specs = node.target._schema.arguments
-    args = dict(zip((spec.name for spec in specs), node.args, strict=False)) | node.kwargs
-    names = [spec.name for spec in specs if spec.alias_info and spec.alias_info.is_write]
+    args = named_arguments(node) | node.kwargs
+    names = [of.name for of in node.target._schema.arguments if of.alias_info and of.alias_info.is_write]
     return [memory_of(args[name]) for name in names if isinstance(args.get(name), fx.Node)]
 
 

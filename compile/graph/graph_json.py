@@ -1,10 +1,10 @@
 """Conversion of a captured graph to JSON values and back.
 
-    {"nodes": [{"name", "op", "target", "args", "kwargs", "val", "fqn"?, "weight"?, "region"?}, ...], "vals": [...]}
+    {"nodes": [{"name", "op", "target", "args", "kwargs", "val", note?: ...}, ...], "vals": [...]}
 
-Nodes refer to each other by position, and to their meta value by its position in `vals`, since many nodes share one.
-Sizes are numbers or arithmetic on T, the number of tokens. Nothing in the text is executed: targets are looked up by
-name.
+Notes are those of NOTES. Nodes refer to each other by position, and to their meta value by its position in `vals`,
+since many nodes share one. Sizes are numbers or arithmetic on T, the number of tokens. Nothing in the text is executed:
+targets are looked up by name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _weight_source(values: dict[str, Any]) -> WeightSource:
 
 
 NOTES: Mapping[str, tuple[Callable, Callable]] = {
-    "fqn": (str, str), "weight": (asdict, _weight_source), "region": (int, int),
+    "fqn": (str, str), "weight": (asdict, _weight_source), "region": (int, int), "is_embedded": (bool, bool),
 }  # fmt: skip
 """How meta entries of nodes other than values are encoded and decoded."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,9 +32,19 @@ class PassResult:
     """Result of a pass: `specs` are facts for upper layers, `constants` the new ones it computed, by fqn."""
 
     matches: int
-    changed: bool
     specs: tuple[object, ...] = ()
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
 GraphPass = Callable[[fx.GraphModule, PassContext], PassResult]
+
+
+def each_call(rewrite: Callable[[fx.Node], bool]) -> GraphPass:
+    """The pass that applies `rewrite` to every call in order; it tells whether it rewrote the call, a match."""
+
+    @functools.wraps(rewrite)
+    def graph_pass(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+        return PassResult(sum(rewrite(node) for node in calls))
+
+    return graph_pass

@@ -25,28 +25,19 @@ class Var:
     accepts: Callable[[Any], bool] = lambda value: True
 
 
-@dataclass(frozen=True)
 class Call:
     """Matches a call of one of `targets`; `args` are its leading arguments, in either order if it `commutes`."""
 
-    targets: Any
-    args: tuple[Any, ...]
-    name: str = ""
-    commutes: bool = False
-
     def __init__(self, targets: Any, *args: Any, name: str = "", commutes: bool = False) -> None:
-        object.__setattr__(self, "targets", targets if isinstance(targets, tuple) else (targets,))
-        object.__setattr__(self, "args", args)
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "commutes", commutes)
+        self.targets = targets if isinstance(targets, tuple) else (targets,)
+        self.args, self.name, self.commutes = args, name, commutes
 
 
-@dataclass(frozen=True)
 class Either:
-    patterns: tuple[Any, ...]
+    """Matches what any of `patterns` matches; the first one that does binds the variables."""
 
     def __init__(self, *patterns: Any) -> None:
-        object.__setattr__(self, "patterns", patterns)
+        self.patterns = patterns
 
 
 def match(pattern: Any, node: Any) -> Bindings | None:
@@ -105,6 +96,12 @@ def is_number(value: Any) -> bool:
 
 def is_constant(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def is_alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors have the same shape and dtype."""
+    a, b = one.meta["val"], other.meta["val"]
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def maybe_cast(pattern: Any) -> Either:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext, PassResult
 from fuseline.compile.graph.spec import attention_layers, check_edge
+from fuseline.compile.ops import library
 
 
 class PassError(ValueError):
@@ -92,7 +93,4 @@ def count_ops(graph: fx.GraphModule) -> Counter:
 
 def op_name(node: fx.Node) -> str:
     """aten.linear.default -> aten.linear; fuseline.rope.default -> rope; operator.getitem -> getitem."""
-    text = str(node.target)
-    if text.startswith("<built-in function "):
-        return text.removeprefix("<built-in function ").rstrip(">")
-    return text.removesuffix(".default").removeprefix("fuseline.")
+    return library.op_name(node.target) or getattr(node.target, "__name__", str(node.target))

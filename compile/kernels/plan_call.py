@@ -11,8 +11,7 @@ from torch import Tensor, fx
 
 from fuseline import _C  # noqa: F401  registers torch.ops.fuseline_cpu
 from fuseline.compile.kernels.registry import Implementation, PlanCall, implementations
-from fuseline.compile.ops.library import op_name
-from fuseline.compile.ops.registry import registry
+from fuseline.compile.ops.library import named_arguments, op_name
 
 
 def plan_call(node: fx.Node, value: Callable[[object], object]) -> PlanCall | None:
@@ -40,21 +39,13 @@ def native(
     op: str, kernel: str = "", supports: Callable[..., bool] | None = None, **others: Callable[[fx.Node], object]
 ) -> Implementation:
     """A kernel whose arguments are those of the op that have the same names; `others` gives further ones of a node."""
-    kernel = kernel or op
+    call = functools.partial(_call_by_name, kernel or op, others)
     more = {"supports": supports} if supports else {}
-    return Implementation(op, kernel, "cpu", call=functools.partial(_call_by_name, kernel, others), **more)
-
-
-def without_scales(op: str) -> Callable[..., bool]:
-    """Takes calls of the op that scale no cache."""
-    first = registry()[op].arguments.index("k_scale")
-    return lambda *args: all(arg is None for arg in args[first:])
+    return Implementation(op, kernel or op, "cpu", call=call, **more)
 
 
 def _call_by_name(kernel: str, others: dict[str, Callable[[fx.Node], object]], node: fx.Node) -> PlanCall:
-    schema = node.target._schema.arguments
-    given = {argument.name: arg for argument, arg in zip(schema, node.args, strict=False)}
-    given |= {name: find(node) for name, find in others.items()}
+    given = named_arguments(node) | {name: find(node) for name, find in others.items()}
     own = _signature(kernel)
     return PlanCall(
         kernel, tuple(given.get(name) for name in own.inputs), tuple(_number(given[name]) for name in own.ints),

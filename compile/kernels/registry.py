@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.ops.library import ROWS
+from fuseline.compile.ops.library import ROWS, named_arguments
 from fuseline.compile.ops.registry import modules_of
 from fuseline.compile.target import Target
 
@@ -73,8 +73,7 @@ class OpCall:
     def of(node: fx.Node, target: Target, constants: Collection[str] = ()) -> OpCall:
         """`constants` are targets of get_attr nodes whose memory nothing on the device writes."""
         args = fx.node.map_arg(node.args, lambda arg: arg.meta["val"])
-        named = zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False)
-        nodes = {name: arg for name, arg in named if isinstance(arg, fx.Node)}
+        nodes = {name: arg for name, arg in named_arguments(node).items() if isinstance(arg, fx.Node)}
         steps = {name: arg for name, arg in nodes.items() if not name.endswith("_cache")}
         inputs = {name: str(arg.target) for name, arg in steps.items() if arg.op == "placeholder"}
         weights = {name: arg for name, arg in nodes.items() if arg.op == "get_attr"}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, ModelShape, Workload, op, same_layout
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 
 ACTIVATIONS = {
     codes.UNARY["silu"]: F.silu,
@@ -33,14 +33,7 @@ def act_mul_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
         yield Workload(f"{tokens} x {width}", (joined[..., :width], joined[..., width:], codes.UNARY["silu"]))
 
 
-@op(
-    "act_mul(Tensor gate, Tensor up, int act) -> Tensor",
-    fake=lambda gate, up, act: same_layout(gate),
-    inputs=act_mul_inputs,
-    tolerance=8.0,
-    workloads=act_mul_workloads,
-    sums=False,
-)
+@op(inputs=act_mul_inputs, tolerance=8.0, workloads=act_mul_workloads, sums=False)
 def act_mul(gate: Tensor, up: Tensor, act: int) -> Tensor:
     """Computes act(gate) * up; act(gate) is rounded to the dtype first, as Transformers' two ops do."""
     return ACTIVATIONS[act](gate) * up

@@ -27,11 +27,7 @@ CONTEXT = 1024
 """Keys of a sequence where kernels are measured in steps of one token each."""
 
 
-@op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, int layer, float scale, int window, float softcap, "
-    "bool causal) -> Tensor",
-    fake=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
-)
+@op(fake=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layer: int, scale: float, window: int, softcap: float,
     causal: bool,
@@ -127,9 +123,6 @@ def describe_attention(names: Iterable[str], args: Iterable[object], weights: It
 
 
 @op(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor query_start, Tensor? sinks, int window, float scale, float softcap, Tensor? k_scale=None, "
-    "Tensor? v_scale=None) -> Tensor",
     fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]),
     inputs=paged_attention_inputs,
     tolerance=6.0,
@@ -167,7 +160,6 @@ paged_attention_invariant = batch_invariant(paged_attention)
 
 
 @op(
-    "gather_rows(Tensor x, Tensor rows) -> Tensor",
     fake=lambda x, rows: x.new_empty(rows.shape[0], x.shape[1]),
     inputs=lambda make: [(make.normal(9, 33), make.ids(9, 4))],
     tolerance=0.0,

@@ -12,3 +12,5 @@ BINARY = {"add": 0, "sub": 1, "mul": 2, "div": 3, "max": 4, "min": 5, "pow": 6, 
 ROPE_HALF, ROPE_INTERLEAVED = 0, 1
 ROUTE_SOFTMAX_TOPK, ROUTE_TOPK_SOFTMAX = 0, 1
 EXPERT_ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "glu_oss": 4}
+EXPERT_UNARY = {code: UNARY.get(name) for name, code in EXPERT_ACTS.items()}
+"""Code of the gate's activation by that of the experts'; None for gpt-oss's own way to combine gate and up."""

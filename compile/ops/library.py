@@ -1,4 +1,4 @@
-"""How an op of the vocabulary is declared: one decorator registers reference and fake as torch.ops.fuseline.<name>.
+"""How an op of the vocabulary is declared: one decorator registers its reference as torch.ops.fuseline.<name>.
 
 A declaration also states everything that the rest of the compiler must know of the op: which arguments are weights, how
 the size of a call follows from its arguments, whether it is a matrix product. Nobody else keeps lists of ops.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 TOKENS = (1, 16, 256)
 """Tokens of a decode step of one sequence, of sixteen, and of a prompt."""
@@ -86,20 +86,26 @@ class CallShape:
     """
 
 
+def like_first(x: Tensor, *_: object) -> Tensor:
+    """The fake of an op whose result has the shape and dtype of its first argument."""
+    return same_layout(x)
+
+
 @dataclass(frozen=True)
 class Op:
     """An op of the vocabulary; the decorated function has it as `.op`."""
 
     name: str
-    """The name in graphs: without the namespace for ours, with it for torch's (aten.matmul)."""
     schema: str
+    """Types of arguments and results, without the name."""
     reference: Callable
-    fake: Callable
-    inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None
+    fake: Callable = like_first
+    """Gives results of the right shapes, on meta tensors."""
+    inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None = None
     """Argument tuples that cover the op; None if no kernel computes it."""
-    workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None
+    workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None = None
     """Calls that a model of that shape makes, for `fuseline bench kernels`."""
-    tolerance: float
+    tolerance: float = 2.0
     """Allowed difference between kernel and reference in float32, relative and absolute, in rounding steps at 1.
 
     In half precision at most one step: both round at the same places, where a float32 difference can flip one rounding.
@@ -123,8 +129,7 @@ class Op:
     @functools.cached_property
     def target(self) -> torch._ops.OpOverload:
         """The function in graphs."""
-        space, _, name = self.name.rpartition(".")
-        return getattr(getattr(torch.ops, space or "fuseline"), name).default
+        return getattr(torch.ops.fuseline, self.name).default
 
     @functools.cached_property
     def arguments(self) -> tuple[str, ...]:
@@ -142,6 +147,11 @@ def op_name(target: object) -> str:
     """
     is_op = isinstance(target, torch._ops.OpOverload)
     return str(target).removeprefix("fuseline.").removesuffix(".default") if is_op else ""
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by their names in the op's schema; those left out are not there."""
+    return {of.name: arg for of, arg in zip(node.target._schema.arguments, node.args, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -203,26 +213,15 @@ def moved_bytes(op: Op, work: Workload) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
-def op(
-    schema: str,
-    fake: Callable | None = None,
-    inputs: Callable[[Make], Iterable[tuple[Any, ...]]] | None = None,
-    tolerance: float = 2.0,
-    workloads: Callable[[Make, ModelShape], Iterable[Workload]] | None = None,
-    **facts: Any,
-) -> Callable[[Callable], Callable]:
-    """Registers the decorated reference under `schema`; `fake` gives shapes, `inputs` the arguments for tests,
-    `workloads` those for benchmarks, `facts` are further fields of Op. An op of torch's (aten::...) is only described.
+def op(writes: tuple[str, ...] = (), **facts: Any) -> Callable[[Callable], Callable]:
+    """Registers the decorated reference; its name and annotations give the op's name and schema.
+
+    `writes` names the arguments that it mutates; `facts` are further fields of Op.
     """
-    space, _, name = schema.partition("(")[0].rpartition("::")
 
     def register(reference: Callable) -> Callable:
-        if not space:
-            LIBRARY.define(schema)
-            LIBRARY.impl(name, reference, "CPU")
-            torch.library.register_fake(f"fuseline::{name}", fake, lib=LIBRARY)
-        full = f"{space}.{name}" if space else name
-        reference.op = Op(full, schema, reference, fake or reference, inputs, workloads, tolerance, **facts)
+        schema = torch.library.infer_schema(reference, mutates_args=writes).replace("SymInt", "int")
+        reference.op = _registered(Op(reference.__name__, schema, reference, **facts))
         return reference
 
     return register
@@ -230,7 +229,17 @@ def op(
 
 def batch_invariant(of: Callable) -> Callable:
     """Registers a declared op also as NAME_invariant, whose kernels compute a row in one order for any batch."""
-    found: Op = of.op
-    schema = found.schema.replace(found.name, f"{found.name}_invariant", 1)
-    facts = {"weights": found.weights, "is_product": found.is_product, "calls": found.calls}
-    return op(schema, found.fake, found.inputs, found.tolerance, **facts)(lambda *args: of(*args))
+
+    def reference(*args: object) -> object:
+        return of(*args)
+
+    declared: Op = of.op
+    reference.op = _registered(replace(declared, name=f"{declared.name}_invariant", workloads=None, invariant=""))
+    return reference
+
+
+def _registered(declared: Op) -> Op:
+    LIBRARY.define(f"{declared.name}{declared.schema}")
+    LIBRARY.impl(declared.name, declared.reference, "CPU")
+    torch.library.register_fake(f"fuseline::{declared.name}", declared.fake, lib=LIBRARY)
+    return declared

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import act_mul
-from fuseline.compile.ops.library import Make, ModelShape, Workload, op, same_layout
+from fuseline.compile.ops.library import Make, ModelShape, Workload, batch_invariant, op
 from fuseline.compile.ops.moe import EXPERT_WEIGHTS, experts
 
 PANEL = 16
@@ -93,7 +93,6 @@ def experts_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 
 @op(
-    "linear_panels(Tensor x, Tensor panels, Tensor? bias, int num_out) -> Tensor",
     fake=lambda x, panels, bias, num_out: x.new_empty(*x.shape[:-1], num_out),
     inputs=linear_inputs,
     tolerance=12.0,
@@ -113,7 +112,6 @@ def linear_rows_inputs(make: Make) -> Iterator[tuple]:
 
 
 @op(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     inputs=linear_rows_inputs,
     tolerance=12.0,
@@ -126,17 +124,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@op(
-    "linear_invariant(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    inputs=linear_rows_inputs,
-    tolerance=12.0,
-    weights=("weight", "bias"),
-    is_product=True,
-)
-def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x[..., K] times weight[N, K] -> [..., N]; kernels sum a row in one order, whatever the number of rows."""
-    return F.linear(x, weight, bias)
+linear_invariant = batch_invariant(linear)
 
 
 def linear_act_mul_inputs(make: Make) -> Iterator[tuple]:
@@ -148,7 +136,6 @@ def linear_act_mul_inputs(make: Make) -> Iterator[tuple]:
 
 
 @op(
-    "linear_act_mul(Tensor x, Tensor weight, Tensor? bias, int act) -> Tensor",
     fake=lambda x, weight, bias, act: x.new_empty(*x.shape[:-1], weight.shape[0] // 2),
     inputs=linear_act_mul_inputs,
     tolerance=12.0,
@@ -162,7 +149,6 @@ def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> 
 
 
 @op(
-    "embedding_panels(Tensor ids, Tensor panels, int num_rows) -> Tensor",
     fake=lambda ids, panels, num_rows: panels.new_empty(*ids.shape, panels.shape[1]),
     inputs=lambda make: [(make.ids(33, 1, 6), pack(make.normal(33, 20)), 33)],
     tolerance=0.0,
@@ -175,16 +161,7 @@ def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     return F.embedding(ids, unpack(panels, num_rows))
 
 
-@op(
-    "experts_panels(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
-    "Tensor? down_bias, int act, int num_hidden, float alpha, float limit) -> Tensor",
-    fake=lambda x, *_: same_layout(x),
-    inputs=experts_panels_inputs,
-    tolerance=12.0,
-    workloads=experts_workloads,
-    weights=EXPERT_WEIGHTS,
-    is_product=True,
-)
+@op(inputs=experts_panels_inputs, tolerance=12.0, workloads=experts_workloads, weights=EXPERT_WEIGHTS, is_product=True)
 def experts_panels(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
     down_bias: Tensor | None, act: int, num_hidden: int, alpha: float, limit: float,

@@ -18,7 +18,6 @@ from fuseline.compile.ops.library import (
     batch_invariant,
     lines_size,
     op,
-    same_layout,
 )
 
 EXPERT_WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
@@ -45,9 +44,6 @@ def make_tokens(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], step:
 
 
 @op(
-    "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
-    "Tensor? down_bias, int act, bool transposed, float alpha, float limit) -> Tensor",
-    fake=lambda x, *_: same_layout(x),
     inputs=experts_inputs,
     tolerance=12.0,
     weights=EXPERT_WEIGHTS,
@@ -78,10 +74,9 @@ experts_invariant = batch_invariant(experts)
 
 
 def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
-    if act != codes.EXPERT_ACTS["glu_oss"]:
+    if (unary := codes.EXPERT_UNARY[act]) is not None:
         gate, up = hidden.chunk(2, -1)
-        names = {code: name for name, code in codes.EXPERT_ACTS.items()}
-        return ACTIVATIONS[codes.UNARY[names[act]]](gate) * up
+        return ACTIVATIONS[unary](gate) * up
     gate, up = hidden[..., ::2].clamp(max=limit), hidden[..., 1::2].clamp(-limit, limit)
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
@@ -89,11 +84,8 @@ def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
 def route_topk_inputs(make: Make) -> Iterator[tuple]:
     """Scores far enough apart that no dtype's rounding makes them equal, so that their order is unique."""
     scores = torch.stack([make.order(8) for _ in range(9)]).to(make.dtype) / 2
-    for order, renormalize in (
-        (codes.ROUTE_SOFTMAX_TOPK, 0),
-        (codes.ROUTE_SOFTMAX_TOPK, 1),
-        (codes.ROUTE_TOPK_SOFTMAX, 0),
-    ):
+    softmax_first, softmax_last = codes.ROUTE_SOFTMAX_TOPK, codes.ROUTE_TOPK_SOFTMAX
+    for order, renormalize in ((softmax_first, 0), (softmax_first, 1), (softmax_last, 0)):
         yield scores, 3, order, renormalize, make.dtype
         yield scores, 3, order, renormalize, torch.float32
 
@@ -106,7 +98,6 @@ def route_topk_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 
 @op(
-    "route_topk(Tensor logits, int k, int order, int renormalize, ScalarType dtype) -> (Tensor, Tensor)",
     fake=lambda logits, k, order, renormalize, dtype: (
         logits.new_empty(logits.shape[0], k, dtype=dtype),
         logits.new_empty(logits.shape[0], k, dtype=torch.int64),

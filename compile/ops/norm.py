@@ -34,14 +34,7 @@ def norm_workloads(num_inputs: int, takes_bias: bool) -> Callable[[Make, ModelSh
     return workloads
 
 
-@op(
-    "rms_norm(Tensor x, Tensor? weight, float eps, int mode) -> Tensor",
-    fake=lambda x, *_: same_layout(x),
-    inputs=rms_norm_inputs,
-    tolerance=4.0,
-    workloads=norm_workloads(1, False),
-    weights=("weight",),
-)
+@op(inputs=rms_norm_inputs, tolerance=4.0, workloads=norm_workloads(1, False), weights=("weight",))
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
     """x / rms(x) * weight; `mode` fixes where the result is rounded to x's dtype (codes.h)."""
     wide = x.float()
@@ -55,7 +48,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
 
 
 @op(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, int mode) -> (Tensor, Tensor)",
     fake=lambda x, *_: (same_layout(x), same_layout(x)),
     inputs=lambda make: [(make.normal(1, 5, 77), make.normal(1, 5, 77), make.normal(77), 1e-6, mode) for mode in MODES],
     tolerance=4.0,
@@ -73,20 +65,12 @@ def layer_norm_inputs(make: Make) -> Iterator[tuple]:
         yield make.normal(5, 77), weight, bias, 1e-5
 
 
-@op(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    fake=lambda x, *_: same_layout(x),
-    inputs=layer_norm_inputs,
-    tolerance=4.0,
-    workloads=norm_workloads(1, True),
-    weights=("weight", "bias"),
-)
+@op(inputs=layer_norm_inputs, tolerance=4.0, workloads=norm_workloads(1, True), weights=("weight", "bias"))
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 @op(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     fake=lambda x, *_: (same_layout(x), same_layout(x)),
     inputs=lambda make: [(make.normal(5, 77), *args) for args in layer_norm_inputs(make)],
     tolerance=4.0,

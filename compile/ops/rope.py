@@ -56,25 +56,14 @@ def rope_inputs(make: Make) -> Iterator[tuple]:
 def write_cache_inputs(make: Make) -> Iterator[tuple]:
     slots = make.order(6 * 16)[:5]
     slots[2] = -1
-    yield (
-        make.normal(6, 2, 16, 24),
-        make.normal(6, 2, 16, 16),
-        make.normal(1, 2, 5, 24),
-        make.normal(1, 2, 5, 16),
-        slots,
-    )
+    caches = make.normal(6, 2, 16, 24), make.normal(6, 2, 16, 16)
+    yield *caches, make.normal(1, 2, 5, 24), make.normal(1, 2, 5, 16), slots
 
 
 def rope_cache_inputs(make: Make) -> Iterator[tuple]:
     """Full and partial rotation, tables as wide as the rotary dim and half of it, and a token without a slot."""
-    half, interleaved = codes.ROPE_HALF, codes.ROPE_INTERLEAVED
-    for layout, columns, dim in (
-        (half, 16, 16),
-        (half, 8, 16),
-        (interleaved, 8, 16),
-        (half, 8, 8),
-        (interleaved, 4, 8),
-    ):
+    half, pairs = codes.ROPE_HALF, codes.ROPE_INTERLEAVED
+    for layout, columns, dim in ((half, 16, 16), (half, 8, 16), (pairs, 8, 16), (half, 8, 8), (pairs, 4, 8)):
         caches = make.normal(6, 2, 16, 16), make.normal(6, 2, 16, 16)
         joined = make.normal(1, 5, 4 * 16 + 2 * 16)
         q, k = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in joined.split((64, 32), -1))
@@ -134,8 +123,6 @@ def rope_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
 
 
 @op(
-    "rope(Tensor x, Tensor cos, Tensor sin, Tensor rows, int rotary_dim, int layout) -> Tensor",
-    fake=lambda x, *_: same_layout(x),
     inputs=rope_inputs,
     tolerance=0.0,
     workloads=rope_workloads,
@@ -163,8 +150,7 @@ def _line(table: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
 
 
 @op(
-    "write_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots, Tensor? k_scale=None, "
-    "Tensor? v_scale=None) -> ()",
+    writes=("k_cache", "v_cache"),
     fake=lambda *_: None,
     inputs=write_cache_inputs,
     tolerance=0.0,
@@ -195,8 +181,7 @@ def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
 
 
 @op(
-    "rope_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
-    "Tensor rows, Tensor slots, int rotary_dim, int layout, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    writes=("k_cache", "v_cache"),
     fake=lambda k_cache, v_cache, q, *_: same_layout(q),
     inputs=rope_cache_inputs,
     tolerance=0.0,
@@ -205,7 +190,8 @@ def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     sums=False,
     calls=CallShape(write_size, make_heads),
     written=lambda k_cache, v_cache, q, k, v, cos, sin, rows, slots, rotary_dim, layout, *_: (
-        rope(k, cos, sin, rows, rotary_dim, layout), v,
+        rope(k, cos, sin, rows, rotary_dim, layout),
+        v,
     ),
 )
 def rope_cache(

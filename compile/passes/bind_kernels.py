@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import fx
 
+from fuseline.compile.graph.edit import map_arguments
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext, PassResult
 
 
@@ -25,8 +26,7 @@ def bind_kernels(runs: Mapping[str, Callable], device: torch.device) -> GraphPas
         nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
         for node in nodes:
             node.target = runs[node.name]
-            node.args = fx.node.map_aggregate(node.args, on_device)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, on_device)
-        return PassResult(len(nodes), bool(nodes))
+            map_arguments(node, on_device)
+        return PassResult(len(nodes))
 
     return bind_kernels

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fuseline.compile.graph.edit import hoist_constants, is_shared_with_write, is_write, memory_of, replace
-from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.edit import hoist_constants, is_shared_with_write, is_write, memory_of, replace, take_over
+from fuseline.compile.graph.graph_pass import PassContext, PassResult, each_call
 from fuseline.compile.graph.match import cast, is_constant, is_node, is_number
 
 aten = torch.ops.aten
@@ -31,58 +31,51 @@ CASTS = (
 )  # fmt: skip
 
 
-def remove_noops(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    matches = 0
-    for node in list(graph.graph.nodes):
-        rule = RULES.get(node.target) if node.op == "call_function" else None
-        matches += bool(rule and rule(graph.graph, node))
-    return PassResult(matches, matches > 0)
+@each_call
+def remove_noops(node: fx.Node) -> bool:
+    rule = RULES.get(node.target)
+    return rule is not None and rule(node)
 
 
-def _forward(graph: fx.Graph, node: fx.Node) -> bool:
+def _forward(node: fx.Node) -> bool:
     """Replaces the node by its first argument, unless exactly one of the two is written."""
-    return _forward_to(graph, node, node.args[0])
+    return _forward_to(node, node.args[0])
 
 
-def _forward_to(graph: fx.Graph, node: fx.Node, source: fx.Node) -> bool:
+def _forward_to(node: fx.Node, source: fx.Node) -> bool:
     if is_shared_with_write(node) or is_shared_with_write(source):
         return False
-    node.replace_all_uses_with(source)
-    graph.erase_node(node)
+    take_over([node], [source])
     return True
 
 
-def _cast(graph: fx.Graph, node: fx.Node) -> bool:
+def _cast(node: fx.Node) -> bool:
     source, dtype = node.args[0], node.meta["val"].dtype
-    if source.meta["val"].dtype == dtype:
-        return _forward(graph, node)
-    return replace(graph, node, cast, (source, dtype)) is not None
+    return _forward(node) if source.meta["val"].dtype == dtype else replace(node, cast, (source, dtype))
 
 
-def _slice(graph: fx.Graph, node: fx.Node) -> bool:
+def _slice(node: fx.Node) -> bool:
     _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
     is_whole = start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end > END))
-    return is_whole and _forward(graph, node)
+    return is_whole and _forward(node)
 
 
-def _times_one(graph: fx.Graph, node: fx.Node) -> bool:
-    return is_number(node.args[1]) and node.args[1] == 1 and _forward(graph, node)
+def _times_one(node: fx.Node) -> bool:
+    return is_number(node.args[1]) and node.args[1] == 1 and _forward(node)
 
 
-def _cat(graph: fx.Graph, node: fx.Node) -> bool:
+def _cat(node: fx.Node) -> bool:
     """Replaces a cat by its only non-empty part."""
     parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    filled = [part for part in parts if not _is_size(part.meta["val"].shape[dim], 0)]
+    sizes = [part.meta["val"].shape[dim] for part in parts]
+    # A size that is not known is not compared: that would fix it.
+    filled = [part for part, size in zip(parts, sizes, strict=True) if not isinstance(size, int) or size != 0]
     if len(filled) != 1 or len(parts) == 1 or filled[0].meta["val"].ndim != node.meta["val"].ndim:
         return False
-    return _forward_to(graph, node, filled[0])
+    return _forward_to(node, filled[0])
 
 
-def _is_size(size: int | torch.SymInt, number: int) -> bool:
-    return isinstance(size, int) and size == number
-
-
-RULES: dict[object, Callable[[fx.Graph, fx.Node], bool]] = {
+RULES: dict[object, Callable[[fx.Node], bool]] = {
     **dict.fromkeys(NOTHING, _forward),
     **dict.fromkeys(CASTS, _cast),
     aten.slice.Tensor: _slice,
@@ -97,11 +90,11 @@ def canonicalize(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         if node.target in (aten.mul.Tensor, aten.add.Tensor) and not node.kwargs:
             matches += _weights_right(node)
         elif node.target is aten.chunk.default:
-            matches += _split(graph.graph, node)
+            matches += _split(node)
         elif node.target is aten.silu_.default:
             matches += _out_of_place(node)
     hoist_constants(graph.graph)
-    return PassResult(matches, matches > 0)
+    return PassResult(matches)
 
 
 def _weights_right(node: fx.Node) -> bool:
@@ -131,12 +124,11 @@ def _is_only_reader(part: fx.Node) -> bool:
     return alike == [part] and list(memory_of(part).users) == [split]
 
 
-def _split(graph: fx.Graph, node: fx.Node) -> bool:
+def _split(node: fx.Node) -> bool:
     dim = node.args[2] if len(node.args) > 2 else 0
     sizes = [part.shape[dim] for part in node.meta["val"]]
-    if not all(isinstance(size, int) for size in sizes):
-        return False
-    return replace(graph, node, aten.split_with_sizes.default, (node.args[0], sizes, dim)) is not None
+    is_known = all(isinstance(size, int) for size in sizes)
+    return is_known and replace(node, aten.split_with_sizes.default, (node.args[0], sizes, dim))
 
 
 def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -149,10 +141,9 @@ def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         key = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
         first = seen.setdefault(key, node)
         if first is not node and not _sees_writes(node):
-            node.replace_all_uses_with(first)
-            graph.graph.erase_node(node)
+            take_over([node], [first])
             matches += 1
-    return PassResult(matches, matches > 0)
+    return PassResult(matches)
 
 
 def _is_effectful(node: fx.Node) -> bool:

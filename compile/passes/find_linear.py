@@ -26,9 +26,8 @@ def find_linear(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             args = (*node.args, None)[:3]
         elif node.target is aten.addmm.default and not node.kwargs:
             args = _conv1d_args(graph, node)
-        if args is not None:
-            matches += replace(graph.graph, node, OPS.linear.default, args) is not None
-    return PassResult(matches, matches > 0)
+        matches += args is not None and replace(node, OPS.linear.default, args)
+    return PassResult(matches)
 
 
 def _conv1d_args(graph: fx.GraphModule, node: fx.Node) -> tuple | None:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fuseline.compile.graph.edit import replace_all
-from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.graph_pass import each_call
 from fuseline.compile.graph.match import Call, Var, cast, is_node, match
 from fuseline.compile.ops import codes
 
@@ -22,12 +22,10 @@ aten = torch.ops.aten
 DIVIDE = (aten.div.Tensor, aten.div_.Tensor)
 
 
-def find_moe(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    matches = 0
-    for node in list(graph.graph.nodes):
-        if node.target is aten.topk.default and _is_last_and_sorted(node):
-            matches += _softmax_first(graph.graph, node) or _softmax_last(graph.graph, node)
-    return PassResult(matches, matches > 0)
+@each_call
+def find_moe(node: fx.Node) -> bool:
+    is_router = node.target is aten.topk.default and _is_last_and_sorted(node)
+    return is_router and (_softmax_first(node) or _softmax_last(node))
 
 
 def _is_last_and_sorted(node: fx.Node) -> bool:
@@ -41,15 +39,12 @@ def _parts(topk: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (parts[0], parts[1]) if len(parts) == len(topk.users) == 2 else None
 
 
-def _softmax_first(graph: fx.Graph, topk: fx.Node) -> bool:
+def _softmax_first(topk: fx.Node) -> bool:
     logits, parts = Var("logits", is_node), _parts(topk)
     found = match(Call(aten.softmax.int, logits, Var("dim", lambda d: d in (-1, 1))), topk.args[0])
-    if (
-        found is None
-        or parts is None
-        or len(topk.args[0].users) != 1
-        or topk.args[0].meta["val"].dtype != torch.float32
-    ):
+    if found is None or parts is None or len(topk.args[0].users) != 1:
+        return False
+    if topk.args[0].meta["val"].dtype != torch.float32:
         return False
     weights, ids = parts
     source = found["logits"]
@@ -62,10 +57,10 @@ def _softmax_first(graph: fx.Graph, topk: fx.Node) -> bool:
         if ratio is None or len(weights.users) != 2 or len(total.users) != 1:
             return False
         weights = ratio
-    return _route(graph, topk, source, (weights, ids), codes.ROUTE_SOFTMAX_TOPK, is_normed)
+    return _route(topk, source, (weights, ids), codes.ROUTE_SOFTMAX_TOPK, is_normed)
 
 
-def _softmax_last(graph: fx.Graph, topk: fx.Node) -> bool:
+def _softmax_last(topk: fx.Node) -> bool:
     parts = _parts(topk)
     if parts is None or len(parts[0].users) != 1:
         return False
@@ -74,12 +69,12 @@ def _softmax_last(graph: fx.Graph, topk: fx.Node) -> bool:
         return False
     if softmax.meta["val"].dtype != topk.args[0].meta["val"].dtype:
         return False
-    return _route(graph, topk, topk.args[0], (softmax, parts[1]), codes.ROUTE_TOPK_SOFTMAX, False)
+    return _route(topk, topk.args[0], (softmax, parts[1]), codes.ROUTE_TOPK_SOFTMAX, False)
 
 
 def _route(
-    graph: fx.Graph, topk: fx.Node, logits: fx.Node, results: tuple[fx.Node, fx.Node], order: int, is_normed: bool
-) -> bool:
+    topk: fx.Node, logits: fx.Node, results: tuple[fx.Node, fx.Node], order: int, is_normed: bool
+) -> bool:  # fmt: skip
     """Replaces the router; `results` are its weights and ids."""
     args = (logits, topk.args[1], order, int(is_normed), results[0].meta["val"].dtype)
-    return replace_all(graph, results, torch.ops.fuseline.route_topk.default, args) is not None
+    return replace_all(results, torch.ops.fuseline.route_topk.default, args)

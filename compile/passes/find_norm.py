@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fuseline.compile.graph.edit import replace
-from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.graph_pass import each_call
 from fuseline.compile.graph.match import Call, Either, Var, cast, is_constant, is_node, is_number, match, maybe_cast
 from fuseline.compile.ops import codes
 
@@ -33,31 +33,24 @@ SCALED_LATE = Call(aten.mul.Tensor, Call(cast, NORMED, name="down"), WEIGHT, com
 SCALED_WIDE = Call(aten.mul.Tensor, NORMED, Either(ONE_PLUS, Call(cast, WEIGHT), WEIGHT), name="product", commutes=True)
 
 
-def find_norm(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    matches = 0
-    for node in list(graph.graph.nodes):
-        if node.target is aten.layer_norm.default:
-            matches += _layer_norm(graph.graph, node)
-        elif node.op == "call_function":
-            matches += _rms_norm(graph.graph, node)
-    return PassResult(matches, matches > 0)
+@each_call
+def find_norm(node: fx.Node) -> bool:
+    return _layer_norm(node) if node.target is aten.layer_norm.default else _rms_norm(node)
 
 
-def _rms_norm(graph: fx.Graph, node: fx.Node) -> bool:
+def _rms_norm(node: fx.Node) -> bool:
     found = match(SCALED_LATE, node)
     if found is not None:
-        return _replace(graph, node, found, codes.NORM_CAST_THEN_SCALE)
-    found = match(Either(Call(cast, SCALED_WIDE), SCALED_WIDE), node)
+        return _replace(node, found, codes.NORM_CAST_THEN_SCALE)
+    found = match(maybe_cast(SCALED_WIDE), node)
     if found is not None:
-        if "one" in found:
-            return _replace(graph, node, found, codes.NORM_ONE_PLUS)
-        return _replace(graph, node, found, codes.NORM_SCALE_THEN_CAST)
-    found = match(Either(Call(cast, NORMED), NORMED), node)
+        return _replace(node, found, codes.NORM_ONE_PLUS if "one" in found else codes.NORM_SCALE_THEN_CAST)
+    found = match(maybe_cast(NORMED), node)
     is_scaled_later = any(user.target in (aten.mul.Tensor, cast) for user in node.users)
-    return found is not None and not is_scaled_later and _replace(graph, node, found, codes.NORM_CAST_THEN_SCALE)
+    return found is not None and not is_scaled_later and _replace(node, found, codes.NORM_CAST_THEN_SCALE)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, found: dict[str, Any], mode: int) -> bool:
+def _replace(node: fx.Node, found: dict[str, Any], mode: int) -> bool:
     """Returns False if the result's dtype differs from the input's (a later cast is the norm's) or the weight's."""
     x = found["wide"].args[0] if found["wide"].target is cast else found["wide"]
     if x.meta["val"].dtype != node.meta["val"].dtype:
@@ -66,11 +59,9 @@ def _replace(graph: fx.Graph, node: fx.Node, found: dict[str, Any], mode: int) -
     value = x.meta["val"]
     if weight is not None and (weight.meta["val"].shape != value.shape[-1:] or weight.meta["val"].dtype != value.dtype):
         return False
-    return replace(graph, node, OPS.rms_norm.default, (x, weight, float(found["eps"]), mode)) is not None
+    return replace(node, OPS.rms_norm.default, (x, weight, float(found["eps"]), mode))
 
 
-def _layer_norm(graph: fx.Graph, node: fx.Node) -> bool:
+def _layer_norm(node: fx.Node) -> bool:
     x, shape, weight, bias, eps = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])[:5]
-    if len(shape) != 1:
-        return False
-    return replace(graph, node, OPS.layer_norm.default, (x, weight, bias, float(eps))) is not None
+    return len(shape) == 1 and replace(node, OPS.layer_norm.default, (x, weight, bias, float(eps)))

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant, meta_int, placeholder, replace
+from fuseline.compile.graph.edit import call_node, constant, meta_int, placeholder, replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
-from fuseline.compile.graph.match import Call, Var, is_node, is_number, match
+from fuseline.compile.graph.match import Bindings, Call, Var, is_node, is_number, match
 from fuseline.compile.ops import codes
 
 aten = torch.ops.aten
@@ -73,26 +73,22 @@ def find_rope(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     matches = 0
     for node in list(graph.graph.nodes):
         if node.op == "call_function":
-            matches += _rotate_half(graph.graph, node, tables) or _two_halves(graph.graph, node, tables)
+            matches += _rotate_half(node, tables) or _two_halves(node, tables)
     for node in list(graph.graph.nodes):
         found = match(PARTIAL, node) if node.op == "call_function" else None
         if found is not None:
-            replace(graph.graph, node, ROPE, (found["x"], *found["rope"].args[1:]))
-    return PassResult(matches, matches > 0, constants=tables.values)
+            replace(node, ROPE, (found["x"], *found["rope"].args[1:]))
+    return PassResult(matches, constants=tables.values)
 
 
-def _rotate_half(graph: fx.Graph, node: fx.Node, tables: _Tables) -> bool:
+def _rotate_half(node: fx.Node, tables: _Tables) -> bool:
     found = match(ROTATE_HALF, node)
     if found is None or found["x"].meta["val"].shape[-1] != 2 * found["half"]:
         return False
-    pair = tables.lookup(found["cos"], found["sin"])
-    if pair is None:
-        return False
-    args = (found["x"], *pair, tables.rows, 2 * found["half"], codes.ROPE_HALF)
-    return replace(graph, node, ROPE, args) is not None
+    return _rotate(node, found["x"], found, tables)
 
 
-def _two_halves(graph: fx.Graph, node: fx.Node, tables: _Tables) -> bool:
+def _two_halves(node: fx.Node, tables: _Tables) -> bool:
     found = match(TWO_HALVES, node)
     if found is None:
         return False
@@ -100,11 +96,15 @@ def _two_halves(graph: fx.Graph, node: fx.Node, tables: _Tables) -> bool:
     whole = first.args[0].args[0] if _is_half(first, 0) and _is_half(second, 1) else None
     if whole is None or first.args[0] is not second.args[0]:
         return False
+    return _rotate(node, whole, found, tables)
+
+
+def _rotate(node: fx.Node, x: fx.Node, found: Bindings, tables: _Tables) -> bool:
+    """Replaces the node by a rotation of all features of x."""
     pair = tables.lookup(found["cos"], found["sin"])
     if pair is None:
         return False
-    args = (whole, *pair, tables.rows, whole.meta["val"].shape[-1], codes.ROPE_HALF)
-    return replace(graph, node, ROPE, args) is not None
+    return replace(node, ROPE, (x, *pair, tables.rows, x.meta["val"].shape[-1], codes.ROPE_HALF))
 
 
 def _is_half(node: fx.Node, index: int) -> bool:
@@ -164,9 +164,7 @@ class _Tables:
                     return None
                 done[step] = self._ctx.constants[step.meta["fqn"]]
             elif step.op == "call_function":
-                args = fx.node.map_arg(step.args, lambda n: done[n])
-                kwargs = fx.node.map_arg(step.kwargs, lambda n: done[n])
-                done[step] = step.target(*args, **kwargs)
+                done[step] = call_node(step, lambda arg: done[arg] if is_node(arg) else arg)
             else:
                 return None
         return done[node][0].contiguous()

@@ -13,20 +13,16 @@ import torch
 from torch import fx
 
 from fuseline.compile.graph.edit import replace
-from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.graph_pass import each_call
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
 
 
-def fuse_linear_act(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    matches = 0
-    for node in [n for n in graph.graph.nodes if n.target is OPS.act_mul.default]:
-        linear = _product_of(node)
-        if linear is not None:
-            args = (*linear.args, node.args[2])
-            matches += replace(graph.graph, node, OPS.linear_act_mul.default, args) is not None
-    return PassResult(matches, matches > 0)
+@each_call
+def fuse_linear_act(node: fx.Node) -> bool:
+    linear = _product_of(node) if node.target is OPS.act_mul.default else None
+    return linear is not None and replace(node, OPS.linear_act_mul.default, (*linear.args, node.args[2]))
 
 
 def _product_of(node: fx.Node) -> fx.Node | None:

@@ -23,8 +23,8 @@ def fuse_rope_cache(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     for node in [n for n in graph.graph.nodes if n.target is OPS.paged_attention.default]:
         write = writes.get(node.args[1])
         if write is not None and _is_rotated_alike(node.args[0], write.args[2]):
-            matches += _fuse(graph.graph, node, write)
-    return PassResult(matches, matches > 0)
+            matches += _fuse(node, write)
+    return PassResult(matches)
 
 
 def _is_rotated_alike(q: fx.Node, k: fx.Node) -> bool:
@@ -33,7 +33,7 @@ def _is_rotated_alike(q: fx.Node, k: fx.Node) -> bool:
     return q.args[1:] == k.args[1:]
 
 
-def _fuse(graph: fx.Graph, attention: fx.Node, write: fx.Node) -> bool:
+def _fuse(attention: fx.Node, write: fx.Node) -> bool:
     k_cache, v_cache, k, v, slots, *scales = write.args
     q = attention.args[0]
     cos, sin, rows, rotary_dim, layout = q.args[1:]
@@ -41,7 +41,7 @@ def _fuse(graph: fx.Graph, attention: fx.Node, write: fx.Node) -> bool:
     place = find_place(args, [write, q])
     if place is None:
         return False
-    turned = insert_call(graph, place, OPS.rope_cache.default, args, q, q.meta["val"])
+    turned = insert_call(place, OPS.rope_cache.default, args, q, q.meta["val"])
     attention.replace_input_with(q, turned)
-    graph.erase_node(write)
+    write.graph.erase_node(write)
     return True

@@ -10,13 +10,12 @@ A shared input is not enough: other readers of x (a router, a parallel branch) s
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant, find_place, insert_call, take_over
+from fuseline.compile.graph.edit import constant, find_place, insert_call, insert_parts, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
 from fuseline.compile.specs import WeightSource
@@ -39,7 +38,7 @@ def join_linears(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             if consumer is not None:
                 groups[node.args[0], consumer].append(node)
     matches = sum(_join(graph, group) for group in groups.values() if len(group) > 1)
-    return PassResult(matches, matches > 0)
+    return PassResult(matches)
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -75,17 +74,11 @@ def _join(graph: fx.GraphModule, group: list[fx.Node]) -> bool:
     biases = [node.args[2] for node in group]
     has_bias = any(bias is not None for bias in biases)
     args.append(_joined_bias(graph, name, biases, sizes, like) if has_bias else None)
-    first = group[0]
-    value: Tensor = first.meta["val"]
-
-    def insert(target: object, call_args: tuple, like: fx.Node, value: object) -> fx.Node:
-        return insert_call(graph.graph, place, target, call_args, like, value)
-
-    product = insert(OPS.linear.default, tuple(args), first, value.new_empty(*value.shape[:-1], sum(sizes)))
-    results = tuple(node.meta["val"] for node in group)
-    split = insert(aten.split_with_sizes.default, (product, sizes, -1), first, results)
-    parts = [insert(operator.getitem, (split, k), node, results[k]) for k, node in enumerate(group)]
-    take_over(graph.graph, group, parts)
+    first, results = group[0], tuple(node.meta["val"] for node in group)
+    joined = results[0].new_empty(*results[0].shape[:-1], sum(sizes))
+    product = insert_call(place, OPS.linear.default, tuple(args), first, joined)
+    split = insert_call(place, aten.split_with_sizes.default, (product, sizes, -1), first, results)
+    take_over(group, insert_parts(place, split, group))
     return True
 
 

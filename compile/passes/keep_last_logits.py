@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import insert_call, meta_int, placeholder
+from fuseline.compile.graph.edit import insert_call, meta_int, placeholder, results_of
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast
 
@@ -29,21 +29,21 @@ SUMS = (OPS.add_rms_norm.default, OPS.add_layer_norm.default)
 
 def keep_last_logits(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Raises ValueError if the graph does not end in a linear."""
-    output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
-    behind = _final_linear(output.args[0])
+    (logits,) = results_of(graph.graph)
+    behind = final_linear(logits)
     first, num_inputs = _first_by_row(behind[-1], behind)
     rows = placeholder(graph.graph, "logits_rows", meta_int(2))
     kept: dict[fx.Node, fx.Node] = {}
     for whole in first.args[:num_inputs]:
-        kept.setdefault(whole, _keep(graph.graph, first, whole, rows))
+        kept.setdefault(whole, _keep(first, whole, rows))
     first.args = (*(kept[whole] for whole in first.args[:num_inputs]), *first.args[num_inputs:])
     for node in behind:
         node.meta["val"] = fx.node.map_aggregate(node.meta["val"], _with_rows)
-    return PassResult(1, True)
+    return PassResult(1)
 
 
-def _final_linear(node: fx.Node) -> list[fx.Node]:
-    """Returns the row-wise ops after the last linear, then that linear."""
+def final_linear(node: fx.Node) -> list[fx.Node]:
+    """Returns the row-wise ops after the last linear, then that linear. Raises ValueError if there is not one."""
     nodes: list[fx.Node] = []
     while node.target not in LINEARS:
         inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
@@ -72,12 +72,12 @@ def _first_by_row(node: fx.Node, behind: list[fx.Node]) -> tuple[fx.Node, int]:
     return total, 2
 
 
-def _keep(graph: fx.Graph, before: fx.Node, whole: fx.Node, rows: fx.Node) -> fx.Node:
+def _keep(before: fx.Node, whole: fx.Node, rows: fx.Node) -> fx.Node:
     value = whole.meta["val"]
     kept_value = _with_rows(value)
-    flat = insert_call(graph, before, aten.select.int, (whole, 0, 0), whole, value[0])
-    kept = insert_call(graph, before, OPS.gather_rows.default, (flat, rows), whole, kept_value[0])
-    return insert_call(graph, before, aten.unsqueeze.default, (kept, 0), whole, kept_value)
+    flat = insert_call(before, aten.select.int, (whole, 0, 0), whole, value[0])
+    kept = insert_call(before, OPS.gather_rows.default, (flat, rows), whole, kept_value[0])
+    return insert_call(before, aten.unsqueeze.default, (kept, 0), whole, kept_value)
 
 
 def _with_rows(value: Any) -> Any:

@@ -12,17 +12,11 @@ from __future__ import annotations
 from torch import fx
 
 from fuseline.compile.graph.edit import replace
-from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.graph_pass import each_call
 from fuseline.compile.ops.registry import op_of, registry
 
 
-def make_batch_invariant(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    matches = 0
-    for node in list(graph.graph.nodes):
-        op = op_of(node.target)
-        if op and op.invariant:
-            instead = registry()[op.invariant].target
-            num_needed = sum(not argument.has_default_value() for argument in instead._schema.arguments)
-            args = (*node.args, *[None] * (num_needed - len(node.args)))
-            matches += replace(graph.graph, node, instead, args) is not None
-    return PassResult(matches, matches > 0)
+@each_call
+def make_batch_invariant(node: fx.Node) -> bool:
+    op = op_of(node.target)
+    return bool(op and op.invariant) and replace(node, registry()[op.invariant].target, node.args)

@@ -18,7 +18,6 @@ from fuseline.compile.formats.registry import formats_for
 from fuseline.compile.graph import edit
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
-from fuseline.compile.specs import WeightSource
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -34,11 +33,7 @@ def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             matches += packer.pack_call(node, form)
     for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default]:
         matches += packer.pack_embedding(node)
-    return PassResult(matches, matches > 0)
-
-
-def source_of(node: fx.Node) -> WeightSource:
-    return node.meta.get("weight") or WeightSource((node.meta["fqn"],))
+    return PassResult(matches)
 
 
 class _Packer:
@@ -48,24 +43,24 @@ class _Packer:
 
     def pack_call(self, node: fx.Node, form: Format) -> bool:
         if node.target is OPS.linear.default and not is_constant(node.args[1]):
-            edit.replace(self._graph.graph, node, aten.linear.default, node.args)
+            edit.replace(node, aten.linear.default, node.args)
             return False
         return self._replace(node, form)
 
     def pack_embedding(self, node: fx.Node) -> bool:
         """Reads the weight as a linear has packed it; stays as it is where none has, or the format cannot."""
         weight = node.args[0]
-        form, _ = self._packed.get(source_of(weight).names, (None, ())) if is_constant(weight) else (None, ())
+        form, _ = self._packed.get(edit.source_of(weight).names, (None, ())) if is_constant(weight) else (None, ())
         return form is not None and node.target in form.readers and self._replace(node, form)
 
     def _replace(self, node: fx.Node, form: Format) -> bool:
         def pack(weight: fx.Node, transposed: bool = False) -> tuple[fx.Node, ...]:
             return self._pack(weight, form, bool(transposed))
 
-        return edit.replace(self._graph.graph, node, *form.readers[node.target](node.args, pack)) is not None
+        return edit.replace(node, *form.readers[node.target](node.args, pack))
 
     def _pack(self, weight: fx.Node, form: Format, transposed: bool) -> tuple[fx.Node, ...]:
-        source = source_of(weight)
+        source = edit.source_of(weight)
         if source.names in self._packed:
             return self._packed[source.names][1]
         value: Tensor = weight.meta["val"].mT if transposed else weight.meta["val"]

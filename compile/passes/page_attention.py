@@ -33,7 +33,7 @@ def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         scales = _scales(graph, spec)
         constants |= {str(scale.meta["fqn"]): torch.ones(1) for scale in scales}
         _rewrite(graph.graph, node, spec, windows.index(spec.window), ctx.config.block_size, scales)
-    return PassResult(len(nodes), bool(nodes), (*specs, *groups), constants)
+    return PassResult(len(nodes), (*specs, *groups), constants)
 
 
 def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
@@ -71,10 +71,10 @@ def _rewrite(
     table = placeholder(graph, group_placeholder("block_tables", group), meta_int(2, 2, dtype=torch.int32))
     seq_lens = placeholder(graph, "seq_lens", meta_int(2, dtype=torch.int32))
     query_start = placeholder(graph, "query_start", meta_int(3, dtype=torch.int32))
-    insert_call(graph, node, OPS.write_cache.default, (*caches, k, v, slots, *scales), node, None)
+    insert_call(node, OPS.write_cache.default, (*caches, k, v, slots, *scales), node, None)
     args = (q, *caches, table, seq_lens, query_start, sinks, window, scale, softcap, *scales)
-    paged = insert_call(graph, node, OPS.paged_attention.default, args, node, node.meta["val"])
-    take_over(graph, [node], [paged])
+    paged = insert_call(node, OPS.paged_attention.default, args, node, node.meta["val"])
+    take_over([node], [paged])
 
 
 def _cache(spec: CacheSpec, block_size: int, dim: int, dtype: torch.dtype) -> Tensor:

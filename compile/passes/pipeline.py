@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import GraphPass
 from fuseline.compile.graph.runner import Stages
 from fuseline.compile.passes.bind_kernels import bind_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
 from fuseline.compile.passes.cut_regions import cut_regions
+from fuseline.compile.passes.feed_embeds import feed_embeds
 from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
@@ -26,6 +28,7 @@ from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.passes.plan_decode import plan_decode
 from fuseline.compile.passes.stream_weights import stream_weights
+from fuseline.compile.passes.tap_hidden import tap_hidden
 from fuseline.compile.passes.widen_logits import widen_logits
 
 SERVE = (page_attention, keep_last_logits)
@@ -71,10 +74,20 @@ def program_passes(
     return (bound, stream_weights(streamed)) if streamed else (bound,)
 
 
-def stages(level: int, kind: str = "cpu", batch_invariant: bool = False) -> Stages:
+def stages(config: CompileConfig, kind: str = "cpu") -> Stages:
+    """Stages of a level on a kind of target, with the passes that the configuration asks for."""
+    found = _of_level(config, kind)
+    if config.gives_hidden:
+        found = [(stage, (*passes, tap_hidden) if stage == "serve" else passes) for stage, passes in found]
+    if config.takes_embeds:
+        found = [("feed", (feed_embeds,)), *found]
+    return found
+
+
+def _of_level(config: CompileConfig, kind: str) -> Stages:
     """`batch_invariant` matters only on a GPU, from level 1 on."""
-    if kind == "cuda" and level > 0:
-        return INVARIANT_CUDA if batch_invariant else COMPILED_CUDA
+    if kind == "cuda" and config.level > 0:
+        return INVARIANT_CUDA if config.batch_invariant else COMPILED_CUDA
     if kind == "cuda":
         return REFERENCE_CUDA
-    return COMPILED if level > 0 else REFERENCE
+    return COMPILED if config.level > 0 else REFERENCE

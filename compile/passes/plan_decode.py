@@ -8,16 +8,15 @@ from __future__ import annotations
 from torch import fx
 
 from fuseline.compile.graph.edit import take_over
-from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.graph_pass import each_call
 from fuseline.compile.ops.registry import op_of
 
 
-def plan_decode(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
+@each_call
+def plan_decode(node: fx.Node) -> bool:
     """Keeps the logits of every token, in order."""
-    matches = 0
-    for node in [node for node in graph.graph.nodes if (op := op_of(node.target)) and op.picks_rows]:
-        x, rows = node.args
-        if rows.op == "placeholder" and rows.target == "logits_rows":
-            take_over(graph.graph, [node], [x])
-            matches += 1
-    return PassResult(matches, matches > 0)
+    op = op_of(node.target)
+    is_match = bool(op and op.picks_rows) and node.args[1].op == "placeholder" and node.args[1].target == "logits_rows"
+    if is_match:
+        take_over([node], [node.args[0]])
+    return is_match

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from fuseline.compile.graph.edit import constant_name, take_over
+from fuseline.compile.graph.edit import take_over
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext, PassResult
 
 PREFETCH = "prefetch"
@@ -22,16 +22,16 @@ PREFETCH = "prefetch"
 
 
 def stream_weights(layers: Sequence[Sequence[str]]) -> GraphPass:
-    """`layers` lists the constant names of each layer's weights, in the order of computation."""
+    """`layers` lists the get_attr targets of each layer's weights, in the order of computation."""
 
     def stream_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         nodes = graph.graph.nodes
-        of_name = {constant_name(node): node for node in nodes if node.op == "get_attr"}
+        of_name = {str(node.target): node for node in nodes if node.op == "get_attr"}
         with graph.graph.inserting_before(next(iter(nodes))):
             prefetch = graph.graph.placeholder(PREFETCH)
         for index, names in enumerate(layers):
             _stream_layer(graph.graph, prefetch, index, [of_name[name] for name in names])
-        return PassResult(len(layers), bool(layers))
+        return PassResult(len(layers))
 
     return stream_weights
 
@@ -43,4 +43,4 @@ def _stream_layer(graph: fx.Graph, prefetch: fx.Node, index: int, weights: Seque
         parts = [graph.call_method("__getitem__", (fetched, place)) for place in range(len(weights))]
     with graph.inserting_after(users[-1]):
         graph.call_method("release", (prefetch, index))
-    take_over(graph, weights, parts)
+    take_over(weights, parts)

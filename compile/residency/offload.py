@@ -15,66 +15,40 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant_name
+from fuseline.compile.graph.edit import source_of
 from fuseline.compile.memory import host_pages
 from fuseline.compile.ops.registry import op_of
+from fuseline.compile.residency.uploads import Layout, num_bytes, views
 
 NUM_SLOTS = 2
-ALIGNMENT = 256  # of weights within a slot in bytes, as torch's allocator has it
 
 
-@dataclass(frozen=True)
-class HostWeight:
-    key: str
-    begin: int
-    """First byte within the layer."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+def choose_offloaded(graph: fx.GraphModule, most_bytes: int) -> tuple[Layout, ...]:
+    """Weights of products by layer, in the order of the graph: the last ones that fit into `most_bytes`.
 
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def view(self, layer: Tensor) -> Tensor:
-        """The weight within the bytes of its layer."""
-        return layer[self.begin : self.begin + self.num_bytes].view(self.dtype).view(self.shape)
-
-
-@dataclass(frozen=True)
-class HostLayer:
-    weights: tuple[HostWeight, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        last = self.weights[-1]
-        return last.begin + last.num_bytes
-
-
-def choose_offloaded(graph: fx.GraphModule, num_bytes: int) -> tuple[HostLayer, ...]:
-    """Weights of products by layer, in the order of the graph: the last ones that fit into `num_bytes`.
-
-    A weight belongs to the layer whose number is in its name; those of no layer (embedding, head) stay on the GPU.
+    They are named by get_attr target. A weight belongs to the layer whose number is in its parameter's name; those of
+    no layer (embedding, head) stay on the GPU.
     """
     layers: dict[int, list[fx.Node]] = {}
     for node in _product_weights(graph):
-        if found := re.search(r"(?:^|\.)(\d+)\.", _name(node)):
+        if found := re.search(r"(?:^|\.)(\d+)\.", source_of(node).names[0]):
             layers.setdefault(int(found[1]), []).append(node)
-    chosen: list[HostLayer] = []
+    chosen: list[Layout] = []
     for nodes in reversed(layers.values()):
         kept = []
         for node in reversed(nodes):
             value = node.meta["val"]
-            if value.nbytes <= num_bytes:
+            if value.nbytes <= most_bytes:
                 kept.append(node)
-                num_bytes -= value.nbytes
+                most_bytes -= value.nbytes
         if kept:
-            chosen.append(_layer(kept[::-1]))
+            values = {str(node.target): node.meta["val"] for node in kept[::-1]}
+            chosen.append({name: (tuple(value.shape), value.dtype) for name, value in values.items()})
         if len(kept) < len(nodes):
             break
     return tuple(reversed(chosen))
@@ -89,26 +63,8 @@ def _product_weights(graph: fx.GraphModule) -> list[fx.Node]:
         for arg in node.all_input_nodes
         if arg.op == "get_attr" and len(arg.users) == 1 and arg.meta["val"].ndim > 1
     ]
-    times = Counter(_source(node) for node in weights)
-    return [node for node in weights if times[_source(node)] == 1]
-
-
-def _source(node: fx.Node) -> object:
-    return node.meta.get("weight") or node.meta["fqn"]
-
-
-def _name(node: fx.Node) -> str:
-    """Return the name of the parameter, or of the first of the joined parameters."""
-    return node.meta["weight"].names[0] if "weight" in node.meta else node.meta["fqn"]
-
-
-def _layer(nodes: Sequence[fx.Node]) -> HostLayer:
-    weights, at = [], 0
-    for node in nodes:
-        value = node.meta["val"]
-        weights.append(HostWeight(constant_name(node), at, tuple(value.shape), value.dtype))
-        at += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
-    return HostLayer(tuple(weights))
+    times = Counter(source_of(node) for node in weights)
+    return [node for node in weights if times[source_of(node)] == 1]
 
 
 class Lane(Protocol):
@@ -157,12 +113,12 @@ class Offload:
     """The layers' host memory and their slots on the device, from which the graph reads (passes/stream_weights.py)."""
 
     def __init__(
-        self, layers: Sequence[HostLayer], device: torch.device, make_lane: Callable[[], Lane] | None = None
+        self, layers: Sequence[Layout], device: torch.device, make_lane: Callable[[], Lane] | None = None
     ) -> None:
         self.layers = tuple(layers)
         pages, self._device = host_pages(device), device
-        self.host = [pages.zeros((layer.num_bytes,), torch.uint8) for layer in self.layers]
-        size = max(layer.num_bytes for layer in self.layers)
+        self.host = [pages.zeros((num_bytes(layer),), torch.uint8) for layer in self.layers]
+        size = max(memory.nbytes for memory in self.host)
         self.slots = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         make_lane = make_lane or ((lambda: CudaLane(device)) if device.type == "cuda" else HostLane)
         # A stream that a capture has forked into takes no other work: steps go on meanwhile on theirs.
@@ -173,23 +129,18 @@ class Offload:
         return sum(memory.nbytes for memory in self.host)
 
     @property
-    def layer_keys(self) -> list[list[str]]:
-        """Keys of the weights of each layer."""
-        return [[weight.key for weight in layer.weights] for layer in self.layers]
-
-    @property
     def keys(self) -> frozenset[str]:
-        """Keys of all offloaded weights."""
-        return frozenset(weight.key for layer in self.layers for weight in layer.weights)
+        """Names of all offloaded weights."""
+        return frozenset(name for layer in self.layers for name in layer)
 
     def host_tensors(self) -> dict[str, Tensor]:
-        """Host tensors that the weights are loaded into, by key."""
+        """Host tensors that the weights are loaded into, by name."""
         pairs = zip(self.layers, self.host, strict=True)
-        return {weight.key: weight.view(memory) for layer, memory in pairs for weight in layer.weights}
+        return {name: view for layer, memory in pairs for name, view in views(memory, layer).items()}
 
     def on_slot(self, index: int) -> tuple[Tensor, ...]:
         """The weights of a layer on the device while the layer computes."""
-        return tuple(weight.view(self.slots[index % NUM_SLOTS]) for weight in self.layers[index].weights)
+        return tuple(views(self.slots[index % NUM_SLOTS], self.layers[index]).values())
 
     def start(self, is_trial: bool) -> Prefetch:
         """Return the prefetch of the next pass on the current stream; a trial uses the slots' present contents."""

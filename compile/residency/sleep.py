@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.memory import host_pages
-
-ALIGNMENT = 256
+from fuseline.compile.residency.uploads import num_bytes, views
 
 
 class Weights:
@@ -17,19 +16,18 @@ class Weights:
 
     def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
         self._storages = list({t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values())
-        self._sizes = [storage.nbytes() for storage in self._storages]
+        self._layout = {str(k): ((storage.nbytes(),), torch.uint8) for k, storage in enumerate(self._storages)}
         self._device = device
         self._host: Tensor | None = None
 
     def to_host(self) -> None:
-        size = sum(map(_padded, self._sizes))
-        self._host = host_pages(self._device).zeros((size,), torch.uint8)
+        self._host = host_pages(self._device).zeros((num_bytes(self._layout),), torch.uint8)
         for part, whole in self._pairs():
             part.copy_(whole, non_blocking=True)
         self._free()
 
     def to_device(self) -> None:
-        for storage, size in zip(self._storages, self._sizes, strict=True):
+        for storage, ((size,), _) in zip(self._storages, self._layout.values(), strict=True):
             storage.resize_(size)
         for part, whole in self._pairs():
             whole.copy_(part, non_blocking=True)
@@ -53,12 +51,5 @@ class Weights:
 
     def _pairs(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Bytes on the host and on the device."""
-        at = 0
-        for storage, size in zip(self._storages, self._sizes, strict=True):
-            whole = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-            yield self._host[at : at + size], whole
-            at += _padded(size)
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+        wholes = (torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage) for storage in self._storages)
+        return zip(views(self._host, self._layout).values(), wholes, strict=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.graph_inputs import BlockCopy, cache_name
+from fuseline.compile.kernels.triton.blocks import copy_blocks
 from fuseline.compile.memory import host_pages
 from fuseline.compile.residency.uploads import DeviceInputs
 from fuseline.compile.specs import CacheGroup
@@ -43,8 +44,6 @@ class HostCaches:
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """On the current stream, in this order: one kernel for each cache of each copy. Waits for nothing."""
-        from fuseline.compile.kernels.triton.blocks import copy_blocks
-
         todo = [
             (copy.is_out, names, pair)
             for copy in copies

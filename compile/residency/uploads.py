@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16  # of each tensor: what kernels are compiled for
+ALIGNMENT = 256  # of each tensor in bytes, as torch's allocator has it: libraries choose kernels by it
 NUM_BUFFERS = 2
 Layout = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Shape and dtype of tensors by name, laid out consecutively in one buffer."""

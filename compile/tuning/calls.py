@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.ops.library import StepSize
+from fuseline.compile.ops.library import StepSize, named_arguments
 from fuseline.compile.ops.registry import op_of
 from fuseline.compile.tuning.timer import Arguments
 
@@ -52,11 +52,6 @@ def has_constants(node: fx.Node) -> bool:
     """Whether a call of the node can be synthesized: its weights are constants."""
     named = named_arguments(node)
     return not any(_is_input(named.get(name)) for name in op_of(node.target).weights)
-
-
-def named_arguments(node: fx.Node) -> dict[str, object]:
-    """The node's arguments by their names in the op's schema."""
-    return {of.name: arg for of, arg in zip(node.target._schema.arguments, node.args, strict=False)}
 
 
 def _is_input(arg: object) -> bool:

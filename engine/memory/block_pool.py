@@ -26,7 +26,6 @@ class BlockPool:
         self.refs = [0] * (num_blocks + 1)
         self._keys: list[bytes | None] = [None] * (num_blocks + 1)
         self._owners: list[str] = [""] * (num_blocks + 1)  # ids of the requests that committed them
-        self._owned: dict[str, set[int]] = {}  # the same by request
         self._cached: dict[bytes, int] = {}
         self._filled = [0.0] * (num_blocks + 1)  # when a block got the content that it keeps; 0: it has none
         self.lifetimes: list[float] = []
@@ -81,20 +80,17 @@ class BlockPool:
             self._keys[block] = key
             self._cached[key] = block
             self._owners[block] = owner
-            owned = self._owned.get(owner)
-            if owned is None:
-                owned = self._owned[owner] = set()
-            owned.add(block)
             self._tree.add(keys, index)
 
     def keys_of(self, owner: str) -> set[bytes]:
-        """Keys of the cached blocks that a request has committed."""
-        return {self._keys[block] for block in self._owned.get(owner, ())}
+        """Keys of the cached blocks that a request has committed. Goes through all blocks: it is asked for faults."""
+        return {self._keys[block] for block, one in enumerate(self._owners) if one == owner}
 
-    def forget(self, owner: str, keys: Collection[bytes]) -> None:
-        """Blocks that `owner` has committed, and blocks with one of `keys`, are no longer found."""
-        for block in {*self._owned.get(owner, ()), *(self._cached[key] for key in keys if key in self._cached)}:
-            self._forget(block)
+    def forget(self, keys: Collection[bytes]) -> None:
+        """Blocks with one of the keys are no longer found."""
+        for key in keys:
+            if key in self._cached:
+                self._forget(self._cached[key])
 
     def forget_all(self) -> None:
         for block in list(self._cached.values()):
@@ -113,8 +109,5 @@ class BlockPool:
                 self._end_life(block)
             del self._cached[key]
             self._keys[block] = None
-            owner, self._owners[block] = self._owners[block], ""
-            self._owned[owner].discard(block)
-            if not self._owned[owner]:
-                del self._owned[owner]
+            self._owners[block] = ""
             self._tree.remove(key)

@@ -201,11 +201,12 @@ class KVManager:
 
         Returns their keys: sequences that have one of them must not commit any more (`stop_commits`).
         """
-        own = set().union(*(group.pool.keys_of(request_id) for group in self.groups))
-        dependent = self._tree.descendants(own) if own else set()
+        faulty = set().union(*(group.pool.keys_of(request_id) for group in self.groups))
+        if faulty:
+            faulty |= self._tree.descendants(faulty)
         for group in self.groups:
-            group.pool.forget(request_id, dependent)
-        return own | dependent
+            group.pool.forget(faulty)
+        return faulty
 
     def stop_commits(self, seq: Sequence) -> None:
         """Others do not find what the sequence computes until it is started anew."""

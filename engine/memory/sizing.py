@@ -104,6 +104,27 @@ def size_cache(
     return CacheSize(num_blocks, kv_bytes + state_bytes, rows, num_states)
 
 
+def longest_context(
+    info: ModelInfo, cache: CacheConfig, scheduler: SchedulerConfig, most: int, budget: KVBudget
+) -> int:  # fmt: skip
+    """The longest context of at most `most` tokens that one sequence may fill; whole blocks if it is shorter."""
+
+    def fits(length: int) -> bool:
+        try:
+            size_cache(info, cache, scheduler, length, budget)
+        except SizingError:
+            return False
+        return True
+
+    if fits(most):
+        return most
+    low, high = 1, max(1, most // cache.block_size)  # in blocks; where one is too much, size_cache says so
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * cache.block_size) else (low, middle - 1)
+    return min(most, low * cache.block_size)
+
+
 def _size_states(
     info: ModelInfo, scheduler: SchedulerConfig, num_bytes: int, groups: list[_Group]
 ) -> tuple[int, int]:  # fmt: skip

@@ -36,9 +36,9 @@ class PoolArguments:
 class Pooler:
     """A mean over a prompt that several steps compute is summed up on the device."""
 
-    def __init__(self, rows: RequestRows, device: Device, hidden_size: int) -> None:
+    def __init__(self, rows: RequestRows, device: Device, hidden_dim: int) -> None:
         self._rows, self._device = rows, device
-        self.hidden_size = hidden_size
+        self.hidden_dim = hidden_dim
         self._sums: Tensor | None = None  # [R, D] float32, made by the first mean
 
     def prepare(self, batch: ScheduledBatch) -> PoolArguments | None:
@@ -73,7 +73,7 @@ class Pooler:
 
     def _add(self, part: _Part, states: Tensor) -> None:
         if self._sums is None:
-            shape = (len(self._rows.sequences), self.hidden_size)
+            shape = (len(self._rows.sequences), self.hidden_dim)
             self._sums = self._device.results({"sums": (shape, torch.float32)}).tensors["sums"]
         if part.is_first:
             self._sums[part.row].zero_()

@@ -101,7 +101,7 @@ class Runner:
         self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
         histories = Histories(rows, device) if device.is_asynchronous else None
         self.sampler = Sampler(rows, model.info.vocab_size, logprobs_mode, histories)
-        self.pooler = Pooler(rows, device, model.info.hidden_size)
+        self.pooler = Pooler(rows, device, model.info.hidden_dim)
         self._sampling_rows = np.zeros(0, np.int64)  # of the step filled last
         self._sampled: torch.Tensor | None = None  # tokens of the step launched last, on the device
 

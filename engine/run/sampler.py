@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fuseline.engine.messages import SamplingParams
+from fuseline.engine.run.grammar.masks import bitmask_of
 from fuseline.engine.run.histories import Histories, History
-from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments
+from fuseline.engine.run.row_edits import RowEdit
+from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments, is_raw
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
 
@@ -27,6 +29,8 @@ class RowSettings:
     has_history: np.ndarray  # [R] bool
     has_any_history: bool
     has_lists: bool
+    has_edits: bool
+    has_grammar: bool
     no_scores: dict[str, Tensor] | None
     """As SampleArguments has it."""
 
@@ -57,6 +61,10 @@ class Sampler:
         settings = self._settings
         if settings.has_lists:
             arguments.inputs |= self._lists(batch)
+        if settings.has_edits:
+            arguments.edits = self._edits(batch)
+        if settings.has_grammar:
+            arguments.inputs["bitmask"] = bitmask_of(batch, self.rows, self.vocab_size)
         if not settings.has_any_history:
             return
         if self.histories is None:
@@ -84,6 +92,8 @@ class Sampler:
             has_history=has_history,
             has_any_history=bool(has_history.any()),
             has_lists=bool(state.has_lists[rows].any()),
+            has_edits=bool(state.has_edits[rows].any()),
+            has_grammar=bool(state.has_grammar[rows].any()),
             no_scores={} if (num_logprobs < 0).all() else None,
         )
 
@@ -104,6 +114,18 @@ class Sampler:
         spans = np.zeros((2, len(has)), np.int64)
         spans[:, has] = begins, begins + batch.lengths[has]
         return history, torch.from_numpy(spans)
+
+    def _edits(self, batch: ScheduledBatch) -> list[RowEdit]:
+        edits = []
+        for index, (row, length) in enumerate(zip(self._settings.rows.tolist(), batch.lengths.tolist(), strict=True)):
+            seq = self.rows.sequences[row]
+            if self.rows.has_edits[row]:
+                generated = self.rows.tokens[row, seq.prompt_len : length].tolist() if seq.processors else ()
+                edits.append(RowEdit(
+                    index, seq.params.scores_temperature, seq.processors, seq.request.prompt_token_ids, generated,
+                    seq.params.logprobs is not None and is_raw(self.mode), seq.params.logprob_token_ids,
+                ))  # fmt: skip
+        return edits
 
     def _lists(self, batch: ScheduledBatch) -> dict[str, Tensor]:
         bias: list[list[int]] = []
@@ -136,7 +158,7 @@ def banned_tokens(params: SamplingParams, generated: np.ndarray) -> list[int]:
     The newest generated token need not be known unless a bad word has several tokens.
     """
     banned = [word[-1] for word in params.bad_words if _ends_with(generated, word[:-1])]
-    if len(generated) < params.min_tokens:
+    if len(generated) < params.min_tokens and params.grammar is None:  # a grammar's mask knows them
         banned += [*params.eos_token_ids, *params.masked_eos_token_ids, *params.stop_token_ids]
     return banned
 

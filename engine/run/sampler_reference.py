@@ -36,6 +36,9 @@ def sample(
         allowed = allowed_ids[allowed_start[row] : allowed_start[row + 1]]
         if len(allowed):
             z = torch.full_like(z, -torch.inf).index_copy(0, allowed, z[allowed])
+        if bitmask is not None:
+            bits = bitmask[row].view(torch.uint8)[:, None] >> torch.arange(8) & 1
+            z[bits.reshape(-1)[: len(z)] == 0] = -torch.inf
         z[banned_ids[banned_start[row] : banned_start[row + 1]]] = -torch.inf
         biased = slice(bias_start[row], bias_start[row + 1])
         z[bias_ids[biased]] += bias_values[biased]

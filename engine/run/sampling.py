@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from fuseline.compile.residency.uploads import Layout
-from fuseline.engine.messages import PositionLogprobs
+from fuseline.engine.messages import PositionLogprobs, SamplingParams
 from fuseline.engine.run.device import Device, Results
 from fuseline.engine.run.histories import History
+from fuseline.engine.run.row_edits import RowEdit, edit_rows, restore_scores
 
 INPUTS = (
     "temperature", "top_k", "top_p", "min_p", "repetition", "frequency", "presence", "seed", "counter", "num_logprobs",
@@ -22,11 +25,17 @@ INPUTS = (
 """Inputs of the `sample` kernel, in its order."""
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 """In the order of their codes."""
+RAW_MODES = (0, 2)
 SCORES = ("logprobs", "ranks", "top_ids", "top_logprobs")
-NOT_FINITE, OK, NOTHING_LEFT = range(3)
+NOT_FINITE, OK, NOTHING_LEFT, PROCESSOR_FAILED = range(4)
 """Status of a sampled row: the model's logits are not finite; it has a token; the logits are finite, but bias, masks,
-penalties and temperature leave no token."""
+penalties and temperature leave no token; a logits processor of its request failed."""
 NO_TARGETS = torch.empty(0, dtype=torch.int64)
+
+
+def is_raw(mode: int) -> bool:
+    """Whether log-probabilities are those of the model's own logits."""
+    return mode in RAW_MODES
 
 
 @dataclass
@@ -39,13 +48,15 @@ class SampleArguments:
     mode: int
     """Index in LOGPROBS_MODES."""
     inputs: dict[str, Tensor]
-    """By the names in INPUTS."""
+    """By the names in INPUTS, and `bitmask` [R, ceil(V / 32)] int32 where a row has a grammar."""
     history: History | None = None
     """On the device, in place of the one among the inputs; history_start [2, R] is then where each row's begins and
     ends. None where nobody asks for it, and on devices that keep none."""
     no_scores: dict[str, Tensor] | None = None
     """None: a row wants log-probabilities. Else what stands for those outputs on the device, since the kernel leaves
     them alone: made by the first launch of the same rows, and kept."""
+    edits: Seq[RowEdit] = ()
+    """What is done to single rows beside."""
     targets: Tensor = NO_TARGETS
     """[P] prompt tokens, whose logits come behind those of the R rows."""
     num_prompt_top: int = 0
@@ -84,6 +95,15 @@ class Sampled:
     tokens: np.ndarray  # [R] int64
     status: np.ndarray  # [R] uint8: NOT_FINITE, OK, NOTHING_LEFT
     scores: RowScores | None  # None: nobody wants any
+    named: Tensor | None = None  # [R, W] float32, log-probabilities of the tokens that rows name; None: no row does
+
+    def position(self, row: int, params: SamplingParams) -> PositionLogprobs:
+        """The scores that a row's sequence wants."""
+        found = self.scores.position(row, int(self.tokens[row]), params.logprobs)
+        if not params.logprob_token_ids:
+            return found
+        values = self.named[row, : len(params.logprob_token_ids)].tolist()
+        return replace(found, top_ids=params.logprob_token_ids, top_logprobs=tuple(values))
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,8 @@ class Launched:
 
     arguments: SampleArguments
     results: Results
+    failed: Seq[int] = ()
+    """Rows whose logits processors failed."""
 
     @property
     def tokens(self) -> Tensor:
@@ -115,7 +137,10 @@ class Launched:
         sampled = scores = None
         if arguments.num_rows:
             scores_of_tokens = RowScores(*itemgetter(*SCORES)(found)) if arguments.no_scores is None else None
-            sampled = Sampled(found["tokens"].numpy(), found["ok"].numpy(), scores_of_tokens)
+            status = found["ok"].numpy()
+            if self.failed:
+                status[list(self.failed)] = PROCESSOR_FAILED
+            sampled = Sampled(found["tokens"].numpy(), status, scores_of_tokens, found.get("named"))
         if len(arguments.targets):
             scores = RowScores(*(found[f"prompt_{name}"] for name in SCORES))
         return StepResult(sampled, scores, found["pooled"].numpy() if "pooled" in found else None)
@@ -136,6 +161,8 @@ def launch_sampling(
         layout |= RowScores.layout("prompt_", num_targets, arguments.num_prompt_top)
     if pooled is not None:
         layout["pooled"] = (tuple(pooled.shape), torch.float32)
+    if num_named := max((len(edit.named) for edit in arguments.edits), default=0):
+        layout["named"] = ((num_rows, num_named), torch.float32)
     # A row that is not ok leaves its token as it is: a zero.
     results = device.results(layout)
     history = arguments.history
@@ -143,19 +170,22 @@ def launch_sampling(
     out, given = results.tensors, device.upload({**arguments.inputs, **writes, "targets": arguments.targets})
     if history:
         given["history"] = history.write(given, before)
+    edited = edit_rows(logits, arguments.edits, out.get("named")) if arguments.edits else None
     if num_rows:
         scores = _score_outputs(device, out, arguments)
         device.ops.sample(
             out["tokens"], *itemgetter(*SCORES)(scores), out["ok"], logits[:num_rows], *itemgetter(*INPUTS)(given),
-            None, arguments.mode,
+            given.get("bitmask"), arguments.mode,
         )  # fmt: skip
+    if edited:
+        restore_scores(out, edited, arguments.mode == 0)
     if num_targets:
         scores = [out[f"prompt_{name}"] for name in SCORES]
         device.ops.row_logprobs(*scores, logits[num_rows : num_rows + num_targets], given["targets"])
     if pooled is not None:
         out["pooled"].copy_(pooled)
     results.send()
-    return Launched(arguments, results)
+    return Launched(arguments, results, edited.failed if edited else ())
 
 
 def _score_outputs(device: Device, out: dict[str, Tensor], arguments: SampleArguments) -> dict[str, Tensor]:

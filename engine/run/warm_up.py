@@ -123,6 +123,9 @@ class _Trial:
         tables = torch.zeros((len(self.model.info.cache_groups), len(counts), width), dtype=torch.int32)
         inputs = make_step(counts, counts, tables, self.config.cache.block_size)
         inputs.slot_mapping.fill_(-1)
+        if self.model.info.embed_dim:
+            inputs.embed_rows = torch.arange(sum(counts))
+            inputs.embeds = torch.zeros(sum(counts), self.model.info.embed_dim)
         inputs.state_slots = torch.arange(len(counts)) if self.model.info.state_specs else None
         return inputs
 

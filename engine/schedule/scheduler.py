@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.config import SchedulerConfig
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.schedule.budget import StepBudget, make_batch
+from fuseline.engine.schedule.delay import PromptDelay
 from fuseline.engine.schedule.queue import WaitingQueue
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
@@ -32,6 +34,7 @@ class Limits:
     """A sequence with more tokens is long and computes at most this many a step; 0: nothing is long."""
     is_priority: bool
     is_chunked: bool
+    delay_factor: float = 0.0
 
     @staticmethod
     def resolve(config: SchedulerConfig, max_model_len: int, num_drafts: int = 0) -> Limits:
@@ -49,6 +52,7 @@ class Limits:
             long_threshold=threshold,
             is_priority=config.scheduling_policy == "priority",
             is_chunked=config.enable_chunked_prefill,
+            delay_factor=config.scheduler_delay_factor,
         )
 
 
@@ -69,6 +73,7 @@ class Scheduler:
         self.prefix_hits = 0
         self.host_queries = 0
         self.host_hits = 0
+        self._delay = PromptDelay(limits.delay_factor) if limits.delay_factor else None
         self._no_drafts = np.zeros(limits.num_seqs, np.int64)
         self._free_rows = list(range(limits.num_seqs - 1, -1, -1))
 
@@ -105,8 +110,10 @@ class Scheduler:
         self._continue_streams(remaining, budget)
         budget.tokens_left = min(budget.tokens_left, self.limits.num_prefill_tokens)
         self._schedule_running(remaining, budget)
-        if not budget.has_preempted:
+        if not budget.has_preempted and self._is_delay_over():
             self._admit_waiting(budget)
+            if self._delay and budget.started:
+                self._delay.started()
         return make_batch(budget, self.rows, self.kv.swap)
 
     def preempt_all(self) -> None:
@@ -117,6 +124,9 @@ class Scheduler:
             self.kv.discard_swapped(seq)
         if self.kv.swap:
             self.kv.swap.copies.clear()
+
+    def _is_delay_over(self) -> bool:
+        return self._delay is None or self._delay.is_over(self.waiting, bool(self.running))
 
     def _switch_ropes(self) -> None:
         if self.rope_switch is None:
@@ -288,3 +298,17 @@ class Scheduler:
         self._free_rows.append(seq.row)
         self.rows.leave(seq)
         self.kv.free(seq)
+
+
+def scheduler_class(path: str) -> type[Scheduler]:
+    """The class of --scheduler-cls; empty: Scheduler. Raises ValueError for a path that leads to no subclass of it."""
+    if not path:
+        return Scheduler
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--scheduler-cls {path} cannot be imported ({error}); give module.Class") from error
+    if not (isinstance(found, type) and issubclass(found, Scheduler)):
+        raise ValueError(f"--scheduler-cls {path} is no subclass of {Scheduler.__module__}.Scheduler")
+    return found

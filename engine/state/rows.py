@@ -64,6 +64,8 @@ class RequestRows:
         self.has_history = np.zeros(num_rows, bool)
         self.reads_tokens = np.zeros(num_rows, bool)  # what it may sample depends on the newest tokens, on the host
         self.has_lists = np.zeros(num_rows, bool)
+        self.has_edits = np.zeros(num_rows, bool)  # run/row_edits.py has work for it
+        self.has_grammar = np.zeros(num_rows, bool)
 
     def load(self, seq: Sequence, num_computed: int = 0) -> None:
         """Give the row `seq.row` to a sequence of whose tokens the first `num_computed` need no computing."""
@@ -97,6 +99,7 @@ class RequestRows:
         if seq.num_pending:
             self.evicted[row, int(self.generation[row])] = seq
         self.sequences[row] = None
+        self.has_grammar[row] = self.reads_tokens[row] = False
         self.generation[row] += 1
         self.num_pooled -= seq.is_pooled
         self.num_embedded -= seq.embeds is not None
@@ -133,7 +136,7 @@ class RequestRows:
     def note_output(self, seq: Sequence) -> None:
         """The first output is out: those that follow may take the fast path."""
         params = seq.params
-        num_stops = len(params.eos_token_ids) + len(params.stop_token_ids)
+        num_stops = len(params.ending_token_ids)
         self.is_fast[seq.row] = params.logprobs is None and seq.choices == [seq.index] and num_stops <= NUM_STOPS
         self.wants_scores[seq.row] = False
 
@@ -141,12 +144,13 @@ class RequestRows:
         row = seq.row
         self.end[row] = self.num_wanted[row] = seq.prompt_len
         self.wants_tokens[row] = self.wants_scores[row] = self.is_fast[row] = False
+        self.has_grammar[row] = False
 
     def _load_endings(self, seq: Sequence, params: SamplingParams) -> None:
         row = seq.row
         self.end[row] = min(seq.prompt_len + params.max_tokens, self.max_model_len)
         self.num_wanted[row] = max(seq.prompt_len, self.end[row] - 1)
-        stops = (*params.eos_token_ids, *params.stop_token_ids)[:NUM_STOPS]
+        stops = params.ending_token_ids[:NUM_STOPS]
         self.stops[row] = -1
         self.stops[row, : len(stops)] = stops
         self.is_fast[row] = False
@@ -169,7 +173,10 @@ class RequestRows:
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)
-        self.reads_tokens[row] = any(len(word) > 1 for word in params.bad_words)
+        self.has_grammar[row] = params.grammar is not None
+        reads = bool(seq.processors) or params.grammar is not None
+        self.reads_tokens[row] = reads or any(len(word) > 1 for word in params.bad_words)
+        self.has_edits[row] = bool(seq.processors or params.logprob_token_ids or params.scores_temperature != 1)
         self.has_lists[row] = bool(
             params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens > 0
         )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from fuseline.engine.messages import EngineRequest, PoolingParams, SamplingParams
 from fuseline.engine.state.block_keys import EmbedsDigest, root_key
@@ -23,6 +27,22 @@ class SwappedKV:
     num_computed: int
     first: tuple[int, ...]
     blocks: tuple[list[int], ...]
+
+
+class TokenGrammar(Protocol):
+    """Where a sequence is in its grammar (run/grammar). Masks are int32 [ceil(V / 32)], a bit for each token."""
+
+    num_seen: int
+    """Generated tokens taken so far."""
+
+    def advance(self, tokens: Seq[int]) -> None:
+        """Take the generated tokens that follow those seen."""
+
+    def masks(self, drafts: Seq[int]) -> np.ndarray:
+        """[1 + D, W]: tokens that may come next, and after each of the drafts."""
+
+    def forced(self, limit: int) -> list[int]:
+        """The next tokens, at most `limit`, as far as only one may come and it does not end the sequence."""
 
 
 @dataclass(eq=False, slots=True)
@@ -78,6 +98,10 @@ class Sequence:
     """Its KV in host memory, while it waits to go on."""
     state_slot: int = -1
     """Slot of its recurrent state; -1 while it has none."""
+    processors: tuple[Callable[..., Any], ...] = ()
+    """Logits processors of its request."""
+    grammar: TokenGrammar | None = None
+    """Where it is in its grammar, if its request has one."""
 
     @property
     def params(self) -> SamplingParams | PoolingParams:

@@ -1,4 +1,4 @@
-"""What one answer, one client or one process leaves behind for the next: headers, places, processes, time."""
+"""Traces that one answer, client or process must not leave for the next: headers, places, processes, time."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ COMMON: list[tuple[str, Any]] = [
     ("allowed_token_ids", [99999]), ("prompt_logprobs", -2), ("truncate_prompt_tokens", 0), ("best_of", 0),
 ]  # fmt: skip
 LATER: list[tuple[str, Any]] = [
-    ("guided_json", {"type": "object"}), ("guided_regex", "a+"), ("guided_choice", ["a"]), ("use_beam_search", True),
-    ("logits_processors", ["x"]), ("response_format", {"type": "json_object"}),
+    ("guided_json", 5), ("guided_regex", "("), ("guided_choice", []),
+    ("logits_processors", ["x"]), ("response_format", {"type": "json_schema"}),
 ]  # fmt: skip
 OWN = {
     "/v1/completions": [("logprobs", -2), ("logprobs", 21), ("prompt", []), ("prompt", [99999]), ("prompt", 5)],

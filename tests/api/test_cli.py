@@ -11,7 +11,8 @@ import pytest
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli import main
-from fuseline.api.cli_flags import config_flags, recorded_flags
+from fuseline.api.cli_flags import config_flags, row_flags
+from fuseline.api.config_refusals import RULES
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_booleans(resolved, refusal) -> None:
 
 def test_json_values(resolved, refusal) -> None:
     assert resolved("--allowed-origins", '["https://a"]')["allowed_origins"] == ["https://a"]
-    assert resolved("--hf-overrides", '{"a": {"b": 1}}')["hf_overrides"] == {"a": {"b": 1}}
+    assert resolved("--hf-overrides", '{"model_type": "llama"}')["hf_overrides"] == {"model_type": "llama"}
     assert refusal("--allowed-origins", "nope")[0] == 2
     assert refusal("--allowed-origins", '{"a": 1}')[0] == 2
     assert refusal("--hf-overrides", "[1]")[0] == 2
@@ -139,13 +140,32 @@ def test_unknown_flags_get_a_suggestion(refusal) -> None:
     assert "did you mean" not in refusal("--zzzz")[1]
 
 
-@pytest.mark.parametrize("name", sorted(tables.LATER))
+LATER = sorted(name for name, row in tables.ROWS.items() if row.fate == "unimplemented")
+VALUES = {
+    "int": "7", "float": "7.5", "str": "something", "many": "x", "json": '{"a": 1}', "pairs": "image=3",
+    "floats": "1,2", "bool-value": "false",
+}  # fmt: skip
+"""A value of each kind that is nobody's default."""
+
+
+def other_value(name: str) -> list[str]:
+    """Arguments that give the flag a value other than its default."""
+    row = tables.ROWS[name]
+    if row.kind == "bool":
+        return ["--" + name.replace("_", "-")]
+    choices = [str(choice) for choice in row.choices if not row.changes_nothing(choice)]
+    return ["--" + name.replace("_", "-"), choices[-1] if choices else VALUES[row.kind]]
+
+
+@pytest.mark.parametrize("name", LATER)
 def test_flags_of_later_parts_are_refused_in_words(refusal, name: str) -> None:
-    option = "--" + name.replace("_", "-")
-    later = tables.LATER[name]
-    status, line = refusal(option) if later.is_switch else refusal(option, "something")
+    status, line = refusal(*other_value(name))
     assert status == 1
-    assert line == f"fuseline: error: {option} is not supported yet ({later.part})"
+    option = "--" + name.replace("_", "-")
+    if name in RULES:
+        assert line.startswith(f"fuseline: error: {option}")
+    else:
+        assert line == f"fuseline: error: {option}: not yet supported ({tables.ROWS[name].note}); leave it out"
 
 
 def test_neutral_values_of_later_flags_are_accepted(resolved) -> None:
@@ -158,7 +178,7 @@ def test_neutral_values_of_later_flags_are_accepted(resolved) -> None:
 )
 def test_choices_of_later_parts_are_refused_in_words(refusal, name: str, choice: str) -> None:
     status, line = refusal("--" + name.replace("_", "-"), choice)
-    assert status == 1 and "is not supported yet; use " in line
+    assert status == 1 and ": not yet supported; " in line
 
 
 @pytest.mark.parametrize("device", sorted(tables.MISSING_DEVICES))
@@ -168,12 +188,22 @@ def test_missing_devices_are_named_before_the_model_is_looked_up(refusal, device
     assert line.startswith(f"fuseline: error: --device {device}: ") and line.endswith("Available devices: cpu.")
 
 
-@pytest.mark.parametrize("name", sorted(tables.RECORDED))
-def test_recorded_flags_accept_their_default(resolved, name: str) -> None:
-    flag = recorded_flags()[name]
-    value = {"bool": [], "bool-value": ["true"], "json": ["{}"]}.get(flag.kind, [str(flag.default)])
-    shown = resolved(flag.option, *value)[name]
-    assert shown == (True if flag.kind == "bool" else {} if flag.kind == "json" else flag.default)
+@pytest.mark.parametrize("name", sorted(tables.ROWS))
+def test_flags_without_a_field_accept_their_default(resolved, name: str) -> None:
+    flag = row_flags()[name]
+    if flag.kind == "bool":
+        value = [flag.option if flag.default else f"--no-{flag.option[2:]}"]
+    elif flag.kind in ("many", "floats"):
+        value = []
+    elif flag.kind in ("json", "pairs"):
+        value = [flag.option, "{}"]
+    else:
+        value = [flag.option, str(flag.default).lower() if flag.kind == "bool-value" else str(flag.default)]
+    if flag.default is None and flag.kind in ("int", "float"):
+        value = []
+    shown = resolved(*value)[name]
+    expected = {"json": {}, "pairs": {}, "many": [], "floats": []}.get(flag.kind, flag.default)
+    assert shown == expected or (name == "enable_log_requests" and shown is False)
 
 
 @pytest.mark.parametrize("name", sorted(name for name, flag in config_flags().items() if flag.choices))
@@ -221,7 +251,7 @@ max-num-batched-tokens: 8192
 served-model-name: [a, b]
 api-key: [k1, k2]
 allowed-origins: ["https://x"]
-hf-overrides: {rope: {base: 2}}
+hf-overrides: {max_position_embeddings: 5000}
 compilation-config: {level: 1}
 swap-space: null
 """
@@ -229,7 +259,7 @@ swap-space: null
     assert config["allow_credentials"] and not config["skip_tokenizer_init"]
     assert not config["enable_prefix_caching"] and not config["enable_chunked_prefill"]
     assert config["served_model_name"] == ["a", "b"] and config["allowed_origins"] == ["https://x"]
-    assert config["hf_overrides"] == {"rope": {"base": 2}} and config["compilation_config"] == {"level": 1}
+    assert config["hf_overrides"] == {"max_position_embeddings": 5000} and config["compilation_config"] == {"level": 1}
     assert config["api_key"] == "***"
 
 
@@ -275,11 +305,23 @@ def test_help_is_grouped(capsys) -> None:
         assert all(word in out for word in words), arguments
 
 
+@pytest.mark.parametrize(
+    ("word", "shown", "hidden"),
+    [("max-num-s", "--max-num-seqs", "--port"), ("Server", "--port", "--max-num-seqs"), ("all", "--port", "zzz"),
+     ("max_num_seqs", "--max-num-seqs", "--port"), ("zzz", "no flag and no group", "--port")],
+)  # fmt: skip
+def test_help_of_a_word(word: str, shown: str, hidden: str, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["serve", f"--help={word}"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and shown in out and (hidden not in out or word == hidden)
+
+
 def test_every_flag_has_help_and_one_group() -> None:
     grouped = [name for names in tables.GROUPS.values() for name in names]
     assert sorted(grouped) == sorted(config_flags())
     assert all(flag.help for flag in config_flags().values())
-    assert not set(grouped) & (set(tables.LATER) | set(tables.RECORDED))
+    assert not set(grouped) & set(tables.ROWS)
 
 
 def test_version_and_unknown_commands(capsys) -> None:

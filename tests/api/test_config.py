@@ -10,9 +10,17 @@ import pytest
 
 from fuseline.api import cli_tables as tables
 from fuseline.api import config_check, config_levels, config_resolve
-from fuseline.api.config import ConfigError, Environment, ServerConfig, demo_dir, find_checkpoint, read_environment
-from fuseline.api.config_resolve import config_dict, context_limit, resolve, without_effect
-from fuseline.compile.config import PASSES, GraphConfig
+from fuseline.api.config import (
+    ConfigError,
+    Environment,
+    ServerConfig,
+    demo_dir,
+    find_checkpoint,
+    read_environment,
+    variables_without_effect,
+)
+from fuseline.api.config_resolve import config_dict, resolve, without_effect
+from fuseline.compile.config import PASSES, CompileConfig, GraphConfig
 from fuseline.compile.passes import pipeline
 
 
@@ -41,6 +49,7 @@ BROKEN = {
     "needs --ssl-ca-certs": {"ssl_cert_reqs": 2},
     "neither a file nor a template": {"chat_template": "chatml"},
     "neither a file nor": {"chat_template": "x" * 5000},
+    "needs --prompt-workers": {"trust_request_chat_template": True, "prompt_workers": 0},
     "no directory": {"generation_config": "/no/such"},
     "--metrics-prefix": {"metrics_prefix": "1 bad"},
     "--num-scheduler-steps 0: must be at least 1": {"num_scheduler_steps": 0},
@@ -54,7 +63,7 @@ BROKEN = {
     "config: page_attention cannot be left out": {"compilation_config": {"pass_config": {"page_attention": False}}},
     "--disabled-passes: there is no pass 'fuse' (passes: canonicalize,": {"disabled_passes": ("fuse",)},
     "--disabled-passes: page_attention cannot be left out": {"disabled_passes": ("page_attention",)},
-    "tensor-parallel-size is not supported yet": {"tensor_parallel_size": 2},
+    "--tensor-parallel-size: not yet supported": {"tensor_parallel_size": 2},
 }
 
 
@@ -72,9 +81,10 @@ def test_half_a_tls_pair_is_refused(model: str) -> None:
 
 
 def test_python_values_are_taken_like_flags(model: str) -> None:
-    config = resolve({"model": model, "compilation_config": 0, "hf_overrides": {"a": 1}, "api_key": "k", "seed": None,
-                      "tensor_parallel_size": 1, "served_model_name": "x", "additional_config": {}})  # fmt: skip
-    assert config.engine.compile.level == 0 and config.engine.compile.hf_overrides == (("a", 1),)
+    config = resolve({"model": model, "compilation_config": 0, "hf_overrides": {"vocab_size": 1}, "api_key": "k",
+                      "seed": None, "tensor_parallel_size": 1, "served_model_name": "x",
+                      "additional_config": {}})  # fmt: skip
+    assert config.engine.compile.level == 0 and config.engine.compile.hf_overrides == (("vocab_size", 1),)
     assert config.api_key == ("k",) and config.served_model_name == ("x",)
     assert hash(config) == hash(dataclasses.replace(config))
 
@@ -94,7 +104,9 @@ LEVEL_KEYS = {
     "cache_dir": (["/c", None], [3]),
     "compile_sizes": ([[], None], [[1, 8], 8, ["8"], [0], [True], {}]),
     "cudagraph_capture_sizes": ([[1, 2, 4]], [[1.5], "all"]),
+    "cudagraph_mode": (["NONE", "FULL_DECODE_ONLY", None], ["FULL", 2]),
     "cudagraph_num_of_warmups": ([0, 3], [-1, "1", False]),
+    "max_cudagraph_capture_size": ([8, None], [0, "8"]),
     "custom_ops": ([["none", "+rms_norm"], ["-linear"], ["all"], []], ["none", ["rms_norm"], ["+x"], ["all", "none"]]),
     "pass_config": ([{"fuse_act_mul": False, "join_linears": True}, {}], [["fuse_act_mul"], {"fuse_act_mul": 0}]),
     "splitting_ops": ([["aten.mm"]], ["aten.mm", [1]]),
@@ -143,12 +155,13 @@ def test_enforce_eager_compiles_no_regions(model: str) -> None:
 
 
 def test_the_names_of_passes_are_those_of_the_pipeline() -> None:
-    cpu, *cuda = (
+    asked = pipeline.stages(CompileConfig("", gives_hidden=True, takes_embeds=True))
+    cpu, *others = (
         [graph_pass.__name__ for _, passes in stages for graph_pass in passes]
-        for stages in (pipeline.COMPILED, pipeline.COMPILED_CUDA, pipeline.INVARIANT_CUDA)
+        for stages in (pipeline.COMPILED, pipeline.COMPILED_CUDA, pipeline.INVARIANT_CUDA, asked)
     )
-    only_cuda = dict.fromkeys(name for names in cuda for name in names if name not in cpu)
-    assert list(PASSES) == [*cpu, "cut_regions", *only_cuda]
+    more = dict.fromkeys(name for names in others for name in names if name not in cpu)
+    assert list(PASSES) == [*cpu, "cut_regions", *more]
 
 
 def test_batch_invariance_can_be_asked_for_by_flag_or_variable(model: str) -> None:
@@ -183,25 +196,15 @@ def test_bad_environment_is_refused(model: str, bad: Environment) -> None:
         resolve({"model": model}, bad)
 
 
+def test_variables_without_effect_are_named() -> None:
+    lines = variables_without_effect({"VLLM_IMAGE_FETCH_TIMEOUT": "5", "FUSELINE_API_KEY": "k", "FUSELINE_X": "1"})
+    assert lines == ["VLLM_IMAGE_FETCH_TIMEOUT has no effect: media are not yet supported"]
+
+
 def test_long_context_can_be_forced(model: str) -> None:
     config = resolve({"model": model, "max_model_len": 9000}, Environment(allow_long_max_model_len="1"))
     assert config.engine.compile.max_model_len == 9000
     assert dict(config.engine.compile.hf_overrides) == {"max_position_embeddings": 9000}
-
-
-@pytest.mark.parametrize(
-    ("config", "limit"),
-    [
-        ({"n_positions": 1024}, 1024),
-        ({"text_config": {"max_position_embeddings": 77}}, 77),
-        ({"n_ctx": 100, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 50}}, 200),
-        ({"max_position_embeddings": 400, "rope_parameters": {"rope_type": "default"}}, 400),
-        ({}, 0),
-    ],
-)
-def test_context_limit(tmp_path: Path, config: dict, limit: int) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert context_limit(str(tmp_path), {})[0] == limit
 
 
 def test_unchunked_budget_grows_to_the_context(model: str) -> None:
@@ -255,6 +258,22 @@ def test_cached_snapshots_are_found_by_hub_id(tmp_path: Path, monkeypatch) -> No
     (folder / "snapshots" / commit).mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
+    other = "1" * 40
+    (folder / "snapshots" / other).mkdir()
+    (folder / "refs" / "v2").write_text(other)
+    assert find_checkpoint("org/tiny", str(tmp_path), "v2") == str(folder / "snapshots" / other)
+    assert find_checkpoint("org/tiny", str(tmp_path), other) == str(folder / "snapshots" / other)
+    with pytest.raises(ConfigError, match="files of revision v3 are in"):
+        find_checkpoint("org/tiny", str(tmp_path), "v3")
+    for snapshot in (commit, other):
+        config = {"model_type": "llama", "max_position_embeddings": 64 if snapshot == commit else 32}
+        (folder / "snapshots" / snapshot / "config.json").write_text(json.dumps(config))
+    given = {"model": "org/tiny", "download_dir": str(tmp_path)}
+    assert resolve(given).engine.compile.max_model_len == 64
+    newer = resolve({**given, "revision": "v2"})
+    assert newer.engine.compile.max_model_len == 32 and newer.tokenizer_dir.endswith(other)
+    mixed = resolve({**given, "revision": "v2", "tokenizer_revision": "main"})
+    assert mixed.engine.compile.model.endswith(other) and mixed.tokenizer_dir.endswith(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert find_checkpoint("org/tiny") == str(folder / "snapshots" / commit)
 

@@ -8,7 +8,9 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from fuseline.api.llm import LLM
 from fuseline.api.llm_asgi import RequestFailed
@@ -55,7 +57,8 @@ class FakeApp:
     def _whole(self, body: dict, text: str) -> dict:
         part = {"message": {"content": text.upper()}} if "messages" in body else {"text": text.upper()}
         choices = [{"index": i, **part, "finish_reason": "stop", "token_ids": [7, 8]} for i in range(body.get("n", 1))]
-        choices[0]["prompt_token_ids"] = [1, 2]
+        for choice in choices:
+            choice |= {"prompt_token_ids": [1, 2], "logprobs": {"token_logprobs": [None, -9.0, -1.0, -2.0]}}
         return {"choices": choices, "usage": USAGE}
 
     async def _stream(self, text: str, send) -> None:
@@ -117,6 +120,43 @@ def test_token_id_prompts(llm: LLM, app: FakeApp) -> None:
     assert len(llm.generate([[1, 2], (3,)])) == 2
     assert [body["prompt"] for body in app.bodies] == [[1, 2, 3], [1, 2], [3]]
     assert llm.generate([]) == []
+
+
+def test_prompts_come_in_any_shape(llm: LLM, app: FakeApp) -> None:
+    prompts = [np.array([1, 2]), [np.int64(3)], {"prompt_token_ids": np.array([4])}, {"prompt": "text"},
+               {"prompt": "text", "prompt_token_ids": [5], "cache_salt": "s"}, torch.tensor([6])]  # fmt: skip
+    outputs = llm.generate(prompts)
+    sent = [body["prompt"] for body in app.bodies]
+    assert sent == [output.prompt for output in outputs] == [[1, 2], [3], [4], "text", [5], [6]]
+    assert [body.get("cache_salt") for body in app.bodies] == [None] * 4 + ["s", None]
+    assert [len(llm.generate(one)) for one in ({"prompt": "one"}, np.array([1, 2]), torch.tensor([1, 2]))] == [1] * 3
+    assert len(llm.generate(np.array([[1, 2], [3, 4]]))) == 2
+    for bad, words in (({"promt": "x"}, "'promt'"), ({"multi_modal_data": {}, "prompt": "x"}, "multi_modal_data"),
+                       ({}, "needs prompt"), ([1, 2.5], "whole numbers"), (np.array([[[1]]]), "one dimension"),
+                       ({"prompt_token_ids": [[1]]}, "one dimension")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            llm.generate(bad)
+
+
+def test_beams_are_asked_for(llm: LLM, app: FakeApp) -> None:
+    params = SimpleNamespace(beam_width=2, max_tokens=4, length_penalty=0.5)
+    for output in llm.beam_search(["a", "b"], params):
+        assert [sequence.tokens for sequence in output.sequences] == [(1, 2, 7)] * 2, "an EOS is left out"
+        assert [sequence.cum_logprob for sequence in output.sequences] == [-3.0] * 2
+    kept = llm.beam_search("a", {"beam_width": 2, "max_tokens": 4, "include_stop_str_in_output": True})
+    assert kept[0].sequences[1].tokens == (1, 2, 7, 8)
+    wanted = {"use_beam_search": True, "n": 2, "max_tokens": 4, "length_penalty": 0.5, "temperature": 0.0}
+    assert all(wanted.items() <= body.items() and "beam_width" not in body for body in app.bodies[:2])
+    for bad in ({}, {"beam_width": 2}, {"max_tokens": 4}, {"beam_width": 2, "max_tokens": 4, "top_p": 0.5}):
+        with pytest.raises(ValueError, match="beam search"):
+            llm.beam_search("a", bad)
+
+
+def test_batches_keep_refusals_as_answers(llm: LLM, app: FakeApp) -> None:
+    answers = llm.run_batch([("/v1/completions", {"prompt": text}) for text in ("one", "bad", "two", "three")])
+    assert [status for status, _ in answers] == [200, 400, 200, 200]
+    assert answers[1][1] == {"error": {"message": "no such thing"}} and answers[2][1]["choices"][0]["text"] == "TWO"
+    assert app.most_in_flight <= 3
 
 
 @dataclass

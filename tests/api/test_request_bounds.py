@@ -1,4 +1,4 @@
-"""What requests may hold: numbers, sizes, how many sequences in all; and the headers that every answer carries."""
+"""Bounds of requests: numbers, sizes, how many sequences in all; and the headers that every answer carries."""
 
 from __future__ import annotations
 

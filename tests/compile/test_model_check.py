@@ -12,10 +12,9 @@ import transformers
 from python_process import run_python
 from zoo import COMMON, IDS, LONG_FACTORS, VOCAB
 
-from fuseline.compile.capture.errors import CaptureError, LoadError
+from fuseline.compile.capture.errors import CaptureError, LoadError, told_as
 from fuseline.compile.capture.export import num_decoder_layers, resolve_dtype
 from fuseline.compile.capture.reference import RandomModel
-from fuseline.compile.capture.words import told_as
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.model_info import eos_ids

@@ -89,7 +89,7 @@ def make_engine(model: CpuModel, num_blocks: int = NUM_BLOCKS, caching: bool = T
 
 
 def run(engine: Engine, asked: Sequence[EngineRequest], arrivals: Sequence[int] = ()) -> dict[str, tuple]:
-    """What each request is told, by id. `arrivals`: the step before which each one comes.
+    """The outputs of each request, by id. `arrivals`: the step before which each one comes.
 
     Leaves in `engine.sizes` how many sequences ran at the beginnings of steps.
     """

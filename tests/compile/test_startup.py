@@ -105,8 +105,8 @@ def test_the_cached_lowered_model_is_the_lowered_one(started):
     assert result.specs == made.specs and result.stage_ops == made.stage_ops
     assert [r.name for r in result.reports] == [r.name for r in made.reports]
     assert all(torch.equal(result.constants[name], value) for name, value in made.constants.items())
-    requests = compiler.weight_requests(captured.graph, captured, made)
-    assert compiler.weight_requests(cached.graph, cached, result) == requests
+    requests = compiler.weight_requests(captured.graph, made)
+    assert compiler.weight_requests(cached.graph, result) == requests
     again, fresh = (
         load_weights(requests, captured, c) for c in (started, CompileConfig(started.model, cache_dir="/dev/null"))
     )
@@ -121,7 +121,7 @@ def test_a_map_of_weights_that_lies_is_not_used(started, caplog):
     rows[name][1][0][-1] = 1 << 40  # offset far behind the tensor's end
     cache.write_file(path, json.dumps(rows).encode())
     captured, result = load_optimized(started)
-    load_weights(compiler.weight_requests(captured.graph, captured, result), captured, started)
+    load_weights(compiler.weight_requests(captured.graph, result), captured, started)
     assert "is no map of" in caplog.text and path.read_bytes() == whole
 
 

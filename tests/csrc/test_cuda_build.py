@@ -16,7 +16,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 SHARED_LIMIT = 48 << 10  # bytes of a block that asks for none
 REGISTERS = {"few_rows_kernel": 80, "norm_kernel": 80, "act_mul_kernel": 64, "rope_kernel": 40, "merge_kernel": 64,
              "decode_kernel": 224, "probe_kernel": 32}  # fmt: skip
-"""Of a thread, at most: three blocks of few_rows_kernel, whose ring fills a third of sm_80's multiprocessor, fit it."""
+"""Most registers of a thread: three blocks of few_rows_kernel, whose ring fills a third of an sm_80's SM, fit it."""
 FOUR_BLOCKS = 64
 """From sm_90 on its ring fills a quarter."""
 ENTRY = re.compile(

@@ -1,4 +1,4 @@
-"""What a request is told: endings, log-probabilities, errors that stay its own; and the sampling rules of SPEC 6."""
+"""Outputs of a request: endings, log-probabilities, errors that stay its own; and the sampling rules of SPEC 6."""
 
 from __future__ import annotations
 

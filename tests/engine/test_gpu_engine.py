@@ -59,7 +59,7 @@ def gpu_engine(num_blocks: int, num_host_blocks: int = 0, **settings: object) ->
 
 
 def answers(engine: Engine, asked: tuple[dict, ...]) -> list[tuple]:
-    """What each request is told; request k comes before step k."""
+    """The outputs of each request; request k comes before step k."""
     walk = Walk(engine)
     for prompt, params in zip(PROMPTS, asked, strict=False):
         walk.submit(prompt, **params)

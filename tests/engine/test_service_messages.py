@@ -22,6 +22,9 @@ class Inbox:
         self._clock, self._seconds = clock, seconds
         self._messages = [make_request(f"r{k}") for k in range(NUM_MESSAGES)] + [Shutdown()]
 
+    def wake(self) -> None:
+        pass
+
     def receive(self, wait: bool):
         self._clock.work(self._seconds)
         return self._messages.pop(0)
@@ -39,8 +42,10 @@ def test_messages_are_handled_for_a_short_time_between_two_steps(
         return "outputs"
 
     served = object.__new__(EngineService)
+    grammars = SimpleNamespace(on_ready=None, close=lambda: None)
     served.engine = SimpleNamespace(
-        has_work=True, step=step, add=added.append, runner=SimpleNamespace(model=None)
+        has_work=True, step=step, add=added.append, runner=SimpleNamespace(model=None), grammars=grammars,
+        admit_compiled=lambda: None,
     )
     served.device, served.send = SimpleNamespace(stop_capture=lambda model: None), lambda message: None
     served.run(Inbox(clock, seconds))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander, TokenOutput
+from fuseline.engine.messages import EngineRequest, PoolingParams, SamplingParams, StepExpander, TokenOutput
 from fuseline.engine.run.sampler_reference import _draw, reference_device
 
 ORDERS = ("in_order", "overlapped", "queued")
@@ -35,7 +35,7 @@ def make_engine(
 
 
 def seen_prompt(request: EngineRequest) -> list[int]:
-    """What the fake model sees of a prompt: embeddings in the place of their tokens."""
+    """The prompt as the fake model sees it: embeddings in the place of their tokens."""
     tokens = list(request.prompt_token_ids)
     for span in request.embeds:
         rows = np.frombuffer(span.data, np.float32).reshape(span.count, -1)
@@ -62,13 +62,10 @@ def expected_tokens(request: EngineRequest, index: int, windows, threshold=None,
 
 
 def check_tree(kv) -> None:
-    nodes = kv._tree._nodes
-    counts = Counter(key for group in kv.groups for key in group.pool._cached)
-    for key, node in nodes.items():
-        assert node.num_blocks == counts[key] and (node.num_blocks or node.children)
-        assert not node.parent or key in nodes[node.parent].children
-        assert all(nodes[child].parent == key for child in node.children or ())
-    assert counts.keys() <= nodes.keys()
+    tree = kv._tree
+    uses = Counter(key for group in kv.groups for key in group.pool._cached)
+    uses.update(parent for parent in tree._parents.values() if parent)
+    assert uses == tree._uses and uses.keys() == tree._parents.keys()
 
 
 def check_invariants(engine: Engine) -> None:
@@ -118,6 +115,13 @@ class Walk:
         )  # fmt: skip
         self.requests[name] = request
         self.engine.add(request)
+        return name
+
+    def pool(self, prompt: list[int], kind: str = "last", normalize: bool = True) -> str:
+        name = f"r{len(self.requests)}"
+        params = PoolingParams(pooling=kind, normalize=normalize)
+        self.requests[name] = EngineRequest(request_id=name, prompt_token_ids=tuple(prompt), params=params)
+        self.engine.add(self.requests[name])
         return name
 
     def step(self) -> None:

@@ -41,7 +41,7 @@ class FakeGraphs:
     device raises HostSync.
 
     `captured` and `replays` are sizes of whole steps, `segments` and `segment_replays` numbers of segments. Capture
-    raises for what `fails` says of its results, which are a tensor or, of a segment, a tuple.
+    raises for what `fails` says of its results. A segment has inputs, a whole step reads fixed memory.
     """
 
     def __init__(self, fails: Callable[[object], bool] = lambda results: False) -> None:
@@ -64,8 +64,8 @@ class FakeGraphs:
         lost = [alias for _, alias in self._results if alias.untyped_storage().data_ptr() not in owned]
         memory = map_tensors(results, self.borrowed)
         map_tensors(results, lambda tensor: self._results.append((weakref.ref(tensor), self.borrowed(tensor))))
-        is_step = isinstance(results, Tensor)
-        size = results.shape[1] if is_step else 0
+        is_step = not inputs
+        size = tensors_of(results)[0].shape[1] if is_step else 0
         self.captured += [size] if is_step else []
         self.segments += not is_step
 
@@ -203,7 +203,7 @@ class FakeGpu(CudaDevice):
         on_host = [*inputs.fields().values(), *([] if inputs.sources is None else [inputs.sources])]
         with no_host_sync(on_host):
             output = run(inputs)
-        self._note(output.logits)
+        self._note(output.logits, *([] if output.hidden is None else [output.hidden]))
         return output
 
     def _note(self, *tensors: Tensor) -> None:

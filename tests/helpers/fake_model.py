@@ -96,8 +96,8 @@ class FakeModel:
             cache_specs=tuple(CacheSpec(i, 1, 4, 4, "float32", w) for i, w in enumerate(windows)),
             cache_groups=tuple(CacheGroup(w, (i,)) for i, w in enumerate(windows)),
             state_specs=(StateSpec(len(windows), (4,), "float32"),) if with_state else (),
-            takes_embeds=True,
-            gives_hidden=True,
+            embed_dim=HIDDEN_SIZE,
+            hidden_dim=HIDDEN_SIZE,
         )
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
@@ -164,7 +164,7 @@ class FakeModel:
         return torch.from_numpy(np.array(states, np.float32).reshape(len(states), HIDDEN_SIZE))
 
     def _state(self, inputs: StepInputs, seq: int, end: int) -> int:
-        """Of a sequence after the tokens of the step up to `end`."""
+        """State of a sequence after the tokens of the step up to `end`."""
         begin = int(inputs.query_start[seq])
         state = 0 if inputs.positions[begin] == 0 else self.states[inputs.state_slots[seq]]
         assert state >= 0, "a state is read that nobody has written"

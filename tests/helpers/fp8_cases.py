@@ -15,7 +15,7 @@ CACHED = ("write_cache", "rope_cache", "paged_attention", "paged_attention_invar
 """Ops that take scales behind their other arguments."""
 SCALES = torch.tensor([0.5]), torch.tensor([0.125])
 STORED = (*FP8, torch.uint8)
-"""What a cache's tensor may be: bytes are e4m3."""
+"""Dtypes of a cache's tensor: bytes are e4m3."""
 
 
 def over_fp8(op: Op, dtype: torch.dtype, fp8: torch.dtype) -> Iterator[tuple]:

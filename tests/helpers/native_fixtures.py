@@ -1,4 +1,4 @@
-"""What the tests of the native kernels share: every ISA of this machine, thread counts, packed weights."""
+"""Shared by tests of native kernels: every ISA of this machine, thread counts, packed weights."""
 
 from __future__ import annotations
 

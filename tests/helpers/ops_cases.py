@@ -46,7 +46,7 @@ def assert_agrees(op: Op, args: tuple, run: Callable) -> None:
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """Of fp8, which nothing compares."""
+    """The bytes of an fp8 tensor, whose values nothing compares."""
     return x.view(torch.uint8) if x.dtype in FP8 else x
 
 

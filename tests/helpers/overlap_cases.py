@@ -20,7 +20,7 @@ REQUESTS = {
 
 
 def answers(walk: Walk) -> dict:
-    """What each choice was told in all, however it was cut into outputs."""
+    """All that each choice was told, however it was cut into outputs."""
     told = {}
     for place, outputs in walk.outputs.items():
         last = outputs[-1]

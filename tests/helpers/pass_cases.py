@@ -61,7 +61,7 @@ class Case:
 
 
 def materialize(source: WeightSource, values: dict[str, Tensor], like: Tensor) -> Tensor:
-    """What loading makes of a WeightSource, in plain torch."""
+    """Builds the weight of a WeightSource as loading does, in plain torch."""
     parts = []
     for index, name in enumerate(source.names):
         pad = source.pads[index] if source.pads else 0

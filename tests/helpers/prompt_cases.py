@@ -24,7 +24,8 @@ SPINNING = (
 def settings(**flags: Any) -> PromptSettings:
     config = resolve({"model": "demo", **flags}, read_environment({}))
     ready = EngineReady(VOCAB, CONTEXT, 100, 16, "bfloat16", "bfloat16", (4087,), "LlamaForCausalLM")
-    template = template_text(config.chat_template, load_tokenizer(config).chat_template)
+    tokenizer = load_tokenizer(config)
+    template = template_text(config.chat_template, tokenizer.chat_template) if tokenizer else None
     return PromptSettings(config, ready, (), template)
 
 
@@ -38,7 +39,7 @@ def body(**fields: Any) -> bytes:
 
 
 def chat(content: Any = "Hi", **fields: Any) -> bytes:
-    return body(messages=[{"role": "user", "content": content}], max_tokens=4, **fields)
+    return body(**{"messages": [{"role": "user", "content": content}], "max_tokens": 4, **fields})
 
 
 def turned_on(name: str) -> bytes:

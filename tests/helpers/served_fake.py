@@ -24,10 +24,20 @@ from fuseline.engine.run.sampler_reference import reference_device
 
 
 class Letters:
-    """A tokenizer: token k is the character 64 + k."""
+    """A tokenizer, and its pieces: token k is the character 64 + k."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return "".join(chr(64 + token) for token in ids)
+    cleans_up = has_runs = False
+    special_ids: frozenset[int] = frozenset()
+
+    @property
+    def pieces(self) -> Letters:
+        return self
+
+    def piece(self, token: int, previous: int | None) -> str:
+        return chr(64 + token)
+
+    def inner(self, token: int) -> str:
+        return chr(64 + token)
 
 
 class Fake:
@@ -39,7 +49,9 @@ class Fake:
         self.metrics = Metrics("fuseline:", "fake", client.ready, CacheConfig(), self.registry)
         client.on_step.append(self.metrics.on_step)
 
-    async def collect(self, prompt: list[int], stops: tuple[str, ...] = (), priority: int = 0, **params) -> list[Event]:
+    async def collect(
+        self, prompt: list[int], stops: tuple[str, ...] = (), priority: int = 0, num_shown: int = 0, **params
+    ) -> list[Event]:
         """The events of one request, as a route would get them."""
         request = EngineRequest(
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(prompt), params=SamplingParams(**params),
@@ -51,11 +63,12 @@ class Fake:
         async def open_prompt(info: PromptInfo) -> None:
             events.append(info)
 
-        await Generation(request, Letters(), TextOptions(stops), watch).run(self.client, events.append, open_prompt)
+        options = TextOptions(stops, num_shown=num_shown)
+        await Generation(request, Letters(), options, watch).run(self.client, events.extend, open_prompt)
         return events
 
     def value(self, sample: str, **labels: str) -> float:
-        """Of one sample of the metrics, without the prefix."""
+        """Value of one sample of the metrics; `sample` is its name without the prefix."""
         for family in text_string_to_metric_families(generate_latest(self.registry).decode()):
             for found in family.samples:
                 if found.name == f"fuseline:{sample}" and labels.items() <= found.labels.items():

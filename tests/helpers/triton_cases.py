@@ -74,7 +74,7 @@ class Case:
         yield from products(axes)
 
     def pairs(self, arch: int) -> Iterator[dict[str, object]]:
-        """Of the product of all axes so many that every two values of two axes come together."""
+        """Choices in which every two values of two axes occur together, few of the product of all axes."""
 
         def of(choice: dict[str, object]) -> set[tuple]:
             return set(itertools.combinations(choice.items(), 2)) or set(choice.items())
@@ -111,7 +111,7 @@ def products(axes: dict[str, Sequence]) -> Iterator[dict[str, object]]:
 
 
 def modules() -> list[ModuleType]:
-    """Of the package of kernels."""
+    """Modules of the package of kernels."""
     found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
     return [importlib.import_module(info.name) for info in found]
 
@@ -220,7 +220,7 @@ def mix(dtype: torch.dtype, act: int, transposed: bool, ints: torch.dtype, sizes
 
 
 CACHED = (torch.bfloat16, torch.float32, torch.float16, E5M2, E4M3, torch.uint8)
-"""What keys and values are kept as; before sm_89 the launchers give e4m3 to kernels as bytes."""
+"""Dtypes of caches; before sm_89 the launchers give e4m3 to kernels as bytes."""
 HEADS = {
     "some": (4, 2, 16, 16, 16), "rest": (6, 2, 40, 24, 16), "wide": (4, 2, 16, 136, 16), "ones": (1, 1, 1, 1, 1)
 }  # fmt: skip
@@ -245,7 +245,7 @@ def attend(
         "v_cache": meta(64, kv_heads, block, value_dim, dtype=cache),
         "block_table": meta(seqs, columns, dtype=torch.int32), "seq_lens": meta(seqs, dtype=torch.int32),
         "query_start": meta(seqs + 1, dtype=torch.int32), "sinks": meta(heads, dtype=dtype), "window": window,
-        "scale": 0.3, "softcap": softcap, "k_scale": one, "v_scale": one, "workspace": meta(1 << 22),
+        "scale": 0.3, "softcap": softcap, "k_scale": one, "v_scale": one,
         "prefill_from": int(step == "invariant"),
     }  # fmt: skip
 

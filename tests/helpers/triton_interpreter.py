@@ -199,9 +199,9 @@ def source_of(kernel: jit.JITFunction, args: tuple, kwargs: dict) -> ASTSource:
 
 
 def _code(done: triton.compiler.CompiledKernel) -> dict:
-    """Of machine code: registers, bytes of the stack (spilled registers), matrix instructions by kind, differences that
-    a product was fused with, and the bytes of its accesses: `copies` (global to shared memory, asynchronous), `loads`,
-    `stores`."""
+    """Facts of machine code: registers, bytes of the stack (spills), matrix instructions by kind, differences
+    that a product was fused with, and the bytes of its accesses: `copies` (global to shared memory, asynchronous),
+    `loads`, `stores`."""
     ptx, cubin = done.asm["ptx"], Path(f"{os.environ['TRITON_CACHE_DIR']}/{os.getpid()}.cubin")
     cubin.write_bytes(done.asm["cubin"])
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"

@@ -33,7 +33,7 @@ def candidate(label: str, run: Callable, **more: object) -> Implementation:
 
 
 class Clock:
-    """What `seconds` says of (label, rows); 1 where it says nothing. Counts measurements."""
+    """A timer that returns `seconds` of (label, rows), 1 where there are none, and counts measurements."""
 
     def __init__(self, seconds: Callable[[str, int], float | None] = lambda label, rows: None) -> None:
         self.seconds = seconds

@@ -12,7 +12,7 @@ from fuseline.compile.specs import WeightSource
 
 
 def described(config: CompileConfig) -> CapturedModel:
-    """What capture tells of the parameters and buffers, without the graph."""
+    """A captured model with its parameters and buffers but an empty graph."""
     hf_config = load_config(config)
     dtype = resolve_dtype(config, hf_config)
     model = build_on_meta(hf_config, dtype, False)

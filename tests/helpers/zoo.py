@@ -91,12 +91,11 @@ REFUSED: dict[str, Family] = {
     "bloom": Family("BloomConfig", dict(hidden_size=64, n_layer=3, n_head=4, vocab_size=VOCAB), 0),
     "falcon_alibi": Family("FalconConfig", dict(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=VOCAB, alibi=True), 0),
-    "llama_dynamic_rope": Family("LlamaConfig", COMMON | rope("dynamic", factor=2.0), 0),
 }  # fmt: skip
 
 
 def texts() -> torch.Tensor:
-    """What every model knows by heart: [NUM_TEXTS, TEXT_LENGTH] token ids, all first tokens different."""
+    """Texts that every model knows by heart: [NUM_TEXTS, TEXT_LENGTH] token ids, all first tokens different."""
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(VOCAB, (NUM_TEXTS, TEXT_LENGTH), generator=generator)
     tokens[:, 0] = torch.randperm(VOCAB, generator=generator)[:NUM_TEXTS]

@@ -20,6 +20,7 @@ from fake_gpu import GPU, FakeGpu, FakeGraphs
 
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.kernels.cuda import library as cuda_library
+from fuseline.compile.kernels.registry import implementations
 from fuseline.compile.tuning.clock import HostClock
 from fuseline.compile.tuning.limits import Limits
 
@@ -166,13 +167,15 @@ def test_every_kernel_is_measured(tool) -> None:
     limits = kernels.measure_limits(sizes, "cpu", TRIAL, found)
     kernels.measure_kernels(sizes, GPU, TRIAL, limits, found)
     names = " ".join(row[0] for row in found.rows)
-    for name in ("copy", "add_rms_norm, 32 x 64", "act_mul, 32 x 48", "rope_cache, 32 x 4 + 2 heads",
-                 "attention, decode 2", "prompt of 32", "greedy",
-                 "top_k", "linear of 16 rows, torch.linear", "linear of 16 rows, triton.linear",
-                 "linear_act_mul of 1 rows, triton", "experts, 16 tokens x 2 of 4, triton.experts 64x128",
+    for name in ("copy", "add_rms_norm, 32 x 64, triton", "layer_norm, 1 x 64, triton", "act_mul, 32 x 48, triton",
+                 "rope_cache, 32 x 4 + 2 heads, triton", "route_topk, 32 x 2 of 4, triton",
+                 "attention, decode 2", "prompt of 32", "greedy", "top_k",
+                 "linear of 16 rows, 64 -> 96, torch.linear", "linear of 16 rows, 64 -> 96, triton.linear",
+                 "linear of 1 rows, 48 -> 64", "linear_act_mul of 1 rows, 64 -> 96, triton",
+                 "experts, 16 tokens x 2 of 4, triton.experts 64x128",
                  "linear, 64 x 48 -> 64, invariant", "decode 2 x 32, invariant"):  # fmt: skip
         assert name in names
-    is_tuning = [" rows, triton.linear " in row[0] for row in found.rows]
+    is_tuning = [", triton.linear " in row[0] for row in found.rows]
     assert is_tuning.index(True) > max(k for k, row in enumerate(found.rows) if row[0].endswith("triton.experts"))
     assert found.text("a GPU").count("\n") == 4 + len(found.rows)
 
@@ -195,24 +198,18 @@ def test_what_fails_is_marked_and_the_file_holds_what_was_measured(tool, tmp_pat
     assert (tmp_path / "table.md").read_text() == found.text("a GPU")
 
 
-def test_every_kernel_in_cpp_is_measured(tool) -> None:
+def test_every_kernel_in_cpp_is_measured(tool, monkeypatch) -> None:
     kernels, _, _, tables = tool
-    import cpp
-
-    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32)
+    library = cuda_emulator.emulator()
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: library)
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32, 130, 2, 4, 1 << 10, 16)
     found = tables.Table()
-    cases = cpp.cases(sizes, kernels.Made(sizes, "cpu"), cuda_emulator.emulator())
-    kernels.measure_cases(cases, TRIAL, Limits(1e9, 1e9), found)
-    names = " ".join(row[0] for row in found.rows)
-    for name in (
-        "add_rms_norm, 1 x 64, C++",
-        "act_mul, 32 x 48, C++",
-        "rope_cache, 32 x 4 + 2 heads, C++",
-        "decode 2 x 32",
-        "48 -> 64",
-        "linear_act_mul of 16",
-    ):
-        assert name in names
+    kernels.measure_kernels(sizes, GPU, TRIAL, Limits(1e9, 1e9), found)
+    names = [row[0] for row in found.rows]
+    declared = {one.label for each in implementations("cuda").values() for one in each if one.label.startswith("cuda.")}
+    assert len(declared) > 8
+    for label in declared:
+        assert any(name.endswith(f", {label}") for name in names), label
 
 
 def test_a_model_is_measured(tool, tmp_path) -> None:
@@ -292,7 +289,7 @@ def test_early_launches_are_a_part_of_the_models(tool, monkeypatch, capsys, has_
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
     sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
     library = cuda_emulator.emulator() if has_library else None
-    # What was recorded is replayed by nobody, and so differs from what is launched.
+    # Nobody replays the recorded launches, so they differ from those that run.
     assert models.check_early_launches(library, sizes, "cpu", lambda: TRIAL, num_replays=1) == has_library
     assert ("overlap HEADS: DIFFERS" in capsys.readouterr().out) == has_library
 

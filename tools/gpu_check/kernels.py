@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fuseline.compile.kernels.registry import Implementation, OpCall
 from fuseline.compile.kernels.select import Kernels
-from fuseline.compile.kernels.triton import activation, attention, matmul, norm, rope, sampling
+from fuseline.compile.kernels.triton import attention, matmul, sampling
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.attention_batch import AttentionLayer, make_batch
 from fuseline.compile.ops.library import DECODE, PREFILL, ROWS, Make, ModelShape, moved_bytes
@@ -71,7 +71,7 @@ def measure_kernels(sizes: Sizes, target: Target, clock: Clock, limits: Limits, 
     chosen = [*_attention(sizes, target), *_linears(sizes, make, target), *_experts(sizes, make, target)]
     chosen += _invariant(sizes, make)
     chosen.sort(key=lambda case: case.is_tuning)
-    measure_cases(chain(_lines(sizes, make), _sampling(sizes, make), chosen), clock, limits, table)
+    measure_cases(chain(_lines(sizes, target), _sampling(sizes, make), chosen), clock, limits, table)
 
 
 def measure_cases(cases: Iterable[Case], clock: Clock, limits: Limits, table: Table) -> None:
@@ -123,21 +123,18 @@ class Made:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
 
 
-def line_cases(
-    s: Sizes, device: str, runs: Mapping[str, Callable], tokens: tuple[int, ...], label: str = ""
-) -> Iterator[Case]:
-    """Each op of `runs` on its declared workloads, for steps of the given numbers of tokens; `label` ends the names."""
-    make = Make(torch.bfloat16, torch.Generator().manual_seed(0), tokens, device)
+def _lines(s: Sizes, target: Target) -> Iterator[Case]:
+    """Every op that works row by row, on its declared workloads: each kernel that computes it, without tunings."""
+    make = Make(torch.bfloat16, torch.Generator().manual_seed(0), (1, s.tokens), target.device)
     shape = ModelShape(s.hidden, s.inner, s.heads, s.kv_heads, s.head_dim, s.vocab, s.num_experts)
-    for name, run in runs.items():
-        declared = registry()[name]
-        for work in declared.workloads(make, shape):
-            yield Case(f"{name}, {work.label}{label}", partial(run, *work.args), moved_bytes(declared, work))
-
-
-def _lines(s: Sizes, make: Made) -> Iterator[Case]:
-    runs = {"add_rms_norm": norm.add_rms_norm, "act_mul": activation.act_mul, "rope_cache": rope.rope_cache}
-    return line_cases(s, make.device, runs, (s.tokens,))
+    kernels = Kernels(target, {})
+    for op in registry().values():
+        if op.workloads is None or op.is_product or op.reads_cache:
+            continue
+        for work in op.workloads(make, shape):
+            found, moved = candidates(op.name, work.args, kernels), moved_bytes(op, work)
+            cases = cases_of(f"{op.name}, {work.label}", found, work.args, moved=moved)
+            yield from (case for case in cases if not case.is_tuning)
 
 
 def _attention(s: Sizes, target: Target) -> Iterator[Case]:
@@ -159,15 +156,6 @@ def _attention(s: Sizes, target: Target) -> Iterator[Case]:
     operations = 2 * s.tokens * s.tokens * s.heads * s.head_dim
     name = f"attention, prompt of {s.tokens}"
     yield from cases_of(name, found, batch.args, PREFILL, operations=operations, goal="60 %")
-
-
-def decode_arguments(s: Sizes, make: Made, num_seqs: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """(q, caches, (block_table, seq_lens, query_start)): one token of each sequence of s.context keys."""
-    blocks = s.context // 16
-    caches = make(2, num_seqs * blocks, s.kv_heads, 16, s.head_dim)
-    table = make.ints(torch.randperm(num_seqs * blocks).reshape(num_seqs, blocks))
-    q = make(1, s.heads, num_seqs, s.head_dim)
-    return q, caches, (table, make.ints([s.context] * num_seqs), make.ints(torch.arange(num_seqs + 1)))
 
 
 def _sampling(s: Sizes, make: Made) -> Iterator[Case]:
@@ -203,12 +191,17 @@ def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: fl
 
 
 def _linears(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
-    weight = make(2 * s.inner, s.hidden)
-    for rows in (1, 16):
-        x = make(rows, s.hidden)
-        for op, args in (("linear", (x, weight, None)), ("linear_act_mul", (x, weight, None, SILU))):
-            name = f"{op} of {rows} rows"
-            yield from cases_of(name, candidates(op, args, Kernels(target, {})), args, moved=weight.nbytes)
+    """Every linear of a layer for one row, the largest for more."""
+    kernels, widest = Kernels(target, {}), 2 * s.inner
+    joined, attended = (s.heads + 2 * s.kv_heads) * s.head_dim, s.heads * s.head_dim
+    products = [("linear", 1, *shape) for shape in ((joined, s.hidden), (s.hidden, attended), (s.hidden, s.inner))]
+    products += [("linear", rows, widest, s.hidden) for rows in (1, 8, 16)]
+    products += [("linear_act_mul", rows, widest, s.hidden) for rows in (1, 16)]
+    for op, rows, num_out, num_in in products:
+        weight = make(num_out, num_in)
+        args = (make(rows, num_in), weight, None, SILU)[: len(registry()[op].arguments)]
+        name = f"{op} of {rows} rows, {num_in} -> {num_out}"
+        yield from cases_of(name, candidates(op, args, kernels), args, moved=weight.nbytes, goal="85 %")
 
 
 def _experts(s: Sizes, make: Made, target: Target) -> Iterator[Case]:

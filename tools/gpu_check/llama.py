@@ -18,7 +18,6 @@ from fuseline.compile.backends.cuda.graph_api import GraphApi
 from fuseline.compile.backends.cuda.model import CudaModel
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
-from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph_inputs import StepInputs, make_step
 from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.specs import WeightSource
@@ -155,7 +154,7 @@ def random_weights(captured, result, device: str) -> dict[str, Tensor]:
     for node in captured.graph.graph.nodes:
         if node.op != "get_attr":
             continue
-        like, value = node.meta["val"], numbers.get(constant_name(node))
+        like, value = node.meta["val"], numbers.get(node.meta.get("fqn"))
         made = torch.empty(tuple(like.shape), dtype=like.dtype, device=device)
         weights[str(node.target)] = made.copy_(value) if value is not None else made.normal_(std=0.02)
     return weights

@@ -18,10 +18,9 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-import cpp
 import torch
 import triton
-from kernels import Made, Sizes, measure_cases, measure_kernels, measure_limits
+from kernels import Sizes, measure_kernels, measure_limits
 from llama import Load, Runner, measure_model
 from mixed import measure_mixed
 from overlap import measure_overlap
@@ -98,7 +97,7 @@ def model_parts(folder: Path, limits: Limits, table: Table, is_resumed: bool) ->
 def kernel_parts(sizes: Sizes, clock: Clock, limits: Limits, table: Table) -> list[Part]:
     return [
         ("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table)),
-        ("kernels in C++", lambda: measure_cpp(sizes, clock, limits, table)),
+        ("kernels in C++", check_cpp),
     ]
 
 
@@ -122,11 +121,10 @@ class Once:
         torch.cuda.empty_cache()
 
 
-def measure_cpp(sizes: Sizes, clock: Clock, limits: Limits, table: Table) -> None:
-    library = library_for(detect_target(device="cuda"))
-    if library is None:
+def check_cpp() -> None:
+    """Raises RuntimeError where the kernels in C++ are not among those that are measured."""
+    if library_for(detect_target(device="cuda")) is None:
         raise RuntimeError("not built: nvcc is not installed, or the library does not load")
-    measure_cases(cpp.cases(sizes, Made(sizes, "cuda"), library), clock, limits, table)
 
 
 def title() -> str:

@@ -28,7 +28,7 @@ from fuseline.compile.backends.cpu_plan.sizes import (
     small_sizes,
 )
 from fuseline.compile.backends.cpu_plan.symbolic import Values, View, agrees, symbolic
-from fuseline.compile.graph.edit import tensors_of
+from fuseline.compile.graph.edit import call_node, is_write, results_of, tensors_of
 from fuseline.compile.graph.region import Region, draw_borders, storage_key
 from fuseline.compile.kernels.plan_call import plan_call
 from fuseline.compile.kernels.registry import PlanCall
@@ -37,7 +37,7 @@ from fuseline.compile.ops.library import same_layout
 aten = torch.ops.aten
 META: Mapping[object, Callable[..., Tensor]] = {
     torch.ops.prims.convert_element_type.default: same_layout,
-    aten.embedding.default: lambda weight, ids, *_, **__: weight.new_empty(*ids.shape, weight.shape[1]),
+    aten.embedding.default: lambda weight, ids, *_: weight.new_empty(*ids.shape, weight.shape[1]),
 }
 """Ops of most graphs for which torch's own meta functions import a shape environment (0.3 s of every start)."""
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Lowered:
     places: dict[int, Place]
     """Places by storage key."""
     buffers: list[Buffer]
-    output: fx.Node
+    output: fx.Node | tuple[fx.Node, ...]
     min_tokens: int
     """Fewest tokens for which the shapes hold: x[:, -3:] has another shape for fewer than 3."""
 
@@ -81,11 +81,7 @@ class Lowering:
     """Interprets a graph for two sets of sizes. `limits` are the largest values of the symbols, by name."""
 
     def __init__(
-        self,
-        graph: fx.GraphModule,
-        make_inputs: MakeInputs,
-        limits: Mapping[str, int],
-        marks: Set[int] = frozenset(),
+        self, graph: fx.GraphModule, make_inputs: MakeInputs, limits: Mapping[str, int], marks: Set[int] = frozenset()
     ) -> None:
         self._graph = graph
         self._make_inputs = make_inputs
@@ -117,7 +113,7 @@ class Lowering:
         steps = [
             a if isinstance(a, Region) else _join_calls(a, b) for a, b in zip(first.steps, second.steps, strict=True)
         ]
-        borders = [self._graph.graph.output_node().args[0]]
+        borders = list(results_of(self._graph.graph))
         for region in (step for step in steps if isinstance(step, Region)):
             borders += [*region.inputs, *(node for node, _ in region.outputs)]
         for node in borders:
@@ -171,8 +167,9 @@ def call_on_meta(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
             return torch.device("meta")
         return values[arg] if isinstance(arg, fx.Node) else arg
 
-    args = fx.node.map_aggregate(node.args, value)
-    return META.get(node.target, node.target)(*args, **fx.node.map_aggregate(node.kwargs, value))
+    if node.target in META:
+        return META[node.target](*(value(arg) for arg in node.args))
+    return call_node(node, value)
 
 
 @dataclass
@@ -209,7 +206,7 @@ class _Interpretation:
     def run(self) -> _Interpretation:
         for node in self._graph.graph.nodes:
             self._visit(node)
-        self._use([self.value(self._graph.graph.output_node().args[0])], len(self.steps))
+        self._use([self.values[node] for node in results_of(self._graph.graph)], len(self.steps))
         self._draw_borders()
         return self
 
@@ -238,7 +235,7 @@ class _Interpretation:
         if node.target is aten.cat.default and mark is None:
             return self._add_cat(node, result)
         native = plan_call(node, self.value) if mark is None else None
-        is_view = all(storage_key(t) in self.places for t in tensors) and not (native or writes_in_place(node))
+        is_view = all(storage_key(t) in self.places for t in tensors) and not (native or is_write(node))
         if is_view:
             return
         if native is None:
@@ -301,8 +298,3 @@ class _Interpretation:
             place = self.places.get(storage_key(tensor)) if isinstance(tensor, Tensor) else None
             if place is not None and place.buffer is not None:
                 place.buffer.last = max(place.buffer.last, step)
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

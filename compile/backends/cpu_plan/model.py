@@ -14,7 +14,7 @@ from fuseline.compile.backends.inductor.upgrade import RegionUpgrade
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.runner import PipelineResult
-from fuseline.compile.graph_inputs import StepInputs, StepOutput, graph_values
+from fuseline.compile.graph_inputs import StepInputs, StepOutput, graph_values, no_embeds
 from fuseline.compile.memory import Pages
 from fuseline.compile.model_info import cache_tensors, describe
 
@@ -38,6 +38,7 @@ class CpuModel:
         """The model check's result in words; empty if it was skipped."""
         self._block_size = config.block_size
         self._keeps_rows = "keep_last_logits" not in config.disabled_passes
+        self._no_embeds = no_embeds(self.info.embed_dim)
         self._executable = executable
         self._caches: dict[str, Tensor] = {}
         self._upgrade: RegionUpgrade | None = None
@@ -78,5 +79,6 @@ class CpuModel:
         if inputs.sources is not None:
             is_sampled = inputs.sources >= 0
             inputs.token_ids[is_sampled] = inputs.sampled[inputs.sources[is_sampled].long()]
-        logits = self._executable.run(graph_values(inputs.fields(), self.info.rope_switch is not None)).float()[0]
-        return StepOutput(logits if self._keeps_rows else logits[inputs.logits_rows])
+        fields = self._no_embeds | inputs.fields()
+        found = self._executable.run(graph_values(fields, self.info.rope_switch is not None))
+        return StepOutput.of(found, None if self._keeps_rows else inputs.logits_rows)

@@ -17,10 +17,11 @@ from fuseline.compile.backends.cpu_plan.arena import place
 from fuseline.compile.backends.cpu_plan.lowering import Call, Lowered, MakeInputs
 from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear, Size, evaluate
 from fuseline.compile.backends.cpu_plan.symbolic import NonLinear, View, views_of
+from fuseline.compile.backends.eager import EagerExecutable
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph.edit import tensors_of
+from fuseline.compile.graph.edit import call_node, tensors_of
 from fuseline.compile.graph.region import Region
-from fuseline.compile.graph_inputs import group_placeholder, is_cache, meta_input
+from fuseline.compile.graph_inputs import GraphOutput, group_placeholder, is_cache, meta_input
 
 DTYPES = {
     torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",
@@ -57,8 +58,9 @@ class PlanExecutable:
         # Arena pages are touched only up to the largest step so far.
         self._arena = torch.empty(self.arena_bytes + 64, dtype=torch.uint8)
         self._base = -self._arena.data_ptr() % 64
-        self._lasting = dict(weights)
-        self._output: tuple[list[int], Tensor] | None = None
+        self._weights, self._lasting = weights, dict(weights)
+        self._eager: EagerExecutable | None = None
+        self._output: tuple[list[int], GraphOutput] | None = None
         self._plan = _C.Plan()
         for name in SYMBOLS:
             self._plan.add_symbol(name)
@@ -86,8 +88,8 @@ class PlanExecutable:
         self._changing = [(name, slot) for name, slot in self._slots.items() if name not in self._lasting]
         self._num_blocks = next((v.shape[0] for k, v in self._lasting.items() if is_cache(k)), 0)
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns the graph's output, valid until the next run. `values`: all inputs that are not bound."""
+    def run(self, values: Mapping[str, Tensor]) -> GraphOutput:
+        """Returns the graph's results, valid until the next run. `values`: all inputs that are not bound."""
         symbols = self._symbols(values)
         if symbols[0] < self._lowered.min_tokens:
             return self._run_torch(values)
@@ -99,7 +101,9 @@ class PlanExecutable:
             else:
                 self._run_region(step, values, symbols)
         if self._output is None or self._output[0] != symbols:
-            self._output = symbols, self._view(self._lowered.values[self._lowered.output], values, symbols)
+            self._output = symbols, fx.node.map_arg(
+                self._lowered.output, lambda node: self._view(self._lowered.values[node], values, symbols)
+            )
         return self._output[1]
 
     def profile(self, values: Mapping[str, Tensor], repeats: int) -> list[tuple[str, str, int]]:
@@ -115,6 +119,7 @@ class PlanExecutable:
         return [
             values["token_ids"].shape[1], sequences, sequences + 1, values["logits_rows"].shape[0],
             values[group_placeholder("block_tables", 0)].shape[1], self._num_blocks,
+            values["embed_rows"].shape[0] if "embed_rows" in values else 0,
         ]  # fmt: skip
 
     def _add(self, step: Call | Region) -> Segment | Region:
@@ -140,17 +145,11 @@ class PlanExecutable:
             self._tensors[key] = self._plan.add_tensor(base, offset, DTYPES[view.dtype], view.sizes, view.strides)
         return self._tensors[key]
 
-    def _run_torch(self, values: Mapping[str, Tensor]) -> Tensor:
+    def _run_torch(self, values: Mapping[str, Tensor]) -> GraphOutput:
         """Runs the whole graph with reference ops, for a step too small for the lowered shapes."""
-        known = self._lasting | values
-        done: dict[fx.Node, object] = {}
-        for node in self._lowered.graph.graph.nodes:
-            if node.op in ("placeholder", "get_attr"):
-                done[node] = known[str(node.target)]
-            elif node.op == "call_function":
-                args, kwargs = (fx.node.map_arg(part, done.__getitem__) for part in (node.args, node.kwargs))
-                done[node] = node.target(*args, **kwargs)
-        return done[self._lowered.output]
+        if self._eager is None:
+            self._eager = EagerExecutable(self._lowered.graph, self._weights)
+        return self._eager.run(self._lasting | values)
 
     def _run_region(self, region: Region, values: Mapping[str, Tensor], symbols: list[int]) -> None:
         if compiled := self._kernels.get(region.mark):
@@ -169,8 +168,7 @@ class PlanExecutable:
             return call(arg) if isinstance(value, NonLinear) else evaluate(value, symbols)
 
         def call(node: fx.Node) -> object:
-            args, kwargs = fx.node.map_aggregate(node.args, real), fx.node.map_aggregate(node.kwargs, real)
-            computed[node] = node.target(*args, **kwargs)
+            computed[node] = call_node(node, real)
             return computed[node]
 
         for node in region.nodes:
@@ -213,8 +211,8 @@ def merge(steps: list[Segment | Region]) -> list[Segment | Region]:
 
 def limits_of(config: CompileConfig) -> dict[str, int]:
     """Largest value of each symbol; caches and block tables are not in the arena."""
-    seqs = config.max_num_seqs
-    return {"T": config.max_num_batched_tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1}
+    tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
+    return {"T": tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1, "E": tokens}
 
 
 def meta_inputs(graph: fx.GraphModule, block_size: int, same: Mapping[str, str] | None = None) -> MakeInputs:

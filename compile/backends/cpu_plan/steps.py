@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
 from torch import Tensor, fx
 
 from fuseline.compile.backends.cpu_plan.lowering import Lowered, Lowering
 from fuseline.compile.backends.cpu_plan.plan import PlanExecutable, limits_of, meta_inputs
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.graph_inputs import GraphOutput, only_decodes
 from fuseline.compile.passes.pipeline import DECODE
 
 DECODE_LEVEL = 3
@@ -71,13 +71,14 @@ def join(plans: Sequence[PlanExecutable], config: CompileConfig) -> PlanExecutab
     return StepPlans(*plans, config.max_num_seqs) if len(plans) > 1 else plans[0]
 
 
+@dataclass
 class StepPlans:
     """Runs each step with the plan for its kind."""
 
-    def __init__(self, general: PlanExecutable, decode: PlanExecutable, max_num_seqs: int) -> None:
-        self.general = general
-        self.decode = decode
-        self._all_rows = torch.arange(max_num_seqs)
+    general: PlanExecutable
+    decode: PlanExecutable
+    max_decoded: int
+    """Most sequences that the decode plan has memory for."""
 
     @property
     def num_regions(self) -> int:
@@ -91,10 +92,6 @@ class StepPlans:
         self.general.bind(tensors)
         self.decode.bind(tensors)
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
-        return (self.decode if self.only_decodes(values) else self.general).run(values)
-
-    def only_decodes(self, values: Mapping[str, Tensor]) -> bool:
-        rows, num_tokens = values["logits_rows"], values["token_ids"].shape[1]
-        is_even = num_tokens == values["seq_lens"].shape[0] == rows.shape[0] <= len(self._all_rows)
-        return is_even and torch.equal(rows, self._all_rows[:num_tokens])
+    def run(self, values: Mapping[str, Tensor]) -> GraphOutput:
+        is_decode = values["seq_lens"].shape[0] <= self.max_decoded and only_decodes(values)
+        return (self.decode if is_decode else self.general).run(values)

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from fuseline.compile.backends.cuda.calibrate import Calibration
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph.edit import constant_name
 from fuseline.compile.graph.graph_pass import PassContext
+from fuseline.compile.graph_inputs import GraphOutput
 from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.ops.registry import op_of
@@ -46,8 +46,8 @@ class CudaExecutable:
         ops = {node.name: op_of(node.target) for node in program.graph.nodes}
         self._writes = {name: op for name, op in ops.items() if op and op.written}
         runs = {node.name: kernel.run for node, kernel in self.kernels.items()}
-        layers = offload.layer_keys if offload is not None else []
-        for graph_pass in program_passes(runs, torch.device(target.device), layers):
+        layers = offload.layers if offload is not None else ()
+        for graph_pass in program_passes(runs, torch.device(target.device), [list(layer) for layer in layers]):
             graph_pass(program, PassContext(CompileConfig(""), None, 0, 0, target=target))
         program.graph.lint()
         program.recompile()
@@ -67,8 +67,8 @@ class CudaExecutable:
     def host_weight_bytes(self) -> int:
         return self.offload.num_bytes if self.offload else 0
 
-    def run(self, values: Mapping[str, Tensor], is_trial: bool = False) -> Tensor:
-        """Returns logits [1, R, V] float32 in newly allocated memory.
+    def run(self, values: Mapping[str, Tensor], is_trial: bool = False) -> GraphOutput:
+        """Returns the graph's results in newly allocated memory, logits as float32.
 
         A trial run, whose results are discarded, may overlap other calls: it does not fetch offloaded weights.
         """
@@ -76,7 +76,7 @@ class CudaExecutable:
             values = {**values, PREFETCH: self.offload.start(is_trial)}
         return self.program(*(values[name] for name in self._inputs))
 
-    def calibrate(self, values: Mapping[str, Tensor]) -> Tensor:
+    def calibrate(self, values: Mapping[str, Tensor]) -> GraphOutput:
         """Like `run`, but first sets the scales of fp8 caches from the values that the step writes."""
         if self.offload is not None:
             values = {**values, PREFETCH: self.offload.start(is_trial=False)}
@@ -103,4 +103,4 @@ def count_kernels(graph: fx.GraphModule, target: Target) -> Counter[str]:
 def _constants(graph: fx.GraphModule, offload: Offload | None) -> set[str]:
     """Targets of weights that are constant while the graph runs; excludes weights passed through slots."""
     away = frozenset() if offload is None else offload.keys
-    return {str(n.target) for n in graph.graph.nodes if n.op == "get_attr" and constant_name(n) not in away}
+    return {str(node.target) for node in graph.graph.find_nodes(op="get_attr")} - away

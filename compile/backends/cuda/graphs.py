@@ -5,7 +5,7 @@ reads its inputs from fixed memory; a step is padded to the next size with seque
 is not cached. Mixed steps are captured next, as piecewise graphs (piecewise.py). Largest sizes come first, so smaller
 ones reuse their memory in the pool. Capture computes nothing; its trial runs use padding only.
 
-Memory: all graphs share one pool and never run concurrently. A graph's logits are a view without ownership: the next
+Memory: all graphs share one pool and never run concurrently. A graph's results are views without ownership: the next
 replay of any graph may overwrite them, as the contract of run() allows.
 """
 
@@ -22,7 +22,9 @@ from torch import Tensor
 from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs
-from fuseline.compile.graph_inputs import graph_values, narrowed, padding
+from fuseline.compile.backends.cuda.segments import map_tensors
+from fuseline.compile.graph_inputs import GraphOutput, graph_values, narrowed, padding
+from fuseline.compile.kernels.triton.batch import pad_decode
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -52,10 +54,10 @@ class DecodeInputs:
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """A captured decode step; `logits` [1, P, V] holds the result of the last replay."""
+    """A captured decode step; `results`, of P rows, are those of the last replay."""
 
     replay: Replay
-    logits: Tensor
+    results: GraphOutput
 
 
 @dataclass
@@ -72,8 +74,8 @@ class DecodeGraphs:
     def __post_init__(self) -> None:
         self._inputs = self.make_inputs(max(self.sizes)) if self.sizes else None
 
-    def run(self, step: Mapping[str, Tensor]) -> Tensor | None:
-        """Logits [1, S, V] on the current stream; None if no captured graph fits the step.
+    def run(self, step: Mapping[str, Tensor]) -> GraphOutput | None:
+        """Results of S rows on the current stream; None if no captured graph fits the step.
 
         `step`: fields of StepInputs on the device.
         """
@@ -81,23 +83,19 @@ class DecodeGraphs:
         size = next((size for size in self.sizes if size >= num_seqs and size in self.captured), None)
         if size is None or step["block_tables"].shape[2] > self._inputs.width:
             return None
-        from fuseline.compile.kernels.triton.batch import pad_decode
-
         pad_decode(self._inputs.padded, step, size)
         graph = self.captured[size]
         graph.replay()
-        return graph.logits[:, :num_seqs]
+        return map_tensors(graph.results, lambda result: result[:, :num_seqs])
 
     def capture(self, size: int, num_warmups: int) -> None:
         for _ in range(num_warmups):
             self.api.warm_up(lambda: self._try(size))
         fixed = self._inputs.values(size)
-        replay, logits = self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
-        self.captured[size] = DecodeGraph(replay, self.api.borrowed(logits))
+        replay, found = self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
+        self.captured[size] = DecodeGraph(replay, map_tensors(found, self.api.borrowed))
 
-    def _try(self, size: int) -> Tensor:
-        from fuseline.compile.kernels.triton.batch import pad_decode
-
+    def _try(self, size: int) -> GraphOutput:
         inputs = self.make_inputs(size)
         pad_decode(inputs.padded, inputs.padded, size)  # compiles it before the first replay
         return self.executable.run({**self.caches, **inputs.values(size)}, is_trial=True)

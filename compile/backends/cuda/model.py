@@ -11,7 +11,15 @@ from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphAp
 from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs, Progress
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
 from fuseline.compile.config import GraphConfig
-from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput, graph_values
+from fuseline.compile.graph_inputs import (
+    BlockCopy,
+    GraphOutput,
+    StepInputs,
+    StepOutput,
+    graph_values,
+    no_embeds,
+    only_decodes,
+)
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.model_info import cache_tensors, describe
 from fuseline.compile.residency.sleep import Weights
@@ -35,6 +43,7 @@ class CudaModel:
         has_scales = any(spec.has_scales for spec in self.info.cache_specs)
         self._is_uncalibrated = config.calculate_kv_scales and has_scales
         self._caches: dict[str, Tensor] = {}
+        self._no_embeds = no_embeds(self.info.embed_dim, device)
         self._host_caches: HostCaches | None = None
         self._uploads = DeviceInputs(self._device)
         self._capture_streams = CaptureStreams.of(self._device) if self._device.type == "cuda" else None
@@ -76,7 +85,7 @@ class CudaModel:
         """
         self.stop_capture()
         api = api or (CudaGraphApi(self._capture_streams) if self._capture_streams else None)
-        config, caches = self._graph_config, self._caches
+        config, caches = self._graph_config, self._caches | self._no_embeds
         if api is None or not config.enabled:
             return
         sizes = config.resolved(self._config.max_num_seqs)
@@ -111,24 +120,23 @@ class CudaModel:
             # The first step that writes keys to a cache; a warm-up's keys are meaningless.
             self._is_uncalibrated = False
             return self._wanted(self._executable.calibrate(self._caches | self._values(step)), step)
-        logits = self._replayed(inputs, step)
-        if logits is None:
-            logits = self._executable.run(self._caches | self._values(step))
-        return self._wanted(logits, step)
+        found = None if inputs.embeds is not None else self._replayed(only_decodes(fields), step)
+        if found is None:
+            found = self._executable.run(self._caches | self._values(step))
+        return self._wanted(found, step)
 
-    def _wanted(self, logits: Tensor, step: Mapping[str, Tensor]) -> StepOutput:
-        """Selects the requested rows of logits."""
-        return StepOutput(logits[0] if self._keeps_rows else logits[0].index_select(0, step["logits_rows"]))
+    def _wanted(self, found: GraphOutput, step: Mapping[str, Tensor]) -> StepOutput:
+        return StepOutput.of(found, None if self._keeps_rows else step["logits_rows"])
 
-    def _replayed(self, inputs: StepInputs, step: Mapping[str, Tensor]) -> Tensor | None:
-        """Logits [1, R, V] from a graph replay; None if no graph fits the step."""
+    def _replayed(self, is_decode: bool, step: Mapping[str, Tensor]) -> GraphOutput | None:
+        """Results of a graph replay; None if no graph fits the step. Graphs are captured without embeddings."""
         if self.graphs is None:
             return None
-        logits = self.graphs.decode.run(step) if inputs.only_decodes else None
-        return self.graphs.mixed.run(step, self._values(step)) if logits is None else logits
+        found = self.graphs.decode.run(step) if is_decode else None
+        return self.graphs.mixed.run(step, self._values(step)) if found is None else found
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return graph_values(step, self.info.rope_switch is not None)
+        return graph_values(self._no_embeds | step, self.info.rope_switch is not None)
 
     def _decode_inputs(self, size: int) -> DecodeInputs:
         longest = min(self.info.max_model_len, self._graph_config.max_seq_len)

@@ -19,8 +19,9 @@ from torch import Tensor, fx
 from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.backends.cuda.graph_api import GraphApi
 from fuseline.compile.backends.cuda.segments import Cuts, Segment, SplitOp, Values, cut, map_tensors
-from fuseline.compile.graph_inputs import graph_values, narrowed, padding
+from fuseline.compile.graph_inputs import GraphOutput, graph_values, narrowed, padding
 from fuseline.compile.kernels.registry import Implementation
+from fuseline.compile.kernels.triton.batch import pad_tokens
 
 Launch = Callable[[Mapping[str, Tensor], int], None]
 """Takes a step's inputs by placeholder name and its number of tokens."""
@@ -54,7 +55,7 @@ class TokenInputs:
 @dataclass(frozen=True)
 class MixedGraph:
     launches: tuple[Launch, ...]
-    tail: Callable[[Mapping[str, Tensor]], Tensor]
+    tail: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -77,8 +78,8 @@ class MixedGraphs:
             return
         self._inputs = self.make_inputs(max(self.sizes))
 
-    def run(self, step: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor | None:
-        """Logits [1, R, V] on the current stream; None if the step's size is not captured.
+    def run(self, step: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> GraphOutput | None:
+        """Results on the current stream; None if the step's size is not captured.
 
         `step` by field of StepInputs, `values` by placeholder name, both on the device.
         """
@@ -88,13 +89,11 @@ class MixedGraphs:
         graph = self.captured.get(size)
         if graph is None:
             return None
-        from fuseline.compile.kernels.triton.batch import pad_tokens
-
         pad_tokens(self._inputs.padded, step, size)
         for launch in graph.launches:
             launch(values, num_tokens)
         # One row per requested logit; a graph without keep_last_logits computes all tokens.
-        return graph.tail(values)[:, :num_tokens]
+        return map_tensors(graph.tail(values), lambda result: result[:, :num_tokens])
 
     def capture(self, size: int, num_warmups: int) -> None:
         results: Values = {}
@@ -105,8 +104,6 @@ class MixedGraphs:
 
     def _trial(self, size: int) -> Values:
         """Runs the parts op by op; returns the results of split ops by name, on meta."""
-        from fuseline.compile.kernels.triton.batch import pad_tokens
-
         inputs = self.make_inputs(size)
         pad_tokens(inputs.padded, inputs.padded, size)  # compiles it before the first replay
         values = {**self.caches, **inputs.values(size), **inputs.trial_sequence(size, self.block_size)}
@@ -138,7 +135,7 @@ class _Capture:
             self._owned = _still_read(self._owned, last, at)
         tail, lent = self._cuts.tail, self._lent
         return MixedGraph(
-            tuple(launches), lambda step: tail.run(*(lent[n] if n in lent else step[n] for n in tail.inputs))[0]
+            tuple(launches), lambda step: tail.run(*(lent[n] if n in lent else step[n] for n in tail.inputs))
         )
 
     def _captured(self, at: int, segment: Segment) -> Launch:

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fuseline.compile.backends.cuda.executable import CudaExecutable
+from fuseline.compile.graph.edit import results_of
 from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.ops.registry import registry
 
@@ -57,7 +58,7 @@ class SplitOp:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Segments and split ops in execution order; `tail` computes the logits."""
+    """Segments and split ops in execution order; `tail` computes the results."""
 
     parts: tuple[Segment | SplitOp, ...]
     tail: Segment
@@ -95,8 +96,7 @@ def cut(executable: CudaExecutable, splitting_ops: Collection[str] = ()) -> Cuts
         parts.append(SplitOp(node.name, kernels[node.name], args, names[node.name] in attention))
         run = []
     parts += [make_segment(run)] if run else []
-    logits = nodes[-1].args[0]
-    return Cuts(tuple(parts), make_segment([n for n in nodes if n in tail], (logits,)))
+    return Cuts(tuple(parts), make_segment([n for n in nodes if n in tail], results_of(program.graph)))
 
 
 def _op_name(target: object) -> str:

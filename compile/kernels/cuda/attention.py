@@ -21,38 +21,30 @@ GRID_TARGET = 1024  # blocks that fill a GPU: more workers a sequence are launch
 NO_WINDOW = (1 << 31) - 1
 
 
-def decode_or_triton(
-    lib: CudaLibrary, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, tuning: Tuning | None = None,
-) -> Tensor:  # fmt: skip
-    """q[1, H, T, D] over caches [N, K, B, D] -> [1, T, H, D]. `tuning` of Triton's launch."""
+def decode_or_triton(lib: CudaLibrary, q: Tensor, *rest: object, tuning: Tuning | None = None) -> Tensor:
+    """The op: q[1, H, T, D] over caches [N, K, B, D] -> [1, T, H, D]. `tuning` of Triton's launch."""
     out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
-    decode_or_triton_into(
-        lib, out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, k_scale,
-        v_scale, tuning=tuning,
-    )  # fmt: skip
+    decode_or_triton_into(lib, out, q, *rest, tuning=tuning)
     return out
 
 
 def decode_or_triton_into(
-    lib: CudaLibrary, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, tuning: Tuning | None = None,
+    lib: CudaLibrary, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *rest: object,
+    tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """The same to out[1, T, H, D]: a sequence's single token is ours in any step, so that its bits are the same."""
-    args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap)
-    num_tokens, num_seqs = q.shape[2], seq_lens.shape[0]
+    args = (q, k_cache, v_cache, block_table, *rest)
+    num_tokens, num_seqs = q.shape[2], block_table.shape[0]
     if num_tokens <= num_seqs or num_seqs > 1:
-        decode_attention(lib, out, *args, k_scale=k_scale, v_scale=v_scale)
+        decode_attention(lib, out, *args)
     if num_tokens > num_seqs:
-        triton_attention(out, *args, k_scale, v_scale, prefill_from=2, tuning=tuning)
+        triton_attention(out, *args, prefill_from=2, tuning=tuning)
 
 
 def decode_attention(
     lib: CudaLibrary, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float, *,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, num_workers: int = 0,
+    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, num_workers: int = 0,
 ) -> None:  # fmt: skip
     """out[1, T, H, D]; arguments as triton/attention.py has them. Of more tokens than sequences: only those that are
     their sequence's single one. `num_workers` shares the splits of a row (0: chosen), which changes no bit."""

@@ -56,8 +56,8 @@ PREFILL_TUNINGS = (Tuning(7), Tuning(3), Tuning(rows=64), Tuning(3, rows=64))
 def paged_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, workspace: Tensor | None = None,
-    prefill_from: int = 0, tuning: Tuning | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, prefill_from: int = 0,
+    tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """out[1, T, H, E] of q[1, H, T, D] over caches [N, K, B, D|E], as compile/ops/attention.py defines it.
 
@@ -66,10 +66,9 @@ def paged_attention(
     float8_e5m2 or float8_e4m3fn (also as uint8): k_scale[1] and v_scale[1] (float32) times the stored number is the
     value.
 
-    `workspace` holds the splits' partial sums: float32, `workspace_size` elements. Who plans memory passes one for all
-    layers; without it one is taken from torch's allocator, which under graph capture is the graph's own pool, reused
-    from layer to layer. Nothing waits for the device. `prefill_from`: the prefill kernel takes
-    sequences of so many tokens, and nobody the others; 0: the decode kernel takes those of few.
+    The workspace of the splits' partial sums comes from torch's allocator, which under graph capture is the graph's own
+    pool, reused from layer to layer. Nothing waits for the device. `prefill_from`: the prefill kernel takes sequences
+    of so many tokens, and nobody the others; 0: the decode kernel takes those of few.
     """
     _check(q, k_cache, v_cache)
     if q.shape[2] == 0 or seq_lens.shape[0] == 0:
@@ -84,7 +83,7 @@ def paged_attention(
     )  # fmt: skip
     numbers = (window, scale * LOG2_E, softcap)
     if not prefill_from:
-        _launch_decode(shape, tensors, workspace, strides, numbers)
+        _launch_decode(shape, tensors, strides, numbers)
     if prefill_from or not shape.is_all_decode:
         tile, most = shape.prefill, prefill_from - 1 if prefill_from else shape.decode.tokens
         grid = (shape.num_tokens // tile.tokens + shape.num_seqs, shape.kv_heads * tile.parts)
@@ -92,11 +91,6 @@ def paged_attention(
             *tensors, *strides, *numbers, shape.num_seqs, most, GROUP=shape.group,
             IS_WINDOWED=window < NO_WINDOW, HAS_SOFTCAP=softcap > 0, **shape.constants(), **tile.constants(),
         )  # fmt: skip
-
-
-def workspace_size(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> int:
-    """float32 elements of workspace that paged_attention wants for tensors of these shapes."""
-    return AttentionShape.of(q, k_cache, v_cache, block_table).workspace_size
 
 
 @dataclass(frozen=True)
@@ -236,7 +230,7 @@ class AttentionShape:
 
     @property
     def workspace_size(self) -> int:
-        """Sums [slots, H, splits, E], then maxima and weights [slots, H, splits, 2]."""
+        """float32 elements: sums [slots, H, splits, E], then maxima and weights [slots, H, splits, 2]."""
         if self.most_splits <= self.max_folded:
             return 0
         return self.num_slots * self.kv_heads * self.group * self.num_splits * (self.value_dim + 2)
@@ -255,13 +249,10 @@ def padded(dim: int) -> int:
 
 
 def _launch_decode(
-    shape: AttentionShape, tensors: tuple, workspace: Tensor | None, strides: tuple, numbers: tuple[int, float, float]
-) -> None:
+    shape: AttentionShape, tensors: tuple, strides: tuple, numbers: tuple[int, float, float]
+) -> None:  # fmt: skip
     tile = shape.decode
-    if workspace is None:
-        workspace = torch.empty(shape.workspace_size, dtype=torch.float32, device=tensors[0].device)
-    if workspace.numel() < shape.workspace_size:
-        raise ValueError(f"workspace has {workspace.numel()} elements; this attention needs {shape.workspace_size}")
+    workspace = torch.empty(shape.workspace_size, dtype=torch.float32, device=tensors[0].device)
     out, q, *_, seq_lens, query_start, sinks, _, v_scale = tensors
     splits = {"IS_ALL": shape.is_all_decode, "SPLIT": SPLIT, "NUM_SPLITS": shape.num_splits}
     grid = (shape.kv_heads * tile.parts, shape.num_seqs, shape.num_workers)
@@ -294,17 +285,10 @@ def _readable(cache: Tensor) -> Tensor:
     return cache if torch.cuda.get_device_capability(cache.device) >= (8, 9) else cache.view(torch.uint8)
 
 
-def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None, *, tuning: Tuning | None = None, prefill_from: int = 0,
-) -> Tensor:  # fmt: skip
-    """q[1, H, T, D] over caches [N, K, B, D|E] -> [1, T, H, E]; `prefill_from` as above."""
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object, **options: object) -> Tensor:
+    """The op: q[1, H, T, D] over caches [N, K, B, D|E] -> [1, T, H, E]; options as above."""
     out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
-    attention_into(
-        out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, k_scale, v_scale,
-        tuning=tuning, prefill_from=prefill_from,
-    )  # fmt: skip
+    attention_into(out, q, k_cache, v_cache, *rest, **options)
     return out
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fuseline.compile.kernels.registry import Implementation, Tuning, tunings
 from fuseline.compile.kernels.triton.experts_kernels import combine_kernel, down_kernel, gate_up_kernel, sort_kernel
 from fuseline.compile.kernels.triton.tile import Tile
+from fuseline.compile.ops.codes import EXPERT_UNARY
 
 FEATURES = 1024  # of a program that adds the experts of a token up
 MANY = 256  # pairs an expert, of which few tiles of 128 are cut off
@@ -43,15 +44,16 @@ def experts(
 
     tile = tile or default_tile(num_pairs, num_experts, x.element_size())
     num_tiles = num_pairs // tile.rows + num_experts
-    shape = {"TOP_K": top_k, "E": num_experts, "D": dim, "HIDDEN": hidden_size, **tile.constants()}
+    shape = {"E": num_experts, "D": dim, "HIDDEN": hidden_size, **tile.constants()}
     hidden = x.new_empty(num_pairs, hidden_size)
     x = x if x.stride(1) == 1 else x.contiguous()
     # The stride of a single row may be any number; a kernel compiled for another kind of number would hold up a step.
     stride = x.stride(0) if num_tokens > 1 else dim
     first, second = (w.transpose(1, 2) if transposed else w for w in (gate_up, down))
     gate_up_kernel[(num_tiles, triton.cdiv(hidden_size, tile.columns))](
-        hidden, x, order, starts, first, gate_up_bias, stride, *first.stride(), alpha, limit, ACT=act, **shape
-    )
+        hidden, x, order, starts, first, gate_up_bias, stride, *first.stride(), alpha, limit, ACT=EXPERT_UNARY[act],
+        TOP_K=top_k, **shape,
+    )  # fmt: skip
     parts = x.new_empty(num_pairs, dim)
     down_kernel[(num_tiles, triton.cdiv(dim, tile.columns))](
         parts, hidden, order, starts, second, down_bias, weights, *second.stride(), **shape

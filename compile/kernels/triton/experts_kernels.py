@@ -1,6 +1,7 @@
 """The kernels of experts.py, in the order they run. A pair is token * K + k; a row is its place in the sorted order.
 
-Legend: T tokens, K (TOP_K) experts of a token, E experts, D features, I (HIDDEN) hidden size of an expert.
+Legend: T tokens, K (TOP_K) experts of a token, E experts, D features, I (HIDDEN) hidden size of an expert. ACT is the
+code of the gate's activation, None for gpt-oss's way to combine gate and up.
 """
 
 from __future__ import annotations
@@ -11,13 +12,7 @@ import triton.language as tl
 from fuseline.compile.kernels.triton.activation import activate, sigmoid
 from fuseline.compile.kernels.triton.lines import rounded
 from fuseline.compile.kernels.triton.tiles import in_groups, owner_of_tile
-from fuseline.compile.ops import codes
 
-SILU, RELU = tl.constexpr(codes.UNARY["silu"]), tl.constexpr(codes.UNARY["relu"])
-GELU, GELU_TANH = tl.constexpr(codes.UNARY["gelu"]), tl.constexpr(codes.UNARY["gelu_tanh"])
-EXPERT_SILU, EXPERT_GELU = tl.constexpr(codes.EXPERT_ACTS["silu"]), tl.constexpr(codes.EXPERT_ACTS["gelu"])
-EXPERT_GELU_TANH = tl.constexpr(codes.EXPERT_ACTS["gelu_tanh"])
-GLU_OSS = tl.constexpr(codes.EXPERT_ACTS["glu_oss"])
 GROUP = tl.constexpr(16)  # tiles that go over the columns together
 
 
@@ -55,7 +50,7 @@ def gate_up_kernel(
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     source = x + token.to(tl.int64)[:, None] * x_stride_t
     weight += expert.to(tl.int64) * stride_e
-    if ACT == GLU_OSS:
+    if ACT is None:
         gate_at, up_at = 2 * column, 2 * column + 1
         # Gates and ups are neighbours: loaded together, else each load would take every other number.
         joined = 2 * part * COLUMNS + tl.arange(0, 2 * COLUMNS)
@@ -92,9 +87,8 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["starts"])
 def down_kernel(
-    parts, hidden, order, starts, weight, bias, scores, stride_e, stride_n, stride_k, TOP_K: tl.constexpr,
-    E: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    parts, hidden, order, starts, weight, bias, scores, stride_e, stride_n, stride_k, E: tl.constexpr, D: tl.constexpr,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, COLUMNS of D): parts[pair] = the expert's answer times its score."""
     tile, part = in_groups(GROUP)
@@ -151,16 +145,10 @@ def _rows_of_tile(starts, tile, E: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def _gated(gate, up, alpha, limit, ACT: tl.constexpr, dtype: tl.constexpr):
     """float32 of `dtype`'s numbers; each step is rounded as the reference's ops are."""
-    if ACT == GLU_OSS:
+    if ACT is None:
         gate = rounded(tl.minimum(gate, limit), dtype)
         up = rounded(tl.maximum(tl.minimum(up, limit), -limit), dtype)
         glow = rounded(gate * rounded(sigmoid(rounded(gate * alpha, dtype)), dtype), dtype)
         return rounded(up + 1.0, dtype) * glow
-    elif ACT == EXPERT_SILU:
-        return rounded(activate(gate, SILU), dtype) * up
-    elif ACT == EXPERT_GELU:
-        return rounded(activate(gate, GELU), dtype) * up
-    elif ACT == EXPERT_GELU_TANH:
-        return rounded(activate(gate, GELU_TANH), dtype) * up
     else:
-        return rounded(activate(gate, RELU), dtype) * up
+        return rounded(activate(gate, ACT), dtype) * up

@@ -44,7 +44,7 @@ def add_layer_norm(
     return _layer(x, residual, weight, bias, eps, num_warps)
 
 
-def supports(x: Tensor) -> bool:
+def supports(x: Tensor, *_: object) -> bool:
     return x.shape[-1] <= WIDEST
 
 
@@ -147,13 +147,9 @@ def layer_norm_kernel(
     tl.store(out + at, wide.to(out.dtype.element_ty), mask=there)
 
 
-def _takes(x: Tensor, *_: object) -> bool:
-    return supports(x)
-
-
 IMPLEMENTATIONS = tuple(
     Implementation(
-        run.__name__, f"triton.{run.__name__}", "cuda", run, supports=_takes,
+        run.__name__, f"triton.{run.__name__}", "cuda", run, supports=supports,
         tunings=tunings("num_warps", WARPS_TO_TRY, "w"),
     )
     for run in (rms_norm, add_rms_norm, layer_norm, add_layer_norm)

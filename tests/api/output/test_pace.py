@@ -41,9 +41,9 @@ class Slow(LogprobWriter):
         super().__init__(load_tokenizer(resolve({"model": "demo"})), False)
         self._clock = clock
 
-    def completion(self, positions, tokens, offset):
+    def completion(self, positions, tokens, offsets):
         self._clock.work(POSITION_SECONDS * len(positions))
-        return super().completion(positions, tokens, offset)
+        return super().completion(positions, tokens, offsets)
 
     def chat_tokens(self, positions, num_top):
         self._clock.work(POSITION_SECONDS * len(positions))
@@ -119,7 +119,7 @@ async def test_prompts_that_come_at_once_start_one_after_the_other(num_requests:
 
     def answer() -> Answer:
         writer = SimpleNamespace(open=print)
-        return Answer(None, [(Prompt(array("i")), make)] * num_prompts, writer, nullcontext(), None, turns)
+        return Answer(None, [(Prompt(array("i")), make)] * num_prompts, writer, nullcontext(), None, turns=turns)
 
     work = asyncio.gather(*(answer()._generate(lambda *_: None) for _ in range(num_requests)))
     longest, _ = await longest_round(clock, work)
@@ -142,9 +142,9 @@ async def test_outputs_that_have_gathered_are_taken_in_slices(n: int) -> None:
                     reason = "length" if token == 999 else None
                     yield TokenOutput(request_id="r", index=index, token_ids=(token,), finish_reason=reason)
 
-    def sink(event: object) -> None:
+    def sink(events: list) -> None:
         clock.work(1e-4)
-        seen.append(event)
+        seen.extend(events)
 
     generation = Generation(
         request, None, TextOptions(turns=Turns(clock)), RequestWatch(request, "r", None, False, None)
@@ -160,9 +160,9 @@ async def test_the_log_probabilities_of_an_echo_are_written_in_slices() -> None:
     longest, _ = await longest_round(clock, writer.open(made, PromptInfo(0, [None, *POSITIONS[1:]])))
     assert longest <= SLICE_SECONDS + 2 * PIECE_SECONDS
     for index in range(2):
-        event = TextDelta(index, " x", [200], [POSITIONS[1]])
-        assert writer.is_long(made, event)
-        longest, (chunk,) = await longest_round(clock, writer.long_chunks(made, event))
+        event = TextDelta(index, " x", [200], [POSITIONS[1]], [0])
+        assert writer.is_long(made, [event])
+        longest, (chunk,) = await longest_round(clock, writer.long_chunks(made, [event]))
         assert longest <= POSITION_SECONDS + 1e-9, "the echo is encoded once"
         (choice,) = parsed(chunk)["choices"]
         shown = choice["logprobs"]
@@ -170,7 +170,7 @@ async def test_the_log_probabilities_of_an_echo_are_written_in_slices() -> None:
         assert {len(values) for values in shown.values()} == {NUM_POSITIONS + 1}
         assert shown["token_logprobs"][:2] == [None, -1.5] and len(shown["top_logprobs"][1]) == 21
         assert shown["text_offset"][1] == len(shown["tokens"][0])
-        assert not writer.is_long(made, TextDelta(index, " y", [201], [POSITIONS[2]]))
+        assert not writer.is_long(made, [TextDelta(index, " y", [201], [POSITIONS[2]], [2])])
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
@@ -182,8 +182,8 @@ async def test_a_chunk_of_many_tokens_is_written_in_slices(kind: str) -> None:
     def writer() -> ChatWriter | CompletionWriter:
         return ChatWriter(shape(clock), made, 1) if kind == "chat" else CompletionWriter(shape(clock), [made], 1)
 
-    def event() -> TextDelta:
-        return TextDelta(0, "text", list(IDS), list(POSITIONS))
+    def event() -> list[TextDelta]:
+        return [TextDelta(0, "text", list(IDS), list(POSITIONS), list(range(len(IDS))))]
 
     assert writer().is_long(made, event())
     longest, chunks = await longest_round(clock, writer().long_chunks(made, event()))
@@ -200,7 +200,7 @@ async def test_a_whole_answer_is_encoded_in_slices_and_pieces(kind: str) -> None
     writer = ChatWriter(shape(clock), made, 2) if kind == "chat" else CompletionWriter(shape(clock), [made], 2)
     await writer.open(made, PromptInfo(0, [None, *POSITIONS[1:]]))
     for index in range(2):
-        writer.fold(made, TextDelta(index, "text", list(IDS), list(POSITIONS)))
+        writer.fold(made, [TextDelta(index, "text", list(IDS), list(POSITIONS), list(range(len(IDS))))])
     longest, pieces = await longest_round(clock, writer.whole())
     assert longest <= SLICE_SECONDS + 2 * PIECE_SECONDS and max(map(len, pieces)) < 200_000
     answer = msgspec.json.decode(b"".join(pieces))
@@ -239,8 +239,10 @@ async def test_pieces_of_any_size_become_few_writes() -> None:
 
 
 def test_an_interval_joins_without_copying_what_it_holds() -> None:
-    interval = Interval(4)
-    sent = [event for k in range(9) for event in interval.feed(TextDelta(0, "a", [k], []))]
+    sent: list[TextDelta] = []
+    interval = Interval(4, sent.extend)
+    for k in range(9):
+        interval.feed([TextDelta(0, "a", [k], [], [k])])
     assert [(event.text, event.token_ids) for event in sent] == [
         ("a", [0]), ("aaaa", [1, 2, 3, 4]), ("aaaa", [5, 6, 7, 8]),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is admitted: cheap bounds come before the work they save, and each of them is a flag."""
+"""Admission: cheap bounds come before the work they save, and each of them is a flag."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def byte_level(**options: Any) -> Tokenizer:
     return made
 
 
-def with_bytes() -> Tokenizer:
-    made = Tokenizer(BPE({name: k for k, name in enumerate(["▁", "a", *BYTES])}, [], byte_fallback=True))
+def with_bytes(**options: Any) -> Tokenizer:
+    names = ["▁", "a", "<unk>", *BYTES]
+    made = Tokenizer(BPE({name: k for k, name in enumerate(names)}, [], byte_fallback=True, **options))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return made
 
@@ -52,7 +53,9 @@ def stripping() -> Tokenizer:
 
 
 BOUNDED: dict[str, Callable[[], Tokenizer]] = {
-    "byte level": byte_level, "byte fallback": with_bytes, "special tokens that take blanks": stripping,
+    "byte level": byte_level, "byte fallback": with_bytes,
+    "byte fallback of Llama": lambda: with_bytes(unk_token="<unk>", fuse_unk=True),
+    "special tokens that take blanks": stripping,
     "NFC": lambda: normalized(normalizers.NFC()), "NFD": lambda: normalized(normalizers.NFD()),
     "NFKC": lambda: normalized(normalizers.NFKC()), "NFKD": lambda: normalized(normalizers.NFKD()),
     "lower case": lambda: normalized(normalizers.Lowercase()),

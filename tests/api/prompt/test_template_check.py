@@ -11,7 +11,8 @@ import pytest
 from fuseline.api.config import ConfigError, read_environment
 from fuseline.api.config_resolve import resolve
 from fuseline.api.prompt import template_check
-from fuseline.api.prompt.chat import ChatTemplate, template_text
+from fuseline.api.prompt.chat import template_text
+from fuseline.api.prompt.template import ChatTemplate
 from fuseline.api.prompt.template_check import check_template
 from fuseline.compile.cache.files import entries
 

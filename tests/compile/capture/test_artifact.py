@@ -42,7 +42,7 @@ def captured_once(tmp_path_factory) -> CapturedModel:
 
 @pytest.fixture
 def llama(captured_once, monkeypatch) -> CapturedModel:
-    """What every capture gives in this test."""
+    """The model that every capture gives in this test."""
     monkeypatch.setattr(artifact, "capture_model", lambda config: captured_once)
     return captured_once
 

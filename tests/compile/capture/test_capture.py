@@ -103,7 +103,6 @@ REFUSED = {
     "bloom": (zoo.config_of("bloom"), rf"bloom: in 3 of 3 layers its attention {NOT_HOOKED}"),
     "falcon": (transformers.FalconConfig(**SMALL), rf"falcon: its attention {NOT_HOOKED}"),
     "falcon_alibi": (zoo.config_of("falcon_alibi"), rf"falcon: its attention {NOT_HOOKED}"),
-    "dynamic_rope": (zoo.config_of("llama_dynamic_rope"), "dynamic-NTK rope computes its frequencies"),
     "t5": (transformers.T5Config(d_model=64, num_layers=2), "t5 is an encoder-decoder model"),
     "bart": (transformers.BartConfig(d_model=64), "bart is an encoder-decoder model"),
     "bert": (transformers.BertConfig(**SMALL), "bert attends to later tokens too"),

@@ -99,6 +99,19 @@ def test_torch_files_are_read_in_place(folder, tmp_path):
     assert_same(load(tmp_path), truth(folder("llama")))
 
 
+def test_ignored_files_are_not_read(folder, tmp_path):
+    for path in folder("llama").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = {name: value for file in tmp_path.glob("*.safetensors") for name, value in load_file(file).items()}
+    torch.save({name: value + 1 for name, value in state.items()}, tmp_path / "pytorch_model.bin")
+    assert_same(load(tmp_path), truth(folder("llama")))
+    assert_same(load(tmp_path, ignore_patterns=("original/**/*", "*.bin")), truth(folder("llama")))
+    other = load(tmp_path, ignore_patterns=("*.safetensors*",))
+    assert torch.equal(other[f"{Q}.weight"], truth(folder("llama"))[f"{Q}.weight"] + 1)
+    with pytest.raises(LoadError, match="holds no weights"):
+        load(tmp_path, ignore_patterns=("*.safetensors*", "*.bin"))
+
+
 Q, K, V = (f"model.layers.0.self_attn.{p}_proj" for p in "qkv")
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 import zoo
 from paged_driver import greedy
+from safetensors.torch import load_file, save_file
 
 from fuseline.compile import formats, ops
 from fuseline.compile.capture import lazy_tensor, reader
+from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.export import capture_model
+from fuseline.compile.capture.sinks import DeviceSink, HostSink
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.formats.format import rank_range
+from fuseline.compile.formats.format import part_range, rank_range
 from fuseline.compile.formats.registry import formats_for
 from fuseline.compile.formats.registry import registry as format_registry
 from fuseline.compile.ops.linear import pack
@@ -33,7 +38,6 @@ from fuseline.compile.ops.library import op
 
 
 @op(
-    "linear_int8_rows(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
     fake=lambda x, values, scales, bias: x.new_empty(*x.shape[:-1], values.shape[0]),
     weights=("values", "scales", "bias"), is_product=True, by_reference=True,
 )
@@ -42,7 +46,6 @@ def linear_int8_rows(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | N
 
 
 @op(
-    "embedding_int8_rows(Tensor ids, Tensor values, Tensor scales) -> Tensor",
     fake=lambda ids, values, scales: scales.new_empty(*ids.shape, values.shape[1]),
     weights=("values", "scales"), sums=False, by_reference=True,
 )
@@ -91,6 +94,7 @@ def embedding(args, pack):
 FORMAT = Format(
     "int8_rows", shapes, write, scan,
     {OPS.linear.default: linear, torch.ops.aten.embedding.default: embedding},
+    stored_as={"values": "weight", "scales": "weight_scale"},
 )
 '''
 Q, K = (f"model.layers.0.self_attn.{p}_proj.weight" for p in "qk")
@@ -174,6 +178,94 @@ def test_a_weight_streams_into_its_stored_tensors(int8, monkeypatch, block_bytes
     want = state[Q].T if transpose else torch.cat([state[Q], torch.zeros(5, state[Q].shape[1]), state[K]])
     assert found["values"].dtype == torch.int8
     assert torch.equal(found["values"] * found["scales"], dequantized(want))
+
+
+def test_a_weight_of_a_gpu_is_made_on_the_host_and_sent_part_by_part(int8) -> None:
+    """The stored tensors lie where the host computes nothing."""
+    sent: dict[torch.dtype, torch.Tensor] = {}
+
+    class Copies:
+        def buffer(self, num_bytes: int) -> torch.Tensor:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+
+        def copy(self, target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
+            sent[source.dtype] = source.clone()
+            return lambda: None
+
+    config = CompileConfig(model=str(zoo.checkpoint("llama")))
+    source = WeightSource((Q,), format="int8_rows")
+    sink = DeviceSink(torch.device("meta"), copies=Copies())
+    requests = {part: replace(source, part=part) for part in ("values", "scales")}
+    load_weights(requests, capture_model(config), config, sink=sink)
+    weight = zoo.load(zoo.checkpoint("llama")).state_dict()[Q]
+    assert torch.equal(sent[torch.int8] * sent[torch.float32], dequantized(weight))
+
+
+# Checkpoints that hold the format already.
+
+LEVELS = 100
+"""Of the stored values: quantizing anew would give 127."""
+
+
+def stored_int8(folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda state: None) -> Path:
+    """The llama of the zoo with its projections as int8 rows and scales, under the names of compressed-tensors."""
+    shutil.copytree(zoo.checkpoint("llama"), folder / "model")
+    path = folder / "model" / "model.safetensors"
+    state = load_file(path)
+    for name in [name for name in state if name.endswith("_proj.weight")]:
+        scales = state[name].abs().amax(-1, keepdim=True) / LEVELS
+        state |= {name: (state[name] / scales).round().to(torch.int8), f"{name}_scale": scales}
+    change(state)
+    save_file(state, path, {"format": "pt"})
+    return folder / "model"
+
+
+def test_stored_rows_and_scales_are_read_as_they_are(int8, tmp_path, monkeypatch) -> None:
+    """Joined projections too, in blocks; embedding and head are stored plainly."""
+    path = stored_int8(tmp_path)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 1000)
+    blocks, write = [], HostSink.write
+    monkeypatch.setattr(HostSink, "write", lambda *args: (blocks.append(args[2]), write(*args)))
+    config = CompileConfig(str(path), weight_format="int8_rows", cache_dir=str(tmp_path), skip_model_check=True)
+    model = compile_model(config, detect_target())
+    assert max(block.nbytes for block in blocks if block.dtype == torch.int8) <= 1000
+    reference, state = zoo.load(zoo.checkpoint("llama")), load_file(path / "model.safetensors")
+    with torch.no_grad():
+        reference.lm_head.weight.copy_(dequantized(reference.lm_head.weight))
+        for name in [name for name in state if name.endswith("_scale")]:
+            weight = reference.get_parameter(name.removesuffix("_scale"))
+            weight.copy_(state[name.removesuffix("_scale")] * state[name])
+    prompts = zoo.make_prompts([3, 11])
+    want = [zoo.continue_greedily(reference, prompt, 12)[0] for prompt in prompts]
+    assert greedy(model, prompts, 12) == want
+    assert greedy(compile_model(config, detect_target()), prompts, 12) == want, "from the remembered map"
+
+
+@pytest.mark.parametrize(("change", "form", "message"), [
+    (lambda s: s.pop(f"{K}_scale"), "int8_rows", f"{K}_scale is not in the checkpoint"),
+    (lambda s: s.update({f"{K}_scale": s[f"{K}_scale"][:-1]}), "int8_rows", r"scales are torch.float32 \[95, 1\] in"),
+    (lambda s: s.update({K: s[K].float()}), "int8_rows", r"values are torch.float32 \[96, 64\] in the check"),
+    (lambda s: None, "rows", f"{Q} in .*safetensors is stored as integers, which format rows does not read"),
+], ids=["missing", "shape", "floats", "format"])  # fmt: skip
+def test_parts_that_do_not_fit_are_refused(int8, tmp_path, change: Callable, form: str, message: str) -> None:
+    config = CompileConfig(str(stored_int8(tmp_path, change)))
+    source = WeightSource((Q, K), format=form)
+    parts = ("values", "scales") if form == "int8_rows" else ("",)
+    with pytest.raises(LoadError, match=message):
+        load_weights({part: replace(source, part=part) for part in parts}, capture_model(config), config)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_the_stored_parts_of_ranks_are_parts_of_the_whole(int8, dim: int) -> None:
+    """Ranks that share an output share its scale."""
+    form, values, scales = format_registry()["int8_rows"], torch.randn(96, 40), torch.randn(96, 1)
+    found = []
+    for rank in range(2):
+        whole = rank_range(form, values.shape[dim], dim, rank, 2)
+        cut = (part.narrow(dim, (at := part_range(whole, values.shape[dim], part.shape[dim]))[0], at[1] - at[0])
+               for part in (values, scales))  # fmt: skip
+        found.append(torch.mul(*cut))
+    assert torch.equal(torch.cat(found, dim), values * scales)
 
 
 # Formats.

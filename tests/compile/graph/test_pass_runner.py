@@ -18,7 +18,7 @@ from fuseline.compile.passes.page_attention import page_attention
 OPS = torch.ops.fuseline
 aten = torch.ops.aten
 Q = torch.randn(1, 2, 5, 8)
-DONE = PassResult(1, True)
+DONE = PassResult(1)
 
 
 def two_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def adds_a_constant_from_nowhere(graph: fx.GraphModule, ctx: PassContext) -> Pas
 
 
 def pages_nothing(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    return PassResult(0, False)
+    return PassResult(0)
 
 
 def writes_after_reading(graph: fx.GraphModule, ctx: PassContext) -> PassResult:

@@ -233,7 +233,7 @@ def test_a_call_of_other_fields_or_types_is_refused():
 
 
 def test_python_names_the_fields_of_every_kernel():
-    """What the library says of itself is what the list of kernels says."""
+    """The library's description of itself agrees with the list of kernels."""
     text = re.sub(r"//[^\n]*", "", (cuda_emulator.CSRC / "cuda" / "kernels.def").read_text())
     for kernel in text.split("FL_KERNEL(")[1:]:
         name, fields = kernel.partition(",")[0], re.findall(r"FL_\w+\((\w+)\)", kernel)

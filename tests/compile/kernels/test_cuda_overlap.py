@@ -23,6 +23,7 @@ from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap
 from fuseline.compile.kernels.registry import implementations
 from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.residency.offload import choose_offloaded
+from fuseline.compile.residency.uploads import num_bytes
 from fuseline.compile.target import Target
 
 __all__ = ["triton_interpreter"]
@@ -143,7 +144,7 @@ def test_weights_that_come_through_slots_are_not_read_early(called, monkeypatch)
     monkeypatch.setitem(kernels, "linear_act_mul", (*(replace(one, order=0) for one in fused), *others))
     path = str(checkpoint("llama", "bfloat16"))
     graph = optimize(CompileConfig(model=path), GPU)[0].graph
-    last = choose_offloaded(graph, 1 << 30)[-1].num_bytes
+    last = num_bytes(choose_offloaded(graph, 1 << 30)[-1])
     model = compile_model(CompileConfig(model=path, cpu_offload_gb=last / (1 << 30)), GPU)
     assert len(model._executable.offload.layers) == 1
     prompts = make_prompts((3, 9))

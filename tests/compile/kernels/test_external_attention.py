@@ -212,7 +212,7 @@ def test_what_is_installed(monkeypatch, caplog):
     assert found == {"flash_attn_3": fakes.flash_attn_with_kvcache, "torch.varlen_attn": fakes.varlen_attn}
     assert "flash_attn.flash_attn_varlen_func is not used: it does not take block_table" in caplog.text
     assert "flashinfer is installed and not used: AttributeError" in caplog.text
-    assert select.installed(gpu) == {}
+    assert select.installed(GPU) == {}
 
 
 def test_what_was_not_planned_is_computed_by_ours():

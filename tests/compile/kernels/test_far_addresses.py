@@ -31,7 +31,7 @@ from fuseline.compile.ops.library import Make
 __all__ = ["triton_interpreter"]
 MAP_NORESERVE = 0x4000  # of Linux; Python's mmap names it from 3.13 on
 BLOCKS = (1 << 21) + 100
-"""Of a cache: 2^32 numbers at 2048 a block."""
+"""Blocks of a cache: 2^32 numbers at 2048 a block."""
 SILU = codes.UNARY["silu"]
 LINES, APART = 20, 1 << 28
 """Rows, and numbers from one to the next: 5 * 2^30 in all."""

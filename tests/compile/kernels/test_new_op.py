@@ -44,7 +44,6 @@ def scale_workloads(make, shape):
 
 
 @op(
-    "scale_rows(Tensor x, Tensor weight) -> Tensor",
     fake=lambda x, weight: torch.empty_like(x, memory_format=torch.contiguous_format),
     inputs=scale_inputs,
     tolerance=0.0,

@@ -141,16 +141,6 @@ def test_nothing_to_do_and_rows_of_padding():
     assert [out.shape[0] for out in batch.run()] == [0, 0]
 
 
-def test_a_given_workspace_is_used_and_checked():
-    batch = Batch(**DECODE)
-    size = attention.workspace_size(torch.empty(1, 4, 4, 16), batch.k_cache, batch.v_cache, batch.table)
-    workspace = torch.zeros(size)
-    batch.run(workspace=workspace)
-    assert workspace.any()
-    with pytest.raises(ValueError, match="workspace has"):
-        batch.run(workspace=workspace[:-1])
-
-
 def test_scores_too_large_for_exp():
     batch = Batch([70], [70])
     batch.queries = [q * 40 for q in batch.queries]
@@ -164,8 +154,8 @@ def test_the_reference_of_this_file_is_that_of_the_op():
 
 
 def launches(arch: int) -> None:
-    """What the compile test compiles: on Hopper the shapes of Llama, gpt-oss (window, sinks, fp8), Gemma and DeepSeek
-    (plain and with its one latent head); on the others what differs there. An sm_80 reads e4m3 as bytes."""
+    """Launches of the compile test: on Hopper the shapes of Llama, gpt-oss (window, sinks, fp8), Gemma and DeepSeek
+    (plain and with its one latent head); on the others those that differ there. An sm_80 reads e4m3 as bytes."""
     scales = {"k_scale": torch.ones(1), "v_scale": torch.ones(1)}
     coded = {"window": 128, "sinks": torch.zeros(64), **scales}
     shapes = [

@@ -110,7 +110,7 @@ def of(entries: list[dict], *kernels: str, arch: int = 90, **constants: int) -> 
 
 def test_nothing_is_spilled_and_all_fits(entries):
     assert_fits(entries)
-    # Of the latent head, values fill the registers of two warp groups.
+    # Values of the latent head fill the registers of two warp groups.
     spilled = [e for e in entries if e["arch"] == 90 and e["code"]["stack"] and e["constants"].get("E") != 512]
     assert not spilled
 

@@ -47,7 +47,7 @@ OVER_LAUNCHERS = (attention.attention, linear.linear_then_act_mul)
 
 
 def test_a_branch_that_only_a_run_decides_is_compiled():
-    """What the launcher of this one can leave out is found by its signature; one of four combinations is at fault."""
+    """Arguments that the launcher can leave out are found by its signature; one of four combinations is at fault."""
     entries = compile_combinations("triton_faulty_cases", 90)
     of_code = [e for e in entries if e["stage"] == "ttir"]
     assert sorted(e["none"] for e in of_code) == [[], ["by"], ["by", "only"], ["only"]]

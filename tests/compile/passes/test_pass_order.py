@@ -230,7 +230,7 @@ def shuffle(graph: fx.Graph, rng: random.Random) -> None:
 
 
 def sharing(node: fx.Node) -> set[fx.Node]:
-    """What may read or write the memory of a node."""
+    """Nodes that may read or write the memory of a node."""
     while node.target in VIEWS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     found, pending = {node}, [node]
@@ -397,4 +397,4 @@ def test_a_call_before_its_operands_is_an_error() -> None:
     found = built(lambda g: sum_of_two(g)[1])
     total = next(node for node in found.graph.graph.nodes if node.target is aten.add.Tensor)
     with pytest.raises(ValueError, match="would read add_tensor before it is defined"):
-        insert_call(found.graph.graph, total.args[0], aten.neg.default, (total,), total, total.meta["val"])
+        insert_call(total.args[0], aten.neg.default, (total,), total, total.meta["val"])

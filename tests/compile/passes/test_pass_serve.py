@@ -23,6 +23,7 @@ from pass_serve_cases import (
 )
 from torch import Tensor, nn
 
+from fuseline.compile.graph.graph_pass import GraphPass
 from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.fuse_add_norm import fuse_add_norm
 from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
@@ -30,8 +31,9 @@ from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
+from fuseline.compile.passes.tap_hidden import tap_hidden
 from fuseline.compile.passes.widen_logits import widen_logits
-from fuseline.compile.specs import CacheGroup, CacheSpec
+from fuseline.compile.specs import CacheGroup, CacheSpec, TapSpec
 
 X = torch.randn(1, TOKENS, 16)
 
@@ -263,13 +265,32 @@ def test_a_norm_that_others_read_keeps_all_rows(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.run(logits_rows=rows), whole[:, rows])
 
 
-def test_logits_of_two_heads_are_refused() -> None:
+@pytest.mark.parametrize("graph_pass", [keep_last_logits, tap_hidden])
+def test_logits_of_two_heads_are_refused(graph_pass: GraphPass) -> None:
     class Two(Head):
         def forward(self, x, y):
             return self.head(x) + self.head(y)
 
     with pytest.raises(ValueError, match="do not come from one linear"):
-        case(Two(norm), torch.float32, x=X, y=X).apply(keep_last_logits)
+        case(Two(norm), torch.float32, x=X, y=X).apply(graph_pass)
+
+
+# tap_hidden
+
+
+@DTYPES
+@pytest.mark.parametrize("after", [lambda y: y, lambda y: torch.tanh(y / 30.0) * 30.0], ids=["plain", "capped"])
+def test_hidden_states_are_what_the_head_reads(after: Callable, dtype: torch.dtype) -> None:
+    """Of the rows that have logits, and in the model's dtype while logits become fp32."""
+    found, rows = case(Head(norm, after), dtype, x=X, y=X.exp()), torch.tensor([1, 5])
+    whole = found.run()
+    found.apply(find_linear, keep_last_logits)
+    assert found.apply(tap_hidden) == 1 and found.results[-1].specs == (TapSpec(16),)
+    found.apply(widen_logits)
+    logits, hidden = found.run(logits_rows=rows)
+    assert logits.dtype == torch.float32 and hidden.dtype == dtype
+    torch.testing.assert_close(logits, whole[:, rows].float())
+    torch.testing.assert_close(hidden, norm(*found.inputs.values(), found.values["weight"])[:, rows])
 
 
 # pack_weights

@@ -220,7 +220,7 @@ def test_a_model_runs_what_was_chosen(config, monkeypatch):
 
 
 def test_a_model_with_offloaded_weights_runs_what_was_chosen(config, monkeypatch):
-    """Of products whose weights come with each pass too."""
+    """Also for products whose weights are copied in every step."""
     tuning = "triton.linear 32x512 4w 5s"
     monkeypatch.setattr(tune_gpu, "DeviceTimer", lambda: Clock(lambda label, rows: 0.5 if label == tuning else None))
     model = compile_model(replace(config, cpu_offload_gb=1.0), GPU)
@@ -251,7 +251,7 @@ def test_the_default_needs_no_measurement(config):
 
 
 class FakeCuda:
-    """Of torch.cuda what a timer needs. `done` is what was asked for, in order; a replay takes `seconds` in turn."""
+    """The part of torch.cuda that a timer needs. `done` lists the calls in order; a replay takes `seconds` in turn."""
 
     def __init__(self, seconds: list[float]) -> None:
         self.done: list[str] = []

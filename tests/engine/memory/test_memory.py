@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_model import FakeModel
+from served_fake import served_fake
 
 from fuseline.engine.config import CacheConfig, SchedulerConfig
 from fuseline.engine.memory.block_pool import BlockPool
@@ -19,6 +20,7 @@ from fuseline.engine.memory.sizing import (
     SizingError,
     kv_budget_on_gpu,
     kv_budget_on_host,
+    longest_context,
     size_cache,
 )
 from fuseline.engine.state.block_keys import extend_keys, root_key
@@ -137,6 +139,32 @@ def test_too_small_cache_names_the_flags() -> None:
     with pytest.raises(SizingError, match="--gpu-memory-utilization or --kv-cache-memory-bytes") as error:
         sized(CacheConfig(block_size=4, kv_cache_memory_bytes=128 * 16))
     assert "\n" not in str(error.value)
+
+
+def longest(cache: CacheConfig, most: int, free: int = 100 * MIB) -> int:
+    memory = Memory(free, free)
+    budget = kv_budget_on_host(FakeModel().info, 1.0, memory, memory)
+    return longest_context(FakeModel().info, cache, SchedulerConfig(max_num_batched_tokens=16), most, budget)
+
+
+def test_the_longest_context_that_fits() -> None:
+    # One block of 4 tokens: 128 bytes; one block is nobody's.
+    assert longest(CacheConfig(block_size=4), 4096) == 4096
+    assert longest(CacheConfig(block_size=4), 4097, free=128 * 1024) == 4 * 1023
+    assert longest(CacheConfig(block_size=4), 4093, free=128 * 1025) == 4093
+    assert longest(CacheConfig(block_size=4, num_gpu_blocks_override=15), 4096) == 60
+    with pytest.raises(SizingError):  # not even one block fits
+        cache = CacheConfig(block_size=4, kv_cache_memory_bytes=100)
+        sized(cache, max_model_len=longest(cache, 4096))
+
+
+async def test_an_automatic_context_is_what_the_cache_holds() -> None:
+    async with served_fake(fits_context=True, num_gpu_blocks_override=7) as served:
+        assert served.client.ready.max_model_len == 28
+        await served.collect([3] * 20, max_tokens=40)
+        assert sum(map(sum, served.shapes)) <= 28
+    async with served_fake(fits_context=True, num_gpu_blocks_override=70) as served:
+        assert served.client.ready.max_model_len == 64
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -1,4 +1,4 @@
-"""What a step costs the host: counted in function calls, which no other load on the machine can change."""
+"""Cost of a step for the host: counted in function calls, which no other load on the machine can change."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_calls_do_not_grow_with_the_context() -> None:
 
 def test_a_plain_row_costs_no_call_of_its_own() -> None:
     few, many = calls(4), calls(64)
-    # What is left is a full block: its key, its place in the cache, the next block; once in four steps.
+    # The rest is a full block: its key, its place in the cache, the next block; once in four steps.
     assert (many - few) / 60 <= 40
     engine_of_few, engine_of_many = (make_engine(count, 0, 41, ahead=False) for count in (4, 64))
     for engine in (engine_of_few, engine_of_many):

@@ -25,13 +25,6 @@ def expected_vector(prompt: list[int], kind: str, normalize: bool) -> np.ndarray
 
 
 class PoolWalk(Walk):
-    def pool(self, prompt: list[int], kind: str = "last", normalize: bool = True) -> str:
-        name = f"r{len(self.requests)}"
-        params = PoolingParams(pooling=kind, normalize=normalize)
-        self.requests[name] = EngineRequest(request_id=name, prompt_token_ids=tuple(prompt), params=params)
-        self.engine.add(self.requests[name])
-        return name
-
     def check_vector(self, name: str) -> None:
         (output,) = self.outputs[name, 0]
         request = self.requests[name]
@@ -114,7 +107,7 @@ def test_aborted(order, num_steps) -> None:
 
 def test_a_model_without_hidden_states_refuses() -> None:
     walk = PoolWalk(make_engine())
-    walk.engine.requests._info = replace(walk.engine.runner.model.info, gives_hidden=False)
+    walk.engine.requests._info = replace(walk.engine.runner.model.info, hidden_dim=0)
     name = walk.pool(PROMPT)
     walk.finish()
     (output,) = walk.outputs[name, 0]

@@ -1,4 +1,4 @@
-"""What a GPU compiles is compiled before it serves: no request launches what a start has not launched."""
+"""A GPU's kernels are compiled before it serves: no request launches what a start has not launched."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ CASES = (
 
 
 def launches(arch: int) -> None:
-    """Of case -arch: a start, then requests of all kinds, alone and many at once, so that steps are mixed."""
+    """Launches of case -arch: a start, then requests of all kinds, alone and many at once, so that steps are mixed."""
     case = CASES[-arch]
     sizes = {"max_num_seqs": case.max_num_seqs, "max_num_batched_tokens": case.num_tokens}
     model = build(case.family, graphs=case.graphs, **sizes)

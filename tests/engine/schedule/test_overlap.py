@@ -184,7 +184,7 @@ def test_a_step_that_reads_its_tokens_on_the_host_is_launched_once_they_are_ther
 
 
 def test_history_is_kept_on_the_device() -> None:
-    """Of a step that was launched before its newest tokens were known, each row with penalties sees its own; a token
+    """In a step that was launched before its newest tokens were known, each row with penalties sees its own; a token
     goes there once, and not at all if it came from there."""
     seen, sent = [], []
     reference = FakeQueue().ops

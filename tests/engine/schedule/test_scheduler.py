@@ -1,4 +1,4 @@
-"""What the scheduler promises beyond equal tokens: order, fairness, limits, sharing, what is recomputed."""
+"""Promises of the scheduler beyond equal tokens: order, fairness, limits, sharing, what is recomputed."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ GOLDEN = {
         "triton.rms_norm": 13, "triton.add_rms_norm": 6, "triton.rope_cache": 3, FUSED: 3, "torch.linear": 10,
     },
 }  # fmt: skip
-"""What computes a step, but for views and single ops of torch."""
+"""Kernels of a step, without views and single ops of torch."""
 
 
 @pytest.mark.parametrize("family", GOLDEN)
@@ -279,7 +279,8 @@ def test_uploads_are_whole_and_aligned() -> None:
         tensors = {"a": torch.randn(size), "b": torch.arange(size)[None], "c": torch.arange(7, dtype=torch.int32)[::2]}
         found = uploads.upload(tensors)
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-        assert all(t.data_ptr() % ALIGNMENT == found["a"].data_ptr() % ALIGNMENT for t in found.values())
+        # An empty tensor has no address.
+        assert len({tensor.data_ptr() % ALIGNMENT for tensor in found.values() if tensor.numel()}) == 1
 
 
 def test_a_missing_gpu_is_said_in_words() -> None:

@@ -76,7 +76,7 @@ def test_what_a_capture_raises_by_itself_comes_out(cuda) -> None:
 
 
 def test_waiting_for_the_whole_device_spoils_a_capture_of_another_thread(cuda) -> None:
-    """What the fake holds, and serving must not do: see stop_capture's callers."""
+    """The fake behaves so, and serving must not synchronize: see stop_capture's callers."""
     with pytest.raises(RuntimeError, match="previous error"), torch.cuda.stream(torch.cuda.Stream()), recording():
         with pytest.raises(RuntimeError, match="not permitted"):
             torch.cuda.synchronize()

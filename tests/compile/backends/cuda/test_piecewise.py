@@ -101,7 +101,7 @@ def test_ops_to_split_at_can_be_named() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_padding_changes_neither_logits_nor_caches(family: str) -> None:
-    """What padded rows hold is NaN from the first attention on."""
+    """Padded rows hold NaN from the first attention on."""
     found = []
     for sizes in ((), (6,), (16,)):
         model, api = build(family, mixed(*sizes), "bfloat16"), FakeGraphs()
@@ -217,7 +217,7 @@ def launches(arch: int) -> None:
 
 @pytest.mark.slow
 def test_no_size_compiles_a_kernel_of_its_own() -> None:
-    """What is compiled in the middle of serving holds it up, and 35 times over it is most of the capture."""
+    """Compiling in the middle of serving holds it up, and 35 times over it is most of the capture."""
     entries = compile_launches("test_piecewise", 90)
     found = Counter(entry["kernel"] for entry in entries)
     assert {name for name, count in found.items() if count == 1} == {

@@ -1,0 +1,85 @@
+"""The events of one choice as a row of items: reasoning, text, calls, each with a beginning and an end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fuseline.api.output.events import CallRevoked, Done, Event, ReasoningDelta, TextDelta, ToolCallDelta
+from fuseline.engine.messages import PositionLogprobs
+
+Step = Literal["begin", "more", "end"]
+
+
+@dataclass
+class Item:
+    """One stretch of an answer."""
+
+    kind: Literal["reasoning", "text", "call"]
+    id: str = ""
+    """Id of a call."""
+    name: str = ""
+    number: int = 0
+    """Number of a call among the calls."""
+    parts: list[str] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    is_revoked: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+class Items:
+    """Tells where items begin and end."""
+
+    def __init__(self) -> None:
+        self.all: list[Item] = []
+        self.done: Done | None = None
+        self.num_tokens = 0
+
+    @property
+    def kept(self) -> list[Item]:
+        """Items of the whole answer."""
+        return [item for item in self.all if not item.is_revoked]
+
+    def take(self, event: Event) -> Iterator[tuple[Step, Item, str]]:
+        """Yield the steps of an event: (step, item, its new text)."""
+        if isinstance(event, Done):
+            self.done = event
+            yield from self._end()
+            return
+        if isinstance(event, CallRevoked):
+            for item in self.all:
+                item.is_revoked |= item.kind == "call" and item.number == event.call
+            return
+        self.num_tokens += len(event.token_ids)
+        text = event.arguments if isinstance(event, ToolCallDelta) else event.text
+        if not text:
+            return
+        if not self._goes_on(event):
+            yield from self._end()
+            self.all.append(_new_item(event))
+            yield "begin", self.all[-1], ""
+        self.all[-1].parts.append(text)
+        self.all[-1].logprobs += event.logprobs
+        yield "more", self.all[-1], text
+
+    def _goes_on(self, event: Event) -> bool:
+        if not self.all:
+            return False
+        last = self.all[-1]
+        if isinstance(event, ToolCallDelta):
+            return last.kind == "call" and last.number == event.call
+        return last.kind == ("reasoning" if isinstance(event, ReasoningDelta) else "text")
+
+    def _end(self) -> Iterator[tuple[Step, Item, str]]:
+        if self.all:
+            yield "end", self.all[-1], ""
+
+
+def _new_item(event: TextDelta | ReasoningDelta | ToolCallDelta) -> Item:
+    if isinstance(event, ToolCallDelta):
+        return Item("call", event.id or "", event.name or "", event.call)
+    return Item("reasoning" if isinstance(event, ReasoningDelta) else "text")

@@ -1,0 +1,112 @@
+"""A body of /v1/messages as the chat request that it stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fuseline.api.errors import bad_request
+from fuseline.api.prompt.parse import validate
+from fuseline.api.protocol.anthropic import AnthropicMessage, CountTokensRequest, MessagesRequest
+from fuseline.api.protocol.chat import ChatRequest
+
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+RENAMED = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
+"""Field of the chat request -> the field that the client has sent."""
+
+
+def chat_of_messages(body: CountTokensRequest) -> ChatRequest:
+    """Raises ApiError 400."""
+    messages = [{"role": "system", "content": _system(body.system)}] if body.system else []
+    for k, message in enumerate(body.messages):
+        messages += _messages(message, f"messages[{k}]")
+    choice = body.tool_choice or {}
+    fields: dict[str, Any] = {
+        "model": body.model,
+        "messages": messages,
+        "tools": [_tool(tool, f"tools[{k}]") for k, tool in enumerate(body.tools)] if body.tools else None,
+        "tool_choice": _choice(choice) if choice and body.tools else None,
+        "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
+        "chat_template_kwargs": _thinking(body.thinking),
+    }
+    if isinstance(body, MessagesRequest):
+        fields |= {
+            "max_completion_tokens": body.max_tokens, "stop": body.stop_sequences or None, "stream": body.stream,
+            "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k,
+        }  # fmt: skip
+    return validate({name: value for name, value in fields.items() if value is not None}, ChatRequest)
+
+
+def _system(system: str | list[dict[str, Any]]) -> str:
+    return system if isinstance(system, str) else "\n".join(str(part.get("text") or "") for part in system)
+
+
+def _messages(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
+    """Results of tools are messages of their own, in front of what the user adds."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    found: list[dict[str, Any]] = []
+    own: dict[str, Any] = {"role": message.role, "content": []}
+    for k, block in enumerate(message.content):
+        kind, inner = block.get("type"), f"{where}.content[{k}]"
+        if kind == "tool_result":
+            content = _result(block, inner)
+            found.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content})
+        elif kind == "tool_use":
+            own.setdefault("tool_calls", []).append(_call(block, inner))
+        elif kind == "thinking":
+            own["reasoning_content"] = own.get("reasoning_content", "") + str(block.get("thinking") or "")
+        elif kind != "redacted_thinking":
+            own["content"].append({"type": "text", "text": str(block.get("text") or "")} if kind == "text" else block)
+    if len(own) > 2 or own["content"] or not found:
+        content = own["content"]
+        is_text = all(part.get("type") == "text" for part in content)
+        found.append({**own, "content": "\n".join(part["text"] for part in content) if is_text else content})
+    return found
+
+
+def _call(block: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(block.get("name"), str) or not isinstance(block.get("input"), dict):
+        raise bad_request(f"{where} needs a name and an input, which is an object", where)
+    arguments = json.dumps(block["input"], ensure_ascii=False)
+    return {"id": block.get("id"), "type": "function", "function": {"name": block["name"], "arguments": arguments}}
+
+
+def _result(block: Mapping[str, Any], where: str) -> str:
+    content = block.get("content")
+    if isinstance(content, list):
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
+            raise bad_request(f"{where}: this model takes text only", where, "unsupported_value")
+        return "\n".join(str(part.get("text") or "") for part in content)
+    return str(content or "")
+
+
+def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if tool.get("type", "custom") != "custom":
+        raise bad_request(
+            f"{where}: only tools of the client's own are supported", f"{where}.type", "unsupported_value"
+        )
+    function = {
+        "name": tool.get("name"),
+        "description": tool.get("description"),
+        "parameters": tool.get("input_schema"),
+    }
+    return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
+
+
+def _choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
+    if choice.get("type") == "tool":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    if choice.get("type") not in CHOICES:
+        raise bad_request('tool_choice.type must be "auto", "any", "tool" or "none"', "tool_choice.type")
+    return CHOICES[choice["type"]]
+
+
+def _thinking(thinking: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A variable of the templates that know it. A budget is a bound that only the model's own reasoning may reach."""
+    if thinking is None:
+        return None
+    if thinking.get("type") not in ("enabled", "disabled", "adaptive"):
+        raise bad_request('thinking.type must be "enabled", "adaptive" or "disabled"', "thinking.type")
+    return {"enable_thinking": thinking["type"] != "disabled"}

@@ -1,0 +1,224 @@
+"""Structured output: fields of a request to the grammar that its answer is held to (SPEC 8)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
+
+from fuseline.api.errors import bad_request
+from fuseline.api.prompt.backends import choose_backend
+from fuseline.api.protocol.common import GenerateRequest
+from fuseline.api.structured.ebnf import MAX_BYTES, Rules, choice, literal, repeat, sequence, too_large
+from fuseline.api.structured.json_text import NO_WHITESPACE, WHITESPACE
+from fuseline.api.structured.regex import RegexGrammar
+from fuseline.api.structured.schema import Schema, SchemaGrammar
+from fuseline.api.structured.tags import tag_grammar
+from fuseline.engine.messages import GrammarSpec
+
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_fallback", "disable_additional_properties")
+LARK_RULE = re.compile(r"^\s*[!?]?[a-zA-Z_]\w*(\.-?\d+)?\s*:(?!:=)", re.MULTILINE)
+GBNF_RULE = re.compile(r"^\s*[a-zA-Z_][\w-]*\s*::=", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class TaggedSchema:
+    """A JSON value between two markers. A marker's integers are token ids, for special tokens that no text spells."""
+
+    begin: str | tuple[str | int, ...]
+    schema: Schema | None
+    """None: any JSON object."""
+    end: str | tuple[str | int, ...] = ""
+
+
+def structured_spec(
+    tags: Sequence[TaggedSchema],
+    *,
+    prefix: str | tuple[str | int, ...] = "",
+    separator: str = "",
+    suffix: str | tuple[str | int, ...] = "",
+    most: int | None = None,
+    triggers: Sequence[str] = (),
+    starts_after: tuple[int, ...] = (),
+    param: str = "tools",
+) -> GrammarSpec:
+    """The grammar of tool calls: `prefix`, at least one of the tags (at most `most`) with `separator` between them,
+    `suffix`. With `triggers`, text that may hold such tags: where a trigger appears, a tag that begins with it follows.
+
+    Raises ApiError 400 that names `param`.
+    """
+    if triggers:
+        form = {"structures": [_structure(tag) for tag in tags], "triggers": list(triggers)}
+        return GrammarSpec(kind="structural_tag", text=tag_grammar(form, param), starts_after=starts_after)
+    rules = Rules()
+    calls = [
+        sequence(_marker(tag.begin), SchemaGrammar(_schema_of(tag), rules, param).expression(), _marker(tag.end))
+        for tag in tags
+    ]
+    call = rules.add(choice(calls), "call")
+    more = repeat(sequence(literal(separator) if separator else "", call), 0, None if most is None else most - 1)
+    root = sequence(_marker(prefix), call, "" if most == 1 else more, _marker(suffix))
+    return GrammarSpec(kind="ebnf", text=rules.text(root), starts_after=starts_after)
+
+
+def json_spec(
+    schema: Schema, *, param: str = "response_format", whitespace: str = WHITESPACE, starts_after: tuple[int, ...] = ()
+) -> GrammarSpec:
+    """The grammar of the JSON values that are valid under a schema. Raises ApiError 400."""
+    rules = Rules()
+    root = SchemaGrammar(schema, rules, param, whitespace).expression()
+    return GrammarSpec(kind="ebnf", text=rules.text(root), starts_after=starts_after)
+
+
+def request_spec(request: GenerateRequest, default_backend: str = "xgrammar") -> GrammarSpec | None:
+    """The grammar that a request asks for; None if it asks for none. Raises ApiError 400."""
+    found = _asked(request)
+    if not found:
+        return None
+    if len(found) > 1:
+        names = ", ".join(name for name, _, _ in found)
+        message = f"You can only use one kind of guided decoding but multiple are specified: {names}"
+        raise bad_request(message, found[0][0])
+    param, kind, value = found[0]
+    whitespace = _whitespace(request)
+    backend = request.guided_decoding_backend or default_backend
+    if param.startswith("structured_outputs"):
+        backend = (request.structured_outputs or {}).get("backend") or backend
+    spec = _MAKERS[kind](value, param, whitespace)
+    return replace(spec, backend=choose_backend(backend, kind, "guided_decoding_backend"))
+
+
+def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
+    """(field, kind, value) of each grammar that a request names."""
+    guided = {
+        "json": request.guided_json, "regex": request.guided_regex, "choice": request.guided_choice,
+        "grammar": request.guided_grammar,
+    }  # fmt: skip
+    found = [(f"guided_{kind}", kind, value) for kind, value in guided.items() if value is not None]
+    outputs = request.structured_outputs
+    if outputs is not None:
+        unknown = sorted(set(outputs) - {*KINDS, *OPTIONS, "backend"})
+        if unknown:
+            raise bad_request(f"structured_outputs: {unknown[0]!r} is not known", "structured_outputs")
+        named = [(f"structured_outputs.{kind}", kind, outputs[kind]) for kind in KINDS if outputs.get(kind) is not None]
+        named = [item for item in named if item[1:] != ("json_object", False)]
+        if not named:
+            raise bad_request(f"structured_outputs needs one of {', '.join(KINDS)}", "structured_outputs")
+        found += named
+    form = request.response_format
+    if form is None or form.type == "text":
+        return found
+    if form.type == "json_object":
+        return [*found, ("response_format", "json_object", True)]
+    if form.type == "json_schema":
+        inner = (form.model_extra or {}).get("json_schema")
+        if not isinstance(inner, dict):
+            raise bad_request("response_format.json_schema must be an object with a schema", "response_format")
+        schema = inner.get("schema", inner.get("json_schema"))
+        if schema is None:
+            raise bad_request("response_format.json_schema.schema is missing", "response_format")
+        return [*found, ("response_format", "json", schema)]
+    if form.type == "structural_tag":
+        return [*found, ("response_format", "structural_tag", form.model_extra or {})]
+    raise bad_request(
+        f"unknown response_format.type {form.type!r} (text, json_object, json_schema or structural_tag)",
+        "response_format.type",
+    )  # fmt: skip
+
+
+def _whitespace(request: GenerateRequest) -> str:
+    outputs = request.structured_outputs or {}
+    pattern = request.guided_whitespace_pattern
+    param = "guided_whitespace_pattern"
+    if pattern is None:
+        pattern, param = outputs.get("whitespace_pattern"), "structured_outputs.whitespace_pattern"
+    if pattern is None:
+        return NO_WHITESPACE if outputs.get("disable_any_whitespace") else WHITESPACE
+    if not isinstance(pattern, str):
+        raise bad_request(f"{param} must be a string", param)
+    rules = Rules()
+    body = RegexGrammar(rules, param).expression(pattern)
+    if set(re.findall(r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}", body)) - {f"\\u{ord(char):04x}" for char in " \t\n\r"} or (
+        re.search(r"[A-Za-z0-9]", re.sub(r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}|\{[\d,]*\}", "", body))
+    ):
+        raise bad_request(f"{param} may match blanks, tabs and line ends only", param)
+    return body
+
+
+def _json(value: Any, param: str, whitespace: str) -> GrammarSpec:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise bad_request(f"{param} is no valid JSON: {error}", param) from error
+    if not isinstance(value, dict | bool):
+        raise bad_request(f"{param} must be a JSON schema: an object", param)
+    return json_spec(value, param=param, whitespace=whitespace)
+
+
+def _json_object(value: Any, param: str, whitespace: str) -> GrammarSpec:
+    return json_spec({"type": "object"}, param=param, whitespace=whitespace)
+
+
+def _regex(value: Any, param: str, whitespace: str) -> GrammarSpec:
+    rules = Rules()
+    root = RegexGrammar(rules, param).expression(_text(value, param))
+    return GrammarSpec(kind="ebnf", text=rules.text(root))
+
+
+def _choice(value: Any, param: str, whitespace: str) -> GrammarSpec:
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
+        raise bad_request(f"{param} must be a list of strings that are not empty", param)
+    return GrammarSpec(kind="ebnf", text=Rules().text(choice(literal(item) for item in value)))
+
+
+def _grammar(value: Any, param: str, whitespace: str) -> GrammarSpec:
+    text = _text(value, param)
+    if GBNF_RULE.search(text):
+        return GrammarSpec(kind="ebnf", text=text)
+    if LARK_RULE.search(text):
+        return GrammarSpec(kind="lark", text=text)
+    raise bad_request(f"{param} has no rule (root ::= ... of GBNF, start: ... of Lark)", param)
+
+
+def _structural_tag(value: Any, param: str, whitespace: str) -> GrammarSpec:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise bad_request(f"{param} is no valid JSON: {error}", param) from error
+    return GrammarSpec(kind="structural_tag", text=tag_grammar(value, param))
+
+
+_MAKERS = {
+    "json": _json, "json_object": _json_object, "regex": _regex, "choice": _choice, "grammar": _grammar,
+    "structural_tag": _structural_tag,
+}  # fmt: skip
+
+
+def _text(value: Any, param: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise bad_request(f"{param} must be a string that is not empty", param)
+    if len(value) > MAX_BYTES:
+        raise too_large()
+    return value
+
+
+def _schema_of(tag: TaggedSchema) -> Schema:
+    return {"type": "object"} if tag.schema is None else tag.schema
+
+
+def _structure(tag: TaggedSchema) -> dict[str, Any]:
+    if not isinstance(tag.begin, str) or not isinstance(tag.end, str):
+        raise ValueError("tags in free text have markers of text")
+    return {"begin": tag.begin, "schema": _schema_of(tag), "end": tag.end}
+
+
+def _marker(marker: str | tuple[str | int, ...]) -> str:
+    parts = (marker,) if isinstance(marker, str) else marker
+    return sequence(*(f"Token({part})" if isinstance(part, int) else literal(part) for part in parts if part != ""))

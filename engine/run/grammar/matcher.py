@@ -1,0 +1,135 @@
+"""Where a sequence is in its grammar: from its tokens to those that may come next, as bits over the vocabulary."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fuseline.engine.messages import SamplingParams
+
+if TYPE_CHECKING:
+    import xgrammar as xg
+
+logger = logging.getLogger("fuseline.engine")
+
+MOST_FORCED = 15
+"""Tokens that one step may take where the grammar leaves no choice."""
+SLOW_SECONDS = 2.0
+"""Time for one mask from which on a grammar is too slow to be served: its request ends."""
+
+
+class GrammarState:
+    """Follows the generated tokens of one sequence. Masks are int32 [ceil(V / 32)], a bit for each token.
+
+    State is made of the tokens alone, so a sequence that was preempted goes on where it was.
+    """
+
+    def __init__(self, compiled: xg.CompiledGrammar, params: SamplingParams, vocab_size: int) -> None:
+        import xgrammar as xg
+
+        self._ends = params.ending_token_ids
+        self._matcher = xg.GrammarMatcher(compiled, override_stop_tokens=list(self._ends))
+        self._starts_after = params.grammar.starts_after
+        self._min_tokens = params.min_tokens
+        self._tail: tuple[int, ...] = ()
+        self._is_open = not self._starts_after
+        self._is_broken = False
+        self._ends_mask = _bits(self._ends, vocab_size)
+        self._width = -(-vocab_size // 32)
+        self._planned: tuple[int, np.ndarray] = (-1, np.empty((0, self._width), np.int32))
+        self.num_seen = 0
+        """Generated tokens taken so far."""
+
+    def advance(self, tokens: Seq[int]) -> None:
+        """Take the generated tokens that follow those seen."""
+        for token in tokens:
+            self._accept(token)
+        self.num_seen += len(tokens)
+
+    def masks(self, drafts: Seq[int]) -> np.ndarray:
+        """[1 + D, W]: what may come next, and after each of the drafts; those behind a draft that may not come are of
+        no use to anyone.
+        """
+        length, planned = self._planned
+        if length == self.num_seen and len(drafts) < len(planned):
+            return planned[: 1 + len(drafts)]
+        found, num_accepted = [self._mask(0)], 0
+        state = self._tail, self._is_open
+        for draft in drafts:
+            was_open = self._is_open
+            if not self._is_broken and not self._may(found[-1], draft):
+                found.append(found[-1])
+                continue
+            self._accept(draft)
+            num_accepted += was_open
+            found.append(self._mask(len(found)))
+        if num_accepted:
+            self._matcher.rollback(num_accepted)
+        self._tail, self._is_open = state
+        return np.stack(found)
+
+    def forced(self, limit: int) -> list[int]:
+        """The next tokens, at most `limit`, as far as only one may come and it does not end the sequence."""
+        if not self._is_open or self._is_broken:
+            return []
+        found: list[int] = []
+        masks = [self._mask(0)]
+        while len(found) < limit and (token := _only(masks[-1])) is not None and token not in self._ends:
+            if not self._matcher.accept_token(token):
+                break
+            found.append(token)
+            masks.append(self._mask(len(found)))
+        if found:
+            self._matcher.rollback(len(found))
+        self._planned = (self.num_seen, np.stack(masks))
+        return found
+
+    def _accept(self, token: int) -> None:
+        if self._is_broken or self._matcher.is_terminated():
+            return
+        if self._is_open:
+            # Never false for a token that a mask has allowed. Were it, the request must end rather than go astray.
+            self._is_broken = not self._matcher.accept_token(token)
+            return
+        self._tail = (*self._tail, token)[-len(self._starts_after) :]
+        self._is_open = self._tail == self._starts_after
+
+    def _may(self, mask: np.ndarray, token: int) -> bool:
+        return bool(mask[token // 32] >> (token % 32) & 1)
+
+    def _mask(self, num_drafts: int) -> np.ndarray:
+        mask = np.full(self._width, -1, np.int32)
+        if self._is_broken:
+            mask[:] = 0
+        elif not self._is_open:
+            mask &= ~self._ends_mask
+        elif not self._matcher.is_terminated():
+            begin = time.perf_counter()
+            self._matcher.fill_next_token_bitmask(torch.from_numpy(mask)[None])
+            if time.perf_counter() - begin > SLOW_SECONDS:
+                logger.warning("a grammar is too slow to be served: its request ends")
+                self._is_broken = True
+                mask[:] = 0
+            if self.num_seen + num_drafts < self._min_tokens and (mask & ~self._ends_mask).any():
+                mask &= ~self._ends_mask
+        return mask
+
+
+def _bits(tokens: Seq[int], vocab_size: int) -> np.ndarray:
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[[token for token in tokens if token < vocab_size]] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def _only(mask: np.ndarray) -> int | None:
+    """The token of a mask that has one; None if it has others."""
+    words = mask.nonzero()[0]
+    if len(words) != 1:
+        return None
+    word = int(mask[words[0]]) & 0xFFFFFFFF
+    return None if word & (word - 1) else int(words[0]) * 32 + word.bit_length() - 1
