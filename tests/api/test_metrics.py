@@ -130,10 +130,11 @@ async def test_who_waits_for_what() -> None:
     def waiting(fake: Fake) -> dict[str, float]:
         return {why: fake.value("num_requests_waiting_by_reason", reason=why) for why in WAITING_REASONS}
 
-    async with served_fake(0.01, max_num_seqs=2) as fake:
+    async with served_fake(0.03, max_num_seqs=2) as fake:
         seen: list[dict[str, float]] = []
         fake.client.on_step.append(lambda step: seen.append(waiting(fake)))
-        same = [asyncio.create_task(fake.collect(PROMPT, max_tokens=20, seed=k)) for k in range(2)]
+        prompt = list(range(1, 41))  # three steps: the second request has come when the last of them has room for it
+        same = [asyncio.create_task(fake.collect(prompt, max_tokens=20, seed=k)) for k in range(2)]
         await until(lambda: fake.value("num_requests_running") == 2)
         assert {"capacity": 0, "deferred": 1, "asleep": 0} in seen, "the prompt is the same: one computes it"
         third = asyncio.create_task(fake.collect([9], max_tokens=2, seed=1))
