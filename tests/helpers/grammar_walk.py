@@ -12,7 +12,7 @@ from fuseline.api.config import demo_dir
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.vocabulary import make_vocabulary
 from fuseline.engine.messages import GrammarSpec, Vocabulary
-from fuseline.engine.run.grammar.worker import _compile, tokenizer_info
+from fuseline.engine.run.grammar.worker import compile_grammar, tokenizer_info
 
 CLOSERS = b'"}],'
 
@@ -30,7 +30,7 @@ def demo_info() -> xg.TokenizerInfo:
 
 
 def compiled(spec: GrammarSpec) -> xg.CompiledGrammar:
-    return _compile(spec, demo_info())
+    return compile_grammar(spec, demo_info())
 
 
 def walk(grammar: xg.CompiledGrammar, seed: int, most: int = 300) -> str | None:
