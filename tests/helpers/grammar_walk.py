@@ -10,6 +10,7 @@ import xgrammar as xg
 
 from fuseline.api.config import demo_dir
 from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.tokenizer_files import read_tokenizer
 from fuseline.api.prompt.vocabulary import make_vocabulary
 from fuseline.engine.messages import GrammarSpec, Vocabulary
 from fuseline.engine.run.grammar.worker import compile_grammar, tokenizer_info
@@ -19,7 +20,7 @@ CLOSERS = b'"}],'
 
 @cache
 def demo_vocabulary() -> Vocabulary:
-    tokenizer = TextTokenizer(str(demo_dir()))
+    tokenizer = TextTokenizer(read_tokenizer(str(demo_dir())))
     made = make_vocabulary(tokenizer, (tokenizer.eos_id,))
     return Vocabulary(tokens=made.tokens, eos_token_ids=made.eos_token_ids, vocab_size=len(made.tokens))
 
