@@ -20,7 +20,7 @@ from fuseline.api.output.openai_completion import CompletionWriter, Shape
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tokenizer_files import TokenizerFiles
-from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams, TokenOutput
+from fuseline.engine.messages import EngineRequest, GrammarSpec, PositionLogprobs, SamplingParams, TokenOutput
 
 
 def built(name: str) -> TextTokenizer:
@@ -144,6 +144,21 @@ def test_stops_at_every_split(text: str, stops: list[str], data: st.DataObject) 
     assert not any(stop in before for stop in stops)
     assert found == next(stop for stop in stops if stop in seen)
     assert shown == seen[: seen.index(found) + (len(found) if include else 0)]
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("ending", ["eos_token_ids", "masked_eos_token_ids", "stop_token_ids"])
+def test_the_token_that_ends_a_grammar_is_no_text_of_it(ending: str, include: bool) -> None:
+    """Also where EOS is to be ignored, special tokens are shown and the ending is asked for."""
+    ids = (*BYTE_LEVEL.encode("a Paris", False), end := BYTE_LEVEL.token_id("<|im_end|>"))
+    for grammar in (None, GrammarSpec(kind="ebnf", text='root ::= "a Paris"')):
+        if grammar is None and ending == "masked_eos_token_ids":
+            continue
+        params = SamplingParams(**{ending: (end,)}, grammar=grammar)
+        request = EngineRequest(request_id="r", prompt_token_ids=(0,), params=params)
+        (choice,) = make_choices(request, BYTE_LEVEL, TextOptions(include_stop=include, skip_special_tokens=False))
+        shown = text_of([choice.take(TokenOutput(request_id="r", token_ids=ids, finish_reason="stop"))])
+        assert shown == "a Paris" + ("<|im_end|>" if include and grammar is None else "")
 
 
 # Where tokens stand in the text.
