@@ -262,7 +262,7 @@ class SchemaGrammar:
         if name in NO_LIMIT:
             name = None
         if pattern is None and name is None:
-            return repeat(self.rules.add(CHAR, "char"), low, high)
+            return self.rules.repeat(self.rules.add(CHAR, "char"), low, high)
         if pattern is not None and name is not None:
             raise self.refuse("format", "is not supported together with pattern")
         if name is not None and name not in FORMATS:
@@ -302,8 +302,8 @@ class SchemaGrammar:
     def _tail(self, item: str, comma: str, low: int, high: int | None, is_behind: bool) -> str:
         """`low` to `high` items, with a comma before each if others come before."""
         if is_behind:
-            return repeat(f"{comma} {item}", low, high)
-        more = repeat(f"{comma} {item}", max(0, low - 1), None if high is None else high - 1)
+            return self.rules.repeat(f"{comma} {item}", low, high)
+        more = self.rules.repeat(f"{comma} {item}", max(0, low - 1), None if high is None else high - 1)
         return sequence(item, more) if low else repeat(sequence(item, more), 0, 1)
 
 
