@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 import fuseline
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
+from fuseline.api.http_metrics import HttpMetricsMiddleware
 from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddleware, RequestIdMiddleware
 from fuseline.api.openapi import describe
 from fuseline.api.output.anthropic_messages import error_body
@@ -59,7 +60,9 @@ class Application(FastAPI):
             stack, allow_origins=config.allowed_origins, allow_credentials=config.allow_credentials,
             allow_methods=config.allowed_methods, allow_headers=config.allowed_headers,
         )  # fmt: skip
-        return RequestIdMiddleware(stack) if config.enable_request_id_headers else stack
+        if config.enable_request_id_headers:
+            stack = RequestIdMiddleware(stack)
+        return HttpMetricsMiddleware(stack, self.state.served.http_metrics)
 
 
 def build_app(

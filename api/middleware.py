@@ -68,7 +68,11 @@ class HeadMiddleware:
         async def without_body(message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        await self._app({**scope, "method": "GET"}, receive, without_body)
+        inner = {**scope, "method": "GET"}
+        try:
+            await self._app(inner, receive, without_body)
+        finally:
+            scope.update({name: inner[name] for name in ("route",) if name in inner})
 
 
 class RequestIdMiddleware:

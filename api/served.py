@@ -13,11 +13,13 @@ from typing import Any
 
 import msgspec
 from msgspec.structs import replace
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
 from fuseline.api.admission import Admission
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
+from fuseline.api.http_metrics import HttpMetrics
 from fuseline.api.metrics import Metrics
 from fuseline.api.output.beam import BeamSearch
 from fuseline.api.output.events import Prompt
@@ -67,7 +69,11 @@ class Served:
     pools: tuple[PromptPool, PromptPool] | None
     """For short and for large bodies; None prepares in this process."""
     bodies: Bodies
+    registry: CollectorRegistry
+    """Of all metrics."""
+    http_metrics: HttpMetrics
     metrics: Metrics | None
+    """Of the engine and its requests; None with --disable-log-stats."""
     admission: Admission
     parsing: Parsing
     stored: ResponseStore
@@ -91,6 +97,7 @@ class Served:
         """A body made ready for the engine, or the answer where that needs none. Raises ApiError."""
         size = sum(map(len, pieces))
         if self.pools is None or (kind == "completion" and size <= SMALL_BYTES):
+            await self.turns.rest()
             reply = self.preparer.prepare(kind, b"".join(pieces))
         else:
             reply = await self.pools[size > SHORT_BYTES].prepare(kind, pieces)
@@ -153,6 +160,11 @@ class Served:
         shown = prompt[:limit]
         LOG.info("%s: prompt %r, %s", label, shown if isinstance(shown, str) else shown.tolist(), _brief(params))
 
+    def start_processes(self) -> None:
+        """Start a process that prepares requests, before the first one."""
+        if self.pools is not None:
+            self.pools[0].start()
+
     def close(self) -> None:
         """End the processes that prepare requests."""
         for pool in self.pools or ():
@@ -185,19 +197,21 @@ def build_served(
     parsing = build_parsing(config, tokenizer, template)
     stored = ResponseStore(config.max_stored_responses, MAX_STORED_BYTES)
     log_content_format(config, preparer.renderer.template)
-    metrics = None
+    metrics, registry = None, CollectorRegistry()
     if not config.engine.disable_log_stats:
-        metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready)
+        metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready, config.engine.cache, registry)
         client.on_step.append(metrics.on_step)
     pools = None
     if config.prompt_workers:
         pools = (PromptPool(settings, config.prompt_workers, SHORT), PromptPool(settings, config.prompt_workers, LARGE))
-        pools[0].start()
     if tokenizer is not None:
         client.vocabulary = partial(make_vocabulary, tokenizer, ready.eos_token_ids)
     bodies = Bodies(config.max_request_bytes)
     admission = Admission(config)
-    return Served(config, client, ready, tokenizer, preparer, pools, bodies, metrics, admission, parsing, stored)
+    return Served(
+        config, client, ready, tokenizer, preparer, pools, bodies, registry, HttpMetrics(registry), metrics, admission,
+        parsing, stored,
+    )  # fmt: skip
 
 
 def log_content_format(config: ServerConfig, template: ChatTemplate | None) -> None:

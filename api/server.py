@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fuseline.server")
 OnPhase = Callable[[str], None]
+REST_SECONDS = 0.5
+"""After the start, until what no request has needed so far is started: the first request has the cores for itself."""
 ENGINE_PHASES = {("capturing", False): "engine imports", ("capturing", True): "graph", ("loading", True): "weights"}
 """(progress of the engine, whether it is complete) -> the phase of the start that ends with it."""
 
@@ -223,6 +225,7 @@ class _Server:
         gc.collect()
         gc.freeze()  # what the start has left is not searched again: a full collection would take tens of milliseconds
         serving = asyncio.ensure_future(_serve_without_signals(server, self._listener))
+        asyncio.get_running_loop().call_later(REST_SECONDS, self._served.start_processes)
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()

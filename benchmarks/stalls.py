@@ -6,7 +6,8 @@ While each large request runs, a separate process requests /health every 10 ms a
 report has the slowest /health answer, the longest gap between the stream's tokens, the longest time the probing process
 itself was not scheduled (to subtract), and the result of the large request. The kinds are requests of sizes and shapes
 that could stall a server: large messages, many messages, many prompts, token ids, nesting, logit_bias, stop strings,
-tools, unknown fields, images, large answers.
+tools, unknown fields, images, large answers, and many requests at once. Those that hang (a template that does not end)
+need a server with `--chat-template benchmarks/spin.jinja`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
@@ -86,6 +88,18 @@ KINDS: dict[str, Callable[[], tuple[str, dict | bytes]]] = {
 """Name -> path and body (bytes are sent unchanged) of a large request."""
 
 
+BURSTS: dict[str, tuple[int, Callable[[int], tuple[str, dict]]]] = {
+    "24 requests of 2,000 ids": (24, lambda k: prompt([(7 * k + j) % 4000 + 5 for j in range(2000)])),
+    "64 requests of 5 kB": (64, lambda k: prompt(text(5000 + k))),
+    "64 short chats": (64, lambda k: chat(f"Hi {k}")),
+    "48 chats that hang": (48, lambda k: chat("Hi", chat_template_kwargs={"spin": True})),
+    "16 long echoes with log-probabilities": (
+        16, lambda k: prompt([(7 * k + j) % 4000 + 5 for j in range(1500)], echo=True, logprobs=5, stream=True),
+    ),
+}  # fmt: skip
+"""Name -> number of requests at once, and path and body of the k-th."""
+
+
 @dataclass
 class Stall:
     kind: str
@@ -101,13 +115,8 @@ class Stall:
 
 
 def measure(base_url: str, kind: str) -> Stall:
-    """Runs the large request of `kind` beside the probes of /health and of a stream."""
-    path, body = KINDS[kind]()
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return measure_body(base_url, kind, path, data)
-
-
-def measure_body(base_url: str, kind: str, path: str, data: bytes) -> Stall:
+    """Runs the requests of `kind` beside the probes of /health and of a stream."""
+    path, bodies = requests(kind)
     spawn = multiprocessing.get_context("spawn")
     found, stop = spawn.Queue(), spawn.Event()
     started = spawn.Event()
@@ -118,7 +127,7 @@ def measure_body(base_url: str, kind: str, path: str, data: bytes) -> Stall:
             raise TimeoutError(f"{base_url} does not answer")
         time.sleep(0.5)
         begin = time.perf_counter()
-        status = send(base_url, path, data)
+        status = ", ".join(sorted(set(send_all(base_url, path, bodies))))
         seconds = time.perf_counter() - begin
         time.sleep(0.3)
     finally:
@@ -126,6 +135,19 @@ def measure_body(base_url: str, kind: str, path: str, data: bytes) -> Stall:
     health, stream, machine = found.get(timeout=120)
     prober.join(10)
     return Stall(kind, status, seconds, health, stream, machine)
+
+
+def requests(kind: str) -> tuple[str, list[bytes]]:
+    """Path and bodies of the large request of `kind`, or of its burst."""
+    count, make = BURSTS.get(kind) or (1, lambda _: KINDS[kind]())
+    made = [make(k) for k in range(count)]
+    return made[0][0], [body if isinstance(body, bytes) else json.dumps(body).encode() for _, body in made]
+
+
+def send_all(base_url: str, path: str, bodies: list[bytes]) -> list[str]:
+    """Sends all at once; returns what `send` does of each."""
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        return list(threads.map(lambda data: send(base_url, path, data), bodies))
 
 
 def send(base_url: str, path: str, data: bytes, timeout: float = 180) -> str:
@@ -216,7 +238,7 @@ def main() -> int:
     wanted = tuple(options.kinds.split(","))
     rows = []
     print(f"{'request':40}{'/health, ms':>12}{'stream, ms':>12}{'machine, ms':>13}{'took, s':>9}  answer")
-    for kind in (kind for kind in KINDS if kind.startswith(wanted)):
+    for kind in (kind for kind in [*KINDS, *BURSTS] if kind.startswith(wanted)):
         row = measure(options.base_url, kind)
         rows.append(row)
         times = f"{row.health * 1e3:12.0f}{row.stream * 1e3:12.0f}{row.machine * 1e3:13.0f}{row.seconds:9.1f}"

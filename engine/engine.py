@@ -10,7 +10,7 @@ import numpy as np
 
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.kv_manager import KVManager
-from fuseline.engine.messages import EngineRequest, StepOutputs
+from fuseline.engine.messages import AWAKE, EngineRequest, StepOutputs
 from fuseline.engine.outputs import Ending, new_tokens, on_fast_path, pooled_output, store_prompt_scores
 from fuseline.engine.requests import Requests
 from fuseline.engine.run.device import Device
@@ -78,7 +78,11 @@ class Engine:
         threshold = info.rope_switch.threshold if info.rope_switch else None
         self.drafting = Drafting(drafter, self.rows, info.vocab_size, threshold) if drafter else None
         self.forced = ForcedTokens(self.rows, threshold) if can_jump else None
-        self.is_asleep = False
+        self.sleep_level = AWAKE
+
+    @property
+    def is_asleep(self) -> bool:
+        return self.sleep_level != AWAKE
 
     @property
     def has_work(self) -> bool:
@@ -90,7 +94,7 @@ class Engine:
         if not self.is_asleep:
             self._order.step(self)
         report = self.requests.take_report()
-        return report.message(make_stats(self.scheduler, report, self.drafting))
+        return report.message(make_stats(self.scheduler, report, self.drafting, self.sleep_level))
 
     def schedule(self) -> ScheduledBatch:
         if self.drafting:
@@ -187,16 +191,17 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         self.kv.reset_prefix_cache()
 
-    def pause(self) -> None:
-        """Stop computing; what ran waits and will be computed anew."""
+    def pause(self, level: int = 0) -> None:
+        """Stop computing; what ran waits and will be computed anew. `level`: how deeply it sleeps, for the counts."""
         self._order.drain(self)
         self.scheduler.preempt_all()
         self.kv.reset_prefix_cache()
-        self.is_asleep = True
+        self.sleep_level = max(self.sleep_level, level)
         self.requests.report.has_news = True
 
     def resume(self) -> None:
-        self.is_asleep = False
+        self.sleep_level = AWAKE
+        self.requests.report.has_news = True
 
     def _note_start(self, scheduled: ScheduledBatch) -> None:
         """Note queue times of sequences that run for the first time, and the counts of the step."""
@@ -212,9 +217,9 @@ class Engine:
     def _settle_drafts(self, batch: PreparedBatch, stays: np.ndarray) -> None:
         """Take back what was computed for drafts that are not kept, and commit the blocks of kept ones."""
         scheduled = batch.scheduled
-        num_sequences = len(np.unique(scheduled.sampling))
         if self.drafting:
-            self.drafting.note(int(scheduled.num_drafts.sum()), int(batch.kept.sum()) - num_sequences)
+            num_accepted = int(batch.kept.sum()) - len(np.unique(scheduled.sampling))
+            self.drafting.note(scheduled.num_drafts, num_accepted)
         rows = np.unique(scheduled.rows[scheduled.sampling[stays]])
         self.rows.settle(rows)
         for row in rows.tolist():

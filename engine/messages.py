@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import msgspec
+
+_INT, _FLOAT = struct.Struct("=q"), struct.Struct("=f")
+
+AWAKE = -1
+"""In place of a sleep level."""
 
 
 class LogitsProcessor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -176,6 +182,47 @@ class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     top_logprobs: tuple[float, ...] = ()
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of a prompt's tokens, as a sequence of PositionLogprobs: None for the first token, and for
+    those that have not been computed. Packed, as a long prompt has millions of numbers: N positions from the second on.
+    """
+
+    num_tokens: int
+    num_top: int
+    token_ids: bytes = b""
+    """int64 [N], as are the ranks; log-probabilities are float32."""
+    logprobs: bytes = b""
+    ranks: bytes = b""
+    top_ids: bytes = b""
+    """int64 [N, num_top]."""
+    top_logprobs: bytes = b""
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    @overload
+    def __getitem__(self, at: int) -> PositionLogprobs | None: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[PositionLogprobs | None]: ...
+
+    def __getitem__(self, at: int | slice) -> PositionLogprobs | None | list[PositionLogprobs | None]:
+        if isinstance(at, slice):
+            return [self._position(k) for k in range(*at.indices(self.num_tokens))]
+        return self._position(range(self.num_tokens)[at])
+
+    def _position(self, at: int) -> PositionLogprobs | None:
+        row, num_top = at - 1, self.num_top
+        if not 0 <= row < len(self.token_ids) // 8:
+            return None
+        (token,) = _INT.unpack_from(self.token_ids, 8 * row)
+        (logprob,) = _FLOAT.unpack_from(self.logprobs, 4 * row)
+        (rank,) = _INT.unpack_from(self.ranks, 8 * row)
+        begin, end = row * num_top, (row + 1) * num_top
+        ids, values = array("q", self.top_ids[8 * begin : 8 * end]), array("f", self.top_logprobs[4 * begin : 4 * end])
+        return PositionLogprobs(token, logprob, rank, tuple(ids), tuple(values))
+
+
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
     """New tokens of one choice of one request. A choice ends with exactly one output that has a finish_reason."""
 
@@ -185,7 +232,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     """One per token of token_ids when asked for, else empty."""
-    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     """With the first output of choice 0, when asked for."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache (with the first output)."""
@@ -199,6 +246,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     """With finish_reason error: the request's own settings are the cause."""
     queue_seconds: float | None = None
     """With the first output, if a step has computed for the choice: time from arrival to its first step."""
+    num_preemptions: int = 0
+    """With the last output: how often the choice has been preempted."""
     handle: int | None = None
     """With the first output and with the last: what stands for the choice in TokenDeltas."""
 
@@ -225,6 +274,8 @@ Output = TokenOutput | PooledOutput
 class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_running: int = 0
     num_waiting: int = 0
+    num_deferred: int = 0
+    """Of those: how many wait for a block of their prompt that a running sequence computes."""
     num_swapped: int = 0
     """Waiting too, but with their KV in host memory."""
     num_preemptions: int = 0
@@ -234,10 +285,18 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prefix_queries: int = 0
     """Tokens looked up since start."""
     prefix_hits: int = 0
+    host_queries: int = 0
+    """Tokens of preempted sequences that were looked up in host memory since start."""
+    host_hits: int = 0
     num_drafts: int = 0
     """Draft tokens computed since start."""
     num_accepted: int = 0
     """Draft tokens kept since start."""
+    num_emitted: int = 0
+    """Tokens that the sequences with drafts got in those steps: the accepted ones, and one more each time."""
+    block_lifetimes: tuple[float, ...] = ()
+    """Seconds for which blocks have kept their content that have lost it since the last message."""
+    sleep_level: int = AWAKE
     num_step_tokens: int = 0
     num_prompt_tokens: int = 0
     """Prompt tokens computed in this step."""
@@ -316,6 +375,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     eos_token_ids: tuple[int, ...]
     architecture: str
     table: tuple[tuple[str, str], ...] = ()
+    num_host_blocks: int = 0
+    """Blocks of host memory to swap to."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -87,11 +87,14 @@ def store_prompt_scores(scoring: list[tuple[Sequence, range]], scores: RowScores
     """Give sequences the log-probabilities of the prompt tokens that a step has scored. Returns those with a NaN."""
     row, faulty = 0, []
     for seq, positions in scoring:
-        for position in positions if seq.prompt_scores is not None else ():
-            scored = row + position - positions.start
-            token = seq.tokens[position]
-            seq.prompt_scores[position] = scores.position(scored, token, seq.params.prompt_logprobs)
-        if scores.logprobs[row : row + len(positions)].isnan().any():
+        rows = slice(row, row + len(positions))
+        if seq.prompt_scores is not None and len(positions):
+            tokens, best = seq.tokens[positions.start : positions.stop], (rows, slice(seq.prompt_scores.num_top))
+            seq.prompt_scores.add(
+                positions.start, tokens, scores.logprobs[rows], scores.ranks[rows], scores.top_ids[best],
+                scores.top_logprobs[best],
+            )  # fmt: skip
+        if scores.logprobs[rows].isnan().any():
             faulty.append(seq)
         row += len(positions)
     return faulty
@@ -148,13 +151,14 @@ def make_outputs(seq: Sequence, new: NewTokens) -> Iterator[Output]:
         handle=seq.handle if is_first or ending else None,
         num_cached_tokens=seq.num_cached if is_first else 0,
         queue_seconds=seq.queue_seconds if is_first else None,
+        num_preemptions=seq.num_preemptions if ending else 0,
         finish_reason=ending.reason if ending else None,
         stop_token_id=ending.stop_token_id if ending else None,
         error=ending.error if ending else "",
         is_bad_request=ending.is_bad_request if ending else False,
     )
     if seq.prompt_scores is not None and (ending is None or not ending.error):
-        yield msgspec.structs.replace(output, prompt_logprobs=tuple(seq.prompt_scores))
+        yield msgspec.structs.replace(output, prompt_logprobs=seq.prompt_scores.message())
         seq.prompt_scores = None
     else:
         yield output

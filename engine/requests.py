@@ -169,11 +169,16 @@ class Requests:
         num_new = 0 if is_pooling else min(1, params.max_tokens)
         if num_prompt + num_new > self._max_model_len:
             return f"the prompt has {num_prompt} tokens, the context only {self._max_model_len}"
-        vocab_size = self._info.vocab_size
-        for token in chain(request.prompt_token_ids, () if is_pooling else _named_tokens(params)):
-            if not 0 <= token < vocab_size:
-                return f"token id {token} is out of vocabulary (0 to {vocab_size - 1})"
-        return self._find_embeds_fault(request)
+        return self._find_token_fault(request) or self._find_embeds_fault(request)
+
+    def _find_token_fault(self, request: EngineRequest) -> str:
+        params, vocab_size = request.params, self._info.vocab_size
+        named = () if isinstance(params, PoolingParams) else tuple(_named_tokens(params))
+        for tokens in filter(None, (request.prompt_token_ids, named)):
+            for token in (min(tokens), max(tokens)):
+                if not 0 <= token < vocab_size:
+                    return f"token id {token} is out of vocabulary (0 to {vocab_size - 1})"
+        return ""
 
     def _find_embeds_fault(self, request: EngineRequest) -> str:
         if request.embeds and not self._info.embed_dim:

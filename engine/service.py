@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Protocol
 
 from fuseline.engine.build import BuildModel, FindDevice
@@ -39,8 +40,8 @@ from fuseline.engine.sleep import TAGS, Sleeper
 
 logger = logging.getLogger("fuseline.engine")
 
-MAX_MESSAGES = 64
-"""Messages that are handled between two steps."""
+MESSAGES_SECONDS = 0.002
+"""For which messages are handled between two steps, if there is something to compute; at least one of them."""
 Send = Callable[[FromEngine], None]
 """From any thread."""
 
@@ -75,7 +76,7 @@ class EngineService:
         )  # fmt: skip
         self._sleeper = Sleeper(self.engine.runner, self._build, self._open)
         self._open(model)  # last: from now on a thread may capture
-        send(_ready(config, self.engine, self.size, self.device.name))
+        send(_ready(config, self.engine, self.size, self.host_blocks, self.device.name))
 
     def run(self, inbox: Inbox) -> None:
         """Serve until told to shut down. Without work it blocks on the inbox."""
@@ -93,14 +94,16 @@ class EngineService:
     def _take_messages(self, inbox: Inbox) -> bool:
         """Handle what has come in; wait for it when there is nothing else to do. False on shutdown.
 
-        At most MAX_MESSAGES, so that a thousand requests at once do not hold up the tokens of those that run.
+        For MESSAGES_SECONDS at most, so that a thousand requests at once do not hold up the tokens of those that run.
         """
-        for _ in range(MAX_MESSAGES):
+        begin: float | None = None
+        while begin is None or perf_counter() - begin < MESSAGES_SECONDS:
             message = inbox.receive(wait=not self.engine.has_work)
             if isinstance(message, Shutdown):
                 return False
             if message is None:
                 break
+            begin = begin or perf_counter()
             self._handle(message)
         return True
 
@@ -134,7 +137,7 @@ class EngineService:
     def _sleep(self, level: int) -> None:
         if level not in (0, 1, 2):
             raise ValueError(f"sleep level must be 0, 1 or 2, not {level}")
-        self.engine.pause()
+        self.engine.pause(level)
         self._sleeper.deepen(level)
 
     def _wake_up(self, tags: tuple[str, ...]) -> None:
@@ -186,7 +189,9 @@ def _one_line(error: Exception) -> str:
     return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 
-def _ready(config: EngineConfig, engine: Engine, size: CacheSize, device: str) -> EngineReady:
+def _ready(
+    config: EngineConfig, engine: Engine, size: CacheSize, host_blocks: Sequence[int], device: str
+) -> EngineReady:
     info = engine.runner.model.info
     kv_dtype = info.cache_specs[0].dtype if info.cache_specs else info.dtype
     return EngineReady(
@@ -199,4 +204,5 @@ def _ready(config: EngineConfig, engine: Engine, size: CacheSize, device: str) -
         eos_token_ids=info.eos_token_ids,
         architecture=info.architecture,
         table=(("device", device), *size.table),
+        num_host_blocks=max(host_blocks, default=0),
     )

@@ -82,7 +82,8 @@ class BeamSearch:
                 events = choice.take(self._output(beam))
                 for event in events:
                     watch.see(event)
-                sink(events)
+                if (work := sink(events)) is not None:
+                    await work
 
     def _output(self, beam: Beam) -> TokenOutput:
         return TokenOutput(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fuseline.engine.messages import PositionLogprobs
@@ -70,7 +71,7 @@ class PromptInfo:
     """Facts of the prompt; they come with the first output, before its events."""
 
     num_cached_tokens: int = 0
-    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    prompt_logprobs: Sequence[PositionLogprobs | None] | None = None
 
 
 @dataclass

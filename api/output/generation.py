@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from fuseline.api.output.best_of import BestOf
 from fuseline.api.output.detokenizer import Detokenizer
 from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.interval import Interval
-from fuseline.api.output.pace import Pace, Turns
+from fuseline.api.output.pace import Turns
 from fuseline.api.output.parsed import Parsed
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.output.watch import RequestWatch
@@ -20,8 +21,11 @@ from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineRequest, TokenOutput
 
-Sink = Callable[[Sequence[Event]], None]
-"""Takes the events of one output: all of one choice, its Done behind its last text."""
+OUTPUTS_AT_ONCE = 16
+"""Outputs that are taken without asking whether others wait: 0.3 ms."""
+Sink = Callable[[Sequence[Event]], Awaitable[None] | None]
+"""Takes the events of one output, all of one choice, its Done behind its last text: at once, or it returns what is to
+be awaited, which is work in slices."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,23 @@ class Generation:
         Cancelling it aborts the request in the engine. Raises ApiError and EngineDeadError.
         """
         deliver = self._deliver(sink)
-        pace: Pace | None = None
+        num_outputs = 0
         with self._watch as watch:
             async with aclosing(client.generate(self._request)) as outputs:
                 async for output in outputs:
                     watch.see_output(output)
                     if output.num_cached_tokens or output.prompt_logprobs is not None:
                         await open_prompt(PromptInfo(output.num_cached_tokens, output.prompt_logprobs))
-                        pace = Pace(self._turns)  # each choice may repeat the prompt's log-probabilities
                     if events := self._take(client, output):
                         for event in events:
                             watch.see(event)
-                        deliver(events)
+                        if (work := deliver(events)) is not None:
+                            await work
                     if not self._num_open:
                         return
-                    if pace is not None:
-                        await pace.rest()
+                    num_outputs += 1
+                    if num_outputs % OUTPUTS_AT_ONCE == 0 and self._turns.is_over:
+                        await asyncio.sleep(0)
 
     def _deliver(self, sink: Sink) -> Sink:
         """What the events go through on their way to the sink."""

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from fuseline.api.output.detokenizer import Detokenizer
-from fuseline.api.output.pace import Pace
+from fuseline.api.output.pace import Turns
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.engine.messages import PositionLogprobs
 
@@ -101,7 +101,7 @@ def _prompt_offsets(tokenizer: TextTokenizer, tokens: Sequence[int], text: str) 
 
 
 class JsonList:
-    """A list that is encoded while it grows."""
+    """A list that is encoded while it grows; `encode_pieces` puts it into a larger object."""
 
     def __init__(self, parts: Sequence[bytes] = ()) -> None:
         self.parts = list(parts)
@@ -110,8 +110,31 @@ class JsonList:
         if items:
             self.parts.append(msgspec.json.encode(items)[1:-1])
 
-    def raw(self) -> msgspec.Raw:
-        return msgspec.Raw(b"[" + b",".join(self.parts) + b"]")
+
+MARK = b"\0"
+"""Stands for a JsonList in a message; JSON has no such byte."""
+
+
+def encode_pieces(body: dict[str, Any]) -> list[bytes]:
+    """A JSON object with JsonLists in it, whose parts are not copied: they can be many megabytes."""
+    lists: list[JsonList] = []
+
+    def stand_in(value: object) -> msgspec.Raw:
+        if not isinstance(value, JsonList):
+            raise TypeError(f"{type(value).__name__} is not JSON")
+        lists.append(value)
+        return msgspec.Raw(MARK)
+
+    first, *rest = msgspec.json.encode(body, enc_hook=stand_in).split(MARK)
+    pieces = [first]
+    for items, text in zip(lists, rest, strict=True):
+        pieces[-1] += b"["
+        for part in items.parts:
+            pieces += (part, b",")
+        if items.parts:
+            pieces.pop()
+        pieces.append(b"]" + text)
+    return pieces
 
 
 class CompletionLogprobs:
@@ -126,30 +149,30 @@ class CompletionLogprobs:
         made._lists = {name: JsonList(items.parts) for name, items in self._lists.items()}
         return made
 
-    async def extend(self, positions: Positions, tokens: Sequence[int], offsets: Iterable[int], pace: Pace) -> None:
+    async def extend(self, positions: Positions, tokens: Sequence[int], offsets: Iterable[int], turns: Turns) -> None:
         left = iter(offsets)
         for at in range(0, len(tokens), SLICE):
+            await turns.rest()
             some = tokens[at : at + SLICE]
             self.add(positions[at : at + SLICE], some, list(islice(left, len(some))))
-            await pace.rest()
 
     def add(self, positions: Positions, tokens: Sequence[int], offsets: Sequence[int]) -> None:
         """Encode a few positions without a pause."""
         for name, items in self._writer.completion(positions, tokens, offsets).items():
             self._lists.setdefault(name, JsonList()).extend(items)
 
-    def raw(self) -> dict[str, msgspec.Raw]:
+    def lists(self) -> dict[str, JsonList]:
         names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
-        return {name: self._lists.get(name, JsonList()).raw() for name in names}
+        return {name: self._lists.get(name) or JsonList() for name in names}
 
 
-async def encode_slices(write: Callable[[Positions], list], positions: Positions, pace: Pace) -> msgspec.Raw:
-    """Encode the positions with `write`, in slices, as one JSON list."""
+async def encode_slices(write: Callable[[Positions], list], positions: Positions, turns: Turns) -> JsonList:
+    """Encode the positions with `write`, in slices."""
     made = JsonList()
     for at in range(0, len(positions), SLICE):
+        await turns.rest()
         made.extend(write(positions[at : at + SLICE]))
-        await pace.rest()
-    return made.raw()
+    return made
 
 
 def finite(value: float) -> float:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from fuseline.api.output.events import Done, Event, Part, Prompt, PromptInfo
-from fuseline.api.output.logprobs import encode_slices
+from fuseline.api.output.logprobs import SLICE, JsonList, encode_pieces, encode_slices
 from fuseline.api.output.message import Message, delta_of, is_empty
 from fuseline.api.output.openai_completion import Shape, Totals
-from fuseline.api.output.pace import Pace
 from fuseline.engine.messages import PositionLogprobs
 
 
@@ -24,7 +23,7 @@ class ChatWriter:
         self._totals = Totals(prompt=len(prompt.ids), reasoning=0 if shape.counts_reasoning else None)
         self._info = PromptInfo()
         self._messages = [Message(shape.echo) for _ in range(n)]
-        self._pace = Pace(shape.turns)
+        self._turns = shape.turns
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(n)]
         self._ends: list[Done | None] = [None] * n
@@ -35,13 +34,26 @@ class ChatWriter:
         self._totals.cached += info.num_cached_tokens
 
     def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        return self._chunks(events, {})
+
+    def is_long(self, prompt: Prompt, events: Sequence[Event]) -> bool:
+        """Whether the chunks of events take long: they have the scores of many tokens."""
+        return any(not isinstance(event, Done) and len(event.logprobs) > SLICE for event in events)
+
+    async def long_chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """As `chunks`, in slices."""
+        wanted = [(k, event) for k, event in enumerate(events) if not isinstance(event, Done)]
+        return self._chunks(events, {k: await self._encode(event.logprobs) for k, event in wanted})
+
+    def _chunks(self, events: Sequence[Event], encoded: Mapping[int, JsonList]) -> list[dict[str, Any]]:
+        """`encoded`: log-probabilities of events by their place, where they have been encoded already."""
         choices: list[dict[str, Any]] = []
-        for event in events:
+        for k, event in enumerate(events):
             self._take(event)
             if isinstance(event, Done):
                 _finish(choices, event)
             elif event.token_ids or not is_empty(event):
-                choices.append(self._delta(event))
+                choices.append(self._delta(event, encoded.get(k)))
         opening = [] if self._is_started else self._opening()
         self._is_started = True
         return opening + [self._envelope(choice) for choice in choices]
@@ -60,16 +72,22 @@ class ChatWriter:
         """Pieces of the answer that the folded events make, as JSON."""
         pieces = [msgspec.json.encode({**self._common(), "object": "chat.completion"})[:-1] + b',"choices":[']
         for index in range(self._n):
-            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
-            await self._pace.rest()
-        return [*pieces, b"]," + msgspec.json.encode(await self._tail())[1:]]
+            await self._turns.rest()
+            choice = encode_pieces(await self._whole_choice(index))
+            pieces += [b",", *choice] if index else choice
+        first, *tail = encode_pieces(await self._tail())
+        return [*pieces, b"]," + first[1:], *tail]
+
+    async def _encode(self, positions: Sequence[PositionLogprobs]) -> JsonList:
+        write = partial(self._shape.writer.chat_tokens, num_top=self._shape.num_top)
+        return await encode_slices(write, positions, self._turns)
 
     async def _tail(self) -> dict[str, Any]:
         """The fields that follow the choices."""
         positions = self._info.prompt_logprobs
         scores = None
         if positions is not None:
-            scores = await encode_slices(self._shape.writer.prompt, positions, self._pace)
+            scores = await encode_slices(self._shape.writer.prompt, positions, self._turns)
         usage = self._totals.body(self._shape.shows_cached)
         tail = {"usage": usage, "service_tier": None, "system_fingerprint": None, "prompt_logprobs": scores}
         return {**tail, "prompt_token_ids": self._ids.tolist()} if self._shape.wants_ids else tail
@@ -84,9 +102,11 @@ class ChatWriter:
             self._logprobs[event.index] += event.logprobs
             self._totals.completion += len(event.token_ids)
 
-    def _delta(self, event: Part) -> dict[str, Any]:
+    def _delta(self, event: Part, encoded: JsonList | None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": event.index, "delta": delta_of(event), "finish_reason": None}
-        if self._shape.wants_logprobs:
+        if self._shape.wants_logprobs and encoded is not None:
+            choice["logprobs"] = {"content": encoded}
+        elif self._shape.wants_logprobs:
             choice["logprobs"] = self._shape.writer.chat(event.logprobs, self._shape.num_top)
         if self._shape.wants_ids:
             choice["token_ids"] = event.token_ids
@@ -111,8 +131,7 @@ class ChatWriter:
         shape, end = self._shape, self._ends[index]
         logprobs = None
         if shape.wants_logprobs:
-            write = partial(shape.writer.chat_tokens, num_top=shape.num_top)
-            logprobs = {"content": await encode_slices(write, self._logprobs[index], self._pace), "refusal": None}
+            logprobs = {"content": await self._encode(self._logprobs[index]), "refusal": None}
         choice = {
             "index": index,
             "message": self._messages[index].body(shape.role, shape.keeps_empty),

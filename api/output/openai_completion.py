@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from fuseline.api.output.events import Event, Prompt, PromptInfo, TextDelta
-from fuseline.api.output.logprobs import CompletionLogprobs, LogprobWriter, encode_slices
-from fuseline.api.output.pace import Pace, Turns
+from fuseline.api.output.logprobs import (
+    SLICE,
+    CompletionLogprobs,
+    JsonList,
+    LogprobWriter,
+    encode_pieces,
+    encode_slices,
+)
+from fuseline.api.output.pace import Turns
 from fuseline.engine.messages import PositionLogprobs
 
 
@@ -74,7 +81,7 @@ class CompletionWriter:
         self._shape, self._prompts, self._n = shape, prompts, n
         self._choices = [_Choice() for _ in range(len(prompts) * n)]
         self._totals = Totals(prompt=sum(len(prompt.ids) for prompt in prompts))
-        self._pace = Pace(shape.turns)
+        self._turns = shape.turns
         self._echoes: dict[int, CompletionLogprobs] = {}
         """Log-probabilities of the prompts that are repeated, by the number of their first choice."""
 
@@ -85,21 +92,48 @@ class CompletionWriter:
         if prompt.echo is not None and self._shape.wants_logprobs and info.prompt_logprobs is not None:
             made = CompletionLogprobs(self._shape.writer)
             offsets = self._shape.writer.prompt_offsets(prompt.ids, prompt.echo)
-            await made.extend(info.prompt_logprobs, prompt.ids, offsets, Pace(self._shape.turns))
+            await made.extend(info.prompt_logprobs, prompt.ids, offsets, self._turns)
             self._echoes[prompt.first] = made
 
     def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        return self._chunks(prompt, events, {})
+
+    def _chunks(
+        self, prompt: Prompt, events: Sequence[Event], encoded: Mapping[int, dict[str, JsonList]]
+    ) -> list[dict[str, Any]]:
+        """`encoded`: log-probabilities of events by their place, where they have been encoded already."""
         choices: list[dict[str, Any]] = []
-        for event in events:
+        for k, event in enumerate(events):
             index = self._take(prompt, event)
             if isinstance(event, TextDelta):
-                delta = self._delta(prompt, index, event)
+                delta = self._delta(prompt, index, event, encoded.get(k))
                 choices += [] if delta is None else [delta]
                 continue
             if not choices:
                 choices.append({"index": index, "text": "", "logprobs": None})
             choices[-1] |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
         return [self._envelope([choice], choice["index"]) for choice in choices]
+
+    def is_long(self, prompt: Prompt, events: Sequence[Event]) -> bool:
+        """Whether the chunks of events take long: they repeat the prompt, or have the scores of many tokens."""
+        texts = (event for event in events if isinstance(event, TextDelta))
+        return any(self._repeats(prompt, event) or len(event.logprobs) > SLICE for event in texts)
+
+    async def long_chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """As `chunks`, in slices."""
+        await self._turns.rest()
+        encoded: dict[int, dict[str, JsonList]] = {}
+        for k, event in enumerate(events):
+            if isinstance(event, TextDelta) and self._shape.wants_logprobs:
+                starts = not encoded and self._repeats(prompt, event)
+                made = self._echo_logprobs(prompt) if starts else CompletionLogprobs(self._shape.writer)
+                await made.extend(event.logprobs, event.token_ids, _behind_echo(prompt, event), self._turns)
+                encoded[k] = made.lists()
+        return self._chunks(prompt, events, encoded)
+
+    def _repeats(self, prompt: Prompt, event: TextDelta) -> bool:
+        """Whether echo puts the prompt in front of the event."""
+        return prompt.echo is not None and not self._choices[prompt.first + event.index].is_started
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """The usage chunk, where it was asked for."""
@@ -117,8 +151,9 @@ class CompletionWriter:
         """Pieces of the answer that the folded events make, as JSON."""
         pieces = [msgspec.json.encode(self._common())[:-1] + b',"choices":[']
         for index in range(len(self._choices)):
-            pieces.append((b"," if index else b"") + msgspec.json.encode(await self._whole_choice(index)))
-            await self._pace.rest()
+            await self._turns.rest()
+            choice = encode_pieces(await self._whole_choice(index))
+            pieces += [b",", *choice] if index else choice
         tail = {"usage": self._totals.body(self._shape.shows_cached), "system_fingerprint": None}
         return [*pieces, b"]," + msgspec.json.encode(tail)[1:]]
 
@@ -143,18 +178,15 @@ class CompletionWriter:
         choice.text.append(prompt.echo)
         return prompt.echo
 
-    def _delta(self, prompt: Prompt, index: int, event: TextDelta) -> dict[str, Any] | None:
-        echo = self._start(prompt, index)
-        text = (echo or "") + event.text
+    def _delta(
+        self, prompt: Prompt, index: int, event: TextDelta, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """The choice of a chunk with new text, if there is any; `logprobs` where they have been encoded already."""
+        text = (self._start(prompt, index) or "") + event.text
         if not text and not event.token_ids:
             return None
         is_first = len(self._choices[index].tokens) == len(event.token_ids)
-        logprobs: dict[str, Any] | None = None
-        if self._shape.wants_logprobs and echo is not None:
-            made = self._echo_logprobs(prompt)
-            made.add(event.logprobs, event.token_ids, _behind_echo(prompt, event))
-            logprobs = made.raw()
-        elif self._shape.wants_logprobs:
+        if self._shape.wants_logprobs and logprobs is None:
             offsets = _behind_echo(prompt, event)
             logprobs = self._shape.writer.completion(event.logprobs, event.token_ids, offsets)
         chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
@@ -173,21 +205,21 @@ class CompletionWriter:
             body |= {"token_ids": choice.tokens, "prompt_token_ids": prompt.ids.tolist()}
         return body
 
-    async def _whole_logprobs(self, choice: _Choice, prompt: Prompt) -> dict[str, msgspec.Raw] | None:
+    async def _whole_logprobs(self, choice: _Choice, prompt: Prompt) -> dict[str, JsonList] | None:
         if not self._shape.wants_logprobs:
             return None
         made = self._echo_logprobs(prompt)
-        await made.extend(choice.logprobs, choice.tokens, choice.offsets, self._pace)
-        return made.raw()
+        await made.extend(choice.logprobs, choice.tokens, choice.offsets, self._turns)
+        return made.lists()
 
     def _echo_logprobs(self, prompt: Prompt) -> CompletionLogprobs:
         """The beginning of a choice's log-probabilities: those of the prompt, if they are repeated, else none."""
         echo = self._echoes.get(prompt.first)
         return CompletionLogprobs(self._shape.writer) if echo is None else echo.copy()
 
-    async def _prompt_logprobs(self, prompt: Prompt) -> msgspec.Raw | None:
+    async def _prompt_logprobs(self, prompt: Prompt) -> JsonList | None:
         positions = prompt.info.prompt_logprobs
-        return None if positions is None else await encode_slices(self._shape.writer.prompt, positions, self._pace)
+        return None if positions is None else await encode_slices(self._shape.writer.prompt, positions, self._turns)
 
     def _envelope(self, choices: list[dict[str, Any]], index: int | None) -> dict[str, Any]:
         shape = self._shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 KEEP_ALIVE = b": keep-alive\n\n"
 WRITE_BYTES = 262144
@@ -14,7 +15,7 @@ class Outbox:
 
     def __init__(self, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: list[bytes] = []
+        self._events: deque[bytes] = deque()  # or pieces of events
         self._waiter: asyncio.Future[None] | None = None
         self._is_closed = False
         self._error: Exception | None = None
@@ -24,9 +25,10 @@ class Outbox:
         self._last_write = self._loop.time()
         self._timer = self._loop.call_later(seconds, self._check_silence) if seconds > 0 else None
 
-    def add(self, event: bytes) -> None:
+    def add(self, *pieces: bytes) -> None:
+        """An event, in one piece or several."""
         self.has_begun = True
-        self._events.append(event)
+        self._events += pieces
         self._wake()
 
     def close(self) -> None:
@@ -48,12 +50,12 @@ class Outbox:
             await self._waiter
         if self._error is not None:
             raise self._error
-        events, self._events = self._events, []
         self._last_write = self._loop.time()
-        if len(events) > 1 and sum(map(len, events)) > WRITE_BYTES:
-            count = _count_within(events, WRITE_BYTES)
-            events, self._events = events[:count], events[count:]
-        return b"".join(events)
+        taken, size = [], 0
+        while self._events and (not taken or size + len(self._events[0]) <= WRITE_BYTES):
+            taken.append(self._events.popleft())
+            size += len(taken[-1])
+        return b"".join(taken)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -65,13 +67,3 @@ class Outbox:
         if left <= 0 and self.has_begun and self._waiter is not None and not self._waiter.done():
             self.add(KEEP_ALIVE)
         self._timer = self._loop.call_later(left if left > 0 else self._seconds, self._check_silence)
-
-
-def _count_within(events: list[bytes], limit: int) -> int:
-    """Number of events, one at least, that have `limit` bytes at most."""
-    size = 0
-    for count, event in enumerate(events):
-        size += len(event)
-        if size > limit:
-            return max(count, 1)
-    return len(events)

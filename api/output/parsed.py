@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from fuseline.api.output.events import CallRevoked, Done, Event, Part, ReasoningDelta, TextDelta
@@ -25,11 +25,13 @@ class Parsed:
     Tokens and their log-probabilities travel with the last event that they made, or else with the next one.
     """
 
-    def __init__(self, settings: ParseSettings, n: int, sink: Callable[[Sequence[Event]], None]) -> None:
+    def __init__(
+        self, settings: ParseSettings, n: int, sink: Callable[[Sequence[Event]], Awaitable[None] | None]
+    ) -> None:
         self._settings, self._sink = settings, sink
         self._choices = [_Choice(make_parser(index, settings)) for index in range(n)]
 
-    def feed(self, events: Sequence[Event]) -> None:
+    def feed(self, events: Sequence[Event]) -> Awaitable[None] | None:
         """Take the events of one output."""
         parts: list[Part] = []
         choice = self._choices[events[0].index]
@@ -45,8 +47,7 @@ class Parsed:
         _give_tokens(choice, shown)
         if done is not None:
             shown.append(Done(done.index, self._reason(choice, done), done.stop_reason, choice.num_reasoning))
-        if shown:
-            self._sink(shown)
+        return self._sink(shown) if shown else None
 
     def _parse(self, choice: _Choice, event: TextDelta) -> Sequence[Part]:
         choice.token_ids += event.token_ids

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -25,7 +25,9 @@ from fuseline.api.output.beam import BeamSearch
 from fuseline.api.output.events import Event, Prompt, PromptInfo
 from fuseline.api.output.framing import OPENAI, Framing
 from fuseline.api.output.generation import Generation
+from fuseline.api.output.logprobs import encode_pieces
 from fuseline.api.output.outbox import WRITE_BYTES, Outbox
+from fuseline.api.output.pace import Turns
 from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
@@ -34,8 +36,8 @@ STREAM_HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-STARTED_AT_ONCE = 16
-"""Prompts of a request that start without a pause: 2 to 3 ms."""
+PromptSink = Callable[[Prompt, Sequence[Event]], Awaitable[None] | None]
+"""A Sink of Generation for several prompts."""
 Run = tuple[Prompt, Callable[[], Generation | BeamSearch]]
 """A prompt and what makes its way through the engine, called when its turn comes."""
 
@@ -55,6 +57,15 @@ class Writer(Protocol):
     async def whole(self) -> list[bytes]: ...
 
 
+@runtime_checkable
+class SlicedWriter(Writer, Protocol):
+    """A writer of OpenAI's chunks that can make long ones in slices."""
+
+    def is_long(self, prompt: Prompt, events: Sequence[Event]) -> bool: ...
+
+    async def long_chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]: ...
+
+
 class Answer(Response):
     """The answer to one request. `held` is left once it has been written, or its client has gone."""
 
@@ -67,6 +78,8 @@ class Answer(Response):
         keep_alive: float | None,
         is_one_event: bool = False,
         framing: Framing = OPENAI,
+        *,
+        turns: Turns,
     ) -> None:
         """`keep_alive`: seconds of silence before a comment in a stream (0: never); None answers whole. A stream of
         `is_one_event` is the whole answer as its one event.
@@ -74,7 +87,8 @@ class Answer(Response):
         super().__init__()
         self._is_one_event, self._framing = is_one_event, framing
         self._client, self._runs, self._writer, self._held = client, runs, writer, held
-        self._keep_alive = keep_alive
+        self._sliced = writer if isinstance(writer, SlicedWriter) else None
+        self._keep_alive, self._turns = keep_alive, turns
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,14 +123,17 @@ class Answer(Response):
 
         write = self._framing.write
 
-        def add(prompt: Prompt, events: Sequence[Event]) -> None:
+        def add(prompt: Prompt, events: Sequence[Event]) -> Awaitable[None] | None:
+            if self._sliced is not None and self._sliced.is_long(prompt, events):
+                return self._add_long(outbox, self._sliced.long_chunks(prompt, events))
             for chunk in self._writer.chunks(prompt, events):
                 outbox.add(write(chunk))
+            return None
 
         try:
             if self._is_one_event:
                 await self._generate(self._writer.fold)
-                outbox.add(b"data: " + b"".join(await self._writer.whole()) + b"\n\n")
+                outbox.add(b"data: ", *await self._writer.whole(), b"\n\n")
             else:
                 await self._generate(add)
                 for chunk in self._writer.last_chunks():
@@ -129,22 +146,26 @@ class Answer(Response):
         outbox.add(self._framing.end)
         outbox.close()
 
-    async def _generate(self, sink: Callable[[Prompt, Sequence[Event]], None]) -> None:
-        """Run all prompts; the first error ends all. They start in slices, between which others have their turn."""
+    async def _add_long(self, outbox: Outbox, chunks: Awaitable[list[dict[str, Any]]]) -> None:
+        for chunk in await chunks:
+            outbox.add(b"data: ", *encode_pieces(chunk), b"\n\n")
+
+    async def _generate(self, sink: PromptSink) -> None:
+        """Run all prompts; the first error ends all. One starts in each round of the event loop."""
         if len(self._runs) == 1:
             await self._run(self._runs[0], sink)
             return
         try:
             async with asyncio.TaskGroup() as group:
-                for k, run in enumerate(self._runs, start=1):
+                for run in self._runs:
                     group.create_task(self._run(run, sink))
-                    if k % STARTED_AT_ONCE == 0:
-                        await asyncio.sleep(0)
+                    await asyncio.sleep(0)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _run(self, run: Run, sink: Callable[[Prompt, Sequence[Event]], None]) -> None:
+    async def _run(self, run: Run, sink: PromptSink) -> None:
         prompt, make = run
+        await self._turns.rest()
         await make().run(self._client, partial(sink, prompt), partial(self._writer.open, prompt))
 
 
@@ -193,6 +214,14 @@ def raw_response(pieces: list[bytes]) -> Response:
 
 
 async def _in_writes(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in writes of WRITE_BYTES at most."""
+    gathered, size = [], 0
     for piece in pieces:
         for at in range(0, len(piece), WRITE_BYTES):
-            yield piece[at : at + WRITE_BYTES]
+            part = piece[at : at + WRITE_BYTES]
+            if size + len(part) > WRITE_BYTES:
+                yield b"".join(gathered)
+                gathered, size = [], 0
+            gathered.append(part)
+            size += len(part)
+    yield b"".join(gathered)

@@ -45,15 +45,18 @@ class RequestWatch:
             self._metrics.take_finished(kept)
 
     def see_output(self, output: TokenOutput) -> None:
-        if self._kept.queue_seconds is None:
-            self._kept.queue_seconds = output.queue_seconds
+        kept = self._kept
+        if kept.queue_seconds is None:
+            kept.queue_seconds = output.queue_seconds
+        kept.num_cached = kept.num_cached or output.num_cached_tokens
+        kept.num_preemptions += output.num_preemptions
 
     def see(self, event: Event) -> None:
         kept = self._kept
         if isinstance(event, Done):
             kept.reasons.append(event.finish_reason)
         elif isinstance(event, TextDelta) and event.token_ids:
-            kept.num_generated += len(event.token_ids)
+            kept.lengths[event.index] = kept.lengths.get(event.index, 0) + len(event.token_ids)
             now = time.time()
             last = kept.last.get(event.index)
             kept.first_token = kept.first_token or now

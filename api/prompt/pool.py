@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fuseline.api.errors import ApiError
+from fuseline.api.prompt.processes import Processes
 from fuseline.api.prompt.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from fuseline.api.prompt.prepared import Reply
 
 LOG = logging.getLogger("fuseline.prompts")
+BUSY = 10
+"""How many times as long as its processor time a request may take, on a busy machine, before it counts as slow."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,12 @@ class Lane:
     niceness: int
     """Niceness of its processes: how far the engine goes first where both want the same core."""
     patience: float
-    """Seconds after which a request is slow: it runs on, but others take its place."""
+    """Seconds of processor time after which a request is slow: others take its place, and it runs on beside them or
+    starts anew later. Ten times as long if the processor does other things."""
     slow_per_place: int
     """Slow requests that run on, for each place of the pool."""
     least: float
-    """Seconds that a slow request may take at least, whoever waits."""
+    """Seconds that a slow request may take at least, whoever waits to run beside the others like it."""
     num_ready: int
     """Processes that are kept ready beside the busy ones."""
     slow_niceness: int | None = None
@@ -48,44 +53,57 @@ LARGE = Lane(niceness=5, patience=2.0, slow_per_place=1, least=8.0, num_ready=1)
 class PromptPool:
     """`size` places for requests, each with a process, and more processes for requests that turn out slow.
 
-    A request that hangs delays others by `lane.patience` at most while there are fewer slow ones than the lane allows.
-    Beyond that, one that has run for `lane.least` seconds is refused as soon as another request waits. The newest one
-    waits least, so that a crowd of requests that hang does not stand in front of those that come later.
-    All methods belong to one event loop but `start`.
+    A slow request leaves its place to the next one. It runs on while there are fewer slow ones than the lane allows;
+    else it is ended as soon as another request wants its place, and starts anew when a slow one has ended, of which
+    the oldest is refused after `lane.least` seconds. So requests that hang delay others by `lane.patience` at most,
+    however many there are. The newest one waits least: a crowd does not stand in front of those that come later.
+    All methods belong to one event loop.
     """
 
     def __init__(self, settings: PromptSettings, size: int, lane: Lane = SHORT) -> None:
-        self._settings, self._size, self._lane = settings, size, lane
-        self._memory = settings.config.prompt_memory // lane.memory_divisor
+        self._lane = lane
         self._timeout = settings.config.prompt_timeout
+        memory = settings.config.prompt_memory // lane.memory_divisor
+        start = partial(WorkerProcess, settings, lane.niceness, memory)
+        self.processes = Processes(start, lane.num_ready, size + lane.num_ready)
         self._num_free = size
         self._waiting: deque[asyncio.Future[None]] = deque()
+        """For a place."""
+        self._overdue: dict[_Job, None] = {}
+        """Slow requests that keep their places while nobody wants them."""
+        self._num_slow_free = size * lane.slow_per_place
+        self._parked: deque[asyncio.Future[None]] = deque()
+        """Slow requests that wait to start anew."""
         self._slow: dict[_Job, None] = {}
-        self._most_slow = size * lane.slow_per_place
-        self._busy: set[WorkerProcess] = set()
-        self._idle: list[WorkerProcess] = []
-        self._is_closed = False
+        """Slow requests that run, beside those with a place."""
 
     def start(self) -> None:
         """Start a process before the first request."""
-        self._idle.append(self._new_process())
+        self.processes.keep_ready()
 
     def close(self) -> None:
         """End the idle processes; busy ones end with their requests."""
-        self._is_closed = True
-        while self._idle:
-            self._idle.pop().kill()
+        self.processes.close()
 
     async def prepare(self, kind: Kind, pieces: Sequence[bytes]) -> Reply:
         """Raises ApiError 400 for a request that takes too long, 503 where no process is free in time or one ends."""
         await self._take_place()
-        job = _Job(self)
         try:
-            with self._process() as process:
-                job.process = process
+            return await self._run(_Job(self, has_place=True), kind, pieces)
+        except _GaveWayError:
+            pass
+        if self._num_slow_free:
+            self._num_slow_free -= 1
+        else:
+            await self._wait(self._parked, self._give_slow_place)
+        return await self._run(_Job(self, has_place=False), kind, pieces)
+
+    async def _run(self, job: _Job, kind: Kind, pieces: Sequence[bytes]) -> Reply:
+        try:
+            async with self.processes.one() as process:
                 await process.wait_ready()
-                async with asyncio.timeout(self._timeout) as job.limit:
-                    job.begin(self._lane)
+                async with asyncio.timeout(self._timeout) as limit:
+                    job.begin(process, limit, self._lane)
                     return await process.prepare(kind, pieces)
         except TimeoutError as error:
             raise job.refusal(self._timeout, self._lane.least) from error
@@ -94,32 +112,38 @@ class PromptPool:
             message = "the process that read, rendered and encoded the request ended, maybe for --prompt-memory"
             raise ApiError(503, message, code="prompt_worker_ended") from error
         finally:
-            job.end()
-
-    # Places.
+            self._leave(job)
 
     async def _take_place(self) -> None:
         if self._num_free:
             self._num_free -= 1
             return
+        if self._overdue:
+            job = next(iter(self._overdue))
+            del self._overdue[job]
+            job.give_way()
+        await self._wait(self._waiting, self.give_place)
+
+    async def _wait(self, queue: deque[asyncio.Future[None]], hand_on: Callable[[], None]) -> None:
+        """`hand_on` gives to another request what has come for one that is gone."""
         waiter = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
+        queue.append(waiter)
         self._make_room()
         try:
             async with asyncio.timeout(self._timeout):
                 await waiter
         except TimeoutError as error:
-            if not waiter.cancelled():  # the place has come at the last moment
+            if not waiter.cancelled():  # it has come at the last moment
                 return
             message = "too many requests are being read, rendered and encoded; try again later"
             raise ApiError(503, message, code="prompt_workers_busy", retry_after=5) from error
         except asyncio.CancelledError:
-            if not waiter.cancelled():  # both at once: the place has come and its request has gone
-                self.give_place()
+            if not waiter.cancelled():  # both at once: it has come and its request has gone
+                hand_on()
             raise
         finally:
             with suppress(ValueError):
-                self._waiting.remove(waiter)
+                queue.remove(waiter)
 
     def give_place(self) -> None:
         """Hand a place to the newest request that waits."""
@@ -130,109 +154,112 @@ class PromptPool:
                 return
         self._num_free += 1
 
-    def let_run_on(self, job: _Job) -> bool:
-        """Whether a slow request may give its place to another one and still run on."""
-        if len(self._slow) >= self._most_slow:
-            self._make_room()
-            return False
-        self._slow[job] = None
-        if self._lane.slow_niceness is not None:
-            job.process.slow_down(self._lane.slow_niceness)
-        self.give_place()
-        return True
+    def see_slow(self, job: _Job) -> None:
+        """A request has lost its patience: it leaves its place, at once or as soon as somebody wants it."""
+        if self._num_slow_free:
+            self._num_slow_free -= 1
+            self.run_on(job)
+            self.give_place()
+        elif self._waiting:
+            job.give_way()
+        else:
+            self._overdue[job] = None
 
-    def remove_slow(self, job: _Job) -> None:
-        del self._slow[job]
+    def run_on(self, job: _Job) -> None:
+        """The request is one of the slow ones from now on."""
+        job.leave_place(self._lane.slow_niceness)
+        self._slow[job] = None
+        self._make_room()
+
+    def _leave(self, job: _Job) -> None:
+        job.end()
+        self._overdue.pop(job, None)
+        if job.has_place:
+            self.give_place()
+        else:
+            self._slow.pop(job, None)
+            self._give_slow_place()
+
+    def _give_slow_place(self) -> None:
+        """Let the slow request that has waited longest start anew."""
+        while self._parked:
+            waiter = self._parked.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        self._num_slow_free += 1
 
     def _make_room(self) -> None:
-        """Refuse the slow request that has run longest, if there are too many and it has had its time."""
+        """Refuse the slow request that has run longest, once it has had its time, if another one wants to start."""
         oldest = next(iter(self._slow), None)
-        if self._waiting and oldest is not None and len(self._slow) >= self._most_slow:
+        if self._parked and oldest is not None:
             oldest.refuse_after(self._lane.least)
 
-    # Processes.
 
-    @contextmanager
-    def _process(self) -> Iterator[WorkerProcess]:
-        """A process for one request. One that has not come to the end of its reply is killed."""
-        process = self._take()
-        try:
-            yield process
-        finally:
-            self._busy.remove(process)
-            if process.is_free and not self._is_closed and len(self._idle) < self._size + self._lane.num_ready:
-                self._idle.append(process)
-            else:
-                process.kill()
-                self._keep_ready()
-
-    def _take(self) -> WorkerProcess:
-        while self._idle:
-            process = self._idle.pop()
-            if process.is_alive:
-                break
-            process.kill()
-        else:
-            process = self._new_process()
-        self._busy.add(process)
-        self._keep_ready()
-        return process
-
-    def _new_process(self) -> WorkerProcess:
-        return WorkerProcess(self._settings, self._lane.niceness, self._memory)
-
-    def _keep_ready(self) -> None:
-        """Start one process, if too few are ready."""
-        if len(self._idle) < self._lane.num_ready and not self._is_closed:
-            try:
-                self.start()
-            except OSError as error:  # the machine has no room for one; the next request tries again
-                LOG.warning("no process to prepare requests can be started: %s", error)
+class _GaveWayError(Exception):
+    """A slow request has been ended for another one that wanted its place."""
 
 
 class _Job:
-    """One request in its process: it has a place until it is slow or has ended."""
+    """One run of a request in a process: in a place until it is slow, or beside all places from the beginning."""
 
-    def __init__(self, pool: PromptPool) -> None:
+    def __init__(self, pool: PromptPool, has_place: bool) -> None:
         self._pool = pool
         self._loop = asyncio.get_running_loop()
         self._begin = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._patience = 0.0
-        self._has_place = True
-        self._makes_room = False
-        self.process: WorkerProcess
-        self.limit: asyncio.Timeout
+        self._gives_way = self._makes_room = False
+        self._used = 0.0  # processor time of its process before it
+        self._process: WorkerProcess
+        self._limit: asyncio.Timeout
+        self.has_place = has_place
 
-    def begin(self, lane: Lane) -> None:
-        self._begin = self._loop.time()
-        self._patience = lane.patience
-        self._timer = self._loop.call_later(lane.patience, self._see_slow)
+    def begin(self, process: WorkerProcess, limit: asyncio.Timeout, lane: Lane) -> None:
+        self._process, self._limit, self._begin = process, limit, self._loop.time()
+        if self.has_place:
+            self._used = process.cpu_seconds()
+            self._timer = self._loop.call_later(lane.patience, self._see_slow, lane.patience)
+        else:
+            self._pool.run_on(self)
+
+    def _see_slow(self, patience: float) -> None:
+        """On a busy machine a request that needs some milliseconds may take long: that does not make it a slow one."""
+        left = patience - (self._process.cpu_seconds() - self._used)
+        if left > 0 and self._loop.time() - self._begin < BUSY * patience:
+            self._timer = self._loop.call_later(max(left, patience / 10), self._see_slow, patience)
+        else:
+            self._pool.see_slow(self)
 
     def end(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        if self._has_place:
-            self._pool.give_place()
-        else:
-            self._pool.remove_slow(self)
+
+    def leave_place(self, niceness: int | None) -> None:
+        self.has_place = False
+        if niceness is not None:
+            self._process.slow_down(niceness)
+
+    def give_way(self) -> None:
+        """End this run; the request starts anew later."""
+        self._gives_way = True
+        self._end_after(0)
 
     def refuse_after(self, seconds: float) -> None:
         """Others wait: end the request when it has run for so long."""
-        if self._makes_room or self.limit.expired():
-            return
-        self._makes_room = True
-        self.limit.reschedule(min(self.limit.when(), max(self._begin + seconds, self._loop.time())))
+        if not self._makes_room:
+            self._makes_room = True
+            self._end_after(seconds)
 
-    def refusal(self, timeout: float, least: float) -> ApiError:
+    def refusal(self, timeout: float, least: float) -> Exception:
+        """The reason for which the run has been ended."""
+        if self._gives_way:
+            return _GaveWayError()
         act = "reading, rendering and encoding the request takes more than"
         if self._makes_room and self._loop.time() - self._begin < timeout:
             message = f"{act} {least:g} seconds while other requests wait; try again later"
             return ApiError(503, message, code="prompt_workers_busy", retry_after=5)
         return ApiError(400, f"{act} {timeout:g} seconds (--prompt-timeout)", code="request_too_slow")
 
-    def _see_slow(self) -> None:
-        if self._pool.let_run_on(self):
-            self._has_place = False
-        else:
-            self._timer = self._loop.call_later(self._patience, self._see_slow)
+    def _end_after(self, seconds: float) -> None:
+        if not self._limit.expired():
+            self._limit.reschedule(min(self._limit.when(), max(self._begin + seconds, self._loop.time())))

@@ -30,7 +30,8 @@ async def create_message(request: Request) -> Response:
         writer = MessagesWriter(served.shape(prepared, id), prompts[0])
         runs = served.runs(prepared, prompts, id)
         held = stack.pop_all()
-        return Answer(served.client, runs, writer, held, served.keep_alive(prepared), framing=FRAMING)
+        keep_alive = served.keep_alive(prepared)
+        return Answer(served.client, runs, writer, held, keep_alive, framing=FRAMING, turns=served.turns)
 
 
 @router.post("/v1/messages/count_tokens")

@@ -30,5 +30,6 @@ async def chat_completions(request: Request) -> Response:
         writer = ChatWriter(served.shape(prepared, id), prompts[0], prepared.answer.n)
         runs = served.runs(prepared, prompts, id)
         return Answer(
-            served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), prepared.answer.is_one_event
-        )
+            served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), prepared.answer.is_one_event,
+            turns=served.turns,
+        )  # fmt: skip

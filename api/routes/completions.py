@@ -30,5 +30,6 @@ async def completions(request: Request) -> Response:
         writer = CompletionWriter(served.shape(prepared, id), prompts, prepared.answer.n)
         runs = served.runs(prepared, prompts, id)
         return Answer(
-            served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), prepared.answer.is_one_event
-        )
+            served.client, runs, writer, stack.pop_all(), served.keep_alive(prepared), prepared.answer.is_one_event,
+            turns=served.turns,
+        )  # fmt: skip

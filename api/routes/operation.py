@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 
 from fastapi import APIRouter
+from prometheus_client import generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -68,8 +69,7 @@ async def load(request: Request) -> Response:
 @router.get("/metrics/")
 async def metrics(request: Request) -> Response:
     served: Served = request.app.state.served
-    text = served.metrics.text() if served.metrics else b""
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(generate_latest(served.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @dev_router.post("/reset_prefix_cache")

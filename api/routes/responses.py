@@ -38,7 +38,8 @@ async def create_response(request: Request) -> Response:
         writer = ResponsesWriter(served.shape(prepared, id), prompts[0], prepared.answer.shown or {}, keep)
         runs = served.runs(prepared, prompts, id)
         held = stack.pop_all()
-        return Answer(served.client, runs, writer, held, served.keep_alive(prepared), framing=FRAMING)
+        keep_alive = served.keep_alive(prepared)
+        return Answer(served.client, runs, writer, held, keep_alive, framing=FRAMING, turns=served.turns)
 
 
 @router.get("/v1/responses/{id}")

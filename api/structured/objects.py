@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fuseline.api.structured.ebnf import char_set, choice, complement, intersection, of_chars, sequence
-from fuseline.api.structured.json_text import CHAR, QUOTE, RAW_CHARS, constant
+from fuseline.api.structured.json_text import QUOTE, RAW_CHARS, constant
 from fuseline.api.structured.merge import Conflict, merge
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class ObjectGrammar:
         """A string that is none of the names, written without escapes unless there are no names."""
         rules = self._grammar.rules
         if not names:
-            return rules.add(f"{QUOTE} {CHAR}* {QUOTE}", "string")
+            return self._grammar.any_string()
         return rules.add(sequence(QUOTE, self._not_in(names)), "key")
 
     def _not_in(self, names: set[str]) -> str:

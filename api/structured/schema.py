@@ -16,7 +16,7 @@ from fuseline.api.structured import numbers
 from fuseline.api.structured.disjoint import are_disjoint
 from fuseline.api.structured.ebnf import Rules, choice, repeat, sequence
 from fuseline.api.structured.formats import FORMATS, INTEGER_FORMATS, NO_LIMIT
-from fuseline.api.structured.json_text import CHAR, QUOTE, WHITESPACE, constant
+from fuseline.api.structured.json_text import QUOTE, RAW, WHITESPACE, any_string, constant
 from fuseline.api.structured.keywords import TYPES, check_keywords, implied_types, without_annotations
 from fuseline.api.structured.merge import Conflict, merge
 from fuseline.api.structured.objects import ObjectGrammar
@@ -37,6 +37,7 @@ class SchemaGrammar:
         self._root = root
         self._made: dict[str, str] = {}
         self._any: str | None = None
+        self._any_text: str | None = None
         self._objects = ObjectGrammar(self)
 
     def expression(self) -> str:
@@ -187,14 +188,14 @@ class SchemaGrammar:
         if kind in ("integer", "number"):
             return self._number(kind, schema)
         if kind == "string":
-            return sequence(QUOTE, self.string_body(schema), QUOTE)
+            return self._string(schema)
         return self._array(schema) if kind == "array" else self._objects.expression(schema)
 
     def _any_value(self) -> str:
         if self._any is None:
             name = self._any = self.rules.reserve("any")
             blank = self.blank
-            string = self.rules.add(f"{QUOTE} {CHAR}* {QUOTE}", "string")
+            string = self.any_string()
             pair = f'{string} ":" {blank} {name}'
             more, more_pairs = f'("," {blank} {name})*', f'("," {blank} {pair})*'
             self.rules.define(name, (
@@ -253,8 +254,13 @@ class SchemaGrammar:
             raise self.refuse(keyword, "must be an integer, 0 or more")
         return value
 
-    def string_body(self, schema: dict[str, Any]) -> str:
-        """Characters between the quotes."""
+    def any_string(self) -> str:
+        if self._any_text is None:
+            self._any_text = any_string(self.rules)
+        return self._any_text
+
+    def _string(self, schema: dict[str, Any]) -> str:
+        """Bounded ones without escapes: xgrammar counts characters fast only where each is of one set."""
         low, high = self.count(schema, "minLength", 0), self.count(schema, "maxLength", None)
         if high is not None and low > high:
             raise self.refuse("minLength", "is above maxLength")
@@ -262,7 +268,9 @@ class SchemaGrammar:
         if name in NO_LIMIT:
             name = None
         if pattern is None and name is None:
-            return self.rules.repeat(self.rules.add(CHAR, "char"), low, high)
+            if (low, high) == (0, None):
+                return self.any_string()
+            return self.rules.add(sequence(QUOTE, self.rules.repeat(RAW, low, high), QUOTE), "string")
         if pattern is not None and name is not None:
             raise self.refuse("format", "is not supported together with pattern")
         if name is not None and name not in FORMATS:
@@ -274,7 +282,7 @@ class SchemaGrammar:
         if fewest < low or (high is not None and most > high):
             keyword = "minLength" if fewest < low else "maxLength"
             raise self.refuse(keyword, "is not supported together with a pattern or format that does not imply it")
-        return self.rules.add(regex.expression(pattern or FORMATS[name]), "text")
+        return self.rules.add(sequence(QUOTE, regex.expression(pattern or FORMATS[name]), QUOTE), "string")
 
     def _array(self, schema: dict[str, Any]) -> str:
         low, high = self.count(schema, "minItems", 0), self.count(schema, "maxItems", None)

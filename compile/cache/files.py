@@ -23,6 +23,7 @@ KINDS = {
     "weights": "where the checkpoint's tensors go",
     "regions": "compiled region",
     "tuned": "which kernels are fastest",
+    "templates": "chat template that has been tried",
     "tokenizers": "tokenizer, resolved from its files",
 }
 MAX_BYTES = 4 << 30

@@ -33,6 +33,20 @@ class StepSize:
         return torch.randn(shape, device=self.device).to(like.dtype)
 
 
+def same_layout(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.empty_like for fakes: dimensions in the order that they have in memory, without gaps.
+
+    For a plain meta tensor torch itself would import a shape environment (sympy: 0.3 s of every start).
+    """
+    if type(x) is not Tensor or 0 in x.stride():
+        return torch.empty_like(x, dtype=dtype)
+    strides, step = [0] * x.dim(), 1
+    for dim in sorted(range(x.dim()), key=x.stride, reverse=True)[::-1]:
+        strides[dim] = step
+        step *= max(x.shape[dim], 1)
+    return torch.empty_strided(x.shape, strides, dtype=dtype or x.dtype, device=x.device)
+
+
 def lines_size(x: Tensor, *_: object) -> tuple[str, int]:
     """(phase, rows) of a call whose first argument is x[..., K]."""
     return ROWS, x.numel() // x.shape[-1]
@@ -74,7 +88,7 @@ class CallShape:
 
 def like_first(x: Tensor, *_: object) -> Tensor:
     """The fake of an op whose result has the shape and dtype of its first argument."""
-    return torch.empty_like(x)
+    return same_layout(x)
 
 
 @dataclass(frozen=True)

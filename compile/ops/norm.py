@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import Make, ModelShape, Workload, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op, same_layout
 
 MODES = (codes.NORM_CAST_THEN_SCALE, codes.NORM_SCALE_THEN_CAST, codes.NORM_ONE_PLUS)
 
@@ -48,7 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, mode: int) -> Tensor:
 
 
 @op(
-    fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    fake=lambda x, *_: (same_layout(x), same_layout(x)),
     inputs=lambda make: [(make.normal(1, 5, 77), make.normal(1, 5, 77), make.normal(77), 1e-6, mode) for mode in MODES],
     tolerance=4.0,
     workloads=norm_workloads(2, False),
@@ -71,7 +71,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 @op(
-    fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    fake=lambda x, *_: (same_layout(x), same_layout(x)),
     inputs=lambda make: [(make.normal(5, 77), *args) for args in layer_norm_inputs(make)],
     tolerance=4.0,
     workloads=norm_workloads(2, True),

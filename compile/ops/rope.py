@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, StepSize, Workload, op
+from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, StepSize, Workload, op, same_layout
 from fuseline.compile.specs import FP8_DTYPES
 
 FP8 = tuple(getattr(torch, name) for name in dict.fromkeys(FP8_DTYPES.values()))
@@ -182,7 +182,7 @@ def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
 
 @op(
     writes=("k_cache", "v_cache"),
-    fake=lambda k_cache, v_cache, q, *_: torch.empty_like(q),
+    fake=lambda k_cache, v_cache, q, *_: same_layout(q),
     inputs=rope_cache_inputs,
     tolerance=0.0,
     workloads=rope_cache_workloads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
@@ -26,6 +27,9 @@ class BlockPool:
         self._keys: list[bytes | None] = [None] * (num_blocks + 1)
         self._owners: list[str] = [""] * (num_blocks + 1)  # ids of the requests that committed them
         self._cached: dict[bytes, int] = {}
+        self._filled = [0.0] * (num_blocks + 1)  # when a block got the content that it keeps; 0: it has none
+        self.lifetimes: list[float] = []
+        """Seconds for which blocks have kept their content, one entry for each that has lost it."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
 
     @property
@@ -51,9 +55,11 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """`count` blocks without content; the caller has checked `num_free`."""
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        now = time.monotonic()
         for block in blocks:
             self._forget(block)
             self.refs[block] = 1
+            self._filled[block] = now
         return blocks
 
     def release(self, block: int) -> None:
@@ -61,6 +67,7 @@ class BlockPool:
         if self.refs[block] == 0:
             self._free[block] = None
             if self._keys[block] is None:
+                self._end_life(block)
                 self._free.move_to_end(block, last=False)
 
     def commit(self, block: int, keys: Sequence[bytes], index: int, owner: str) -> None:
@@ -89,9 +96,17 @@ class BlockPool:
         for block in list(self._cached.values()):
             self._forget(block)
 
+    def _end_life(self, block: int) -> None:
+        """Nobody holds or finds the content any more."""
+        if self._filled[block]:
+            self.lifetimes.append(time.monotonic() - self._filled[block])
+            self._filled[block] = 0.0
+
     def _forget(self, block: int) -> None:
         key = self._keys[block]
         if key is not None:
+            if self.refs[block] == 0:
+                self._end_life(block)
             del self._cached[key]
             self._keys[block] = None
             self._owners[block] = ""

@@ -47,6 +47,14 @@ class KVManager:
         blocks = max((g.pool.num_used / g.pool.num_blocks for g in self.groups), default=0.0)
         return max(blocks, self.states.usage) if self.states else blocks
 
+    def take_lifetimes(self) -> tuple[float, ...]:
+        """Seconds for which blocks of all groups have kept their content that have lost it since the last call."""
+        taken = tuple(seconds for group in self.groups for seconds in group.pool.lifetimes)
+        if taken:
+            for group in self.groups:
+                group.pool.lifetimes.clear()
+        return taken
+
     def find_prefix(self, seq: Sequence) -> int:
         """Blocks of `seq`'s tokens that are cached in every group; at least one token is left to compute."""
         if not seq.reads_cache:

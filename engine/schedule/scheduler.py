@@ -71,6 +71,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.host_queries = 0
+        self.host_hits = 0
         self._delay = PromptDelay(limits.delay_factor) if limits.delay_factor else None
         self._no_drafts = np.zeros(limits.num_seqs, np.int64)
         self._free_rows = list(range(limits.num_seqs - 1, -1, -1))
@@ -252,6 +254,7 @@ class Scheduler:
 
     def _start(self, seq: Sequence, begin: int, count: int, budget: StepBudget) -> bool:
         num_tokens = begin + count
+        was_swapped = seq.swapped is not None
         while not self.kv.start(seq, begin, num_tokens):
             if not self._preempt_lower(seq, budget):
                 return False
@@ -265,6 +268,9 @@ class Scheduler:
         budget.add(seq, count)
         budget.started.append(seq)
         self._count_hit(seq, begin)
+        if self.kv.swap and seq.num_preemptions:
+            self.host_queries += begin if was_swapped else seq.num_tokens - 1
+            self.host_hits += begin if was_swapped else 0
         return True
 
     def _count_hit(self, seq: Sequence, num_found: int) -> None:
@@ -279,6 +285,7 @@ class Scheduler:
         budget.drop(seq)
         budget.has_preempted = True
         self.num_preemptions += 1
+        seq.num_preemptions += 1
         self.kv.swap_out(seq)
         self._requeue(seq)
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fuseline.engine.messages import EngineRequest, PoolingParams, PositionLogprobs, SamplingParams
+from fuseline.engine.messages import EngineRequest, PoolingParams, SamplingParams
 from fuseline.engine.state.block_keys import EmbedsDigest, root_key
+from fuseline.engine.state.prompt_scores import PromptScores
 
 if TYPE_CHECKING:
     from fuseline.engine.state.rows import RequestRows
@@ -77,11 +78,12 @@ class Sequence:
     was_looked_up: bool = False
     """The prefix cache's counts include it."""
     has_output: bool = False
+    num_preemptions: int = 0
     queue_seconds: float | None = None
     """From its request's arrival to its first step; None while it waits for that."""
     num_cached: int = 0
-    prompt_scores: list[PositionLogprobs | None] | None = None
-    """Filled in while the prompt is computed; None when not wanted or already sent."""
+    prompt_scores: PromptScores | None = None
+    """Filled while the prompt is computed; None when not wanted or already sent."""
     children: list[Sequence] = field(default_factory=list)
     """Choices that wait until this one's prompt is computed."""
     blocks: list[list[int]] = field(default_factory=list)
@@ -177,6 +179,7 @@ def make_sequences(
 ) -> list[Sequence]:
     """One sequence per choice, or a single one when all choices must come out equal (greedy, or nothing generated)."""
     choices = _shared_choices(request.params)
+    tokens = array("i", request.prompt_token_ids)
     is_long = options.rope_threshold is not None and len(request.prompt_token_ids) > options.rope_threshold
     has_root = options.can_share_kv and (options.is_caching or len(choices) > 1)
     sequences = [
@@ -187,7 +190,7 @@ def make_sequences(
             order=(*order, index),
             seed=(seed + index) & SEED_MASK,
             handle=first_handle + index,
-            stored=array("i", request.prompt_token_ids),
+            stored=tokens[:],
             variant=int(is_long),
             cache_root=_root(request, int(is_long), options.is_caching) if has_root else None,
             shares_prefix=options.is_caching,
@@ -196,7 +199,7 @@ def make_sequences(
         for index, shared in enumerate(choices)
     ]
     if isinstance(request.params, SamplingParams) and request.params.prompt_logprobs is not None:
-        sequences[0].prompt_scores = [None] * len(request.prompt_token_ids)
+        sequences[0].prompt_scores = PromptScores(len(request.prompt_token_ids), request.params.prompt_logprobs)
     sequences[0].children = sequences[1:]
     return sequences
 

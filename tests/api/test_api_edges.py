@@ -11,20 +11,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from api_writes_cases import CHAT, COMPLETIONS, Answer, events, open_app, until
+from api_writes_cases import CHAT, COMPLETIONS, Answer, open_app, until
 from prompt_cases import SPINNING
 from raw_http import Server, completion, headers, request, serving
 
 from fuseline.api.config_resolve import resolve
-from fuseline.api.output.events import Prompt, PromptInfo, TextDelta
-from fuseline.api.output.logprobs import LogprobWriter
-from fuseline.api.output.openai_completion import CompletionWriter, Shape
-from fuseline.api.output.outbox import WRITE_BYTES, Outbox
-from fuseline.api.output.pace import Pace, Turns
-from fuseline.api.served import load_tokenizer
 from fuseline.api.server import bind
 from fuseline.engine.client import EngineDeadError
-from fuseline.engine.messages import PositionLogprobs
 
 CHATS = [("small", 0), ("large", 100_000)]
 
@@ -103,7 +96,8 @@ async def test_a_client_that_leaves_while_its_request_is_prepared_frees_all_at_o
         no_linger = struct.pack("ii", 1, 0)  # closes with a reset
         client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         client.writer.transport.abort()
-    await until_slowly(lambda: not served.admission.num_sequences and not pool._busy and served.bodies.num_bytes == 0)
+    processes = pool.processes
+    await until_slowly(lambda: not (served.admission.num_sequences or processes.busy or served.bodies.num_bytes))
     assert time.monotonic() - begin < 2 and not spinning.engine.requests
 
 
@@ -133,93 +127,3 @@ async def test_connections_do_not_wait_for_acknowledgements() -> None:
     assert accepted[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     writer.close()
     server.close()
-
-
-NUM_POSITIONS = 3000
-
-
-def echoing_writer(n: int) -> tuple[CompletionWriter, Prompt, PromptInfo]:
-    tokenizer = load_tokenizer(resolve({"model": "demo"}))
-    ids = [100 + k % 3000 for k in range(NUM_POSITIONS)]
-    top = tuple(range(300, 320)), tuple(-0.25 * k for k in range(20))
-    positions = tuple(None if k == 0 else PositionLogprobs(id, -1.5, 3, *top) for k, id in enumerate(ids))
-    shape = Shape("cmpl-1", 0, "demo", LogprobWriter(tokenizer, False), wants_logprobs=True, num_top=20)
-    prompt = Prompt(ids, 0, tokenizer.decode(ids, False))
-    return CompletionWriter(shape, [prompt], n), prompt, PromptInfo(0, positions)
-
-
-async def test_the_log_probabilities_of_an_echo_are_written_in_slices() -> None:
-    writer, prompt, info = echoing_writer(2)
-    gaps = [0.0]
-    ticking = asyncio.create_task(tick(gaps))
-    await asyncio.sleep(0)
-    begin = time.perf_counter()
-    await writer.open(prompt, info)
-    whole = time.perf_counter() - begin
-    ticking.cancel()
-    assert len(gaps) > 5 and max(gaps) < whole / 3, (max(gaps), whole)
-    for index in range(2):
-        begin = time.perf_counter()
-        (chunk,) = writer.chunks(prompt, [TextDelta(index, " x", [200], [info.prompt_logprobs[1]], [0])])
-        assert time.perf_counter() - begin < whole / 3
-        (choice,) = events(b"data: " + encode(chunk) + b"\n\n")[0]["choices"]
-        shown = choice["logprobs"]
-        assert choice["text"] == prompt.echo + " x" and shown["tokens"][0] == writer._shape.writer.text(100)
-        assert {len(values) for values in shown.values()} == {NUM_POSITIONS + 1}
-        assert shown["token_logprobs"][:2] == [None, -1.5] and len(shown["top_logprobs"][1]) == 21
-        assert shown["text_offset"][1] == len(shown["tokens"][0])
-
-
-async def test_answers_that_are_encoded_at_the_same_time_take_turns() -> None:
-    """However many there are, a round of the event loop has one slice of one of them."""
-    gaps = [0.0]
-    ticking = asyncio.create_task(tick(gaps))
-    turns = Turns()
-
-    async def work() -> None:
-        pace = Pace(turns)
-        for _ in range(20):
-            time.sleep(0.002)
-            await pace.rest()
-
-    await asyncio.gather(*(work() for _ in range(20)))
-    ticking.cancel()
-    assert sorted(gaps)[-3] < 0.02, sorted(gaps)[-5:]  # the first round begins all of them
-
-
-async def test_a_cancelled_answer_does_not_keep_its_turn() -> None:
-    turns = Turns()
-    waiting = [asyncio.create_task(turns.wait()) for _ in range(3)]
-    await asyncio.sleep(0)
-    waiting[0].cancel()
-    waiting[1].cancel()
-    await asyncio.wait_for(waiting[2], 1)
-    await asyncio.wait_for(turns.wait(), 1)
-
-
-async def test_a_write_takes_so_many_bytes_and_loses_none() -> None:
-    outbox = Outbox(0)
-    sent = [b"%04d" % k * size for k, size in enumerate((1, 30_000, 40_000, 1, 200_000, 1, 1, 10))]
-    for event in sent:
-        outbox.add(event)
-    outbox.close()
-    taken = []
-    while written := await outbox.take():
-        taken.append(written)
-    assert b"".join(taken) == b"".join(sent) and len(taken) > 2
-    assert all(len(written) <= WRITE_BYTES or written in sent for written in taken)
-
-
-def encode(chunk: dict[str, Any]) -> bytes:
-    import msgspec
-
-    return msgspec.json.encode(chunk)
-
-
-async def tick(gaps: list[float]) -> None:
-    last = time.perf_counter()
-    while True:
-        await asyncio.sleep(0)
-        now = time.perf_counter()
-        gaps.append(now - last)
-        last = now

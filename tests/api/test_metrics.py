@@ -10,6 +10,7 @@ from fake_model import NAN_TOKEN
 from served_fake import Fake, served_fake, until
 
 from fuseline.api.errors import ApiError
+from fuseline.api.metrics import SLEEP_STATES, WAITING_REASONS
 
 PROMPT = list(range(1, 15))
 LATENCIES = ("queue_time", "inference_time", "prefill_time", "decode_time")
@@ -33,6 +34,7 @@ async def test_time_in_a_forced_queue() -> None:
         whole = time.time() - start
         assert waited_at_least < seconds(fake, "queue_time") < whole
         assert fake.value("request_queue_time_seconds_count") == 2
+        assert fake.value("time_in_queue_requests_sum") == seconds(fake, "queue_time")
         end_to_end = fake.value("e2e_request_latency_seconds_sum")
         assert end_to_end == pytest.approx(seconds(fake, "queue_time") + seconds(fake, "inference_time"), abs=0.02)
         assert seconds(fake, "inference_time") == pytest.approx(
@@ -81,6 +83,7 @@ async def test_prefix_hits_and_queries() -> None:
         await fake.collect(PROMPT, max_tokens=2, seed=1, n=2)
         assert (fake.value("prefix_cache_queries_total"), fake.value("prefix_cache_hits_total")) == (28, 12)
         assert fake.value("gpu_prefix_cache_hit_rate") == pytest.approx(12 / 28)
+        assert fake.value("prompt_tokens_cached_total") == 12
         await fake.client.reset_prefix_cache()
         await fake.collect(PROMPT, max_tokens=2, seed=1)
         assert (fake.value("prefix_cache_queries_total"), fake.value("prefix_cache_hits_total")) == (42, 12)
@@ -94,6 +97,9 @@ async def test_forced_preemptions_and_tokens() -> None:
         await asyncio.gather(*jobs)
         computed = sum(map(sum, fake.shapes))
         assert fake.value("num_preemptions_total") > 0 and computed > 4 * (15 + 39)
+        assert fake.value("request_num_preemptions_sum") == fake.value("num_preemptions_total")
+        assert fake.value("request_num_preemptions_count") == 4
+        assert fake.value("cpu_prefix_cache_hit_rate") == 0, "nothing is swapped"
         assert fake.value("iteration_tokens_total_sum") == computed
         assert fake.value("iteration_tokens_total_count") == len(fake.shapes)
         assert max(usages) > 0.8 and fake.value("kv_cache_usage_perc") == 0
@@ -116,6 +122,67 @@ async def test_forced_swapping() -> None:
         assert all((count > 0) == (usage > 0) and usage <= 1 for count, usage in seen)
         assert fake.value("num_requests_swapped") == fake.value("cpu_cache_usage_perc") == 0
         assert fake.value("num_preemptions_total") > 0
+        # Host memory has room for one of the preempted sequences: the others are computed anew.
+        assert 0 < fake.value("cpu_prefix_cache_hit_rate") < 1
+
+
+async def test_who_waits_for_what() -> None:
+    def waiting(fake: Fake) -> dict[str, float]:
+        return {why: fake.value("num_requests_waiting_by_reason", reason=why) for why in WAITING_REASONS}
+
+    async with served_fake(0.03, max_num_seqs=2) as fake:
+        seen: list[dict[str, float]] = []
+        fake.client.on_step.append(lambda step: seen.append(waiting(fake)))
+        prompt = list(range(1, 41))  # three steps: the second request has come when the last of them has room for it
+        same = [asyncio.create_task(fake.collect(prompt, max_tokens=20, seed=k)) for k in range(2)]
+        await until(lambda: fake.value("num_requests_running") == 2)
+        assert {"capacity": 0, "deferred": 1, "asleep": 0} in seen, "the prompt is the same: one computes it"
+        third = asyncio.create_task(fake.collect([9], max_tokens=2, seed=1))
+        await until(lambda: waiting(fake) == {"capacity": 1, "deferred": 0, "asleep": 0})
+        await fake.client.sleep(1)
+        await until(lambda: waiting(fake) == {"capacity": 0, "deferred": 0, "asleep": 3})
+        await fake.client.wake_up()
+        await asyncio.gather(*same, third)
+        assert waiting(fake) == {"capacity": 0, "deferred": 0, "asleep": 0}
+
+
+async def test_the_state_of_a_sleeping_engine() -> None:
+    def state(fake: Fake) -> str:
+        (found,) = (name for name in SLEEP_STATES.values() if fake.value("engine_sleep_state", sleep_state=name))
+        return found
+
+    async with served_fake() as fake:
+        assert state(fake) == "awake"
+        for level in (0, 1, 2):
+            await fake.client.sleep(level)
+            await until(lambda level=level: state(fake) == SLEEP_STATES[level])
+        await fake.client.wake_up(["weights"])
+        assert state(fake) == "discard_all", "the KV cache is still missing"
+        await fake.client.wake_up()
+        await until(lambda: state(fake) == "awake")
+
+
+async def test_the_longest_choice_of_a_request() -> None:
+    async with served_fake() as fake:
+        await fake.collect(PROMPT, max_tokens=5, temperature=0, n=3)
+        await fake.collect(PROMPT, max_tokens=7, seed=1)
+        assert fake.value("request_max_num_generation_tokens_sum") == 5 + 7
+        assert fake.value("request_max_num_generation_tokens_count") == 2
+        assert fake.value("request_generation_tokens_sum") == 3 * 5 + 7
+
+
+@pytest.mark.parametrize("caching", [False, True], ids=["forgotten", "reused"])
+async def test_how_long_blocks_keep_their_content(caching: bool) -> None:
+    """14 tokens and two computed ones fill four blocks, of which a cache keeps those that are full."""
+    async with served_fake(enable_prefix_caching=caching, num_gpu_blocks_override=16) as fake:
+        begin = time.monotonic()
+        await fake.collect(PROMPT, max_tokens=3, seed=1)
+        await until(lambda: fake.value("kv_cache_usage_perc") == 0)
+        assert fake.value("kv_block_lifetime_seconds_count") == (0 if caching else 4)
+        for first in range(20, 26):  # takes all blocks in turn
+            await fake.collect([first] * 30, max_tokens=3, seed=1)
+        assert fake.value("kv_block_lifetime_seconds_count") >= 4
+        assert 0 < fake.value("kv_block_lifetime_seconds_sum") < 64 * (time.monotonic() - begin)
 
 
 async def test_every_request_has_one_time_to_first_token() -> None:

@@ -10,16 +10,17 @@ import xgrammar as xg
 
 from fuseline.api.config import demo_dir
 from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.tokenizer_files import read_tokenizer
 from fuseline.api.prompt.vocabulary import make_vocabulary
 from fuseline.engine.messages import GrammarSpec, Vocabulary
-from fuseline.engine.run.grammar.worker import _compile, tokenizer_info
+from fuseline.engine.run.grammar.worker import compile_grammar, tokenizer_info
 
 CLOSERS = b'"}],'
 
 
 @cache
 def demo_vocabulary() -> Vocabulary:
-    tokenizer = TextTokenizer(str(demo_dir()))
+    tokenizer = TextTokenizer(read_tokenizer(str(demo_dir())))
     made = make_vocabulary(tokenizer, (tokenizer.eos_id,))
     return Vocabulary(tokens=made.tokens, eos_token_ids=made.eos_token_ids, vocab_size=len(made.tokens))
 
@@ -30,7 +31,7 @@ def demo_info() -> xg.TokenizerInfo:
 
 
 def compiled(spec: GrammarSpec) -> xg.CompiledGrammar:
-    return _compile(spec, demo_info())
+    return compile_grammar(spec, demo_info())
 
 
 def walk(grammar: xg.CompiledGrammar, seed: int, most: int = 300) -> str | None:

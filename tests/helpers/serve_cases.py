@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 BIN = Path(sys.executable).parent
-
+SERVE = (str(BIN / "fuseline"), "serve")
 START_SECONDS = 180
 
 
@@ -27,13 +27,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(tmp_path: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def server(tmp_path: Path, *flags: str, command: Sequence[str] = SERVE) -> Iterator[tuple[str, subprocess.Popen]]:
     """A running server's base URL and process; ended by SIGTERM, which must exit with 0."""
     port = free_port()
     log = tmp_path / "server.log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [str(BIN / "fuseline"), "serve", "--port", str(port), *flags],
+            [*command, "--port", str(port), *flags],
             stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path, env=os.environ | {"FUSELINE_CACHE_ROOT": str(tmp_path)},
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fake_model import FakeModel, fake_config
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fuseline.api.metrics import Metrics
@@ -17,6 +18,7 @@ from fuseline.api.output.events import Event, PromptInfo
 from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.watch import RequestWatch
 from fuseline.engine.client import EngineClient
+from fuseline.engine.config import CacheConfig
 from fuseline.engine.messages import EngineRequest, SamplingParams
 from fuseline.engine.run.sampler_reference import reference_device
 
@@ -43,7 +45,8 @@ class Fake:
 
     def __init__(self, client: EngineClient, shapes: list[list[int]]) -> None:
         self.client, self.shapes = client, shapes
-        self.metrics = Metrics("fuseline:", "fake", client.ready)
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics("fuseline:", "fake", client.ready, CacheConfig(), self.registry)
         client.on_step.append(self.metrics.on_step)
 
     async def collect(
@@ -66,7 +69,7 @@ class Fake:
 
     def value(self, sample: str, **labels: str) -> float:
         """Value of one sample of the metrics; `sample` is its name without the prefix."""
-        for family in text_string_to_metric_families(self.metrics.text().decode()):
+        for family in text_string_to_metric_families(generate_latest(self.registry).decode()):
             for found in family.samples:
                 if found.name == f"fuseline:{sample}" and labels.items() <= found.labels.items():
                     return found.value

@@ -17,7 +17,7 @@ import msgspec
 
 from fuseline.engine.config import GrammarConfig
 from fuseline.engine.messages import GrammarSpec, Vocabulary
-from fuseline.engine.run.grammar.worker import Answer, Compiled, Failed, read_frame, tokenizer_info, write_frame
+from fuseline.engine.run.grammar.worker import Answer, Failed, compile_grammar, read_frame, tokenizer_info, write_frame
 
 if TYPE_CHECKING:
     import xgrammar as xg
@@ -128,15 +128,14 @@ class GrammarCompiler:
             raise GrammarError(f"the grammar cannot be compiled: {answer.message}")
         if answer.num_bytes > self._config.grammar_cache_bytes:
             raise GrammarError("the compiled grammar is too large (--grammar-cache-bytes)")
-        return self._load(answer)
+        return self._compile_here(spec), answer.num_bytes
 
-    def _load(self, answer: Compiled) -> tuple[xg.CompiledGrammar, int]:
-        import xgrammar as xg
-
+    def _compile_here(self, spec: GrammarSpec) -> xg.CompiledGrammar:
+        """Once more, now that it is known to take little time and memory: the result stays in the engine's process."""
         with self._info_lock:
             if self._info is None:
                 self._info = tokenizer_info(self._vocabulary)
-        return xg.CompiledGrammar.deserialize_json(answer.text.decode(), self._info), answer.num_bytes
+        return compile_grammar(spec, self._info)
 
 
 class _Worker:

@@ -41,6 +41,7 @@ class GrammarState:
         self._is_broken = False
         self._ends_mask = _bits(self._ends, vocab_size)
         self._width = -(-vocab_size // 32)
+        self._scratch = torch.empty((1, self._width), dtype=torch.int32)
         self._planned: tuple[int, np.ndarray] = (-1, np.empty((0, self._width), np.int32))
         self.num_seen = 0
         """Generated tokens taken so far."""
@@ -86,7 +87,7 @@ class GrammarState:
             masks.append(self._mask(len(found)))
         if found:
             self._matcher.rollback(len(found))
-        self._planned = (self.num_seen, np.stack(masks))
+        self._planned = (self.num_seen, np.stack(masks) if found else masks[0][None])
         return found
 
     def _accept(self, token: int) -> None:
@@ -103,21 +104,22 @@ class GrammarState:
         return bool(mask[token // 32] >> (token % 32) & 1)
 
     def _mask(self, num_drafts: int) -> np.ndarray:
-        mask = np.full(self._width, -1, np.int32)
+        mask = self._scratch.numpy()[0]
+        mask.fill(-1)
         if self._is_broken:
             mask[:] = 0
         elif not self._is_open:
             mask &= ~self._ends_mask
         elif not self._matcher.is_terminated():
             begin = time.perf_counter()
-            self._matcher.fill_next_token_bitmask(torch.from_numpy(mask)[None])
+            self._matcher.fill_next_token_bitmask(self._scratch)
             if time.perf_counter() - begin > SLOW_SECONDS:
                 logger.warning("a grammar is too slow to be served: its request ends")
                 self._is_broken = True
                 mask[:] = 0
             if self.num_seen + num_drafts < self._min_tokens and (mask & ~self._ends_mask).any():
                 mask &= ~self._ends_mask
-        return mask
+        return mask.copy()
 
 
 def _bits(tokens: Seq[int], vocab_size: int) -> np.ndarray:

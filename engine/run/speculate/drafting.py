@@ -29,6 +29,7 @@ class Drafting:
         self._rope_threshold = rope_threshold
         self.num_drafts = 0
         self.num_accepted = 0
+        self.num_emitted = 0
 
     def propose(self) -> None:
         """Put drafts behind the known tokens of all sequences that have nothing else to compute but their last one."""
@@ -42,9 +43,11 @@ class Drafting:
             bad = (k for k, token in enumerate(drafts) if not 0 <= token < self._vocab_size)
             rows.set_drafts(row, drafts[: next(bad, len(drafts))])
 
-    def note(self, num_drafts: int, num_accepted: int) -> None:
-        self.num_drafts += num_drafts
+    def note(self, num_drafts: np.ndarray, num_accepted: int) -> None:
+        """Count a step: num_drafts [R] of its sequences, and the drafts that were kept."""
+        self.num_drafts += int(num_drafts.sum())
         self.num_accepted += num_accepted
+        self.num_emitted += num_accepted + int(np.count_nonzero(num_drafts))
 
     def _limit(self, row: int, known: int) -> int:
         """Drafts that a row may bring: at most a token more is kept, up to its end, and all use one rope table."""

@@ -53,7 +53,7 @@ async def test_endless_text_and_memory_are_refused_in_words(pool: PromptPool, fa
 async def test_a_process_that_ends_fails_its_request_alone(pool: PromptPool) -> None:
     spinning = asyncio.create_task(pool.prepare("chat", [turned_on("spin")]))
     await asyncio.sleep(0.3)
-    (busy,) = pool._busy
+    (busy,) = pool.processes.busy
     busy._process.kill()
     with pytest.raises(ApiError) as failed:
         await spinning
@@ -67,7 +67,7 @@ async def test_a_client_that_leaves_frees_its_place(pool: PromptPool) -> None:
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
-    assert not pool._busy
+    assert not pool.processes.busy
     assert isinstance(await pool.prepare("chat", [chat()]), Prepared)
 
 
@@ -87,7 +87,7 @@ async def test_requests_that_hang_run_on_beside_others_until_there_are_too_many(
     codes = [error.code for error in results]
     assert set(codes) == {"prompt_workers_busy", "request_too_slow"} and codes.count("request_too_slow") >= 4
     assert all((error.status == 503) == (error.code == "prompt_workers_busy") for error in results)
-    assert pool._num_free == 1 and not pool._busy and not pool._slow and not pool._waiting
+    assert pool._num_free == 1 and not pool.processes.busy and not pool._slow and not pool._waiting
 
 
 @pytest.mark.parametrize("num_hung", [2, 7, 40])
@@ -107,7 +107,7 @@ async def test_a_crowd_of_requests_that_hang_delays_no_other(num_hung: int) -> N
             task.cancel()
         await asyncio.gather(*hung, return_exceptions=True)
         assert sorted(waits)[4] < 1.0 and max(waits) < 3.0, waits
-        assert pool._num_free == 2 and not pool._busy and not pool._slow and not pool._waiting
+        assert pool._num_free == 2 and not pool.processes.busy and not pool._slow and not pool._waiting
     finally:
         pool.close()
 
@@ -166,7 +166,7 @@ async def test_processes_are_used_again() -> None:
         used: set[int] = set()
         for _ in range(3):
             await asyncio.gather(*(pool.prepare("chat", [chat()]) for _ in range(40)))
-            used |= {process._process.pid for process in pool._idle}
+            used |= {process._process.pid for process in pool.processes.idle}
         assert len(used) <= 6  # two places, two kept ready, and room for two that a busy machine made slow
     finally:
         pool.close()

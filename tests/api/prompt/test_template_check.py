@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fuseline.api.config import ConfigError, read_environment
 from fuseline.api.config_resolve import resolve
+from fuseline.api.prompt import template_check
 from fuseline.api.prompt.chat import template_text
 from fuseline.api.prompt.template import ChatTemplate
 from fuseline.api.prompt.template_check import check_template
+from fuseline.compile.cache.files import entries
 
+CHANGES = [
+    {"prompt_timeout": 3.0}, {"prompt_memory": 2**28}, {"max_prompt_bytes": 10**6},
+    {"default_chat_template_kwargs": {"a": 1}}, {"chat_template_content_format": "openai"},
+]  # fmt: skip
+"""Flags on which the outcome depends."""
 FAULTS = {
     "{{ 'x' * 10**10 }}": "--prompt-memory",
     "{{ ('x' * 10**10)[:1] }}": "--prompt-memory",
@@ -29,17 +37,49 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("text", FAULTS, ids=lambda text: text[:40])
-def test_a_template_that_cannot_be_used_is_refused_in_one_line(text: str) -> None:
-    flags = {"model": "demo", "prompt_timeout": 3.0, "prompt_memory": 256 * 2**20}
+def test_a_template_that_cannot_be_used_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    flags = {"model": "demo", "prompt_timeout": 3.0, "prompt_memory": 256 * 2**20, "cache_dir": str(tmp_path)}
     begin = time.monotonic()
     with pytest.raises(ConfigError, match=FAULTS[text]) as refused:
         check_template(resolve(flags, read_environment({})), text, {})
     assert "\n" not in str(refused.value) and time.monotonic() - begin < 20
+    assert not entries(tmp_path), "it must be refused at the next start too"
 
 
 @pytest.mark.parametrize("text", ["{{ messages[0].content }}", "{{ raise_exception('no system prompt') }}"])
-def test_what_a_template_says_about_the_trial_is_no_fault(text: str) -> None:
-    check_template(resolve({"model": "demo"}, read_environment({})), text, {})
+def test_what_a_template_says_about_the_trial_is_no_fault(text: str, tmp_path: Path) -> None:
+    check_template(resolve({"model": "demo", "cache_dir": str(tmp_path)}, read_environment({})), text, {})
+
+
+def test_a_template_that_has_passed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(template_check, "_try_apart", lambda _, text, tokens: tried.append((text, tokens)))
+
+    def check(text: str = "{{ messages[0].content }}", tokens: dict[str, str] | None = None, **flags: Any) -> int:
+        config = resolve({"model": "demo", "cache_dir": str(tmp_path), **flags}, read_environment({}))
+        check_template(config, text, tokens or {})
+        return len(tried)
+
+    assert check() == check() == 1
+    assert check(text="{{ messages }}") == check(text="{{ messages }}") == 2
+    assert check(tokens={"bos_token": "<s>"}) == 3
+    for count, flags in enumerate(CHANGES, start=4):
+        assert check(**flags) == check(**flags) == count
+    assert [entry.kind for entry in entries(tmp_path)] == ["templates"] * len(tried)
+    (first, *_) = entries(tmp_path)
+    first.path.write_text("damaged")
+    assert check() == check() and len(tried) <= 4 + len(CHANGES)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(template_check, "_try_apart", lambda *_: tried.append(1))
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    config = resolve({"model": "demo", "cache_dir": str(blocked)}, read_environment({}))
+    for count in (1, 2):
+        check_template(config, "{{ messages }}", {})
+        assert len(tried) == count
 
 
 @pytest.mark.parametrize("text", [text for text in FAULTS if "--prompt" in FAULTS[text]], ids=lambda text: text[:40])

@@ -9,9 +9,11 @@ from fake_model import BLOCK_SIZE, NAN_TOKEN, VOCAB_SIZE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from overlap_cases import REQUESTS, answers
+from prometheus_client import CollectorRegistry
 from speculation_cases import FakeDrafter
 
 from fuseline.api.metrics import Metrics
+from fuseline.engine.config import CacheConfig
 from fuseline.engine.messages import EngineReady
 from fuseline.engine.run.speculate.drafting import kept_positions
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
@@ -102,14 +104,24 @@ def test_kept_drafts_cross_the_rope_threshold_while_their_sequence_is_evicted(or
 def test_drafts_are_counted_for_the_metrics() -> None:
     walk = Walk(make_engine(drafter=FakeDrafter(wrong=3)))
     ready = EngineReady(48, 64, 40, 4, "float32", "float32", (0,), "Fake")
-    metrics = Metrics("fuseline:", "fake", ready)
+    registry = CollectorRegistry()
+    metrics = Metrics("fuseline:", "fake", ready, CacheConfig(), registry)
     walk.submit(PROMPT, max_tokens=20, temperature=0.0)
     while walk.engine.has_work:
         metrics.on_step(walk.engine.step())
-    drafting, text = walk.engine.drafting, metrics.text().decode()
-    for name, count in (("draft", drafting.num_drafts), ("accepted", drafting.num_accepted)):
-        assert f'spec_decode_num_{name}_tokens_total{{model_name="fake"}} {count:.1f}' in text
+    drafting = walk.engine.drafting
+
+    def value(name: str) -> float:
+        return registry.get_sample_value(f"fuseline:spec_decode_{name}", {"model_name": "fake"})
+
+    counts = [value(f"num_{name}_tokens_total") for name in ("draft", "accepted", "emitted")]
+    assert counts == [drafting.num_drafts, drafting.num_accepted, drafting.num_emitted]
     assert 0 < drafting.num_accepted < drafting.num_drafts
+    # The first token comes with the prompt, the last one may come without a draft; all others are emitted.
+    assert 18 <= drafting.num_emitted <= 19
+    num_verified = drafting.num_emitted - drafting.num_accepted
+    assert value("draft_acceptance_rate") == drafting.num_accepted / drafting.num_drafts
+    assert value("efficiency") == drafting.num_emitted / (drafting.num_drafts + num_verified)
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 9))
