@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +14,7 @@ from tokenizers import AddedToken
 
 from fuseline.api.output.events import Done, Event, Prompt, PromptInfo, TextDelta
 from fuseline.api.output.generation import TextOptions, make_choices
-from fuseline.api.output.logprobs import LogprobWriter
+from fuseline.api.output.logprobs import LogprobWriter, encode_pieces
 from fuseline.api.output.openai_completion import CompletionWriter, Shape
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.prompt.encode import TextTokenizer
@@ -206,8 +205,11 @@ async def test_streamed_log_probabilities_are_the_whole_ones(echo: bool) -> None
         folding.fold(asked, events)
     whole = json.loads(b"".join(await folding.whole()))["choices"][0]
     streaming, asked = await writer()
-    chunks = [c for events in outputs for c in streaming.chunks(asked, events)]
-    streamed = [json.loads(msgspec.json.encode(chunk))["choices"][0] for chunk in chunks]
+    chunks = []
+    for events in outputs:
+        is_long = streaming.is_long(asked, events)
+        chunks += await streaming.long_chunks(asked, events) if is_long else streaming.chunks(asked, events)
+    streamed = [json.loads(b"".join(encode_pieces(chunk)))["choices"][0] for chunk in chunks]
     assert "".join(chunk["text"] for chunk in streamed) == whole["text"]
     for key, values in whole["logprobs"].items():
         assert [v for chunk in streamed if chunk["logprobs"] for v in chunk["logprobs"][key]] == values
