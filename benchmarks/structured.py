@@ -23,6 +23,7 @@ from schema_cases import schemas  # noqa: E402
 
 STREAMS = 16
 NUM_TOKENS = 200
+ROUNDS = 9
 CHAT = "/v1/chat/completions"
 WIDE = {
     "type": "object",
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=320)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    llm = LLM("demo", show_progress=False)
+    llm = LLM("demo", show_progress=False, disable_frontend_multiprocessing=False)  # the engine as servers have it
     try:
         ask(llm, [{"guided_choice": ["a"], "max_tokens": 5}])  # starts the process that compiles
         print("first compile of 200 properties: %.0f ms with its first token" % (1000 * seconds(llm, [wide()])))
@@ -62,7 +63,7 @@ def throughput(llm: LLM) -> None:
     held = [{"guided_json": LINES, "seed": seed} for seed in range(STREAMS)]
     rates: dict[str, list[float]] = {"free": [], "schema": []}
     ask(llm, held)
-    for _ in range(3):
+    for _ in range(ROUNDS):
         for name, requests in (("free", free), ("schema", held)):
             begin = time.perf_counter()
             answers = ask(llm, requests)

@@ -77,7 +77,7 @@ class Engine:
         self.requests = Requests(config, info, self.scheduler, self.max_model_len, self.grammars)
         threshold = info.rope_switch.threshold if info.rope_switch else None
         self.drafting = Drafting(drafter, self.rows, info.vocab_size, threshold) if drafter else None
-        self.forced = ForcedTokens(self.rows, threshold) if can_jump else None
+        self.forced = ForcedTokens(self.runner.sampler.masks, self.rows, threshold) if can_jump else None
         self.sleep_level = AWAKE
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fuseline.engine.messages import SamplingParams
-from fuseline.engine.run.grammar.masks import bitmask_of
+from fuseline.engine.run.grammar.masks import GrammarMasks
 from fuseline.engine.run.histories import Histories, History
 from fuseline.engine.run.row_edits import RowEdit
 from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments, is_raw
@@ -42,6 +42,7 @@ class Sampler:
         """`histories`: those of a device that keeps them; without them all tokens are known when a batch is filled."""
         self.rows = rows
         self.histories = histories
+        self.masks = GrammarMasks(rows, vocab_size)
         self.vocab_size = vocab_size
         self.mode = LOGPROBS_MODES.index(logprobs_mode)
         self._settings: RowSettings | None = None
@@ -64,7 +65,7 @@ class Sampler:
         if settings.has_edits:
             arguments.edits = self._edits(batch)
         if settings.has_grammar:
-            arguments.inputs["bitmask"] = bitmask_of(batch, self.rows, self.vocab_size)
+            arguments.inputs["bitmask"] = self.masks.of_batch(batch)
         if not settings.has_any_history:
             return
         if self.histories is None:

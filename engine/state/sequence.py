@@ -34,6 +34,13 @@ class TokenGrammar(Protocol):
 
     num_seen: int
     """Generated tokens taken so far."""
+    matcher: Any
+    """Of xgrammar, behind the tokens taken."""
+    is_plain: bool
+    """Whether `mask` is what the matcher fills, and nothing else."""
+
+    def mask(self) -> np.ndarray:
+        """[W]: tokens that may come next."""
 
     def advance(self, tokens: Seq[int]) -> None:
         """Take the generated tokens that follow those seen."""

@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
+import time
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
-from fuseline.engine.run.grammar.matcher import MOST_FORCED
+from fuseline.engine.run.grammar.matcher import MOST_FORCED, SLOW_SECONDS
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
 from fuseline.engine.state.sequence import TokenGrammar
 
+if TYPE_CHECKING:
+    import xgrammar as xg
 
-def bitmask_of(batch: ScheduledBatch, rows: RequestRows, vocab_size: int) -> torch.Tensor:
-    """[N, ceil(V / 32)] int32: the tokens that each sampling position may take; all for rows without a grammar.
+MIN_GAIN = 0.25
+"""Drafts for each sequence of a step from which on they pay: a CPU step with drafts takes about a fifth longer."""
 
-    All tokens before the first position of a row with a grammar are known.
+
+class GrammarMasks:
+    """Masks of the rows with a grammar, W = ceil(V / 32) int32 words with a bit for each token. All rows that a step
+    needs are filled in one call.
     """
-    places = batch.rows[batch.sampling]
-    masks = np.full((len(places), -(-vocab_size // 32)), -1, np.int32)
-    first = np.searchsorted(batch.sampling, batch.sampling)
-    for begin in np.flatnonzero((first == np.arange(len(places))) & rows.has_grammar[places]).tolist():
-        row, length, end = int(places[begin]), int(batch.lengths[begin]), begin
-        while end < len(places) and first[end] == begin:
-            end += 1
-        state = _catch_up(rows, row, length)
-        drafts = rows.tokens[row, length : length + end - begin - 1].tolist()
-        masks[begin:end] = state.masks(drafts)
-    return torch.from_numpy(masks)
+
+    def __init__(self, rows: RequestRows, vocab_size: int) -> None:
+        self._rows = rows
+        num_rows = len(rows.sequences)
+        self._masks = np.zeros((num_rows, -(-vocab_size // 32)), np.int32)
+        self._length = np.zeros(num_rows, np.int64)  # tokens before what the mask allows
+        self._generation = np.zeros(num_rows, np.int64)  # of the row, when it was filled; a row in use has 1 or more
+        self._filler: xg.BatchGrammarMatcher | None = None
+
+    def next(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """[R, W]: the tokens that may follow the first `lengths` [R] of the rows [R], which are known."""
+        is_stale = self._length[rows] != lengths
+        is_stale |= self._generation[rows] != self._rows.generation[rows]
+        if is_stale.any():
+            self._fill(rows[is_stale], lengths[is_stale])
+        return self._masks[rows]
+
+    def of_batch(self, batch: ScheduledBatch) -> torch.Tensor:
+        """[N, W]: the tokens that each sampling position may take; all for rows without a grammar.
+
+        All tokens before the first position of a row with a grammar are known.
+        """
+        places = batch.rows[batch.sampling]
+        has_grammar = self._rows.has_grammar[places]
+        masks = np.full((len(places), self._masks.shape[1]), -1, np.int32)
+        if batch.num_drafts is not None:
+            is_drafted = has_grammar & (batch.num_drafts[batch.sampling] > 0)
+            self._fill_drafted(masks, batch, is_drafted)
+            has_grammar &= ~is_drafted
+        masks[has_grammar] = self.next(places[has_grammar], batch.lengths[has_grammar])
+        return torch.from_numpy(masks)
+
+    def state(self, row: int, length: int) -> TokenGrammar:
+        """Where a row is behind its first `length` tokens."""
+        rows = self._rows
+        state = rows.sequences[row].grammar
+        begin = int(rows.prompt_len[row]) + state.num_seen
+        if begin < length:
+            state.advance(rows.tokens[row, begin:length].tolist())
+        return state
+
+    def _fill(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        states = {row: self.state(row, length) for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)}
+        plain = [row for row, state in states.items() if state.is_plain]
+        begin = time.perf_counter()
+        self._masks[plain] = -1
+        if plain:
+            self._fill_plain([states[row].matcher for row in plain], plain)
+        if time.perf_counter() - begin > SLOW_SECONDS:
+            plain = []  # one by one, so that the slow one is found
+        for row in states.keys() - plain:
+            self._masks[row] = states[row].mask()
+        self._length[rows], self._generation[rows] = lengths, self._rows.generation[rows]
+
+    def _fill_plain(self, matchers: list[xg.GrammarMatcher], rows: list[int]) -> None:
+        if self._filler is None:
+            import xgrammar as xg
+
+            self._filler = xg.BatchGrammarMatcher(max_threads=1)
+        self._filler.batch_fill_next_token_bitmask(matchers, torch.from_numpy(self._masks), rows)
+
+    def _fill_drafted(self, masks: np.ndarray, batch: ScheduledBatch, is_drafted: np.ndarray) -> None:
+        """Those of the positions [N] of rows with drafts."""
+        begins = np.searchsorted(batch.sampling, np.unique(batch.sampling[is_drafted]))
+        for begin in begins.tolist():
+            index, length = int(batch.sampling[begin]), int(batch.lengths[begin])
+            row, count = int(batch.rows[index]), int(batch.num_drafts[index])
+            drafts = self._rows.tokens[row, length : length + count].tolist()
+            masks[begin : begin + count + 1] = self.state(row, length).masks(drafts)
 
 
 class ForcedTokens:
@@ -36,30 +102,28 @@ class ForcedTokens:
 
     num_tokens = MOST_FORCED
 
-    def __init__(self, rows: RequestRows, rope_threshold: int | None) -> None:
-        self._rows = rows
+    def __init__(self, masks: GrammarMasks, rows: RequestRows, rope_threshold: int | None) -> None:
+        self._masks, self._rows = masks, rows
         self._rope_threshold = rope_threshold
 
     def propose(self) -> None:
-        """For sequences that have nothing else to compute but their last token, and no other drafts."""
+        """For sequences that have nothing else to compute but their last token, if the step gains by it."""
         rows = self._rows
         if not rows.has_grammar.any():
             return
-        ready = rows.has_grammar & (rows.num_remaining() == 1) & (rows.num_known >= rows.prompt_len)
-        for row in np.flatnonzero(ready).tolist():
-            known = int(rows.num_known[row])
-            limit = min(MOST_FORCED, int(rows.end[row]) - 1 - known)
-            if self._rope_threshold is not None and rows.variant[row] == 0:
-                limit = min(limit, self._rope_threshold - known)
-            if limit > 0 and known > rows.prompt_len[row]:
-                rows.set_drafts(row, _catch_up(rows, row, known).forced(limit))
-            else:
-                rows.num_drafts[row] = 0
+        num_remaining = rows.num_remaining()
+        ready = np.flatnonzero(rows.has_grammar & (num_remaining == 1) & (rows.num_known > rows.prompt_len))
+        rows.num_drafts[ready] = 0
+        is_narrow = np.count_nonzero(self._masks.next(ready, rows.num_known[ready]), axis=1) == 1
+        found = {row: self._forced(row) for row in ready[is_narrow].tolist()}
+        if sum(map(len, found.values())) < MIN_GAIN * np.count_nonzero(num_remaining):
+            return
+        for row, tokens in found.items():
+            rows.set_drafts(row, tokens)
 
-
-def _catch_up(rows: RequestRows, row: int, length: int) -> TokenGrammar:
-    state = rows.sequences[row].grammar
-    begin = int(rows.prompt_len[row]) + state.num_seen
-    if begin < length:
-        state.advance(rows.tokens[row, begin:length].tolist())
-    return state
+    def _forced(self, row: int) -> list[int]:
+        rows, known = self._rows, int(self._rows.num_known[row])
+        limit = min(MOST_FORCED, int(rows.end[row]) - 1 - known)
+        if self._rope_threshold is not None and rows.variant[row] == 0:
+            limit = min(limit, self._rope_threshold - known)
+        return self._masks.state(row, known).forced(limit)

@@ -33,7 +33,7 @@ class GrammarState:
         import xgrammar as xg
 
         self._ends = params.ending_token_ids
-        self._matcher = xg.GrammarMatcher(compiled, override_stop_tokens=list(self._ends))
+        self.matcher = xg.GrammarMatcher(compiled, override_stop_tokens=list(self._ends))
         self._starts_after = params.grammar.starts_after
         self._min_tokens = params.min_tokens
         self._tail: tuple[int, ...] = ()
@@ -45,6 +45,12 @@ class GrammarState:
         self._planned: tuple[int, np.ndarray] = (-1, np.empty((0, self._width), np.int32))
         self.num_seen = 0
         """Generated tokens taken so far."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `mask` is what the matcher fills, and nothing else."""
+        is_held = self._is_open and not self._is_broken and self.num_seen >= self._min_tokens
+        return is_held and not self.matcher.is_terminated()
 
     def advance(self, tokens: Seq[int]) -> None:
         """Take the generated tokens that follow those seen."""
@@ -59,7 +65,7 @@ class GrammarState:
         length, planned = self._planned
         if length == self.num_seen and len(drafts) < len(planned):
             return planned[: 1 + len(drafts)]
-        found, num_accepted = [self._mask(0)], 0
+        found, num_accepted = [self.mask(0)], 0
         state = self._tail, self._is_open
         for draft in drafts:
             was_open = self._is_open
@@ -68,9 +74,9 @@ class GrammarState:
                 continue
             self._accept(draft)
             num_accepted += was_open
-            found.append(self._mask(len(found)))
+            found.append(self.mask(len(found)))
         if num_accepted:
-            self._matcher.rollback(num_accepted)
+            self.matcher.rollback(num_accepted)
         self._tail, self._is_open = state
         return np.stack(found)
 
@@ -79,23 +85,23 @@ class GrammarState:
         if not self._is_open or self._is_broken:
             return []
         found: list[int] = []
-        masks = [self._mask(0)]
+        masks = [self.mask(0)]
         while len(found) < limit and (token := _only(masks[-1])) is not None and token not in self._ends:
-            if not self._matcher.accept_token(token):
+            if not self.matcher.accept_token(token):
                 break
             found.append(token)
-            masks.append(self._mask(len(found)))
+            masks.append(self.mask(len(found)))
         if found:
-            self._matcher.rollback(len(found))
+            self.matcher.rollback(len(found))
         self._planned = (self.num_seen, np.stack(masks) if found else masks[0][None])
         return found
 
     def _accept(self, token: int) -> None:
-        if self._is_broken or self._matcher.is_terminated():
+        if self._is_broken or self.matcher.is_terminated():
             return
         if self._is_open:
             # Never false for a token that a mask has allowed. Were it, the request must end rather than go astray.
-            self._is_broken = not self._matcher.accept_token(token)
+            self._is_broken = not self.matcher.accept_token(token)
             return
         self._tail = (*self._tail, token)[-len(self._starts_after) :]
         self._is_open = self._tail == self._starts_after
@@ -103,16 +109,17 @@ class GrammarState:
     def _may(self, mask: np.ndarray, token: int) -> bool:
         return bool(mask[token // 32] >> (token % 32) & 1)
 
-    def _mask(self, num_drafts: int) -> np.ndarray:
+    def mask(self, num_drafts: int = 0) -> np.ndarray:
+        """[W]: what may come next; the last `num_drafts` tokens that the matcher has are drafts."""
         mask = self._scratch.numpy()[0]
         mask.fill(-1)
         if self._is_broken:
             mask[:] = 0
         elif not self._is_open:
             mask &= ~self._ends_mask
-        elif not self._matcher.is_terminated():
+        elif not self.matcher.is_terminated():
             begin = time.perf_counter()
-            self._matcher.fill_next_token_bitmask(self._scratch)
+            self.matcher.fill_next_token_bitmask(self._scratch)
             if time.perf_counter() - begin > SLOW_SECONDS:
                 logger.warning("a grammar is too slow to be served: its request ends")
                 self._is_broken = True
