@@ -131,7 +131,9 @@ class Choice:
         self._detokenizer = start.fork() if start else None
         self._stops = StopStrings(options.stops, options.include_stop)
         self._options = options
-        self._ends = {*request.params.eos_token_ids, *request.params.stop_token_ids}
+        self._ends = set(request.params.ending_token_ids)
+        # What ends a grammar's text is no part of it: with its spelling the text would not be valid.
+        self._shows_end = options.include_stop and request.params.grammar is None
         self._num_tokens = 0
         self._num_characters = 0  # of the text so far, held back or not
         self._is_done = False
@@ -166,7 +168,7 @@ class Choice:
 
     def _feed(self, token: int, is_end: bool) -> tuple[str, str | None]:
         self._num_tokens += 1
-        if self._detokenizer is None or (is_end and not self._options.include_stop):
+        if self._detokenizer is None or (is_end and not self._shows_end):
             return "", None
         text = self._detokenizer.feed(token)
         self._num_characters += len(text)

@@ -16,6 +16,9 @@ SURROGATES = (0xD800, 0xDFFF)
 EVERY_CHAR: Ranges = ((0, SURROGATES[0] - 1), (SURROGATES[1] + 1, MAX_CODE))
 MAX_BYTES = 2**20
 """Longest grammar that is made of a schema or a regex."""
+BLOCK = 32
+"""Repetitions that are counted one by one. xgrammar computes the masks within a longer count token by token of the
+vocabulary, in each step anew; blocks of blocks have masks that are computed once."""
 _UTF8_BORDERS = (0x80, 0x800, 0x1000, 0xD000, 0xE000, 0x10000, 0x40000, 0x100000)
 """Where the first byte of a character, or what may follow it, changes: no range of a set goes across."""
 
@@ -46,6 +49,32 @@ class Rules:
         self._size += len(body)
         if self._size > MAX_BYTES:
             raise too_large()
+
+    def repeat(self, expression: str, fewest: int, most: int | None) -> str:
+        """Like `repeat`, for counts of any size."""
+        if max(fewest, most or 0) <= BLOCK:
+            return repeat(expression, fewest, most)
+        one = self.add(expression, "one")
+        rest = repeat(one, 0, None) if most is None else self._up_to(one, most - fewest)
+        return sequence(self._times(one, fewest), rest)
+
+    def _times(self, one: str, count: int) -> str:
+        if count <= BLOCK:
+            return repeat(one, count, count)
+        blocks, rest = divmod(count, BLOCK)
+        return sequence(self._times(self._block(one), blocks), repeat(one, rest, rest))
+
+    def _up_to(self, one: str, count: int) -> str:
+        """Each count has one derivation: fewer than all whole blocks and a part of one, or all of them and the rest."""
+        if count <= BLOCK:
+            return repeat(one, 0, count)
+        blocks, rest = divmod(count, BLOCK)
+        block = self._block(one)
+        fewer = sequence(self._up_to(block, blocks - 1), repeat(one, 0, BLOCK - 1))
+        return choice([fewer, sequence(self._times(block, blocks), repeat(one, 0, rest))])
+
+    def _block(self, one: str) -> str:
+        return self.add(repeat(one, BLOCK, BLOCK), "block")
 
     def text(self, root: str) -> str:
         """The whole grammar, which begins with the expression `root`."""

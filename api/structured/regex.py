@@ -21,7 +21,6 @@ from fuseline.api.structured.ebnf import (
     intersection,
     normalized,
     of_chars,
-    repeat,
     sequence,
 )
 from fuseline.api.structured.json_text import JSON_ESCAPES, RAW_CHARS, quoted_char
@@ -99,12 +98,12 @@ class RegexGrammar:
 
     def _items(self, items: list[tuple[Any, Any]], is_first: bool, is_last: bool) -> str:
         """`is_first`, `is_last`: nothing comes before, or behind, so that an anchor there says nothing."""
-        parts = []
-        for index, (code, value) in enumerate(items):
-            first = is_first and all(item[0] == codes.AT for item in items[:index])
-            last = is_last and all(item[0] == codes.AT for item in items[index + 1 :])
-            parts.append(self._item(code, value, first, last))
-        return sequence(*parts)
+        texts = [index for index, (code, _) in enumerate(items) if code != codes.AT]
+        begin, end = (texts[0], texts[-1]) if texts else (len(items), -1)
+        return sequence(*(
+            self._item(code, value, is_first and index <= begin, is_last and index >= end)
+            for index, (code, value) in enumerate(items)
+        ))  # fmt: skip
 
     def _item(self, code: Any, value: Any, is_first: bool, is_last: bool) -> str:
         if code in (codes.LITERAL, codes.NOT_LITERAL):
@@ -124,7 +123,7 @@ class RegexGrammar:
         if code in (codes.MAX_REPEAT, codes.MIN_REPEAT):
             fewest, most, inner = value
             body = self._items(list(inner), False, False)
-            return repeat(body, int(fewest), None if most == codes.MAXREPEAT else int(most))
+            return self._rules.repeat(body, int(fewest), None if most == codes.MAXREPEAT else int(most))
         if code == codes.AT and ((value in BEGINS and is_first) or (value in ENDS and is_last)):
             return ""
         what = WORDS.get(code, "an anchor or word border within the text")

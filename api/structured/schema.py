@@ -270,7 +270,7 @@ class SchemaGrammar:
         if pattern is None and name is None:
             if (low, high) == (0, None):
                 return self.any_string()
-            return self.rules.add(sequence(QUOTE, repeat(RAW, low, high), QUOTE), "string")
+            return self.rules.add(sequence(QUOTE, self.rules.repeat(RAW, low, high), QUOTE), "string")
         if pattern is not None and name is not None:
             raise self.refuse("format", "is not supported together with pattern")
         if name is not None and name not in FORMATS:
@@ -310,8 +310,8 @@ class SchemaGrammar:
     def _tail(self, item: str, comma: str, low: int, high: int | None, is_behind: bool) -> str:
         """`low` to `high` items, with a comma before each if others come before."""
         if is_behind:
-            return repeat(f"{comma} {item}", low, high)
-        more = repeat(f"{comma} {item}", max(0, low - 1), None if high is None else high - 1)
+            return self.rules.repeat(f"{comma} {item}", low, high)
+        more = self.rules.repeat(f"{comma} {item}", max(0, low - 1), None if high is None else high - 1)
         return sequence(item, more) if low else repeat(sequence(item, more), 0, 1)
 
 

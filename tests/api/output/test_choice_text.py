@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +14,12 @@ from tokenizers import AddedToken
 
 from fuseline.api.output.events import Done, Event, Prompt, PromptInfo, TextDelta
 from fuseline.api.output.generation import TextOptions, make_choices
-from fuseline.api.output.logprobs import LogprobWriter
+from fuseline.api.output.logprobs import LogprobWriter, encode_pieces
 from fuseline.api.output.openai_completion import CompletionWriter, Shape
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tokenizer_files import TokenizerFiles
-from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams, TokenOutput
+from fuseline.engine.messages import EngineRequest, GrammarSpec, PositionLogprobs, SamplingParams, TokenOutput
 
 
 def built(name: str) -> TextTokenizer:
@@ -146,6 +145,21 @@ def test_stops_at_every_split(text: str, stops: list[str], data: st.DataObject) 
     assert shown == seen[: seen.index(found) + (len(found) if include else 0)]
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("ending", ["eos_token_ids", "masked_eos_token_ids", "stop_token_ids"])
+def test_the_token_that_ends_a_grammar_is_no_text_of_it(ending: str, include: bool) -> None:
+    """Also where EOS is to be ignored, special tokens are shown and the ending is asked for."""
+    ids = (*BYTE_LEVEL.encode("a Paris", False), end := BYTE_LEVEL.token_id("<|im_end|>"))
+    for grammar in (None, GrammarSpec(kind="ebnf", text='root ::= "a Paris"')):
+        if grammar is None and ending == "masked_eos_token_ids":
+            continue
+        params = SamplingParams(**{ending: (end,)}, grammar=grammar)
+        request = EngineRequest(request_id="r", prompt_token_ids=(0,), params=params)
+        (choice,) = make_choices(request, BYTE_LEVEL, TextOptions(include_stop=include, skip_special_tokens=False))
+        shown = text_of([choice.take(TokenOutput(request_id="r", token_ids=ids, finish_reason="stop"))])
+        assert shown == "a Paris" + ("<|im_end|>" if include and grammar is None else "")
+
+
 # Where tokens stand in the text.
 
 TEXT = "é 中 🙂 the sky<|im_end|> Paris é 中"
@@ -191,8 +205,11 @@ async def test_streamed_log_probabilities_are_the_whole_ones(echo: bool) -> None
         folding.fold(asked, events)
     whole = json.loads(b"".join(await folding.whole()))["choices"][0]
     streaming, asked = await writer()
-    chunks = [c for events in outputs for c in streaming.chunks(asked, events)]
-    streamed = [json.loads(msgspec.json.encode(chunk))["choices"][0] for chunk in chunks]
+    chunks = []
+    for events in outputs:
+        is_long = streaming.is_long(asked, events)
+        chunks += await streaming.long_chunks(asked, events) if is_long else streaming.chunks(asked, events)
+    streamed = [json.loads(b"".join(encode_pieces(chunk)))["choices"][0] for chunk in chunks]
     assert "".join(chunk["text"] for chunk in streamed) == whole["text"]
     for key, values in whole["logprobs"].items():
         assert [v for chunk in streamed if chunk["logprobs"] for v in chunk["logprobs"][key]] == values
