@@ -100,6 +100,8 @@ class Engine:
         if self.drafting:
             self.drafting.propose()
         if self.forced:
+            # Steps without a grammar cost nothing more than those of an engine that knows none.
+            self.rows.with_drafts = self.drafting is not None or bool(self.rows.has_grammar.any())
             self.forced.propose()
         return self.scheduler.schedule()
 
