@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from fuseline.api.config import ServerConfig
 from fuseline.api.errors import bad_request
 from fuseline.api.protocol.chat import ChatRequest
@@ -29,15 +31,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "modalities": (["text"],), "verbosity": ("medium",),
 }  # fmt: skip
 """Values that ask for what the server does anyway."""
+ONLY = ("modalities", "verbosity")
+"""Fields of which the server knows one value."""
+
+
+def refuse_fields(request: BaseModel, refused: Mapping[str, str]) -> None:
+    """Raises ApiError 400 for a field of `refused` (name -> why) that asks for something."""
+    for name, why in refused.items():
+        value = getattr(request, name, None)
+        if value and value not in NEUTRAL.get(name, ()):
+            raise bad_request(f"{name} is not supported: {why}", name, "unsupported_value")
 
 
 def check_request(request: GenerateRequest, config: ServerConfig) -> None:
     """Raises ApiError 400 for fields that do not go together, or that this server cannot heed."""
-    for name in (*REFUSED, "modalities", "verbosity"):
-        value = getattr(request, name, None)
-        if value and value not in NEUTRAL.get(name, ()):
-            why = REFUSED.get(name, f"this server knows only {NEUTRAL.get(name, ('',))[0]!r}")
-            raise bad_request(f"{name} is not supported: {why}", name, "unsupported_value")
+    refuse_fields(request, {**REFUSED, **{name: f"this server knows only {NEUTRAL[name][0]!r}" for name in ONLY}})
     if request.stream and request.prompt_logprobs:
         raise bad_request("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
     if request.truncation_side is not None and request.truncate_prompt_tokens is None:

@@ -7,21 +7,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from fuseline.api.errors import bad_request
+from fuseline.api.prompt.field_checks import refuse_fields
 from fuseline.api.prompt.parse import validate
 from fuseline.api.protocol.anthropic import AnthropicMessage, CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-RENAMED = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
+REFUSED = {
+    "container": "this server runs no code",
+    "mcp_servers": "this server calls no tools itself; send them as `tools`",
+    "context_management": "this server edits no history; send the messages that the model should see",
+}
+"""Known fields with nothing here that could heed them -> why. Empty ones ask for nothing and pass."""
+RENAMED = {
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+}
 """Field of the chat request -> the field that the client has sent."""
 
 
 def chat_of_messages(body: CountTokensRequest) -> ChatRequest:
     """Raises ApiError 400."""
+    refuse_fields(body, REFUSED)
     messages = [{"role": "system", "content": _system(body.system)}] if body.system else []
     for k, message in enumerate(body.messages):
         messages += _messages(message, f"messages[{k}]")
-    choice = body.tool_choice or {}
+    choice, output = body.tool_choice or {}, body.output_config or {}
     fields: dict[str, Any] = {
         "model": body.model,
         "messages": messages,
@@ -29,6 +42,9 @@ def chat_of_messages(body: CountTokensRequest) -> ChatRequest:
         "tool_choice": _choice(choice) if choice and body.tools else None,
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
         "chat_template_kwargs": _thinking(body.thinking),
+        "continue_final_message": True if _is_begun(messages) else None,
+        "response_format": _format(output.get("format")),
+        "reasoning_effort": output.get("effort"),
     }
     if isinstance(body, MessagesRequest):
         fields |= {
@@ -66,6 +82,21 @@ def _messages(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
     return found
 
 
+def _is_begun(messages: list[dict[str, Any]]) -> bool:
+    """Whether the last message is the begin of the answer, which goes on behind it."""
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and bool(last["content"]) and not last.get("tool_calls")
+
+
+def _format(given: Any) -> dict[str, Any] | None:
+    if given is None:
+        return None
+    if not isinstance(given, dict) or given.get("type") != "json_schema" or not isinstance(given.get("schema"), dict):
+        where = "output_config.format"
+        raise bad_request(f'{where} must be {{"type": "json_schema", "schema": SCHEMA}}', where, "unsupported_value")
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": given["schema"], "strict": True}}
+
+
 def _call(block: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(block.get("name"), str) or not isinstance(block.get("input"), dict):
         raise bad_request(f"{where} needs a name and an input, which is an object", where)
@@ -91,6 +122,7 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
         "name": tool.get("name"),
         "description": tool.get("description"),
         "parameters": tool.get("input_schema"),
+        "strict": tool.get("strict"),
     }
     return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fuseline.api.errors import bad_request
+from fuseline.api.prompt.field_checks import refuse_fields
 from fuseline.api.prompt.parse import validate
 from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.protocol.responses import ResponsesRequest
@@ -24,6 +25,13 @@ SAME = (
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
 """Values of `include` that have something to show here, or ask for nothing."""
+REFUSED = {
+    "background": "send the request and read its stream",
+    "conversation": "send previous_response_id, or the items before as `input`",
+    "prompt": "this server stores no prompts; send `instructions` and `input`",
+    "context_management": "this server edits no history; send the items that the model should see",
+}
+"""Known fields with nothing here that could heed them -> why. Empty ones ask for nothing and pass."""
 RENAMED = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
@@ -57,8 +65,7 @@ def chat_of_responses(body: ResponsesRequest) -> ChatRequest:
 
 
 def _refuse(body: ResponsesRequest) -> None:
-    if body.background:
-        raise bad_request("background is not supported; send the request and read its stream", "background")
+    refuse_fields(body, REFUSED)
     if body.truncation not in (None, "auto", "disabled"):
         raise bad_request('truncation must be "auto" or "disabled"', "truncation")
     for name in body.include or ():

@@ -112,9 +112,8 @@ def _named(choice: Mapping[str, Any], tools: tuple[Tool, ...]) -> Tool:
 
 
 def _refuse_guided(body: GenerateRequest) -> None:
+    """A response_format says how text looks, of which a forced call has none: it goes with any choice."""
     given = next((name for name in GUIDED if getattr(body, name, None) is not None), None)
-    if given is None and body.response_format is not None and body.response_format.type != "text":
-        given = "response_format"
     if given:
         raise bad_request("You can only either use guided decoding or tools, not both.", given)
 

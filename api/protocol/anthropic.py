@@ -21,6 +21,11 @@ class CountTokensRequest(Fields):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    # Known, and refused where they ask for something.
+    container: str | dict[str, Any] | None = None
+    mcp_servers: list[dict[str, Any]] | None = None
+    context_management: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountTokensRequest):
@@ -30,5 +35,8 @@ class MessagesRequest(CountTokensRequest):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     stream: bool | None = None
+    # Anthropic's own, which by their definition change no answer: accepted.
+    cache_control: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    inference_geo: str | None = None

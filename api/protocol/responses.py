@@ -34,7 +34,13 @@ class ResponsesRequest(Fields):
     top_logprobs: int | None = Field(None, ge=0)
     user: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    # Known, and refused where they ask for something.
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    context_management: list[dict[str, Any]] | None = None
     # OpenAI's own, which by their definition change no answer: accepted.
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    max_tool_calls: int | None = None

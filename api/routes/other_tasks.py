@@ -16,6 +16,9 @@ ROUTES: dict[str, tuple[str, ...]] = {
     "Rerank (Score)": ("/rerank", "/v1/rerank", "/v2/rerank"),
     "Transcriptions": ("/v1/audio/transcriptions",),
     "Translations": ("/v1/audio/translations",),
+    "Speech": ("/v1/audio/speech",),
+    "Images": ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations"),
+    "Moderations": ("/v1/moderations",),
 }
 """Name of an API -> its routes. A model that generates text does none of them."""
 

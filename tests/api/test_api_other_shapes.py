@@ -113,6 +113,8 @@ def test_responses_are_kept_and_gone_on_from(api: Api) -> None:
     ("fields", "param"),
     [
         ({}, "input"), ({"input": []}, "input"), ({"input": [{"type": "image_generation_call"}]}, "input[0].type"),
+        ({"input": "x", "conversation": "conv_1"}, "conversation"), ({"input": "x", "prompt": {"id": "p"}}, "prompt"),
+        ({"input": "x", "context_management": [{"type": "compaction"}]}, "context_management"),
         ({"input": "x", "background": True}, "background"), ({"input": "x", "truncation": "x"}, "truncation"),
         ({"input": "x", "include": ["file_search_call.results"]}, "include"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -174,6 +176,21 @@ def test_tokens_are_counted(api: Api) -> None:
     counted = post(api, "/v1/messages/count_tokens", **fields).json()["input_tokens"]
     usage = post(api, "/v1/messages", **fields, max_tokens=1).json()["usage"]
     assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"container": "c"}, "container"), ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
+        ({"context_management": {"edits": [{}]}}, "context_management"),
+        ({"output_config": {"format": {"type": "text"}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
+        ({"tools": [{**BLOCK_TOOL, "strict": "x"}]}, "strict"),
+    ],
+)  # fmt: skip
+def test_refused_messages_name_the_field(api: Api, fields: dict[str, Any], words: str) -> None:
+    error = post(api, "/v1/messages", 400, **{**MESSAGE_ASK, **fields}).json()["error"]
+    assert error["type"] == "invalid_request_error" and words in error["message"]
 
 
 def test_refused_messages_have_anthropics_body(api: Api) -> None:

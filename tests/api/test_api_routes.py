@@ -13,6 +13,8 @@ OTHERS = {
     "/v1/embeddings": "Embeddings", "/pooling": "Pooling", "/classify": "Classification", "/score": "Score",
     "/v1/score": "Score", "/rerank": "Rerank (Score)", "/v1/rerank": "Rerank (Score)", "/v2/rerank": "Rerank (Score)",
     "/v1/audio/transcriptions": "Transcriptions", "/v1/audio/translations": "Translations",
+    "/v1/audio/speech": "Speech", "/v1/images/generations": "Images", "/v1/images/edits": "Images",
+    "/v1/images/variations": "Images", "/v1/moderations": "Moderations",
 }  # fmt: skip
 
 

@@ -198,7 +198,6 @@ REFUSED = {
     "odd strict": ({"tools": [{"function": {"name": "f", "strict": "x"}}]}, "tools[0].function.strict", "true"),
     "guided and required": ({"tool_choice": "required", "guided_regex": "a"}, "guided_regex", "not both"),
     "guided and named": ({"tool_choice": NAMED, "guided_choice": ["a"]}, "guided_choice", "not both"),
-    "format and named": ({"tool_choice": NAMED, "response_format": {"type": "json_object"}}, "response_format", "both"),
     "budget": ({"thinking_token_budget": 5}, "thinking_token_budget", "not supported"),
 }  # fmt: skip
 
@@ -209,6 +208,16 @@ def test_refusals_name_the_field(tooled: Api, name: str) -> None:
     response = tooled.post(CHAT, {"model": "demo", **ASKS, **fields})
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param) and words in error["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=str)
+def test_a_forced_call_goes_before_the_format_of_text(tooled: Api, choice: Any) -> None:
+    shape = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": shape}}
+    fields = {**ASKS, **GREEDY, "tool_choice": choice, "parallel_tool_calls": False}
+    called = tooled.answer(CHAT, **fields, response_format=form)["choices"][0]["message"]["tool_calls"][0]["function"]
+    plainly = tooled.answer(CHAT, **fields)["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert called == plainly and called["name"] == "get_weather"
 
 
 def test_the_model_decides_only_where_the_flags_allow_it(plain: Api) -> None:

@@ -9,7 +9,8 @@ from serve_cases import server
 
 FLAGS = [
     "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3", "--api-key", "key",
-    "--max-num-seqs", "8", "--max-num-queued-reqs", "8", "--max-request-bytes", "200000", "--enable-request-id-headers",
+    "-O1", "--max-num-seqs", "8", "--max-num-queued-reqs", "8", "--max-request-bytes", "200000",
+    "--enable-request-id-headers",
 ]  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import anthropic
 import pytest
-from client_cases import CAPITAL, CITY_SCHEMA, FORECAST, SUM
+from client_cases import CAPITAL, CITY_SCHEMA, FORECAST, SUM, Size
 
 FIELDS: dict[str, Any] = {"model": "demo", "max_tokens": 80, "extra_body": {"temperature": 0}}
 TOOL: dict[str, Any] = {"name": "get_weather", "description": "Weather", "input_schema": CITY_SCHEMA}
@@ -20,6 +21,11 @@ def client(address: str) -> anthropic.Anthropic:
 
 def kinds(message: anthropic.types.Message) -> list[str]:
     return [block.type for block in message.content]
+
+
+def num_input(message: anthropic.types.Message) -> int:
+    """Tokens of the prompt, read from the cache or not."""
+    return message.usage.input_tokens + message.usage.cache_read_input_tokens
 
 
 def test_messages_whole_and_streamed(client: anthropic.Anthropic) -> None:
@@ -61,10 +67,25 @@ def test_thinking(client: anthropic.Anthropic) -> None:
     assert "Paris" in client.messages.create(**FIELDS, messages=history).content[-1].text
 
 
+def test_structured_output(client: anthropic.Anthropic) -> None:
+    assert isinstance(client.messages.parse(**FIELDS, messages=CAPITAL, output_format=Size).parsed_output, Size)
+    output = {"format": {"type": "json_schema", "schema": CITY_SCHEMA}, "effort": "low"}
+    with client.messages.stream(**FIELDS, messages=CAPITAL, output_config=output) as stream:
+        assert json.loads(stream.get_final_text()) in ({"city": "Paris"}, {"city": "Rome"})
+
+
+def test_an_answer_goes_on_behind_its_begin(client: anthropic.Anthropic) -> None:
+    begun = [*CAPITAL, {"role": "assistant", "content": "The capital of France"}]
+    whole = client.messages.create(**FIELDS, messages=begun)
+    assert whole.content[0].text == " is Paris."
+    assert client.messages.count_tokens(model="demo", messages=begun).input_tokens == num_input(whole)
+
+
 def test_count_tokens(client: anthropic.Anthropic) -> None:
     fields: dict[str, Any] = {"messages": FORECAST, "tools": [TOOL], "system": "Be short."}
-    counted = client.messages.count_tokens(model="demo", **fields).input_tokens
-    assert counted == client.messages.create(**FIELDS, **fields).usage.input_tokens
+    assert client.messages.count_tokens(model="demo", **fields).input_tokens == num_input(
+        client.messages.create(**FIELDS, **fields)
+    )
 
 
 async def test_async(address: str) -> None:

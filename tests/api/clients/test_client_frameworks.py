@@ -158,6 +158,8 @@ MODES = [instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA, instructor.Mode.RES
 async def test_instructor(address: str, mode: instructor.Mode) -> None:
     where = {"base_url": f"{address}/v1", "api_key": "key", "max_retries": 0}
     fields: dict[str, Any] = {**GREEDY, "messages": CAPITAL, "max_retries": 0, "response_model": Size}
+    if mode is instructor.Mode.RESPONSES_TOOLS:
+        fields["max_output_tokens"] = fields.pop("max_tokens")
     client = instructor.from_openai(openai.OpenAI(**where), mode=mode)
     size = client.chat.completions.create(**fields)
     assert isinstance(size, Size)
