@@ -35,6 +35,7 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
         weight_bytes=sum({t.data_ptr(): t.nbytes for t in weights.values()}.values()),
         arena_bytes=getattr(executable, "arena_bytes", 0),
         host_weight_bytes=getattr(executable, "host_weight_bytes", 0),
+        max_logits=config.max_num_seqs,
         rope_switch=captured.rope_switch,
         cache_specs=tuple(spec for spec in specs if isinstance(spec, CacheSpec)),
         cache_groups=tuple(spec for spec in specs if isinstance(spec, CacheGroup)),

@@ -128,3 +128,5 @@ class ModelInfo:
     """Features of the hidden states in StepOutput; 0: there are none."""
     host_weight_bytes: int = 0
     """Bytes of weights that are copied to the device in each step."""
+    max_logits: int = 0
+    """Rows of logits that a step has memory for; 0: any number."""

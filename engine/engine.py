@@ -65,7 +65,7 @@ class Engine:
         # Drafts are proposed when all tokens are known: not by those who schedule ahead, unless all steps have drafts.
         can_jump = not info.state_specs and (drafter is not None or isinstance(self._order, InOrder))
         num_drafts = max(drafter.num_tokens if drafter else 0, ForcedTokens.num_tokens if can_jump else 0)
-        limits = Limits.resolve(config.scheduler, self.max_model_len, num_drafts)
+        limits = Limits.resolve(config.scheduler, self.max_model_len, num_drafts, info.max_logits)
         windows, num_seqs, block_size = [g.window for g in info.cache_groups], limits.num_seqs, config.cache.block_size
         self.rows = RequestRows(num_seqs, self.max_model_len, num_drafts > 0)
         self.kv = KVManager(

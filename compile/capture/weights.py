@@ -256,15 +256,15 @@ def _part(
         lazy = lazy_tensor.computed(captured.constants[name])
     if lazy is None:
         raise LoadError(f"{name} is not in the weights of {weights.origin}: the checkpoint is not complete")
+    file = next((str(part.stored.path) for part in lazy.slices if part.stored), weights.origin)
     if lazy.shape != shape:
-        file = next((str(part.stored.path) for part in lazy.slices if part.stored), weights.origin)
         raise LoadError(
             f"{name} in {file} has shape {list(lazy.shape)}, "
             f"but config.json makes it {list(shape)}: they do not belong together"
         )
     if dtype.is_floating_point and any(part.view.dtype in INTEGERS for part in lazy.slices):
         raise LoadError(
-            f"{name} in {weights.origin_of(lazy)} is stored as integers, which format {source.format} does not read: "
+            f"{name} in {file} is stored as integers, which format {source.format} does not read: "
             "the checkpoint is quantized"
         )
     return (lazy_tensor.transpose(lazy, -2, -1) if source.transpose else lazy), dtype

@@ -27,7 +27,7 @@ class Limits:
     """Token budget of the sequences that are more than one token behind."""
     num_seqs: int
     num_logits: int
-    """Logits rows of a step: one for each sequence, and for each of its drafts."""
+    """Logits rows of a step: one for each sequence, and, as far as the model has memory, for each of its drafts."""
     num_partial: int
     num_long_partial: int
     long_threshold: int
@@ -37,16 +37,17 @@ class Limits:
     delay_factor: float = 0.0
 
     @staticmethod
-    def resolve(config: SchedulerConfig, max_model_len: int, num_drafts: int = 0) -> Limits:
-        """`num_drafts`: most drafts of a sequence and step."""
+    def resolve(config: SchedulerConfig, max_model_len: int, num_drafts: int = 0, max_logits: int = 0) -> Limits:
+        """`num_drafts`: most drafts of a sequence and step. `max_logits`: as ModelInfo has it."""
         threshold = config.long_prefill_token_threshold
         if threshold == 0 and config.max_num_partial_prefills > 1:
             threshold = max(1, int(0.04 * max_model_len))
+        num_logits = config.max_num_seqs * (1 + num_drafts)
         return Limits(
             num_tokens=config.max_num_batched_tokens,
             num_prefill_tokens=config.chunked_prefill_size or config.max_num_batched_tokens,
             num_seqs=config.max_num_seqs,
-            num_logits=config.max_num_seqs * (1 + num_drafts),
+            num_logits=min(num_logits, max_logits) if max_logits else num_logits,
             num_partial=config.max_num_partial_prefills,
             num_long_partial=config.max_long_partial_prefills,
             long_threshold=threshold,

@@ -93,7 +93,7 @@ def test_root_path_is_in_the_description(door) -> None:
 
 
 def test_statistics_can_be_turned_off(door) -> None:
-    assert door(disable_log_stats=True).call("GET", "/metrics").text == ""
+    assert "fuseline:" not in door(disable_log_stats=True).call("GET", "/metrics").text
     assert "fuseline:" in door().call("GET", "/metrics").text
     assert "vllm:" in door(metrics_prefix="vllm:").call("GET", "/metrics").text
 

@@ -40,11 +40,12 @@ def test_the_graph_is_as_its_contract_says(tmp_path, family):
     assert tuple(nodes[-1].args[0].meta["val"].shape) == (1, tokens, zoo.VOCAB)
     assert [node.args[4] for node in attentions(captured)] == list(range(len(attentions(captured))))
     for node in nodes:
-        assert node.meta.keys() == {"val"} | ({"fqn"} if node.op == "get_attr" else set())
+        assert node.meta.keys() - {"is_embedded"} == {"val"} | ({"fqn"} if node.op == "get_attr" else set())
         if node.op == "get_attr":
             name = node.meta["fqn"]
             known = name in captured.parameters or name in captured.constants or name in captured.tied
             assert known and node.meta["val"].device.type == "meta"
+    assert [node.meta["val"].shape[1] for node in nodes if node.meta.get("is_embedded")] == [tokens]
 
 
 def test_parameters_are_those_of_the_module(tmp_path):
