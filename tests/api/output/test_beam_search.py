@@ -130,14 +130,16 @@ async def test_a_fault_of_one_beam_is_the_requests_error(fake: Fake) -> None:
     assert caught.value.status == 500 and fake.client.num_in_flight == 0
 
 
-def test_the_likeliest_choices_are_kept_best_first() -> None:
+async def test_the_likeliest_choices_are_kept_best_first() -> None:
     sent: list[list[Event]] = []
     best = BestOf(2, 3, lambda events: sent.append(list(events)))
     for index, logprobs in enumerate([(-1.0, -3.0), (-0.5,), (-2.0, -0.1)]):
         for k, value in enumerate(logprobs):
             assert not sent
             end = [Done(index, "stop")] if k == len(logprobs) - 1 else []
-            best.feed([TextDelta(index, f"{index}{k}", [k], [PositionLogprobs(k, value, 1)]), *end])
+            text = TextDelta(index, f"{index}{k}", [k], [PositionLogprobs(k, value, 1)])
+            if (work := best.feed([text, *end])) is not None:
+                await work
     assert [[event.index for event in events] for events in sent] == [[0, 0], [1, 1, 1]]
     assert [sent[0][0].text, sent[1][0].text, sent[1][1].text] == ["10", "20", "21"]
 
