@@ -9,6 +9,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
+from fuseline.compile.capture.errors import CaptureError, LoadError
 from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.engine import Engine
@@ -186,7 +187,8 @@ def serve(config: EngineConfig, build_model: BuildModel, find_device: FindDevice
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     # Errors made for users say everything themselves; of others the type is half the message.
-    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+    is_for_users = isinstance(error, ValueError | OSError | CaptureError | LoadError)
+    return text if text and is_for_users else f"{type(error).__name__}: {text}"
 
 
 def _ready(
