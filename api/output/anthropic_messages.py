@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from fuseline.api.errors import ApiError
-from fuseline.api.output.events import Event, Prompt, PromptInfo
+from fuseline.api.output.events import Event, Prompt
 from fuseline.api.output.framing import Framing, named_sse
-from fuseline.api.output.items import Item, Items
+from fuseline.api.output.items import Item, ItemsWriter
 from fuseline.api.output.openai_completion import Shape
 
 KINDS = {
@@ -29,22 +29,12 @@ def error_body(error: ApiError) -> dict[str, Any]:
 FRAMING = Framing(named_sse, b"", error_body)
 
 
-class MessagesWriter:
+class MessagesWriter(ItemsWriter):
     """One answer as blocks."""
 
     def __init__(self, shape: Shape, prompt: Prompt) -> None:
-        self._shape, self._num_prompt = shape, len(prompt.ids)
-        self._items = Items()
-        self._info = PromptInfo()
+        super().__init__(shape, prompt)
         self._is_started = False
-
-    async def open(self, prompt: Prompt, info: PromptInfo) -> None:
-        self._info = info
-
-    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None:
-        for event in events:
-            for _ in self._items.take(event):
-                pass
 
     def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
         chunks = [] if self._is_started else [{"type": "message_start", "message": self._message([], None, None)}]

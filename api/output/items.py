@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fuseline.api.output.events import CallRevoked, Done, Event, ReasoningDelta, TextDelta, ToolCallDelta
+from fuseline.api.output.events import (
+    CallRevoked,
+    Done,
+    Event,
+    Prompt,
+    PromptInfo,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+)
+from fuseline.api.output.openai_completion import Shape
 from fuseline.engine.messages import PositionLogprobs
 
 Step = Literal["begin", "more", "end"]
@@ -77,6 +87,23 @@ class Items:
     def _end(self) -> Iterator[tuple[Step, Item, str]]:
         if self.all:
             yield "end", self.all[-1], ""
+
+
+class ItemsWriter:
+    """What the writers of one answer made of items share."""
+
+    def __init__(self, shape: Shape, prompt: Prompt) -> None:
+        self._shape, self._num_prompt = shape, len(prompt.ids)
+        self._items = Items()
+        self._info = PromptInfo()
+
+    async def open(self, prompt: Prompt, info: PromptInfo) -> None:
+        self._info = info
+
+    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None:
+        for event in events:
+            for _ in self._items.take(event):
+                pass
 
 
 def _new_item(event: TextDelta | ReasoningDelta | ToolCallDelta) -> Item:

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from fuseline.api.errors import ApiError
-from fuseline.api.output.events import Event, Prompt, PromptInfo
+from fuseline.api.output.events import Event, Prompt
 from fuseline.api.output.framing import Framing, named_sse
-from fuseline.api.output.items import Item, Items
+from fuseline.api.output.items import Item, ItemsWriter
 from fuseline.api.output.openai_completion import Shape
 
 
@@ -23,26 +23,17 @@ FRAMING = Framing(named_sse, b"", error_chunk)
 PREFIXES = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
 
 
-class ResponsesWriter:
+class ResponsesWriter(ItemsWriter):
     """One answer as output items. `shown`: fields of the request that the response repeats."""
 
     def __init__(
         self, shape: Shape, prompt: Prompt, shown: Mapping[str, Any], keep: Callable[[dict[str, Any]], None]
     ) -> None:
         """`keep` takes the finished response."""
-        self._shape, self._num_prompt, self._shown, self._keep = shape, len(prompt.ids), shown, keep
-        self._items = Items()
+        super().__init__(shape, prompt)
+        self._shown, self._keep = shown, keep
         self._ids: dict[int, str] = {}
-        self._info = PromptInfo()
         self._number = 0
-
-    async def open(self, prompt: Prompt, info: PromptInfo) -> None:
-        self._info = info
-
-    def fold(self, prompt: Prompt, events: Sequence[Event]) -> None:
-        for event in events:
-            for _ in self._items.take(event):
-                pass
 
     def chunks(self, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
         chunks: list[dict[str, Any]] = []

@@ -43,18 +43,12 @@ def structured_spec(
     separator: str = "",
     suffix: str | tuple[str | int, ...] = "",
     most: int | None = None,
-    triggers: Sequence[str] = (),
     starts_after: tuple[int, ...] = (),
     param: str = "tools",
 ) -> GrammarSpec:
     """The grammar of tool calls: `prefix`, at least one of the tags (at most `most`) with `separator` between them,
-    `suffix`. With `triggers`, text that may hold such tags: where a trigger appears, a tag that begins with it follows.
-
-    Raises ApiError 400 that names `param`.
+    `suffix`. Raises ApiError 400 that names `param`.
     """
-    if triggers:
-        form = {"structures": [_structure(tag) for tag in tags], "triggers": list(triggers)}
-        return GrammarSpec(kind="structural_tag", text=tag_grammar(form, param), starts_after=starts_after)
     rules = Rules()
     calls = [
         sequence(_marker(tag.begin), SchemaGrammar(_schema_of(tag), rules, param).expression(), _marker(tag.end))
@@ -151,11 +145,7 @@ def _whitespace(request: GenerateRequest) -> str:
 
 
 def _json(value: Any, param: str, whitespace: str) -> GrammarSpec:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise bad_request(f"{param} is no valid JSON: {error}", param) from error
+    value = _parsed(value, param)
     if not isinstance(value, dict | bool):
         raise bad_request(f"{param} must be a JSON schema: an object", param)
     return json_spec(value, param=param, whitespace=whitespace)
@@ -187,18 +177,23 @@ def _grammar(value: Any, param: str, whitespace: str) -> GrammarSpec:
 
 
 def _structural_tag(value: Any, param: str, whitespace: str) -> GrammarSpec:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise bad_request(f"{param} is no valid JSON: {error}", param) from error
-    return GrammarSpec(kind="structural_tag", text=tag_grammar(value, param))
+    return GrammarSpec(kind="structural_tag", text=tag_grammar(_parsed(value, param), param))
 
 
 _MAKERS = {
     "json": _json, "json_object": _json_object, "regex": _regex, "choice": _choice, "grammar": _grammar,
     "structural_tag": _structural_tag,
 }  # fmt: skip
+
+
+def _parsed(value: Any, param: str) -> Any:
+    """The value, read if it is JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise bad_request(f"{param} is no valid JSON: {error}", param) from error
 
 
 def _text(value: Any, param: str) -> str:
@@ -211,12 +206,6 @@ def _text(value: Any, param: str) -> str:
 
 def _schema_of(tag: TaggedSchema) -> Schema:
     return {"type": "object"} if tag.schema is None else tag.schema
-
-
-def _structure(tag: TaggedSchema) -> dict[str, Any]:
-    if not isinstance(tag.begin, str) or not isinstance(tag.end, str):
-        raise ValueError("tags in free text have markers of text")
-    return {"begin": tag.begin, "schema": _schema_of(tag), "end": tag.end}
 
 
 def _marker(marker: str | tuple[str | int, ...]) -> str:

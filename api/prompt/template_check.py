@@ -18,10 +18,10 @@ import fuseline
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.errors import ApiError
 from fuseline.api.prompt.template import ChatTemplate
-from fuseline.api.prompt.worker import limit_memory
 from fuseline.api.prompt.worker_process import start_context
 from fuseline.compile.cache.files import CacheError, read_file, write_file
 from fuseline.compile.target import default_cache_dir
+from fuseline.engine.memory.limit_memory import limit_memory
 
 LOG = logging.getLogger("fuseline.prompts")
 TRIAL = [{"role": "user", "content": "Hi"}]

@@ -14,13 +14,13 @@ import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from io import BufferedRWPair
-from pathlib import Path
 
 import msgspec
 
 from fuseline.api.prompt.encode import open_tokenizer
 from fuseline.api.prompt.prepare import Preparer, PromptSettings
 from fuseline.api.prompt.prepared import Refused, Reply, Written
+from fuseline.engine.memory.limit_memory import limit_memory
 
 GOES_ON, ENDS = b"+", b"-"
 MAX_GROWTH = 256 * 1024
@@ -74,15 +74,6 @@ def _prepare(preparer: Preparer, job: list[bytes]) -> tuple[Reply, bool]:
     except MemoryError:
         message = "the request needs more memory to be read, rendered and encoded than this server gives to one"
         return Refused(400, f"{message} (--prompt-memory)", None, "request_too_large"), False
-
-
-def limit_memory(num_bytes: int) -> None:
-    """Bounds the address space to what is mapped now and `num_bytes` more, where the system tells (Linux)."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + num_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _read(stream: BufferedRWPair) -> list[bytes]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 import numpy as np
 
+from fuseline.engine.memory.limit_memory import limit_memory
 from fuseline.engine.messages import GrammarSpec, Vocabulary
 
 if TYPE_CHECKING:
@@ -124,15 +123,6 @@ def _message(error: Exception) -> str:
     text = " ".join(str(error).split())
     place, _, rest = text.partition(".cc:")
     return (rest.partition(": ")[2] or text if place.startswith("[") else text)[:500]
-
-
-def limit_memory(num_bytes: int) -> None:
-    """Bounds the address space to what is mapped now and `num_bytes` more, where the system tells (Linux)."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + num_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import xgrammar
 
 from fuseline.api.errors import ApiError
 from fuseline.api.parsers.reasoning import reasoning_formats
@@ -22,7 +23,6 @@ from fuseline.api.prompt.tool_grammar import (
 from fuseline.api.prompt.tools import Tool, ToolUse
 from fuseline.engine.messages import SamplingParams
 
-xgrammar = pytest.importorskip("xgrammar")
 CITY = {
     "type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"],
     "additionalProperties": False, "$defs": {"city": {"type": "string"}},

@@ -6,12 +6,11 @@ import re
 import time
 
 import pytest
+import xgrammar as xg
 
 from fuseline.api.structured.ebnf import BLOCK, Rules
 from fuseline.api.structured.regex import RegexGrammar
 from fuseline.api.structured.schema import SchemaGrammar
-
-xg = pytest.importorskip("xgrammar")
 
 INFO = xg.TokenizerInfo(["a", "</s>"], vocab_type=xg.VocabType.RAW, vocab_size=2, stop_token_ids=[1])
 
