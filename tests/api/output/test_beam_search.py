@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,7 +20,8 @@ from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.generation import TextOptions
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.prepared import BeamOptions
-from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams
+from fuseline.engine import service
+from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams, ToEngine
 
 PROMPT = list(range(1, 15))
 
@@ -108,7 +111,35 @@ async def test_an_eos_is_kept_where_it_is_to_be_shown_and_scores_are_of_each_tok
             tokens.append(token)
 
 
-async def test_beams_of_a_step_are_one_batch_and_find_what_they_share(fake: Fake) -> None:
+@pytest.fixture
+async def taken_by_turn(fake: Fake, monkeypatch) -> None:
+    """The engine takes all that a turn of the event loop sends, however busy the machine is."""
+    inbox, loop, lock = fake.client._transport._inbox, asyncio.get_running_loop(), threading.Lock()
+    put, receive = inbox.put, inbox.receive
+
+    def put_in_turn(message: ToEngine) -> None:
+        if not is_sending:
+            lock.acquire()
+            is_sending.append(True)
+            loop.call_soon(end_turn)
+        put(message)
+
+    def end_turn() -> None:
+        is_sending.clear()
+        lock.release()
+
+    def receive_turn(wait: bool) -> ToEngine | None:
+        message = receive(wait)
+        with lock:
+            return message
+
+    is_sending: list[bool] = []
+    monkeypatch.setattr(inbox, "put", put_in_turn)
+    monkeypatch.setattr(inbox, "receive", receive_turn)
+    monkeypatch.setattr(service, "MESSAGES_SECONDS", 60.0)
+
+
+async def test_beams_of_a_step_are_one_batch_and_find_what_they_share(fake: Fake, taken_by_turn: None) -> None:
     await search(fake, 4, 9, TextOptions(), 1.0, temperature=0.0)
     assert [len(shape) for shape in fake.shapes].count(4) >= 4, fake.shapes
     assert len(fake.shapes) <= 1 + 2 * 8, "two steps a token at most: one may wait for a block that another computes"
