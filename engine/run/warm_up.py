@@ -136,7 +136,7 @@ class _Trial:
 def trial_arguments(
     num_rows: int, mode: int = 0, with_lists: bool = False, with_scores: bool = False, mask_words: int = 0
 ) -> SampleArguments:
-    """Arguments for rows that draw; with a bias, with log-probabilities, with grammars' masks of so many words a row."""
+    """Arguments for rows that draw; with a bias, with log-probabilities, with masks of `mask_words` words."""
 
     def full(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full((num_rows,), value, dtype=dtype)
