@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kConsumers = 4, kProducers = 4;  // warps; a bulk copy takes a warp some 40 cycles to issue
 constexpr int kThreads = (kConsumers + kProducers) * kWarp;
+constexpr int kStages = 5;               // of the ring
 constexpr int kDepth = 256;              // k of a stage
 constexpr int kPitch = 2 * kDepth + 64;  // bytes from a stage's row to the next: lanes of two rows read different banks
 constexpr int kUnroll = kDepth / (32 * kConsumers);  // loads of 32 k that a consumer makes of a stage's row
@@ -31,14 +32,12 @@ struct StreamArgs {
 
 template <int kSlabs, int kTiles>
 struct Shared {
-  static constexpr int kStages = kSlabs == 2 && kTiles == 1 ? 6 : 5;
   float sums[kConsumers][kSlabs][kTiles][4][kWarp];
   char stages[kStages][16 * kSlabs * kPitch];
   BulkBarrier full[kStages], empty[kStages], summed, taken;
 };
 
 // A step of a block: the pass and step of k, and its place in the ring.
-template <int kStages>
 struct Step {
   int pass = 0, depth = 0, stage = 0, parity = 0;
   FL_DEVICE void next(int num_depths) {
@@ -98,7 +97,6 @@ FL_DEVICE void store_pass(const StreamArgs& a, const Shared<kSlabs, kTiles>& sha
 template <class T, int kSlabs, int kTiles, bool kIsGated>
 __global__ void __launch_bounds__(kThreads, kSlabs == 2 ? 2 : 1) stream_rows_kernel(const StreamArgs a) {
   using Memory = Shared<kSlabs, kTiles>;
-  constexpr int kStages = Memory::kStages;
   launch_dependents();
   Memory& shared = *reinterpret_cast<Memory*>(dynamic_shared());
   const Share<kSlabs, kIsGated> share(a.num_out);
@@ -117,10 +115,10 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 2 ? 2 : 1) stream_rows_ker
 
   const bool is_producer = warp >= kConsumers;
   const int own = lane * kProducers + warp % kProducers;  // the row of a stage that this thread copies
-  Step<kStages> at;
+  Step at;
   int begun = 0;
   // Calls f(weights, bytes) for this thread's row of a step; without bytes if there is none.
-  const auto of_row = [&](const Step<kStages>& step, const auto& f) {
+  const auto of_row = [&](const Step& step, const auto& f) {
     if (own >= 16 * kSlabs) return;
     const int k = step.depth * kDepth, n = share.output(step.pass, own);
     const int num_bytes = 2 * (a.num_in - k < kDepth ? a.num_in - k : kDepth);
@@ -139,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 2 ? 2 : 1) stream_rows_ker
 #pragma unroll 1
     while (begun < kStages && begun < num_steps) fetch();
   } else {
-    Step<kStages> ahead;
+    Step ahead;
 #pragma unroll 1
     for (int step = 0; step < num_steps && step < kStages + a.prefetched; ++step, ahead.next(num_depths))
       if (step >= kStages)
