@@ -26,7 +26,8 @@ struct StreamArgs {
   const void *x, *weight, *bias;
   int64_t x_stride, weight_stride;
   int num_rows, num_out, num_in;
-  int prefetched;  // steps that are prefetched to L2 behind those in the ring
+  int prefetched;   // steps that are prefetched to L2 behind those in the ring
+  bool is_rolling;  // keeps so many prefetched to the end, not only at the start
   int act;
 };
 
@@ -133,24 +134,27 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 2 ? 2 : 1) stream_rows_ker
     at.next(num_depths);
     ++begun;
   };
-  if (is_producer) {
+  Step ahead;  // the next one to prefetch
+  const auto prefetch_step = [&]() {
+    of_row(ahead, [](const uint16_t* from, int num_bytes) {
+      if (num_bytes) prefetch_bulk(from, num_bytes);
+    });
+  };
 #pragma unroll 1
-    while (begun < kStages && begun < num_steps) fetch();
-  } else {
-    Step ahead;
-#pragma unroll 1
-    for (int step = 0; step < num_steps && step < kStages + a.prefetched; ++step, ahead.next(num_depths))
-      if (step >= kStages)
-        of_row(ahead, [](const uint16_t* from, int num_bytes) {
-          if (num_bytes) prefetch_bulk(from, num_bytes);
-        });
+  for (int step = 0; step < kStages; ++step) {
+    if (is_producer && step < num_steps) fetch();
+    ahead.next(num_depths);
   }
+#pragma unroll 1
+  for (int step = 0; step < a.prefetched; ++step, ahead.next(num_depths))
+    if (!is_producer) prefetch_step();
   wait_for_prerequisites();
   if (is_producer) {
 #pragma unroll 1
-    while (begun < num_steps) {
+    for (; begun < num_steps; ahead.next(num_depths)) {
       wait_for(shared.empty[at.stage], at.parity ^ 1);
       fetch();
+      if (a.is_rolling) prefetch_step();
     }
     return;
   }
@@ -244,6 +248,7 @@ int launch_slabs(Stream stream, const Call& c, int act) {
                      static_cast<int>(c.num_out),
                      static_cast<int>(c.num_in),
                      static_cast<int>(c.prefetched),
+                     c.is_rolling != 0,
                      act};
   return with_half(c.dtype, [&](auto type) {
     using T = decltype(type);

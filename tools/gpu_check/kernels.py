@@ -191,12 +191,12 @@ def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: fl
 
 
 def _linears(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
-    """Every linear of a layer for one row, the largest for more."""
+    """Every linear of a layer and the logits, for few rows."""
     kernels, widest = Kernels(target, {}), 2 * s.inner
     joined, attended = (s.heads + 2 * s.kv_heads) * s.head_dim, s.heads * s.head_dim
-    products = [("linear", 1, *shape) for shape in ((joined, s.hidden), (s.hidden, attended), (s.hidden, s.inner))]
-    products += [("linear", rows, widest, s.hidden) for rows in (1, 8, 16)]
-    products += [("linear_act_mul", rows, widest, s.hidden) for rows in (1, 16)]
+    shapes = ((joined, s.hidden), (s.hidden, attended), (s.hidden, s.inner), (widest, s.hidden), (s.vocab, s.hidden))
+    products = [("linear", rows, *shape) for rows in (1, 4, 16) for shape in shapes]
+    products += [("linear_act_mul", rows, widest, s.hidden) for rows in (1, 4, 16)]
     for op, rows, num_out, num_in in products:
         weight = make(num_out, num_in)
         args = (make(rows, num_in), weight, None, SILU)[: len(registry()[op].arguments)]

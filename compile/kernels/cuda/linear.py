@@ -46,28 +46,29 @@ def linear_act_mul(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | N
 
 def stream_linear(
     lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, slabs: int = SLABS,
-    prefetched: int = PREFETCHED,
+    prefetched: int = PREFETCHED, is_rolling: bool = False,
 ) -> Tensor:  # fmt: skip
     """`linear` by persistent blocks that read weights while the kernels ahead still run."""
     rows = _few_rows(x, weight)
     if rows is None:
         return F.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    _launch_linear(lib, "stream_linear", out, rows, weight, bias, slabs=slabs, prefetched=prefetched)
+    options = {"slabs": slabs, "prefetched": prefetched, "is_rolling": int(is_rolling)}
+    _launch_linear(lib, "stream_linear", out, rows, weight, bias, **options)
     return out
 
 
 def stream_linear_act_mul(
     lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None, act: int, *, slabs: int = SLABS,
-    prefetched: int = PREFETCHED,
+    prefetched: int = PREFETCHED, is_rolling: bool = False,
 ) -> Tensor:  # fmt: skip
     """`linear_act_mul` in the same way."""
     rows = _few_rows(x, weight)
     if rows is None:
         return linear_then_act_mul(lib, x, weight, bias, act)
     out = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
-    options = {"slabs": slabs, "prefetched": prefetched, "act": act}
-    _launch_linear(lib, "stream_linear_act_mul", out, rows, weight, bias, **options)
+    options = {"slabs": slabs, "prefetched": prefetched, "is_rolling": int(is_rolling)}
+    _launch_linear(lib, "stream_linear_act_mul", out, rows, weight, bias, act=act, **options)
     return out
 
 
@@ -110,7 +111,7 @@ def _linear_by_torch(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor |
 
 
 TUNINGS = (
-    Tuning("0p", {"prefetched": 0}), Tuning("20p", {"prefetched": 20}),
+    Tuning("0p", {"prefetched": 0}), Tuning("16p", {"prefetched": 16}), Tuning("rolling", {"is_rolling": True}),
     Tuning("64r", {"slabs": 4, "prefetched": PREFETCHED // 2}),
 )  # fmt: skip
 FEW = {"reads_early": "weight", "max_rows": FEW_ROWS}

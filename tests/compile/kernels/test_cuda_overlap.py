@@ -93,7 +93,7 @@ def test_a_kernel_that_reads_only_weights_and_waits_is_right(program) -> None:
 
 
 @pytest.mark.parametrize(("what", "why"), [(1, TOUCHES), (2, TOUCHES), (3, TOUCHES), (4, ENDS), (5, TOUCHES)],
-                         ids=("copies early", "reads early", "writes early", "does not wait", "bulk copies early"))  # fmt: skip
+                         ids=("copies", "reads", "writes", "does not wait", "copies in bulk"))  # fmt: skip
 def test_the_emulator_ends_with_a_kernel_that_is_too_early(program, what: int, why: str) -> None:
     done = program(what, Overlap.WEIGHTS)
     assert done.returncode < 0 and why in done.stderr
