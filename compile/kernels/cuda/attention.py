@@ -82,9 +82,9 @@ def decode_attention(
         "decode_attention", q, out=out, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
         seq_lens=seq_lens, query_start=query_start, sinks=sinks, k_scale=k_scale, v_scale=v_scale, workspace=workspace,
         num_tokens=num_tokens, num_seqs=num_seqs, num_heads=num_heads, num_kv_heads=kv_heads, dim=dim,
-        num_splits=max(most, 1), num_workers=num_workers, run=run, out_token=out_token, out_head=out_head, q_head=q_head,
-        q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block, v_head=v_head,
-        v_token=v_token, table_stride=block_table.stride(0), block_shift=block_size.bit_length() - 1,
+        num_splits=max(most, 1), num_workers=num_workers, run=run, out_token=out_token, out_head=out_head,
+        q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block,
+        v_head=v_head, v_token=v_token, table_stride=block_table.stride(0), block_shift=block_size.bit_length() - 1,
         window=window if window > 0 else NO_WINDOW, scale=scale, softcap=softcap, dtype=DTYPES[q.dtype],
         cache_dtype=DTYPES[k_cache.dtype],
     )  # fmt: skip
