@@ -25,6 +25,9 @@ struct BulkArgs : AttentionArgs {
   int num_seqs, first_slot, slots_end, num_stages;  // slots [first_slot, slots_end) are computed
 };
 
+// Groups of up to eight query heads that share a kv head; a block computes one at a time.
+FL_DEVICE int num_groups_of(const BulkArgs& a) { return (static_cast<int>(a.group) + kHeads - 1) / kHeads; }
+
 template <class Cache, int kDim>
 struct Sizes {
   static constexpr int kWarps = kDim <= 128 ? 8 : 4, kThreads = kWarps * kWarp;
@@ -131,7 +134,7 @@ struct Copier {
       if (base < units.high) break;
     }
     if (is_there) {
-      const int64_t num_groups = (a.group + kHeads - 1) / kHeads, kv_head = units.part / num_groups;
+      const int64_t kv_head = units.part / num_groups_of(a);
       table = a.block_table + units.slots[units.slot].seq * a.table_stride;
       from = lane < kKeys ? static_cast<const Cache*>(a.k_cache) + kv_head * a.k_head
                           : static_cast<const Cache*>(a.v_cache) + kv_head * a.v_head;
@@ -259,9 +262,15 @@ struct Partial {
         for (int c = 0; c < kTogether; ++c)
           raw[c] = values[key * kRow + piece_of(g, begin + (kTogether == 1 ? 0 : c ^ odd))];
         if (kTogether == 2) swap_if(odd, raw[0], raw[1]);
-        const bool is_kept = is_whole || is_seen(key);
 #pragma unroll
-        for (int c = 0; c < kTogether; ++c) v[c][n] = is_kept ? operand<T, Cache>(raw[c]) : uint4{0, 0, 0, 0};
+        for (int c = 0; c < kTogether; ++c) v[c][n] = operand<T, Cache>(raw[c]);
+      }
+      if (!is_whole) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int c = 0; c < kTogether; ++c)
+            if (!is_seen(2 * t + n % 2 + n / 2 * 8)) v[c][n] = {0, 0, 0, 0};
       }
 #pragma unroll
       for (int c = 0; c < kTogether; ++c) add_chunk(acc + 4 * (begin + c), v[c], shrinks, p);
@@ -396,7 +405,7 @@ __global__ void __launch_bounds__(Sizes<Cache, kDim>::kThreads, 1) bulk_decode_k
   using S = Sizes<Cache, kDim>;
   using Part = Partial<T, Cache, kDim>;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  const int group = static_cast<int>(a.group), num_groups = (group + kHeads - 1) / kHeads;
+  const int group = static_cast<int>(a.group), num_groups = num_groups_of(a);
   Results<T, Cache, kDim> results;
   results.num_pairs = ((group < kHeads ? group : kHeads) + 1) / 2;
   const Shared<Cache, kDim> shared(a.num_stages, results.num_pairs);
