@@ -8,7 +8,6 @@ from functools import partial
 from itertools import chain
 
 import torch
-from table import Table, microseconds, share_of
 from torch import Tensor
 
 from fuseline.compile.kernels.registry import Implementation, OpCall
@@ -22,6 +21,7 @@ from fuseline.compile.target import Target
 from fuseline.compile.tuning import limits as machine
 from fuseline.compile.tuning.clock import Clock
 from fuseline.compile.tuning.limits import Limits
+from gpu_check.table import Table, microseconds, share_of
 
 TABLE = "block_table_0"
 SILU = codes.UNARY["silu"]

@@ -7,9 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from kernels import SILU, Made, Sizes
-from llama import Load, Runner
-from table import Table, microseconds, share_of
 from torch import Tensor
 
 from fuseline.compile.backends.cuda.graph_api import GraphApi
@@ -22,6 +19,9 @@ from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap, library_
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.clock import Clock
 from fuseline.compile.tuning.limits import Limits
+from gpu_check.kernels import SILU, Made, Sizes
+from gpu_check.llama import Load, Runner
+from gpu_check.table import Table, microseconds, share_of
 
 BLOCK = 16
 CONTEXT = 600  # keys per sequence: several splits, so that attention runs two kernels
