@@ -39,12 +39,12 @@ class Sizes:
     head_dim: int = 128
     decode: tuple[int, ...] = (1, 64, 256)
     context: int = 4096
-    short_context: int = 512
     vocab: int = 128256
     rows: int = 256
     num_experts: int = 8
     copied: int = 1 << 30
     square: int = 8192
+    short_context: int = 512
 
 
 @dataclass(frozen=True)
