@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_built_is_not_built_again(tool) -> None:
 
 def test_every_kernel_is_measured(tool) -> None:
     kernels, _, _, tables = tool
-    sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16)
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16, product_rows=(1, 130))
     found = tables.Table()
     limits = kernels.measure_limits(sizes, "cpu", TRIAL, found)
     kernels.measure_kernels(sizes, GPU, TRIAL, limits, found)
@@ -196,7 +196,7 @@ def test_every_kernel_in_cpp_is_measured(tool, monkeypatch) -> None:
     kernels, _, _, tables = tool
     library = cuda_emulator.emulator()
     monkeypatch.setattr(cuda_library, "library_for", lambda target: library)
-    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16)
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16, product_rows=(1, 130))
     found = tables.Table()
     kernels.measure_kernels(sizes, GPU, TRIAL, Limits(1e9, 1e9), found)
     names = [row[0] for row in found.rows]
