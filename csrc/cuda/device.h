@@ -35,6 +35,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 #ifdef __CUDACC__
 
 constexpr int kBadArgument = cudaErrorInvalidValue;
+constexpr int kOrdinaryShared = 48 << 10;  // bytes that every block may have
 
 FL_DEVICE float to_float(Bf16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
 FL_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
@@ -123,15 +124,21 @@ FL_DEVICE void wait_for_prerequisites() {
 FL_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 
 // Launches the kernel; returns 0 or the runtime's error code. `needs`: the least overlap at which it may start early.
+// `shared_bytes`: of dynamic shared memory.
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
-           Overlap needs = Overlap::kHeads) {
+           Overlap needs = Overlap::kHeads, int shared_bytes = 0) {
+  if (shared_bytes > kOrdinaryShared) {
+    const auto set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (set != cudaSuccess) return set;
+  }
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &early;
   config.numAttrs = stream.overlap >= needs ? 1 : 0;

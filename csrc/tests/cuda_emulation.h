@@ -40,6 +40,7 @@ struct float2 { float x, y; };
 namespace emulated {
 
 constexpr int kWarp = 32, kMaxThreads = 1024, kStack = 128 << 10;
+constexpr int kMostShared = 227 << 10;  // bytes of dynamic shared memory that a block of sm_90 may have
 
 struct Barrier { int arrived; unsigned generation; };
 
@@ -50,6 +51,7 @@ struct Fiber {
   jmp_buf place;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool is_started, is_done, has_waited;
+  bool has_unfenced;  // copies to shared memory that no fence orders before matrix instructions' reads
   unsigned num_exchanges;
   std::deque<Copy> copies;
   int num_groups;
@@ -65,6 +67,7 @@ struct Block {
   // Values exchanged by the lanes of a warp: this exchange's, and the previous one's that some lanes may still read.
   float shown[kMaxThreads / kWarp][2][kWarp][12];
   void (*body)(const void*);
+  void (*around)() = [] {};  // called before and after each block
   const void* arguments;
 };
 
@@ -137,12 +140,14 @@ inline void run_block(dim3 index) {
     fiber.start.uc_stack.ss_size = kStack;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, thread_main, 0);
-    fiber.is_started = fiber.is_done = fiber.has_waited = false;
+    fiber.is_started = fiber.is_done = fiber.has_waited = fiber.has_unfenced = false;
     fiber.num_exchanges = fiber.num_groups = 0;
     fiber.copies.clear();
   }
+  b.around();
   b.fibers[0].is_started = true;
   swapcontext(&b.outside, &b.fibers[0].start);
+  b.around();
 }
 
 inline dim3 thread_index() { return dim3(block().current); }
@@ -223,6 +228,7 @@ void wait_groups() {
     fiber.copies.pop_front();
     if (copy.from) std::memcpy(copy.to, copy.from, copy.num_bytes);
     else std::memset(copy.to, 0, copy.num_bytes);
+    fiber.has_unfenced = true;
   }
 }
 
@@ -269,7 +275,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
 
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
-           Overlap needs = Overlap::kHeads) {
+           Overlap needs = Overlap::kHeads, int shared_bytes = 0) {
   if (emulated::is_race_check_running && stream.overlap < needs) return 0;
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -278,6 +284,7 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Ar
   if (threads % emulated::kWarp || threads > emulated::kMaxThreads || !grid.x || !grid.y || !grid.z || grid.y > 65535 ||
       grid.z > 65535)
     return kBadArgument;
+  if (shared_bytes > emulated::kMostShared) return kBadArgument;
   b.grid = grid;
   b.threads = dim3(threads);
   b.num_threads = threads;
