@@ -102,7 +102,7 @@ FL_DEVICE void copy_tile(unsigned char* to, const T* from, const int32_t* table,
     if (key >= w.first && key < w.end)
       place = static_cast<uint32_t>(table[key >> block_shift]) * block +
               static_cast<uint32_t>(key & ((1 << block_shift) - 1)) * token;
-#pragma unroll 8
+#pragma unroll 4
     for (int n = 0; n < kWarp; n += kAtOnce) {
       const int row = base + n + lane / kLanes;
       const uint32_t at = shuffle(place, n + lane / kLanes);
@@ -327,15 +327,16 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const PrefillArgs 
       init_barrier(&shared.free_values[stage], 2 * kGroup / kWarp);
     }
   __syncthreads();
+  // Each finds its work itself: what both roles hold would have to fit the copiers' few registers.
+  const int tile = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   Work work{};
-  if (!find_work(a, static_cast<int>(gridDim.y - 1 - blockIdx.y), work)) return;
   const int part = shuffle(static_cast<int>(threadIdx.x / kGroup), 0);  // known to the compiler to be one of a warp
   if (part == 2) {
     fewer_registers<40>();
-    copy_tiles<T, kDim>(a, work, blockIdx.x, shared);
+    if (find_work(a, tile, work)) copy_tiles<T, kDim>(a, work, blockIdx.x, shared);
   } else {
     more_registers<232>();
-    attend<T, kDim>(a, work, blockIdx.x, part, shared);
+    if (find_work(a, tile, work)) attend<T, kDim>(a, work, blockIdx.x, part, shared);
   }
 #endif
 }
