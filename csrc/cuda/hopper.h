@@ -23,29 +23,6 @@ FL_DEVICE uint64_t operand_descriptor(uint32_t start, uint32_t stride, uint32_t 
 
 namespace fuseline::cuda {
 
-FL_DEVICE unsigned char* dynamic_shared() {
-  extern __shared__ __align__(1024) unsigned char dynamic[];
-  return dynamic;
-}
-FL_DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
-// An mbarrier: a phase ends with `count` arrivals; wait(parity) returns once the phase of that parity has ended.
-FL_DEVICE void init_barrier(uint64_t* at, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(at)), "r"(count) : "memory");
-}
-FL_DEVICE void arrive(uint64_t* at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(at)) : "memory");
-}
-FL_DEVICE bool has_ended(uint64_t* at, int parity) {
-  uint32_t found;
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-               : "=r"(found) : "r"(shared_address(at)), "r"(parity) : "memory");
-  return found != 0;
-}
-FL_DEVICE void wait_for(uint64_t* at, int parity) {
-  while (!has_ended(at, parity)) {}
-}
-
 // Orders this thread's ordinary writes to shared memory, copies included, before reads by matrix instructions.
 FL_DEVICE void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -40,7 +40,7 @@ struct alignas(1024) Shared {
   unsigned char queries[2][kChunks * kQueryChunk];
   unsigned char keys[kStages][kChunks * kKeyChunk];
   unsigned char values[kStages][kChunks * kKeyChunk];
-  uint64_t full_keys[kStages], free_keys[kStages], full_values[kStages], free_values[kStages];
+  BulkBarrier full_keys[kStages], free_keys[kStages], full_values[kStages], free_values[kStages];
 };
 
 // A block's work. Keys are tiles [first_tile, end_tile); those outside [first, end) are not read.
@@ -120,17 +120,17 @@ FL_DEVICE void copy_tiles(const PrefillArgs& a, const Work& w, int64_t kv_head, 
   const T* from = is_key ? static_cast<const T*>(a.k_cache) + kv_head * a.k_head
                          : static_cast<const T*>(a.v_cache) + kv_head * a.v_head;
   const uint32_t block = is_key ? a.k_block : a.v_block, token = is_key ? a.k_token : a.v_token;
-  uint64_t* full = is_key ? shared.full_keys : shared.full_values;
-  uint64_t* free = is_key ? shared.free_keys : shared.free_values;
+  BulkBarrier* full = is_key ? shared.full_keys : shared.full_values;
+  BulkBarrier* free = is_key ? shared.free_keys : shared.free_values;
   unsigned char* ring = is_key ? shared.keys[0] : shared.values[0];
   const int32_t* table = a.block_table + w.seq * a.table_stride;
   for (int tile = w.first_tile; tile < w.end_tile; ++tile) {
     const int turn = tile - w.first_tile, stage = turn % kStages;
-    wait_for(&free[stage], turn / kStages % 2 ^ 1);
+    wait_for(free[stage], turn / kStages % 2 ^ 1);
     copy_tile<T, kDim>(ring + stage * sizeof(shared.keys[0]), from, table, block, token, a.block_shift, w, tile);
     wait_groups<0>();
     fence_shared_writes();
-    arrive(&full[stage]);
+    arrive(full[stage]);
   }
 }
 
@@ -246,7 +246,7 @@ FL_DEVICE void attend(const PrefillArgs& a, const Work& w, int64_t kv_head, int 
   };
   if (num_tiles > 0) {
     if (part == 1) arrive_some(turn_of(0), 2 * kGroup);
-    wait_for(&shared.full_keys[0], 0);
+    wait_for(shared.full_keys[0], 0);
     sync_some(turn_of(part), 2 * kGroup);
     begin_products();
     rows.issue_scores(queries, shared_address(shared.keys[0]));
@@ -254,34 +254,34 @@ FL_DEVICE void attend(const PrefillArgs& a, const Work& w, int64_t kv_head, int 
     if (part == 0 || num_tiles > 1) arrive_some(turn_of(1 - part), 2 * kGroup);
     wait_products<0>();
     settle(rows.s);
-    if (lane == 0) arrive(&shared.free_keys[0]);
+    if (lane == 0) arrive(shared.free_keys[0]);
     weigh(0);
     rows.pack_weights();
 #pragma unroll 1
     for (int turn = 1; turn < num_tiles; ++turn) {
       const int stage = turn % kStages, before = (turn - 1) % kStages;
-      wait_for(&shared.full_keys[stage], turn / kStages % 2);
+      wait_for(shared.full_keys[stage], turn / kStages % 2);
       sync_some(turn_of(part), 2 * kGroup);
       begin_products();
       rows.issue_scores(queries, shared_address(shared.keys[stage]));
       close_products();
-      wait_for(&shared.full_values[before], (turn - 1) / kStages % 2);
+      wait_for(shared.full_values[before], (turn - 1) / kStages % 2);
       begin_products();
       rows.issue_values(shared_address(shared.values[before]));
       close_products();
       if (part == 0 || turn + 1 < num_tiles) arrive_some(turn_of(1 - part), 2 * kGroup);
       wait_products<1>();
       settle(rows.s);
-      if (lane == 0) arrive(&shared.free_keys[stage]);
+      if (lane == 0) arrive(shared.free_keys[stage]);
       const float2 shrink = weigh(turn);
       wait_products<0>();
       settle(rows.o);
-      if (lane == 0) arrive(&shared.free_values[before]);
+      if (lane == 0) arrive(shared.free_values[before]);
       rows.shrink(shrink);
       rows.pack_weights();
     }
     const int stage = (num_tiles - 1) % kStages;
-    wait_for(&shared.full_values[stage], (num_tiles - 1) / kStages % 2);
+    wait_for(shared.full_values[stage], (num_tiles - 1) / kStages % 2);
     begin_products();
     rows.issue_values(shared_address(shared.values[stage]));
     close_products();
@@ -321,10 +321,10 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const PrefillArgs 
   Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>(dynamic_shared());
   if (threadIdx.x == 0)
     for (int stage = 0; stage < kStages; ++stage) {
-      init_barrier(&shared.full_keys[stage], kCopiers);
-      init_barrier(&shared.full_values[stage], kCopiers);
-      init_barrier(&shared.free_keys[stage], 2 * kGroup / kWarp);
-      init_barrier(&shared.free_values[stage], 2 * kGroup / kWarp);
+      init(shared.full_keys[stage], kCopiers);
+      init(shared.full_values[stage], kCopiers);
+      init(shared.free_keys[stage], 2 * kGroup / kWarp);
+      init(shared.free_values[stage], 2 * kGroup / kWarp);
     }
   __syncthreads();
   // Each finds its work itself: what both roles hold would have to fit the copiers' few registers.

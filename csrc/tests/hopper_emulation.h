@@ -11,11 +11,6 @@ namespace emulated {
 constexpr int kGroupThreads = 128, kMaxColumns = 256;
 constexpr uint32_t kSharedBase = 1024;  // where a block's dynamic shared memory begins, as on the hardware
 
-inline unsigned char* dynamic_memory() {
-  alignas(1024) static unsigned char memory[kMostShared];
-  return memory;
-}
-
 // One matrix operand of half precision, k = 16. A descriptor: start, leading and stride offset in 16 bytes from bits 0,
 // 16 and 32, 14 bits each; the base offset, which is to be 0, from bit 49; from bit 62 the swizzle: 1, 2, 3 for rows of
 // 128, 64, 32 bytes, 0 for none.
@@ -47,9 +42,9 @@ struct Operand {
   template <class T>
   float at(int row, int k, bool is_across) const {
     const uint32_t address = this->address(row, k, is_across);
-    if (address < kSharedBase || address + 2 > kSharedBase + kMostShared) fail("a matrix descriptor off shared memory");
+    if (address < kSharedBase || address + 2 > kSharedBase + kMaxShared) fail("a matrix descriptor off shared memory");
     T number;
-    std::memcpy(&number, dynamic_memory() + (address - kSharedBase), 2);
+    std::memcpy(&number, block().shared + (address - kSharedBase), 2);
     return fuseline::cuda::to_float(number);
   }
 };
@@ -90,7 +85,6 @@ inline void reset_hopper_block() {
   }
   for (Barrier& barrier : b.groups) barrier = {};
   for (Barrier& barrier : b.named) barrier = {};
-  std::memset(dynamic_memory(), 0xff, kMostShared);
 }
 inline const bool is_hopper_ready = (block().around = reset_hopper_block, true);
 
@@ -160,25 +154,8 @@ void issue(float* d, int count, const uint32_t* registers, uint64_t a, uint64_t 
 
 namespace fuseline::cuda {
 
-inline unsigned char* dynamic_shared() { return emulated::dynamic_memory(); }
 inline uint32_t shared_address(const void* at) {
-  return emulated::kSharedBase + static_cast<uint32_t>(static_cast<const unsigned char*>(at) - dynamic_shared());
-}
-
-// Arrivals still to come in the low half, those of a phase above, the parity of the phase in the highest bit.
-inline void init_barrier(uint64_t* at, int count) {
-  *at = static_cast<uint64_t>(count) << 32 | static_cast<uint64_t>(count);
-}
-inline void arrive(uint64_t* at) {
-  emulated::Block& b = emulated::block();
-  if (b.fibers[b.current].has_unfenced) emulated::fail("an arrival without a fence of the writes to shared memory");
-  if ((*at & 0xffffffff) > 1) --*at;
-  else *at = ((*at ^ uint64_t{1} << 63) & ~uint64_t{0xffffffff}) | (*at >> 32 & 0x7fffffff);
-  b.num_idle = 0;
-}
-inline bool has_ended(uint64_t* at, int parity) { return static_cast<int>(*at >> 63) != parity; }
-inline void wait_for(uint64_t* at, int parity) {
-  while (!has_ended(at, parity)) emulated::yield_fiber();
+  return emulated::kSharedBase + static_cast<uint32_t>(static_cast<const char*>(at) - dynamic_shared());
 }
 
 inline void fence_shared_writes() {

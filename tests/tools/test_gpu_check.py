@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -35,11 +34,8 @@ SHAPE = {
 @pytest.fixture
 def tool(monkeypatch):
     """Its modules, imported as it does itself."""
-    monkeypatch.syspath_prepend(str(TOOL))
-    import kernels
-    import llama
-    import serving
-    import table
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    from gpu_check import kernels, llama, serving, table
 
     return kernels, llama, serving, table
 
@@ -60,18 +56,16 @@ def test_an_unknown_stage_is_named() -> None:
 
 
 def main_of_tool(tmp_path, monkeypatch):
-    """Its __main__, working in a folder of its own."""
-    spec = importlib.util.spec_from_file_location("gpu_check_main", TOOL / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "WORK", tmp_path)
-    return module
+    """The stages, working in a folder of their own."""
+    from gpu_check import stages
+
+    monkeypatch.setattr(stages, "WORK", tmp_path)
+    return stages
 
 
 def test_wheels_of_a_folder_are_there_for_every_stage(tool, tmp_path, monkeypatch) -> None:
     """Modules and programs, a newer one before what is installed."""
-    import build
+    from gpu_check import build
 
     wheels = tmp_path / "given"
     wheels.mkdir()
@@ -106,8 +100,8 @@ def test_tests_that_failed_are_known_though_the_stage_was_killed(tool, tmp_path,
     main = main_of_tool(tmp_path, monkeypatch)
     tests = tmp_path / "test_some.py"
     tests.write_text("import time\ndef test_fine(): pass\ndef test_bad(): assert 0\ndef test_slow(): time.sleep(60)\n")
-    script = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "on_gpu", "-p", "no:cacheprovider", "-c", "/dev/null",
-              "--rootdir", str(tmp_path), "--failures", str(tmp_path), str(tests)]  # fmt: skip
+    script = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_check.on_gpu", "-p", "no:cacheprovider",
+              "-c", "/dev/null", "--rootdir", str(tmp_path), "--failures", str(tmp_path), str(tests)]  # fmt: skip
     monkeypatch.setattr(main, "command", lambda name, args: script)
     monkeypatch.setattr(main, "STAGES", (main.Stage("tests", 25),))
     monkeypatch.setattr(main, "why_no_gpu", lambda: "")
@@ -123,7 +117,7 @@ def test_tests_that_failed_are_known_though_the_stage_was_killed(tool, tmp_path,
 
 
 def test_parts_after_a_lost_gpu_are_another_process(tool, tmp_path) -> None:
-    import measure
+    from gpu_check import measure
 
     _, _, _, tables = tool
     table, log = tables.Table(tmp_path / "table.md", "a GPU"), []
@@ -150,7 +144,7 @@ def test_parts_after_a_lost_gpu_are_another_process(tool, tmp_path) -> None:
 
 
 def test_a_model_that_cannot_be_built_is_not_built_again(tool) -> None:
-    import measure
+    from gpu_check import measure
 
     built = []
     once = measure.Once(lambda: built.append(1) or 1 / 0)
@@ -162,7 +156,7 @@ def test_a_model_that_cannot_be_built_is_not_built_again(tool) -> None:
 
 def test_every_kernel_is_measured(tool) -> None:
     kernels, _, _, tables = tool
-    sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16)
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16, product_rows=(1, 130))
     found = tables.Table()
     limits = kernels.measure_limits(sizes, "cpu", TRIAL, found)
     kernels.measure_kernels(sizes, GPU, TRIAL, limits, found)
@@ -170,7 +164,7 @@ def test_every_kernel_is_measured(tool) -> None:
     for name in ("copy", "add_rms_norm, 32 x 64, triton", "layer_norm, 1 x 64, triton", "act_mul, 32 x 48, triton",
                  "rope_cache, 32 x 4 + 2 heads, triton", "route_topk, 32 x 2 of 4, triton",
                  "attention, decode 2", "prompt of 32", "greedy", "top_k",
-                 "linear of 16 rows, 64 -> 96, torch.linear", "linear of 16 rows, 64 -> 96, triton.linear",
+                 "linear of 130 rows, 64 -> 96, torch.linear", "linear of 1 rows, 64 -> 96, triton.linear",
                  "linear of 1 rows, 48 -> 64", "linear_act_mul of 1 rows, 64 -> 96, triton",
                  "experts, 16 tokens x 2 of 4, triton.experts 64x128",
                  "linear, 64 x 48 -> 64, invariant", "decode 2 x 32, invariant"):  # fmt: skip
@@ -202,7 +196,7 @@ def test_every_kernel_in_cpp_is_measured(tool, monkeypatch) -> None:
     kernels, _, _, tables = tool
     library = cuda_emulator.emulator()
     monkeypatch.setattr(cuda_library, "library_for", lambda target: library)
-    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32, 130, 2, 4, 1 << 10, 16)
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16, product_rows=(1,))
     found = tables.Table()
     kernels.measure_kernels(sizes, GPU, TRIAL, Limits(1e9, 1e9), found)
     names = [row[0] for row in found.rows]
@@ -214,7 +208,7 @@ def test_every_kernel_in_cpp_is_measured(tool, monkeypatch) -> None:
 
 def test_a_model_is_measured(tool, tmp_path) -> None:
     _, llama, serving, tables = tool
-    import overlap
+    from gpu_check import overlap
 
     load, found = llama.small(llama.Load()), tables.Table()
     runner = llama.Runner(tmp_path, GPU, load, llama.LLAMA_8B | SHAPE)
@@ -235,7 +229,7 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
 def test_the_peer_computes_with_the_same_weights(tool, tmp_path, monkeypatch) -> None:
     """In the same memory; both are measured, with the same prompts."""
     _, llama, serving, tables = tool
-    import peer
+    from gpu_check import peer
 
     load, found = llama.small(llama.Load()), tables.Table()
     runner = llama.Runner(tmp_path, GPU, load, llama.LLAMA_8B | SHAPE)
@@ -261,7 +255,7 @@ def test_the_peer_computes_with_the_same_weights(tool, tmp_path, monkeypatch) ->
 def test_early_launches_are_compared(tool) -> None:
     """Results that differ are counted: here those of a library that has lost a kernel."""
     kernels, _, _, tables = tool
-    from overlap import check_overlap
+    from gpu_check.overlap import check_overlap
 
     class Loses(cuda_library.CudaLibrary):
         def call(self, name: str, on: torch.Tensor, **fields: object) -> None:
@@ -271,19 +265,34 @@ def test_early_launches_are_compared(tool) -> None:
     sizes = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64)
     loses = copy.copy(cuda_emulator.emulator())
     loses.__class__ = Loses
-    for lib, wrong in ((cuda_emulator.emulator(), 0), (loses, 2 * 2 * 2)):
+    for lib, wrong in ((cuda_emulator.emulator(), 0), (loses, 2 * 2 * 2 * 2)):
         found = tables.Table()
         make = kernels.Made(sizes, "cpu")
         assert check_overlap(sizes, make, lib, FakeGraphs(), found, TRIAL, num_replays=2) == wrong
         names = [row[0] for row in found.rows]
-        assert names[1:3] == ["chain of 1 rows, one after the other", "chain of 1 rows, early"] and len(names) == 6
+        assert names[1:3] == ["chain of 1 rows, one after the other", "chain of 1 rows, early"] and len(names) == 12
+
+
+def test_layers_are_measured_by_the_kernel_of_their_products(tool) -> None:
+    kernels, _, _, tables = tool
+    from gpu_check import chains
+
+    sizes, found = kernels.Sizes(hidden=64, inner=48, heads=4, kv_heads=2, head_dim=64), tables.Table()
+    more = (FakeGraphs(), found, TRIAL, Limits(1e9, 1e9))
+    chains.measure_chains(sizes, kernels.Made(sizes, "cpu"), cuda_emulator.emulator(), *more, 1, (4,))
+    names = [row[0] for row in found.rows]
+    assert len(names) == len(set(names)) == 3 * len(chains.KINDS)
+    assert "layers of 4 rows, streamed, overlap alike" in names
+    assert not any("FAILED" in row[1] for row in found.rows)
+    chains.measure_chains(sizes, kernels.Made(sizes, "cpu"), None, *more)
+    assert found.rows[-1][:2] == ("chains of layers", "not measured: no CUDA C++ kernels")
 
 
 @pytest.mark.parametrize("has_library", [True, False])
 def test_early_launches_are_a_part_of_the_models(tool, monkeypatch, capsys, has_library: bool) -> None:
     """With graphs as they are captured on a GPU."""
     kernels, _, _, tables = tool
-    import models
+    from gpu_check import models
 
     FakeCuda().install(monkeypatch)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
@@ -298,7 +307,7 @@ def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> No
     from fuseline.compile.tuning import kernels as tune_gpu
 
     _, llama, _, tables = tool
-    import tune
+    from gpu_check import tune
 
     monkeypatch.setattr(tune_gpu, "DeviceTimer", lambda: lambda candidate, _: 0.1 if "7s" in candidate.label else 1.0)
     monkeypatch.setenv("FUSELINE_CACHE_ROOT", str(tmp_path / "cache"))
@@ -312,7 +321,7 @@ def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> No
 
 def test_mixed_steps_are_measured(tool, tmp_path) -> None:
     _, llama, _, tables = tool
-    from mixed import measure_mixed
+    from gpu_check.mixed import measure_mixed
 
     load, found, api = llama.small(llama.Load()), tables.Table(), FakeGraphs()
     runner = llama.Runner(
@@ -326,7 +335,7 @@ def test_mixed_steps_are_measured(tool, tmp_path) -> None:
 
 def test_tensors_are_carried_to_the_gpu_and_back_as_they_lie(tool) -> None:
     """Views of one storage stay views of one; what is written there is here afterwards."""
-    import on_gpu
+    from gpu_check import on_gpu
 
     whole = torch.arange(12.0).reshape(3, 4)
     carried = on_gpu.Carried("cpu")

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from kernels import sampling_arguments
-from table import Limits, Table, share_of
 from torch import Tensor
 
 from fuseline.compile.backends.cuda.executable import CudaExecutable
@@ -23,6 +21,8 @@ from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.specs import WeightSource
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.kernels import tune_kernels
+from gpu_check.kernels import sampling_arguments
+from gpu_check.table import Limits, Table, share_of
 
 BLOCK = 16
 LLAMA_8B = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import torch
-from llama import BLOCK, Runner
-from table import Table
 
 from fuseline.compile.graph_inputs import StepInputs, make_step
+from gpu_check.llama import BLOCK, Runner
+from gpu_check.table import Table
 
 
 def measure_mixed(runner: Runner, num_seqs: int, chunks: tuple[int, ...], context: int, table: Table) -> None:

@@ -14,10 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
-from kernels import Made, Sizes
-from overlap import check_overlap
 from paged_driver import greedy
-from table import Clock, Table
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
@@ -30,6 +27,9 @@ from fuseline.engine.build import build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig, SchedulerConfig
 from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander
 from fuseline.engine.service import EngineService
+from gpu_check.kernels import Made, Sizes
+from gpu_check.overlap import check_overlap
+from gpu_check.table import Clock, Table
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss", "deepseek_v3", "phi3_longrope")
 OVERLAP = "overlap"

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import torch
-from llama import LLAMA_8B, Load, Runner
-from table import Table
 
 from fuseline.compile.target import Target, detect_target
+from gpu_check.llama import LLAMA_8B, Load, Runner
+from gpu_check.table import Table
 
 
 def main() -> int:
