@@ -28,8 +28,8 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """The language that generated text must be in, as a grammar that is yet to be compiled."""
 
     kind: Literal["ebnf", "lark", "structural_tag", "regex", "json_schema"]
-    """ebnf: GBNF with a rule `root`; lark: with a rule `start`; structural_tag: xgrammar's JSON. regex and json_schema
-    are for backends that take no ebnf."""
+    """ebnf: GBNF with a rule `root`; lark: with a rule `start`; structural_tag: xgrammar's JSON. Other backends take
+    regex and json_schema, an object with `schema` and `whitespace`, the regex between JSON's tokens."""
     text: str
     backend: str = "xgrammar"
     starts_after: tuple[int, ...] = ()

@@ -95,7 +95,7 @@ def reasoning_end(thinking: Thinking, tokenizer: TextTokenizer) -> tuple[int, ..
 
 def behind_optional_reasoning(grammar: GrammarSpec, form: ReasoningFormat) -> GrammarSpec:
     """The same language, and before it reasoning between its marks, if the model begins with the first of them."""
-    if grammar.kind != "ebnf":
+    if grammar.kind != "ebnf" or grammar.backend != "xgrammar":
         return grammar
     answer = {"type": "grammar", "grammar": grammar.text}
     thoughts = {"type": "tag", "begin": form.begins[0], "content": {"type": "any_text"}, "end": form.ends[0]}
