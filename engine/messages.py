@@ -36,10 +36,17 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Token ids that follow each other in the answer before the grammar begins: the end of thinking. Until then every
     token but an ending one may come. Empty: from the first token on."""
 
+    spelled: tuple[tuple[int, str], ...] = ()
+    """Special tokens that the grammar reads as their text: the marks of a format."""
+    is_free: bool = False
+    """Text may end wherever the grammar has no more to say of it, and may hold special tokens there; the request's
+    other settings say when it ends."""
+
     @property
     def key(self) -> bytes:
         """SHA-256 of what is compiled."""
-        parts = (self.backend, self.kind, self.text)
+        marks = (f"{token} {text}" for token, text in self.spelled)
+        parts = (self.backend, self.kind, str(self.is_free), self.text, *marks)
         return hashlib.sha256(b"".join(len(p.encode()).to_bytes(8, "little") + p.encode() for p in parts)).digest()
 
 
@@ -90,9 +97,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     grammar: GrammarSpec | None = None
 
     @property
+    def is_structured(self) -> bool:
+        """Whether a grammar alone says where the text ends."""
+        return self.grammar is not None and not self.grammar.is_free
+
+    @property
     def ending_token_ids(self) -> tuple[int, ...]:
         """Tokens that end the sequence. A grammar allows EOS only where it is complete, and then ignore_eos is void."""
-        eos = self.masked_eos_token_ids if self.grammar else ()
+        eos = self.masked_eos_token_ids if self.is_structured else ()
         return tuple(dict.fromkeys((*self.eos_token_ids, *self.stop_token_ids, *eos)))
 
 

@@ -43,10 +43,14 @@ class CallSink:
         make_id: MakeId = hex_id,
         limit: int | None = None,
         strict_names: bool = False,
+        is_forced: bool = False,
     ) -> None:
-        """`tools`: schemas of arguments by name. `limit`: calls that are handed on; more are dropped."""
+        """`tools`: schemas of arguments by name. `limit`: calls that are handed on; more are dropped. `is_forced`: what
+        is cut short was to be a call, and never is text.
+        """
         self.tools = tools
         self._index, self._make_id, self._limit, self._strict_names = index, make_id, limit, strict_names
+        self._is_forced = is_forced
         self._parts: list[Part] = []
         self._pieces: list[str] = []
         """Text of the last event."""
@@ -111,7 +115,7 @@ class CallSink:
         """`raw` began like a call and is none. A call that is announced stays where the output is merely cut short."""
         was_announced, was_dropped = self._is_announced, self._is_dropped
         self._open, self._is_announced, self._is_dropped = None, False, False
-        if was_dropped or (was_announced and is_cut):
+        if was_dropped or (is_cut and (was_announced or self._is_forced)):
             return
         if was_announced:
             self.num_calls -= 1
@@ -121,7 +125,7 @@ class CallSink:
 
     def finish(self) -> None:
         """No more text comes."""
-        if self._blanks and not self.num_calls:
+        if self._blanks and not self.num_calls and not self._is_forced:
             self._content("")
 
     def _content(self, text: str) -> None:

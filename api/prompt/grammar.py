@@ -93,6 +93,11 @@ def request_spec(request: GenerateRequest, default_backend: str = "xgrammar") ->
     return _package_spec(name, kind, value, param, pattern)
 
 
+def has_format(request: GenerateRequest) -> bool:
+    """Whether the grammar of a request is that of its response_format."""
+    return request.response_format is not None and request.response_format.type != "text"
+
+
 def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
     """(field, kind, value) of each grammar that a request names."""
     guided = {
@@ -111,7 +116,7 @@ def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
             raise bad_request(f"structured_outputs needs one of {', '.join(KINDS)}", "structured_outputs")
         found += named
     form = request.response_format
-    if form is None or form.type == "text":
+    if not has_format(request):
         return found
     if form.type == "json_object":
         return [*found, ("response_format", "json_object", True)]

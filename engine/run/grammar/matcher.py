@@ -30,7 +30,7 @@ class GrammarState:
     def __init__(self, grammar: Grammar, params: SamplingParams, vocab_size: int) -> None:
         self._ends = params.ending_token_ids
         self.matcher = grammar.matcher(self._ends)
-        self._is_batched = isinstance(grammar, XGrammar)
+        self._is_batched = isinstance(grammar, XGrammar) and not grammar.has_free_text
         self._starts_after = params.grammar.starts_after
         self._min_tokens = params.min_tokens
         self._tail: tuple[int, ...] = ()
