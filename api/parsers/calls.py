@@ -45,8 +45,8 @@ class CallSink:
         strict_names: bool = False,
         is_forced: bool = False,
     ) -> None:
-        """`tools`: schemas of arguments by name. `limit`: calls that are handed on; more are dropped. `is_forced`: what
-        is cut short was to be a call, and never is text.
+        """`tools`: schemas of arguments by name. `limit`: calls that are handed on; more are dropped. `is_forced`: all
+        text is calls, of which the last may be cut short.
         """
         self.tools = tools
         self._index, self._make_id, self._limit, self._strict_names = index, make_id, limit, strict_names
@@ -76,7 +76,7 @@ class CallSink:
 
     def text(self, text: str) -> None:
         """Text outside of calls."""
-        if self.num_calls or not text:
+        if self.num_calls or self._is_forced or not text:
             return
         if not self.has_content and text.isspace():
             self._blanks.append(text)
@@ -125,7 +125,7 @@ class CallSink:
 
     def finish(self) -> None:
         """No more text comes."""
-        if self._blanks and not self.num_calls and not self._is_forced:
+        if self._blanks and not self.num_calls:
             self._content("")
 
     def _content(self, text: str) -> None:

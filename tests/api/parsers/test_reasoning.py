@@ -118,7 +118,8 @@ def test_harmony_without_tools_calls_none() -> None:
 
 FORCED = {
     None: ' [{"name": "f", "parameters": {"city": "Zürich", "days": [1, 2]}}, {"name": "g", "parameters": {}}]',
-    HARMONY: '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"city": "Zürich", "days": [1, 2]}<|call|>',
+    HARMONY: "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    '{"city": "Zürich", "days": [1, 2]}<|call|>',
 }
 
 
