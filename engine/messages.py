@@ -60,6 +60,23 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, tag="vocabulary"):
     """Logits of the model; tokens beyond the list are never allowed."""
 
 
+class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bounds the tokens of reasoning, which is the text between marks at the begin of an answer."""
+
+    num_tokens: int
+    """Tokens behind the first mark; then the end is forced."""
+    begins: tuple[str, ...]
+    ends: tuple[str, ...]
+    end_token_ids: tuple[int, ...]
+    """Tokens of the end that is forced."""
+    is_open: bool = False
+    """The answer begins within reasoning."""
+    may_resume: bool = False
+    """Reasoning may begin again behind its end; the budget is for all of it."""
+    spelled: tuple[tuple[int, str], ...] = ()
+    """Special tokens that are part of marks, and their text."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
     """One request's sampling settings, validated and resolved by the API (SPEC 4.1, 6)."""
 
@@ -95,6 +112,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     scores_temperature: float = 1.0
     """Temperature at which log-probabilities are taken; for beam search, whose steps are greedy."""
     grammar: GrammarSpec | None = None
+    thinking: ThinkingBudget | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the tokens so far say which may come next."""
+        return self.grammar is not None or self.thinking is not None
 
     @property
     def is_structured(self) -> bool:

@@ -15,7 +15,7 @@ from fuseline.api.structured.ebnf import Rules, choice, literal, sequence
 from fuseline.engine.messages import GrammarSpec
 
 ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
-NEXT = "<|start|>assistant"
+END, NEXT = "<|end|>", "<|start|>assistant"
 RECIPIENT = "to=functions."
 Marks = Sequence[tuple[int, str]]
 
@@ -40,7 +40,7 @@ def channel_spec(use: ToolUse, asked: GrammarSpec | None, has_format: bool, mark
 
 def _behind_analysis(answers: list[Format]) -> Format:
     rules = Rules()
-    begin = sequence(literal(ANALYSIS), text_until(rules, "<|end|>"), literal(NEXT))
+    begin = sequence(literal(ANALYSIS), text_until(rules, END), literal(NEXT))
     analysis = {"type": "optional", "content": {"type": "grammar", "grammar": rules.text(begin)}}
     answer = answers[0] if len(answers) == 1 else {"type": "or", "elements": answers}
     return {"type": "sequence", "elements": [analysis, answer]}

@@ -22,14 +22,14 @@ from fuseline.api.prompt import from_anthropic, from_responses
 from fuseline.api.prompt.chat import ChatRenderer, RenderedChat, named_templates
 from fuseline.api.prompt.completion_prompt import CompletionPrompts
 from fuseline.api.prompt.encode import TextTokenizer
-from fuseline.api.prompt.field_checks import check_request
+from fuseline.api.prompt.field_checks import check_budget, check_request
 from fuseline.api.prompt.grammar import has_format
 from fuseline.api.prompt.limits import Limits
 from fuseline.api.prompt.parse import renamed_fields, validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder
 from fuseline.api.prompt.token_routes import detokenize, tokenize
-from fuseline.api.prompt.tool_grammar import Answers, thinking_of, with_grammar
+from fuseline.api.prompt.tool_grammar import Answers, thinking_budget, thinking_of, with_grammar
 from fuseline.api.prompt.tools import parse_options, read_tools
 from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -126,6 +126,7 @@ class Preparer:
     def _chat(self, body: ChatRequest) -> Prepared:
         use = read_tools(body, self._config)
         check_request(body, self._config)
+        check_budget(body, self._config)
         self._admission.check(body)
         self._need_tokenizer("messages")
         rendered = self.renderer.render(body)
@@ -145,7 +146,10 @@ class Preparer:
             thinking = thinking_of(body, parse.start, self._config)
             answers = Answers(thinking, self._formats, self._need_tokenizer())
             params = with_grammar(params, use, answers, has_format=has_format(body))
-        if params.grammar is not None:
+            if body.thinking_token_budget not in (None, -1):
+                has_calls = use.choice != "none" or params.grammar is not None
+                params = replace(params, thinking=thinking_budget(body.thinking_token_budget, answers, has_calls))
+        if params.has_masks:
             self._sampling.check_grammar(body)
         answer = replace(_answer(body, params.is_structured), num_logprobs=top, parse=parse)
         return Prepared((prompt,), params, self._chat_answer(body, rendered, answer), shown)
@@ -167,7 +171,7 @@ class Preparer:
 
     def _messages(self, body: MessagesRequest) -> Prepared:
         with renamed_fields(from_anthropic.RENAMED):
-            return self._chat(from_anthropic.chat_of_messages(body))
+            return self._chat(from_anthropic.chat_of_messages(body, has_reasoning=bool(self._config.reasoning_parser)))
 
     def _count_tokens(self, body: CountTokensRequest) -> Written:
         with renamed_fields(from_anthropic.RENAMED):

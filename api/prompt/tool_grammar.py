@@ -21,12 +21,12 @@ from fuseline.api.prompt.auto_grammar import (
     strict_format,
     tag_spec,
 )
-from fuseline.api.prompt.channels import channel_spec
+from fuseline.api.prompt.channels import ANALYSIS, END, FINAL, NEXT, channel_spec
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.grammar import TaggedSchema, json_spec, structured_spec
 from fuseline.api.prompt.tools import ToolUse, arguments_schema
 from fuseline.api.protocol.chat import ChatRequest
-from fuseline.engine.messages import GrammarSpec, SamplingParams
+from fuseline.engine.messages import GrammarSpec, SamplingParams, ThinkingBudget
 
 ASKED = ("enable_thinking", "thinking")
 """Variables with which templates ask for reasoning."""
@@ -69,6 +69,26 @@ class Answers:
     @property
     def is_harmony(self) -> bool:
         return HARMONY in (self.formats.tools, self.formats.reasoning)
+
+
+def thinking_budget(num_tokens: int, answers: Answers, has_calls: bool) -> ThinkingBudget | None:
+    """None where the answer has no reasoning. `has_calls`: harmony's reasoning may be followed by a call."""
+    form, start = answers.thinking.form, answers.thinking.start
+    if answers.is_harmony:
+        end = END if has_calls else f"{END}{NEXT}{FINAL}"
+        begins, ends, is_open = (ANALYSIS,), (END,), False
+    elif form is None or start == "closed":
+        return None
+    else:
+        begins, ends, end = form.begins, (*form.ends, *form.stops), form.ends[0]
+        is_open = answers.thinking.has_begun
+    tokenizer = answers.tokenizer
+    token = tokenizer.token_id(end)
+    return ThinkingBudget(
+        num_tokens=num_tokens, begins=begins, ends=ends, is_open=is_open, may_resume=answers.is_harmony,
+        end_token_ids=tuple(tokenizer.encode_behind(end)) if token is None else (token,),
+        spelled=tuple(spelled_marks((*begins, *ends), tokenizer)),
+    )  # fmt: skip
 
 
 def with_grammar(params: SamplingParams, use: ToolUse, answers: Answers, has_format: bool) -> SamplingParams:

@@ -58,9 +58,6 @@ NO_TOOLS = ToolUse()
 
 def read_tools(body: ChatRequest, config: ServerConfig) -> ToolUse:
     """Raises ApiError 400 that names the field."""
-    if body.thinking_token_budget is not None:
-        words = "thinking_token_budget is not supported: this server cannot end a model's reasoning"
-        raise bad_request(words, "thinking_token_budget", "unsupported_value")
     if body.tools is not None and not body.tools:
         raise bad_request("tools must not be an empty list", "tools")
     choice = body.tool_choice

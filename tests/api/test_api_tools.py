@@ -198,7 +198,7 @@ REFUSED = {
     "odd strict": ({"tools": [{"function": {"name": "f", "strict": "x"}}]}, "tools[0].function.strict", "true"),
     "guided and required": ({"tool_choice": "required", "guided_regex": "a"}, "guided_regex", "not both"),
     "guided and named": ({"tool_choice": NAMED, "guided_choice": ["a"]}, "guided_choice", "not both"),
-    "budget": ({"thinking_token_budget": 5}, "thinking_token_budget", "not supported"),
+    "budget": ({"thinking_token_budget": -2}, "thinking_token_budget", "-1"),
 }  # fmt: skip
 
 
@@ -361,3 +361,44 @@ def test_a_forced_call_cut_by_length_is_no_text(tooled: Api, choice: Any) -> Non
         streamed = joined(tooled.stream(CHAT, **fields))
         assert streamed["finish_reason"] == "length" and not streamed.get("content")
         assert len(streamed["tool_calls"]) == len(whole["message"].get("tool_calls") or ())
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"tools": [WEATHER], "tool_choice": NAMED}, {"guided_regex": "[0-9]{1,3}"}], ids=str
+)
+def test_reasoning_ends_when_its_budget_is_spent(tooled: Api, more: dict[str, Any]) -> None:
+    free = tooled.answer(CHAT, **THINKS, **GREEDY)
+    needed = free["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert needed > 8
+    for budget in (0, 1, 5):
+        fields = {**THINKS, **GREEDY, **more, "thinking_token_budget": budget, "n": 2}
+        whole = tooled.answer(CHAT, **fields)
+        message = whole["choices"][0]["message"]
+        spent = whole["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert spent < needed and (message["content"] or message.get("tool_calls"))
+        if not more:
+            assert (free["choices"][0]["message"]["reasoning_content"]).startswith(message["reasoning_content"] or "")
+        streamed = joined(tooled.stream(CHAT, **{**fields, "n": 1}))
+        assert (streamed.get("reasoning_content") or "") == (message["reasoning_content"] or "")
+        assert (streamed.get("content") or "") == (message["content"] or "")
+    for budget in (-1, 10_000):
+        fields = {**THINKS, **GREEDY, "thinking_token_budget": budget}
+        assert tooled.answer(CHAT, **fields)["choices"] == free["choices"]
+
+
+def test_a_budget_needs_a_reasoning_parser(plain: Api) -> None:
+    response = plain.post(CHAT, {"model": "demo", **THINKS, "thinking_token_budget": 5})
+    assert response.status_code == 400 and "--reasoning-parser" in response.json()["error"]["message"]
+    assert plain.post(CHAT, {"model": "demo", **THINKS, "thinking_token_budget": -1}).status_code == 200
+
+
+def test_the_budget_of_messages(tooled: Api) -> None:
+    body = {"messages": THINKS["messages"], "max_tokens": 80, "temperature": 0}
+    free, held = (
+        tooled.answer("/v1/messages", **body, thinking={"type": "enabled", "budget_tokens": budget})["content"]
+        for budget in (2000, 3)
+    )
+    assert held[0]["type"] == "thinking" and held[-1]["type"] == "text"
+    assert free[0]["thinking"].startswith(held[0]["thinking"]) and len(held[0]["thinking"]) < len(free[0]["thinking"])
+    wrong = {"model": "demo", **body, "thinking": {"type": "enabled", "budget_tokens": 0}}
+    assert tooled.post("/v1/messages", wrong).status_code == 400

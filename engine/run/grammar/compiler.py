@@ -51,6 +51,11 @@ class GrammarCompiler:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Empty where the server runs without a tokenizer."""
+        return self._vocabulary or Vocabulary(tokens=(), eos_token_ids=(), vocab_size=self._vocab_size)
+
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Tokens as bytes; the model may have more, which no grammar allows."""
         self._vocabulary = msgspec.structs.replace(vocabulary, vocab_size=self._vocab_size)
