@@ -25,6 +25,8 @@ from fuseline.engine.run.grammar.backends.registry import Backends
 NICENESS = 10
 TRIAL_TOKENS = 64
 """Tokens that a compiled grammar is walked along, so that one that is slow or faulty is found out here."""
+NO_MEMORY = "bad_alloc"
+"""In the message of an exception from C++ for want of memory."""
 KEEPS_INTERPRETER = ("lm-format-enforcer",)
 """Backends that compile in Python, where the engine's steps wait for them."""
 MOST_SECONDS_HERE = 0.5
@@ -80,9 +82,9 @@ def _answer(spec: GrammarSpec, backends: Backends, vocab_size: int) -> Answer:
         seconds = time.perf_counter() - begin
         try_walk(grammar, vocab_size)
         data = grammar.pack()
-    except MemoryError:
-        return Failed("it needs more memory than this server gives to one (--grammar-memory)")
     except Exception as error:  # the packages' errors have no common class
+        if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+            return Failed("it needs more memory than this server gives to one (--grammar-memory)")
         return Failed(_message(error))
     if spec.backend in KEEPS_INTERPRETER and seconds > MOST_SECONDS_HERE:
         return Failed(f"{spec.backend} takes {seconds:.1f} s to compile it, in which nothing else could run")
