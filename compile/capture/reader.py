@@ -36,7 +36,7 @@ class Reader:
         if part.stored is None:
             yield part.start, part.view
             return
-        for start, view in cut(part.start, part.view):
+        for start, view in cut(part.start, part.view, BLOCK_BYTES // part.view.element_size()):
             yield start, self._read(part, view)
 
     def value(self, lazy: LazyTensor) -> Tensor:
@@ -94,16 +94,16 @@ def span_of(view: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
 
 
-def cut(start: tuple[int, ...], view: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Boxes of at most BLOCK_BYTES of file each, cut along the slowest dim first."""
+def cut(start: tuple[int, ...], view: Tensor, most: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Boxes that span at most `most` elements of memory each, cut along the slowest dim first, with their start."""
     if view.numel() == 0:
         return
     dims = [dim for dim in range(view.ndim) if view.shape[dim] > 1]
-    if not dims or span_of(view) * view.element_size() <= BLOCK_BYTES:
+    if not dims or span_of(view) <= most:
         yield start, view
         return
     slowest = max(dims, key=view.stride)
-    rows = max(1, BLOCK_BYTES // (view.stride(slowest) * view.element_size()))
+    rows = max(1, most // view.stride(slowest))
     for low in range(0, view.shape[slowest], rows):
         part = view.narrow(slowest, low, min(rows, view.shape[slowest] - low))
-        yield from cut((*start[:slowest], start[slowest] + low, *start[slowest + 1 :]), part)
+        yield from cut((*start[:slowest], start[slowest] + low, *start[slowest + 1 :]), part, most)
