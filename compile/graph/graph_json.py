@@ -223,17 +223,12 @@ def evaluate(text: str, num_tokens: int | SymInt) -> int | SymInt:
 def _symbolic(min_tokens: int, max_tokens: int, example: int) -> _Values:
     """Values that share one shape environment with one symbol."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import (
-        DimDynamic,
-        ShapeEnv,
-        StatelessSymbolicContext,
-        StrictMinMaxConstraint,
-    )
+    from torch.fx.experimental import symbolic_shapes as shapes
     from torch.utils._sympy.value_ranges import ValueRanges
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    limits = StrictMinMaxConstraint(vr=ValueRanges(min_tokens, max_tokens), warn_only=False)
-    dims = StatelessSymbolicContext([DimDynamic.DYNAMIC], constraint_sizes=[limits])
+    mode = FakeTensorMode(shape_env=shapes.ShapeEnv(), allow_non_fake_inputs=True)
+    limits = shapes.StrictMinMaxConstraint(vr=ValueRanges(min_tokens, max_tokens), warn_only=False)
+    dims = shapes.StatelessSymbolicContext([shapes.DimDynamic.DYNAMIC], constraint_sizes=[limits])
     row = mode.from_tensor(torch.empty(example, device="meta"), symbolic_context=dims)
     return _Values(row.shape[0], mode)
 

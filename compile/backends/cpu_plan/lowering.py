@@ -192,14 +192,10 @@ class _Interpretation:
         for node in self._graph.graph.nodes:
             self._visit(node)
         self._use([self.values[node] for node in results_of(self._graph.graph)], len(self.steps))
-        self._draw_borders()
-        return self
-
-    def _draw_borders(self) -> None:
-        """Drops buffers of values that are used only inside a region."""
         regions = [step for step in self.steps if isinstance(step, Region)]
-        for key in draw_borders(regions, self.values):
+        for key in draw_borders(regions, self.values):  # nothing outside the region uses the value
             del self._buffer_of[key]
+        return self
 
     def value(self, arg: object) -> object:
         return self.values[arg] if isinstance(arg, fx.Node) else arg
