@@ -44,6 +44,7 @@ class Sizes:
     num_experts: int = 8
     copied: int = 1 << 30
     square: int = 8192
+    short_context: int = 512
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,12 @@ def _attention(s: Sizes, target: Target) -> Iterator[Case]:
         s.heads, s.kv_heads, s.head_dim, s.head_dim, 16, half, half, False, False, 0, s.head_dim**-0.5, 0.0
     )
     kernels = Kernels(target)
-    for num_seqs in s.decode:
-        batch = make_batch(layer, [s.context] * num_seqs, [1] * num_seqs, target.device, TABLE, max_bytes=1 << 40)
+    steps = [(num_seqs, s.context) for num_seqs in s.decode]
+    for num_seqs, context in (*steps, (s.decode[0], s.short_context), (s.decode[-1], s.short_context)):
+        batch = make_batch(layer, [context] * num_seqs, [1] * num_seqs, target.device, TABLE, max_bytes=1 << 40)
         found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
         moved = sum(cache.nbytes for cache in batch.args[1:3])
-        name = f"attention, decode {num_seqs} x {s.context}"
+        name = f"attention, decode {num_seqs} x {context}"
         yield from cases_of(name, found, batch.args, DECODE, moved=moved, goal="85 %")
     batch = make_batch(layer, [s.tokens], [s.tokens], target.device, TABLE, max_bytes=1 << 40)
     found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
@@ -191,12 +193,12 @@ def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: fl
 
 
 def _linears(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
-    """Every linear of a layer for one row, the largest for more."""
+    """Every linear of a layer and the logits, for few rows."""
     kernels, widest = Kernels(target, {}), 2 * s.inner
     joined, attended = (s.heads + 2 * s.kv_heads) * s.head_dim, s.heads * s.head_dim
-    products = [("linear", 1, *shape) for shape in ((joined, s.hidden), (s.hidden, attended), (s.hidden, s.inner))]
-    products += [("linear", rows, widest, s.hidden) for rows in (1, 8, 16)]
-    products += [("linear_act_mul", rows, widest, s.hidden) for rows in (1, 16)]
+    shapes = ((joined, s.hidden), (s.hidden, attended), (s.hidden, s.inner), (widest, s.hidden), (s.vocab, s.hidden))
+    products = [("linear", rows, *shape) for rows in (1, 4, 16) for shape in shapes]
+    products += [("linear_act_mul", rows, widest, s.hidden) for rows in (1, 4, 16)]
     for op, rows, num_out, num_in in products:
         weight = make(num_out, num_in)
         args = (make(rows, num_in), weight, None, SILU)[: len(registry()[op].arguments)]

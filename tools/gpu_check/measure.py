@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
 from fuseline.compile.kernels.cuda.library import library_for
 from fuseline.compile.target import detect_target
 from fuseline.compile.tuning.clock import Clock, DeviceClock
 from fuseline.compile.tuning.limits import Limits
 from fuseline.engine.run.cuda_device import CudaDevice
-from gpu_check.kernels import Sizes, measure_kernels, measure_limits
+from gpu_check.chains import measure_chains
+from gpu_check.kernels import Made, Sizes, measure_kernels, measure_limits
 from gpu_check.llama import Load, Runner, measure_model
 from gpu_check.mixed import measure_mixed
 from gpu_check.overlap import measure_overlap
@@ -84,7 +86,12 @@ def model_parts(folder: Path, limits: Limits, table: Table, is_resumed: bool) ->
 
 
 def kernel_parts(sizes: Sizes, clock: Clock, limits: Limits, table: Table) -> list[Part]:
+    def chains() -> None:
+        library, api = library_for(detect_target(device="cuda")), CudaGraphApi(CaptureStreams.of(torch.device("cuda")))
+        measure_chains(sizes, Made(sizes, "cuda"), library, api, table, clock, limits)
+
     return [
+        ("chains of layers", chains),
         ("kernels", lambda: measure_kernels(sizes, detect_target(device="cuda"), clock, limits, table)),
         ("kernels in C++", check_cpp),
     ]
