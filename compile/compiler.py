@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from fuseline.compile.capture.kv_scales import stored_scales
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import WeightFinder, load_weights
 from fuseline.compile.check import check_model
-from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig
+from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig, Progress, silent
 from fuseline.compile.graph.edit import source_of
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, run_passes
@@ -40,30 +40,28 @@ if TYPE_CHECKING:
     from fuseline.compile.backends.cuda.model import CudaModel
 
 GIB = 1 << 30
-Progress = Callable[[str, int, int], None]
 Executable = CpuExecutable | CudaExecutable
 
 
 def compile_model(
-    config: CompileConfig, target: Target, progress: Progress | None = None, graphs: GraphConfig | None = None
+    config: CompileConfig, target: Target, progress: Progress = silent, graphs: GraphConfig | None = None
 ) -> CpuModel | CudaModel:
     """Raises CaptureError or LoadError, one line each. `graphs` selects the steps that a GPU captures."""
     config = _with_dtype_of(config, target)
-    report_progress = progress or (lambda phase, done, total: None)
     _C.set_num_threads(target.num_threads)
     torch.set_num_threads(target.num_threads)
-    report_progress("capturing", 0, 1)
-    captured, result = load_optimized(config, target) or optimize(config, target, keep=True, progress=report_progress)
-    report_progress("capturing", 1, 1)
+    progress("capturing", 0, 1)
+    captured, result = load_optimized(config, target) or optimize(config, target, keep=True, progress=progress)
+    progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, result)
     offload = _offload(captured.graph, config, target)
     with told_as(LoadError, f"the weights of {config.model} cannot be loaded"):
-        weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
+        weights = load_weights(requests, captured, config, progress, _sink(target, offload))
     weights |= on_device(result.constants | _kv_scales(result, config), target)
     if config.level >= TUNE_LEVEL and target.kind == "cuda":
-        tune_kernels(captured.graph, weights, config, target, report_progress)
+        tune_kernels(captured.graph, weights, config, target, progress)
     elif config.level >= TUNE_LEVEL:
-        tune_linears(captured.graph, weights, config, report_progress)
+        tune_linears(captured.graph, weights, config, progress)
     executable = _executable(captured.graph, weights, config, target, offload)
     if isinstance(executable, CudaExecutable):
         from fuseline.compile.backends.cuda.model import CudaModel  # needs triton
@@ -74,14 +72,14 @@ def compile_model(
     if config.level > 1 and executable.num_regions and "cut_regions" not in config.disabled_passes:
         model.compile_regions(RegionUpgrade(captured.graph, weights, config))
         if config.wait_compiled:
-            report_progress("compiling", 0, 1)
+            progress("compiling", 0, 1)
             model.wait_compiled()
-            report_progress("compiling", 1, 1)
+            progress("compiling", 1, 1)
     return model
 
 
 def optimize(
-    config: CompileConfig, target: Target = CPU, keep: bool = False, progress: Progress | None = None
+    config: CompileConfig, target: Target = CPU, keep: bool = False, progress: Progress = silent
 ) -> tuple[CapturedModel, PipelineResult]:  # fmt: skip
     """Returns the captured graph, checked, after all passes of the level; reads no weights. Raises CaptureError.
 
@@ -100,13 +98,11 @@ def _with_dtype_of(config: CompileConfig, target: Target) -> CompileConfig:
     return replace(config, dtype=STORED) if config.dtype == "auto" and target.kind == "cuda" else config
 
 
-def _check(config: CompileConfig, progress: Progress | None, captured: CapturedModel) -> str:
+def _check(config: CompileConfig, progress: Progress, captured: CapturedModel) -> str:
     """Returns the verdict on a model. Raises CaptureError."""
-    if progress:
-        progress("checking", 0, 1)
+    progress("checking", 0, 1)
     verdict = check_model(config, captured, build_on_cpu)
-    if progress:
-        progress("checking", 1, 1)
+    progress("checking", 1, 1)
     return verdict
 
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -17,19 +16,13 @@ from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
 BLOCK_BYTES = 4 << 20
 
 
-class Reader:
+class Reader(ExitStack):
     """Reads slices block by block. A context manager: it owns the open files and the buffer."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._files: dict[Path, int] = {}
-        self._close = ExitStack()
         self._buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close.close()
 
     def blocks(self, part: TensorSlice) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Yield (start in the whole, values) of blocks that cover the slice; values are valid until the next."""
@@ -75,7 +68,7 @@ class Reader:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise LoadError(f"{path} cannot be opened: {error.strerror}") from error
-            self._close.callback(os.close, self._files[path])
+            self.callback(os.close, self._files[path])
         return self._files[path]
 
 

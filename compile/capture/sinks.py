@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,36 +15,25 @@ NUM_BUFFERS = 8
 """More than there are readers, so that one reads on while the copies of all are under way."""
 
 
-class Sink(Protocol):
-    """Used by several threads at once, each with tensors of its own."""
-
-    device: torch.device
-    """Device that holds the weights."""
-
-    def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor of that request, to be written slice by slice."""
-
-    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
-        """Copy the block, which may be overwritten afterwards, to target[start : start + block.shape]."""
-
-    def finish(self) -> None:
-        """Return when all that was written is there."""
-
-
 class HostSink:
+    """Weights in host memory. A sink is used by several threads at once, each with tensors of its own."""
+
     device = torch.device("cpu")
+    """Device that holds the weights."""
 
     def __init__(self) -> None:
         self._pages = Pages()
 
     def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor of that request, to be written slice by slice."""
         return self._pages.zeros(shape, dtype)
 
     def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
+        """Copies the block, which may be overwritten afterwards, to target[start : start + block.shape]."""
         write_box(target, block, start)
 
     def finish(self) -> None:
-        """Nothing is under way."""
+        """Returns when all that was written is there."""
 
 
 class DeviceSink:
@@ -90,6 +78,9 @@ class DeviceSink:
         staged = buffer[: box.numel() * box.element_size()].view(box.dtype).view(box.shape)
         staged.copy_(part)
         self._ring.put((buffer, self._copies.copy(box, staged)))
+
+
+Sink = HostSink | DeviceSink
 
 
 class Copies:
