@@ -35,6 +35,8 @@ def build(target: Path) -> Path:
 def make_package(package: Path, libraries: Path) -> None:
     """Links the libraries and the sources. Raises RuntimeError for libraries that this Python cannot load."""
     package.mkdir(parents=True, exist_ok=True)
+    for earlier in package.glob("_*.so"):
+        earlier.unlink()
     for library in libraries.glob("_*.so"):
         link(package / library.name, library.resolve())
     for name in ("__init__.py", "demo"):

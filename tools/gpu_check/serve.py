@@ -40,7 +40,7 @@ class Load:
     """Requests of a run over those at once."""
     least: int = 6
     """Fewest requests of a run."""
-    start_seconds: float = 90.0
+    start_seconds: float = 110.0
 
 
 def main(table: Path, marks: Path) -> int:

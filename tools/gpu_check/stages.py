@@ -44,7 +44,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("build", 130, 60), Stage("tests", 200, 90), Stage("models", 120, 75), Stage("serve", 150, 60),
+    Stage("build", 130, 60), Stage("tests", 200, 90), Stage("models", 120, 75), Stage("serve", 150, 80),
     Stage("measure", 180, 90), Stage("tune", 180, 30),
 )  # fmt: skip
 
