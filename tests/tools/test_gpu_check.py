@@ -234,7 +234,7 @@ def test_a_model_that_cannot_be_built_is_not_built_again(tool) -> None:
 
 def test_every_kernel_is_measured(tool) -> None:
     kernels, _, _, tables = tool
-    sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16)
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 16, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16, product_rows=(1, 130))
     found = tables.Table()
     limits = kernels.measure_limits(sizes, "cpu", TRIAL, found)
     kernels.measure_kernels(sizes, GPU, TRIAL, limits, found)
@@ -242,7 +242,7 @@ def test_every_kernel_is_measured(tool) -> None:
     for name in ("copy", "add_rms_norm, 32 x 64, triton", "layer_norm, 1 x 64, triton", "act_mul, 32 x 48, triton",
                  "rope_cache, 32 x 4 + 2 heads, triton", "route_topk, 32 x 2 of 4, triton",
                  "attention, decode 2", "prompt of 32", "greedy", "top_k",
-                 "linear of 16 rows, 64 -> 96, torch.linear", "linear of 16 rows, 64 -> 96, triton.linear",
+                 "linear of 130 rows, 64 -> 96, torch.linear", "linear of 1 rows, 64 -> 96, triton.linear",
                  "linear of 1 rows, 48 -> 64", "linear_act_mul of 1 rows, 64 -> 96, triton",
                  "experts, 16 tokens x 2 of 4, triton.experts 64x128",
                  "linear, 64 x 48 -> 64, invariant", "decode 2 x 32, invariant"):  # fmt: skip
@@ -274,7 +274,7 @@ def test_every_kernel_in_cpp_is_measured(tool, monkeypatch) -> None:
     kernels, _, _, tables = tool
     library = cuda_emulator.emulator()
     monkeypatch.setattr(cuda_library, "library_for", lambda target: library)
-    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16)
+    sizes = kernels.Sizes(32, 64, 48, 4, 2, 64, (1, 2), 32, 130, 2, 4, 1 << 10, 16, 16, product_rows=(1,))
     found = tables.Table()
     kernels.measure_kernels(sizes, GPU, TRIAL, Limits(1e9, 1e9), found)
     names = [row[0] for row in found.rows]

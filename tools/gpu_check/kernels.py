@@ -24,6 +24,8 @@ from fuseline.compile.tuning.limits import Limits
 from gpu_check.table import Table, microseconds, share_of
 
 TABLE = "block_table_0"
+BALANCED = 128
+"""Rows up to which reading the weights of a product is reckoned to take longer than multiplying."""
 SILU = codes.UNARY["silu"]
 
 
@@ -45,6 +47,7 @@ class Sizes:
     copied: int = 1 << 30
     square: int = 8192
     short_context: int = 512
+    product_rows: tuple[int, ...] = (1, 4, 16, 64, 256, 2048)
 
 
 @dataclass(frozen=True)
@@ -193,17 +196,19 @@ def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: fl
 
 
 def _linears(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
-    """Every linear of a layer and the logits, for few rows."""
+    """Every linear of a layer and the logits: few rows, decode steps of many sequences, prompts."""
     kernels, widest = Kernels(target, {}), 2 * s.inner
     joined, attended = (s.heads + 2 * s.kv_heads) * s.head_dim, s.heads * s.head_dim
     shapes = ((joined, s.hidden), (s.hidden, attended), (s.hidden, s.inner), (widest, s.hidden), (s.vocab, s.hidden))
-    products = [("linear", rows, *shape) for rows in (1, 4, 16) for shape in shapes]
+    products = [("linear", rows, *shape) for rows in s.product_rows for shape in shapes]
     products += [("linear_act_mul", rows, widest, s.hidden) for rows in (1, 4, 16)]
     for op, rows, num_out, num_in in products:
         weight = make(num_out, num_in)
         args = (make(rows, num_in), weight, None, SILU)[: len(registry()[op].arguments)]
         name = f"{op} of {rows} rows, {num_in} -> {num_out}"
-        yield from cases_of(name, candidates(op, args, kernels), args, moved=weight.nbytes, goal="85 %")
+        is_read = rows <= BALANCED
+        needed = {"moved": weight.nbytes} if is_read else {"operations": 2 * rows * weight.numel()}
+        yield from cases_of(name, candidates(op, args, kernels), args, goal="85 %" if is_read else "", **needed)
 
 
 def _experts(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
