@@ -73,11 +73,7 @@ def check_model(config: CompileConfig, captured: CapturedModel, build: Build) ->
     """The verdict in words. Raises CaptureError for a model whose serving graph computes something else."""
     from fuseline.compile.capture.hf_model import load_config
 
-    return check_config(load_config(config), captured, config, build)
-
-
-def check_config(hf_config: PreTrainedConfig, captured: CapturedModel, config: CompileConfig, build: Build) -> str:
-    """check_model of a config in memory."""
+    hf_config = load_config(config)
     reasons: list[str] = []
     for narrow in (True, False):
         try:
