@@ -76,7 +76,7 @@ def assert_early_only_weights(found: dict[str, list[str]], arch: str) -> None:
         assert all(op.startswith("LDGSTS.") for op in early) and bool(early) == ("few_rows_kernel" in name), name
         copies = any(op.startswith(BULK_COPY) for op in opcodes[: opcodes.index(WAIT)])
         assert copies == ("stream_rows_kernel" in name), name
-        assert not copies or {"LDS.128", "LDG.E.128"} <= set(opcodes), name
+        assert not copies or {"LDS.128", "LD.E.128"} <= set(opcodes), name
 
 
 def test_a_source_that_does_not_compile_is_said_in_words(tmp_path) -> None:

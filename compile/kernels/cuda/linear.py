@@ -20,8 +20,9 @@ WIDE = 8192
 
 STREAMS = ("sm_90", "sm_100", "sm_103")
 """Architectures with bulk copies and enough shared memory for stream_linear.cu."""
-SLABS, PREFETCHED = 2, 8
-"""Of stream_linear.cu: sixteens of weight rows that a block reads at once; steps that it prefetches (128 KiB)."""
+SLABS, PREFETCHED, LEAD = 1, 8, 4
+"""Of stream_linear.cu: sixteens of weight rows that a block reads at once; steps (16 KiB) that it prefetches; steps
+before its last one at which the next kernels may begin."""
 
 
 def linear(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,28 +47,28 @@ def linear_act_mul(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | N
 
 def stream_linear(
     lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, slabs: int = SLABS,
-    prefetched: int = PREFETCHED, is_rolling: bool = False,
+    prefetched: int = PREFETCHED, lead: int = LEAD,
 ) -> Tensor:  # fmt: skip
     """`linear` by persistent blocks that read weights while the kernels ahead still run."""
     rows = _few_rows(x, weight)
     if rows is None:
         return F.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    options = {"slabs": slabs, "prefetched": prefetched, "is_rolling": int(is_rolling)}
+    options = {"slabs": slabs, "prefetched": prefetched, "lead": lead}
     _launch_linear(lib, "stream_linear", out, rows, weight, bias, **options)
     return out
 
 
 def stream_linear_act_mul(
     lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None, act: int, *, slabs: int = SLABS,
-    prefetched: int = PREFETCHED, is_rolling: bool = False,
+    prefetched: int = PREFETCHED, lead: int = LEAD,
 ) -> Tensor:  # fmt: skip
     """`linear_act_mul` in the same way."""
     rows = _few_rows(x, weight)
     if rows is None:
         return linear_then_act_mul(lib, x, weight, bias, act)
     out = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
-    options = {"slabs": slabs, "prefetched": prefetched, "is_rolling": int(is_rolling)}
+    options = {"slabs": slabs, "prefetched": prefetched, "lead": lead}
     _launch_linear(lib, "stream_linear_act_mul", out, rows, weight, bias, act=act, **options)
     return out
 
@@ -111,8 +112,8 @@ def _linear_by_torch(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor |
 
 
 TUNINGS = (
-    Tuning("0p", {"prefetched": 0}), Tuning("16p", {"prefetched": 16}), Tuning("rolling", {"is_rolling": True}),
-    Tuning("64r", {"slabs": 4, "prefetched": PREFETCHED // 2}),
+    Tuning("0p", {"prefetched": 0}), Tuning("12l", {"lead": 12}), Tuning("0p 12l", {"prefetched": 0, "lead": 12}),
+    Tuning("32r", {"slabs": 2, "prefetched": 4, "lead": 2}),
 )  # fmt: skip
 FEW = {"reads_early": "weight", "max_rows": FEW_ROWS}
 STREAMED = {**FEW, "order": LAST, "isas": STREAMS, "tunings": TUNINGS}
