@@ -30,6 +30,7 @@ struct StreamArgs {
   int64_t x_stride, weight_stride;
   int num_rows, num_out, num_in;
   int prefetched;     // steps that are prefetched to L2 behind those in the ring
+  int waves;          // blocks a multiprocessor
   int lead;           // steps before its last one at which a block lets the next kernels in
   bool is_x_shared;   // whether x is copied to shared memory
   int act;
@@ -294,11 +295,11 @@ __global__ void __launch_bounds__(kThreads, 2) stream_rows_kernel(const StreamAr
 
 template <class T, int kSlabs, int kTiles, bool kIsGated>
 int launch_tiles(StreamArgs a, Stream stream) {
-  const int processors = num_processors(), x_bytes = a.num_rows * (2 * a.num_in + kPad);
+  const int blocks = num_processors() * a.waves, x_bytes = a.num_rows * (2 * a.num_in + kPad);
   a.is_x_shared = static_cast<int>(sizeof(Shared<kSlabs, kTiles>)) + x_bytes <= kMaxShared;
   const int shared_bytes = static_cast<int>(sizeof(Shared<kSlabs, kTiles>)) + (a.is_x_shared ? x_bytes : 0);
-  return launch(stream_rows_kernel<T, kSlabs, kTiles, kIsGated>, dim3(a.num_out < processors ? a.num_out : processors),
-                kThreads, stream, a, Overlap::kWeights, shared_bytes);
+  return launch(stream_rows_kernel<T, kSlabs, kTiles, kIsGated>, dim3(a.num_out < blocks ? a.num_out : blocks), kThreads,
+                stream, a, Overlap::kWeights, shared_bytes);
 }
 
 template <bool kIsGated, class Call>
@@ -314,6 +315,7 @@ int launch_slabs(Stream stream, const Call& c, int act) {
                      number(c.num_out),
                      number(c.num_in),
                      number(c.prefetched),
+                     number(c.waves),
                      number(c.lead),
                      false,
                      act};

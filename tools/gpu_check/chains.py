@@ -23,7 +23,7 @@ def _torch_linear(lib: CudaLibrary, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _streamed(**options: int) -> Products:
+def _streamed(**options: object) -> Products:
     streamed = (STREAMED.linear, STREAMED.linear_act_mul)
     return Products(*(functools.partial(product, **options) for product in streamed))
 
