@@ -54,7 +54,7 @@ struct Product {
   float* d;
   const uint32_t* registers;
   uint64_t a, b;
-  int num_columns, num_rows;
+  int num_columns;
   bool adds;
   int group;
   void (*compute)(int first_thread, size_t index);
@@ -69,6 +69,7 @@ struct GroupThread {
 struct HopperBlock {
   GroupThread threads[kMaxThreads];
   Barrier groups[kMaxThreads / kGroupThreads], named[16];
+  bool has_products;
 };
 inline HopperBlock& hopper_block() {
   static HopperBlock only;
@@ -78,11 +79,14 @@ inline GroupThread& group_thread() { return hopper_block().threads[block().curre
 
 inline void reset_hopper_block() {
   HopperBlock& b = hopper_block();
-  for (GroupThread& thread : b.threads) {
+  for (int k = 0; k < kMaxThreads; ++k) {
+    GroupThread& thread = b.threads[k];
     if (!thread.products.empty()) fail("products were not waited for");
+    if (b.has_products && k < block().num_threads && block().fibers[k].has_unfenced) fail("copies that no fence orders before products");
     thread.num_groups = 0;
     thread.is_fenced = false;
   }
+  b.has_products = false;
   for (Barrier& barrier : b.groups) barrier = {};
   for (Barrier& barrier : b.named) barrier = {};
 }
@@ -146,8 +150,8 @@ template <class T>
 void issue(float* d, int count, const uint32_t* registers, uint64_t a, uint64_t descriptor_b, bool adds) {
   GroupThread& thread = group_thread();
   if (!thread.is_fenced) fail("a product without a fence of its registers");
-  thread.products.push_back(
-      {d, registers, a, descriptor_b, 2 * count, 64, adds, thread.num_groups, &compute_product<T>});
+  hopper_block().has_products = true;
+  thread.products.push_back({d, registers, a, descriptor_b, 2 * count, adds, thread.num_groups, &compute_product<T>});
 }
 
 }  // namespace emulated
@@ -164,8 +168,6 @@ inline void fence_shared_writes() {
 }
 
 inline void sync_some(int id, int count) {
-  emulated::Block& b = emulated::block();
-  if (b.fibers[b.current].has_unfenced) emulated::fail("a barrier without a fence of the writes to shared memory");
   emulated::wait(emulated::hopper_block().named[id], count);
 }
 inline void arrive_some(int id, int count) {
