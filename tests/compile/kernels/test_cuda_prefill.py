@@ -34,7 +34,7 @@ def test_groups_of_heads(heads, kv_heads):
     Prompts([150, 33], heads=heads, kv_heads=kv_heads).check()
 
 
-@pytest.mark.parametrize("block_size", (1, 4, 16, 256))
+@pytest.mark.parametrize("block_size", (8, 32, 128, 256))
 def test_block_sizes(block_size):
     Prompts([200, 31], [70, 31], block_size=block_size).check()
 
@@ -100,7 +100,8 @@ def test_a_step_of_prompts_and_single_tokens(options):
     counts = [30, 1, 0, 1, 40]
     batch = Decode([40, 300, 9, 20, 40], counts=counts)
     out, args = batch.arguments(range(5), options.get("sinks"))
-    args = (*args, 0, 0.3, 0.0)
+    q, k, v, *rest = args
+    args = (q, k.nan_to_num(), v.nan_to_num(), *rest, 0, 0.3, 0.0)
     assert_agrees(OP, args, partial(cuda_emulator.run, attention.decode_or_prefill))
     assert_lies_as_fake(OP, args, partial(cuda_emulator.run, attention.decode_or_prefill))
     found = cuda_emulator.run(attention.decode_or_prefill, *args)[0].split(counts)
@@ -140,4 +141,6 @@ def test_what_the_kernel_does_not_take():
     q, k, v, *rest = args
     wide = [torch.cat((x,) * 4, -1) for x in (q, k, v)]
     assert attention.supports_attention(*wide, *rest) and not supports(*wide, *rest, 0, 0.3, 0.0)
+    assert attention.supports_attention(q, k[:, :, :4], v[:, :, :4], *rest)
+    assert not supports(q, k[:, :, :4], v[:, :, :4], *rest, 0, 0.3, 0.0)
     assert not supports(q, k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn), *rest, 0, 0.3, 0.0)
