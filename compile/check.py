@@ -221,7 +221,8 @@ def serve(model: Runnable, sequences: Sequence[Tensor], block_size: int) -> list
     while any(len(state.next_tokens()) for state in states):
         batch = [k for k, state in enumerate(states) if k <= step and len(state.next_tokens())]
         counts = [len(states[k].next_tokens()) for k in batch]
-        logits = model.run(_inputs(model.info, [states[k] for k in batch], block_size)).logits.clone().split(counts)
+        found = model.run(_inputs(model.info, [states[k] for k in batch], block_size)).logits
+        logits = found.to(torch.float32, copy=True).split(counts)
         for k, part in zip(batch, logits, strict=True):
             rows[k].append(part)
             states[k].num_computed += len(part)

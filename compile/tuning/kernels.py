@@ -153,11 +153,12 @@ def _problems(graph: fx.GraphModule, kernels: Kernels, is_invariant: bool) -> di
     """
     nodes: dict[Problem, list[fx.Node]] = defaultdict(list)
     found: dict[Problem, list[Implementation]] = {}
+    weights = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}  # not written while measured
     for node in graph.graph.nodes:
         op = op_of(node.target)
         if op is None or is_invariant and op.sums or not has_constants(node):
             continue
-        call = OpCall.of(node, kernels.target)
+        call = OpCall.of(node, kernels.target, weights)
         of = kernels.candidates(call)
         problem = Problem(node.target._schema.name, describe(call), ", ".join(c.label for c in of))
         if len(of) > 1:

@@ -108,9 +108,9 @@ FL_DEVICE void prefetch_bulk(const void* from, int num_bytes) {
 // Orders accesses of a warp's lanes to shared memory.
 FL_DEVICE void sync_warp() { __syncwarp(); }
 
-// The block's dynamic shared memory, aligned to 128 bytes.
+// The block's dynamic shared memory, aligned as swizzled matrix operands need it.
 FL_DEVICE char* dynamic_shared() {
-  extern __shared__ __align__(128) char dynamic[];
+  extern __shared__ __align__(1024) char dynamic[];
   return dynamic;
 }
 

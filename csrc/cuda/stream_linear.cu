@@ -94,15 +94,8 @@ FL_DEVICE void store_pass(const StreamArgs& a, const Shared<kSlabs, kTiles>& sha
   }
 }
 
-// Grid: any number of blocks up to N.
-template <class T, int kSlabs, int kTiles, bool kIsGated>
-__global__ void __launch_bounds__(kThreads, kSlabs == 2 ? 2 : 1) stream_rows_kernel(const StreamArgs a) {
-  using Memory = Shared<kSlabs, kTiles>;
-  launch_dependents();
-  Memory& shared = *reinterpret_cast<Memory*>(dynamic_shared());
-  const Share<kSlabs, kIsGated> share(a.num_out);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int num_depths = (a.num_in + kDepth - 1) / kDepth, num_steps = share.num_passes() * num_depths;
+template <int kSlabs, int kTiles>
+FL_DEVICE void init_barriers(Shared<kSlabs, kTiles>& shared) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       init(shared.full[s], 16 * kSlabs);
@@ -113,115 +106,158 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 2 ? 2 : 1) stream_rows_ker
     show_barriers();
   }
   __syncthreads();
+}
 
-  const bool is_producer = warp >= kConsumers;
-  const int own = lane * kProducers + warp % kProducers;  // the row of a stage that this thread copies
-  Step at;
-  int begun = 0;
-  // Calls f(weights, bytes) for this thread's row of a step; without bytes if there is none.
-  const auto of_row = [&](const Step& step, const auto& f) {
-    if (own >= 16 * kSlabs) return;
-    const int k = step.depth * kDepth, n = share.output(step.pass, own);
+// Reads one row of the stages, that of this thread; of its warp only the first 4 kSlabs threads have one.
+template <int kSlabs, int kTiles, bool kIsGated>
+struct Reader {
+  const StreamArgs& a;
+  const Share<kSlabs, kIsGated>& share;
+  Shared<kSlabs, kTiles>& shared;
+  int row;
+
+  // Calls f(weights, bytes); without bytes where the row has no output.
+  template <class F>
+  FL_DEVICE void read(const Step& step, const F& f) const {
+    if (row >= 16 * kSlabs) return;
+    const int k = step.depth * kDepth, n = share.output(step.pass, row);
     const int num_bytes = 2 * (a.num_in - k < kDepth ? a.num_in - k : kDepth);
-    const int64_t row = n + (kIsGated && own % 16 >= 8 ? a.num_out : 0);
-    f(static_cast<const uint16_t*>(a.weight) + row * a.weight_stride + k, n < share.last ? num_bytes : 0);
-  };
-  const auto fetch = [&]() {
-    of_row(at, [&](const uint16_t* from, int num_bytes) {
-      arrive_expecting(shared.full[at.stage], num_bytes);
-      if (num_bytes) copy_bulk(shared.stages[at.stage] + own * kPitch, from, num_bytes, shared.full[at.stage]);
+    const int64_t line = n + (kIsGated && row % 16 >= 8 ? a.num_out : 0);
+    f(static_cast<const uint16_t*>(a.weight) + line * a.weight_stride + k, n < share.last ? num_bytes : 0);
+  }
+  FL_DEVICE void copy(const Step& step) const {
+    read(step, [&](const uint16_t* from, int num_bytes) {
+      BulkBarrier& full = shared.full[step.stage];
+      arrive_expecting(full, num_bytes);
+      if (num_bytes) copy_bulk(shared.stages[step.stage] + row * kPitch, from, num_bytes, full);
     });
-    at.next(num_depths);
-    ++begun;
-  };
-  Step ahead;  // the next one to prefetch
-  const auto prefetch_step = [&]() {
-    of_row(ahead, [](const uint16_t* from, int num_bytes) {
+  }
+  FL_DEVICE void prefetch(const Step& step) const {
+    read(step, [](const uint16_t* from, int num_bytes) {
       if (num_bytes) prefetch_bulk(from, num_bytes);
     });
-  };
-#pragma unroll 1
-  for (int step = 0; step < kStages; ++step) {
-    if (is_producer && step < num_steps) fetch();
-    ahead.next(num_depths);
   }
-#pragma unroll 1
-  for (int step = 0; step < a.prefetched; ++step, ahead.next(num_depths))
-    if (!is_producer) prefetch_step();
-  wait_for_prerequisites();
-  if (is_producer) {
-#pragma unroll 1
-    for (; begun < num_steps; ahead.next(num_depths)) {
-      wait_for(shared.empty[at.stage], at.parity ^ 1);
-      fetch();
-      if (a.is_rolling) prefetch_step();
-    }
-    return;
-  }
+};
 
+// A consumer's 32 kUnroll k of each step.
+template <int kTiles>
+struct Rows {
   const uint16_t* rows[kTiles];  // missing ones repeat the first; their results are not written
-  const int begin = warp * kUnroll * 32 + 8 * t;
+  int num_in, begin;             // of x, and this thread's first k of a step
+
+  FL_DEVICE explicit Rows(const StreamArgs& a) : num_in(a.num_in) {
+    const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+    begin = warp * kUnroll * 32 + 8 * t;
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i)
-    rows[i] = static_cast<const uint16_t*>(a.x) + (8 * i + g < a.num_rows ? (8 * i + g) * a.x_stride : 0) + begin;
-  uint4 next[kUnroll][kTiles];
-  const auto load_x = [&](int k) {
+    for (int i = 0; i < kTiles; ++i)
+      rows[i] = static_cast<const uint16_t*>(a.x) + (8 * i + g < a.num_rows ? (8 * i + g) * a.x_stride : 0);
+  }
+  FL_DEVICE bool has(int k, int u) const { return k + 32 * u + begin < num_in; }
+  FL_DEVICE void load(uint4 (&to)[kUnroll][kTiles], int k) const {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
       for (int i = 0; i < kTiles; ++i)
-        next[u][i] = k + 32 * u + begin < a.num_in ? *reinterpret_cast<const uint4*>(rows[i] + k + 32 * u)
-                                                   : uint4{0, 0, 0, 0};
-  };
+        to[u][i] = has(k, u) ? *reinterpret_cast<const uint4*>(rows[i] + k + 32 * u + begin) : uint4{0, 0, 0, 0};
+  }
+};
+
+// Adds a stage's products with x, `in`, at its step of k; `stage` is this thread's first number there.
+template <class T, int kSlabs, int kTiles>
+FL_DEVICE void multiply(float (&sum)[kSlabs][kTiles][4], const char* stage, const uint4 (&in)[kUnroll][kTiles],
+                        const Rows<kTiles>& x, int k) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+      const uint4* from = reinterpret_cast<const uint4*>(stage + 16 * s * kPitch + 64 * u);
+      const uint4 low = x.has(k, u) ? from[0] : uint4{0, 0, 0, 0};
+      const uint4 high = x.has(k, u) ? from[8 * kPitch / 16] : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        mma(sum[s][i], {low.x, high.x, low.y, high.y}, {in[u][i].x, in[u][i].y}, T{});
+        mma(sum[s][i], {low.z, high.z, low.w, high.w}, {in[u][i].z, in[u][i].w}, T{});
+      }
+    }
+}
+
+// Ends a pass: adds the consumers' sums, which become zero, and stores the outputs.
+template <class T, int kSlabs, int kTiles, bool kIsGated>
+FL_DEVICE void end_pass(const StreamArgs& a, const Share<kSlabs, kIsGated>& share, Shared<kSlabs, kTiles>& shared,
+                        int pass, float (&sum)[kSlabs][kTiles][4]) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  wait_for(shared.taken, pass % 2 ^ 1);
+#pragma unroll
+  for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        shared.sums[warp][s][i][j][lane] = sum[s][i][j];
+        sum[s][i][j] = 0.0f;
+      }
+  sync_warp();
+  if (lane == 0) arrive(shared.summed);
+  wait_for(shared.summed, pass % 2);
+  store_pass<T>(a, shared, share, pass);
+  sync_warp();
+  if (lane == 0) arrive(shared.taken);
+}
+
+// x of the next step is on its way while a step is multiplied.
+template <class T, int kSlabs, int kTiles, bool kIsGated>
+FL_DEVICE void consume(const StreamArgs& a, const Share<kSlabs, kIsGated>& share, Shared<kSlabs, kTiles>& shared,
+                       int num_depths) {
+  const int lane = threadIdx.x % kWarp, num_steps = share.num_passes() * num_depths;
+  const Rows<kTiles> x(a);
   float sum[kSlabs][kTiles][4] = {};
-  load_x(0);
+  uint4 in[kUnroll][kTiles], next[kUnroll][kTiles];
+  x.load(next, 0);
+  Step at;
 #pragma unroll 1
   for (int step = 0; step < num_steps; ++step) {
-    uint4 in[kUnroll][kTiles];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) in[u][i] = next[u][i];
-    const int k = at.depth * kDepth;
-    load_x(k + kDepth < a.num_in ? k + kDepth : 0);
+    const int k = at.depth * kDepth, pass = at.pass;
+    x.load(next, k + kDepth < a.num_in ? k + kDepth : 0);
     wait_for(shared.full[at.stage], at.parity);
-    const char* stage = shared.stages[at.stage] + g * kPitch + 2 * begin;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const bool is_there = k + 32 * u + begin < a.num_in;
-#pragma unroll
-      for (int s = 0; s < kSlabs; ++s) {
-        const uint4* from = reinterpret_cast<const uint4*>(stage + 16 * s * kPitch + 64 * u);
-        const uint4 low = is_there ? from[0] : uint4{0, 0, 0, 0};
-        const uint4 high = is_there ? from[8 * kPitch / 16] : uint4{0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          mma(sum[s][i], {low.x, high.x, low.y, high.y}, {in[u][i].x, in[u][i].y}, T{});
-          mma(sum[s][i], {low.z, high.z, low.w, high.w}, {in[u][i].z, in[u][i].w}, T{});
-        }
-      }
-    }
+    multiply<T>(sum, shared.stages[at.stage] + lane / 4 * kPitch + 2 * x.begin, in, x, k);
     sync_warp();
     if (lane == 0) arrive(shared.empty[at.stage]);
-    const int pass = at.pass;
     at.next(num_depths);
-    if (at.pass == pass) continue;
-    wait_for(shared.taken, pass % 2 ^ 1);
-#pragma unroll
-    for (int s = 0; s < kSlabs; ++s)
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          shared.sums[warp][s][i][j][lane] = sum[s][i][j];
-          sum[s][i][j] = 0.0f;
-        }
-    sync_warp();
-    if (lane == 0) arrive(shared.summed);
-    wait_for(shared.summed, pass % 2);
-    store_pass<T>(a, shared, share, pass);
-    sync_warp();
-    if (lane == 0) arrive(shared.taken);
+    if (at.pass != pass) end_pass<T>(a, share, shared, pass, sum);
+  }
+}
+
+// Grid: any number of blocks up to N.
+template <class T, int kSlabs, int kTiles, bool kIsGated>
+__global__ void __launch_bounds__(kThreads, kSlabs == 2 ? 2 : 1) stream_rows_kernel(const StreamArgs a) {
+  launch_dependents();
+  auto& shared = *reinterpret_cast<Shared<kSlabs, kTiles>*>(dynamic_shared());
+  init_barriers(shared);
+  const Share<kSlabs, kIsGated> share(a.num_out);
+  const int num_depths = (a.num_in + kDepth - 1) / kDepth, num_steps = share.num_passes() * num_depths;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const bool is_producer = warp >= kConsumers;
+  const Reader<kSlabs, kTiles, kIsGated> reader{a, share, shared, lane * kProducers + warp % kProducers};
+  Step at, ahead;
+  int step = 0;
+#pragma unroll 1
+  for (; step < kStages; ++step, at.next(num_depths))
+    if (is_producer && step < num_steps) reader.copy(at);
+  ahead = at;
+#pragma unroll 1
+  for (int k = 0; k < a.prefetched; ++k, ahead.next(num_depths))
+    if (!is_producer) reader.prefetch(ahead);
+  wait_for_prerequisites();
+  if (!is_producer) return consume<T>(a, share, shared, num_depths);
+#pragma unroll 1
+  for (; step < num_steps; ++step, at.next(num_depths), ahead.next(num_depths)) {
+    wait_for(shared.empty[at.stage], at.parity ^ 1);
+    reader.copy(at);
+    if (a.is_rolling) reader.prefetch(ahead);
   }
 }
 

@@ -241,7 +241,7 @@ def test_every_kernel_is_measured(tool) -> None:
     names = " ".join(row[0] for row in found.rows)
     for name in ("copy", "add_rms_norm, 32 x 64, triton", "layer_norm, 1 x 64, triton", "act_mul, 32 x 48, triton",
                  "rope_cache, 32 x 4 + 2 heads, triton", "route_topk, 32 x 2 of 4, triton",
-                 "attention, decode 2", "prompt of 32", "greedy", "top_k",
+                 "attention, decode 2 x 32", "attention, decode 1 x 16", "prompt of 32", "greedy", "top_k",
                  "linear of 130 rows, 64 -> 96, torch.linear", "linear of 1 rows, 64 -> 96, triton.linear",
                  "linear of 1 rows, 48 -> 64", "linear_act_mul of 1 rows, 64 -> 96, triton",
                  "experts, 16 tokens x 2 of 4, triton.experts 64x128",

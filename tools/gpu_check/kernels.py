@@ -155,25 +155,26 @@ def _attention(s: Sizes, target: Target) -> Iterator[Case]:
         moved = sum(cache.nbytes for cache in batch.args[1:3])
         name = f"attention, decode {num_seqs} x {context}"
         yield from cases_of(name, found, batch.args, DECODE, moved=moved, goal="85 %")
-    batch = make_batch(layer, [s.tokens], [s.tokens], target.device, TABLE, max_bytes=1 << 40)
-    found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
-    kernels.prepare(batch.host)
-    operations = 2 * s.tokens * s.tokens * s.heads * s.head_dim
-    name = f"attention, prompt of {s.tokens}"
-    yield from cases_of(name, found, batch.args, PREFILL, operations=operations, goal="60 %")
+    for num_seqs, tokens in ((1, s.tokens), (1, s.tokens // 4), (16, s.tokens // 16)):
+        lengths = [tokens] * num_seqs
+        batch = make_batch(layer, lengths, lengths, target.device, TABLE, max_bytes=1 << 40)
+        found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
+        kernels.prepare(batch.host)
+        operations = 2 * num_seqs * tokens * tokens * s.heads * s.head_dim
+        name = f"attention, {num_seqs} prompts of {tokens}" if num_seqs > 1 else f"attention, prompt of {tokens}"
+        yield from cases_of(name, found, batch.args, PREFILL, operations=operations, goal="65 %")
 
 
 def _sampling(s: Sizes, make: Made) -> Iterator[Case]:
-    logits = torch.randn(s.rows, s.vocab, device=make.device) * 3
-    for name, settings in (
-        ("greedy", (0.0, 0, 1.0)),
-        ("temperature", (1.0, 0, 1.0)),
-        ("top_k, top_p", (0.8, 50, 0.95)),
-    ):
-        args = sampling_arguments(logits, *settings)
-        yield Case(
-            f"sampling {s.rows} x {s.vocab}, {name}", lambda a=args: sampling.sample(*a), logits.nbytes, goal="60 us"
-        )
+    wide = torch.randn(s.rows, s.vocab, device=make.device) * 3
+    for dtype, logits in (("bf16", wide.bfloat16()), ("fp32", wide)):
+        for name, settings in (
+            ("greedy", (0.0, 0, 1.0)),
+            ("temperature", (1.0, 0, 1.0)),
+            ("top_k, top_p", (0.8, 50, 0.95)),
+        ):
+            call = partial(sampling.sample, *sampling_arguments(logits, *settings))
+            yield Case(f"sampling {s.rows} x {s.vocab} of {dtype}, {name}", call, logits.nbytes, goal="45 us")
 
 
 def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: float, num_logprobs: int = -1) -> tuple:

@@ -108,6 +108,56 @@ def supports_attention(
     return integers and sizes and is_laid_out and block_size & (block_size - 1) == 0
 
 
+def prefill_attention(
+    lib: CudaLibrary, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float, *_: None,
+) -> None:  # fmt: skip
+    """out[1, T, H, D] of sequences of several tokens; those of one are left alone."""
+    _, num_heads, num_tokens, dim = q.shape
+    if (q.stride(1) | q.stride(2)) % 8 or q.data_ptr() % 16:
+        q = q.contiguous()
+    (_, out_token, out_head, _), (_, q_head, q_token, _) = out.stride(), q.stride()
+    (k_block, k_head, k_token, _), (v_block, v_head, v_token, _) = k_cache.stride(), v_cache.stride()
+    lib.call(
+        "prefill_attention", q, out=out, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
+        seq_lens=seq_lens, query_start=query_start, sinks=sinks, num_tokens=num_tokens, num_seqs=seq_lens.shape[0],
+        num_heads=num_heads, num_kv_heads=k_cache.shape[1], dim=dim, out_token=out_token, out_head=out_head,
+        q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block,
+        v_head=v_head, v_token=v_token, table_stride=block_table.stride(0),
+        block_shift=k_cache.shape[2].bit_length() - 1, window=window if window > 0 else NO_WINDOW, scale=scale,
+        dtype=DTYPES[q.dtype],
+    )  # fmt: skip
+
+
+def supports_prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, *scales: Tensor | None,
+) -> bool:  # fmt: skip
+    """What the decode kernel takes, with caches of the queries' dtype, heads of 64 or 128, and no soft-cap."""
+    args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks)
+    is_plain = k_cache.dtype == q.dtype and q.shape[3] <= 128 and softcap == 0.0 and scale > 0.0
+    return is_plain and supports_attention(*args) and all(each is None for each in scales)
+
+
+def decode_or_prefill(lib: CudaLibrary, q: Tensor, *rest: object) -> Tensor:
+    """The op: q[1, H, T, D] over caches [N, K, B, D] -> [1, T, H, D]."""
+    out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
+    decode_or_prefill_into(lib, out, q, *rest)
+    return out
+
+
+def decode_or_prefill_into(
+    lib: CudaLibrary, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *rest: object
+) -> None:
+    """The same to out[1, T, H, D]."""
+    args = (q, k_cache, v_cache, block_table, *rest)
+    num_tokens, num_seqs = q.shape[2], block_table.shape[0]
+    if num_tokens <= num_seqs or num_seqs > 1:
+        decode_attention(lib, out, *args)
+    if num_tokens > num_seqs:
+        prefill_attention(lib, out, *args)
+
+
 def supports_bulk(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor | None) -> bool:
     """The same, where the keys of a block lie one behind the other, at multiples of 16 bytes."""
     is_laid_out = all(
@@ -118,6 +168,7 @@ def supports_bulk(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor | N
 
 
 MIXED = "cuda.decode_attention, triton.paged_attention"
+OURS = "cuda.decode_attention, cuda.prefill_attention"
 IMPLEMENTATIONS = (
     native(
         "paged_attention", decode_or_triton, supports_attention, label="cuda.decode_attention", phases=(DECODE,),
@@ -127,6 +178,10 @@ IMPLEMENTATIONS = (
     native(
         "paged_attention", decode_or_triton, supports_attention, label=MIXED, phases=(PREFILL,),
         into=decode_or_triton_into, tunings=tunings("tuning", PREFILL_TUNINGS), hides=("triton.paged_attention",),
+    ),
+    native(
+        "paged_attention", decode_or_prefill, supports_prefill, label=OURS, phases=(PREFILL,), order=LAST,
+        into=decode_or_prefill_into, isas=("sm_90",),
     ),
     native(
         "paged_attention", partial(decode_or_triton, is_bulk=True), supports_bulk, label="cuda.bulk_attention",

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fuseline.engine.messages import SamplingParams
-
-if TYPE_CHECKING:
-    import xgrammar as xg
+from fuseline.engine.run.grammar.backends.interface import Grammar
+from fuseline.engine.run.grammar.backends.xgrammar import XGrammar
 
 logger = logging.getLogger("fuseline.engine")
 
@@ -31,11 +29,10 @@ class GrammarState:
     State is made of the tokens alone, so a sequence that was preempted goes on where it was.
     """
 
-    def __init__(self, compiled: xg.CompiledGrammar, params: SamplingParams, vocab_size: int) -> None:
-        import xgrammar as xg
-
+    def __init__(self, grammar: Grammar, params: SamplingParams, vocab_size: int) -> None:
         self._ends = params.ending_token_ids
-        self.matcher = xg.GrammarMatcher(compiled, override_stop_tokens=list(self._ends))
+        self.matcher = grammar.matcher(self._ends)
+        self._is_batched = isinstance(grammar, XGrammar) and not grammar.has_free_text
         self._starts_after = params.grammar.starts_after
         self._min_tokens = params.min_tokens
         self._tail: tuple[int, ...] = ()
@@ -50,8 +47,8 @@ class GrammarState:
 
     @property
     def is_plain(self) -> bool:
-        """Whether `mask` is what the matcher fills, and nothing else."""
-        is_held = self._is_open and not self._is_broken and self.num_seen >= self._min_tokens
+        """Whether `mask` is what xgrammar's matcher fills, and nothing else."""
+        is_held = self._is_batched and self._is_open and not self._is_broken and self.num_seen >= self._min_tokens
         return is_held and not self.matcher.is_terminated()
 
     def advance(self, tokens: Seq[int]) -> None:

@@ -65,13 +65,13 @@ def mix(num_experts: int, hidden: int, dim: int, top_k: int, tokens: int, act: s
     )  # fmt: skip
 
 
-def pick(rows: int, vocab: int) -> None:
+def pick(rows: int, vocab: int, dtype: torch.dtype) -> None:
     row = functools.partial(meta, rows)
     ints, longs, floats = (row(dtype=dtype) for dtype in (torch.int32, torch.int64, torch.float32))
     starts, none = meta(rows + 1, dtype=torch.int64), meta(0, dtype=torch.int64)
     sampling.sample(
         longs, floats, longs, row(8, dtype=torch.int64), row(8, dtype=torch.float32), row(dtype=torch.bool),
-        meta(rows, vocab, dtype=torch.float32), floats, ints, floats, floats, floats, floats, floats, longs, longs,
+        meta(rows, vocab, dtype=dtype), floats, ints, floats, floats, floats, floats, floats, longs, longs,
         ints, starts, none, ints, starts, none, floats[:0], starts, none, starts, none, None, 0,
     )  # fmt: skip
 
@@ -93,7 +93,8 @@ def launches(arch: int) -> None:
     q, k, v = (x.unflatten(-1, (-1, 128)).transpose(1, 2) for x in meta(1, 256, 6144).split((4096, 1024, 1024), -1))
     caches = (meta(1 << 17, 8, 16, 128) for _ in "kv")
     rope.rope_cache(*caches, q, k, v, meta(8192, 128), meta(8192, 128), rows, rows, 128, 0)
-    pick(256, 128256)
+    for dtype in (torch.bfloat16, torch.float32):
+        pick(256, 128256, dtype)
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,10 @@ def compile_all(compiler: GrammarCompiler, *specs: GrammarSpec) -> list[object]:
     ("text", "bounds", "word"),
     [
         (HEAVY, {"grammar_timeout": 0.3}, "--grammar-timeout"),
+        (HEAVY, {"grammar_memory": 40 * 2**20}, "--grammar-memory"),
         (LARGE, {"grammar_cache_bytes": 10_000}, "--grammar-cache-bytes"),
     ],
-    ids=["time", "size"],
+    ids=["time", "memory", "size"],
 )
 def test_a_grammar_beyond_the_bounds_is_refused_and_the_next_one_compiles(text, bounds, word):
     compiler = GrammarCompiler(GrammarConfig(**bounds, grammar_workers=1), demo_vocabulary().vocab_size)
