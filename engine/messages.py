@@ -162,6 +162,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     params: SamplingParams | PoolingParams
     priority: int = 0
     arrival_time: float = 0.0
+    turn: int = 0
+    """Prompts of the same body that come before it: it stands back behind others that come in the next moments."""
     cache_salt: str = ""
     embeds: tuple[PromptEmbeds, ...] = ()
     """Within the prompt, whose token ids are placeholders there."""

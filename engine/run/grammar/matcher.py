@@ -18,6 +18,8 @@ logger = logging.getLogger("fuseline.engine")
 
 MOST_FORCED = 15
 """Tokens that one step may take where the grammar leaves no choice."""
+FORCED_SECONDS = 0.005
+"""Processor time after which a step looks for no more of them: a large grammar takes tens of milliseconds for one."""
 SLOW_SECONDS = 2.0
 """Time for one mask from which on a grammar is too slow to be served: its request ends."""
 STALL_SECONDS = 0.02
@@ -120,9 +122,10 @@ class GrammarState:
         if not self._is_open or self._is_broken:
             return []
         found: list[int] = []
+        deadline = time.thread_time() + FORCED_SECONDS
         masks = [self.mask(0)]
         while len(found) < limit and (token := _only(masks[-1])) is not None and token not in self._ends:
-            if not self.matcher.accept_token(token):
+            if time.thread_time() > deadline or not self.matcher.accept_token(token):
                 break
             found.append(token)
             masks.append(self.mask(len(found)))
