@@ -206,7 +206,7 @@ def _choices(value: Any, param: str) -> list[str]:
 
 def _grammar(value: Any, param: str, whitespace: str) -> GrammarSpec:
     text = _text(value, param)
-    is_slow = any(int(count) > BLOCK for count in LONG_COUNT.findall(text))
+    is_slow = _has_long_count(text)
     if GBNF_RULE.search(text):
         return GrammarSpec(kind="ebnf", text=text, is_slow=is_slow)
     if LARK_RULE.search(text):
@@ -215,7 +215,13 @@ def _grammar(value: Any, param: str, whitespace: str) -> GrammarSpec:
 
 
 def _structural_tag(value: Any, param: str, whitespace: str) -> GrammarSpec:
-    return GrammarSpec(kind="structural_tag", text=tag_grammar(value, param))
+    text = tag_grammar(value, param)
+    return GrammarSpec(kind="structural_tag", text=text, is_slow=_has_long_count(text))
+
+
+def _has_long_count(text: str) -> bool:
+    """Whether a client's own grammar has a count in whose midst masks take long."""
+    return any(int(count) > BLOCK for count in LONG_COUNT.findall(text))
 
 
 _MAKERS = {

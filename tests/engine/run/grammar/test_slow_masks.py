@@ -128,6 +128,9 @@ def test_a_slow_grammar_is_found_when_it_is_compiled() -> None:
         ('start: "a"~2..400', True), ('start: "a" ~ 99', True), ('start: "a"~2..4', False),
         ('root ::= "12" [0-9]', False),
     ):  # fmt: skip
+        tag = {"format": {"type": "grammar", "grammar": grammar}}
+        in_tag = request_spec(GenerateRequest(structured_outputs={"structural_tag": tag}))
+        assert in_tag.is_slow is (is_slow and grammar.startswith("root"))
         spec = request_spec(GenerateRequest(guided_grammar=grammar))
         assert spec.is_slow is is_slow, grammar
         assert _answer(spec, Backends(), walks.VOCAB_SIZE).is_slow is is_slow
