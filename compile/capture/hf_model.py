@@ -17,6 +17,8 @@ from fuseline.compile.capture.errors import CaptureError, one_line
 from fuseline.compile.capture.hf_overrides import read_config, with_overrides, with_rope
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
+from fuseline.compile.quantization.methods import method_of
+from fuseline.compile.quantization.published import QuantizationError
 
 NAME = "fuseline"
 NOT_HOOKED = (
@@ -47,6 +49,13 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
             ) from error
         raise CaptureError(f"{path}: {one_line(error)}") from error
     check_config(found)
+    try:
+        method_of(config)
+    except QuantizationError as error:
+        raise CaptureError(str(error)) from error
+    # The model is built plain: how its weights are stored matters only to what reads them.
+    for one in (found, found.get_text_config()):
+        vars(one).pop("quantization_config", None)
     return found
 
 
@@ -56,10 +65,6 @@ def check_config(found: PreTrainedConfig) -> None:
         raise CaptureError(
             f"{found.model_type} is an encoder-decoder model; only decoders that generate text are served"
         )
-    quantization = getattr(found, "quantization_config", None)
-    if quantization:
-        method = dict(quantization).get("quant_method", "an unknown method")
-        raise CaptureError(f"its weights are quantized ({method}), which is not supported: use the original checkpoint")
     unknown = set(getattr(found.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise CaptureError(

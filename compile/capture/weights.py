@@ -19,7 +19,8 @@ from fuseline.compile.cache.keys import cache_key, optimized_key
 from fuseline.compile.cache.store import cache_path, read_cached, write_cached
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.captured import DTYPES, CapturedModel
-from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
+from fuseline.compile.capture.checkpoint import StoredTensor
+from fuseline.compile.capture.coded import open_stored
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
@@ -91,7 +92,7 @@ class CheckpointWeights:
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
         """Raises LoadError for a damaged checkpoint, or if parameters that the model ties have different values."""
         self._config, self.origin = config, config.model
-        self._stored = open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns)
+        self._stored = open_stored(config)
         self._alike = alike(captured.tied)
         self._map_path = map_path(config, self._stored)
         found = None
