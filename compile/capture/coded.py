@@ -12,14 +12,19 @@ from pathlib import Path
 
 import torch
 
+from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.checkpoint import CodedTensor, StoredTensor, open_checkpoint
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.lazy_tensor import whole
+from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice, whole
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.format import Format, Stored
+from fuseline.compile.ops.coded import Layout
 from fuseline.compile.quantization.methods import method_of
 from fuseline.compile.quantization.published import Method, QuantizationError
 
+ROWS_BYTES = 4 << 20
+"""Codes, of a byte each, that are decoded at a time."""
 SMALL = 1 << 20
 """Bytes of the largest tensor that is read to find out how a weight is stored."""
 
@@ -72,3 +77,37 @@ def _coded(module: str, parts: Mapping[str, StoredTensor], method: Method) -> Co
     meta = torch.empty(published.shape, dtype=torch.float32, device="meta")
     meta = meta.mT if published.is_transposed else meta
     return CodedTensor(module + method.weight, first.path, first.begin, meta, published, parts)
+
+
+def layout_of(lazy: LazyTensor) -> Layout | None:
+    """The layout of a weight all of whose rows are stored as codes of one layout, in place; None for any other."""
+    layouts = {part.stored.published.layout if _has_whole_rows(part, lazy) else None for part in lazy.slices}
+    return layouts.pop() if len(layouts) == 1 else None
+
+
+def _has_whole_rows(part: TensorSlice, lazy: LazyTensor) -> bool:
+    view = part.view
+    is_matrix = isinstance(part.stored, CodedTensor) and view.ndim == 2 and len(part.stored.published.shape) == 2
+    return is_matrix and view.shape[1] == lazy.shape[1] and view.stride() == (view.shape[1], 1)
+
+
+def store_coded(form: Format, lazy: LazyTensor, dtype: torch.dtype, stored: Stored, reader: Reader) -> None:
+    """Fills a weight of codes [N, K], some rows at a time: codes as they are stored, plain values quantized.
+
+    `dtype`: what the model has plain values in. Raises LoadError if the weight has codes of another layout.
+    """
+    step = max(1, ROWS_BYTES // lazy.shape[1])
+    is_coded = layout_of(lazy) == form.layout
+    for part in lazy.slices:
+        if not is_coded and isinstance(part.stored, CodedTensor):
+            raise LoadError(f"{part.stored.name} is stored as {part.stored.published.layout}, not as {form.layout}")
+    if not is_coded:
+        for begin in range(0, lazy.shape[0], step):
+            rows = lazy_tensor.narrow(lazy, 0, begin, min(begin + step, lazy.shape[0]))
+            form.put_coded(stored, form.encode(reader.value(rows).to(dtype)), begin)
+        return
+    for part in lazy.slices:
+        first = part.view.storage_offset() // lazy.shape[1]
+        for begin in range(0, part.view.shape[0], step):
+            end = min(begin + step, part.view.shape[0])
+            form.put_coded(stored, reader.coded(part.stored, first + begin, first + end), part.start[0] + begin)

@@ -16,7 +16,7 @@ from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.checkpoint import CodedTensor
 from fuseline.compile.capture.errors import LoadError, told_as
 from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
-from fuseline.compile.formats.coded import Coded, dequantize
+from fuseline.compile.ops.coded import Coded, dequantize
 
 BLOCK_BYTES = 4 << 20
 

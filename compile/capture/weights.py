@@ -20,7 +20,7 @@ from fuseline.compile.cache.store import cache_path, read_cached, write_cached
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.captured import DTYPES, CapturedModel
 from fuseline.compile.capture.checkpoint import StoredTensor
-from fuseline.compile.capture.coded import open_stored
+from fuseline.compile.capture.coded import open_stored, store_coded
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
@@ -30,7 +30,7 @@ from fuseline.compile.capture.stored_parts import check_parts, stored_parts
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.formats.format import Format, Put, Stored
-from fuseline.compile.formats.registry import registry
+from fuseline.compile.formats.registry import format_named
 from fuseline.compile.specs import WeightSource
 
 Progress = Callable[[str, int, int], None]
@@ -178,7 +178,7 @@ def _load(
     sink: Sink,
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight by part; `keys`: the request of each, by part."""
-    form = registry()[source.format]
+    form = format_named(source.format)
     parts = stored_parts(source, form, weights.find)
     lazy, dtype = _gather(source, weights, captured) if parts is None else _joined_shape(source, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
@@ -191,6 +191,8 @@ def _load(
     try:
         if parts is not None:
             _copy(parts, stored, reader, sink)
+        elif form.layout is not None:
+            store_coded(form, lazy, dtype, stored, reader)
         elif form.is_blockwise or sink.device.type == "cpu":
             _store(form, lazy, (dtype, final), stored, reader, sink.write)
         else:
@@ -266,7 +268,7 @@ def _part(
     if dtype.is_floating_point and any(part.view.dtype in INTEGERS for part in lazy.slices):
         raise LoadError(
             f"{name} in {file} is stored as integers, which format {source.format} does not read: "
-            "the checkpoint is quantized"
+            "the checkpoint is quantized, but its config.json has no quantization_config"
         )
     return (lazy_tensor.transpose(lazy, -2, -1) if source.transpose else lazy), dtype
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuseline.compile.formats.coded import Coded, Layout
+from fuseline.compile.ops.coded import Coded, Layout
 from fuseline.compile.quantization.bits import unpack_nibbles
 from fuseline.compile.quantization.published import Method, Published, QuantizationError, Read, Tensors
 

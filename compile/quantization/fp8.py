@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuseline.compile.formats.coded import Coded, Layout
+from fuseline.compile.ops.coded import Coded, Layout
 from fuseline.compile.quantization.published import Method, Published, QuantizationError, Read, Tensors, dtype_name
 
 SCALES = (".weight_scale_inv", ".weight_scale")

@@ -27,8 +27,9 @@ SAME_AS = {
     "compressed_tensors": ("compressed-tensors",),
 }  # fmt: skip
 """Names of kernels for checkpoints of other methods: one layout serves them all here."""
-ONLINE = {"int8": "int8/128/bfloat16", "int4": "int4/32/bfloat16", "fp8": "fp8/row/float32"}
-"""Layouts that weights of a plain checkpoint are quantized to as they are loaded, by --quantization."""
+ONLINE = {"int8": ("int8/128", "int8/128"), "int4": ("int4/32", "int8/128"), "fp8": ("fp8/row", "fp8/row")}
+"""Layouts, without the scales' dtype, that plain weights are quantized to as they are loaded, by --quantization: those
+of linears, and of the one that gives the logits."""
 
 
 def quantization_config(config: CompileConfig) -> Mapping[str, Any]:
@@ -62,9 +63,10 @@ def method_of(config: CompileConfig) -> Method | None:
     return READERS[name](found)
 
 
-def online_layout(config: CompileConfig) -> str:
-    """Layout to which plain weights are quantized; empty to leave them. Raises QuantizationError."""
-    return ONLINE.get(config.quantization, "") if config.quantization and not quantization_config(config) else ""
+def online_layouts(config: CompileConfig, dtype: str) -> tuple[str, str]:
+    """Layouts of linears and of the logits' one, with scales of the model's `dtype`; empty to leave weights plain."""
+    linears, head = ONLINE.get(config.quantization, ("", ""))
+    return (f"{linears}/{dtype}", f"{head}/{dtype}") if linears else ("", "")
 
 
 def _method_name(found: Mapping[str, Any]) -> str:

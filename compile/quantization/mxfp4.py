@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fuseline.compile.formats.coded import Coded, Layout
+from fuseline.compile.ops.coded import Coded, Layout
 from fuseline.compile.quantization.bits import unpack_nibbles
 from fuseline.compile.quantization.published import Method, Published, Read, Tensors
 

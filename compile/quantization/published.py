@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fuseline.compile.formats.coded import Coded, Layout
+from fuseline.compile.ops.coded import Coded, Layout
 
 Tensors = Mapping[str, Tensor]
 """Published tensors of one weight, by suffix."""

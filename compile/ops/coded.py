@@ -29,6 +29,8 @@ FP4 = (
 )  # fmt: skip
 """The fp4 of bitsandbytes."""
 TABLES = {"nf4": NF4, "fp4": FP4, "e2m1": E2M1}
+KINDS = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "fp4": 4, "e2m1": 5}
+"""What codes stand for, as kernels are told (CodeKind in codes.h)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class Layout:
         words = [self.kind, str(self.group or "row"), self.scale_dtype, self.table]
         words += [word for word, is_set in (("zeros", self.has_zeros), ("order", self.has_order)) if is_set]
         return "/".join(filter(None, words))
+
+    @property
+    def code_kind(self) -> str:
+        """A key of KINDS."""
+        return self.table or self.kind
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.kind.endswith("4") else 8
 
     def num_groups(self, num_in: int) -> int:
         return -(-num_in // self.group) if self.group else 1
@@ -84,24 +95,27 @@ class Coded:
         return replace(self, codes=self.codes[begin:end], scales=self.scales[begin:end], zeros=zeros)
 
 
-def code_values(codes: Tensor, layout: Layout) -> Tensor:
-    """float32 values of codes, any shape."""
-    if layout.kind == "lut4":
-        return torch.tensor(TABLES[layout.table])[codes.long()]
-    return codes.float() - (8 if layout.kind == "int4" else 0)
+def code_values(codes: Tensor, kind: str) -> Tensor:
+    """float32 values of codes of one of KINDS, any shape."""
+    if kind in TABLES:
+        return torch.tensor(TABLES[kind])[codes.long()]
+    return codes.float() - (8 if kind == "int4" else 0)
 
 
 def dequantize(coded: Coded, layout: Layout) -> Tensor:
     """float32 [N, K], inputs in the model's order. The reference of every kernel."""
-    values, num_in = code_values(coded.codes, layout), coded.codes.shape[-1]
-    if coded.zeros is not None:
-        values = values - _spread(coded.zeros, num_in, layout.group)
-    values = values * _spread(coded.scales, num_in, layout.group)
-    if coded.order is None:
-        return values
-    return torch.empty_like(values).index_copy_(-1, coded.order, values)
+    values = scaled(code_values(coded.codes, layout.code_kind), coded.scales, coded.zeros, layout.group)
+    return values if coded.order is None else torch.empty_like(values).index_copy_(-1, coded.order, values)
 
 
-def _spread(groups: Tensor, num_in: int, group: int) -> Tensor:
-    """[N, G] -> [N, K] float32, or [N, 1] where a row shares one."""
-    return groups.float().repeat_interleave(group, -1)[..., :num_in] if group else groups.float()
+def scaled(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
+    """(values[N, K] - zeros) * scales, in the dtype of the values."""
+    if zeros is not None:
+        values = values - _spread(zeros, values, group)
+    return values * _spread(scales, values, group)
+
+
+def _spread(groups: Tensor, values: Tensor, group: int) -> Tensor:
+    """[N, G] -> [N, K], or [N, 1] where a row shares one."""
+    groups = groups.to(values.dtype)
+    return groups.repeat_interleave(group, -1)[..., : values.shape[-1]] if group else groups
