@@ -37,11 +37,14 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
     if not path.is_file():
         raise CaptureError(f"{config.model} has no config.json: give the directory of a Transformers checkpoint")
     try:
+        method_of(config)
         stored = json.loads(path.read_text())
         found = with_overrides(read_config(config, stored), stored, dict(config.hf_overrides))
         found = with_rope(found, config)
     except CaptureError:
         raise
+    except QuantizationError as error:
+        raise CaptureError(str(error)) from error
     except Exception as error:  # configs check themselves in many ways
         if "trust_remote_code" in str(error):
             raise CaptureError(
@@ -49,10 +52,6 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
             ) from error
         raise CaptureError(f"{path}: {one_line(error)}") from error
     check_config(found)
-    try:
-        method_of(config)
-    except QuantizationError as error:
-        raise CaptureError(str(error)) from error
     # The model is built plain: how its weights are stored matters only to what reads them.
     for one in (found, found.get_text_config()):
         vars(one).pop("quantization_config", None)

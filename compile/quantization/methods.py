@@ -65,7 +65,7 @@ def method_of(config: CompileConfig) -> Method | None:
 
 def online_layouts(config: CompileConfig, dtype: str) -> tuple[str, str]:
     """Layouts of linears and of the logits' one, with scales of the model's `dtype`; empty to leave weights plain."""
-    linears, head = ONLINE.get(config.quantization, ("", ""))
+    linears, head = ONLINE.get(config.quantization or "", ("", ""))
     return (f"{linears}/{dtype}", f"{head}/{dtype}") if linears else ("", "")
 
 
@@ -74,7 +74,7 @@ def _method_name(found: Mapping[str, Any]) -> str:
     return SAME_AS.get(name, (name,))[0]
 
 
-def _check_plain(asked: str) -> None:
+def _check_plain(asked: str | None) -> None:
     if asked and asked not in ONLINE:
         raise QuantizationError(f"--quantization {asked}: config.json has no quantization_config, so its weights are "
                                 f"plain; {', '.join(sorted(ONLINE))} quantize them as they are loaded")  # fmt: skip

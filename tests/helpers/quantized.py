@@ -16,7 +16,6 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 GROUP = 32
 Written = tuple[dict[str, Tensor], Tensor]
@@ -35,31 +34,30 @@ class Case(NamedTuple):
 def checkpoint(
     case: Case, folder: Path, family: str = "llama", dtype: str = "float32", ends: Iterable[str] = ("_proj.weight",)
 ) -> tuple[Path, dict[str, Tensor]]:
-    """(directory, dequantized weights by name): the model of the zoo with those of its weights quantized."""
-    path = folder / "model"
-    shutil.copytree(zoo.checkpoint(family, dtype), path)
-    state, plain = load_file(path / "model.safetensors"), {}
+    """(directory, dequantized weights by name): the model of the zoo with those of its weights quantized.
+
+    `plain` beside it has the dequantized weights in their place.
+    """
+    path, plain = folder / "model", folder / "plain"
+    for copy in (path, plain):
+        shutil.copytree(zoo.checkpoint(family, dtype), copy)
+    state = load_file(path / "model.safetensors")
+    known, values = dict(state), {}
     for name in [name for name in state if name.endswith(tuple(ends))]:
-        tensors, plain[name] = case.write(state.pop(name))
+        tensors, values[name] = case.write(state.pop(name).float())
         module = name.removesuffix(".weight")
         state |= {module + suffix: tensor.contiguous() for suffix, tensor in tensors.items()}
+    assert values
     save_file(state, path / "model.safetensors", {"format": "pt"})
     edit_config(path, quantization_config=case.config)
-    return path, plain
+    cast = {name: value.to(known[name].dtype).contiguous() for name, value in values.items()}
+    save_file(known | cast, plain / "model.safetensors", {"format": "pt"})
+    return path, values
 
 
 def edit_config(path: Path, **values: object) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | values))
-
-
-def reference(plain: dict[str, Tensor], family: str = "llama", dtype: str = "float32") -> PreTrainedModel:
-    """Transformers' model with the dequantized weights."""
-    model = zoo.load(zoo.checkpoint(family, dtype))
-    with torch.no_grad():
-        for name, weight in plain.items():
-            model.get_parameter(name).copy_(weight)
-    return model
 
 
 # Formats whose packages do not run here: packed by hand, word by word.
@@ -177,6 +175,21 @@ def bitsandbytes(kind: str, nested: bool = False) -> Case:
     return Case(config, write, "int8/row/float32" if kind == "int8" else f"lut4/{GROUP}/float32/{kind}")
 
 
+def mxfp4(weight: Tensor) -> Written:
+    """[E, K, N] as gpt-oss has it; Transformers reads the codes."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = weight.mT.unflatten(-1, (-1, 32))
+    exponents = torch.log2(blocks.abs().amax(-1).clamp(min=1e-30) / 6).ceil().clamp(-127, 127)
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    scaled = blocks / torch.exp2(exponents).unsqueeze(-1)
+    codes = (scaled.abs().unsqueeze(-1) - values).abs().argmin(-1) + 8 * (scaled < 0)
+    packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    exponents = (exponents + 127).to(torch.uint8)
+    plain = convert_moe_packed_tensors(packed, exponents, dtype=torch.float32)
+    return {"_blocks": packed, "_scales": exponents}, plain
+
+
 def cases() -> dict[str, Case]:
     """One for each way to publish weights."""
     gptq_config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
@@ -201,4 +214,5 @@ def cases() -> dict[str, Case]:
         "ct-fp8": compressed(8, "float", "channel", "float-quantized"),
         "nf4": bitsandbytes("nf4"), "nf4-nested": bitsandbytes("nf4", nested=True), "fp4": bitsandbytes("fp4"),
         "bnb-int8": bitsandbytes("int8"),
+        "mxfp4": Case({"quant_method": "mxfp4"}, mxfp4, "lut4/32/float32/e2m1"),
     }  # fmt: skip
