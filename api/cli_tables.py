@@ -8,7 +8,8 @@ from fuseline.api.flag_rows import ROWS as SETTLED
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
         "model served_model_name task download_dir revision code_revision tokenizer tokenizer_revision "
-        "skip_tokenizer_init trust_remote_code load_format quantization ignore_patterns hf_overrides rope_scaling rope_theta dtype "
+        "skip_tokenizer_init trust_remote_code load_format quantization ignore_patterns hf_overrides rope_scaling "
+        "rope_theta dtype "
         "max_model_len disable_sliding_window generation_config override_generation_config device seed"
     ).split(),
     "compiler": (

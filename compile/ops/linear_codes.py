@@ -75,11 +75,13 @@ def wide(like: Tensor) -> torch.dtype:
 def linear_codes_inputs(make: Make) -> Iterator[tuple]:
     """Every kind, few and many rows, groups and rows, N and K that fill no panel and no word."""
     for kind, group, rows, num_out, num_in, has_zeros, has_bias in (
-        ("int8", 0, 1, 33, 75, False, True), ("int8", 32, 3, 33, 96, True, False), ("int8", 128, 40, 70, 1100, False, True),
-        ("fp8", 0, 2, 20, 64, False, False), ("fp8", 128, 19, 48, 300, False, False),
-        ("int4", 32, 1, 33, 75, True, True), ("int4", 128, 5, 70, 1152, False, False), ("int4", 0, 33, 16, 40, False, True),
-        ("int4", 64, 30, 96, 640, True, False), ("nf4", 64, 1, 32, 128, False, False), ("nf4", 64, 17, 33, 640, False, False),
-        ("fp4", 64, 3, 16, 128, False, False), ("e2m1", 32, 4, 48, 96, False, False), ("e2m1", 32, 21, 16, 544, False, False),
+        ("int8", 0, 1, 33, 75, False, True), ("int8", 32, 3, 33, 96, True, False),
+        ("int8", 128, 40, 70, 1100, False, True), ("fp8", 0, 2, 20, 64, False, False),
+        ("fp8", 128, 19, 48, 300, False, False), ("int4", 32, 1, 33, 75, True, True),
+        ("int4", 128, 5, 70, 1152, False, False), ("int4", 0, 33, 16, 40, False, True),
+        ("int4", 64, 30, 96, 640, True, False), ("nf4", 64, 1, 32, 128, False, False),
+        ("nf4", 64, 17, 33, 640, False, False), ("fp4", 64, 3, 16, 128, False, False),
+        ("e2m1", 32, 4, 48, 96, False, False), ("e2m1", 32, 21, 16, 544, False, False),
     ):  # fmt: skip
         codes, scales, zeros = random_weight(make, kind, group, num_out, num_in, has_zeros)
         order = make.order(num_in) if kind == "int4" and group == 32 else None

@@ -1,4 +1,4 @@
-"""A method of quantization: the tensors in which its checkpoints hold a weight, and how these become codes and scales."""
+"""A method of quantization: the tensors in which checkpoints hold a weight, and how these become codes and scales."""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ def edit_config(path: Path, **values: object) -> None:
 # Formats whose packages do not run here: packed by hand, word by word.
 
 
-def integers(weight: Tensor, bits: int, symmetric: bool, group: int, groups: Tensor | None = None) -> tuple[Tensor, ...]:
+def integers(
+    weight: Tensor, bits: int, symmetric: bool, group: int, groups: Tensor | None = None
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(codes [N, K], scales [N, G], zeros [N, G]) with codes in 0 .. 2^bits - 1; `groups`: the group of each input."""
     index = torch.arange(weight.shape[1]) // group if groups is None else groups
     count, largest = int(index.max()) + 1, 2**bits - 1
@@ -153,8 +155,8 @@ def compressed(bits: int, kind: str, strategy: str, form: str, symmetric: bool =
         return {f".{name}": tensor for name, tensor in stored.items()}, plain.float()
 
     config = {
-        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed", "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
+        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
     }  # fmt: skip
     layout = f"{'fp' if kind == 'float' else 'int'}{bits}/{group or 'row'}/float32{'' if symmetric else '/zeros'}"
     return Case(config, write, layout)
@@ -168,8 +170,8 @@ def bitsandbytes(kind: str, nested: bool = False) -> Case:
             values, largest, _ = functional.int8_vectorwise_quant(weight.half())
             return {".weight": values, ".SCB": largest}, functional.int8_vectorwise_dequant(values, largest).float()
         packed, state = functional.quantize_4bit(weight, blocksize=GROUP, quant_type=kind, compress_statistics=nested)
-        stored = {".weight": packed} | {f".weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-        return stored, functional.dequantize_4bit(packed, state).float()
+        state_dict = {f".weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+        return {".weight": packed} | state_dict, functional.dequantize_4bit(packed, state).float()
 
     config = {"quant_method": "bitsandbytes", f"load_in_{'8' if kind == 'int8' else '4'}bit": True}
     return Case(config, write, "int8/row/float32" if kind == "int8" else f"lut4/{GROUP}/float32/{kind}")

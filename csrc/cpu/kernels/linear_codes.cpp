@@ -9,7 +9,7 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 4;                  // rows for which codes are read in place
+constexpr int64_t kFewRows = kTileRows;          // rows for which codes are read in place
 constexpr int64_t kBlockRows = 16 * kTileRows;   // rows that share a decoded block
 
 struct LinearCodes {
