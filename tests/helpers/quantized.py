@@ -65,7 +65,7 @@ def edit_config(path: Path, **values: object) -> None:
 
 def integers(
     weight: Tensor, bits: int, symmetric: bool, group: int, groups: Tensor | None = None
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     """(codes [N, K], scales [N, G], zeros [N, G]) with codes in 0 .. 2^bits - 1; `groups`: the group of each input."""
     index = torch.arange(weight.shape[1]) // group if groups is None else groups
     count, largest = int(index.max()) + 1, 2**bits - 1
@@ -156,7 +156,8 @@ def compressed(bits: int, kind: str, strategy: str, form: str, symmetric: bool =
 
     config = {
         "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
     }  # fmt: skip
     layout = f"{'fp' if kind == 'float' else 'int'}{bits}/{group or 'row'}/float32{'' if symmetric else '/zeros'}"
     return Case(config, write, layout)

@@ -145,7 +145,7 @@ def test_damaged_tensors_are_refused_by_name(name: str, change, message: str, tm
 # Plain weights, quantized as they are loaded.
 
 
-@pytest.mark.parametrize(("name", "share"), [("int8", 0.33), ("fp8", 0.33), ("int4", 0.24)])
+@pytest.mark.parametrize(("name", "share"), [("int8", 0.36), ("fp8", 0.36), ("int4", 0.26)])
 def test_plain_weights_are_quantized_as_they_are_loaded(name: str, share: float, tmp_path: Path) -> None:
     """The logits' weight too, and with it a tied embedding. `share`: of the plain weights' bytes."""
     plain = zoo.checkpoint("gemma2")
@@ -166,7 +166,7 @@ def test_plain_weights_are_quantized_as_they_are_loaded(name: str, share: float,
 
 
 @pytest.mark.parametrize(("name", "error"), [
-    ("int8/128/float32", 0.0062), ("int8/row/float16", 0.008), ("int4/32/bfloat16", 0.085), ("fp8/row/float32", 0.027),
+    ("int8/128/float32", 0.0066), ("int8/row/float16", 0.008), ("int4/32/bfloat16", 0.085), ("fp8/row/float32", 0.027),
 ])  # fmt: skip
 def test_codes_are_near_the_weights_that_they_are_made_of(name: str, error: float) -> None:
     """Of a normal distribution; the scales that int4 takes are better than those of the largest values."""
