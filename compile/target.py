@@ -118,6 +118,11 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("FUSELINE_CACHE_ROOT") or Path.home() / ".cache" / "fuseline")
 
 
+def keep_triton_kernels(cache_dir: str) -> None:
+    """Lets Triton keep what it compiles in the cache, where later starts find it, unless $TRITON_CACHE_DIR is set."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(cache_dir or default_cache_dir()) / "triton"))
+
+
 def cpu_features() -> str:
     """CPU features that code compiled for exactly this CPU depends on."""
     try:

@@ -28,10 +28,11 @@ def build_compiled_model(config: EngineConfig, progress: ProgressFn) -> Model:
 
 def find_device(config: EngineConfig) -> Device:
     """The device of the configuration, with our kernels. Raises DeviceError."""
-    from fuseline.compile.target import detect_target
+    from fuseline.compile.target import detect_target, keep_triton_kernels
 
     target = detect_target(config.compile.cpu_threads, config.device)
     if target.kind == "cuda":
+        keep_triton_kernels(config.compile.cache_dir)
         from fuseline.engine.run.cuda_device import CudaDevice
 
         return CudaDevice(target)

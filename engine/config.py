@@ -42,7 +42,8 @@ class SchedulerConfig:
     scheduler_cls: str = ""
     """Import path of a subclass of fuseline.engine.schedule.scheduler.Scheduler; empty takes that itself."""
     scheduling_policy: str = "fcfs"
-    """fcfs, or priority (lower value first, ties by arrival)."""
+    """fcfs, or priority (lower value first, ties by arrival). Of the prompts of a request each counts as coming 0.25 s
+    after the one before, so that a request of a thousand does not keep others waiting."""
     scheduler_delay_factor: float = 0.0
     """While others run, prompts wait for so many times the seconds of the last step with new prompts: more of them
     start together."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import importlib.util
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +100,14 @@ def test_who_runs_ops_keeps_no_list_of_them(path: Path) -> None:
     if parts[0] != "compile" or parts[1] in ("ops", "kernels", "formats", "passes", "capture"):
         return
     assert "torch.ops.fuseline." not in path.read_text() and "OPS." not in path.read_text()
+
+
+@pytest.mark.parametrize("folder", ["tools", "tests/helpers", "benchmarks", "csrc/cuda"])
+def test_no_module_on_the_path_hides_a_public_package(folder: str) -> None:
+    """Nor one that is not installed: Transformers imports `kernels` wherever it finds one."""
+    transformers = Path(importlib.util.find_spec("transformers").origin).parent
+    asked = re.findall(r'_is_package_available\("(\w+)"', (transformers / "utils" / "import_utils.py").read_text())
+    public = sys.stdlib_module_names | importlib.metadata.packages_distributions().keys() | set(asked)
+    assert "kernels" in public and "torch" in public
+    ours = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert ours & public == set()

@@ -117,10 +117,10 @@ def check_script(words: list[str]) -> None:
     if "-m" in options or "-c" in options:
         return
     path = ROOT / next(word for word in words if not word.startswith("-"))
-    path = path / "__main__.py" if path.is_dir() else path
-    assert path.is_file(), f"there is no {path.relative_to(ROOT)}"
-    used = {option.partition("=")[0] for option in options} - {"-P"}
-    assert used <= flags_of_script(path), f"{path.name} has no {sorted(used - flags_of_script(path))}"
+    files = sorted(path.glob("*.py")) if (path / "__main__.py").is_file() else [path]
+    assert files[0].is_file(), f"there is no {path.relative_to(ROOT)}"
+    used, taken = {option.partition("=")[0] for option in options} - {"-P"}, set().union(*map(flags_of_script, files))
+    assert used <= taken, f"{path.name} has no {sorted(used - taken)}"
 
 
 def check_flags(words: list[str], dry, monkeypatch) -> None:

@@ -3,13 +3,15 @@
     first line   fuseline cache <SHA-256 of the rest>
     the rest     the body
 
-One folder per kind below one root. Needs no torch, so `fuseline cache` starts fast.
+One folder per kind below one root; a kernel that Triton has compiled is a folder of files that Triton writes and reads.
+Needs no torch, so `fuseline cache` starts fast.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +27,10 @@ KINDS = {
     "tuned": "which kernels are fastest",
     "templates": "chat template that has been tried",
     "tokenizers": "tokenizer, resolved from its files",
+    "triton": "kernel compiled by Triton",
 }
+FOLDERS = ("triton",)
+"""Kinds whose entries are folders."""
 MAX_BYTES = 4 << 30
 """Limit of all files together; least recently used ones are deleted first."""
 
@@ -80,7 +85,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def entries(root: Path) -> list[Entry]:
     """Cached files, most recently used first; other files and folders are ignored."""
-    found = [_entry(path, kind) for kind in KINDS for path in _files(root / kind)]
+    found = [_entry(path, kind) for kind in KINDS for path in _members(root / kind)]
     return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.used)
 
 
@@ -91,25 +96,34 @@ def prune(root: Path, max_bytes: int, keep: Path | None = None) -> None:
         total += entry.num_bytes
         if total > max_bytes and entry.path != keep:
             with suppress(OSError):  # another process was faster, or the cache is read-only
-                entry.path.unlink()
+                _remove(entry)
 
 
 def clear(root: Path) -> list[Entry]:
     """Deletes all files and returns them. Raises OSError."""
     found = entries(root)
     for entry in found:
-        entry.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            _remove(entry)
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _members(folder: Path) -> Iterator[Path]:
+    is_member = os.DirEntry.is_dir if folder.name in FOLDERS else os.DirEntry.is_file
     with suppress(OSError), os.scandir(folder) as found:
-        yield from (Path(item.path) for item in found if item.is_file(follow_symlinks=False))
+        yield from (Path(item.path) for item in found if is_member(item, follow_symlinks=False))
 
 
 def _entry(path: Path, kind: str) -> Entry | None:
     try:
-        state = path.stat()
+        states = [file.stat() for file in (path.iterdir() if kind in FOLDERS else (path,))]
+        return Entry(path, kind, sum(state.st_size for state in states), path.stat().st_mtime)
     except FileNotFoundError:
         return None
-    return Entry(path, kind, state.st_size, state.st_mtime)
+
+
+def _remove(entry: Entry) -> None:
+    if entry.kind in FOLDERS:
+        shutil.rmtree(entry.path)
+    else:
+        entry.path.unlink()

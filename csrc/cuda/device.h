@@ -61,6 +61,59 @@ FL_DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory
 template <int kGroups>
 FL_DEVICE void wait_groups() { asm volatile("cp.async.wait_group %0;" :: "n"(kGroups) : "memory"); }
 
+// Barrier in shared memory that counts arrivals of threads and bytes of bulk copies (mbarrier). Its phases alternate in
+// parity, 0 first; one is complete when all expected arrivals and bytes are there, and the next begins.
+struct BulkBarrier { uint64_t state; };
+
+FL_DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+// Instructions of sm_90 and later; kernels that use them are not offered before.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define FL_SM90(...) __trap()
+#else
+#define FL_SM90(...) asm volatile(__VA_ARGS__)
+#endif
+
+// By one thread, before show_barriers and a barrier of the block.
+FL_DEVICE void init(BulkBarrier& barrier, int arrivals) {
+  FL_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+// Lets bulk copies see barriers that this thread has initialized.
+FL_DEVICE void show_barriers() { FL_SM90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+FL_DEVICE void arrive(BulkBarrier& barrier) {
+  FL_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(&barrier)) : "memory");
+}
+// Arrives, and has the phase wait for so many bytes more.
+FL_DEVICE void arrive_expecting(BulkBarrier& barrier, int num_bytes) {
+  FL_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+          :: "r"(shared_address(&barrier)), "r"(num_bytes) : "memory");
+}
+// Waits until the phase of this parity is complete; the phase before the first counts as complete.
+FL_DEVICE void wait_for(BulkBarrier& barrier, int parity) {
+  uint32_t is_complete = 0;
+  while (!is_complete)
+    FL_SM90("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(is_complete) : "r"(shared_address(&barrier)), "r"(parity) : "memory");
+}
+// Starts a copy of a multiple of 16 bytes, aligned to 16, from global to shared memory; the barrier counts its bytes.
+FL_DEVICE void copy_bulk(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
+  FL_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+          :: "r"(shared_address(to)), "l"(from), "r"(num_bytes), "r"(shared_address(&barrier)) : "memory");
+}
+// Prefetches a multiple of 16 bytes, aligned to 16, to L2, which is never stale: allowed before the wait.
+FL_DEVICE void prefetch_bulk(const void* from, int num_bytes) {
+  FL_SM90("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(num_bytes));
+}
+
+// Orders accesses of a warp's lanes to shared memory.
+FL_DEVICE void sync_warp() { __syncwarp(); }
+
+// The block's dynamic shared memory, aligned as swizzled matrix operands need it.
+FL_DEVICE char* dynamic_shared() {
+  extern __shared__ __align__(1024) char dynamic[];
+  return dynamic;
+}
+
 template <class V>
 FL_DEVICE V shuffle(V x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 template <class V>
@@ -122,19 +175,41 @@ FL_DEVICE void wait_for_prerequisites() {
 // Prefetches a cache line to L2, which is never stale: allowed before the wait.
 FL_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 
-// Launches the kernel; returns 0 or the runtime's error code. `needs`: the least overlap at which it may start early.
+// Multiprocessors of the current device; 0 if it cannot be asked.
+inline int num_processors() {
+  int device = 0, count = 0;
+  const bool is_known = cudaGetDevice(&device) == cudaSuccess &&
+                        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return is_known ? count : 0;
+}
+
+// Launches the kernel; returns 0 or the runtime's error code. `needs`: the least overlap at which it may start early;
+// `shared_bytes`: size of its dynamic shared memory.
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
-           Overlap needs = Overlap::kHeads) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+           Overlap needs = Overlap::kHeads, int shared_bytes = 0) {
+  if (shared_bytes) {
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, most, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &early;
+  config.attrs = attributes;
   config.numAttrs = stream.overlap >= needs ? 1 : 0;
+#if CUDART_VERSION >= 12080
+  if (stream.overlap >= Overlap::kAlike) {
+    attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+    config.numAttrs = 2;
+  }
+#endif
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -2,7 +2,7 @@
 //
 // The threads of a block are fibers of one CPU thread, run in turn; a fiber that waits (at __syncthreads, or for its
 // warp in a shuffle or a matrix instruction) yields to the next. Blocks run one after the other, so __shared__ is
-// static. A deadlock is a bug of the kernel: it ends the process with a message. Launches that may overlap first pass
+// static. Bulk copies are in cuda_bulk_copies.h. A deadlock is a bug of the kernel: it ends the process with a message. Launches that may overlap first pass
 // the early-launch race check (cuda_race_check.h).
 #pragma once
 #include <setjmp.h>
@@ -39,17 +39,20 @@ struct float2 { float x, y; };
 
 namespace emulated {
 
-constexpr int kWarp = 32, kMaxThreads = 1024, kStack = 128 << 10;
+constexpr int kWarp = 32, kMaxThreads = 1024, kStack = 128 << 10, kMaxShared = 227 << 10;
 
 struct Barrier { int arrived; unsigned generation; };
 
 struct Copy { void* to; const void* from; size_t num_bytes; int group; };
+
+struct BulkCopy { void* to; const void* from; size_t num_bytes; const void* barrier; };
 
 struct Fiber {
   ucontext_t start;
   jmp_buf place;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool is_started, is_done, has_waited;
+  bool has_unfenced;  // copies to shared memory that no fence orders before matrix instructions' reads
   unsigned num_exchanges;
   std::deque<Copy> copies;
   int num_groups;
@@ -62,9 +65,13 @@ struct Block {
   bool is_race_check;
   ucontext_t outside;
   Barrier all, warps[kMaxThreads / kWarp];
+  std::deque<BulkCopy> bulk_copies;
+  alignas(1024) char shared[kMaxShared];
+  int num_shared;
   // Values exchanged by the lanes of a warp: this exchange's, and the previous one's that some lanes may still read.
   float shown[kMaxThreads / kWarp][2][kWarp][12];
   void (*body)(const void*);
+  void (*around)() = [] {};  // called before and after each block
   const void* arguments;
 };
 
@@ -120,7 +127,8 @@ inline void thread_main() {
   if (!b.fibers[b.current].has_waited) fail("a thread ends and has not waited for the kernels ahead");
   b.fibers[b.current].is_done = true;
   b.num_idle = 0;
-  if (++b.num_done == b.num_threads) setcontext(&b.outside);
+  if (++b.num_done == b.num_threads && !b.bulk_copies.empty()) fail("bulk copies were not waited for");
+  if (b.num_done == b.num_threads) setcontext(&b.outside);
   yield_fiber();
 }
 
@@ -129,6 +137,8 @@ inline void run_block(dim3 index) {
   b.index = index;
   b.current = b.num_done = b.num_idle = b.num_waiting = 0;
   b.all = {};
+  b.bulk_copies.clear();
+  std::memset(b.shared, 0xff, b.num_shared);
   for (Barrier& warp : b.warps) warp = {};
   for (int k = 0; k < b.num_threads; ++k) {
     Fiber& fiber = b.fibers[k];
@@ -137,18 +147,21 @@ inline void run_block(dim3 index) {
     fiber.start.uc_stack.ss_size = kStack;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, thread_main, 0);
-    fiber.is_started = fiber.is_done = fiber.has_waited = false;
+    fiber.is_started = fiber.is_done = fiber.has_waited = fiber.has_unfenced = false;
     fiber.num_exchanges = fiber.num_groups = 0;
     fiber.copies.clear();
   }
+  b.around();
   b.fibers[0].is_started = true;
   swapcontext(&b.outside, &b.fibers[0].start);
+  b.around();
 }
 
 inline dim3 thread_index() { return dim3(block().current); }
 
 }  // namespace emulated
 
+#include "tests/cuda_bulk_copies.h"
 #include "tests/cuda_race_check.h"
 
 #define threadIdx (emulated::thread_index())
@@ -223,8 +236,16 @@ void wait_groups() {
     fiber.copies.pop_front();
     if (copy.from) std::memcpy(copy.to, copy.from, copy.num_bytes);
     else std::memset(copy.to, 0, copy.num_bytes);
+    fiber.has_unfenced = true;
   }
 }
+
+inline void sync_warp() {
+  emulated::Block& b = emulated::block();
+  emulated::wait(b.warps[b.current / emulated::kWarp], emulated::kWarp);
+}
+inline char* dynamic_shared() { return emulated::block().shared; }
+inline int num_processors() { return 5; }
 
 template <class V>
 V shuffle(V x, int lane) {
@@ -269,18 +290,19 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
 
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
-           Overlap needs = Overlap::kHeads) {
+           Overlap needs = Overlap::kHeads, int shared_bytes = 0) {
   if (emulated::is_race_check_running && stream.overlap < needs) return 0;
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
   struct Call { void (*kernel)(Args); const Args& args; } call{kernel, args};
   emulated::Block& b = emulated::block();
   if (threads % emulated::kWarp || threads > emulated::kMaxThreads || !grid.x || !grid.y || !grid.z || grid.y > 65535 ||
-      grid.z > 65535)
+      grid.z > 65535 || shared_bytes > emulated::kMaxShared)
     return kBadArgument;
   b.grid = grid;
   b.threads = dim3(threads);
   b.num_threads = threads;
+  b.num_shared = shared_bytes;
   b.is_race_check = emulated::is_race_check_running;
   b.arguments = &call;
   b.body = [](const void* given) {

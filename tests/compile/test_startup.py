@@ -175,6 +175,36 @@ def test_files_of_others_are_left_alone(files, tmp_path):
     assert mine.exists() and (tmp_path / "graphs" / "link").is_symlink() and (tmp_path / "graphs" / "folder").is_dir()
 
 
+def test_kernels_of_triton_are_listed_and_deleted_as_folders(files, tmp_path):
+    """A kernel without one of its files would not be compiled again."""
+    kernel = tmp_path / "triton" / "k"
+    kernel.mkdir(parents=True)
+    for name in ("k.json", "k.cubin"):
+        (kernel / name).write_bytes(bytes(3000))
+    os.utime(kernel, (1, 1))
+    (tmp_path / "triton" / "lock").write_text("")
+    found = next(entry for entry in cache.entries(tmp_path) if entry.kind == "triton")
+    assert (found.path, found.num_bytes) == (kernel, 6000)
+    cache.prune(tmp_path, 3 * files[0].stat().st_size)
+    assert not kernel.exists() and all(path.exists() for path in files)
+
+
+KEPT = """
+import sys
+from fuseline.compile.target import keep_triton_kernels
+keep_triton_kernels(sys.argv[1])
+import triton
+print(triton.knobs.cache.dir)
+"""
+
+
+def test_triton_keeps_kernels_in_the_cache_unless_told_where(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    assert run_python(KEPT, str(tmp_path)) == str(tmp_path / "triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert run_python(KEPT, str(tmp_path)) == "/elsewhere"
+
+
 def test_list_and_clear(files, tmp_path, capsys):
     assert main(["cache", "list", "--cache-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

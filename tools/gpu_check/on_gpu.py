@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cuda_emulator
-import failures
 import pytest
 import torch
-from table import is_gpu_lost
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
 
 from fuseline.compile.kernels.cuda.library import Overlap, library_for
 from fuseline.compile.target import Target
+from gpu_check import failures
+from gpu_check.table import is_gpu_lost
 
 
 class Carried:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from llama import Runner
-from serving import Batch, Waits, make_engine, prompts_of
-from table import Table
 from torch import nn
 
 from fuseline.engine.run.device import Device
+from gpu_check.llama import Runner
+from gpu_check.serving import Batch, Waits, make_engine, prompts_of
+from gpu_check.table import Table
 
 BATCH = Batch(num_seqs=64, prompt=128, generated=64)
 

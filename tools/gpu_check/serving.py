@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llama import Runner
-from table import Table
 from torch import Tensor
 
 from fuseline.compile.config import CompileConfig
@@ -15,6 +13,8 @@ from fuseline.engine.config import EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
 from fuseline.engine.messages import EngineRequest, SamplingParams
 from fuseline.engine.run.device import Device, Results
+from gpu_check.llama import Runner
+from gpu_check.table import Table
 
 
 @dataclass(frozen=True)

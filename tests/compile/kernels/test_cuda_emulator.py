@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import cuda_emulator
+import pytest
 
 PROGRAM = """
 #include "cuda/device.h"
@@ -25,6 +26,71 @@ int main() {
   return found == 32 * (32 + 63) / 2 ? 0 : 1;
 }
 """
+BULK_PROGRAM = """
+#include "cuda/device.h"
+using namespace fuseline::cuda;
+struct Args { float* out; const float* in; int what; };
+
+// Sums 8 x 32 numbers that one warp copies through a ring of two stages to another. Right for 0, else a fault.
+void sum_ring(const Args a) {
+  static BulkBarrier full[2], empty[2];
+  auto stages = reinterpret_cast<float(*)[32]>(dynamic_shared());
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < 2; ++s) {
+      init(full[s], 1);
+      init(empty[s], 32);
+    }
+    show_barriers();
+  }
+  __syncthreads();
+  wait_for_prerequisites();
+  float sum = 0.0f;
+  for (int item = 0; item < 8; ++item) {
+    const int s = item % 2, round = item / 2 % 2;
+    if (threadIdx.x < 32) {
+      if (a.what != 1) wait_for(empty[s], round ^ 1);
+      if (lane == 0) {
+        arrive_expecting(full[s], a.what == 2 ? 256 : 128);
+        copy_bulk(stages[s], a.in + 32 * item + (a.what == 3), 128, full[s]);
+      }
+    } else {
+      if (a.what == 6) sum += stages[s][lane];
+      if (a.what != 4 || item < 7) wait_for(full[s], round);
+      sum += stages[s][lane];
+      if (a.what != 5) arrive(empty[s]);
+    }
+  }
+  if (threadIdx.x >= 32) a.out[lane] = sum;
+}
+
+int main(int, char** given) {
+  alignas(16) static float out[32], in[260];
+  for (int k = 0; k < 256; ++k) in[k] = k / 32;
+  const int error = launch(sum_ring, dim3(1), 64, Stream{}, Args{out, in, given[1][0] - '0'}, Overlap::kHeads, 256);
+  for (int k = 0; k < 32; ++k)
+    if (out[k] != 28.0f) return 3;
+  return error;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def bulk_program(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bulk")
+    (folder / "bulk.cpp").write_text(BULK_PROGRAM)
+    subprocess.run([*cuda_emulator.COMMAND, folder / "bulk.cpp", "-o", folder / "bulk"], check=True)
+    return folder / "bulk"
+
+
+@pytest.mark.parametrize(("what", "code", "said"), [
+    (0, 0, ""), (1, -6, "more arrivals than a barrier expects"), (2, -6, "threads wait for each other"),
+    (3, -6, "a bulk copy off its alignment"), (4, -6, "bulk copies were not waited for"),
+    (5, -6, "threads wait for each other"), (6, 3, ""),
+], ids=("right", "overwrites", "too many bytes", "not aligned", "no wait", "no release", "reads early"))  # fmt: skip
+def test_bulk_copies_are_made_when_their_barrier_is_waited_for(bulk_program, what, code, said) -> None:
+    done = subprocess.run([bulk_program, str(what)], capture_output=True, text=True)
+    assert done.returncode == code and said in done.stderr
 
 
 def test_threads_change_stacks_under_a_compiler_that_fortifies(tmp_path: Path) -> None:

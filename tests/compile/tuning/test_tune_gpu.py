@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,11 @@ import fake_libraries as fakes
 import pytest
 import torch
 import zoo
+from cuda_target_cases import count_kernels
 from fake_gpu import GPU
 from paged_driver import greedy
 from tune_gpu_cases import OURS, Clock, candidate, choices, config
 
-from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.choice import dispatcher
@@ -247,7 +248,7 @@ def test_weights_that_are_away_are_measured_only_where_no_other_is_there(config,
 
 def test_the_default_needs_no_measurement(config):
     captured, _ = optimize(config, GPU)
-    assert count_kernels(captured.graph, GPU)["torch.linear"] > 0 and not stored(config)
+    assert count_kernels(captured.graph)["torch.linear"] > 0 and not stored(config)
 
 
 class FakeCuda:
@@ -306,6 +307,25 @@ def test_the_timer_captures_after_a_first_run_and_takes_the_median(monkeypatch):
         "wait", "planned", "run (1,)", "synchronize", "begin thread_local", "run (1,)", "run (2,)", "end",
         "synchronize",
     ]  # fmt: skip
+
+
+def test_a_candidate_with_other_results_than_the_default_is_refused(monkeypatch):
+    """Roundings aside; a number that is missing or not finite is another result."""
+    cuda = FakeCuda([1.0] * 100)
+    timer, x = timer_on(cuda, monkeypatch), torch.randn(4, 8)
+    scale = x.abs().max()
+
+    def tried(results: object, change: Callable[[torch.Tensor], torch.Tensor]) -> Implementation:
+        return candidate("tried", lambda x: torch.utils._pytree.tree_map_only(torch.Tensor, change, results))
+
+    for results in (x, (x, None, x * 2)):
+        arguments = Arguments([(x,)])
+        timer(candidate("default", lambda x, results=results: results), arguments)
+        timer(tried(results, lambda y: y * (1 + 2**-9)), arguments)
+        for change in (lambda y: y + scale / 50, lambda y: y.masked_fill(y == y.max(), float("nan"))):
+            with pytest.raises(ValueError, match="differ from those of default"):
+                timer(tried(results, change), arguments)
+    timer(candidate("default of another problem", lambda x: x + scale), Arguments([(x,)]))
 
 
 def test_a_capture_that_fails_is_ended(monkeypatch):

@@ -16,18 +16,24 @@ from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import StepOutput
 from fuseline.compile.residency.uploads import Layout
 from fuseline.engine.config import EngineConfig, SchedulerConfig
+from fuseline.engine.messages import GrammarSpec, Vocabulary
 from fuseline.engine.run.cuda_device import CudaResults
+from fuseline.engine.run.grammar.worker import compile_grammar, tokenizer_info
 from fuseline.engine.service import EngineService
 
 SERVED = "a first request"
 REPLAYED, EAGER = GraphConfig((1, 2, 4, 16), mixed_sizes=(6, 16, 48)), GraphConfig(enabled=False)
 PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
 LISTS = {"bad_words": ((1,),), "min_tokens": 2, "eos_token_ids": (3,), "logit_bias": ((4, 1.0),)}
+ENDS = {"eos_token_ids": (3,)}
+ANYTHING = GrammarSpec(kind="ebnf", text="root ::= [ab]*")
 KINDS = (
     {"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 5}, {"logprobs": 0},
     {"logprobs": 3}, {"logprobs": 100, "temperature": 0.0}, {"prompt_logprobs": 0}, {"prompt_logprobs": 100, **LISTS},
     PENALTIES, {**PENALTIES, "logprobs": 2}, LISTS, {**LISTS, **PENALTIES, "n": 2}, {"allowed_token_ids": (1, 2, 3)},
     {"n": 3, "prompt_logprobs": 2}, {"max_tokens": 0, "prompt_logprobs": 1}, {"bad_words": ((1, 2),)},
+    {"grammar": ANYTHING, **ENDS}, {"grammar": ANYTHING, **ENDS, **PENALTIES},
+    {"grammar": ANYTHING, **LISTS, "logprobs": 1},
 )  # fmt: skip
 
 
@@ -83,6 +89,9 @@ def launches(arch: int) -> None:
     if model.graphs:
         model.graphs.wait()
     print(json.dumps({"kernel": SERVED, "arch": arch}))
+    tokens = (b"a",) + (b"b",) * (model.info.vocab_size - 1)
+    words = Vocabulary(tokens=tokens, eos_token_ids=(3,), vocab_size=len(tokens))
+    service.engine.grammars._keep(ANYTHING.key, (compile_grammar(ANYTHING, tokenizer_info(words)), 1))
     walk = Walk(service.engine)
     for length in (1, 7, 40):
         for params in KINDS:

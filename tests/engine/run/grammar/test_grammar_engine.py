@@ -11,6 +11,7 @@ from grammar_walk import compiled, demo_vocabulary
 
 from fuseline.engine.config import GrammarConfig
 from fuseline.engine.messages import GrammarSpec, SamplingParams
+from fuseline.engine.run.grammar import matcher
 from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
 from fuseline.engine.run.grammar.matcher import GrammarState
 
@@ -39,9 +40,10 @@ def compile_all(compiler: GrammarCompiler, *specs: GrammarSpec) -> list[object]:
     ("text", "bounds", "word"),
     [
         (HEAVY, {"grammar_timeout": 0.3}, "--grammar-timeout"),
+        (HEAVY, {"grammar_memory": 40 * 2**20}, "--grammar-memory"),
         (LARGE, {"grammar_cache_bytes": 10_000}, "--grammar-cache-bytes"),
     ],
-    ids=["time", "size"],
+    ids=["time", "memory", "size"],
 )
 def test_a_grammar_beyond_the_bounds_is_refused_and_the_next_one_compiles(text, bounds, word):
     compiler = GrammarCompiler(GrammarConfig(**bounds, grammar_workers=1), demo_vocabulary().vocab_size)
@@ -92,6 +94,15 @@ def test_forced_tokens_are_those_without_a_choice():
     assert followed.forced(15) == [token("5"), token("6")] and followed.forced(1) == [token("5")]
     followed.advance([token("5"), token("6"), token("8")])
     assert followed.forced(15) == [token("!")]  # then it may only end
+
+
+def test_a_step_looks_for_forced_tokens_for_a_short_time(monkeypatch):
+    """What it has found out by then is not lost."""
+    monkeypatch.setattr(matcher, "FORCED_SECONDS", -1.0)
+    followed = state(GrammarSpec(kind="ebnf", text='root ::= [5] [6] [7-8] "!"'))
+    assert followed.forced(15) == [] and allowed(followed.masks([])[0]) == {token("5")}
+    followed.advance([token("5")])
+    assert allowed(followed.masks([])[0]) == {token("6")}
 
 
 def test_min_tokens_lose_against_a_complete_grammar():

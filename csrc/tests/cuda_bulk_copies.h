@@ -1,0 +1,84 @@
+// Bulk copies of the CPU emulator and the barriers that count their bytes (BulkBarrier of cuda/device.h).
+//
+// Copies are made as late as the waits allow: when a thread waits for a phase whose arrivals are all there. Until then
+// the destination holds NaNs.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace fuseline::cuda {
+
+struct BulkBarrier { int arrivals, num_pending, num_bytes; unsigned phase; };
+
+}  // namespace fuseline::cuda
+
+namespace emulated {
+
+using fuseline::cuda::BulkBarrier;
+
+inline void check_bulk(const void* to, const void* from, int num_bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | num_bytes) % 16 || num_bytes <= 0)
+    fail("a bulk copy off its alignment");
+}
+
+inline void touch(const void* from, int num_bytes) {
+  static_cast<void>(static_cast<const volatile char*>(from)[0]);
+  static_cast<void>(static_cast<const volatile char*>(from)[num_bytes - 1]);
+}
+
+// Begins the next phase if the present one is complete.
+inline void turn(BulkBarrier& barrier) {
+  block().num_idle = 0;
+  if (barrier.num_pending || barrier.num_bytes) return;
+  barrier.num_pending = barrier.arrivals;
+  ++barrier.phase;
+}
+
+// Makes the copies that the barrier counts; returns whether there were any.
+inline bool make_copies(BulkBarrier& barrier) {
+  auto& copies = block().bulk_copies;
+  const size_t before = copies.size();
+  for (auto copy = copies.begin(); copy != copies.end();) {
+    if (copy->barrier != &barrier) {
+      ++copy;
+      continue;
+    }
+    std::memcpy(copy->to, copy->from, copy->num_bytes);
+    barrier.num_bytes -= copy->num_bytes;
+    copy = copies.erase(copy);
+  }
+  return copies.size() != before;
+}
+
+}  // namespace emulated
+
+namespace fuseline::cuda {
+
+inline void init(BulkBarrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
+inline void show_barriers() {}
+inline void arrive_expecting(BulkBarrier& barrier, int num_bytes) {
+  if (--barrier.num_pending < 0) emulated::fail("more arrivals than a barrier expects");
+  barrier.num_bytes += num_bytes;
+  emulated::turn(barrier);
+}
+inline void arrive(BulkBarrier& barrier) { arrive_expecting(barrier, 0); }
+inline void wait_for(BulkBarrier& barrier, int parity) {
+  while (barrier.phase % 2 == static_cast<unsigned>(parity)) {
+    if (barrier.num_pending == 0 && emulated::make_copies(barrier)) emulated::turn(barrier);
+    else emulated::yield_fiber();
+  }
+}
+inline void copy_bulk(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
+  emulated::check_bulk(to, from, num_bytes);
+  emulated::touch(from, num_bytes);
+  std::memset(to, 0xff, num_bytes);
+  emulated::block().num_idle = 0;
+  emulated::block().bulk_copies.push_back({to, from, static_cast<size_t>(num_bytes), &barrier});
+}
+// Of inaccessible memory (the early-launch race check) it is allowed.
+inline void prefetch_bulk(const void* from, int num_bytes) {
+  emulated::check_bulk(nullptr, from, num_bytes);
+  if (!emulated::block().is_race_check) emulated::touch(from, num_bytes);
+}
+
+}  // namespace fuseline::cuda

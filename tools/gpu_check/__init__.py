@@ -1,0 +1,1 @@
+"""Tests and measures the CUDA target on this machine's GPU; stages.py says how."""
