@@ -71,7 +71,8 @@ class GrammarConfig:
     grammar_cache_bytes: int = 256 * 2**20
     """Bytes of compiled grammars that are kept for requests to come; a larger one is refused with 400."""
     grammar_workers: int = 2
-    """Grammars that are compiled at the same time; the processes start with the first request that needs them."""
+    """Grammars that are compiled at the same time; the processes start with the first request that needs them, on a GPU
+    one with the server."""
 
 
 @dataclass(frozen=True)

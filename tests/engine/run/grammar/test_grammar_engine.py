@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fuseline.engine.messages import GrammarSpec, SamplingParams
 from fuseline.engine.run.grammar import matcher
 from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
 from fuseline.engine.run.grammar.matcher import GrammarState
+from fuseline.engine.service import EngineService
 
 WORDS = random.Random(0)
 HEAVY, LARGE = (
@@ -51,6 +53,22 @@ def test_a_grammar_beyond_the_bounds_is_refused_and_the_next_one_compiles(text, 
         refused, good = compile_all(compiler, GrammarSpec(kind="ebnf", text=text), YES)
         assert isinstance(refused, GrammarError) and word in str(refused)
         assert not isinstance(good, GrammarError) and compiler.find(YES) is not None
+    finally:
+        compiler.close()
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_a_gpu_has_a_process_for_grammars_before_the_first_request(is_gpu):
+    compiler = GrammarCompiler(GrammarConfig(), demo_vocabulary().vocab_size)
+    ready = threading.Event()
+    compiler.on_ready = ready.set
+    served = object.__new__(EngineService)
+    served.engine, served.device = SimpleNamespace(grammars=compiler), SimpleNamespace(is_asynchronous=is_gpu)
+    try:
+        served._handle(demo_vocabulary())
+        assert ready.wait(120 if is_gpu else 0) == is_gpu
+        assert [isinstance(found, GrammarError) for _, found in compiler.take_finished()] == [False] * is_gpu
+        assert len(compiler._workers) == is_gpu
     finally:
         compiler.close()
 
