@@ -408,7 +408,7 @@ def test_mixed_steps_are_measured(tool, tmp_path) -> None:
     runner.capture(api)
     measure_mixed(runner, 1, (3,), 5, found)
     assert [row[0] for row in found.rows] == [f"step of 1 + 3 tokens, {name}" for name in ("piecewise", "op by op")]
-    assert api.segment_replays == 11 * (SHAPE["num_hidden_layers"] + 1) and runner.model.graphs is not None
+    assert api.segment_replays == 20 * (SHAPE["num_hidden_layers"] + 1) and runner.model.graphs is not None
 
 
 def test_tensors_are_carried_to_the_gpu_and_back_as_they_lie(tool) -> None:
