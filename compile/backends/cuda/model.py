@@ -10,6 +10,7 @@ from torch import Tensor
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
 from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs, Progress
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
+from fuseline.compile.backends.cuda.whole_mixed import MixedInputs, WholeMixedGraphs
 from fuseline.compile.config import GraphConfig
 from fuseline.compile.graph_inputs import (
     BlockCopy,
@@ -90,11 +91,13 @@ class CudaModel:
             return
         sizes = config.resolved(self._config.max_num_seqs)
         decode = DecodeGraphs(self._executable, caches, sizes, self._decode_inputs, api)
+        sizes = config.resolved_whole_mixed(self._config.max_num_batched_tokens)
+        whole = WholeMixedGraphs(self._executable, caches, sizes, self._mixed_inputs, api)
         sizes = config.resolved_mixed(self._config.max_num_batched_tokens)
         mixed = MixedGraphs(
             self._executable, caches, sizes, config.splitting_ops, self._token_inputs, self._config.block_size, api
         )
-        self.graphs = CapturedSteps(decode, mixed, config.num_warmups)
+        self.graphs = CapturedSteps(decode, whole, mixed, config.num_warmups)
         self.graphs.start(progress or (lambda phase, done, total: None))
 
     def stop_capture(self) -> None:
@@ -133,16 +136,26 @@ class CudaModel:
         if self.graphs is None:
             return None
         found = self.graphs.decode.run(step) if is_decode else None
+        found = self.graphs.whole_mixed.run(step) if found is None else found
         return self.graphs.mixed.run(step, self._values(step)) if found is None else found
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return graph_values(self._no_embeds | step, self.info.rope_switch is not None)
 
     def _decode_inputs(self, size: int) -> DecodeInputs:
-        longest = min(self.info.max_model_len, self._graph_config.max_seq_len)
-        width = -(-longest // self._config.block_size)
         has_switch = self.info.rope_switch is not None
-        return DecodeInputs(size, len(self.info.cache_groups), width, has_switch, str(self._device))
+        return DecodeInputs(size, len(self.info.cache_groups), self._table_width, has_switch, str(self._device))
+
+    def _mixed_inputs(self, size: int) -> MixedInputs:
+        num_groups, has_switch = len(self.info.cache_groups), self.info.rope_switch is not None
+        most = self._config.max_num_seqs
+        return MixedInputs(size, most, num_groups, self._table_width, has_switch, str(self._device))
+
+    @property
+    def _table_width(self) -> int:
+        """Columns of the block tables of whole steps."""
+        longest = min(self.info.max_model_len, self._graph_config.max_seq_len)
+        return -(-longest // self._config.block_size)
 
     def _token_inputs(self, size: int) -> TokenInputs:
         has_switch = self.info.rope_switch is not None
