@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
@@ -16,12 +15,8 @@ FLUSHED_BYTES = 256 << 20
 HEAD_START = 16
 """Times that they are written: about a millisecond of an H200, in which the host launches the call. Otherwise a call of
 few microseconds would be timed by what its launches cost the host."""
-
-
-class Clock(Protocol):
-    """Measures seconds of device time per call. Propagates errors of the call."""
-
-    def __call__(self, call: Call) -> float: ...
+Clock = Callable[[Call], float]
+"""Measures seconds of device time per call. Propagates errors of the call."""
 
 
 class HostClock:

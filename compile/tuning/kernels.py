@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile import kernels as kernel_files
 from fuseline.compile.cache.keys import version_of
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, Progress
 from fuseline.compile.kernels.choice import chosen_label, default_choices
 from fuseline.compile.kernels.registry import ANY, Implementation, OpCall
 from fuseline.compile.kernels.select import Kernels, describe
@@ -29,7 +29,7 @@ from fuseline.compile.ops.registry import op_of
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.calls import CallMaker, has_constants
 from fuseline.compile.tuning.timer import DeviceTimer, Timer
-from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
+from fuseline.compile.tuning.tuned import MIN_GAIN, measured_once
 
 logger = logging.getLogger(__name__)
 ROWS = (1, 8, 16, 32, 64, 128, 256)

@@ -22,8 +22,9 @@ from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.specs import WeightSource
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.kernels import tune_kernels
+from fuseline.compile.tuning.limits import Limits
 from gpu_check.kernels import sampling_arguments
-from gpu_check.table import Limits, Table, share_of
+from gpu_check.table import Table, share_of
 
 BLOCK = 16
 LLAMA_8B = {

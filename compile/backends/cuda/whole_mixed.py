@@ -27,7 +27,7 @@ class MixedInputs:
     """Fixed memory of a graph's inputs for up to `size` tokens of up to `most` sequences, by field of StepInputs."""
 
     def __init__(
-        self, size: int, most: int, num_groups: int, width: int, has_rope_switch: bool, device: str
+        self, size: int, most: int, width: int, num_groups: int, has_rope_switch: bool, device: str
     ) -> None:  # fmt: skip
         """`width`: columns of the block tables."""
         self.most = most

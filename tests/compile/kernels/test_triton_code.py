@@ -139,9 +139,9 @@ def test_keys_are_under_way_while_others_are_used(entries):
 
 
 def test_what_is_bound_by_memory_reads_and_writes_sixteen_bytes(entries):
-    for e in of(entries, "rms_norm_kernel", "act_mul_kernel", "combine_kernel"):
+    for e in of(entries, "norm_kernel", "act_mul_kernel", "combine_kernel"):
         assert max(e["code"]["stores"]) == 16, e
-    for e in of(entries, "rms_norm_kernel", "act_mul_kernel", "combine_kernel", "merge_kernel", "scan_kernel"):
+    for e in of(entries, "norm_kernel", "act_mul_kernel", "combine_kernel", "merge_kernel", "scan_kernel"):
         assert max(e["code"]["loads"]) >= (16 if e["constants"].get("PADDED_E") != 64 else 8), e
     for e in of(entries, "rope_cache_kernel"):
         assert min(e["code"]["loads"]) == 8 and min(e["code"]["stores"]) == 8, e
