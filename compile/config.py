@@ -86,6 +86,9 @@ class CompileConfig:
     """Base period of rotary embeddings; default: the checkpoint's."""
     ignore_patterns: tuple[str, ...] = ("original/**/*",)
     """Glob of files of the checkpoint that are not read; may be repeated."""
+    quantization: str | None = None
+    """Method of the checkpoint's quantized weights; by default what its config.json says. Plain weights can be
+    quantized as they are loaded: int8, int4 or fp8 (QUANTIZATION.md)."""
     load_format: str = "auto"
     """auto, safetensors, pt or dummy (random weights from `seed`)."""
     seed: int = 0
