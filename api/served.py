@@ -237,10 +237,11 @@ def generation_defaults(config: ServerConfig) -> dict[str, Any]:
         raise ConfigError(
             f"--override-generation-config: {unknown[0]} has no effect here (keys: {', '.join(sorted(DEFAULTS))})"
         )
-    merged = {**stored, **overrides}
-    found = {name: merged[name] for name in DEFAULTS if merged.get(name) is not None}
+    found = {name: value for name, value in {**stored, **overrides}.items() if name in DEFAULTS and value is not None}
     try:
         GenerationDefaults.model_validate(found, strict=True)
     except ValidationError as error:
-        raise ConfigError(f"generation config: {to_api_error(error).message}") from error
+        problem = to_api_error(error)
+        flag = "override-generation-config" if problem.param in overrides else "generation-config"
+        raise ConfigError(f"--{flag}: {problem.message}") from error
     return found
