@@ -110,8 +110,8 @@ def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
     if form.type == "json_object":
         return [*found, ("response_format", "json_object", True)]
     if form.type == "json_schema":
-        inner = (form.model_extra or {}).get("json_schema")
-        if not isinstance(inner, dict):
+        inner = form.json_schema and form.json_schema.model_extra
+        if inner is None:
             raise bad_request("response_format.json_schema must be an object with a schema", "response_format")
         schema = inner.get("schema", inner.get("json_schema"))
         if schema is None:
