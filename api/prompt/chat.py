@@ -81,11 +81,14 @@ class ChatRenderer:
     def _draw(
         self, template: ChatTemplate, messages: list[dict[str, Any]], variables: Mapping[str, Any], continues: bool
     ) -> str:
-        if not continues:
-            return template.render(messages, variables, self._config.max_prompt_bytes)
-        begun, last = _with_end(messages[-1])
-        text = template.render([*messages[:-1], last], variables, self._config.max_prompt_bytes + len(END))
-        return _cut(text, begun)
+        limit = self._config.max_prompt_bytes
+        try:
+            if not continues:
+                return template.render(messages, variables, limit)
+            begun, last = _with_end(messages[-1])
+            return _cut(template.render([*messages[:-1], last], variables, limit + len(END)), begun)
+        except RecursionError as error:
+            raise bad_request("the chat template recurses too deeply over these messages", "messages") from error
 
     def _own_variables(self, fields: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Variables of the template that the request gives."""

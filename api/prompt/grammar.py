@@ -83,7 +83,10 @@ def request_spec(request: GenerateRequest, default_backend: str = "xgrammar") ->
     backend = request.guided_decoding_backend or default_backend
     if param.startswith("structured_outputs"):
         backend = (request.structured_outputs or {}).get("backend") or backend
-    spec = _MAKERS[kind](value, param, whitespace)
+    try:
+        spec = _MAKERS[kind](value, param, whitespace)
+    except RecursionError as error:
+        raise bad_request(f"{param} is nested too deeply", param) from error
     return replace(spec, backend=choose_backend(backend, kind, "guided_decoding_backend"))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING, BinaryIO
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import xgrammar as xg
 
 NICENESS = 10
+INTERNAL = re.compile(r"(\[[\d:]+\] )?\S+\.(cc|h):\d+: |Check failed: \(.*?\) is false:? ?")
+"""What xgrammar writes in front of its words."""
 TRIAL_TOKENS = 64
 """Tokens that a compiled grammar is walked along, so that one that is slow or faulty is found out here."""
 
@@ -119,10 +122,9 @@ def _walk(compiled: xg.CompiledGrammar, info: xg.TokenizerInfo) -> None:
 
 
 def _message(error: Exception) -> str:
-    """What went wrong, without the place in xgrammar's sources."""
-    text = " ".join(str(error).split())
-    place, _, rest = text.partition(".cc:")
-    return (rest.partition(": ")[2] or text if place.startswith("[") else text)[:500]
+    """What went wrong, without the places and conditions of xgrammar's sources."""
+    text = INTERNAL.sub("", " ".join(str(error).split()))
+    return text[:500] or f"{type(error).__name__} in the grammar's backend"
 
 
 if __name__ == "__main__":

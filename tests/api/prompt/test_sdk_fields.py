@@ -48,6 +48,46 @@ DEPTHS = {
 FIELDS = [(kind, name) for kind, (params, _, _) in ROUTES.items() for name in sdk_values.keys(params)[0]]
 
 
+FOREIGN = {
+    "responses": ("response_format", "max_completion_tokens", "messages", "reasoning_effort", "tool_choice.function"),
+    "messages": ("response_format", "max_completion_tokens", "reasoning_effort", ".function"),
+    "count_tokens": ("response_format", "max_completion_tokens", "reasoning_effort", ".function"),
+}
+"""Names of the chat request, as which these are prepared."""
+DEEP: dict[str, object] = {}
+for _ in range(400):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+LOOKING = {"type": "string", "pattern": "(?=a)"}
+ODD = [LOOKING, {"type": "zzz"}, {"$ref": "#/nowhere"}, {"not": {"type": "string"}}, DEEP]
+"""Schemas that cannot be enforced."""
+LATE: list[tuple[str, str, dict[str, Any]]] = [
+    *(("responses", "text", {"text": {"format": {"type": "json_schema", "name": "x", "schema": odd}}}) for odd in ODD),
+    *(("messages", "output_config", {"output_config": {"format": {"type": "json_schema", "schema": odd}}})
+      for odd in ODD),
+    *(("chat", "response_format", {"response_format": {"type": "json_schema", "json_schema": {"schema": odd}}})
+      for odd in ODD),
+    *(("completion", "guided_json", {"guided_json": odd}) for odd in ODD),
+    ("responses", "max_output_tokens", {"max_output_tokens": 10**6}), ("messages", "max_tokens", {"max_tokens": 10**6}),
+    ("responses", "input", {"input": "x" * 20000}), ("responses", "input", {"input": []}),
+    ("messages", "stop_sequences", {"stop_sequences": [""]}),
+    ("messages", "stop_sequences", {"stop_sequences": ["x"] * 99}),
+    ("messages", "tool_choice", {"tools": BLOCK_TOOLS, "tool_choice": {"type": "tool", "name": "y"}}),
+    ("messages", "tool_choice", {"tool_choice": {"type": "any"}}),
+    ("responses", "tool_choice", {"tools": FLAT_TOOLS, "tool_choice": {"type": "function", "name": "y"}}),
+    ("responses", "tool_choice", {"tools": FLAT_TOOLS, "tool_choice": {"type": "function"}}),
+    ("responses", "tool_choice", {"tool_choice": "required"}), ("responses", "tool_choice", {"tool_choice": "zz"}),
+    ("responses", "text", {"text": {"verbosity": "low"}}), ("responses", "reasoning", {"reasoning": {"effort": "zz"}}),
+    ("responses", "input", {"instructions": "x", "input": [{"role": "user", "content": [{"type": "input_image"}]}]}),
+    ("responses", "input", {"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "{"}]}),
+    ("messages", "system", {"system": [{"type": "image"}]}),
+    ("messages", "thinking", {"thinking": {"type": "enabled"}}),
+    ("messages", "thinking", {"thinking": {"type": "enabled", "budget_tokens": 1100}}),
+    ("messages", "tools", {"tools": [{"name": "x"}]}),
+    ("messages", "messages", {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]}),
+]  # fmt: skip
+"""Found late: (route, field, fields)."""
+
+
 @pytest.fixture(scope="module")
 def own() -> Preparer:
     flags = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
@@ -60,11 +100,16 @@ def answer(own: Preparer, kind: str, name: str, value: Any) -> Refused | None:
 
 
 def names_it(kind: str, name: str, reply: Refused) -> bool:
-    """Whether the client learns which field it is: from `param`, or where there is none from the message."""
-    if kind not in ("messages", "count_tokens"):
-        return (reply.param or "").split(".")[0].split("[")[0] == name
-    message = error_body(ApiError(reply.status, reply.message, reply.param, reply.code))["error"]["message"]
-    return name in message
+    """Whether the client learns which field it is, from `param` or, where there is none, from the message; and reads
+    of no field of another route.
+    """
+    error = ApiError(reply.status, reply.message, reply.param, reply.code)
+    if kind in ("messages", "count_tokens"):
+        message = error_body(error)["error"]["message"]
+        return name in message and not any(other in message for other in FOREIGN[kind])
+    message = error.body()["error"]["message"]
+    is_named = (reply.param or "").split(".")[0].split("[")[0] == name
+    return is_named and not any(other in message for other in FOREIGN.get(kind, ()))
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda part: part)
@@ -90,3 +135,36 @@ def test_a_wrong_type_is_refused_by_name(own: Preparer, kind: str, name: str) ->
         reply = answer(own, kind, name, value)
         allowed = (400, 404) if name == "model" else (400,)
         assert reply is not None and reply.status in allowed and names_it(kind, name, reply), (value, reply)
+
+
+@pytest.mark.parametrize(("kind", "name", "fields"), LATE, ids=lambda part: str(part)[:60])
+def test_what_is_found_late_is_told_in_the_routes_own_words(
+    own: Preparer, kind: str, name: str, fields: dict[str, Any]
+) -> None:  # fmt: skip
+    reply = own.prepare(kind, body(**{**ROUTES[kind][2], **fields}))
+    assert isinstance(reply, Refused) and reply.status == 400 and names_it(kind, name, reply), reply
+
+
+def test_a_tool_choice_of_some_tools_leaves_the_others_out(own: Preparer) -> None:
+    tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in "xyz"]
+    allowed = [{"type": "function", "function": {"name": name}} for name in "zx"]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": allowed}}
+    asked = own.prepare("chat", body(**ROUTES["chat"][2], tools=tools, tool_choice=choice))
+    plain = own.prepare("chat", body(**ROUTES["chat"][2], tools=[tools[0], tools[2]], tool_choice="required"))
+    assert asked == plain and not isinstance(asked, Refused)
+    flat = [{"type": "function", "name": name, "parameters": SCHEMA} for name in "xyz"]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": n} for n in "zx"]}
+    same = own.prepare("responses", body(**ROUTES["responses"][2], tools=flat, tool_choice=choice))
+    assert not isinstance(same, Refused) and same.params == plain.params and same.prompts == plain.prompts
+
+
+def test_thoughts_that_are_to_be_omitted_are(own: Preparer) -> None:
+    fields = ROUTES["messages"][2] | {"thinking": {"type": "adaptive", "display": "omitted"}}
+    assert not own.prepare("messages", body(**fields)).answer.parse.shows_reasoning
+
+
+def test_a_template_without_end_is_told_as_that() -> None:
+    made = preparer(chat_template="{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}")
+    for kind in ("chat", "messages", "responses"):
+        reply = made.prepare(kind, body(**ROUTES[kind][2]))
+        assert isinstance(reply, Refused) and "template recurses" in reply.message and "body" not in reply.message
