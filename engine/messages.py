@@ -53,6 +53,16 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, tag="vocabulary"):
     """Logits of the model; tokens beyond the list are never allowed."""
 
 
+class BeamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Settings of a beam search, whose width is n."""
+
+    length_penalty: float = 1.0
+    keeps_eos: bool = False
+    """An EOS that completes a hypothesis is among its tokens."""
+    num_shown: int | None = None
+    """As `logprobs` of other requests: how many alternatives are told; None = no log-probabilities."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
     """One request's sampling settings, validated and resolved by the API (SPEC 4.1, 6)."""
 
@@ -88,6 +98,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     scores_temperature: float = 1.0
     """Temperature at which log-probabilities are taken; for beam search, whose steps are greedy."""
     grammar: GrammarSpec | None = None
+    beams: BeamParams | None = None
+    """Search for the n likeliest texts, with temperature 0 and `logprobs` of at least 2 n. All choices are told at the
+    end, best first; before, one output of choice 0 tells of the prompt."""
 
     @property
     def ending_token_ids(self) -> tuple[int, ...]:
