@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 PASSES = (
@@ -18,8 +19,14 @@ MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 beyond, products take longer than their launches do."""
 
 
+Progress = Callable[[str, int, int], None]
+"""Is told (phase, done, all) while a model is compiled and loaded."""
 STORED = "stored"
 """As `dtype` what auto means on a GPU: the checkpoint's, whatever it is. No flag has it."""
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """A Progress that nobody sees."""
 
 
 @dataclass(frozen=True)

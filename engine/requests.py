@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -11,11 +12,17 @@ from fuseline.compile.specs import ModelInfo
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import EngineRequest, Output, PooledOutput, PoolingParams, SamplingParams, TokenOutput
 from fuseline.engine.outputs import Ending, NewTokens, Report, make_outputs
+from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
 from fuseline.engine.run.grammar.matcher import GrammarState
+from fuseline.engine.run.grammar.thinking import BudgetState
 from fuseline.engine.run.logits_processors import for_sequence, make_processor
 from fuseline.engine.schedule.scheduler import Scheduler
 from fuseline.engine.state.sequence import Sequence, SequenceOptions, make_sequences
+
+TURN_SECONDS = 0.25
+"""By so much later a prompt counts as coming than the one before it in the same body, so that a body of a thousand does
+not keep others waiting. One that is served faster loses nothing."""
 
 
 class Requests:
@@ -84,20 +91,26 @@ class Requests:
                     for other in list(self.live[seq.request.request_id]):
                         self.finish(other, Ending("error", error=str(result), is_bad_request=True))
                 else:
-                    seq.grammar = GrammarState(result, seq.params, self._info.vocab_size)
-                    self._scheduler.add(seq)
+                    self._add(seq, result)
 
     def _queue(self, seq: Sequence) -> None:
         """The scheduler takes a sequence once its grammar, if it has one, is compiled."""
         spec = None if isinstance(seq.params, PoolingParams) else seq.params.grammar
         if spec is None:
-            self._scheduler.add(seq)
+            self._add(seq, None)
         elif (compiled := self._grammars.find(spec)) is not None:
-            seq.grammar = GrammarState(compiled, seq.params, self._info.vocab_size)
-            self._scheduler.add(seq)
+            self._add(seq, compiled)
         else:
             self._compiling.setdefault(spec.key, []).append(seq)
             self._grammars.start(spec)
+
+    def _add(self, seq: Sequence, grammar: Grammar | None) -> None:
+        """Hand a sequence to the scheduler, with what follows its tokens."""
+        if grammar is not None:
+            seq.grammar = GrammarState(grammar, seq.params, self._info.vocab_size)
+        if not isinstance(seq.params, PoolingParams) and seq.params.thinking is not None:
+            seq.grammar = BudgetState(seq.params.thinking, self._grammars.vocabulary, seq.grammar)
+        self._scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
         """End a request's unfinished choices and free their blocks; unknown ids are ignored."""
@@ -169,9 +182,10 @@ class Requests:
 
     def _order(self, request: EngineRequest) -> tuple[float, ...]:
         self._num_added += 1
+        delay = TURN_SECONDS * request.turn
         if self._scheduler.limits.is_priority:
-            return (request.priority, request.arrival_time, self._num_added)
-        return (self._num_added,)
+            return (request.priority, request.arrival_time + delay, self._num_added)
+        return (time.monotonic() + delay, self._num_added)
 
     def _find_fault(self, request: EngineRequest) -> str:
         """Why a request cannot be served; the API has checked already, the engine must survive anyway."""

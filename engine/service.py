@@ -113,6 +113,9 @@ class EngineService:
             self.engine.add(message)
         elif isinstance(message, Vocabulary):
             self.engine.grammars.set_vocabulary(message)
+            if self.device.is_asynchronous:
+                # A torch for CUDA takes seconds to import, and a GPU's machine has the memory.
+                self.engine.grammars.warm_up()
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
                 self.engine.abort(request_id)

@@ -43,14 +43,15 @@ RENAMED = {
     "reasoning_effort": "output_config.effort",
     "tool_choice.function.name": "tool_choice.name",
     "tool_choice.function": "tool_choice",
+    "thinking_token_budget": "thinking.budget_tokens",
 }
 """Field of the chat request -> the field that the client has sent."""
 SPEAKERS = {"tool_use": "assistant", "thinking": "assistant", "tool_result": "user"}
 """Type of a block -> the role whose messages may hold it."""
 
 
-def chat_of_messages(body: CountTokensRequest) -> ChatRequest:
-    """Raises ApiError 400."""
+def chat_of_messages(body: CountTokensRequest, has_reasoning: bool = False) -> ChatRequest:
+    """`has_reasoning`: the server knows which text is reasoning, and can bound it. Raises ApiError 400."""
     _refuse(body)
     messages = [{"role": "system", "content": _texts(body.system, "system")}] if body.system else []
     for k, message in enumerate(body.messages):
@@ -64,6 +65,7 @@ def chat_of_messages(body: CountTokensRequest) -> ChatRequest:
         "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
         "chat_template_kwargs": _thinking(body.thinking),
         "include_reasoning": False if body.thinking and body.thinking.display == "omitted" else None,
+        "thinking_token_budget": body.thinking.budget_tokens if body.thinking and has_reasoning else None,
         "continue_final_message": True if _is_begun(messages) else None,
         "response_format": _format(output.format if output else None),
         "reasoning_effort": output.effort if output else None,
@@ -80,12 +82,9 @@ def _refuse(body: CountTokensRequest) -> None:
     refuse_fields(body, REFUSED)
     if body.speed == "fast":
         raise bad_request("speed: this server has one speed; leave it out", "speed", "unsupported_value")
-    thinking, limit = body.thinking, getattr(body, "max_tokens", None)
-    if thinking and thinking.type == "between_tools":
+    if body.thinking and body.thinking.type == "between_tools":
         words = 'thinking.type "between_tools" is not supported: use "enabled", "adaptive" or "disabled"'
         raise bad_request(words, "thinking.type", "unsupported_value")
-    if thinking and thinking.budget_tokens and limit is not None and thinking.budget_tokens >= limit:
-        raise bad_request("thinking.budget_tokens must be less than max_tokens", "thinking.budget_tokens")
 
 
 def _texts(content: str | list[dict[str, Any]], where: str) -> str:
@@ -195,5 +194,5 @@ def _choice(choice: AnthropicToolChoice, has_tools: bool) -> str | dict[str, Any
 
 
 def _thinking(thinking: Thinking | None) -> dict[str, Any] | None:
-    """A variable of the templates that know it. A budget is a bound that only the model's own reasoning may reach."""
+    """A variable of the templates that know it."""
     return None if thinking is None else {"enable_thinking": thinking.type != "disabled"}

@@ -11,9 +11,6 @@ from pydantic import Field, model_validator
 
 from fuseline.api.protocol.common import MAX_NAME, Fields, raise_field
 
-MIN_THINKING = 1024
-"""Tokens, as Anthropic has it."""
-
 
 class CacheControl(Fields):
     """Accepted: prefixes are cached whether a client asks for it or not."""
@@ -88,8 +85,7 @@ class AnthropicToolChoice(Fields):
 
 class Thinking(Fields):
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    budget_tokens: int | None = Field(None, ge=MIN_THINKING)
-    """A target, as Anthropic has it, and no bound."""
+    budget_tokens: int | None = Field(None, ge=1)
     display: Literal["summarized", "omitted"] | None = None
 
     @model_validator(mode="after")

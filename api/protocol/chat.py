@@ -62,7 +62,7 @@ class ChatRequest(ChatFields, GenerateRequest):
     reasoning_effort: str | None = None
     """Any text: templates have levels of their own."""
     include_reasoning: bool | None = None
-    thinking_token_budget: int | None = Field(None, ge=0)
+    thinking_token_budget: int | None = Field(None, ge=-1)
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -17,26 +16,20 @@ from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
 BLOCK_BYTES = 4 << 20
 
 
-class Reader:
+class Reader(ExitStack):
     """Reads slices block by block. A context manager: it owns the open files and the buffer."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._files: dict[Path, int] = {}
-        self._close = ExitStack()
         self._buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close.close()
 
     def blocks(self, part: TensorSlice) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Yield (start in the whole, values) of blocks that cover the slice; values are valid until the next."""
         if part.stored is None:
             yield part.start, part.view
             return
-        for start, view in cut(part.start, part.view):
+        for start, view in cut(part.start, part.view, BLOCK_BYTES // part.view.element_size()):
             yield start, self._read(part, view)
 
     def value(self, lazy: LazyTensor) -> Tensor:
@@ -75,7 +68,7 @@ class Reader:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise LoadError(f"{path} cannot be opened: {error.strerror}") from error
-            self._close.callback(os.close, self._files[path])
+            self.callback(os.close, self._files[path])
         return self._files[path]
 
 
@@ -94,16 +87,16 @@ def span_of(view: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
 
 
-def cut(start: tuple[int, ...], view: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Boxes of at most BLOCK_BYTES of file each, cut along the slowest dim first."""
+def cut(start: tuple[int, ...], view: Tensor, most: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Boxes that span at most `most` elements of memory each, cut along the slowest dim first, with their start."""
     if view.numel() == 0:
         return
     dims = [dim for dim in range(view.ndim) if view.shape[dim] > 1]
-    if not dims or span_of(view) * view.element_size() <= BLOCK_BYTES:
+    if not dims or span_of(view) <= most:
         yield start, view
         return
     slowest = max(dims, key=view.stride)
-    rows = max(1, BLOCK_BYTES // (view.stride(slowest) * view.element_size()))
+    rows = max(1, most // view.stride(slowest))
     for low in range(0, view.shape[slowest], rows):
         part = view.narrow(slowest, low, min(rows, view.shape[slowest] - low))
-        yield from cut((*start[:slowest], start[slowest] + low, *start[slowest + 1 :]), part)
+        yield from cut((*start[:slowest], start[slowest] + low, *start[slowest + 1 :]), part, most)

@@ -30,9 +30,13 @@ def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     for target in (OPS.linear.default, OPS.experts.default):
         form = next((form for form in forms if target in form.readers), None)
         for node in [n for n in graph.graph.nodes if n.target is target and form]:
-            matches += packer.pack_call(node, form)
-    for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default]:
-        matches += packer.pack_embedding(node)
+            if target is OPS.linear.default and not is_constant(node.args[1]):
+                edit.replace(node, aten.linear.default, node.args)
+            else:
+                matches += packer.replace(node, form)
+    for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default and is_constant(n.args[0])]:
+        form = packer.format_of(node.args[0])
+        matches += form is not None and node.target in form.readers and packer.replace(node, form)
     return PassResult(matches)
 
 
@@ -41,19 +45,11 @@ class _Packer:
         self._graph = graph
         self._packed: dict[tuple[str, ...], tuple[Format, tuple[fx.Node, ...]]] = {}
 
-    def pack_call(self, node: fx.Node, form: Format) -> bool:
-        if node.target is OPS.linear.default and not is_constant(node.args[1]):
-            edit.replace(node, aten.linear.default, node.args)
-            return False
-        return self._replace(node, form)
+    def format_of(self, weight: fx.Node) -> Format | None:
+        """The format in which a linear has packed the weight."""
+        return self._packed.get(edit.source_of(weight).names, (None, ()))[0]
 
-    def pack_embedding(self, node: fx.Node) -> bool:
-        """Reads the weight as a linear has packed it; stays as it is where none has, or the format cannot."""
-        weight = node.args[0]
-        form, _ = self._packed.get(edit.source_of(weight).names, (None, ())) if is_constant(weight) else (None, ())
-        return form is not None and node.target in form.readers and self._replace(node, form)
-
-    def _replace(self, node: fx.Node, form: Format) -> bool:
+    def replace(self, node: fx.Node, form: Format) -> bool:
         def pack(weight: fx.Node, transposed: bool = False) -> tuple[fx.Node, ...]:
             return self._pack(weight, form, bool(transposed))
 

@@ -13,26 +13,12 @@
 //
 // Legend: H query heads, G per kv head, D key and value dim, B keys per block; lane = (g = lane / 4, t = lane % 4).
 #include "cuda/attention.h"
-#include "cuda/fp8.h"
 #include "cuda/kernels.h"
 
 namespace fuseline::cuda {
 namespace {
 
-constexpr int kHeads = 8;  // per tile
 constexpr int kStages = 3;
-
-// Eight numbers as the cache stores them; operand() converts them to a product's operand.
-template <class Cache> struct Raw { using Type = uint4; };
-template <int kExponent, int kFraction> struct Raw<Fp8<kExponent, kFraction>> { using Type = uint2; };
-
-template <class T, class Cache>
-FL_DEVICE uint4 operand(uint4 raw) { return raw; }
-template <class T, class Cache>
-FL_DEVICE uint4 operand(uint2 raw) {
-  const uint2 low = widen(raw.x, Cache{}, T{}), high = widen(raw.y, Cache{}, T{});
-  return {low.x, low.y, high.x, high.y};
-}
 
 // Grid: (kv head x group of its query heads, sequence, worker).
 template <class T, class Cache, int kDim>
@@ -180,61 +166,17 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
         SoftmaxState whole{kNone, 0.0f};
         float value = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          const float2 weights = whole.merge(shared.parts.states[w][in_tile]);
-          value = fmaf(value, weights.x, shared.parts.values[w][in_tile][dim] * weights.y);
-        }
+        for (int w = 0; w < kWarps; ++w)
+          fold(whole, value, shared.parts.states[w][in_tile], shared.parts.values[w][in_tile][dim]);
         const int64_t head = first_head + in_tile;
         if (num_splits == 1) {
           finish<T>(a, at, head, dim, whole, value);
           continue;
         }
-        const int64_t row = ((a.is_mixed ? seq : at) * a.num_heads + head) * a.num_splits + i;
-        a.workspace[row * kDim + dim] = value;
-        if (dim == 0) {
-          float* states = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * row;
-          states[0] = whole.max;
-          states[1] = whole.sum;
-        }
+        keep_partial<kDim>(a, a.is_mixed ? seq : at, head, i, dim, whole, value);
       }
       __syncthreads();
     }
-  }
-}
-
-// Grid: (head, sequence), one thread per dim of D. Merges the partial results of rows with several splits.
-template <class T, int kDim>
-__global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
-  constexpr int kAtOnce = 8;  // splits loaded concurrently
-  const int64_t head = blockIdx.x, seq = blockIdx.y;
-  const int dim = threadIdx.x;
-  launch_dependents();
-  wait_for_prerequisites();
-  const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
-  if (a.is_mixed && num_tokens != 1) return;
-  for (int token = 0; token < num_tokens; ++token) {
-    const int num_splits = Cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits)).num_splits;
-    if (num_splits < 2) continue;
-    const int64_t row = ((a.is_mixed ? seq : begin + token) * a.num_heads + head) * a.num_splits;
-    const float* states = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * row;
-    SoftmaxState whole{kNone, 0.0f};
-    float value = 0.0f;
-    for (int i = 0; i < num_splits; i += kAtOnce) {
-      SoftmaxState parts[kAtOnce];
-      float values[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const bool is_there = i + j < num_splits;
-        parts[j] = is_there ? SoftmaxState{states[2 * (i + j)], states[2 * (i + j) + 1]} : SoftmaxState{kNone, 0.0f};
-        values[j] = is_there ? a.workspace[(row + i + j) * kDim + dim] : 0.0f;
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const float2 weights = whole.merge(parts[j]);
-        value = fmaf(value, weights.x, values[j] * weights.y);
-      }
-    }
-    finish<T>(a, begin + token, head, dim, whole, value);
   }
 }
 
@@ -242,10 +184,22 @@ template <class T, class Cache, int kDim>
 int launch_decode(const AttentionArgs& a, int64_t num_seqs, int64_t num_workers, Stream stream) {
   const auto parts = (a.group + kHeads - 1) / kHeads * (a.num_heads / a.group);
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(num_seqs), static_cast<unsigned>(num_workers));
-  const int error = launch(decode_kernel<T, Cache, kDim>, grid, 256 / kDim * kWarp, stream, a);
-  if (error || !a.workspace) return error;
-  const dim3 rows(static_cast<unsigned>(a.num_heads), static_cast<unsigned>(num_seqs));
-  return launch(merge_kernel<T, kDim>, rows, kDim, stream, a);
+  return launch(decode_kernel<T, Cache, kDim>, grid, 256 / kDim * kWarp, stream, a);
+}
+
+int decode_by_threads(const AttentionArgs& a, const DecodeAttentionCall& c, Stream stream) {
+  return with_half(c.dtype, [&](auto type) {
+    using T = decltype(type);
+    return with_cache<T>(c.cache_dtype, c.dtype, [&](auto cache) {
+      using Cache = decltype(cache);
+      switch (c.dim) {
+        case 64: return launch_decode<T, Cache, 64>(a, c.num_seqs, c.num_workers, stream);
+        case 128: return launch_decode<T, Cache, 128>(a, c.num_seqs, c.num_workers, stream);
+        case 256: return launch_decode<T, Cache, 256>(a, c.num_seqs, c.num_workers, stream);
+        default: return kBadArgument;
+      }
+    });
+  });
 }
 
 }  // namespace
@@ -283,18 +237,10 @@ int decode_attention(Stream stream, const DecodeAttentionCall& c) {
   a.window = static_cast<int>(c.window);
   a.scale = static_cast<float>(c.scale) * kLog2e;
   a.softcap = static_cast<float>(c.softcap) * kLog2e;
-  return with_half(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    return with_cache<T>(c.cache_dtype, c.dtype, [&](auto cache) {
-      using Cache = decltype(cache);
-      switch (c.dim) {
-        case 64: return launch_decode<T, Cache, 64>(a, c.num_seqs, c.num_workers, stream);
-        case 128: return launch_decode<T, Cache, 128>(a, c.num_seqs, c.num_workers, stream);
-        case 256: return launch_decode<T, Cache, 256>(a, c.num_seqs, c.num_workers, stream);
-        default: return kBadArgument;
-      }
-    });
-  });
+  a.run = static_cast<int>(c.run > 1 ? c.run : 1);
+  a.together = c.run == 1 ? kRun : 1;
+  const int error = c.run ? decode_by_bulk(a, c, stream) : decode_by_threads(a, c, stream);
+  return error || !a.workspace ? error : merge_partials(a, c, stream);
 }
 
 }  // namespace fuseline::cuda

@@ -1,11 +1,14 @@
-// Shared by the kernels of attention.cu: how a token's keys are split, and how partial softmax results are merged.
+// Shared by the kernels of decode attention: how a token's keys are split, and how partial softmax results are merged.
 #pragma once
 #include "cuda/device.h"
+#include "cuda/fp8.h"
 
 namespace fuseline::cuda {
 
 constexpr int kKeys = 16;    // per tile
 constexpr int kSplit = 256;  // keys of the smallest split
+constexpr int kRun = 4;      // splits that bulk copies' kernel merges first
+constexpr int kHeads = 8;    // per tile
 constexpr float kNone = -INFINITY;
 
 struct AttentionArgs {
@@ -18,6 +21,7 @@ struct AttentionArgs {
   // A slot is a token; in mixed batches, where only sequences of one token are computed, it is a sequence.
   float* workspace;
   bool is_mixed;
+  int run, together;  // splits of a partial result in the workspace; partial results that are merged before all others
   int64_t num_slots, num_heads, group, num_splits;
   int64_t out_token, out_head, q_head, q_token, k_block, k_head, k_token, v_block, v_head, v_token, table_stride;
   int64_t block_shift;  // log2 of B
@@ -53,6 +57,12 @@ struct SoftmaxState {
   }
 };
 
+// Merges another partial result, of one dim, into `state` and `value`.
+FL_DEVICE void fold(SoftmaxState& state, float& value, SoftmaxState other, float other_value) {
+  const float2 weights = state.merge(other);
+  value = fmaf(value, weights.x, other_value * weights.y);
+}
+
 template <class T>
 FL_DEVICE void finish(const AttentionArgs& a, int64_t token, int64_t head, int64_t dim, SoftmaxState state,
                       float value) {
@@ -66,5 +76,33 @@ FL_DEVICE void finish(const AttentionArgs& a, int64_t token, int64_t head, int64
   value = value / (state.sum == 0.0f ? 1.0f : state.sum);
   static_cast<T*>(a.out)[token * a.out_token + head * a.out_head + dim] = cast<T>(value);
 }
+
+// Keeps one dim of a slot's partial result of number `part`.
+template <int kDim>
+FL_DEVICE void keep_partial(const AttentionArgs& a, int64_t slot, int64_t head, int part, int dim, SoftmaxState state,
+                            float value) {
+  const int64_t row = (slot * a.num_heads + head) * a.num_splits + part;
+  a.workspace[row * kDim + dim] = value;
+  if (dim) return;
+  float* states = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * row;
+  states[0] = state.max;
+  states[1] = state.sum;
+}
+
+// Eight numbers as the cache stores them; operand() converts them to a product's operand.
+template <class Cache> struct Raw { using Type = uint4; };
+template <int kExponent, int kFraction> struct Raw<Fp8<kExponent, kFraction>> { using Type = uint2; };
+
+template <class T, class Cache>
+FL_DEVICE uint4 operand(uint4 raw) { return raw; }
+template <class T, class Cache>
+FL_DEVICE uint4 operand(uint2 raw) {
+  const uint2 low = widen(raw.x, Cache{}, T{}), high = widen(raw.y, Cache{}, T{});
+  return {low.x, low.y, high.x, high.y};
+}
+
+// The kernel that copies in bulk (attention_bulk.cu), and the merge of rows with several partial results.
+int decode_by_bulk(const AttentionArgs& a, const DecodeAttentionCall& c, Stream stream);
+int merge_partials(const AttentionArgs& a, const DecodeAttentionCall& c, Stream stream);
 
 }  // namespace fuseline::cuda

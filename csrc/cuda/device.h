@@ -108,9 +108,9 @@ FL_DEVICE void prefetch_bulk(const void* from, int num_bytes) {
 // Orders accesses of a warp's lanes to shared memory.
 FL_DEVICE void sync_warp() { __syncwarp(); }
 
-// The block's dynamic shared memory, aligned to 128 bytes.
+// The block's dynamic shared memory, aligned as swizzled matrix operands need it.
 FL_DEVICE char* dynamic_shared() {
-  extern __shared__ __align__(128) char dynamic[];
+  extern __shared__ __align__(1024) char dynamic[];
   return dynamic;
 }
 
@@ -193,16 +193,23 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Ar
     const cudaError_t error = cudaFuncSetAttribute(kernel, most, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &early;
+  config.attrs = attributes;
   config.numAttrs = stream.overlap >= needs ? 1 : 0;
+#if CUDART_VERSION >= 12080
+  if (stream.overlap >= Overlap::kAlike) {
+    attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+    config.numAttrs = 2;
+  }
+#endif
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -52,6 +52,7 @@ struct Fiber {
   jmp_buf place;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool is_started, is_done, has_waited;
+  bool has_unfenced;  // copies to shared memory that no fence orders before matrix instructions' reads
   unsigned num_exchanges;
   std::deque<Copy> copies;
   int num_groups;
@@ -65,11 +66,12 @@ struct Block {
   ucontext_t outside;
   Barrier all, warps[kMaxThreads / kWarp];
   std::deque<BulkCopy> bulk_copies;
-  alignas(128) char shared[kMaxShared];
+  alignas(1024) char shared[kMaxShared];
   int num_shared;
   // Values exchanged by the lanes of a warp: this exchange's, and the previous one's that some lanes may still read.
   float shown[kMaxThreads / kWarp][2][kWarp][12];
   void (*body)(const void*);
+  void (*around)() = [] {};  // called before and after each block
   const void* arguments;
 };
 
@@ -145,12 +147,14 @@ inline void run_block(dim3 index) {
     fiber.start.uc_stack.ss_size = kStack;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, thread_main, 0);
-    fiber.is_started = fiber.is_done = fiber.has_waited = false;
+    fiber.is_started = fiber.is_done = fiber.has_waited = fiber.has_unfenced = false;
     fiber.num_exchanges = fiber.num_groups = 0;
     fiber.copies.clear();
   }
+  b.around();
   b.fibers[0].is_started = true;
   swapcontext(&b.outside, &b.fibers[0].start);
+  b.around();
 }
 
 inline dim3 thread_index() { return dim3(block().current); }
@@ -232,6 +236,7 @@ void wait_groups() {
     fiber.copies.pop_front();
     if (copy.from) std::memcpy(copy.to, copy.from, copy.num_bytes);
     else std::memset(copy.to, 0, copy.num_bytes);
+    fiber.has_unfenced = true;
   }
 }
 

@@ -179,10 +179,10 @@ class RequestRows:
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)
-        self.has_grammar[row] = params.grammar is not None
+        self.has_grammar[row] = params.has_masks
         self.is_beam[row] = params.beams is not None
         self.num_beams += params.beams is not None
-        reads = bool(seq.processors) or params.grammar is not None
+        reads = bool(seq.processors) or params.has_masks
         self.reads_tokens[row] = reads or any(len(word) > 1 for word in params.bad_words)
         self.has_edits[row] = bool(seq.processors or params.logprob_token_ids or params.scores_temperature != 1)
         self.has_lists[row] = bool(

@@ -35,9 +35,9 @@ class TokenGrammar(Protocol):
     num_seen: int
     """Generated tokens taken so far."""
     matcher: Any
-    """Of xgrammar, behind the tokens taken."""
+    """Of the grammar's backend, behind the tokens taken."""
     is_plain: bool
-    """Whether `mask` is what the matcher fills, and nothing else."""
+    """Whether `mask` is what xgrammar's matcher fills, and nothing else."""
 
     def mask(self) -> np.ndarray:
         """[W]: tokens that may come next."""

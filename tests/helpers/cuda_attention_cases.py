@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import cuda_emulator
 import torch
 from triton_attention_cases import NAN, Batch
 
 from fuseline.compile.kernels.cuda import attention
 
+LAUNCHES = {"threads": {}, "bulk": {"is_bulk": True, "run": 1}, "bulk runs": {"is_bulk": True, "run": attention.RUN}}
+"""Kernels of decode attention, as decode_attention is told to launch them."""
+
 
 class Decode(Batch):
-    """One token of each sequence, by the CUDA kernel."""
+    """One token of each sequence, by a CUDA kernel: `launch` says which."""
+
+    launch: Mapping[str, object] = LAUNCHES["threads"]
 
     def __init__(self, lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, counts=None, **more):
         super().__init__(lengths, counts or [1] * len(lengths), heads, kv_heads, dim, dim, dtype=dtype, **more)
@@ -23,8 +30,9 @@ class Decode(Batch):
         starts = torch.tensor([0, *counts]).cumsum(0).int()
         lengths = torch.tensor([self.lengths[s] for s in seqs]).int()
         args = (q, self.k_cache, self.v_cache, self.table[list(seqs)], lengths, starts, _cast(sinks, q.dtype))
-        assert attention.supports_attention(*args)
-        cuda_emulator.run(attention.decode_attention, out, *args, window, scale, softcap, **more)
+        supports = attention.supports_bulk if self.launch else attention.supports_attention
+        assert supports(*args)
+        cuda_emulator.run(attention.decode_attention, out, *args, window, scale, softcap, **{**self.launch, **more})
         return list(out[0].split(counts))
 
     def check(self, tolerance=None, **options):

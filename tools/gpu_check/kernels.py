@@ -24,6 +24,8 @@ from fuseline.compile.tuning.limits import Limits
 from gpu_check.table import Table, microseconds, share_of
 
 TABLE = "block_table_0"
+BALANCED = 128
+"""Rows up to which reading the weights of a product is reckoned to take longer than multiplying."""
 SILU = codes.UNARY["silu"]
 
 
@@ -44,6 +46,8 @@ class Sizes:
     num_experts: int = 8
     copied: int = 1 << 30
     square: int = 8192
+    short_context: int = 512
+    product_rows: tuple[int, ...] = (1, 4, 16, 64, 256, 2048)
 
 
 @dataclass(frozen=True)
@@ -144,31 +148,33 @@ def _attention(s: Sizes, target: Target) -> Iterator[Case]:
         s.heads, s.kv_heads, s.head_dim, s.head_dim, 16, half, half, False, False, 0, s.head_dim**-0.5, 0.0
     )
     kernels = Kernels(target)
-    for num_seqs in s.decode:
-        batch = make_batch(layer, [s.context] * num_seqs, [1] * num_seqs, target.device, TABLE, max_bytes=1 << 40)
+    steps = [(num_seqs, s.context) for num_seqs in s.decode]
+    for num_seqs, context in (*steps, (s.decode[0], s.short_context), (s.decode[-1], s.short_context)):
+        batch = make_batch(layer, [context] * num_seqs, [1] * num_seqs, target.device, TABLE, max_bytes=1 << 40)
         found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
         moved = sum(cache.nbytes for cache in batch.args[1:3])
-        name = f"attention, decode {num_seqs} x {s.context}"
+        name = f"attention, decode {num_seqs} x {context}"
         yield from cases_of(name, found, batch.args, DECODE, moved=moved, goal="85 %")
-    batch = make_batch(layer, [s.tokens], [s.tokens], target.device, TABLE, max_bytes=1 << 40)
-    found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
-    kernels.prepare(batch.host)
-    operations = 2 * s.tokens * s.tokens * s.heads * s.head_dim
-    name = f"attention, prompt of {s.tokens}"
-    yield from cases_of(name, found, batch.args, PREFILL, operations=operations, goal="60 %")
+    for num_seqs, tokens in ((1, s.tokens), (1, s.tokens // 4), (16, s.tokens // 16)):
+        lengths = [tokens] * num_seqs
+        batch = make_batch(layer, lengths, lengths, target.device, TABLE, max_bytes=1 << 40)
+        found = candidates("paged_attention", batch.args, kernels, block_table=TABLE)
+        kernels.prepare(batch.host)
+        operations = 2 * num_seqs * tokens * tokens * s.heads * s.head_dim
+        name = f"attention, {num_seqs} prompts of {tokens}" if num_seqs > 1 else f"attention, prompt of {tokens}"
+        yield from cases_of(name, found, batch.args, PREFILL, operations=operations, goal="65 %")
 
 
 def _sampling(s: Sizes, make: Made) -> Iterator[Case]:
-    logits = torch.randn(s.rows, s.vocab, device=make.device) * 3
-    for name, settings in (
-        ("greedy", (0.0, 0, 1.0)),
-        ("temperature", (1.0, 0, 1.0)),
-        ("top_k, top_p", (0.8, 50, 0.95)),
-    ):
-        args = sampling_arguments(logits, *settings)
-        yield Case(
-            f"sampling {s.rows} x {s.vocab}, {name}", lambda a=args: sampling.sample(*a), logits.nbytes, goal="60 us"
-        )
+    wide = torch.randn(s.rows, s.vocab, device=make.device) * 3
+    for dtype, logits in (("bf16", wide.bfloat16()), ("fp32", wide)):
+        for name, settings in (
+            ("greedy", (0.0, 0, 1.0)),
+            ("temperature", (1.0, 0, 1.0)),
+            ("top_k, top_p", (0.8, 50, 0.95)),
+        ):
+            call = partial(sampling.sample, *sampling_arguments(logits, *settings))
+            yield Case(f"sampling {s.rows} x {s.vocab} of {dtype}, {name}", call, logits.nbytes, goal="45 us")
 
 
 def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: float, num_logprobs: int = -1) -> tuple:
@@ -191,17 +197,19 @@ def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: fl
 
 
 def _linears(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
-    """Every linear of a layer for one row, the largest for more."""
+    """Every linear of a layer and the logits: few rows, decode steps of many sequences, prompts."""
     kernels, widest = Kernels(target, {}), 2 * s.inner
     joined, attended = (s.heads + 2 * s.kv_heads) * s.head_dim, s.heads * s.head_dim
-    products = [("linear", 1, *shape) for shape in ((joined, s.hidden), (s.hidden, attended), (s.hidden, s.inner))]
-    products += [("linear", rows, widest, s.hidden) for rows in (1, 8, 16)]
-    products += [("linear_act_mul", rows, widest, s.hidden) for rows in (1, 16)]
+    shapes = ((joined, s.hidden), (s.hidden, attended), (s.hidden, s.inner), (widest, s.hidden), (s.vocab, s.hidden))
+    products = [("linear", rows, *shape) for rows in s.product_rows for shape in shapes]
+    products += [("linear_act_mul", rows, widest, s.hidden) for rows in (1, 4, 16)]
     for op, rows, num_out, num_in in products:
         weight = make(num_out, num_in)
         args = (make(rows, num_in), weight, None, SILU)[: len(registry()[op].arguments)]
         name = f"{op} of {rows} rows, {num_in} -> {num_out}"
-        yield from cases_of(name, candidates(op, args, kernels), args, moved=weight.nbytes, goal="85 %")
+        is_read = rows <= BALANCED
+        needed = {"moved": weight.nbytes} if is_read else {"operations": 2 * rows * weight.numel()}
+        yield from cases_of(name, candidates(op, args, kernels), args, goal="85 %" if is_read else "", **needed)
 
 
 def _experts(s: Sizes, make: Made, target: Target) -> Iterator[Case]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,18 @@ CONTEXT = 600  # keys per sequence: several splits, so that attention runs two k
 
 
 @dataclass(frozen=True)
+class Products:
+    """Two functions of compile/kernels/cuda/linear.py."""
+
+    linear: Callable[..., Tensor]
+    linear_act_mul: Callable[..., Tensor]
+
+
+FEW_ROWS = Products(cuda_linear.linear, cuda_linear.linear_act_mul)
+STREAMED = Products(cuda_linear.stream_linear, cuda_linear.stream_linear_act_mul)
+
+
+@dataclass(frozen=True)
 class Layer:
     norms: tuple[Tensor, Tensor]
     qkv: Tensor
@@ -35,6 +48,10 @@ class Layer:
     gate_up: Tensor
     down: Tensor
     caches: tuple[Tensor, Tensor]
+
+    @property
+    def products(self) -> tuple[Tensor, ...]:
+        return self.qkv, self.attended, self.gate_up, self.down
 
 
 class Chain:
@@ -58,16 +75,20 @@ class Chain:
         self._slots = make.ints(tables[:, -1] * BLOCK + (CONTEXT - 1) % BLOCK, torch.int64)
         self._batch = make.ints(tables), make.ints([CONTEXT] * num_rows), make.ints(list(range(num_rows + 1)))
 
-    def run(self, lib: CudaLibrary, x: Tensor) -> Tensor:
+    @property
+    def weight_bytes(self) -> int:
+        return sum(weight.nbytes for layer in self._layers for weight in layer.products)
+
+    def run(self, lib: CudaLibrary, x: Tensor, products: Products = FEW_ROWS) -> Tensor:
         """Runs the layers on x[T, hidden]."""
         total = x
         for layer in self._layers:
             x, total = cuda_norm.add_rms_norm(lib, x, total, layer.norms[0], 1e-5, 0)
-            x = self._attention(lib, layer, cuda_linear.linear(lib, x, layer.qkv))
-            x = cuda_linear.linear(lib, x, layer.attended)
+            x = self._attention(lib, layer, products.linear(lib, x, layer.qkv))
+            x = products.linear(lib, x, layer.attended)
             x, total = cuda_norm.add_rms_norm(lib, x, total, layer.norms[1], 1e-5, 0)
-            x = cuda_linear.linear_act_mul(lib, x, layer.gate_up, None, SILU)
-            x = cuda_linear.linear(lib, x, layer.down)
+            x = products.linear_act_mul(lib, x, layer.gate_up, None, SILU)
+            x = products.linear(lib, x, layer.down)
         return x
 
     def _attention(self, lib: CudaLibrary, layer: Layer, joined: Tensor) -> Tensor:
@@ -92,21 +113,23 @@ def check_overlap(
     wrong = 0
     for num_rows in (1, 16):
         chain, x = Chain(sizes, make, num_rows), make(num_rows, sizes.hidden)
-        differs = torch.zeros(2, dtype=torch.int64, device=make.device)
-        api.warm_up(lambda: chain.run(serial, x))  # noqa: B023  run before the next round
-        replays = [api.capture(lambda y, lib=lib: chain.run(lib, y), x) for lib in (serial, early)]  # noqa: B023
-        seconds = [clock(replay) for replay, _ in replays]
-        for _ in range(num_replays):
-            x.normal_()
-            found = [_bits(replay, result) for replay, result in replays]
-            launched = chain.run(early, x).view(torch.int16)
-            for kind, bits in enumerate((found[1], launched)):
-                differs[kind] += (bits != found[0]).any()
-        wrong += int(differs.sum())
-        name = f"chain of {num_rows} rows"
-        table.add(f"{name}, early launches: results that differ", f"{differs.tolist()} of {num_replays}", "", "0")
-        table.add(f"{name}, one after the other", microseconds(seconds[0]))
-        table.add(f"{name}, early", microseconds(seconds[1]), f"{100 * seconds[1] / seconds[0]:.0f} % of it")
+        for kind, products in (("", FEW_ROWS), (" streamed", STREAMED)):
+            differs = torch.zeros(2, dtype=torch.int64, device=make.device)
+            run = partial(chain.run, products=products)
+            api.warm_up(lambda: run(serial, x))  # noqa: B023  run before the next round
+            replays = [api.capture(lambda y, lib=lib: run(lib, y), x) for lib in (serial, early)]  # noqa: B023
+            seconds = [clock(replay) for replay, _ in replays]
+            for _ in range(num_replays):
+                x.normal_()
+                found = [_bits(replay, result) for replay, result in replays]
+                launched = run(early, x).view(torch.int16)
+                for way, bits in enumerate((found[1], launched)):
+                    differs[way] += (bits != found[0]).any()
+            wrong += int(differs.sum())
+            name = f"chain of {num_rows} rows{kind}"
+            table.add(f"{name}, early launches: results that differ", f"{differs.tolist()} of {num_replays}", "", "0")
+            table.add(f"{name}, one after the other", microseconds(seconds[0]))
+            table.add(f"{name}, early", microseconds(seconds[1]), f"{100 * seconds[1] / seconds[0]:.0f} % of it")
     return wrong
 
 

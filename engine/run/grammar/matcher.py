@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fuseline.engine.messages import SamplingParams
-
-if TYPE_CHECKING:
-    import xgrammar as xg
+from fuseline.engine.run.grammar.backends.interface import Grammar
+from fuseline.engine.run.grammar.backends.xgrammar import XGrammar
 
 logger = logging.getLogger("fuseline.engine")
 
 MOST_FORCED = 15
 """Tokens that one step may take where the grammar leaves no choice."""
+FORCED_SECONDS = 0.005
+"""Processor time after which a step looks for no more of them: a large grammar takes tens of milliseconds for one."""
 SLOW_SECONDS = 2.0
 """Time for one mask from which on a grammar is too slow to be served: its request ends."""
 
@@ -29,11 +29,10 @@ class GrammarState:
     State is made of the tokens alone, so a sequence that was preempted goes on where it was.
     """
 
-    def __init__(self, compiled: xg.CompiledGrammar, params: SamplingParams, vocab_size: int) -> None:
-        import xgrammar as xg
-
+    def __init__(self, grammar: Grammar, params: SamplingParams, vocab_size: int) -> None:
         self._ends = params.ending_token_ids
-        self.matcher = xg.GrammarMatcher(compiled, override_stop_tokens=list(self._ends))
+        self.matcher = grammar.matcher(self._ends)
+        self._is_batched = isinstance(grammar, XGrammar) and not grammar.has_free_text
         self._starts_after = params.grammar.starts_after
         self._min_tokens = params.min_tokens
         self._tail: tuple[int, ...] = ()
@@ -48,8 +47,8 @@ class GrammarState:
 
     @property
     def is_plain(self) -> bool:
-        """Whether `mask` is what the matcher fills, and nothing else."""
-        is_held = self._is_open and not self._is_broken and self.num_seen >= self._min_tokens
+        """Whether `mask` is what xgrammar's matcher fills, and nothing else."""
+        is_held = self._is_batched and self._is_open and not self._is_broken and self.num_seen >= self._min_tokens
         return is_held and not self.matcher.is_terminated()
 
     def advance(self, tokens: Seq[int]) -> None:
@@ -85,9 +84,10 @@ class GrammarState:
         if not self._is_open or self._is_broken:
             return []
         found: list[int] = []
+        deadline = time.thread_time() + FORCED_SECONDS
         masks = [self.mask(0)]
         while len(found) < limit and (token := _only(masks[-1])) is not None and token not in self._ends:
-            if not self.matcher.accept_token(token):
+            if time.thread_time() > deadline or not self.matcher.accept_token(token):
                 break
             found.append(token)
             masks.append(self.mask(len(found)))

@@ -81,7 +81,7 @@ LATE: list[tuple[str, str, dict[str, Any]]] = [
     ("responses", "input", {"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "{"}]}),
     ("messages", "system", {"system": [{"type": "image"}]}),
     ("messages", "thinking", {"thinking": {"type": "enabled"}}),
-    ("messages", "thinking", {"thinking": {"type": "enabled", "budget_tokens": 1100}}),
+    ("messages", "thinking", {"thinking": {"type": "enabled", "budget_tokens": 0}}),
     ("messages", "tools", {"tools": [{"name": "x"}]}),
     ("messages", "messages", {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]}),
 ]  # fmt: skip

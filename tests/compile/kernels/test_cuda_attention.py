@@ -6,7 +6,7 @@ import cuda_emulator
 import pytest
 import torch
 import triton_interpreter
-from cuda_attention_cases import Decode, _cast
+from cuda_attention_cases import LAUNCHES, Decode, _cast
 from fp8_cases import numbers
 from triton_attention_cases import SINKS, SOFTCAP
 
@@ -15,6 +15,13 @@ from fuseline.compile.ops.rope import FP8
 
 __all__ = ["triton_interpreter"]
 LENGTHS = [1, 40, 300, 700]
+
+
+@pytest.fixture(autouse=True, params=LAUNCHES)
+def launch(request, monkeypatch):
+    """Every test is one of each kernel."""
+    monkeypatch.setattr(Decode, "launch", LAUNCHES[request.param])
+    return LAUNCHES[request.param]
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -41,6 +48,11 @@ def test_window_softcap_and_sinks(window, more):
 
 def test_many_splits():
     Decode([5000, 2100], 2, 1).check()
+
+
+def test_splits_of_many_keys():
+    """Of 32 kv heads a row has no more than eight splits."""
+    Decode([2500, 300], 32, 32).check()
 
 
 @pytest.mark.parametrize("fp8", FP8, ids=str)
@@ -102,7 +114,7 @@ def test_scores_too_large_for_exp():
 
 
 @pytest.mark.parametrize("options", ({}, {"window": 60}, SINKS), ids=("plain", "window", "sinks"))
-def test_single_tokens_among_prompts_have_the_bits_of_a_step_of_their_own(options):
+def test_single_tokens_among_prompts_have_the_bits_of_a_step_of_their_own(options, launch):
     """And the others those of Triton's prefill kernel, in one call; keys of one to several splits."""
     batch = Decode([40, 900, 9, 600, 3, 5, 300], counts=[30, 1, 0, 1, 2, 5, 1])
     singles, several = [1, 3, 6], [0, 4, 5]
@@ -111,7 +123,7 @@ def test_single_tokens_among_prompts_have_the_bits_of_a_step_of_their_own(option
     numbers = {"window": 0, "scale": 0.3, "softcap": 0.0, **options}
     sinks = _cast(numbers.pop("sinks", None), q.dtype)
     args = (q, batch.k_cache, batch.v_cache, batch.table, lengths, starts.cumsum(0).int(), sinks, *numbers.values())
-    found = cuda_emulator.run(attention.decode_or_triton, *args)[0].split(batch.counts)
+    found = cuda_emulator.run(attention.decode_or_triton, *args, **launch)[0].split(batch.counts)
     alone = batch.run(singles, **options)
     assert all(torch.equal(found[s], want) for s, want in zip(singles, alone, strict=True))
     whole = torch.empty(1, q.shape[2], 4, 64, dtype=q.dtype)

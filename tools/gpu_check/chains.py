@@ -1,0 +1,68 @@
+"""Decode layers of our kernels in a chain, by the kernel of their products and what overlaps: what a step of few rows
+takes, where the time of a single kernel with cold caches also has its start and end."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuseline.compile.backends.cuda.graph_api import GraphApi
+from fuseline.compile.kernels.cuda import linear as cuda_linear
+from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap
+from fuseline.compile.tuning.clock import Clock
+from fuseline.compile.tuning.limits import Limits
+from gpu_check.kernels import Case, Made, Sizes, measure_cases
+from gpu_check.overlap import FEW_ROWS, STREAMED, Chain, Products
+from gpu_check.table import Table
+
+
+def _torch_linear(lib: CudaLibrary, x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _streamed(**options: int) -> Products:
+    streamed = (STREAMED.linear, STREAMED.linear_act_mul)
+    return Products(*(functools.partial(product, **options) for product in streamed))
+
+
+KINDS = {
+    "torch": Products(_torch_linear, cuda_linear.linear_then_act_mul),
+    "few rows": FEW_ROWS,
+    "streamed": STREAMED,
+    **{f"streamed {tuning.label}": _streamed(**tuning.options) for tuning in cuda_linear.TUNINGS},
+}
+
+
+def measure_chains(
+    sizes: Sizes, make: Made, lib: CudaLibrary | None, api: GraphApi, table: Table, clock: Clock, limits: Limits,
+    num_layers: int = 4, all_rows: tuple[int, ...] = (1, 4, 16),
+) -> None:  # fmt: skip
+    """Adds the time and share of bandwidth of `num_layers` layers, captured in one graph."""
+    if lib is None:
+        table.add("chains of layers", "not measured: no CUDA C++ kernels")
+        return
+    for num_rows in all_rows:
+        chain = Chain(sizes, make, num_rows, num_layers)
+        measure_cases(_cases(chain, make(num_rows, sizes.hidden), lib, api, num_rows), clock, limits, table)
+
+
+def _cases(chain: Chain, x: Tensor, lib: CudaLibrary, api: GraphApi, num_rows: int) -> Iterator[Case]:
+    for kind, products in KINDS.items():
+        for overlap in (Overlap.NONE, Overlap.WEIGHTS, Overlap.ALIKE):
+            run = functools.partial(chain.run, lib.overlapping(overlap), products=products)
+            name = f"layers of {num_rows} rows, {kind}, overlap {overlap.name.lower()}"
+            yield Case(name, _captured(api, run, x), moved=chain.weight_bytes, goal="88 %")
+
+
+def _captured(api: GraphApi, run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """Captures at its first call."""
+
+    @functools.cache
+    def replay() -> Callable[[], None]:
+        api.warm_up(lambda: run(x))
+        return api.capture(run, x)[0]
+
+    return lambda: replay()()
