@@ -12,7 +12,7 @@ LEVELS = (0, 1, 2, 3)
 BACKENDS = ("inductor", "eager")
 MODES = {"NONE": 0, "STOCK_TORCH_COMPILE": 1, "DYNAMO_TRACE_ONCE": 2, "VLLM_COMPILE": 3}
 """Names of levels, as values of `mode`."""
-GRAPH_MODES = ("NONE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
+GRAPH_MODES = ("NONE", "FULL_DECODE_ONLY", "FULL", "FULL_AND_PIECEWISE")
 CUSTOM_OPS = {
     "rms_norm": "find_norm", "rotary_embedding": "find_rope", "silu_and_mul": "fuse_act_mul",
     "fused_moe": "find_moe", "linear": "pack_weights",
@@ -159,6 +159,7 @@ def graph_config(levels: Mapping[str, object], given: Mapping[str, object]) -> G
         enabled=not given.get("enforce_eager") and mode != "NONE",
         max_size=int(most or 0),
         mixed_sizes=() if mode == "FULL_DECODE_ONLY" else None,
+        is_mixed_whole=mode == "FULL",
         max_seq_len=int(given.get("max_seq_len_to_capture", GraphConfig.max_seq_len)),
         num_warmups=max(1, int(levels.get("cudagraph_num_of_warmups") or 0)),
         splitting_ops=tuple(levels.get("splitting_ops") or ()),

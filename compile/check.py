@@ -43,6 +43,7 @@ MAX_PARAMETERS = 50_000_000
 SETTINGS = {
     "dtype": "float32", "kv_cache_dtype": "auto", "level": 1, "max_model_len": 0, "max_num_batched_tokens": MAX_ROWS,
     "max_num_seqs": MAX_ROWS, "cpu_offload_gb": 0.0, "batch_invariant": False, "weight_format": "",
+    "quantization": None,
     "gives_hidden": False, "takes_embeds": False,
 }  # fmt: skip
 """The copy is compiled for this machine's CPU, in float32, for a few tokens."""

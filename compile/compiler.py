@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from fuseline.compile.capture.artifact import load_optimized, load_or_capture, s
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.errors import CaptureError, LoadError, told_as
 from fuseline.compile.capture.kv_scales import stored_scales
+from fuseline.compile.capture.layouts import layouts_of
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import WeightFinder, load_weights
 from fuseline.compile.check import check_model
@@ -87,7 +89,8 @@ def optimize(
     """
     config = _with_dtype_of(config, target)
     captured = load_or_capture(config, None if config.skip_model_check else partial(_check, config, progress))
-    result = _run_passes(captured, config, target)
+    layouts = layouts_of(captured, config) if target.kind == "cpu" and config.level > 0 else {}
+    result = _run_passes(captured, config, target, layouts)
     if keep:
         save_optimized(config, target, captured, result)
     return captured, result
@@ -114,10 +117,14 @@ def build_on_cpu(captured: CapturedModel, config: CompileConfig, weights: Weight
     return CpuModel(config, captured, result, loaded, _executable(captured.graph, loaded, config, CPU))
 
 
-def _run_passes(captured: CapturedModel, config: CompileConfig, target: Target) -> PipelineResult:
+def _run_passes(
+    captured: CapturedModel, config: CompileConfig, target: Target, layouts: Mapping[str, str] = MappingProxyType({})
+) -> PipelineResult:  # fmt: skip
     limit, switch = model_limit(config, captured.facts), captured.rope_switch
     rope_rows = 2 * switch.table_rows if switch else limit
-    ctx = PassContext(_with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target)
+    ctx = PassContext(
+        _with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target, layouts
+    )
     return run_passes(captured.graph, stages(config, target.kind), ctx)
 
 

@@ -86,6 +86,9 @@ class CompileConfig:
     """Base period of rotary embeddings; default: the checkpoint's."""
     ignore_patterns: tuple[str, ...] = ("original/**/*",)
     """Glob of files of the checkpoint that are not read; may be repeated."""
+    quantization: str | None = None
+    """Method of the checkpoint's quantized weights; by default what its config.json says. Plain weights can be
+    quantized as they are loaded: int8, int4 or fp8 (QUANTIZATION.md)."""
     load_format: str = "auto"
     """auto, safetensors, pt or dummy (random weights from `seed`)."""
     seed: int = 0
@@ -113,6 +116,8 @@ class GraphConfig:
     """Tokens of other steps, captured in segments. None: those of `sizes`, if there are any, else MIXED_SIZES."""
     splitting_ops: tuple[str, ...] = ()
     """Ops at which the segments end besides attention (`splitting_ops`), with or without the namespace."""
+    is_mixed_whole: bool = False
+    """Whether steps of `mixed_sizes` are also captured whole (`cudagraph_mode` FULL), for steps that fit."""
     max_size: int = 0
     """Most sequences of a captured decode step (`max_cudagraph_capture_size`); 0 sets no limit."""
 
@@ -125,6 +130,11 @@ class GraphConfig:
         """Sizes of other steps, ascending; one is at most the tokens of a step."""
         sizes = (self.sizes or MIXED_SIZES) if self.mixed_sizes is None else self.mixed_sizes
         return self._ascending(sizes, max_num_tokens)
+
+    def resolved_whole_mixed(self, max_num_tokens: int) -> tuple[int, ...]:
+        """Those of them that are captured whole: of more tokens than two sequences."""
+        sizes = self.resolved_mixed(max_num_tokens) if self.is_mixed_whole and not self.splitting_ops else ()
+        return tuple(size for size in sizes if size > 2)
 
     def _ascending(self, sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
         return tuple(sorted({size for size in sizes if 0 < size <= most})) if self.enabled else ()

@@ -38,6 +38,8 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     spelled: tuple[tuple[int, str], ...] = ()
     """Special tokens that the grammar reads as their text: the marks of a format."""
+    is_slow: bool = False
+    """Its masks may take long: no step waits for them."""
     is_free: bool = False
     """Text may end wherever the grammar has no more to say of it, and may hold special tokens there; the request's
     other settings say when it ends."""

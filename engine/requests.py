@@ -15,6 +15,7 @@ from fuseline.engine.outputs import Ending, NewTokens, Report, make_outputs
 from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
 from fuseline.engine.run.grammar.matcher import GrammarState
+from fuseline.engine.run.grammar.slow_masks import SlowMasks
 from fuseline.engine.run.grammar.thinking import BudgetState
 from fuseline.engine.run.logits_processors import for_sequence, make_processor
 from fuseline.engine.schedule.scheduler import Scheduler
@@ -35,12 +36,13 @@ class Requests:
         scheduler: Scheduler,
         max_model_len: int,
         grammars: GrammarCompiler,
+        slow_masks: SlowMasks,
     ) -> None:
         self.report = Report()
         self.live: dict[str, list[Sequence]] = {}  # the unfinished sequences of each request
         self._info, self._scheduler = info, scheduler
         self._max_model_len = max_model_len
-        self._grammars = grammars
+        self._grammars, self._slow_masks = grammars, slow_masks
         self._compiling: dict[bytes, list[Sequence]] = {}  # by key of the grammar that they wait for
         switch = info.rope_switch
         self._options = SequenceOptions(
@@ -82,6 +84,9 @@ class Requests:
 
     def admit_compiled(self) -> None:
         """Queue the sequences whose grammar has been compiled, refuse those whose grammar cannot be."""
+        for seq in self._slow_masks.take_first():
+            if not seq.is_finished:
+                self._scheduler.add(seq)
         for key, result in self._grammars.take_finished():
             for seq in self._compiling.pop(key, ()):
                 if seq.is_finished:
@@ -110,7 +115,10 @@ class Requests:
             seq.grammar = GrammarState(grammar, seq.params, self._info.vocab_size)
         if not isinstance(seq.params, PoolingParams) and seq.params.thinking is not None:
             seq.grammar = BudgetState(seq.params.thinking, self._grammars.vocabulary, seq.grammar)
-        self._scheduler.add(seq)
+        if seq.grammar is not None and seq.grammar.is_slow:
+            self._slow_masks.add(seq)
+        else:
+            self._scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
         """End a request's unfinished choices and free their blocks; unknown ids are ignored."""

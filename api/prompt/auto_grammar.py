@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from fuseline.api.parsers.formats import ToolFormat
 from fuseline.api.parsers.reasoning import ReasoningFormat
 from fuseline.api.prompt.call_grammar import BLANK, call_grammar, text_until
@@ -74,7 +76,7 @@ def behind_reasoning(
         made = _sequence(end, rest)
     else:
         made = _either([_sequence(_grammar(sequence(BLANK, literal(form.begins[0]))), end, rest), rest])
-    return tag_spec(made, sorted(marks.items()), grammar.is_free)
+    return replace(tag_spec(made, sorted(marks.items()), grammar.is_free), is_slow=grammar.is_slow)
 
 
 def tag_spec(form: Format, spelled: Iterable[tuple[int, str]], is_free: bool) -> GrammarSpec:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from msgspec import structs
+
 from fuseline.api.prompt.auto_grammar import Format, can_be_part, format_of, tag_spec
 from fuseline.api.prompt.call_grammar import arguments_expression, text_until
 from fuseline.api.prompt.tools import Tool, ToolUse
@@ -31,7 +33,7 @@ def channel_spec(use: ToolUse, asked: GrammarSpec | None, has_format: bool, mark
             return asked
         final: list[Format] = [{"type": "sequence", "elements": [_text(FINAL), format_of(asked)]}]
         calls = [_calls(use.tools, is_held=False)] if use.choice == "auto" and has_format else []
-        return tag_spec(_behind_analysis(final + calls), marks, is_free=False)
+        return structs.replace(tag_spec(_behind_analysis(final + calls), marks, is_free=False), is_slow=asked.is_slow)
     if use.choice == "auto" and (use.is_limited or any(tool.is_strict for tool in use.tools)):
         dispatch = {"type": "dispatch", "rules": [[RECIPIENT, _grammar(_call(Rules(), use.tools))]]}
         return tag_spec(dispatch, marks, is_free=True)

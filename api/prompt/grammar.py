@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.backends import choose_backend
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.api.structured.ebnf import MAX_BYTES, Rules, choice, literal, repeat, sequence, too_large
+from fuseline.api.structured.ebnf import BLOCK, MAX_BYTES, Rules, choice, literal, repeat, sequence, too_large
 from fuseline.api.structured.json_text import NO_WHITESPACE, WHITESPACE
 from fuseline.api.structured.portable import portable_patterns, portable_regex, quoted_regex
 from fuseline.api.structured.regex import RegexGrammar
@@ -26,6 +26,8 @@ OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_fallback", "
 PLAIN_WHITESPACE = "[ ]?"
 """Between JSON's tokens where packages of other backends compile a schema."""
 LARK_RULE = re.compile(r"^\s*[!?]?[a-zA-Z_]\w*(\.-?\d+)?\s*:(?!:=)", re.MULTILINE)
+LONG_COUNT = re.compile(r"(?<=[{,~.])\s*(\d{2,9})(?=\s*(?:[,}\n.]|$))")
+"""Counts of repetitions, {m,n} of both and ~ m..n of Lark."""
 GBNF_RULE = re.compile(r"^\s*[a-zA-Z_][\w-]*\s*::=", re.MULTILINE)
 
 
@@ -207,15 +209,22 @@ def _choices(value: Any, param: str) -> list[str]:
 
 def _grammar(value: Any, param: str, whitespace: str) -> GrammarSpec:
     text = _text(value, param)
+    is_slow = _has_long_count(text)
     if GBNF_RULE.search(text):
-        return GrammarSpec(kind="ebnf", text=text)
+        return GrammarSpec(kind="ebnf", text=text, is_slow=is_slow)
     if LARK_RULE.search(text):
-        return GrammarSpec(kind="lark", text=text)
+        return GrammarSpec(kind="lark", text=text, is_slow=is_slow)
     raise bad_request(f"{param} has no rule (root ::= ... of GBNF, start: ... of Lark)", param)
 
 
 def _structural_tag(value: Any, param: str, whitespace: str) -> GrammarSpec:
-    return GrammarSpec(kind="structural_tag", text=tag_grammar(value, param))
+    text = tag_grammar(value, param)
+    return GrammarSpec(kind="structural_tag", text=text, is_slow=_has_long_count(text))
+
+
+def _has_long_count(text: str) -> bool:
+    """Whether a client's own grammar has a count in whose midst masks take long."""
+    return any(int(count) > BLOCK for count in LONG_COUNT.findall(text))
 
 
 _MAKERS = {

@@ -113,7 +113,10 @@ def _auto_spec(use: ToolUse, asked: GrammarSpec | None, has_format: bool, answer
         made = call_or_answer(form, use.tools, asked) if has_format and can_be_part(asked) else None
     else:
         made = strict_format(form, use.tools) if is_strict else None
-    return made and tag_spec(made, spelled_marks(form.marks, answers.tokenizer), is_free=asked is None)
+    if made is None:
+        return None
+    spec = tag_spec(made, spelled_marks(form.marks, answers.tokenizer), is_free=asked is None)
+    return replace(spec, is_slow=asked is not None and asked.is_slow)
 
 
 def _behind_reasoning(grammar: GrammarSpec, answers: Answers) -> GrammarSpec:

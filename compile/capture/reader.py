@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import lcm, prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fuseline.compile.capture.errors import LoadError
+from fuseline.compile.capture import lazy_tensor
+from fuseline.compile.capture.checkpoint import CodedTensor
+from fuseline.compile.capture.errors import LoadError, told_as
 from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
+from fuseline.compile.ops.coded import Coded, dequantize
 
 BLOCK_BYTES = 4 << 20
 
@@ -23,14 +27,16 @@ class Reader(ExitStack):
         super().__init__()
         self._files: dict[Path, int] = {}
         self._buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        self._whole: tuple[CodedTensor, Coded] | None = None
 
     def blocks(self, part: TensorSlice) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Yield (start in the whole, values) of blocks that cover the slice; values are valid until the next."""
         if part.stored is None:
             yield part.start, part.view
             return
+        read = self._decoded if isinstance(part.stored, CodedTensor) else self._read
         for start, view in cut(part.start, part.view, BLOCK_BYTES // part.view.element_size()):
-            yield start, self._read(part, view)
+            yield start, read(part, view)
 
     def value(self, lazy: LazyTensor) -> Tensor:
         """All of it, in memory, in the dtype that is stored."""
@@ -39,6 +45,38 @@ class Reader(ExitStack):
             for start, block in self.blocks(part):
                 write_box(out, block, start)
         return out
+
+    def coded(self, stored: CodedTensor, begin: int, end: int) -> Coded:
+        """Rows (or experts) [begin, end) of a quantized weight as codes and scales."""
+        if stored.published.cuts:
+            return self._decode(stored, begin, end)
+        if self._whole is None or self._whole[0] is not stored:
+            self._whole = stored, self._decode(stored, 0, stored.published.shape[0])
+        return self._whole[1].narrow(begin, end)
+
+    def _decode(self, stored: CodedTensor, begin: int, end: int) -> Coded:
+        published, cuts = stored.published, stored.published.cuts
+        first = begin // lcm(*cuts.values()) * lcm(*cuts.values())
+        tensors = {}
+        for suffix, part in stored.parts.items():
+            lazy, rows = lazy_tensor.whole(part), cuts.get(suffix)
+            tensors[suffix] = self.value(lazy_tensor.narrow(lazy, 0, first // rows, -(-end // rows)) if rows else lazy)
+        with told_as(LoadError, f"{stored.name} in {stored.path} cannot be decoded"):
+            coded = published.decode(tensors).narrow(begin - first, end - first)
+        shape, layout = (end - begin, *published.shape[1:]), published.layout
+        if coded.codes.shape != shape or coded.scales.shape != (*shape[:-1], layout.num_groups(shape[-1])):
+            raise LoadError(f"{stored.name} in {stored.path}: its tensors do not fit together")
+        if not coded.scales.float().isfinite().all():
+            raise LoadError(f"{stored.name} in {stored.path} has a scale that is not finite: get the file again")
+        return coded
+
+    def _decoded(self, part: TensorSlice, view: Tensor) -> Tensor:
+        """Values of a view of a quantized weight, float32."""
+        stored, at = part.stored, view.storage_offset()
+        row = prod(stored.published.shape[1:])
+        begin, end = at // row, (at + span_of(view) - 1) // row + 1
+        values = dequantize(self.coded(stored, begin, end), stored.published.layout)
+        return values.flatten().as_strided(view.shape, view.stride(), at - begin * row)
 
     def _read(self, part: TensorSlice, view: Tensor) -> Tensor:
         span, size = span_of(view), view.element_size()

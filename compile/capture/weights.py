@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -19,7 +18,8 @@ from fuseline.compile.cache.keys import cache_key, optimized_key
 from fuseline.compile.cache.store import cache_path, read_cached, write_cached
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.captured import DTYPES, CapturedModel
-from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
+from fuseline.compile.capture.checkpoint import StoredTensor
+from fuseline.compile.capture.coded import open_stored, store_coded
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
@@ -29,7 +29,7 @@ from fuseline.compile.capture.stored_parts import check_parts, joined, stored_pa
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
 from fuseline.compile.config import CompileConfig, Progress, silent
 from fuseline.compile.formats.format import Format, Put, Stored
-from fuseline.compile.formats.registry import registry
+from fuseline.compile.formats.registry import format_named
 from fuseline.compile.specs import WeightSource
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -91,7 +91,7 @@ class CheckpointWeights:
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
         """Raises LoadError for a damaged checkpoint, or if parameters that the model ties have different values."""
         self._config, self.origin = config, config.model
-        self._stored = open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns)
+        self._stored = open_stored(config)
         self._alike = alike(captured.tied)
         key = cache_key(config)
         name = hashlib.sha256(f"{key} {fingerprint(self._stored)}".encode()).hexdigest()
@@ -163,7 +163,7 @@ def _load(
     sink: Sink,
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight by part; `keys`: the request of each, by part."""
-    form = registry()[source.format]
+    form = format_named(source.format)
     parts = stored_parts(source, form, weights.find)
     lazy, dtype = _gather(source, weights, captured) if parts is None else _joined_shape(source, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
@@ -176,6 +176,8 @@ def _load(
     try:
         if parts is not None:
             _copy(parts, stored, reader, sink)
+        elif form.layout is not None:
+            store_coded(form, lazy, dtype, stored, reader)
         elif form.is_blockwise or sink.device.type == "cpu":
             _store(form, lazy, (dtype, final), stored, reader, sink.write)
         else:
@@ -248,7 +250,7 @@ def _part(
     if dtype.is_floating_point and any(part.view.dtype in INTEGERS for part in lazy.slices):
         raise LoadError(
             f"{name} in {file} is stored as integers, which format {source.format} does not read: "
-            "the checkpoint is quantized"
+            "the checkpoint is quantized, but its config.json has no quantization_config"
         )
     return (lazy_tensor.transpose(lazy, -2, -1) if source.transpose else lazy), dtype
 

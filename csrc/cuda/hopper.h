@@ -21,7 +21,55 @@ FL_DEVICE uint64_t operand_descriptor(uint32_t start, uint32_t stride, uint32_t 
 #include "tests/hopper_emulation.h"
 #else
 
+#include <cuda.h>
+
 namespace fuseline::cuda {
+
+// A tensor of half precision in device memory, of which boxes are copied to shared memory, in lines of 128 bytes that
+// are swizzled as operand_descriptor says. Sizes, strides (of all but the first, whose stride is 1) and boxes count
+// numbers, the first dimension first. Given to kernels in an argument that is __grid_constant__.
+constexpr int kBoxDims = 4;
+using TensorMap = CUtensorMap;
+
+// The driver's function that describes tensors, which only the driver's library has; null where there is none.
+inline decltype(&cuTensorMapEncodeTiled) find_encoder() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+  cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+// Returns 0 or the runtime's error code.
+inline int describe_tensor(TensorMap& to, const void* from, const int64_t (&sizes)[kBoxDims],
+                           const int64_t (&strides)[kBoxDims - 1], const int64_t (&box)[kBoxDims]) {
+  static const auto encode = find_encoder();
+  if (!encode) return cudaErrorNotSupported;
+  cuuint64_t whole[kBoxDims], bytes[kBoxDims - 1];
+  cuuint32_t part[kBoxDims], steps[kBoxDims];
+  for (int d = 0; d < kBoxDims; ++d) {
+    whole[d] = static_cast<cuuint64_t>(sizes[d]);
+    part[d] = static_cast<cuuint32_t>(box[d]);
+    steps[d] = 1;
+    if (d > 0) bytes[d - 1] = static_cast<cuuint64_t>(strides[d - 1]) * 2;
+  }
+  const CUresult done = encode(
+      &to, CU_TENSOR_MAP_DATA_TYPE_UINT16, kBoxDims, const_cast<void*>(from), whole, bytes, part, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return done == CUDA_SUCCESS ? 0 : kBadArgument;
+}
+
+// Starts the copy of the box at these places of the tensor, zeros outside it; the barrier counts its bytes.
+FL_DEVICE void copy_box(void* to, const TensorMap& from, int x, int y, int z, int w, BulkBarrier& barrier) {
+  FL_SM90("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+          "[%1, {%2, %3, %4, %5}], [%6];"
+          :: "r"(shared_address(to)), "l"(&from), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(&barrier))
+          : "memory");
+}
 
 // Orders this thread's ordinary writes to shared memory, copies included, before reads by matrix instructions.
 FL_DEVICE void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

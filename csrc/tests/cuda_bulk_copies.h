@@ -38,15 +38,12 @@ inline void turn(BulkBarrier& barrier) {
 inline bool make_copies(BulkBarrier& barrier) {
   auto& copies = block().bulk_copies;
   const size_t before = copies.size();
-  for (auto copy = copies.begin(); copy != copies.end();) {
-    if (copy->barrier != &barrier) {
-      ++copy;
-      continue;
-    }
-    std::memcpy(copy->to, copy->from, copy->num_bytes);
-    barrier.num_bytes -= copy->num_bytes;
-    copy = copies.erase(copy);
-  }
+  std::erase_if(copies, [&](const BulkCopy& copy) {
+    if (copy.barrier != &barrier) return false;
+    std::memcpy(copy.to, copy.from, copy.num_bytes);
+    barrier.num_bytes -= static_cast<int>(copy.num_bytes);
+    return true;
+  });
   return copies.size() != before;
 }
 

@@ -23,6 +23,7 @@
 #endif
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __forceinline__ inline
 #define __restrict__

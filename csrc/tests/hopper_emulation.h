@@ -54,7 +54,7 @@ struct Product {
   float* d;
   const uint32_t* registers;
   uint64_t a, b;
-  int num_columns, num_rows;
+  int num_columns;
   bool adds;
   int group;
   void (*compute)(int first_thread, size_t index);
@@ -69,6 +69,7 @@ struct GroupThread {
 struct HopperBlock {
   GroupThread threads[kMaxThreads];
   Barrier groups[kMaxThreads / kGroupThreads], named[16];
+  bool has_products;
 };
 inline HopperBlock& hopper_block() {
   static HopperBlock only;
@@ -78,11 +79,14 @@ inline GroupThread& group_thread() { return hopper_block().threads[block().curre
 
 inline void reset_hopper_block() {
   HopperBlock& b = hopper_block();
-  for (GroupThread& thread : b.threads) {
+  for (int k = 0; k < kMaxThreads; ++k) {
+    GroupThread& thread = b.threads[k];
     if (!thread.products.empty()) fail("products were not waited for");
+    if (b.has_products && k < block().num_threads && block().fibers[k].has_unfenced) fail("copies that no fence orders before products");
     thread.num_groups = 0;
     thread.is_fenced = false;
   }
+  b.has_products = false;
   for (Barrier& barrier : b.groups) barrier = {};
   for (Barrier& barrier : b.named) barrier = {};
 }
@@ -146,8 +150,8 @@ template <class T>
 void issue(float* d, int count, const uint32_t* registers, uint64_t a, uint64_t descriptor_b, bool adds) {
   GroupThread& thread = group_thread();
   if (!thread.is_fenced) fail("a product without a fence of its registers");
-  thread.products.push_back(
-      {d, registers, a, descriptor_b, 2 * count, 64, adds, thread.num_groups, &compute_product<T>});
+  hopper_block().has_products = true;
+  thread.products.push_back({d, registers, a, descriptor_b, 2 * count, adds, thread.num_groups, &compute_product<T>});
 }
 
 }  // namespace emulated
@@ -158,14 +162,57 @@ inline uint32_t shared_address(const void* at) {
   return emulated::kSharedBase + static_cast<uint32_t>(static_cast<const char*>(at) - dynamic_shared());
 }
 
+constexpr int kBoxDims = 4;
+struct TensorMap {
+  const char* from;
+  int64_t sizes[kBoxDims], strides[kBoxDims], box[kBoxDims];
+};
+
+inline int describe_tensor(TensorMap& to, const void* from, const int64_t (&sizes)[kBoxDims],
+                           const int64_t (&strides)[kBoxDims - 1], const int64_t (&box)[kBoxDims]) {
+  to = {static_cast<const char*>(from), {}, {1}, {}};
+  if (reinterpret_cast<uintptr_t>(from) % 16 || box[0] != 64) return kBadArgument;
+  for (int d = 0; d < kBoxDims; ++d) {
+    to.sizes[d] = sizes[d];
+    to.box[d] = box[d];
+    if (d > 0) to.strides[d] = strides[d - 1];
+    if (sizes[d] < 1 || sizes[d] > int64_t{1} << 32 || box[d] < 1 || box[d] > 256 ||
+        (d > 0 && (strides[d - 1] % 8 || strides[d - 1] < 0 || strides[d - 1] >= int64_t{1} << 39)))
+      return kBadArgument;
+  }
+  return 0;
+}
+
+// Line by line, 16 bytes at a time.
+inline void copy_box(void* to, const TensorMap& map, int x, int y, int z, int w, BulkBarrier& barrier) {
+  alignas(16) static const char zeros[16] = {};
+  if (shared_address(to) % 128) emulated::fail("a box off its alignment");
+  const int64_t at[kBoxDims] = {x, y, z, w};
+  const int num_lines = static_cast<int>(map.box[1] * map.box[2] * map.box[3]);
+  for (int line = 0; line < num_lines; ++line) {
+    const int64_t within[kBoxDims] = {0, line % map.box[1], line / map.box[1] % map.box[2],
+                                      line / (map.box[1] * map.box[2])};
+    for (int unit = 0; unit < 8; ++unit) {
+      const char* from = map.from;
+      bool is_there = true;
+      for (int d = 0; d < kBoxDims; ++d) {
+        const int64_t place = at[d] + within[d] + (d == 0 ? 8 * unit : 0);
+        is_there = is_there && place >= 0 && place < map.sizes[d];
+        from += 2 * place * map.strides[d];
+      }
+      const uint32_t address = shared_address(to) + line * 128 + unit * 16;
+      char* place = dynamic_shared() + ((address ^ (address >> 7 & 7) << 4) - emulated::kSharedBase);
+      copy_bulk(place, is_there ? from : zeros, 16, barrier);
+    }
+  }
+}
+
 inline void fence_shared_writes() {
   emulated::Block& b = emulated::block();
   b.fibers[b.current].has_unfenced = false;
 }
 
 inline void sync_some(int id, int count) {
-  emulated::Block& b = emulated::block();
-  if (b.fibers[b.current].has_unfenced) emulated::fail("a barrier without a fence of the writes to shared memory");
   emulated::wait(emulated::hopper_block().named[id], count);
 }
 inline void arrive_some(int id, int count) {

@@ -32,11 +32,12 @@ def warm_up(device: Device, model: Model, config: EngineConfig, progress: Progre
     runs = _told([*first, *steps, *trial.sampling_steps()], progress)
     decode = device.profile(runs[: len(first)])
     peak = device.profile(runs[len(first) :]) + history_bytes(num_seqs, trial.max_model_len)
-    sizes = (*config.graphs.resolved(num_seqs), *config.graphs.resolved_mixed(config.scheduler.max_num_batched_tokens))
+    graphs, most = config.graphs, config.scheduler.max_num_batched_tokens
+    sizes = (*graphs.resolved(num_seqs), *graphs.resolved_whole_mixed(most), *graphs.resolved_mixed(most))
     # The graphs' pool, and trial runs on the stream that captures, whose memory other streams do not get.
     largest = decode * max((1, *(size / num_seqs for size in sizes)))
-    graphs = int(2 * largest) + len(sizes) * GRAPH_BYTES if sizes else 0
-    return ProfiledMemory(peak, graphs)
+    kept = int(2 * largest) + len(sizes) * GRAPH_BYTES if sizes else 0
+    return ProfiledMemory(peak, kept)
 
 
 def trial_steps(config: EngineConfig, max_model_len: int) -> list[list[int]]:

@@ -68,6 +68,7 @@ class RequestRows:
         self.has_grammar = np.zeros(num_rows, bool)
         self.is_beam = np.zeros(num_rows, bool)  # the next token is known when all beams of the request have theirs
         self.num_beams = 0  # rows that are beams
+        self.is_held = np.zeros(num_rows, bool)  # out of steps until its mask is made
 
     def load(self, seq: Sequence, num_computed: int = 0) -> None:
         """Give the row `seq.row` to a sequence of whose tokens the first `num_computed` need no computing."""
@@ -101,7 +102,7 @@ class RequestRows:
         if seq.num_pending:
             self.evicted[row, int(self.generation[row])] = seq
         self.sequences[row] = None
-        self.has_grammar[row] = self.reads_tokens[row] = False
+        self.has_grammar[row] = self.reads_tokens[row] = self.is_held[row] = False
         self.generation[row] += 1
         self.num_pooled -= seq.is_pooled
         self.num_embedded -= seq.embeds is not None
@@ -133,6 +134,7 @@ class RequestRows:
     def num_remaining(self, rows: np.ndarray | slice | int = slice(None)) -> np.ndarray:
         """Tokens that can be computed now, drafts apart; 0 for free rows."""
         remaining = np.minimum(self.num_tokens[rows], self.num_wanted[rows]) - self.num_computed[rows]
+        remaining = np.where(self.is_held[rows], 0, remaining)
         if self.with_drafts:
             return np.where(self.num_known[rows] < self.num_tokens[rows], 0, remaining)
         if self.num_beams:

@@ -49,6 +49,9 @@ def test_other_names_reach_the_setting(model: str) -> None:
     assert graphs.resolved(16) == (2,)
     assert resolved(compilation_config={"cudagraph_mode": "NONE"}).engine.graphs.enabled is False
     assert resolved(compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"}).engine.graphs.resolved_mixed(99) == ()
+    assert resolved().engine.graphs.resolved_whole_mixed(99) == ()
+    whole = resolved(compilation_config={"cudagraph_mode": "FULL"}).engine.graphs
+    assert whole.resolved_whole_mixed(32) == whole.resolved_mixed(32) == (16, 32)
     for own, paths in ({}, "/health,/metrics"), ({"disable_access_log_for_endpoints": "/a"}, "/a,/health,/metrics"):
         found = resolved(disable_uvicorn_metrics_access_log=True, **own)
         assert found.disable_access_log_for_endpoints == paths

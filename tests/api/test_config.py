@@ -104,7 +104,7 @@ LEVEL_KEYS = {
     "cache_dir": (["/c", None], [3]),
     "compile_sizes": ([[], None], [[1, 8], 8, ["8"], [0], [True], {}]),
     "cudagraph_capture_sizes": ([[1, 2, 4]], [[1.5], "all"]),
-    "cudagraph_mode": (["NONE", "FULL_DECODE_ONLY", None], ["FULL", 2]),
+    "cudagraph_mode": (["NONE", "FULL_DECODE_ONLY", "FULL", None], ["PIECEWISE", 2]),
     "cudagraph_num_of_warmups": ([0, 3], [-1, "1", False]),
     "max_cudagraph_capture_size": ([8, None], [0, "8"]),
     "custom_ops": ([["none", "+rms_norm"], ["-linear"], ["all"], []], ["none", ["rms_norm"], ["+x"], ["all", "none"]]),

@@ -175,3 +175,9 @@ def test_forced_text_gives_the_same_tokens(api):
             assert [choice["logprobs"] for choice in ours] == [choice["logprobs"] for choice in theirs]
     finally:
         plain.close()
+
+
+def test_a_grammar_with_long_counts_is_served(api):
+    """GBNF of users is compiled as it is: masks within a long count take long, and no step waits for them."""
+    for grammar in ('root ::= [a-f]{40,120} "."', 'start: LETTER~40..120 "."\nLETTER: /[a-f]/'):
+        assert re.fullmatch(r"[a-f]{40,120}\.", texts(api, guided_grammar=grammar, n=2)[0])

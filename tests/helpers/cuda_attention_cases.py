@@ -1,4 +1,4 @@
-"""Decode batches for the CUDA attention kernels."""
+"""Batches for the CUDA attention kernels."""
 
 from __future__ import annotations
 
@@ -24,19 +24,36 @@ class Decode(Batch):
 
     def run(self, seqs=None, window=0, scale=0.3, softcap=0.0, sinks=None, **more):
         seqs = range(len(self.lengths)) if seqs is None else seqs
-        counts = [self.counts[s] for s in seqs]
-        q = torch.cat([self.queries[s] for s in seqs])[None].transpose(1, 2)
-        out = torch.full((1, q.shape[2], q.shape[1], q.shape[3]), NAN, dtype=q.dtype)
-        starts = torch.tensor([0, *counts]).cumsum(0).int()
-        lengths = torch.tensor([self.lengths[s] for s in seqs]).int()
-        args = (q, self.k_cache, self.v_cache, self.table[list(seqs)], lengths, starts, _cast(sinks, q.dtype))
+        out, args = self.arguments(seqs, sinks)
         supports = attention.supports_bulk if self.launch else attention.supports_attention
         assert supports(*args)
         cuda_emulator.run(attention.decode_attention, out, *args, window, scale, softcap, **{**self.launch, **more})
-        return list(out[0].split(counts))
+        return list(out[0].split([self.counts[s] for s in seqs]))
+
+    def arguments(self, seqs, sinks):
+        """An output of NaNs, and the op's arguments up to the sinks, for some sequences."""
+        q = torch.cat([self.queries[s] for s in seqs])[None].transpose(1, 2)
+        out = torch.full((1, q.shape[2], q.shape[1], q.shape[3]), NAN, dtype=q.dtype)
+        starts = torch.tensor([0, *(self.counts[s] for s in seqs)]).cumsum(0).int()
+        lengths = torch.tensor([self.lengths[s] for s in seqs]).int()
+        return out, (q, self.k_cache, self.v_cache, self.table[list(seqs)], lengths, starts, _cast(sinks, q.dtype))
 
     def check(self, tolerance=None, **options):
         super().check(2 * torch.finfo(self.queries[0].dtype).eps if tolerance is None else tolerance, **options)
+
+
+class Prompts(Decode):
+    """The last `counts` tokens of each sequence, by the kernel of prompts, which leaves single tokens alone."""
+
+    def __init__(self, lengths, counts=None, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, **more):
+        super().__init__(lengths, heads, kv_heads, dim, dtype, list(counts or lengths), **more)
+
+    def run(self, seqs=None, window=0, scale=0.3, softcap=0.0, sinks=None):
+        seqs = range(len(self.lengths)) if seqs is None else seqs
+        out, args = self.arguments(seqs, sinks)
+        assert attention.supports_prefill(*args, window, scale, softcap)
+        cuda_emulator.run(attention.prefill_attention, out, *args, window, scale, softcap)
+        return list(out[0].split([self.counts[s] for s in seqs]))
 
 
 def _cast(sinks, dtype):

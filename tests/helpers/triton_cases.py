@@ -313,6 +313,16 @@ def pad_tokens(groups: int, sizes: str) -> dict[str, object]:
     return {"padded": step_inputs(8, groups, 0, False), "step": step_inputs(tokens, groups, 0, False), "num_padded": 8}
 
 
+@case(batch.pad_sequences, groups=(1, 2), sizes=SIZES)
+def pad_sequences(groups: int, sizes: str) -> dict[str, object]:
+    def fields(seqs: int, rows: int, columns: int) -> dict[str, Tensor]:
+        found = padding({"S": seqs, "S1": seqs + 1, "R": rows, "M": columns}, groups, "meta")
+        return {name: meta(*field.shape, dtype=field.dtype) for name, field in found.items()}
+
+    step = fields(3, 2, 5) if sizes == "some" else fields(1, 1, 1)
+    return {"padded": fields(8, 8, 16), "step": step, "num_padded": 8}
+
+
 @case(blocks.copy_blocks, dtype=CACHED, sizes=SIZES)
 def copy(dtype: torch.dtype, sizes: str) -> dict[str, object]:
     shape, count = ((8, 2, 16, 24), 3) if sizes == "some" else ((1, 1, 8, 1), 1)

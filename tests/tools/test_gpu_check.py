@@ -292,8 +292,8 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     runner = llama.Runner(tmp_path, GPU, load, llama.LLAMA_8B | SHAPE)
     llama.measure_model(runner, load, Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows] == [
-        "graphs: 1 of 1 sizes whole, 1 of 1 piecewise", "decode 1 x 20", "decode 1 x 20, host", "decode 2 x 20",
-        "decode 2 x 20, host", "first token of 24",
+        "graphs: 1 of 1 of decode steps, 1 of 1 of whole mixed steps, 1 of 1 piecewise", "decode 1 x 20",
+        "decode 1 x 20, host", "decode 2 x 20", "decode 2 x 20, host", "first token of 24",
     ]  # fmt: skip
     overlap.measure_overlap(runner, GPU, load, Limits(1e9, 1e9), found, FakeGraphs())
     assert [row[0] for row in found.rows[-2:]] == [
@@ -403,12 +403,15 @@ def test_mixed_steps_are_measured(tool, tmp_path) -> None:
 
     load, found, api = llama.small(llama.Load()), tables.Table(), FakeGraphs()
     runner = llama.Runner(
-        tmp_path, GPU, replace(load, graphs=GraphConfig((1,), mixed_sizes=(8,))), llama.LLAMA_8B | SHAPE
-    )
+        tmp_path, GPU, replace(load, graphs=GraphConfig((1,), mixed_sizes=(8,), is_mixed_whole=True)),
+        llama.LLAMA_8B | SHAPE,
+    )  # fmt: skip
     runner.capture(api)
     measure_mixed(runner, 1, (3,), 5, found)
-    assert [row[0] for row in found.rows] == [f"step of 1 + 3 tokens, {name}" for name in ("piecewise", "op by op")]
-    assert api.segment_replays == 11 * (SHAPE["num_hidden_layers"] + 1) and runner.model.graphs is not None
+    names = ("whole", "piecewise", "op by op")
+    assert [row[0] for row in found.rows] == [f"step of 1 + 3 tokens, {name}" for name in names]
+    assert api.segment_replays == 20 * (SHAPE["num_hidden_layers"] + 1) and len(api.replays) == 20
+    assert len(runner.model.graphs.whole_mixed.captured) == 1 and runner.model.graphs is not None
 
 
 def test_tensors_are_carried_to_the_gpu_and_back_as_they_lie(tool) -> None:

@@ -44,7 +44,7 @@ class Load:
     steps: int = 30
     prompts: tuple[int, ...] = (2048, 8192)
     max_seqs: int = 256
-    graphs: GraphConfig = GraphConfig()
+    graphs: GraphConfig = GraphConfig(is_mixed_whole=True)
 
 
 class Runner:
@@ -173,9 +173,11 @@ def measure_model(runner: Runner, load: Load, limits: Limits, table: Table, api:
     steps = runner.model.graphs
     if steps is not None:
         done, wanted = (
-            [len(getattr(part, of)) for part in (steps.decode, steps.mixed)] for of in ("captured", "sizes")
+            [len(getattr(part, of)) for part in (steps.decode, steps.whole_mixed, steps.mixed)]
+            for of in ("captured", "sizes")
         )
-        name = f"graphs: {done[0]} of {wanted[0]} sizes whole, {done[1]} of {wanted[1]} piecewise"
+        kinds = ("of decode steps", "of whole mixed steps", "piecewise")
+        name = "graphs: " + ", ".join(f"{a} of {b} {kind}" for a, b, kind in zip(done, wanted, kinds, strict=True))
         table.add(name, f"{seconds:.1f} s", "", "15 s for 35")
     goals = {1: "85 %", 256: "75 %"}
     for num_seqs in load.batches:
@@ -194,4 +196,5 @@ def measure_model(runner: Runner, load: Load, limits: Limits, table: Table, api:
 
 def small(load: Load) -> Load:
     """Shrinks a load for trials without a GPU."""
-    return replace(load, batches=(1, 2), context=20, steps=2, prompts=(24,), max_seqs=2, graphs=GraphConfig((2,)))
+    graphs = GraphConfig((2,), mixed_sizes=(4,), is_mixed_whole=True)
+    return replace(load, batches=(1, 2), context=20, steps=2, prompts=(24,), max_seqs=2, graphs=graphs)

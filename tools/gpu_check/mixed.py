@@ -1,4 +1,4 @@
-"""Steps that mix decoding with a chunk of a prompt: piecewise graphs against op-by-op launches."""
+"""Steps that mix decoding with a chunk of a prompt: graphs of whole steps and piecewise, and op-by-op launches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from gpu_check.table import Table
 def measure_mixed(runner: Runner, num_seqs: int, chunks: tuple[int, ...], context: int, table: Table) -> None:
     """Host and total time of a step with `num_seqs` decoding sequences and one that computes `chunk` tokens."""
     graphs = runner.model.graphs
+    captured = graphs.whole_mixed.captured
     for chunk in chunks:
         step = mixed_step(runner, num_seqs, chunk, context)
-        for name, used in (("piecewise", graphs), ("op by op", None)):
-            runner.model.graphs = used
-            host, whole = timed(runner, step)
+        for name, used, whole in (("whole", graphs, captured), ("piecewise", graphs, {}), ("op by op", None, {})):
+            runner.model.graphs, graphs.whole_mixed.captured = used, whole
+            host, seconds = timed(runner, step)
             size = f"step of {num_seqs} + {chunk} tokens, {name}"
-            table.add(size, f"{whole * 1e3:.2f} ms", f"host {host * 1e6:.0f} us")
-    runner.model.graphs = graphs
+            table.add(size, f"{seconds * 1e3:.2f} ms", f"host {host * 1e6:.0f} us")
+    runner.model.graphs, graphs.whole_mixed.captured = graphs, captured
 
 
 def mixed_step(runner: Runner, num_seqs: int, chunk: int, context: int) -> StepInputs:

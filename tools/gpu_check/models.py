@@ -72,6 +72,7 @@ def check_family(family: str) -> int:
         for mode, find in (
             ("op by op", partial(tokens, path, GraphConfig(enabled=False))),
             ("graphs", partial(tokens, path, GraphConfig((1, 2, 4), mixed_sizes=(8, 16)))),
+            ("whole mixed graphs", partial(tokens, path, GraphConfig((1,), mixed_sizes=(8, 16), is_mixed_whole=True))),
             ("served", partial(served_tokens, path)),
         ):
             wrong += tell(f"{family} {dtype} {mode}", find, expected)
@@ -112,7 +113,7 @@ def tokens(path, graphs: GraphConfig) -> list[list[int]]:
         model.capture_graphs()
         if model.graphs is not None:
             model.graphs.wait()
-            for steps in (model.graphs.decode, model.graphs.mixed):
+            for steps in (model.graphs.decode, model.graphs.whole_mixed, model.graphs.mixed):
                 if set(steps.captured) != set(steps.sizes):
                     raise RuntimeError(f"captured {sorted(steps.captured)} of {steps.sizes}")
 

@@ -2,8 +2,9 @@
 
 A decode step, of one token per sequence, is one graph for every model. A graph is captured for each size of a list and
 reads its inputs from fixed memory; a step is padded to the next size with sequences that have no keys and whose token
-is not cached. Mixed steps are captured next, as piecewise graphs (piecewise.py). Largest sizes come first, so smaller
-ones reuse their memory in the pool. Capture computes nothing; its trial runs use padding only.
+is not cached. Mixed steps are captured next, whole where that is asked for (whole_mixed.py), and piecewise
+(piecewise.py). Largest sizes come first, so smaller ones reuse their memory in the pool. Capture computes nothing; its
+trial runs use padding only.
 
 Memory: all graphs share one pool and never run concurrently. A graph's results are views without ownership: the next
 replay of any graph may overwrite them, as the contract of run() allows.
@@ -23,6 +24,7 @@ from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs
 from fuseline.compile.backends.cuda.segments import map_tensors
+from fuseline.compile.backends.cuda.whole_mixed import WholeMixedGraphs
 from fuseline.compile.config import Progress
 from fuseline.compile.graph_inputs import GraphOutput, graph_values, narrowed, padding
 from fuseline.compile.kernels.triton.batch import pad_decode
@@ -106,6 +108,7 @@ class CapturedSteps:
     """All graphs of one executable with one set of caches, and the thread that captures them."""
 
     decode: DecodeGraphs
+    whole_mixed: WholeMixedGraphs
     mixed: MixedGraphs
     num_warmups: int
 
@@ -128,8 +131,9 @@ class CapturedSteps:
         self.wait()
 
     def _capture_all(self, progress: Progress) -> None:
-        total, done = len(self.decode.sizes) + len(self.mixed.sizes), 0
-        for kind, graphs in (("sequences", self.decode), ("tokens, in segments", self.mixed)):
+        kinds = {"sequences": self.decode, "tokens": self.whole_mixed, "tokens, in segments": self.mixed}
+        total, done = sum(len(graphs.sizes) for graphs in kinds.values()), 0
+        for kind, graphs in kinds.items():
             for size in reversed(graphs.sizes):
                 progress("capturing graphs", done, total)
                 if self._stop.is_set():

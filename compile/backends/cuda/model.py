@@ -11,6 +11,7 @@ from torch import Tensor
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
 from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
+from fuseline.compile.backends.cuda.whole_mixed import MixedInputs, WholeMixedGraphs
 from fuseline.compile.config import GraphConfig, Progress, silent
 from fuseline.compile.graph_inputs import (
     BlockCopy,
@@ -94,16 +95,20 @@ class CudaModel:
         if api is None or not config.enabled:
             return
         sizes = config.resolved(self._config.max_num_seqs)
-        longest = min(self.info.max_model_len, config.max_seq_len)
+        longest, most = min(self.info.max_model_len, config.max_seq_len), self._config.max_num_batched_tokens
         width = -(-longest // self._config.block_size)
         groups = len(self.info.cache_groups), self.info.rope_switch is not None, str(self._device)
         decode = DecodeGraphs(self._executable, caches, sizes, lambda size: DecodeInputs(size, width, *groups), api)
-        sizes = config.resolved_mixed(self._config.max_num_batched_tokens)
-        mixed = MixedGraphs(
-            self._executable, caches, sizes, config.splitting_ops, lambda size: TokenInputs(size, *groups),
-            self._config.block_size, api,
+        num_seqs = self._config.max_num_seqs
+        whole = WholeMixedGraphs(
+            self._executable, caches, config.resolved_whole_mixed(most),
+            lambda size: MixedInputs(size, num_seqs, width, *groups), api,
         )  # fmt: skip
-        self.graphs = CapturedSteps(decode, mixed, config.num_warmups)
+        mixed = MixedGraphs(
+            self._executable, caches, config.resolved_mixed(most), config.splitting_ops,
+            lambda size: TokenInputs(size, *groups), self._config.block_size, api,
+        )  # fmt: skip
+        self.graphs = CapturedSteps(decode, whole, mixed, config.num_warmups)
         self.graphs.start(progress)
 
     def stop_capture(self) -> None:
@@ -142,6 +147,7 @@ class CudaModel:
         if self.graphs is None:
             return None
         found = self.graphs.decode.run(step) if is_decode else None
+        found = self.graphs.whole_mixed.run(step) if found is None else found
         return self.graphs.mixed.run(step, self._values(step)) if found is None else found
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -62,8 +62,7 @@ def decode_attention(
     num_seqs, kv_heads, block_size = seq_lens.shape[0], k_cache.shape[1], k_cache.shape[2]
     if num_tokens == 0:
         return
-    if (q.stride(1) | q.stride(2)) % 8 or q.data_ptr() % 16:
-        q = q.contiguous()
+    q = _aligned(q)
     parts = kv_heads * -(-num_heads // kv_heads // HEADS)
     # The most splits of a row are a number of the model's; keys that fill a table's line may make fewer.
     most = min(max(8, 256 // parts), 64, -(-block_table.shape[1] * block_size // SPLIT))
@@ -114,29 +113,36 @@ def prefill_attention(
 ) -> None:  # fmt: skip
     """out[1, T, H, D] of sequences of several tokens; those of one are left alone."""
     _, num_heads, num_tokens, dim = q.shape
-    if (q.stride(1) | q.stride(2)) % 8 or q.data_ptr() % 16:
-        q = q.contiguous()
+    q = _aligned(q)
     (_, out_token, out_head, _), (_, q_head, q_token, _) = out.stride(), q.stride()
     (k_block, k_head, k_token, _), (v_block, v_head, v_token, _) = k_cache.stride(), v_cache.stride()
     lib.call(
         "prefill_attention", q, out=out, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
         seq_lens=seq_lens, query_start=query_start, sinks=sinks, num_tokens=num_tokens, num_seqs=seq_lens.shape[0],
-        num_heads=num_heads, num_kv_heads=k_cache.shape[1], dim=dim, out_token=out_token, out_head=out_head,
-        q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block,
+        num_heads=num_heads, num_kv_heads=k_cache.shape[1], dim=dim, num_blocks=k_cache.shape[0],
+        out_token=out_token, out_head=out_head, q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block,
         v_head=v_head, v_token=v_token, table_stride=block_table.stride(0),
         block_shift=k_cache.shape[2].bit_length() - 1, window=window if window > 0 else NO_WINDOW, scale=scale,
         dtype=DTYPES[q.dtype],
     )  # fmt: skip
 
 
+def _aligned(q: Tensor) -> Tensor:
+    """q[1, H, T, D] with lines at multiples of 16 bytes."""
+    if (q.stride(1) | q.stride(2)) % 8 == 0 and q.data_ptr() % 16 == 0:
+        return q
+    return q.clone(memory_format=torch.contiguous_format)
+
+
 def supports_prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
     sinks: Tensor | None, window: int, scale: float, softcap: float, *scales: Tensor | None,
 ) -> bool:  # fmt: skip
-    """What the decode kernel takes, with caches of the queries' dtype, heads of 64 or 128, and no soft-cap."""
+    """What the decode kernel takes, with caches of the queries' dtype, heads of 64 or 128, blocks of 8 keys or more, and
+    no soft-cap."""
     args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks)
-    is_plain = k_cache.dtype == q.dtype and q.shape[3] <= 128 and softcap == 0.0 and scale > 0.0
-    return is_plain and supports_attention(*args) and all(each is None for each in scales)
+    is_plain = k_cache.dtype == q.dtype and softcap == 0.0 and scale > 0.0 and all(each is None for each in scales)
+    return is_plain and q.shape[3] <= 128 and k_cache.shape[2] >= 8 and supports_attention(*args)
 
 
 def decode_or_prefill(lib: CudaLibrary, q: Tensor, *rest: object) -> Tensor:

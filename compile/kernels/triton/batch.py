@@ -48,6 +48,19 @@ def pad_tokens(padded: Mapping[str, Tensor], step: Mapping[str, Tensor], num_pad
     )  # fmt: skip
 
 
+def pad_sequences(padded: Mapping[str, Tensor], step: Mapping[str, Tensor], num_padded: int) -> None:
+    """Copies a step's sequences into the inputs of a captured mixed step, `num_padded` (P) of them and rows of logits.
+
+    Both by field of StepInputs; those in `padded` are copied. Sequences behind the step's have no tokens and no keys,
+    rows of logits behind it are those of the first token; columns behind the step's are left as they are.
+    """
+    to_tables, tables = padded["block_tables"], step["block_tables"]
+    pad_sequences_kernel[(num_padded + 1,)](
+        *padded.values(), *(step[name] for name in padded), step["seq_lens"].shape[0], step["logits_rows"].shape[0],
+        num_padded, tables.shape[2], *to_tables.stride()[:2], *tables.stride()[:2], G=tables.shape[0], SIZE=BLOCK,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def feed_kernel(token_ids, sources, sampled, num_tokens, SIZE: tl.constexpr):
     t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -98,3 +111,30 @@ def pad_tokens_kernel(
     for g in tl.static_range(G):
         slot = tl.load(slots + g * slots_stride_g + t, mask=is_real, other=-1)
         tl.store(to_slots + g * to_slots_stride_g + t, slot, mask=there)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_seqs", "num_rows", "num_padded", "width", "to_tables_stride_g", "to_tables_stride_s", "tables_stride_g",
+        "tables_stride_s",
+    ]
+)  # fmt: skip
+def pad_sequences_kernel(
+    to_starts, to_lens, to_rows, to_tables, starts, lens, rows, tables, num_seqs, num_rows, num_padded, width,
+    to_tables_stride_g, to_tables_stride_s, tables_stride_g, tables_stride_s, G: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Program sequence, and one for where the last ends."""
+    s = tl.program_id(0)
+    tl.store(to_starts + s, tl.load(starts + tl.minimum(s, num_seqs)))
+    if s == num_padded:
+        return
+    is_real = s < num_seqs
+    tl.store(to_lens + s, tl.load(lens + s, mask=is_real, other=0))
+    tl.store(to_rows + s, tl.load(rows + s, mask=s < num_rows, other=0))
+    for g in tl.static_range(G):
+        line = tables + g * tables_stride_g + s * tables_stride_s
+        to_line = to_tables + g * to_tables_stride_g + s * to_tables_stride_s
+        for first in range(0, width, SIZE):
+            column = first + tl.arange(0, SIZE)
+            there = (column < width) & is_real
+            tl.store(to_line + column, tl.load(line + column, mask=there, other=0), mask=there)

@@ -133,7 +133,9 @@ class GrammarCompiler:
             raise GrammarError(f"the grammar cannot be compiled: {answer.message}")
         if answer.num_bytes > self._config.grammar_cache_bytes:
             raise GrammarError("the compiled grammar is too large (--grammar-cache-bytes)")
-        return self._load(spec, answer.data), answer.num_bytes
+        grammar = self._load(spec, answer.data)
+        grammar.is_slow = answer.is_slow
+        return grammar, answer.num_bytes
 
     def _load(self, spec: GrammarSpec, data: bytes) -> Grammar:
         """Compile once more, now that it is known to take little time and memory, unless the worker has sent `data`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +44,8 @@ class BudgetState:
         self._longest = max(map(len, (*self._begins, *self._ends)))
         self._width = -(-vocabulary.vocab_size // 32)
         self._place = _Place(is_thinking=budget.is_open, may_begin=not budget.is_open)
+        self._lock = threading.RLock()
+        """For `prepare`, which another thread calls."""
         self.num_seen = 0
 
     @property
@@ -53,12 +56,32 @@ class BudgetState:
     def matcher(self) -> Any:
         return self._inner.matcher
 
-    def advance(self, tokens: Seq[int]) -> None:
-        for token in tokens:
-            self._place = self._after(self._place, token)
+    @property
+    def is_slow(self) -> bool:
+        return self._inner is not None and self._inner.is_slow
+
+    def has_mask(self, num_tokens: int) -> bool:
+        return self.num_seen == num_tokens and self._inner.has_mask(num_tokens)
+
+    def prepare(self, begin: int, tokens: Seq[int]) -> None:
+        with self._lock:
+            new = tokens[self.num_seen - begin :]
+            for token in new:
+                self._place = self._after(self._place, token)
+            self._inner.prepare(begin, tokens)
+            self.num_seen += len(new)
+
+    def note_slow(self) -> None:
         if self._inner:
-            self._inner.advance(tokens)
-        self.num_seen += len(tokens)
+            self._inner.note_slow()
+
+    def advance(self, tokens: Seq[int]) -> None:
+        with self._lock:
+            for token in tokens:
+                self._place = self._after(self._place, token)
+            if self._inner:
+                self._inner.advance(tokens)
+            self.num_seen += len(tokens)
 
     def mask(self) -> np.ndarray:
         return self._masked(self._place, self._inner.mask() if self._inner else self._all())

@@ -22,6 +22,7 @@ from fuseline.engine.memory.limit_memory import limit_memory
 from fuseline.engine.messages import GrammarSpec, Vocabulary
 from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.backends.registry import Backends
+from fuseline.engine.run.grammar.matcher import STALL_SECONDS
 
 NICENESS = 10
 INTERNAL = re.compile(r"(\[[\d:]+\] )?\S+\.(cc|h):\d+: |Check failed: \(.*?\) is false:? ?")
@@ -42,6 +43,8 @@ class Compiled(msgspec.Struct, frozen=True, tag="compiled"):
     num_bytes: int
     data: bytes = b""
     """The compiled grammar, where reading it takes less time than compiling it anew."""
+    is_slow: bool = False
+    """One of its masks takes so long that no step shall wait for them."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -83,7 +86,7 @@ def _answer(spec: GrammarSpec, backends: Backends, vocab_size: int) -> Answer:
         begin = time.perf_counter()
         grammar = backends.get(spec.backend).compile(spec)
         seconds = time.perf_counter() - begin
-        try_walk(grammar, vocab_size)
+        slowest = try_walk(grammar, vocab_size)
         data = grammar.pack()
     except Exception as error:  # the packages' errors have no common class
         if isinstance(error, MemoryError) or NO_MEMORY in str(error):
@@ -91,23 +94,27 @@ def _answer(spec: GrammarSpec, backends: Backends, vocab_size: int) -> Answer:
         return Failed(_message(error))
     if spec.backend in KEEPS_INTERPRETER and seconds > MOST_SECONDS_HERE:
         return Failed(f"{spec.backend} takes {seconds:.1f} s to compile it, in which nothing else could run")
-    return Compiled(grammar.num_bytes, data)
+    return Compiled(grammar.num_bytes, data, is_slow=spec.is_slow or slowest > STALL_SECONDS)
 
 
-def try_walk(grammar: Grammar, vocab_size: int) -> None:
-    """Raises ValueError for a grammar without any text."""
+def try_walk(grammar: Grammar, vocab_size: int) -> float:
+    """Seconds that the slowest mask along a random text takes. Raises ValueError for a grammar without any text."""
     matcher, rng = grammar.matcher(()), random.Random(0)
     mask = torch.empty((1, -(-vocab_size // 32)), dtype=torch.int32)
+    slowest, begin = 0.0, time.thread_time()
     for index in range(TRIAL_TOKENS):
         mask.fill_(-1)
         matcher.fill_next_token_bitmask(mask)
+        slowest = max(slowest, time.thread_time() - begin)
         allowed = np.unpackbits(mask.numpy().view(np.uint8), bitorder="little")[:vocab_size].nonzero()[0]
         if not len(allowed):
             if index:
-                return  # a random text may be one that no token goes on from
+                break  # a random text may be one that no token goes on from
             raise ValueError("no token of this model can begin a text of the grammar")
+        begin = time.thread_time()
         if not matcher.accept_token(int(rng.choice(allowed))) or matcher.is_terminated():
-            return
+            break
+    return slowest
 
 
 def _message(error: Exception) -> str:

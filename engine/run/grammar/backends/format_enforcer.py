@@ -52,6 +52,8 @@ class FormatEnforcerBackend:
 class FormatEnforcerGrammar:
     """A grammar. Each sequence has a parser of its own, since those of JSON change state that their copies share."""
 
+    is_slow = False
+
     def __init__(self, spec: GrammarSpec, data: Any, vocabulary: Vocabulary) -> None:
         from lmformatenforcer import RegexParser
 

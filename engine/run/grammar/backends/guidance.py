@@ -43,6 +43,8 @@ class GuidanceBackend:
 class GuidanceGrammar:
     """A compiled grammar."""
 
+    is_slow = False
+
     def __init__(self, begin: LLMatcher, vocabulary: Vocabulary, num_bytes: int) -> None:
         self._begin, self._vocabulary = begin, vocabulary
         self.num_bytes = num_bytes

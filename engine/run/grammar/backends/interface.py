@@ -32,6 +32,8 @@ class Grammar(Protocol):
 
     num_bytes: int
     """Memory that it takes, about."""
+    is_slow: bool = False
+    """Whether its masks take so long that no step shall wait for them."""
 
     def matcher(self, ends: Seq[int]) -> TokenMatcher:
         """A matcher of a new sequence, which the tokens `ends` may end where the grammar is complete."""

@@ -55,6 +55,8 @@ class OutlinesBackend:
 class OutlinesGrammar:
     """A compiled grammar."""
 
+    is_slow = False
+
     def __init__(self, index: Index, data: bytes, vocabulary: Vocabulary) -> None:
         self._index, self._data, self._vocabulary = index, data, vocabulary
         self.num_bytes = 2 * len(data)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class XGrammar:
     """A compiled grammar. `free`: int32 [ceil(V / 32)], tokens that free text may hold and that are no text to it."""
 
+    is_slow = False
+
     def __init__(self, compiled: xg.CompiledGrammar, free: np.ndarray | None = None) -> None:
         self.compiled = compiled
         self.num_bytes = compiled.memory_size_bytes

@@ -56,15 +56,15 @@ def test_graphs_are_gone_when_they_are_dropped(monkeypatch) -> None:
     """Not when garbage is collected: by then another thread may capture, and destroying one would spoil that."""
     FakeCuda().install(monkeypatch)
     monkeypatch.setattr(CudaGraphApi, "borrowed", lambda self, tensor: tensor.detach())
-    model = build("llama", mixed(8))
+    model = build("llama", mixed(8, is_mixed_whole=True))
     capture(model, CudaGraphApi(CaptureStreams.of(torch.device("cpu"))))
-    kinds = (model.graphs.decode, model.graphs.mixed)
+    kinds = (model.graphs.decode, model.graphs.mixed, model.graphs.whole_mixed)
     graphs = [weakref.ref(graph) for kind in kinds for graph in kind.captured.values()]
     del kinds
     gc.disable()
     try:
         model.stop_capture()
-        assert len(graphs) == 2 and [graph() for graph in graphs] == [None, None]
+        assert len(graphs) == 3 and [graph() for graph in graphs] == [None] * 3
     finally:
         gc.enable()
 
@@ -207,12 +207,15 @@ def launches(arch: int) -> None:
         ([1] * 40, [3] * 40), ([70], [70]),
     )  # fmt: skip
     for family in ("llama", "gpt_oss"):
-        model = build(family, GraphConfig((1, 2, 3, 8, 16, 24), mixed_sizes=(5, 16, 48)), "bfloat16")
+        graphs = GraphConfig((1, 2, 3, 8, 16, 24), mixed_sizes=(5, 16, 48), is_mixed_whole=True)
+        model = build(family, graphs, "bfloat16")
         groups = len(model.info.cache_groups)
         capture(model, FakeGraphs(), 200)
-        for counts, lengths in steps:
-            step = mixed_step(counts, lengths, groups, width=5)
-            model.run(replace(step, sources=torch.full((sum(counts),), -1).int(), sampled=torch.zeros(9).long()))
+        for whole in (model.graphs.whole_mixed.captured, {}):
+            model.graphs.whole_mixed.captured = whole
+            for counts, lengths in steps:
+                step = mixed_step(counts, lengths, groups, width=5)
+                model.run(replace(step, sources=torch.full((sum(counts),), -1).int(), sampled=torch.zeros(9).long()))
 
 
 @pytest.mark.slow
@@ -225,7 +228,7 @@ def test_no_size_compiles_a_kernel_of_its_own() -> None:
         "combine_kernel",
     }  # fmt: skip
     assert {name: count for name, count in found.items() if count > 1} == {
-        "pad_kernel": 2, "pad_tokens_kernel": 2,  # of one group of layers and of two
+        "pad_kernel": 2, "pad_tokens_kernel": 2, "pad_sequences_kernel": 2,  # of one group of layers and of two
         "rope_cache_kernel": 2, "norm_kernel": 4,  # of either model, with and without a sum
         "gate_up_kernel": 2, "down_kernel": 2,  # of few and of many pairs an expert
         "decode_kernel": 6, "prefill_kernel": 3,  # with sinks and a window or without, for decoding only or not
