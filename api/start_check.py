@@ -96,8 +96,10 @@ def _try_model(config: ServerConfig) -> None:
     settings = config.engine.compile
     folder = Path(settings.model)
     try:
-        check_architecture(load_config(settings))
-        if settings.load_format != "dummy" and _holds(folder, WEIGHT_FILES):
+        has_weights = _holds(folder, WEIGHT_FILES)
+        # How the weights are stored is told by files that may still be on their way.
+        check_architecture(load_config(settings if has_weights else replace(settings, quantization="")))
+        if settings.load_format != "dummy" and has_weights:
             open_checkpoint(folder, settings.load_format, settings.ignore_patterns)
     except LoadError as error:
         flag = "" if settings.load_format == "auto" else f"--load-format {settings.load_format}: "

@@ -196,18 +196,7 @@ def _choice(choice: str | dict[str, Any] | None, has_tools: bool) -> str | dict[
         return choice
     if choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    if choice.get("type") == "allowed_tools":
-        given = choice.get("tools")
-        allowed = [_named(tool) for tool in given] if isinstance(given, list) else given
-        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": allowed}}
     return choice
-
-
-def _named(tool: Any) -> Any:
-    """A tool of tool_choice, as chat has it."""
-    if isinstance(tool, dict) and tool.get("type") == "function":
-        return {"type": "function", "function": {"name": tool.get("name")}}
-    return tool
 
 
 def _format(given: TextFormat | None) -> dict[str, Any] | None:

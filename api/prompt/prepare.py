@@ -30,7 +30,7 @@ from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, P
 from fuseline.api.prompt.sampling import SamplingBuilder
 from fuseline.api.prompt.token_routes import detokenize, tokenize
 from fuseline.api.prompt.tool_grammar import Answers, thinking_budget, thinking_of, with_grammar
-from fuseline.api.prompt.tools import parse_options, read_tools, with_allowed
+from fuseline.api.prompt.tools import parse_options, read_tools
 from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from fuseline.api.protocol.common import GenerateRequest
@@ -124,7 +124,6 @@ class Preparer:
         return PreparedPrompt(array("i", ids).tobytes(), limit, echo)
 
     def _chat(self, body: ChatRequest) -> Prepared:
-        body = with_allowed(body)
         use = read_tools(body, self._config)
         check_request(body, self._config)
         check_budget(body, self._config)

@@ -56,24 +56,6 @@ class ToolUse:
 NO_TOOLS = ToolUse()
 
 
-def with_allowed(body: ChatRequest) -> ChatRequest:
-    """A request whose tool_choice allows some of the tools has these alone. Raises ApiError 400."""
-    choice = body.tool_choice
-    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
-        return body
-    if not body.tools:
-        raise bad_request("When using `tool_choice`, `tools` must be set.", "tool_choice")
-    where, given = "tool_choice.allowed_tools", choice.get("allowed_tools")
-    if not isinstance(given, dict) or given.get("mode") not in ("auto", "required"):
-        raise bad_request(f'{where} must be an object with a mode "auto" or "required"', where)
-    asked, tools = given.get("tools"), tuple(_tool(tool, f"tools[{k}]") for k, tool in enumerate(body.tools))
-    if not isinstance(asked, list) or not asked or not all(isinstance(tool, dict) for tool in asked):
-        raise bad_request(f"{where}.tools must be a list of tools that is not empty", f"{where}.tools")
-    names = {_named(tool, tools).name for tool in asked}
-    kept = [tool for tool in body.tools if tool["function"]["name"] in names]
-    return body.model_copy(update={"tools": kept, "tool_choice": given["mode"]})
-
-
 def read_tools(body: ChatRequest, config: ServerConfig) -> ToolUse:
     """Raises ApiError 400 that names the field."""
     if body.tools is not None and not body.tools:

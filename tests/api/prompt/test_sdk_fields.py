@@ -145,19 +145,6 @@ def test_what_is_found_late_is_told_in_the_routes_own_words(
     assert isinstance(reply, Refused) and reply.status == 400 and names_it(kind, name, reply), reply
 
 
-def test_a_tool_choice_of_some_tools_leaves_the_others_out(own: Preparer) -> None:
-    tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in "xyz"]
-    allowed = [{"type": "function", "function": {"name": name}} for name in "zx"]
-    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": allowed}}
-    asked = own.prepare("chat", body(**ROUTES["chat"][2], tools=tools, tool_choice=choice))
-    plain = own.prepare("chat", body(**ROUTES["chat"][2], tools=[tools[0], tools[2]], tool_choice="required"))
-    assert asked == plain and not isinstance(asked, Refused)
-    flat = [{"type": "function", "name": name, "parameters": SCHEMA} for name in "xyz"]
-    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": n} for n in "zx"]}
-    same = own.prepare("responses", body(**ROUTES["responses"][2], tools=flat, tool_choice=choice))
-    assert not isinstance(same, Refused) and same.params == plain.params and same.prompts == plain.prompts
-
-
 def test_thoughts_that_are_to_be_omitted_are(own: Preparer) -> None:
     fields = ROUTES["messages"][2] | {"thinking": {"type": "adaptive", "display": "omitted"}}
     assert not own.prepare("messages", body(**fields)).answer.parse.shows_reasoning
