@@ -98,7 +98,7 @@ def _try_model(config: ServerConfig) -> None:
     try:
         has_weights = _holds(folder, WEIGHT_FILES)
         # How the weights are stored is told by files that may still be on their way.
-        check_architecture(load_config(settings if has_weights else replace(settings, quantization="")))
+        check_architecture(load_config(settings if has_weights else replace(settings, quantization=None)))
         if settings.load_format != "dummy" and has_weights:
             open_checkpoint(folder, settings.load_format, settings.ignore_patterns)
     except LoadError as error:
