@@ -273,13 +273,16 @@ def test_tokens_of_the_step_before_are_fed_on_the_device() -> None:
 
 
 def test_uploads_are_whole_and_aligned() -> None:
+    """Also of the sizes of the step before, whose views serve again, and when they grow."""
     uploads = DeviceInputs(torch.device("cpu"))
-    for size in (3, 1, 50, 0):
+    for size in (3, 3, 1, 3, 50, 50, 0):
         tensors = {"a": torch.randn(size), "b": torch.arange(size)[None], "c": torch.arange(7, dtype=torch.int32)[::2]}
         found = uploads.upload(tensors)
+        assert found.keys() == tensors.keys(), "what the last one took out is there"
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
         # An empty tensor has no address.
         assert len({tensor.data_ptr() % ALIGNMENT for tensor in found.values() if tensor.numel()}) == 1
+        found.pop("b")
 
 
 def test_a_missing_gpu_is_said_in_words() -> None:
