@@ -7,6 +7,13 @@ namespace fuseline::cuda {
 
 constexpr int kGroup = 128;  // threads of a warp group
 
+// Whether this compilation has the instructions. Code under `if constexpr` of it is not compiled for other GPUs.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpGroups = true;
+#else
+constexpr bool kHasWarpGroups = false;
+#endif
+
 // Descriptor of a matrix operand of half precision in shared memory, swizzled over rows of 128 bytes: the 16 bytes at
 // (row, unit) lie at unit ^ row % 8. `start`: of the operand in its 1024-aligned tile. `stride`: bytes from eight rows
 // to the next eight. `leading`: of operands whose rows are along k, bytes from 64 columns to the next 64; else unused.

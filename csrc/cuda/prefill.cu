@@ -15,12 +15,14 @@
 #include "cuda/kernels.h"
 
 namespace fuseline::cuda {
-namespace {
 
-constexpr int kTileRows = 128, kTileKeys = 128, kStages = 2, kThreads = 3 * kGroup;
-constexpr int kLine = 128, kChunk = kTileKeys * kLine;  // bytes of a row of a chunk, of a chunk
-constexpr int kComputingWarps = 2 * kGroup / kWarp;
-constexpr float kNone = -INFINITY;
+// Named, as compilers warn of what is unused in an unnamed one, and other GPUs use nothing of it.
+namespace prefill {
+
+inline constexpr int kTileRows = 128, kTileKeys = 128, kStages = 2, kThreads = 3 * kGroup;
+inline constexpr int kLine = 128, kChunk = kTileKeys * kLine;  // bytes of a row of a chunk, of a chunk
+inline constexpr int kComputingWarps = 2 * kGroup / kWarp;
+inline constexpr float kNone = -INFINITY;
 static_assert(kTileRows == kTileKeys);
 
 struct PrefillArgs {
@@ -360,15 +362,12 @@ FL_DEVICE void attend(const PrefillArgs& a, int part, Shared<kDim>& shared) {
   if (part == 0) sync_some(turn_of(0), 2 * kGroup);  // the other's last arrival
 }
 
-// Grid: any number of blocks.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
-  launch_dependents();
-  wait_for_prerequisites();
-#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+FL_DEVICE void run_block(const PrefillArgs& a) {
   Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>(dynamic_shared());
   if (threadIdx.x == 0) {
-    for (BulkBarrier* one : {&shared.full_queries, &shared.cut_values}) init(*one, 1);
+    init(shared.full_queries, 1);
+    init(shared.cut_values, 1);
     init(shared.free_queries, kComputingWarps);
     for (int stage = 0; stage < kStages; ++stage) {
       init(shared.full_keys[stage], 1);
@@ -389,19 +388,27 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
     more_registers<224>();
     attend<T, kDim>(a, part, shared);
   }
-#endif
+}
+
+// Grid: any number of blocks.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  launch_dependents();
+  wait_for_prerequisites();
+  if constexpr (kHasWarpGroups) run_block<T, kDim>(a);
 }
 
 // The keys or values of a cache [N, K, B, D], in boxes of 64 numbers of some keys of a block.
-int describe_cache(TensorMap& to, const PrefillAttentionCall& c, const void* from, const int64_t (&strides)[3],
+inline int describe_cache(TensorMap& to, const PrefillAttentionCall& c, const void* from, const int64_t (&strides)[3],
                    int64_t box) {
   return describe_tensor(to, from, {c.dim, int64_t{1} << c.block_shift, c.num_kv_heads, c.num_blocks}, strides,
                          {64, box, 1, 1});
 }
 
-}  // namespace
+}  // namespace prefill
 
 int prefill_attention(Stream stream, const PrefillAttentionCall& c) {
+  using namespace prefill;
   PrefillArgs a{};
   a.out = c.out;
   a.block_table = static_cast<const int32_t*>(c.block_table);
