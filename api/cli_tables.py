@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from fuseline.api.flag_rows import QUANTIZATIONS, Row, unimplemented
 from fuseline.api.flag_rows import ROWS as SETTLED
-from fuseline.api.flag_rows import Row, unimplemented
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
         "model served_model_name task download_dir revision code_revision tokenizer tokenizer_revision "
-        "skip_tokenizer_init trust_remote_code load_format ignore_patterns hf_overrides rope_scaling rope_theta dtype "
+        "skip_tokenizer_init trust_remote_code load_format quantization ignore_patterns hf_overrides rope_scaling "
+        "rope_theta dtype "
         "max_model_len disable_sliding_window generation_config override_generation_config device seed"
     ).split(),
     "compiler": (
@@ -93,6 +94,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e5m2", "fp8_e4m3"),
     "block_size": (8, 16, 32, 64, 128, 256),
     "scheduling_policy": ("fcfs", "priority"),
+    "quantization": (*QUANTIZATIONS, "mxfp4", "int8", "int4"),
     "load_format": tuple(
         "auto pt safetensors npcache dummy tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split()
     ),
@@ -109,6 +111,11 @@ REPEATABLE = frozenset({"api_key", "middleware", "ignore_patterns"})
 SECRETS = frozenset({"api_key", "hf_token"})
 
 LATER_CHOICES: dict[str, dict[str, str]] = {
+    "quantization": dict.fromkeys(
+        "aqlm deepspeedfp ptpc_fp8 modelopt marlin gguf gptq_marlin_24 qqq hqq experts_int8 quark".split(),
+        "use awq, bitsandbytes, compressed-tensors, fbgemm_fp8, fp8, gptq or mxfp4 for a checkpoint of that method, or "
+        "int8, int4 or fp8 to quantize plain weights as they are loaded",
+    ),
     "load_format": dict.fromkeys(
         "npcache tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split(),
         "use auto, safetensors, pt or dummy",

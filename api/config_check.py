@@ -13,7 +13,7 @@ from fuseline.api import cli_tables as tables
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.config_refusals import refuse_combination
 from fuseline.api.flag_rows import Row
-from fuseline.api.prompt.backends import NATIVE, parse_backend
+from fuseline.api.prompt.backends import check_installed
 from fuseline.compile.target import DeviceError, likely_kind
 
 MINIMA: dict[str, float] = {
@@ -95,14 +95,9 @@ def _grammar_backend(config: ServerConfig) -> None:
     if unknown:
         raise ConfigError(f"--structured-outputs-config: unknown key {unknown[0]!r} (backend)")
     try:
-        name, has_fallback = parse_backend(config.guided_decoding_backend)
+        check_installed(config.guided_decoding_backend)
     except ValueError as error:
         raise ConfigError(f"--guided-decoding-backend: {error}") from error
-    if name not in NATIVE and not has_fallback:
-        raise ConfigError(
-            f"--guided-decoding-backend {name}:no-fallback: this server compiles grammars with xgrammar; "
-            "use xgrammar, auto, or the name without no-fallback"
-        )
 
 
 def _ranges(config: ServerConfig) -> None:

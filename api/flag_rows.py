@@ -167,7 +167,6 @@ UNIMPLEMENTED: dict[str, Row] = {
     **unimplemented(DEVICES, "str", {"distributed_executor_backend": None},
         choices=("ray", "mp", "uni", "external_launcher"), neutral=("mp", "uni")),
     **unimplemented(DEVICES, "str", {"worker_cls": "auto"}),
-    **unimplemented("quantization", "str", "quantization", choices=QUANTIZATIONS),
     **unimplemented(SPECULATION, "str", "speculative_model"),
     **unimplemented(SPECULATION, "str", "speculative_model_quantization", choices=QUANTIZATIONS),
     **unimplemented(SPECULATION, "int", "num_speculative_tokens speculative_max_model_len ngram_prompt_lookup_max "

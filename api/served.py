@@ -139,7 +139,7 @@ class Served:
         self.log_request(label, ids if prepared.text is None else prepared.text, params)
         engine_request = EngineRequest(
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(ids), params=params,
-            priority=answer.priority, arrival_time=time.time(), cache_salt=answer.cache_salt,
+            priority=answer.priority, arrival_time=time.time(), turn=index, cache_salt=answer.cache_salt,
         )  # fmt: skip
         parse, skips_special = self.parsing.settings(answer)
         options = TextOptions(

@@ -1,13 +1,14 @@
 """The longest time for which one large request delays the server's answers to others.
 
-    python -P benchmarks/stalls.py [--base-url http://127.0.0.1:8000] [--kinds "chat,1M ids"] [--json FILE]
+    python -P benchmarks/stalls.py [--base-url http://127.0.0.1:8000] [--kinds "chat;1M ids"] [--tries 3] [--json FILE]
 
-While each large request runs, a separate process requests /health every 10 ms and reads the tokens of a stream. The
-report has the slowest /health answer, the longest gap between the stream's tokens, the longest time the probing process
-itself was not scheduled (to subtract), and the result of the large request. The kinds are requests of sizes and shapes
-that could stall a server: large messages, many messages, many prompts, token ids, nesting, logit_bias, stop strings,
-tools, unknown fields, images, large answers, and many requests at once. Those that hang (a template that does not end)
-need a server with `--chat-template benchmarks/spin.jinja`.
+While each large request runs, a separate process requests /health every 10 ms, reads the tokens of a stream, and sends
+one small streaming request after the other. The report has the slowest /health answer, the slowest first token of the
+small requests, the longest gap between tokens, the longest time the probing process itself was not scheduled (to
+subtract), and the result of the large request. The kinds are requests of sizes and shapes that could stall a server:
+large messages, many messages, many prompts, token ids, nesting, logit_bias, stop strings, tools, grammars, unknown
+fields, images, large answers, and many requests at once. Those that hang (a template that does not end) need a server
+with `--chat-template benchmarks/spin.jinja`. The kind "nothing" is the machine's own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import http.client
 import json
 import multiprocessing
 import multiprocessing.synchronize
+import os
 import statistics
 import sys
 import time
@@ -52,6 +54,16 @@ def nested(depth: int) -> bytes:
     return b'{"prompt": "x", "deep": ' + b"[" * depth + b"]" * depth + b"}"
 
 
+def structured(**rule: object) -> tuple[str, dict]:
+    return chat("Hi", max_tokens=8, structured_outputs=rule)
+
+
+def any_of(depth: int) -> dict:
+    """2^depth kinds of objects within objects."""
+    inner = any_of(depth - 1) if depth else {"type": "string"}
+    return {"anyOf": [{"type": "object", "properties": {name: inner}, "required": [name]} for name in ("a", "b")]}
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 KINDS: dict[str, Callable[[], tuple[str, dict | bytes]]] = {
     "chat of 54 MB": lambda: chat(text(54 * MB)),
@@ -83,6 +95,9 @@ KINDS: dict[str, Callable[[], tuple[str, dict | bytes]]] = {
     "detokenize 2M ids": lambda: ("/detokenize", {"tokens": [100] * 2_000_000}),
     "log-probabilities of a prompt": lambda: prompt([100] * 1900, prompt_logprobs=20, echo=True, logprobs=20),
     "128 choices with log-probabilities": lambda: prompt("Hi", n=128, logprobs=20, max_tokens=64, ignore_eos=True),
+    "regex of 100 kB": lambda: structured(regex="|".join(f"word{k:05d}" for k in range(10_000))),
+    "enum of 20,000": lambda: structured(json={"enum": [f"word {k}" for k in range(20_000)]}),
+    "anyOf, nested": lambda: structured(json=any_of(8)),
     "32 prompts and their log-probabilities": lambda: prompt([[100] * 1500] * 32, prompt_logprobs=20),
 }
 """Name -> path and body (bytes are sent unchanged) of a large request."""
@@ -93,11 +108,16 @@ BURSTS: dict[str, tuple[int, Callable[[int], tuple[str, dict]]]] = {
     "64 requests of 5 kB": (64, lambda k: prompt(text(5000 + k))),
     "64 short chats": (64, lambda k: chat(f"Hi {k}")),
     "48 chats that hang": (48, lambda k: chat("Hi", chat_template_kwargs={"spin": True})),
+    "60 chats that hang": (60, lambda k: chat("Hi", chat_template_kwargs={"spin": True})),
     "16 long echoes with log-probabilities": (
         16, lambda k: prompt([(7 * k + j) % 4000 + 5 for j in range(1500)], echo=True, logprobs=5, stream=True),
     ),
 }  # fmt: skip
 """Name -> number of requests at once, and path and body of the k-th."""
+
+
+NOTHING = "nothing"
+"""No large request: what the probes and the machine themselves take."""
 
 
 @dataclass
@@ -108,8 +128,10 @@ class Stall:
     """Duration of the large request."""
     health: float
     """Slowest answer of /health, seconds."""
+    first: float
+    """Slowest first token of a small streaming request, seconds."""
     stream: float
-    """Longest gap in the stream, seconds."""
+    """Longest gap between tokens, seconds."""
     machine: float
     """Longest time for which the probing process was not scheduled, seconds."""
 
@@ -127,18 +149,21 @@ def measure(base_url: str, kind: str) -> Stall:
             raise TimeoutError(f"{base_url} does not answer")
         time.sleep(0.5)
         begin = time.perf_counter()
-        status = ", ".join(sorted(set(send_all(base_url, path, bodies))))
+        status = ", ".join(sorted(set(send_all(base_url, path, bodies)))) if bodies else ""
+        time.sleep(0 if bodies else 2)
         seconds = time.perf_counter() - begin
         time.sleep(0.3)
     finally:
         stop.set()
-    health, stream, machine = found.get(timeout=120)
+    health, first, stream, machine = found.get(timeout=120)
     prober.join(10)
-    return Stall(kind, status, seconds, health, stream, machine)
+    return Stall(kind, status, seconds, health, first, stream, machine)
 
 
 def requests(kind: str) -> tuple[str, list[bytes]]:
-    """Path and bodies of the large request of `kind`, or of its burst."""
+    """Path and bodies of the large request of `kind`, or of its burst; none of NOTHING."""
+    if kind == NOTHING:
+        return "", []
     count, make = BURSTS.get(kind) or (1, lambda _: KINDS[kind]())
     made = [make(k) for k in range(count)]
     return made[0][0], [body if isinstance(body, bytes) else json.dumps(body).encode() for _, body in made]
@@ -182,15 +207,22 @@ def _connect(base_url: str, timeout: float) -> http.client.HTTPConnection:
 
 
 def _probe(base_url: str, stop: multiprocessing.synchronize.Event, started: object, found: object) -> None:
-    """Entry of the probing process; sends the last three figures of a Stall once told to stop."""
+    """Entry of the probing process; sends the last four figures of a Stall once told to stop."""
     gaps: list[float] = []
+    firsts: list[float] = []
     late: list[float] = []
     Thread(target=_watch_clock, args=(stop, late), daemon=True).start()
-    streaming = Thread(target=_follow_streams, args=(base_url, stop, gaps), daemon=True)
-    streaming.start()
+    streams = [
+        Thread(target=_follow_streams, args=(base_url, stop, num_tokens, firsts, gaps), daemon=True)
+        for num_tokens, firsts in ((1500, []), (16, firsts))
+    ]
+    for stream in streams:
+        stream.start()
     delays = _ask_health(base_url, stop, started)
-    streaming.join(60)
-    found.put((max(delays), max(gaps, default=0.0), max(late, default=0.0)))
+    for stream in streams:
+        stream.join(60)
+    # The first of all may have met a start.
+    found.put((max(delays), max(firsts[1:], default=0.0), max(gaps, default=0.0), max(late, default=0.0)))
 
 
 def _watch_clock(stop: multiprocessing.synchronize.Event, late: list[float]) -> None:
@@ -213,10 +245,13 @@ def _ask_health(base_url: str, stop: multiprocessing.synchronize.Event, started:
     return delays
 
 
-def _follow_streams(base_url: str, stop: multiprocessing.synchronize.Event, gaps: list[float]) -> None:
-    """Records the gaps between tokens of consecutive streams."""
-    body = json.dumps({"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "stream": True}).encode()
+def _follow_streams(
+    base_url: str, stop: multiprocessing.synchronize.Event, num_tokens: int, firsts: list[float], gaps: list[float]
+) -> None:
+    """Records times to the first token of consecutive streams, and the gaps between tokens."""
+    body = json.dumps({"prompt": "Once", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
     while not stop.is_set():
+        begin = time.perf_counter()
         connection = _connect(base_url, 180)
         connection.request("POST", COMPLETIONS, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -225,6 +260,7 @@ def _follow_streams(base_url: str, stop: multiprocessing.synchronize.Event, gaps
             now = time.perf_counter()
             if line.startswith(b"data: {"):
                 gaps.append(now - last if last else 0.0)
+                firsts += [] if last else [now - begin]
                 last = now
         connection.close()
 
@@ -232,17 +268,20 @@ def _follow_streams(base_url: str, stop: multiprocessing.synchronize.Event, gaps
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000")
-    parser.add_argument("--kinds", default="", help="names that begin so, separated by commas; default all")
+    parser.add_argument("--kinds", default="", help="names that begin so, separated by semicolons; default all")
+    parser.add_argument("--tries", type=int, default=1, help="measurements of each kind")
     parser.add_argument("--json", default="", help="file for the figures")
     options = parser.parse_args()
-    wanted = tuple(options.kinds.split(","))
+    wanted = tuple(options.kinds.split(";"))
     rows = []
-    print(f"{'request':40}{'/health, ms':>12}{'stream, ms':>12}{'machine, ms':>13}{'took, s':>9}  answer")
-    for kind in (kind for kind in [*KINDS, *BURSTS] if kind.startswith(wanted)):
+    columns = ("/health", "first token", "stream", "machine")
+    print(f"{'request':40}{''.join(f'{name:>12}' for name in columns)}, ms{'took, s':>9}{'load':>6}  answer")
+    kinds = [kind for kind in [NOTHING, *KINDS, *BURSTS] if kind.startswith(wanted)]
+    for kind in (kind for kind in kinds for _ in range(options.tries)):
         row = measure(options.base_url, kind)
         rows.append(row)
-        times = f"{row.health * 1e3:12.0f}{row.stream * 1e3:12.0f}{row.machine * 1e3:13.0f}{row.seconds:9.1f}"
-        print(f"{kind:40}{times}  {row.status}", flush=True)
+        times = "".join(f"{seconds * 1e3:12.0f}" for seconds in (row.health, row.first, row.stream, row.machine))
+        print(f"{kind:40}{times}    {row.seconds:9.1f}{os.getloadavg()[0]:6.1f}  {row.status}", flush=True)
     quiet = statistics.median(row.health for row in rows)
     print(f"median of the slowest answers of /health: {quiet * 1e3:.0f} ms")
     if options.json:

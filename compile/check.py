@@ -43,6 +43,7 @@ MAX_PARAMETERS = 50_000_000
 SETTINGS = {
     "dtype": "float32", "kv_cache_dtype": "auto", "level": 1, "max_model_len": 0, "max_num_batched_tokens": MAX_ROWS,
     "max_num_seqs": MAX_ROWS, "cpu_offload_gb": 0.0, "batch_invariant": False, "weight_format": "",
+    "quantization": None,
     "gives_hidden": False, "takes_embeds": False,
 }  # fmt: skip
 """The copy is compiled for this machine's CPU, in float32, for a few tokens."""
@@ -73,11 +74,7 @@ def check_model(config: CompileConfig, captured: CapturedModel, build: Build) ->
     """The verdict in words. Raises CaptureError for a model whose serving graph computes something else."""
     from fuseline.compile.capture.hf_model import load_config
 
-    return check_config(load_config(config), captured, config, build)
-
-
-def check_config(hf_config: PreTrainedConfig, captured: CapturedModel, config: CompileConfig, build: Build) -> str:
-    """check_model of a config in memory."""
+    hf_config = load_config(config)
     reasons: list[str] = []
     for narrow in (True, False):
         try:
@@ -225,7 +222,8 @@ def serve(model: Runnable, sequences: Sequence[Tensor], block_size: int) -> list
     while any(len(state.next_tokens()) for state in states):
         batch = [k for k, state in enumerate(states) if k <= step and len(state.next_tokens())]
         counts = [len(states[k].next_tokens()) for k in batch]
-        logits = model.run(_inputs(model.info, [states[k] for k in batch], block_size)).logits.clone().split(counts)
+        found = model.run(_inputs(model.info, [states[k] for k in batch], block_size)).logits
+        logits = found.to(torch.float32, copy=True).split(counts)
         for k, part in zip(batch, logits, strict=True):
             rows[k].append(part)
             states[k].num_computed += len(part)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +22,14 @@ from fuseline.compile.capture.artifact import load_optimized, load_or_capture, s
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.errors import CaptureError, LoadError, told_as
 from fuseline.compile.capture.kv_scales import stored_scales
+from fuseline.compile.capture.layouts import layouts_of
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import WeightFinder, load_weights
 from fuseline.compile.check import check_model
-from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig
+from fuseline.compile.config import PASSES, STORED, CompileConfig, GraphConfig, Progress, silent
 from fuseline.compile.graph.edit import source_of
 from fuseline.compile.graph.graph_pass import PassContext
-from fuseline.compile.graph.runner import PipelineResult, Stages, run_passes
+from fuseline.compile.graph.runner import PipelineResult, run_passes
 from fuseline.compile.model_info import model_limit
 from fuseline.compile.passes.pipeline import stages
 from fuseline.compile.residency.offload import Offload, choose_offloaded, without_offloaded
@@ -40,57 +42,46 @@ if TYPE_CHECKING:
     from fuseline.compile.backends.cuda.model import CudaModel
 
 GIB = 1 << 30
-Progress = Callable[[str, int, int], None]
 Executable = CpuExecutable | CudaExecutable
 
 
 def compile_model(
-    config: CompileConfig, target: Target, progress: Progress | None = None, graphs: GraphConfig | None = None
+    config: CompileConfig, target: Target, progress: Progress = silent, graphs: GraphConfig | None = None
 ) -> CpuModel | CudaModel:
     """Raises CaptureError or LoadError, one line each. `graphs` selects the steps that a GPU captures."""
     config = _with_dtype_of(config, target)
-    report_progress = progress or (lambda phase, done, total: None)
     _C.set_num_threads(target.num_threads)
     torch.set_num_threads(target.num_threads)
-    report_progress("capturing", 0, 1)
-    captured, result = load_optimized(config, target) or optimize(config, target, keep=True, progress=report_progress)
-    report_progress("capturing", 1, 1)
+    progress("capturing", 0, 1)
+    captured, result = load_optimized(config, target) or optimize(config, target, keep=True, progress=progress)
+    progress("capturing", 1, 1)
     requests = weight_requests(captured.graph, result)
     offload = _offload(captured.graph, config, target)
     with told_as(LoadError, f"the weights of {config.model} cannot be loaded"):
-        weights = load_weights(requests, captured, config, report_progress, _sink(target, offload))
+        weights = load_weights(requests, captured, config, progress, _sink(target, offload))
     weights |= on_device(result.constants | _kv_scales(result, config), target)
-    if config.level >= TUNE_LEVEL:
-        _tune(captured.graph, weights, config, target, report_progress)
+    if config.level >= TUNE_LEVEL and target.kind == "cuda":
+        tune_kernels(captured.graph, weights, config, target, progress)
+    elif config.level >= TUNE_LEVEL:
+        tune_linears(captured.graph, weights, config, progress)
     executable = _executable(captured.graph, weights, config, target, offload)
     if isinstance(executable, CudaExecutable):
+        from fuseline.compile.backends.cuda.model import CudaModel  # needs triton
+
         weights = without_offloaded(weights, offload)
-        return _on_gpu(config, captured, result, weights, executable, target, graphs)
+        return CudaModel(config, captured, result, weights, executable, target.device, graphs or GraphConfig())
     model = CpuModel(config, captured, result, weights, executable)
     if config.level > 1 and executable.num_regions and "cut_regions" not in config.disabled_passes:
         model.compile_regions(RegionUpgrade(captured.graph, weights, config))
         if config.wait_compiled:
-            report_progress("compiling", 0, 1)
+            progress("compiling", 0, 1)
             model.wait_compiled()
-            report_progress("compiling", 1, 1)
+            progress("compiling", 1, 1)
     return model
 
 
-def _tune(graph: fx.GraphModule, weights: Mapping[str, Tensor], config, target: Target, progress: Progress) -> None:
-    if target.kind == "cuda":
-        tune_kernels(graph, weights, config, target, progress)
-    else:
-        tune_linears(graph, weights, config, progress)
-
-
-def _on_gpu(config, captured, result, weights, executable, target: Target, graphs: GraphConfig | None) -> CudaModel:
-    from fuseline.compile.backends.cuda.model import CudaModel  # needs triton
-
-    return CudaModel(config, captured, result, weights, executable, target.device, graphs or GraphConfig())
-
-
 def optimize(
-    config: CompileConfig, target: Target = CPU, keep: bool = False, progress: Progress | None = None
+    config: CompileConfig, target: Target = CPU, keep: bool = False, progress: Progress = silent
 ) -> tuple[CapturedModel, PipelineResult]:  # fmt: skip
     """Returns the captured graph, checked, after all passes of the level; reads no weights. Raises CaptureError.
 
@@ -98,7 +89,8 @@ def optimize(
     """
     config = _with_dtype_of(config, target)
     captured = load_or_capture(config, None if config.skip_model_check else partial(_check, config, progress))
-    result = _run_passes(captured, config, target)
+    layouts = layouts_of(captured, config) if target.kind == "cpu" and config.level > 0 else {}
+    result = _run_passes(captured, config, target, layouts)
     if keep:
         save_optimized(config, target, captured, result)
     return captured, result
@@ -109,13 +101,11 @@ def _with_dtype_of(config: CompileConfig, target: Target) -> CompileConfig:
     return replace(config, dtype=STORED) if config.dtype == "auto" and target.kind == "cuda" else config
 
 
-def _check(config: CompileConfig, progress: Progress | None, captured: CapturedModel) -> str:
+def _check(config: CompileConfig, progress: Progress, captured: CapturedModel) -> str:
     """Returns the verdict on a model. Raises CaptureError."""
-    if progress:
-        progress("checking", 0, 1)
+    progress("checking", 0, 1)
     verdict = check_model(config, captured, build_on_cpu)
-    if progress:
-        progress("checking", 1, 1)
+    progress("checking", 1, 1)
     return verdict
 
 
@@ -127,25 +117,25 @@ def build_on_cpu(captured: CapturedModel, config: CompileConfig, weights: Weight
     return CpuModel(config, captured, result, loaded, _executable(captured.graph, loaded, config, CPU))
 
 
-def _run_passes(captured: CapturedModel, config: CompileConfig, target: Target) -> PipelineResult:
+def _run_passes(
+    captured: CapturedModel, config: CompileConfig, target: Target, layouts: Mapping[str, str] = MappingProxyType({})
+) -> PipelineResult:  # fmt: skip
     limit, switch = model_limit(config, captured.facts), captured.rope_switch
     rope_rows = 2 * switch.table_rows if switch else limit
-    ctx = PassContext(_with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target)
-    return run_passes(captured.graph, _stages(config, target), ctx)
+    ctx = PassContext(
+        _with_passes_of(config, target), captured.facts, limit, rope_rows, captured.constants, target, layouts
+    )
+    return run_passes(captured.graph, stages(config, target.kind), ctx)
 
 
 def _with_passes_of(config: CompileConfig, target: Target) -> CompileConfig:
     """Drops disabled passes that the level does not have. Raises ValueError for settings without an effect."""
     if unknown := sorted(set(config.disabled_passes) - set(PASSES)):
         raise ValueError(f"there is no pass {unknown[0]!r}; passes: {', '.join(sorted(PASSES))}")
-    present = {graph_pass.__name__ for _, passes in _stages(config, target) for graph_pass in passes}
+    present = {graph_pass.__name__ for _, passes in stages(config, target.kind) for graph_pass in passes}
     if config.weight_format and "pack_weights" not in present - set(config.disabled_passes):
         raise ValueError(f"weight_format {config.weight_format} has no effect without the pass pack_weights")
     return replace(config, disabled_passes=tuple(name for name in config.disabled_passes if name in present))
-
-
-def _stages(config: CompileConfig, target: Target) -> Stages:
-    return stages(config, target.kind)
 
 
 def on_device(constants: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:

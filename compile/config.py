@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 PASSES = (
@@ -18,8 +19,14 @@ MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 beyond, products take longer than their launches do."""
 
 
+Progress = Callable[[str, int, int], None]
+"""Is told (phase, done, all) while a model is compiled and loaded."""
 STORED = "stored"
 """As `dtype` what auto means on a GPU: the checkpoint's, whatever it is. No flag has it."""
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """A Progress that nobody sees."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,9 @@ class CompileConfig:
     """Base period of rotary embeddings; default: the checkpoint's."""
     ignore_patterns: tuple[str, ...] = ("original/**/*",)
     """Glob of files of the checkpoint that are not read; may be repeated."""
+    quantization: str | None = None
+    """Method of the checkpoint's quantized weights; by default what its config.json says. Plain weights can be
+    quantized as they are loaded: int8, int4 or fp8 (QUANTIZATION.md)."""
     load_format: str = "auto"
     """auto, safetensors, pt or dummy (random weights from `seed`)."""
     seed: int = 0

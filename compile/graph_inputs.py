@@ -84,7 +84,7 @@ class StepOutput:
     """Results of one step, on the device that computed them, valid until the next one."""
 
     logits: Tensor
-    """[R, V] float32."""
+    """[R, V], float32 or on a GPU the model's dtype, which sampling widens as it reads."""
     hidden: Tensor | None = None
     """[R, D] in the model's dtype, the input of the final linear; None unless the model was compiled to return it."""
 
@@ -94,7 +94,7 @@ class StepOutput:
         results = [result[0] for result in (found if isinstance(found, tuple) else (found,))]
         if rows is not None:
             results = [result.index_select(0, rows) for result in results]
-        return StepOutput(results[0].float(), *results[1:])
+        return StepOutput(*results)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class EngineClient:
             raise ValueError(f"request id {request.request_id} is in use")
         mailbox = _Mailbox()
         num_unfinished = request.params.n
-        if isinstance(request.params, SamplingParams) and request.params.grammar:
+        if isinstance(request.params, SamplingParams) and request.params.has_masks:
             await self._send_vocabulary()
         self._send(request)
         self._mailboxes[request.request_id] = mailbox

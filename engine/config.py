@@ -42,7 +42,8 @@ class SchedulerConfig:
     scheduler_cls: str = ""
     """Import path of a subclass of fuseline.engine.schedule.scheduler.Scheduler; empty takes that itself."""
     scheduling_policy: str = "fcfs"
-    """fcfs, or priority (lower value first, ties by arrival)."""
+    """fcfs, or priority (lower value first, ties by arrival). Of the prompts of a request each counts as coming 0.25 s
+    after the one before, so that a request of a thousand does not keep others waiting."""
     scheduler_delay_factor: float = 0.0
     """While others run, prompts wait for so many times the seconds of the last step with new prompts: more of them
     start together."""
@@ -70,7 +71,8 @@ class GrammarConfig:
     grammar_cache_bytes: int = 256 * 2**20
     """Bytes of compiled grammars that are kept for requests to come; a larger one is refused with 400."""
     grammar_workers: int = 2
-    """Grammars that are compiled at the same time; the processes start with the first request that needs them."""
+    """Grammars that are compiled at the same time; the processes start with the first request that needs them, on a GPU
+    one with the server."""
 
 
 @dataclass(frozen=True)

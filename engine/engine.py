@@ -16,6 +16,7 @@ from fuseline.engine.requests import Requests
 from fuseline.engine.run.device import Device
 from fuseline.engine.run.grammar.compiler import GrammarCompiler
 from fuseline.engine.run.grammar.masks import ForcedTokens
+from fuseline.engine.run.grammar.slow_masks import SlowMasks
 from fuseline.engine.run.runner import Model, PreparedBatch, Runner
 from fuseline.engine.run.sampling import NOT_FINITE, OK, PROCESSOR_FAILED, Launched, Sampled, StepResult
 from fuseline.engine.run.speculate.drafting import Drafter, Drafting, kept_positions
@@ -74,7 +75,9 @@ class Engine:
         self.scheduler = scheduler_class(config.scheduler.scheduler_cls)(limits, self.rows, self.kv, info.rope_switch)
         self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens, config.logprobs_mode)
         self.grammars = GrammarCompiler(config.grammars, info.vocab_size)
-        self.requests = Requests(config, info, self.scheduler, self.max_model_len, self.grammars)
+        self.slow_masks = SlowMasks(self.rows)
+        self._waits_for_masks = False  # nothing else can be computed
+        self.requests = Requests(config, info, self.scheduler, self.max_model_len, self.grammars, self.slow_masks)
         threshold = info.rope_switch.threshold if info.rope_switch else None
         self.drafting = Drafting(drafter, self.rows, info.vocab_size, threshold) if drafter else None
         self.forced = ForcedTokens(self.runner.sampler.masks, self.rows, threshold) if can_jump else None
@@ -86,7 +89,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        is_busy = self._order.is_running or (self.scheduler.has_work and not self.is_asleep)
+        is_waiting = self._waits_for_masks and self.slow_masks.is_waiting
+        is_busy = self._order.is_running or (self.scheduler.has_work and not self.is_asleep and not is_waiting)
         return is_busy or bool(self.requests.report)
 
     def step(self) -> StepOutputs:
@@ -99,11 +103,14 @@ class Engine:
     def schedule(self) -> ScheduledBatch:
         if self.drafting:
             self.drafting.propose()
+        is_held = bool(self.rows.has_grammar.any()) and self.slow_masks.hold()
         if self.forced:
             # Steps without a grammar cost nothing more than those of an engine that knows none.
             self.rows.with_drafts = self.drafting is not None or bool(self.rows.has_grammar.any())
             self.forced.propose()
-        return self.scheduler.schedule()
+        scheduled = self.scheduler.schedule()
+        self._waits_for_masks = is_held and not scheduled.num_tokens
+        return scheduled
 
     def prepare(self, scheduled: ScheduledBatch) -> PreparedBatch:
         return self.runner.prepare(scheduled)
@@ -133,6 +140,7 @@ class Engine:
 
     def store(self, batch: PreparedBatch, result: StepResult) -> None:
         scheduled, sampled = batch.scheduled, result.sampled
+        self._waits_for_masks = False
         if sampled is None:
             return
         places, generation = scheduled.rows[scheduled.sampling], scheduled.generation[scheduled.sampling]

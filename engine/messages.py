@@ -28,18 +28,27 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """The language that generated text must be in, as a grammar that is yet to be compiled."""
 
     kind: Literal["ebnf", "lark", "structural_tag", "regex", "json_schema"]
-    """ebnf: GBNF with a rule `root`; lark: with a rule `start`; structural_tag: xgrammar's JSON. regex and json_schema
-    are for backends that take no ebnf."""
+    """ebnf: GBNF with a rule `root`; lark: with a rule `start`; structural_tag: xgrammar's JSON. Other backends take
+    regex and json_schema, an object with `schema` and `whitespace`, the regex between JSON's tokens."""
     text: str
     backend: str = "xgrammar"
     starts_after: tuple[int, ...] = ()
     """Token ids that follow each other in the answer before the grammar begins: the end of thinking. Until then every
     token but an ending one may come. Empty: from the first token on."""
 
+    spelled: tuple[tuple[int, str], ...] = ()
+    """Special tokens that the grammar reads as their text: the marks of a format."""
+    is_slow: bool = False
+    """Its masks may take long: no step waits for them."""
+    is_free: bool = False
+    """Text may end wherever the grammar has no more to say of it, and may hold special tokens there; the request's
+    other settings say when it ends."""
+
     @property
     def key(self) -> bytes:
         """SHA-256 of what is compiled."""
-        parts = (self.backend, self.kind, self.text)
+        marks = (f"{token} {text}" for token, text in self.spelled)
+        parts = (self.backend, self.kind, str(self.is_free), self.text, *marks)
         return hashlib.sha256(b"".join(len(p.encode()).to_bytes(8, "little") + p.encode() for p in parts)).digest()
 
 
@@ -51,6 +60,23 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, tag="vocabulary"):
     eos_token_ids: tuple[int, ...]
     vocab_size: int = 0
     """Logits of the model; tokens beyond the list are never allowed."""
+
+
+class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bounds the tokens of reasoning, which is the text between marks at the begin of an answer."""
+
+    num_tokens: int
+    """Tokens behind the first mark; then the end is forced."""
+    begins: tuple[str, ...]
+    ends: tuple[str, ...]
+    end_token_ids: tuple[int, ...]
+    """Tokens of the end that is forced."""
+    is_open: bool = False
+    """The answer begins within reasoning."""
+    may_resume: bool = False
+    """Reasoning may begin again behind its end; the budget is for all of it."""
+    spelled: tuple[tuple[int, str], ...] = ()
+    """Special tokens that are part of marks, and their text."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sampling"):
@@ -88,11 +114,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     scores_temperature: float = 1.0
     """Temperature at which log-probabilities are taken; for beam search, whose steps are greedy."""
     grammar: GrammarSpec | None = None
+    thinking: ThinkingBudget | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the tokens so far say which may come next."""
+        return self.grammar is not None or self.thinking is not None
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether a grammar alone says where the text ends."""
+        return self.grammar is not None and not self.grammar.is_free
 
     @property
     def ending_token_ids(self) -> tuple[int, ...]:
         """Tokens that end the sequence. A grammar allows EOS only where it is complete, and then ignore_eos is void."""
-        eos = self.masked_eos_token_ids if self.grammar else ()
+        eos = self.masked_eos_token_ids if self.is_structured else ()
         return tuple(dict.fromkeys((*self.eos_token_ids, *self.stop_token_ids, *eos)))
 
 
@@ -125,6 +162,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     params: SamplingParams | PoolingParams
     priority: int = 0
     arrival_time: float = 0.0
+    turn: int = 0
+    """Prompts of the same body that come before it: it stands back behind others that come in the next moments."""
     cache_salt: str = ""
     embeds: tuple[PromptEmbeds, ...] = ()
     """Within the prompt, whose token ids are placeholders there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -11,11 +12,18 @@ from fuseline.compile.specs import ModelInfo
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.messages import EngineRequest, Output, PooledOutput, PoolingParams, SamplingParams, TokenOutput
 from fuseline.engine.outputs import Ending, NewTokens, Report, make_outputs
+from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
 from fuseline.engine.run.grammar.matcher import GrammarState
+from fuseline.engine.run.grammar.slow_masks import SlowMasks
+from fuseline.engine.run.grammar.thinking import BudgetState
 from fuseline.engine.run.logits_processors import for_sequence, make_processor
 from fuseline.engine.schedule.scheduler import Scheduler
 from fuseline.engine.state.sequence import Sequence, SequenceOptions, make_sequences
+
+TURN_SECONDS = 0.25
+"""By so much later a prompt counts as coming than the one before it in the same body, so that a body of a thousand does
+not keep others waiting. One that is served faster loses nothing."""
 
 
 class Requests:
@@ -28,12 +36,13 @@ class Requests:
         scheduler: Scheduler,
         max_model_len: int,
         grammars: GrammarCompiler,
+        slow_masks: SlowMasks,
     ) -> None:
         self.report = Report()
         self.live: dict[str, list[Sequence]] = {}  # the unfinished sequences of each request
         self._info, self._scheduler = info, scheduler
         self._max_model_len = max_model_len
-        self._grammars = grammars
+        self._grammars, self._slow_masks = grammars, slow_masks
         self._compiling: dict[bytes, list[Sequence]] = {}  # by key of the grammar that they wait for
         switch = info.rope_switch
         self._options = SequenceOptions(
@@ -75,6 +84,9 @@ class Requests:
 
     def admit_compiled(self) -> None:
         """Queue the sequences whose grammar has been compiled, refuse those whose grammar cannot be."""
+        for seq in self._slow_masks.take_first():
+            if not seq.is_finished:
+                self._scheduler.add(seq)
         for key, result in self._grammars.take_finished():
             for seq in self._compiling.pop(key, ()):
                 if seq.is_finished:
@@ -84,20 +96,29 @@ class Requests:
                     for other in list(self.live[seq.request.request_id]):
                         self.finish(other, Ending("error", error=str(result), is_bad_request=True))
                 else:
-                    seq.grammar = GrammarState(result, seq.params, self._info.vocab_size)
-                    self._scheduler.add(seq)
+                    self._add(seq, result)
 
     def _queue(self, seq: Sequence) -> None:
         """The scheduler takes a sequence once its grammar, if it has one, is compiled."""
         spec = None if isinstance(seq.params, PoolingParams) else seq.params.grammar
         if spec is None:
-            self._scheduler.add(seq)
+            self._add(seq, None)
         elif (compiled := self._grammars.find(spec)) is not None:
-            seq.grammar = GrammarState(compiled, seq.params, self._info.vocab_size)
-            self._scheduler.add(seq)
+            self._add(seq, compiled)
         else:
             self._compiling.setdefault(spec.key, []).append(seq)
             self._grammars.start(spec)
+
+    def _add(self, seq: Sequence, grammar: Grammar | None) -> None:
+        """Hand a sequence to the scheduler, with what follows its tokens."""
+        if grammar is not None:
+            seq.grammar = GrammarState(grammar, seq.params, self._info.vocab_size)
+        if not isinstance(seq.params, PoolingParams) and seq.params.thinking is not None:
+            seq.grammar = BudgetState(seq.params.thinking, self._grammars.vocabulary, seq.grammar)
+        if seq.grammar is not None and seq.grammar.is_slow:
+            self._slow_masks.add(seq)
+        else:
+            self._scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
         """End a request's unfinished choices and free their blocks; unknown ids are ignored."""
@@ -154,9 +175,10 @@ class Requests:
 
     def _order(self, request: EngineRequest) -> tuple[float, ...]:
         self._num_added += 1
+        delay = TURN_SECONDS * request.turn
         if self._scheduler.limits.is_priority:
-            return (request.priority, request.arrival_time, self._num_added)
-        return (self._num_added,)
+            return (request.priority, request.arrival_time + delay, self._num_added)
+        return (time.monotonic() + delay, self._num_added)
 
     def _find_fault(self, request: EngineRequest) -> str:
         """Why a request cannot be served; the API has checked already, the engine must survive anyway."""

@@ -82,13 +82,14 @@ class EngineService:
     def run(self, inbox: Inbox) -> None:
         """Serve until told to shut down. Without work it blocks on the inbox."""
         try:
-            self.engine.grammars.on_ready = inbox.wake
+            self.engine.grammars.on_ready = self.engine.slow_masks.on_ready = inbox.wake
             while self._take_messages(inbox):
                 self.engine.admit_compiled()
                 if self.engine.has_work:
                     self.send(self.engine.step())
         finally:
             self.engine.grammars.close()
+            self.engine.slow_masks.close()
             # A thread that still captures would outlive the interpreter.
             self.device.stop_capture(self.engine.runner.model)
 
@@ -113,6 +114,9 @@ class EngineService:
             self.engine.add(message)
         elif isinstance(message, Vocabulary):
             self.engine.grammars.set_vocabulary(message)
+            if self.device.is_asynchronous:
+                # A torch for CUDA takes seconds to import, and a GPU's machine has the memory.
+                self.engine.grammars.warm_up()
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
                 self.engine.abort(request_id)

@@ -183,7 +183,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Say `--tool-call-parser nothing`.", "`--enable-lora`", "    fuseline serve MODEL --quantization awq",
+        "Say `--tool-call-parser nothing`.", "`--enable-lora`", "    fuseline serve MODEL --quantization aqlm",
         "```\nfuseline serve MODEL \\\n  --tensor-parallel-size 2\n```", "`fuseline serve --no-such-flag`",
         "    fuseline serve MODEL --max-num-seqs 0", "    fuseline bench serve --dataset nothing", "`make nothing`",
         "    python benchmarks/nothing.py", "    python benchmarks/load.py 135m --nothing",

@@ -12,9 +12,12 @@ from pathlib import Path
 
 from fuseline.api.parsers import formats, reasoning
 from fuseline.api.parsers.registry import HARMONY_REASONING, HARMONY_TOOLS, TEMPLATE
+from fuseline.api.prompt.call_grammar import call_grammar
+from fuseline.api.prompt.tools import Tool
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "TOOLS.md"
 BEGIN, END = "<!-- tables: tools/make_tool_docs.py -->\n", "<!-- end -->\n"
+ANY = Tool("f", None)
 
 
 def make_text(text: str) -> str:
@@ -25,9 +28,13 @@ def make_text(text: str) -> str:
 
 
 def tables() -> str:
-    rows = [(form.names, _begin(form)) for form in formats.FORMATS]
-    rows += [(HARMONY_TOOLS, _code("<|channel|>commentary to=functions.NAME")), ((TEMPLATE,), "as the template says")]
-    lines = ["| `--tool-call-parser` | calls begin with |", "|---|---|", *(_row(*row) for row in rows), ""]
+    rows = [(form.names, _begin(form), "yes" if call_grammar(form, [ANY]) else "no") for form in formats.FORMATS]
+    rows += [
+        (HARMONY_TOOLS, _code("<|channel|>commentary to=functions.NAME"), "yes"),
+        ((TEMPLATE,), "as the template says", "as its format"),
+    ]
+    head = ["| `--tool-call-parser` | calls begin with | `strict` |", "|---|---|---|"]
+    lines = [*head, *(_row(*row) for row in rows), ""]
     rows = [(form.names, " ".join(map(_code, (*form.begins, *form.ends)))) for form in reasoning.FORMATS]
     rows.append((HARMONY_REASONING, _code("<|channel|>analysis")))
     lines += ["| `--reasoning-parser` | reasoning stands between |", "|---|---|", *(_row(*row) for row in rows), ""]
@@ -39,8 +46,8 @@ def _begin(form: formats.ToolFormat) -> str:
     return ", ".join(([" ".join(marks)] if marks else []) + [f"a first `{letter}`" for letter in form.bare])
 
 
-def _row(names: tuple[str, ...], cell: str) -> str:
-    return f"| {', '.join(f'`{name}`' for name in names)} | {cell} |"
+def _row(names: tuple[str, ...], *cells: str) -> str:
+    return f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |"
 
 
 def _code(mark: str) -> str:

@@ -133,7 +133,7 @@ class Choice:
         self._options = options
         self._ends = set(request.params.ending_token_ids)
         # What ends a grammar's text is no part of it: with its spelling the text would not be valid.
-        self._shows_end = options.include_stop and request.params.grammar is None
+        self._shows_end = options.include_stop and not request.params.is_structured
         self._num_tokens = 0
         self._num_characters = 0  # of the text so far, held back or not
         self._is_done = False

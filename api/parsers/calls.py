@@ -43,10 +43,14 @@ class CallSink:
         make_id: MakeId = hex_id,
         limit: int | None = None,
         strict_names: bool = False,
+        is_forced: bool = False,
     ) -> None:
-        """`tools`: schemas of arguments by name. `limit`: calls that are handed on; more are dropped."""
+        """`tools`: schemas of arguments by name. `limit`: calls that are handed on; more are dropped. `is_forced`: all
+        text is calls, of which the last may be cut short.
+        """
         self.tools = tools
         self._index, self._make_id, self._limit, self._strict_names = index, make_id, limit, strict_names
+        self._is_forced = is_forced
         self._parts: list[Part] = []
         self._pieces: list[str] = []
         """Text of the last event."""
@@ -72,7 +76,7 @@ class CallSink:
 
     def text(self, text: str) -> None:
         """Text outside of calls."""
-        if self.num_calls or not text:
+        if self.num_calls or self._is_forced or not text:
             return
         if not self.has_content and text.isspace():
             self._blanks.append(text)
@@ -111,7 +115,7 @@ class CallSink:
         """`raw` began like a call and is none. A call that is announced stays where the output is merely cut short."""
         was_announced, was_dropped = self._is_announced, self._is_dropped
         self._open, self._is_announced, self._is_dropped = None, False, False
-        if was_dropped or (was_announced and is_cut):
+        if was_dropped or (is_cut and (was_announced or self._is_forced)):
             return
         if was_announced:
             self.num_calls -= 1

@@ -31,6 +31,8 @@ class ParseSettings:
     reasoning: ReasoningFormat | Literal["harmony"] | None = None
     start: Start = ""
     is_parallel: bool = True
+    is_limited: bool = False
+    """Calls of tools that are not among `tools` are text."""
     shows_reasoning: bool = True
     plugin: Callable[[int], ChoiceParser] | None = None
     """Makes the parser of a choice where the format is a plugin's."""
@@ -82,8 +84,11 @@ class TextParser:
     def __init__(self, index: int, settings: ParseSettings) -> None:
         form = settings.format if isinstance(settings.format, ToolFormat) else None
         is_single = not settings.is_parallel or (settings.choice == "auto" and form is not None and form.is_single)
-        strict_names = settings.choice == "auto" and form is not None and form.needs_known
-        self._sink = CallSink(index, settings.tools, settings.make_id, 1 if is_single else None, strict_names)
+        needs_known = settings.is_limited or (form is not None and form.needs_known)
+        strict_names = settings.choice == "auto" and needs_known
+        is_forced = settings.choice in ("named", "required")
+        limit = 1 if is_single else None
+        self._sink = CallSink(index, settings.tools, settings.make_id, limit, strict_names, is_forced)
         self._calls = _Pump(_calls_reader(settings, self._sink))
         self._thinking, self._thought = _thinking_reader(settings, self._sink, self._calls)
 
@@ -129,10 +134,9 @@ def _thinking_reader(
     settings: ParseSettings, sink: CallSink, calls: _Pump
 ) -> tuple[ThinkingReader | HarmonyReader | None, _Pump | None]:
     """Return what reads reasoning, and the pump that it reads from."""
-    has_calls = settings.choice == "auto" and settings.format == HARMONY
+    is_forced = settings.choice in ("named", "required")  # then a grammar asks for channels
+    has_calls = settings.format == HARMONY and settings.choice != "none" or settings.reasoning == HARMONY and is_forced
     if has_calls or settings.reasoning == HARMONY:
-        if settings.choice in ("named", "required"):  # the grammar leaves no room for channels
-            return None, None
         harmony = HarmonyReader(has_calls)
         return harmony, _Pump(lambda source: harmony.read(source, sink))
     if settings.reasoning is None:

@@ -59,24 +59,25 @@ def read_output(source: Source, sink: CallSink, form: ToolFormat) -> Reading[Non
     source.record()
     letter = yield from source.blanks()
     blanks = source.recorded()
+    found = markers(*form.opens, *form.groups) if form.opens else None
     if form.bare and letter and letter in form.bare:
-        yield from _attempt(source, sink, form, "", blanks)
+        mark = (yield from source.goes_on_with(found)) if found else None
+        yield from _attempt(source, sink, form, mark or "", blanks + (mark or ""))
     else:
         sink.text(blanks)
-    found = markers(*form.opens, *form.groups) if form.opens else None
     if form.is_first and found and not sink.num_calls and not sink.has_content:
         if mark := (yield from source.goes_on_with(found)):
-            yield from _attempt(source, sink, form, mark, "")
+            yield from _attempt(source, sink, form, mark, mark)
     if found is None or form.is_first:
         yield from _rest(source, sink)
         return
     while (mark := (yield from source.until(found, sink.text))) is not None:
-        yield from _attempt(source, sink, form, mark, "")
+        yield from _attempt(source, sink, form, mark, mark)
 
 
 def _attempt(source: Source, sink: CallSink, form: ToolFormat, mark: str, before: str) -> Reading[None]:
     """Read calls behind `mark`; what proves to be none is content."""
-    source.record(before + mark)
+    source.record(before)
     try:
         while mark in form.groups:
             yield from source.need_after_blanks()

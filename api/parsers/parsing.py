@@ -33,7 +33,8 @@ class Parsing:
         settings = ParseSettings(
             tools=dict(options.tools), choice=options.choice, named=options.tools[0][0] if options.tools else "",
             format=self.formats.tools, reasoning=self.formats.reasoning, start=options.start,
-            is_parallel=options.is_parallel, shows_reasoning=options.shows_reasoning, plugin=plugin,
+            is_parallel=options.is_parallel, is_limited=options.is_limited,
+            shows_reasoning=options.shows_reasoning, plugin=plugin,
         )  # fmt: skip
         return settings, skips
 

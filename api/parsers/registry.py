@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fuseline.api.config import ConfigError, ServerConfig
@@ -61,6 +61,12 @@ def find_formats(config: ServerConfig, template: str) -> Formats:
             raise ConfigError(f"--tool-call-parser {TEMPLATE}: the chat template writes no known format of tool calls")
     reasoning = HARMONY if config.reasoning_parser in HARMONY_REASONING else find_reasoning(config.reasoning_parser)
     return Formats(tools, plugin, reasoning)
+
+
+def declared_formats(config: ServerConfig, template: str) -> Formats:
+    """The formats that grammars can be made for: those of a plugin are not."""
+    formats = replace(config, tool_parser_plugin="", tool_call_parser="") if config.tool_parser_plugin else config
+    return find_formats(formats, template)
 
 
 def check_vocabulary(formats: Formats, tokenizer: TextTokenizer) -> None:

@@ -104,6 +104,10 @@ class TextTokenizer:
                 ids += self._encode_inner(piece, newline, k == 0)
         return self._framed(ids) if add_special_tokens else ids
 
+    def encode_behind(self, text: str) -> list[int]:
+        """Ids of a text that goes on behind another one."""
+        return self._encode_inner(text, self.encode("\n", False), False)
+
     def _encode_inner(self, text: str, newline: list[int], is_first: bool) -> list[int]:
         """A piece of a text, behind a line end so that it does not count as the beginning of one."""
         if is_first:

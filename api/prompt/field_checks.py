@@ -81,6 +81,13 @@ def _check_completion(body: CompletionRequest) -> None:
         raise bad_request("when using `logprob_token_ids`, `logprobs` must be set.", "logprob_token_ids")
 
 
+def check_budget(body: ChatRequest, config: ServerConfig) -> None:
+    """Raises ApiError 400 where reasoning is to be bounded and the server does not know which text it is."""
+    if body.thinking_token_budget not in (None, -1) and not config.reasoning_parser:
+        message = "thinking_token_budget needs a server that is started with --reasoning-parser"
+        raise bad_request(message, "thinking_token_budget", "unsupported_value")
+
+
 def _check_chat(body: ChatRequest) -> None:
     if body.top_logprobs and not body.logprobs:
         raise bad_request("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")

@@ -24,12 +24,13 @@ RENAMED = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
+    "thinking_token_budget": "thinking.budget_tokens",
 }
 """Field of the chat request -> the field that the client has sent."""
 
 
-def chat_of_messages(body: CountTokensRequest) -> ChatRequest:
-    """Raises ApiError 400."""
+def chat_of_messages(body: CountTokensRequest, has_reasoning: bool = False) -> ChatRequest:
+    """`has_reasoning`: the server knows which text is reasoning, and can bound it. Raises ApiError 400."""
     refuse_fields(body, REFUSED)
     messages = [{"role": "system", "content": _system(body.system)}] if body.system else []
     for k, message in enumerate(body.messages):
@@ -42,6 +43,7 @@ def chat_of_messages(body: CountTokensRequest) -> ChatRequest:
         "tool_choice": _choice(choice) if choice and body.tools else None,
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
         "chat_template_kwargs": _thinking(body.thinking),
+        "thinking_token_budget": _budget(body.thinking) if has_reasoning else None,
         "continue_final_message": True if _is_begun(messages) else None,
         "response_format": _format(output.get("format")),
         "reasoning_effort": output.get("effort"),
@@ -136,9 +138,18 @@ def _choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
 
 
 def _thinking(thinking: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A variable of the templates that know it. A budget is a bound that only the model's own reasoning may reach."""
+    """A variable of the templates that know it."""
     if thinking is None:
         return None
     if thinking.get("type") not in ("enabled", "disabled", "adaptive"):
         raise bad_request('thinking.type must be "enabled", "adaptive" or "disabled"', "thinking.type")
     return {"enable_thinking": thinking["type"] != "disabled"}
+
+
+def _budget(thinking: Mapping[str, Any] | None) -> int | None:
+    budget = (thinking or {}).get("budget_tokens")
+    if budget is None or thinking.get("type") != "enabled":
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise bad_request("thinking.budget_tokens must be a number of tokens, 1 or more", "thinking.budget_tokens")
+    return budget

@@ -13,8 +13,9 @@ from msgspec.structs import replace
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.backends import choose_backend
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.api.structured.ebnf import MAX_BYTES, Rules, choice, literal, repeat, sequence, too_large
+from fuseline.api.structured.ebnf import BLOCK, MAX_BYTES, Rules, choice, literal, repeat, sequence, too_large
 from fuseline.api.structured.json_text import NO_WHITESPACE, WHITESPACE
+from fuseline.api.structured.portable import portable_patterns, portable_regex, quoted_regex
 from fuseline.api.structured.regex import RegexGrammar
 from fuseline.api.structured.schema import Schema, SchemaGrammar
 from fuseline.api.structured.tags import tag_grammar
@@ -22,7 +23,11 @@ from fuseline.engine.messages import GrammarSpec
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_fallback", "disable_additional_properties")
+PLAIN_WHITESPACE = "[ ]?"
+"""Between JSON's tokens where packages of other backends compile a schema."""
 LARK_RULE = re.compile(r"^\s*[!?]?[a-zA-Z_]\w*(\.-?\d+)?\s*:(?!:=)", re.MULTILINE)
+LONG_COUNT = re.compile(r"(?<=[{,~.])\s*(\d{2,9})(?=\s*(?:[,}\n.]|$))")
+"""Counts of repetitions, {m,n} of both and ~ m..n of Lark."""
 GBNF_RULE = re.compile(r"^\s*[a-zA-Z_][\w-]*\s*::=", re.MULTILINE)
 
 
@@ -79,12 +84,20 @@ def request_spec(request: GenerateRequest, default_backend: str = "xgrammar") ->
         message = f"You can only use one kind of guided decoding but multiple are specified: {names}"
         raise bad_request(message, found[0][0])
     param, kind, value = found[0]
-    whitespace = _whitespace(request)
+    whitespace, pattern = _whitespace(request)
     backend = request.guided_decoding_backend or default_backend
     if param.startswith("structured_outputs"):
         backend = (request.structured_outputs or {}).get("backend") or backend
-    spec = _MAKERS[kind](value, param, whitespace)
-    return replace(spec, backend=choose_backend(backend, kind, "guided_decoding_backend"))
+    value = _parsed(value, param) if kind in ("json", "structural_tag") else value
+    name = choose_backend(backend, kind, value, pattern is not None, "guided_decoding_backend")
+    if name == "xgrammar":
+        return _MAKERS[kind](value, param, whitespace)
+    return _package_spec(name, kind, value, param, pattern)
+
+
+def has_format(request: GenerateRequest) -> bool:
+    """Whether the grammar of a request is that of its response_format."""
+    return request.response_format is not None and request.response_format.type != "text"
 
 
 def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
@@ -105,7 +118,7 @@ def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
             raise bad_request(f"structured_outputs needs one of {', '.join(KINDS)}", "structured_outputs")
         found += named
     form = request.response_format
-    if form is None or form.type == "text":
+    if not has_format(request):
         return found
     if form.type == "json_object":
         return [*found, ("response_format", "json_object", True)]
@@ -125,14 +138,15 @@ def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
     )  # fmt: skip
 
 
-def _whitespace(request: GenerateRequest) -> str:
+def _whitespace(request: GenerateRequest) -> tuple[str, str | None]:
+    """(expression of the whitespace between JSON's tokens, the regex that the request gives for it)."""
     outputs = request.structured_outputs or {}
     pattern = request.guided_whitespace_pattern
     param = "guided_whitespace_pattern"
     if pattern is None:
         pattern, param = outputs.get("whitespace_pattern"), "structured_outputs.whitespace_pattern"
     if pattern is None:
-        return NO_WHITESPACE if outputs.get("disable_any_whitespace") else WHITESPACE
+        return (NO_WHITESPACE, "") if outputs.get("disable_any_whitespace") else (WHITESPACE, None)
     if not isinstance(pattern, str):
         raise bad_request(f"{param} must be a string", param)
     rules = Rules()
@@ -141,14 +155,33 @@ def _whitespace(request: GenerateRequest) -> str:
         re.search(r"[A-Za-z0-9]", re.sub(r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}|\{[\d,]*\}", "", body))
     ):
         raise bad_request(f"{param} may match blanks, tabs and line ends only", param)
-    return body
+    return body, pattern
+
+
+def _package_spec(name: str, kind: str, value: Any, param: str, whitespace: str | None) -> GrammarSpec:
+    """The grammar for a backend that is a package of its own: what the client gave, as it is."""
+    if kind == "grammar":
+        return replace(_grammar(value, param, ""), backend=name)
+    if kind in ("json", "json_object"):
+        schema = {"type": "object"} if kind == "json_object" else _schema(value, param)
+        schema = portable_patterns(schema, is_whole=name == "outlines")
+        text = json.dumps({"schema": schema, "whitespace": PLAIN_WHITESPACE if whitespace is None else whitespace})
+        if len(text) > MAX_BYTES:
+            raise too_large()
+        return GrammarSpec(kind="json_schema", text=text, backend=name)
+    if kind == "choice":
+        return GrammarSpec(kind="regex", text="|".join(map(quoted_regex, _choices(value, param))), backend=name)
+    return GrammarSpec(kind="regex", text=portable_regex(_text(value, param)), backend=name)
+
+
+def _schema(value: Any, param: str) -> Schema:
+    if not isinstance(value, dict | bool):
+        raise bad_request(f"{param} must be a JSON schema: an object", param)
+    return value
 
 
 def _json(value: Any, param: str, whitespace: str) -> GrammarSpec:
-    value = _parsed(value, param)
-    if not isinstance(value, dict | bool):
-        raise bad_request(f"{param} must be a JSON schema: an object", param)
-    return json_spec(value, param=param, whitespace=whitespace)
+    return json_spec(_schema(value, param), param=param, whitespace=whitespace)
 
 
 def _json_object(value: Any, param: str, whitespace: str) -> GrammarSpec:
@@ -162,22 +195,33 @@ def _regex(value: Any, param: str, whitespace: str) -> GrammarSpec:
 
 
 def _choice(value: Any, param: str, whitespace: str) -> GrammarSpec:
+    return GrammarSpec(kind="ebnf", text=Rules().text(choice(literal(item) for item in _choices(value, param))))
+
+
+def _choices(value: Any, param: str) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
         raise bad_request(f"{param} must be a list of strings that are not empty", param)
-    return GrammarSpec(kind="ebnf", text=Rules().text(choice(literal(item) for item in value)))
+    return value
 
 
 def _grammar(value: Any, param: str, whitespace: str) -> GrammarSpec:
     text = _text(value, param)
+    is_slow = _has_long_count(text)
     if GBNF_RULE.search(text):
-        return GrammarSpec(kind="ebnf", text=text)
+        return GrammarSpec(kind="ebnf", text=text, is_slow=is_slow)
     if LARK_RULE.search(text):
-        return GrammarSpec(kind="lark", text=text)
+        return GrammarSpec(kind="lark", text=text, is_slow=is_slow)
     raise bad_request(f"{param} has no rule (root ::= ... of GBNF, start: ... of Lark)", param)
 
 
 def _structural_tag(value: Any, param: str, whitespace: str) -> GrammarSpec:
-    return GrammarSpec(kind="structural_tag", text=tag_grammar(_parsed(value, param), param))
+    text = tag_grammar(value, param)
+    return GrammarSpec(kind="structural_tag", text=text, is_slow=_has_long_count(text))
+
+
+def _has_long_count(text: str) -> bool:
+    """Whether a client's own grammar has a count in whose midst masks take long."""
+    return any(int(count) > BLOCK for count in LONG_COUNT.findall(text))
 
 
 _MAKERS = {

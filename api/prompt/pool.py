@@ -45,8 +45,9 @@ class Lane:
     """Part of --prompt-memory that a process may take."""
 
 
-SHORT = Lane(niceness=0, patience=0.05, slow_per_place=4, least=1.0, num_ready=2, slow_niceness=19, memory_divisor=8)
-"""Bodies that take some milliseconds; one that takes longer has a template that runs on and on."""
+SHORT = Lane(niceness=5, patience=0.035, slow_per_place=4, least=1.0, num_ready=2, slow_niceness=19, memory_divisor=8)
+"""Bodies that take some milliseconds; one that takes longer has a template that runs on and on. The engine goes first:
+a burst of them wants every core."""
 LARGE = Lane(niceness=5, patience=2.0, slow_per_place=1, least=8.0, num_ready=1)
 
 

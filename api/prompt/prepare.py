@@ -17,17 +17,19 @@ from pydantic import BaseModel
 from fuseline.api.admission import Admission
 from fuseline.api.config import JsonObject, ServerConfig
 from fuseline.api.errors import ApiError, bad_request, to_api_error
+from fuseline.api.parsers.registry import declared_formats
 from fuseline.api.prompt import from_anthropic, from_responses
 from fuseline.api.prompt.chat import ChatRenderer, RenderedChat, named_templates
 from fuseline.api.prompt.completion_prompt import CompletionPrompts
 from fuseline.api.prompt.encode import TextTokenizer
-from fuseline.api.prompt.field_checks import check_request
+from fuseline.api.prompt.field_checks import check_budget, check_request
+from fuseline.api.prompt.grammar import has_format
 from fuseline.api.prompt.limits import Limits
 from fuseline.api.prompt.parse import renamed_fields, validate
 from fuseline.api.prompt.prepared import AnswerOptions, BeamOptions, Prepared, PreparedPrompt, Refused, Reply, Written
 from fuseline.api.prompt.sampling import SamplingBuilder
 from fuseline.api.prompt.token_routes import detokenize, tokenize
-from fuseline.api.prompt.tool_grammar import thinking_of, with_grammar
+from fuseline.api.prompt.tool_grammar import Answers, thinking_budget, thinking_of, with_grammar
 from fuseline.api.prompt.tools import parse_options, read_tools
 from fuseline.api.protocol.anthropic import CountTokensRequest, MessagesRequest
 from fuseline.api.protocol.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -64,6 +66,7 @@ class Preparer:
         self._tokenizer = tokenizer
         self._admission = Admission(config)
         self.limits = Limits(config, settings.ready, tokenizer)
+        self._formats = declared_formats(config, settings.template or "")
         self._prompts = CompletionPrompts(tokenizer, self.limits)
         self.renderer = ChatRenderer(config, settings.template, named_templates(tokenizer), tokenizer)
         self._sampling = SamplingBuilder(config, settings.ready, tokenizer, self.limits, dict(settings.defaults))
@@ -112,7 +115,7 @@ class Preparer:
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
             params = replace(params, prompt_logprobs=params.logprobs)
         shown = None if body.logprobs is None else params.logprobs
-        answer = _answer(body, is_structured=params.grammar is not None)
+        answer = _answer(body, params.is_structured)
         return Prepared(prompts, params, replace(answer, num_logprobs=shown, is_one_event=_is_ranked(body)))
 
     def _completion_prompt(self, body: CompletionRequest, text: str | list[int]) -> PreparedPrompt:
@@ -123,6 +126,7 @@ class Preparer:
     def _chat(self, body: ChatRequest) -> Prepared:
         use = read_tools(body, self._config)
         check_request(body, self._config)
+        check_budget(body, self._config)
         self._admission.check(body)
         self._need_tokenizer("messages")
         rendered = self.renderer.render(body)
@@ -140,10 +144,14 @@ class Preparer:
         parse = parse_options(body, use, rendered, self._config)
         if parse:
             thinking = thinking_of(body, parse.start, self._config)
-            params = with_grammar(params, use, thinking, self._need_tokenizer())
-        if params.grammar is not None:
+            answers = Answers(thinking, self._formats, self._need_tokenizer())
+            params = with_grammar(params, use, answers, has_format=has_format(body))
+            if body.thinking_token_budget not in (None, -1):
+                has_calls = use.choice != "none" or params.grammar is not None
+                params = replace(params, thinking=thinking_budget(body.thinking_token_budget, answers, has_calls))
+        if params.has_masks:
             self._sampling.check_grammar(body)
-        answer = replace(_answer(body, params.grammar is not None), num_logprobs=top, parse=parse)
+        answer = replace(_answer(body, params.is_structured), num_logprobs=top, parse=parse)
         return Prepared((prompt,), params, self._chat_answer(body, rendered, answer), shown)
 
     def _chat_answer(self, body: ChatRequest, rendered: RenderedChat, answer: AnswerOptions) -> AnswerOptions:
@@ -163,7 +171,7 @@ class Preparer:
 
     def _messages(self, body: MessagesRequest) -> Prepared:
         with renamed_fields(from_anthropic.RENAMED):
-            return self._chat(from_anthropic.chat_of_messages(body))
+            return self._chat(from_anthropic.chat_of_messages(body, has_reasoning=bool(self._config.reasoning_parser)))
 
     def _count_tokens(self, body: CountTokensRequest) -> Written:
         with renamed_fields(from_anthropic.RENAMED):

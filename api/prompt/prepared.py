@@ -23,6 +23,8 @@ class ParseOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     tools: tuple[tuple[str, Any], ...] = ()
     """(name, schema of its arguments) of each tool; for choice named the one function."""
     choice: Literal["none", "auto", "required", "named"] = "none"
+    is_limited: bool = False
+    """Calls of tools that are not among these are text."""
     is_parallel: bool = True
     shows_reasoning: bool = True
     start: Literal["open", "closed", ""] = ""

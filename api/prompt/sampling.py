@@ -48,9 +48,7 @@ class SamplingBuilder:
         own = tokenizer.eos_id if tokenizer else None
         self._eos = tuple(dict.fromkeys(([own] if own is not None else []) + list(ready.eos_token_ids)))
 
-    def max_tokens(
-        self, request: GenerateRequest, num_prompt: int, asked: int | None, names: tuple[str, str]
-    ) -> int:
+    def max_tokens(self, request: GenerateRequest, num_prompt: int, asked: int | None, names: tuple[str, str]) -> int:
         """Tokens that a prompt may generate; `asked` None fills the context. `names`: as Limits.max_tokens has them.
 
         Raises ApiError 400.

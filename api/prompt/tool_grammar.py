@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from msgspec.structs import replace
 
 from fuseline.api.config import ServerConfig
+from fuseline.api.parsers.choice import HARMONY
+from fuseline.api.parsers.formats import ToolFormat
+from fuseline.api.parsers.harmony import MARKS
 from fuseline.api.parsers.reasoning import ReasoningFormat, Start
-from fuseline.api.parsers.registry import find_reasoning
+from fuseline.api.parsers.registry import Formats, find_reasoning
+from fuseline.api.prompt.auto_grammar import (
+    behind_reasoning,
+    call_or_answer,
+    can_be_part,
+    spelled_marks,
+    strict_format,
+    tag_spec,
+)
+from fuseline.api.prompt.channels import ANALYSIS, END, FINAL, NEXT, channel_spec
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.grammar import TaggedSchema, json_spec, structured_spec
-from fuseline.api.prompt.tools import Tool, ToolUse
+from fuseline.api.prompt.tools import ToolUse, arguments_schema
 from fuseline.api.protocol.chat import ChatRequest
-from fuseline.engine.messages import GrammarSpec, SamplingParams
+from fuseline.engine.messages import GrammarSpec, SamplingParams, ThinkingBudget
 
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
 ASKED = ("enable_thinking", "thinking")
 """Variables with which templates ask for reasoning."""
-DESCRIBES_VALUES = ("type", "$ref", "anyOf", "oneOf", "allOf")
 
 
 @dataclass(frozen=True)
@@ -49,40 +58,94 @@ def thinking_of(body: ChatRequest, start: Start, config: ServerConfig) -> Thinki
     return Thinking(find_reasoning(config.reasoning_parser), start, is_asked)
 
 
-def with_grammar(params: SamplingParams, use: ToolUse, thinking: Thinking, tokenizer: TextTokenizer) -> SamplingParams:
+@dataclass(frozen=True)
+class Answers:
+    """How this server's model writes the answer to a prompt."""
+
+    thinking: Thinking
+    formats: Formats
+    tokenizer: TextTokenizer
+
+    @property
+    def is_harmony(self) -> bool:
+        return HARMONY in (self.formats.tools, self.formats.reasoning)
+
+
+def thinking_budget(num_tokens: int, answers: Answers, has_calls: bool) -> ThinkingBudget | None:
+    """None where the answer has no reasoning. `has_calls`: harmony's reasoning may be followed by a call."""
+    form, start = answers.thinking.form, answers.thinking.start
+    if answers.is_harmony:
+        end = END if has_calls else f"{END}{NEXT}{FINAL}"
+        begins, ends, is_open = (ANALYSIS,), (END,), False
+    elif form is None or start == "closed":
+        return None
+    else:
+        begins, ends, end = form.begins, (*form.ends, *form.stops), form.ends[0]
+        is_open = answers.thinking.has_begun
+    tokenizer = answers.tokenizer
+    token = tokenizer.token_id(end)
+    return ThinkingBudget(
+        num_tokens=num_tokens, begins=begins, ends=ends, is_open=is_open, may_resume=answers.is_harmony,
+        end_token_ids=tuple(tokenizer.encode_behind(end)) if token is None else (token,),
+        spelled=tuple(spelled_marks((*begins, *ends), tokenizer)),
+    )  # fmt: skip
+
+
+def with_grammar(params: SamplingParams, use: ToolUse, answers: Answers, has_format: bool) -> SamplingParams:
     """The parameters with the grammar of the request's tools, or with its own, behind the reasoning.
+
+    `has_format`: the request's grammar is that of its response_format. Raises ApiError 400 that names `tools`.
+    """
+    asked = params.grammar
+    if answers.is_harmony:
+        grammar = channel_spec(use, asked, has_format, spelled_marks(MARKS, answers.tokenizer))
+        return replace(params, grammar=grammar)
+    grammar = tool_spec(use) or _auto_spec(use, asked, has_format, answers) or asked
+    return replace(params, grammar=grammar and _behind_reasoning(grammar, answers))
+
+
+def _auto_spec(use: ToolUse, asked: GrammarSpec | None, has_format: bool, answers: Answers) -> GrammarSpec | None:
+    """The grammar of calls by the model's own choice, and of the answer in their stead; None where nothing is held."""
+    form, is_strict = answers.formats.tools, use.is_limited or any(tool.is_strict for tool in use.tools)
+    if use.choice != "auto" or not isinstance(form, ToolFormat):
+        return None
+    if asked is not None:
+        made = call_or_answer(form, use.tools, asked) if has_format and can_be_part(asked) else None
+    else:
+        made = strict_format(form, use.tools) if is_strict else None
+    if made is None:
+        return None
+    spec = tag_spec(made, spelled_marks(form.marks, answers.tokenizer), is_free=asked is None)
+    return replace(spec, is_slow=asked is not None and asked.is_slow)
+
+
+def _behind_reasoning(grammar: GrammarSpec, answers: Answers) -> GrammarSpec:
+    """The same grammar once the reasoning in front of it, if there is any, has ended."""
+    thinking = answers.thinking
+    if starts_after := reasoning_end(thinking, answers.tokenizer):
+        return replace(grammar, starts_after=starts_after)
+    if thinking.has_begun:
+        return behind_reasoning(grammar, thinking.form, answers.tokenizer, is_open=True)
+    if thinking.may_begin or (grammar.is_free and thinking.form is not None and thinking.start == ""):
+        return behind_reasoning(grammar, thinking.form, answers.tokenizer)
+    return grammar
+
+
+def tool_spec(use: ToolUse) -> GrammarSpec | None:
+    """The grammar of the whole answer: the arguments of the named function, or a list of calls; None asks for none.
 
     Raises ApiError 400 that names `tools`.
     """
-    starts_after = reasoning_end(thinking, tokenizer)
-    grammar = tool_spec(use, starts_after)
-    if grammar is None and params.grammar is not None:
-        grammar = replace(params.grammar, starts_after=starts_after)
-    if grammar is not None and not starts_after and thinking.may_begin:
-        grammar = behind_optional_reasoning(grammar, thinking.form)
-    return replace(params, grammar=grammar)
-
-
-def tool_spec(use: ToolUse, starts_after: tuple[int, ...] = ()) -> GrammarSpec | None:
-    """The grammar of the whole answer: the arguments of the named function, or a list of calls; None asks for none.
-
-    `starts_after`: tokens that end the reasoning in front of it. Raises ApiError 400 that names `tools`.
-    """
     if use.choice == "named":
-        return json_spec(_arguments(use.tools[0]), param="tools", starts_after=starts_after)
+        return json_spec(arguments_schema(use.tools[0]), param="tools")
     if use.choice != "required":
         return None
     tags = [
-        TaggedSchema(f'{{"name": {json.dumps(tool.name)}, "parameters": ', _arguments(tool), "}") for tool in use.tools
+        TaggedSchema(f'{{"name": {json.dumps(tool.name)}, "parameters": ', arguments_schema(tool), "}")
+        for tool in use.tools
     ]
     most = None if use.is_parallel else 1
-    return structured_spec(tags, prefix="[", separator=", ", suffix="]", most=most, starts_after=starts_after)
-
-
-def _arguments(tool: Tool) -> dict[str, Any]:
-    """The schema of a tool's arguments, which are an object whatever it says."""
-    schema = tool.parameters or ANY_OBJECT
-    return schema if any(key in schema for key in DESCRIBES_VALUES) else {**ANY_OBJECT, **schema}
+    return structured_spec(tags, prefix="[", separator=", ", suffix="]", most=most)
 
 
 def reasoning_end(thinking: Thinking, tokenizer: TextTokenizer) -> tuple[int, ...]:
@@ -91,13 +154,3 @@ def reasoning_end(thinking: Thinking, tokenizer: TextTokenizer) -> tuple[int, ..
         return ()
     end = tokenizer.token_id(thinking.form.ends[0])
     return () if end is None else (end,)
-
-
-def behind_optional_reasoning(grammar: GrammarSpec, form: ReasoningFormat) -> GrammarSpec:
-    """The same language, and before it reasoning between its marks, if the model begins with the first of them."""
-    if grammar.kind != "ebnf":
-        return grammar
-    answer = {"type": "grammar", "grammar": grammar.text}
-    thoughts = {"type": "tag", "begin": form.begins[0], "content": {"type": "any_text"}, "end": form.ends[0]}
-    either = {"type": "or", "elements": [{"type": "sequence", "elements": [thoughts, answer]}, answer]}
-    return replace(grammar, kind="structural_tag", text=json.dumps({"type": "structural_tag", "format": either}))

@@ -16,6 +16,8 @@ from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.protocol.common import MAX_NAME, GenerateRequest
 
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+DESCRIBES_VALUES = ("type", "$ref", "anyOf", "oneOf", "allOf")
 USAGE = 'Correct usage: {"type": "function", "function": {"name": NAME}}'
 NEEDS_FLAGS = (
     'tool_choice "auto" needs a server that is started with --enable-auto-tool-choice and --tool-call-parser; '
@@ -33,6 +35,12 @@ class Tool:
     is_strict: bool = False
 
 
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """The schema of a tool's arguments, which are an object whatever it says."""
+    schema = tool.parameters or ANY_OBJECT
+    return schema if any(key in schema for key in DESCRIBES_VALUES) else {**ANY_OBJECT, **schema}
+
+
 @dataclass(frozen=True)
 class ToolUse:
     """Tools of a request and how they are chosen."""
@@ -41,6 +49,8 @@ class ToolUse:
     tools: tuple[Tool, ...] = ()
     """For choice named the one function."""
     is_parallel: bool = True
+    is_limited: bool = False
+    """Others that the model sees may not be called."""
 
 
 NO_TOOLS = ToolUse()
@@ -48,9 +58,6 @@ NO_TOOLS = ToolUse()
 
 def read_tools(body: ChatRequest, config: ServerConfig) -> ToolUse:
     """Raises ApiError 400 that names the field."""
-    if body.thinking_token_budget is not None:
-        words = "thinking_token_budget is not supported: this server cannot end a model's reasoning"
-        raise bad_request(words, "thinking_token_budget", "unsupported_value")
     if body.tools is not None and not body.tools:
         raise bad_request("tools must not be an empty list", "tools")
     choice = body.tool_choice
@@ -60,6 +67,9 @@ def read_tools(body: ChatRequest, config: ServerConfig) -> ToolUse:
     if choice == "none" or not tools:
         return NO_TOOLS
     is_parallel = body.parallel_tool_calls is not False
+    num_shown = len(tools)
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed(choice, tools)
     if isinstance(choice, dict):
         named = _named(choice, tools)
         _refuse_guided(body)
@@ -72,7 +82,7 @@ def read_tools(body: ChatRequest, config: ServerConfig) -> ToolUse:
         raise bad_request(f"tool_choice {words}, not {str(choice)[:50]!r}", "tool_choice", "unsupported_value")
     if not (config.enable_auto_tool_choice and config.tool_call_parser):
         raise bad_request(NEEDS_FLAGS, "tool_choice" if choice else "tools", "unsupported_value")
-    return ToolUse("auto", tools, is_parallel)
+    return ToolUse("auto", tools, is_parallel, is_limited=len(tools) < num_shown)
 
 
 def _tool(tool: Mapping[str, Any], where: str) -> Tool:
@@ -92,6 +102,35 @@ def _tool(tool: Mapping[str, Any], where: str) -> Tool:
     if not isinstance(function.get("description", ""), str | None):
         raise bad_request(f"{where}.function.description must be text", f"{where}.function.description")
     return Tool(name, parameters, bool(function.get("strict")))
+
+
+def _allowed(choice: Mapping[str, Any], tools: tuple[Tool, ...]) -> tuple[tuple[Tool, ...], str]:
+    """The tools that may be called, of those that the model sees, and the mode in which they are chosen.
+
+    The fields stand in the object itself, or in its `allowed_tools`.
+    """
+    where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
+    inner = choice.get("allowed_tools", choice)
+    if not isinstance(inner, dict):
+        raise bad_request(f"{where} must be an object with `mode` and `tools`", where)
+    if inner.get("mode") not in ("auto", "required"):
+        raise bad_request(f'{where}.mode must be "auto" or "required"', f"{where}.mode", "unsupported_value")
+    given = inner.get("tools")
+    if not isinstance(given, list) or not given:
+        raise bad_request(f"{where}.tools must be a list that is not empty", f"{where}.tools")
+    names = {_allowed_name(tool, f"{where}.tools[{k}]", tools) for k, tool in enumerate(given)}
+    return tuple(tool for tool in tools if tool.name in names), inner["mode"]
+
+
+def _allowed_name(tool: Any, where: str, tools: tuple[Tool, ...]) -> str:
+    if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+        raise bad_request(f'{where} must be {{"type": "function", "function": {{"name": NAME}}}}', where)
+    inner = tool.get("function", tool)
+    name = inner.get("name") if isinstance(inner, dict) else None
+    if not any(known.name == name for known in tools):
+        words = "The tool specified in `tool_choice` does not match any of the specified `tools`"
+        raise bad_request(f"{words}: {str(name)[:100]!r}", where)
+    return name
 
 
 def _named(choice: Mapping[str, Any], tools: tuple[Tool, ...]) -> Tool:
@@ -126,6 +165,7 @@ def parse_options(body: ChatRequest, use: ToolUse, rendered: RenderedChat, confi
         tools=tuple((tool.name, tool.parameters) for tool in use.tools),
         choice=use.choice,
         is_parallel=use.is_parallel,
+        is_limited=use.is_limited,
         shows_reasoning=body.include_reasoning is not False,
         start=_start(rendered, body, config.reasoning_parser),
     )

@@ -38,7 +38,7 @@ class ChatRequest(ChatFields, GenerateRequest):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
-    thinking_token_budget: int | None = Field(None, ge=0)
+    thinking_token_budget: int | None = Field(None, ge=-1)
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None

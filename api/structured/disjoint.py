@@ -6,29 +6,50 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from fuseline.api.structured.interned import Interned
 from fuseline.api.structured.keywords import TYPES
 
 Resolve = Callable[[Any], dict[str, Any]]
 MAX_DEPTH = 8
 
 
-def are_disjoint(a: dict[str, Any], b: dict[str, Any], resolve: Resolve, depth: int = 0) -> bool:
-    """`resolve` takes $ref and allOf away. False also where it cannot be told."""
-    if depth > MAX_DEPTH:
-        return False
-    for one, other in ((a, b), (b, a)):
-        for keyword in ("anyOf", "oneOf"):
-            if isinstance(one.get(keyword), list):
-                branches = [branch for branch in one[keyword] if branch is not False]
-                return all(are_disjoint(resolve(branch), other, resolve, depth + 1) for branch in branches)
-    ours, theirs = _values(a), _values(b)
-    if ours is not None and theirs is not None:
-        return ours.isdisjoint(theirs)
-    if _kinds(a).isdisjoint(_kinds(b)):
-        return True
-    if _is_below(a, b) or _is_below(b, a):
-        return True
-    return _differ_in_property(a, b, resolve, depth)
+class Disjoint:
+    """Remembers what it has found of each pair of schemas. `resolve` takes $ref and allOf away."""
+
+    def __init__(self, resolve: Resolve, interned: Interned) -> None:
+        self._resolve, self._interned = resolve, interned
+        self._found: dict[tuple[int, int, int], bool] = {}
+
+    def holds(self, a: dict[str, Any], b: dict[str, Any], depth: int = 0) -> bool:
+        """False also where it cannot be told."""
+        if depth > MAX_DEPTH:
+            return False
+        key = (self._interned.number(a), self._interned.number(b), depth)
+        if key not in self._found:
+            self._found[key] = self._are_disjoint(a, b, depth)
+        return self._found[key]
+
+    def _are_disjoint(self, a: dict[str, Any], b: dict[str, Any], depth: int) -> bool:
+        for one, other in ((a, b), (b, a)):
+            for keyword in ("anyOf", "oneOf"):
+                if isinstance(one.get(keyword), list):
+                    branches = [branch for branch in one[keyword] if branch is not False]
+                    return all(self.holds(self._resolve(branch), other, depth + 1) for branch in branches)
+        ours, theirs = _values(a), _values(b)
+        if ours is not None and theirs is not None:
+            return ours.isdisjoint(theirs)
+        if _kinds(a).isdisjoint(_kinds(b)):
+            return True
+        return _is_below(a, b) or _is_below(b, a) or self._differ_in_property(a, b, depth)
+
+    def _differ_in_property(self, a: dict[str, Any], b: dict[str, Any], depth: int) -> bool:
+        """Objects with a required property whose values differ."""
+        if _kinds(a) & _kinds(b) != {"object"}:
+            return False
+        ours, theirs = a.get("properties", {}), b.get("properties", {})
+        required = [name for name in a.get("required", ()) if name in b.get("required", ())]
+        common = [name for name in required if name in ours and name in theirs]
+        return any(self.holds(self._resolve(ours[name]), self._resolve(theirs[name]), depth + 1) for name in common)
 
 
 def _values(schema: dict[str, Any]) -> set[str] | None:
@@ -56,13 +77,3 @@ def _is_below(a: dict[str, Any], b: dict[str, Any]) -> bool:
     highs = [(a[key], key == "exclusiveMaximum") for key in ("maximum", "exclusiveMaximum") if key in a]
     lows = [(b[key], key == "exclusiveMinimum") for key in ("minimum", "exclusiveMinimum") if key in b]
     return any(high < low or (high == low and (x or y)) for high, x in highs for low, y in lows)
-
-
-def _differ_in_property(a: dict[str, Any], b: dict[str, Any], resolve: Resolve, depth: int) -> bool:
-    """Objects with a required property whose values differ."""
-    if _kinds(a) & _kinds(b) != {"object"}:
-        return False
-    ours, theirs = a.get("properties", {}), b.get("properties", {})
-    required = [name for name in a.get("required", ()) if name in b.get("required", ())]
-    common = [name for name in required if name in ours and name in theirs]
-    return any(are_disjoint(resolve(ours[name]), resolve(theirs[name]), resolve, depth + 1) for name in common)

@@ -13,9 +13,10 @@ from urllib.parse import unquote
 
 from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.structured import numbers
-from fuseline.api.structured.disjoint import are_disjoint
+from fuseline.api.structured.disjoint import Disjoint
 from fuseline.api.structured.ebnf import Rules, choice, repeat, sequence
 from fuseline.api.structured.formats import FORMATS, INTEGER_FORMATS, NO_LIMIT
+from fuseline.api.structured.interned import Interned
 from fuseline.api.structured.json_text import QUOTE, RAW, WHITESPACE, any_string, constant
 from fuseline.api.structured.keywords import TYPES, check_keywords, implied_types, without_annotations
 from fuseline.api.structured.merge import Conflict, merge
@@ -35,7 +36,10 @@ class SchemaGrammar:
         self.param = param
         self.blank = rules.add(whitespace, "blank")
         self._root = root
-        self._made: dict[str, str] = {}
+        self.interned = Interned()
+        self._made: dict[int, str] = {}
+        self._resolved: dict[int, dict[str, Any]] = {}
+        self._disjoint = Disjoint(self.resolved, self.interned)
         self._any: str | None = None
         self._any_text: str | None = None
         self._objects = ObjectGrammar(self)
@@ -55,7 +59,7 @@ class SchemaGrammar:
             raise self.refuse("false", "no value can be valid")
         if not isinstance(schema, dict):
             raise self.refuse("schema", "a schema must be an object or a boolean")
-        key = json.dumps(schema, sort_keys=False)
+        key = self.interned.number(schema)
         if key not in self._made:
             name = self._made[key] = self.rules.reserve("v")
             self.rules.define(name, self._value(schema))
@@ -76,10 +80,18 @@ class SchemaGrammar:
 
     def resolved(self, schema: Schema) -> dict[str, Any]:
         """The same schema without $ref and allOf at its top."""
-        seen: set[str] = set()
-        plain = {} if schema is True else schema
-        if plain is False:
+        if schema is False:
             raise self.refuse("false", "no value can be valid")
+        if schema is True or not ("$ref" in schema or "allOf" in schema):
+            return {} if schema is True else schema
+        key = self.interned.number(schema)
+        if key not in self._resolved:
+            self._resolved[key] = self._resolve(schema)
+        return self._resolved[key]
+
+    def _resolve(self, schema: dict[str, Any]) -> dict[str, Any]:
+        seen: set[str] = set()
+        plain = schema
         while "$ref" in plain or "allOf" in plain:
             rest = {key: value for key, value in plain.items() if key not in ("$ref", "allOf")}
             parts = list(self._list(plain, "allOf")) if "allOf" in plain else []
@@ -135,7 +147,7 @@ class SchemaGrammar:
         if not branches:
             raise self.refuse(keyword, "no value can be valid")
         if keyword == "oneOf" and not all(
-            are_disjoint(self.resolved(a), self.resolved(b), self.resolved)
+            self._disjoint.holds(self.resolved(a), self.resolved(b))
             for index, a in enumerate(branches)
             for b in branches[:index]
         ):

@@ -12,6 +12,7 @@ from fuseline import _C
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import CPU, Target
 
+MAX_HEADER = 100 << 20
 SOURCES = Path(fuseline.compile.__file__).parent
 WITHOUT_EFFECT = {
     "model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0, "wait_compiled": False,
@@ -29,8 +30,24 @@ def cache_key(config: CompileConfig) -> str | None:
 def optimized_key(config: CompileConfig, target: Target = CPU) -> str | None:
     """Key of the graph after all passes; it also depends on every source of the compiler."""
     known = replace(config, **WITHOUT_EFFECT, level=min(config.level, 1))  # higher levels run the passes of level 1
-    settings = (_C.cpu_isa(), target.kind, sorted(asdict(known).items()))
+    settings = (_C.cpu_isa(), target.kind, sorted(asdict(known).items()), _headers_of_quantized(config))
     return _key(config, settings, list(SOURCES.rglob("*.py")))
+
+
+def _headers_of_quantized(config: CompileConfig) -> str:
+    """SHA-256 of what a quantized checkpoint stores: its graph names the layout of each weight. Else empty."""
+    folder = Path(config.model)
+    try:
+        if b"config_groups" not in (own := (folder / "config.json").read_bytes()) and b"quant_method" not in own:
+            return ""
+        return hashlib.sha256(b"".join(map(_header, sorted(folder.glob("*.safetensors"))))).hexdigest()
+    except OSError:
+        return ""
+
+
+def _header(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return path.name.encode() + file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER))
 
 
 def sources_key() -> str:

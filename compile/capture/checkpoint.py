@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import prod
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.capture.errors import LoadError
+from fuseline.compile.quantization.published import Published
 
 MAX_HEADER = 100 << 20
 DTYPES = {
@@ -37,6 +38,18 @@ class StoredTensor:
     """Byte of the file where its storage begins."""
     meta: Tensor
     """Meta tensor: shape, dtype, and strides and offset within the storage."""
+
+
+@dataclass(frozen=True)
+class CodedTensor(StoredTensor):
+    """A quantized weight, which is stored in several tensors; `path` and `begin` are those of the first of them.
+
+    Its meta is that of the plain weight in float32, as if that were stored.
+    """
+
+    published: Published
+    parts: Mapping[str, StoredTensor]
+    """By suffix."""
 
 
 def open_checkpoint(folder: Path, load_format: str, ignored: Sequence[str] = ()) -> dict[str, StoredTensor]:

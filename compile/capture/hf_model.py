@@ -17,6 +17,8 @@ from fuseline.compile.capture.errors import CaptureError, one_line
 from fuseline.compile.capture.hf_overrides import read_config, with_overrides, with_rope
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
+from fuseline.compile.quantization.methods import method_of
+from fuseline.compile.quantization.published import QuantizationError
 
 NAME = "fuseline"
 NOT_HOOKED = (
@@ -35,11 +37,14 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
     if not path.is_file():
         raise CaptureError(f"{config.model} has no config.json: give the directory of a Transformers checkpoint")
     try:
+        method_of(config)
         stored = json.loads(path.read_text())
         found = with_overrides(read_config(config, stored), stored, dict(config.hf_overrides))
         found = with_rope(found, config)
     except CaptureError:
         raise
+    except QuantizationError as error:
+        raise CaptureError(str(error)) from error
     except Exception as error:  # configs check themselves in many ways
         if "trust_remote_code" in str(error):
             raise CaptureError(
@@ -47,6 +52,9 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
             ) from error
         raise CaptureError(f"{path}: {one_line(error)}") from error
     check_config(found)
+    # The model is built plain: how its weights are stored matters only to what reads them.
+    for one in (found, found.get_text_config()):
+        vars(one).pop("quantization_config", None)
     return found
 
 
@@ -56,10 +64,6 @@ def check_config(found: PreTrainedConfig) -> None:
         raise CaptureError(
             f"{found.model_type} is an encoder-decoder model; only decoders that generate text are served"
         )
-    quantization = getattr(found, "quantization_config", None)
-    if quantization:
-        method = dict(quantization).get("quant_method", "an unknown method")
-        raise CaptureError(f"its weights are quantized ({method}), which is not supported: use the original checkpoint")
     unknown = set(getattr(found.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise CaptureError(

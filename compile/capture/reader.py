@@ -5,39 +5,38 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import lcm, prod
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from fuseline.compile.capture.errors import LoadError
+from fuseline.compile.capture import lazy_tensor
+from fuseline.compile.capture.checkpoint import CodedTensor
+from fuseline.compile.capture.errors import LoadError, told_as
 from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
+from fuseline.compile.ops.coded import Coded, dequantize
 
 BLOCK_BYTES = 4 << 20
 
 
-class Reader:
+class Reader(ExitStack):
     """Reads slices block by block. A context manager: it owns the open files and the buffer."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._files: dict[Path, int] = {}
-        self._close = ExitStack()
         self._buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close.close()
+        self._whole: tuple[CodedTensor, Coded] | None = None
 
     def blocks(self, part: TensorSlice) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Yield (start in the whole, values) of blocks that cover the slice; values are valid until the next."""
         if part.stored is None:
             yield part.start, part.view
             return
-        for start, view in cut(part.start, part.view):
-            yield start, self._read(part, view)
+        read = self._decoded if isinstance(part.stored, CodedTensor) else self._read
+        for start, view in cut(part.start, part.view, BLOCK_BYTES // part.view.element_size()):
+            yield start, read(part, view)
 
     def value(self, lazy: LazyTensor) -> Tensor:
         """All of it, in memory, in the dtype that is stored."""
@@ -46,6 +45,38 @@ class Reader:
             for start, block in self.blocks(part):
                 write_box(out, block, start)
         return out
+
+    def coded(self, stored: CodedTensor, begin: int, end: int) -> Coded:
+        """Rows (or experts) [begin, end) of a quantized weight as codes and scales."""
+        if stored.published.cuts:
+            return self._decode(stored, begin, end)
+        if self._whole is None or self._whole[0] is not stored:
+            self._whole = stored, self._decode(stored, 0, stored.published.shape[0])
+        return self._whole[1].narrow(begin, end)
+
+    def _decode(self, stored: CodedTensor, begin: int, end: int) -> Coded:
+        published, cuts = stored.published, stored.published.cuts
+        first = begin // lcm(*cuts.values()) * lcm(*cuts.values())
+        tensors = {}
+        for suffix, part in stored.parts.items():
+            lazy, rows = lazy_tensor.whole(part), cuts.get(suffix)
+            tensors[suffix] = self.value(lazy_tensor.narrow(lazy, 0, first // rows, -(-end // rows)) if rows else lazy)
+        with told_as(LoadError, f"{stored.name} in {stored.path} cannot be decoded"):
+            coded = published.decode(tensors).narrow(begin - first, end - first)
+        shape, layout = (end - begin, *published.shape[1:]), published.layout
+        if coded.codes.shape != shape or coded.scales.shape != (*shape[:-1], layout.num_groups(shape[-1])):
+            raise LoadError(f"{stored.name} in {stored.path}: its tensors do not fit together")
+        if not coded.scales.float().isfinite().all():
+            raise LoadError(f"{stored.name} in {stored.path} has a scale that is not finite: get the file again")
+        return coded
+
+    def _decoded(self, part: TensorSlice, view: Tensor) -> Tensor:
+        """Values of a view of a quantized weight, float32."""
+        stored, at = part.stored, view.storage_offset()
+        row = prod(stored.published.shape[1:])
+        begin, end = at // row, (at + span_of(view) - 1) // row + 1
+        values = dequantize(self.coded(stored, begin, end), stored.published.layout)
+        return values.flatten().as_strided(view.shape, view.stride(), at - begin * row)
 
     def _read(self, part: TensorSlice, view: Tensor) -> Tensor:
         span, size = span_of(view), view.element_size()
@@ -75,7 +106,7 @@ class Reader:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise LoadError(f"{path} cannot be opened: {error.strerror}") from error
-            self._close.callback(os.close, self._files[path])
+            self.callback(os.close, self._files[path])
         return self._files[path]
 
 
@@ -94,16 +125,16 @@ def span_of(view: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
 
 
-def cut(start: tuple[int, ...], view: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Boxes of at most BLOCK_BYTES of file each, cut along the slowest dim first."""
+def cut(start: tuple[int, ...], view: Tensor, most: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Boxes that span at most `most` elements of memory each, cut along the slowest dim first, with their start."""
     if view.numel() == 0:
         return
     dims = [dim for dim in range(view.ndim) if view.shape[dim] > 1]
-    if not dims or span_of(view) * view.element_size() <= BLOCK_BYTES:
+    if not dims or span_of(view) <= most:
         yield start, view
         return
     slowest = max(dims, key=view.stride)
-    rows = max(1, BLOCK_BYTES // (view.stride(slowest) * view.element_size()))
+    rows = max(1, most // view.stride(slowest))
     for low in range(0, view.shape[slowest], rows):
         part = view.narrow(slowest, low, min(rows, view.shape[slowest] - low))
-        yield from cut((*start[:slowest], start[slowest] + low, *start[slowest + 1 :]), part)
+        yield from cut((*start[:slowest], start[slowest] + low, *start[slowest + 1 :]), part, most)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +39,6 @@ class RandomModel:
     def logits(self, token_ids: Tensor) -> Tensor:
         """[T] token ids of one sequence -> [T, V] logits, all tokens computed at once and without a cache."""
         return self._model(input_ids=token_ids[None], use_cache=False).logits[0].float()
-
-    @property
-    def vocab_size(self) -> int:
-        return self._model.config.get_text_config().vocab_size
-
-    def save(self, folder: Path) -> None:
-        """As a checkpoint."""
-        self._model.save_pretrained(folder)
 
     def find(self, name: str) -> LazyTensor | None:
         """The parameter or stored buffer `name`."""

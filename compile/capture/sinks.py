@@ -2,60 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from queue import SimpleQueue
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fuseline.compile.capture.reader import BLOCK_BYTES, box_of, write_box
+from fuseline.compile.capture.reader import BLOCK_BYTES, box_of, cut, write_box
 from fuseline.compile.memory import Pages
 
 NUM_BUFFERS = 8
 """More than there are readers, so that one reads on while the copies of all are under way."""
 
 
-class Sink(Protocol):
-    """Used by several threads at once, each with tensors of its own."""
-
-    device: torch.device
-    """Device that holds the weights."""
-
-    def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor of that request, to be written slice by slice."""
-
-    def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
-        """Copy the block, which may be overwritten afterwards, to target[start : start + block.shape]."""
-
-    def finish(self) -> None:
-        """Return when all that was written is there."""
-
-
 class HostSink:
+    """Weights in host memory. A sink is used by several threads at once, each with tensors of its own."""
+
     device = torch.device("cpu")
+    """Device that holds the weights."""
 
     def __init__(self) -> None:
         self._pages = Pages()
 
     def zeros(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor of that request, to be written slice by slice."""
         return self._pages.zeros(shape, dtype)
 
     def write(self, target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:
+        """Copies the block, which may be overwritten afterwards, to target[start : start + block.shape]."""
         write_box(target, block, start)
 
     def finish(self) -> None:
-        """Nothing is under way."""
-
-
-class Copies(Protocol):
-    """Device interface of the ring; tests supply their own."""
-
-    def buffer(self, num_bytes: int) -> Tensor:
-        """Host memory [num_bytes] uint8 that can be copied from without waiting."""
-
-    def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
-        """Start to copy. What comes back waits for the end of it."""
+        """Returns when all that was written is there."""
 
 
 class DeviceSink:
@@ -71,7 +49,7 @@ class DeviceSink:
         self.device = device
         self._on_host = on_host or {}
         self._host_ids = {id(tensor) for tensor in self._on_host.values()}
-        self._copies = copies or (CudaCopies() if device.type == "cuda" else HostCopies())
+        self._copies = copies or Copies(device.type == "cuda")
         self._ring: SimpleQueue[tuple[Tensor, Callable[[], None]]] = SimpleQueue()
         for _ in range(NUM_BUFFERS):
             self._ring.put((self._copies.buffer(BLOCK_BYTES), lambda: None))
@@ -85,7 +63,7 @@ class DeviceSink:
             # Dummy weights are on the GPU already.
             write_box(target, block, start)
             return
-        for at, part in _parts(start, block, BLOCK_BYTES // target.element_size()):
+        for at, part in cut(start, block.contiguous(), BLOCK_BYTES // target.element_size()):
             self._send(box_of(target, at, part.shape), part)
 
     def finish(self) -> None:
@@ -102,37 +80,24 @@ class DeviceSink:
         self._ring.put((buffer, self._copies.copy(box, staged)))
 
 
-class CudaCopies:
-    """On the current stream, which is the default one in the threads that read."""
+Sink = HostSink | DeviceSink
+
+
+class Copies:
+    """Copies of the ring on the current stream, which is the default one in the threads that read."""
+
+    def __init__(self, is_cuda: bool) -> None:
+        self._is_cuda = is_cuda
 
     def buffer(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        """Host memory [num_bytes] uint8 that can be copied from without waiting."""
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
 
     def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        """Starts to copy. What comes back waits for the end of it."""
         target.copy_(source, non_blocking=True)
+        if not self._is_cuda:
+            return lambda: None
         done = torch.cuda.Event(blocking=True)
         done.record()
         return done.synchronize
-
-
-class HostCopies:
-    """Copies for interpreted GPU kernels."""
-
-    def buffer(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
-        target.copy_(source)
-        return lambda: None
-
-
-def _parts(start: tuple[int, ...], block: Tensor, most: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Split the block into slices of at most `most` elements, each with its start index."""
-    if block.numel() <= most:
-        yield start, block
-        return
-    dim = next(dim for dim, size in enumerate(block.shape) if size > 1)
-    step = max(1, most * block.shape[dim] // block.numel())
-    for low in range(0, block.shape[dim], step):
-        part = block.narrow(dim, low, min(step, block.shape[dim] - low))
-        yield from _parts((*start[:dim], start[dim] + low, *start[dim + 1 :]), part, most)

@@ -46,7 +46,7 @@ def stored_parts(source: WeightSource, form: Format, find: Find) -> dict[str, La
             f"{missing} is not in the checkpoint, but {' + '.join(source.names)} needs it in format {form.name}: "
             "the checkpoint is not complete"
         )
-    return {part: _joined([found[part_name(n, word)] for n in source.names], source) for part, word in words.items()}
+    return {part: joined([found[part_name(n, word)] for n in source.names], source) for part, word in words.items()}
 
 
 def check_parts(
@@ -63,7 +63,8 @@ def check_parts(
             )
 
 
-def _joined(parts: list[LazyTensor], source: WeightSource) -> LazyTensor:
+def joined(parts: list[LazyTensor], source: WeightSource) -> LazyTensor:
+    """The parts of a weight along the first dim. Raises LoadError if their shapes do not fit."""
     try:
         return lazy_tensor.concatenate(parts, 0)
     except ValueError as error:

@@ -7,6 +7,7 @@ Valid for checkpoints that store tensors of the same names, shapes and dtypes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import threading
@@ -80,15 +81,12 @@ class RememberedWeights:
     def __init__(self, found: Found | None, resolve: Callable[[], Mapping[str, LazyTensor]]) -> None:
         self.is_new = found is None
         self.found: Found = found or {}
-        self._resolve = resolve
-        self._resolved: Mapping[str, LazyTensor] | None = None
+        self._resolve = functools.cache(resolve)
         self._lock = threading.Lock()
 
     def get(self, name: str) -> LazyTensor | None:
         with self._lock:
             if name not in self.found:
-                if self._resolved is None:
-                    self._resolved = self._resolve()
-                self.is_new = True
-                self.found[name] = self._resolved[name] if name in self._resolved else None
+                self.is_new, resolved = True, self._resolve()
+                self.found[name] = resolved[name] if name in resolved else None
             return self.found[name]

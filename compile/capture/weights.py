@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -19,20 +18,20 @@ from fuseline.compile.cache.keys import cache_key, optimized_key
 from fuseline.compile.cache.store import cache_path, read_cached, write_cached
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.captured import DTYPES, CapturedModel
-from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
+from fuseline.compile.capture.checkpoint import StoredTensor
+from fuseline.compile.capture.coded import open_stored, store_coded
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.reader import Reader, write_box
 from fuseline.compile.capture.sinks import HostSink, Sink
-from fuseline.compile.capture.stored_parts import check_parts, stored_parts
+from fuseline.compile.capture.stored_parts import check_parts, joined, stored_parts
 from fuseline.compile.capture.weight_map import Found, RememberedWeights, fingerprint, read_map, write_map
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, Progress, silent
 from fuseline.compile.formats.format import Format, Put, Stored
-from fuseline.compile.formats.registry import registry
+from fuseline.compile.formats.registry import format_named
 from fuseline.compile.specs import WeightSource
 
-Progress = Callable[[str, int, int], None]
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 MAX_READERS = 4
 """Threads that read and pack; each holds one block of the file."""
@@ -42,7 +41,7 @@ def load_weights(
     requests: Mapping[str, WeightSource],
     captured: CapturedModel,
     config: CompileConfig,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     sink: Sink | None = None,
     weights: WeightFinder | None = None,
 ) -> dict[str, Tensor]:
@@ -52,7 +51,9 @@ def load_weights(
     the checkpoint if none is given.
     """
     sink = sink or HostSink()
-    weights = weights or open_weights(captured, config, sink.device)
+    if weights is None and config.load_format == "dummy":
+        weights = DummyWeights(captured, config.seed, sink.device)
+    weights = weights or CheckpointWeights(captured, config)
     num_readers = max(1, min(MAX_READERS, torch.get_num_threads()))
     sources = {key: replace(s, names=tuple(captured.tied.get(n, n) for n in s.names)) for key, s in requests.items()}
     # A weight is read once for all of its stored tensors.
@@ -68,8 +69,7 @@ def load_weights(
         tensors = pool.map(lambda item: _load(*item, weights, captured, readers, sink), distinct.items())
         for done, (source, stored) in enumerate(zip(distinct, tensors, strict=True)):
             loaded |= {replace(source, part=part): tensor for part, tensor in stored.items()}
-            if progress:
-                progress("loading", done + 1, len(distinct))
+            progress("loading", done + 1, len(distinct))
     sink.finish()
     weights.remember()
     return {key: loaded[source] for key, source in sources.items()}
@@ -91,12 +91,12 @@ class CheckpointWeights:
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
         """Raises LoadError for a damaged checkpoint, or if parameters that the model ties have different values."""
         self._config, self.origin = config, config.model
-        self._stored = open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns)
+        self._stored = open_stored(config)
         self._alike = alike(captured.tied)
-        self._map_path = map_path(config, self._stored)
-        found = None
-        if self._map_path is not None:
-            found = read_cached(self._map_path, self._read_map, "it is made anew")
+        key = cache_key(config)
+        name = hashlib.sha256(f"{key} {fingerprint(self._stored)}".encode()).hexdigest()
+        self._map_path = key and cache_path(config, "weights", name)
+        found = self._map_path and read_cached(self._map_path, self._read_map, "it is made anew")
         self._known = RememberedWeights(found, lambda: resolve(self._stored, captured, config))
         with Reader() as reader:
             self._check_tied(reader)
@@ -144,13 +144,6 @@ def equal(one: LazyTensor, two: LazyTensor, reader: Reader) -> bool:
     return places[0] == places[1] or torch.equal(reader.value(one), reader.value(two))
 
 
-def map_path(config: CompileConfig, stored: Mapping[str, StoredTensor]) -> Path | None:
-    """Return the cache path of this checkpoint's weight map."""
-    key = cache_key(config)
-    name = hashlib.sha256(f"{key} {fingerprint(stored)}".encode()).hexdigest()
-    return key and cache_path(config, "weights", name)
-
-
 def resolve(
     stored: Mapping[str, StoredTensor], captured: CapturedModel, config: CompileConfig
 ) -> Mapping[str, LazyTensor]:
@@ -159,13 +152,6 @@ def resolve(
     from fuseline.compile.capture.weight_names import StoredWeights
 
     return StoredWeights(stored, build_on_meta(load_config(config), captured.dtype, config.trust_remote_code))
-
-
-def open_weights(captured: CapturedModel, config: CompileConfig, device: torch.device) -> WeightFinder:
-    """Return the source of parameters; `device` is their destination."""
-    if config.load_format == "dummy":
-        return DummyWeights(captured, config.seed, device)
-    return CheckpointWeights(captured, config)
 
 
 def _load(
@@ -177,7 +163,7 @@ def _load(
     sink: Sink,
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight by part; `keys`: the request of each, by part."""
-    form = registry()[source.format]
+    form = format_named(source.format)
     parts = stored_parts(source, form, weights.find)
     lazy, dtype = _gather(source, weights, captured) if parts is None else _joined_shape(source, captured)
     final = getattr(torch, source.dtype) if source.dtype else dtype
@@ -190,6 +176,8 @@ def _load(
     try:
         if parts is not None:
             _copy(parts, stored, reader, sink)
+        elif form.layout is not None:
+            store_coded(form, lazy, dtype, stored, reader)
         elif form.is_blockwise or sink.device.type == "cpu":
             _store(form, lazy, (dtype, final), stored, reader, sink.write)
         else:
@@ -241,10 +229,7 @@ def _gather(source: WeightSource, weights: WeightFinder, captured: CapturedModel
     real = [part for part in parts if part is not None]
     shape = real[0][0].shape[1:]
     whole = [part[0] if part else lazy_tensor.zeros((pad, *shape)) for part, pad in zip(parts, pads, strict=True)]
-    try:
-        return lazy_tensor.concatenate(whole, 0), real[0][1]
-    except ValueError as error:
-        raise LoadError(f"{' + '.join(source.names)}: {error}") from error
+    return joined(whole, source), real[0][1]
 
 
 def _part(
@@ -265,7 +250,7 @@ def _part(
     if dtype.is_floating_point and any(part.view.dtype in INTEGERS for part in lazy.slices):
         raise LoadError(
             f"{name} in {file} is stored as integers, which format {source.format} does not read: "
-            "the checkpoint is quantized"
+            "the checkpoint is quantized, but its config.json has no quantization_config"
         )
     return (lazy_tensor.transpose(lazy, -2, -1) if source.transpose else lazy), dtype
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fuseline.compile.ops.coded import Coded, Layout
+
 Shape = tuple[int, ...]
 Stored = Mapping[str, Tensor]
 """Stored tensors by part; a format of one tensor calls it ""."""
@@ -32,12 +34,13 @@ class Format:
     name: str
     shapes: Callable[[Shape, torch.dtype], Mapping[str, tuple[Shape, torch.dtype]]]
     """(shape, dtype) by part of what is stored for a weight of that shape and dtype. Tensors start as zeros."""
-    write: Callable[[Stored, Tensor, Shape, Put], None]
+    write: Callable[[Stored, Tensor, Shape, Put], None] | None = None
     """Stores a block of the weight that begins at `start`; the block is overwritten afterwards."""
     scan: Callable[[Stored, Tensor, Shape, Put], None] | None = None
     """Sees every block before the first is written, such as to find scales. The checkpoint is then read twice."""
-    readers: Mapping[object, Callable[[tuple, Pack], Call]] = field(default_factory=dict)
-    """By op on plain weights: from its arguments, the call that computes the same from stored tensors."""
+    readers: Mapping[object, Callable[[tuple, Pack], Call | None]] = field(default_factory=dict)
+    """By op on plain weights: from its arguments, the call that computes the same from stored tensors; None if there is
+    none for these arguments."""
     targets: tuple[str, ...] = ("cpu", "cuda")
     """Kinds of targets that compute linears with it."""
     stored_as: Mapping[str, str] = field(default_factory=dict)
@@ -45,6 +48,12 @@ class Format:
     such as weight_scale beside weight. Parts are read as they are; several weights are joined along the first dim."""
     is_blockwise: bool = False
     """Whether `write` only puts blocks, wherever the stored tensors lie; else a weight is made in host memory first."""
+    layout: Layout | None = None
+    """Set for weights of codes, which are stored whole rows at a time in host memory, by the two fields below."""
+    put_coded: Callable[[Stored, Coded, int], None] | None = None
+    """put_coded(stored, coded, row) stores codes and scales of outputs from `row` on."""
+    encode: Callable[[Tensor], Coded] | None = None
+    """Quantizes outputs [n, K]."""
     multiples: tuple[int, int] = (1, 1)
     """Outputs and inputs that are stored together: a rank's part of a weight is a multiple of them."""
 

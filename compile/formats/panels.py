@@ -42,7 +42,7 @@ def pack_columns(panels: Tensor, block: Tensor, row: int, col: int = 0) -> None:
         if begin < stop:
             columns = block[:, begin - col : stop - col : step]
             at = (begin - first) // step
-            _pack_lanes(lanes[:, at : at + columns.shape[1]], columns, row)
+            pack_lanes(lanes[:, at : at + columns.shape[1]], columns, row)
 
 
 def _planes(panels: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -57,7 +57,8 @@ def _planes(panels: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     yield even, 1, panels[:, even:]
 
 
-def _pack_lanes(lanes: Tensor, block: Tensor, row: int) -> None:
+def pack_lanes(lanes: Tensor, block: Tensor, row: int) -> None:
+    """Write block [n, X], whose first line is row `row`, into panels [P, X, 16] of any dtype."""
     done = 0
     while done < len(block):
         panel, lane = divmod(row + done, PANEL)

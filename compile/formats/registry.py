@@ -6,6 +6,7 @@ import functools
 
 from fuseline.compile import formats
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.codes import format_of
 from fuseline.compile.formats.format import Format
 from fuseline.compile.ops.registry import modules_of
 from fuseline.compile.target import Target
@@ -19,6 +20,11 @@ def registry() -> dict[str, Format]:
     """Format by name; a new file needs no list."""
     found = (getattr(module, "FORMAT", None) for module in modules_of(formats))
     return {form.name: form for form in found if form is not None}
+
+
+def format_named(name: str) -> Format:
+    """A format of a file, or that of a layout of codes."""
+    return registry().get(name) or format_of(name)
 
 
 def formats_for(config: CompileConfig, target: Target) -> tuple[Format, ...]:

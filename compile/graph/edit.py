@@ -137,6 +137,18 @@ def nodes_in(args: object) -> list[fx.Node]:
     return list(found)
 
 
+def reached(start: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> dict[fx.Node, None]:
+    """The nodes of `start`, those that follow them, those that follow these, and so on; each once."""
+    found: dict[fx.Node, None] = {}
+    pending = list(start)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found[node] = None
+            pending += following(node)
+    return found
+
+
 def tensors_of(value: object) -> list[Tensor]:
     """The tensors in a value, nested ones included."""
     return [item for item in tree_iter(value) if isinstance(item, Tensor)]
@@ -179,14 +191,7 @@ def is_shared_with_write(node: fx.Node) -> bool:
 
 def _readers(memory: fx.Node) -> list[fx.Node]:
     """Nodes that read or write the memory, also through views."""
-    found: dict[fx.Node, None] = {}
-    pending = [memory]
-    while pending:
-        for user in pending.pop().users:
-            if user not in found:
-                found[user] = None
-                pending += [user] if memory_of(user) is memory else []
-    return list(found)
+    return list(reached(memory.users, lambda user: user.users if memory_of(user) is memory else ()))
 
 
 def _sharing_memory(olds: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
@@ -203,23 +208,17 @@ def _sharing_memory(olds: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
 
 def _defined_late(operands: Iterable[fx.Node], limit: fx.Node) -> list[fx.Node]:
     """The operands, and nodes they depend on, that are defined at `limit` or later; in order."""
-    late: set[fx.Node] = set()
-    pending = list(operands)
-    while pending:
-        node = pending.pop()
-        if not node < limit and node not in late:
-            late.add(node)
-            pending += node.all_input_nodes
-    return sorted(late)
+
+    def late(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [node for node in nodes if not node < limit]
+
+    return sorted(reached(late(operands), lambda node: late(node.all_input_nodes)))
 
 
 def _crosses_write(operands: Iterable[fx.Node], olds: Sequence[fx.Node], place: fx.Node) -> bool:
     """Whether an operand is written between the place and where `olds`, or nodes they depend on, read it."""
-    known, inner, pending = set(operands), set(olds), list(olds)
-    while pending:
-        new = [arg for arg in pending.pop().all_input_nodes if arg not in known and arg not in inner]
-        inner.update(new)
-        pending += new
+    known = set(operands)
+    inner = reached(olds, lambda node: set(node.all_input_nodes) - known)
     for operand in known:
         reads = [user for user in operand.users if user in inner]
         span = [*reads, place]

@@ -76,7 +76,7 @@ def encode(graph: fx.Graph) -> dict[str, Any]:
 
 def decode(values: dict[str, Any], min_tokens: int, max_tokens: int, example: int) -> fx.Graph:
     """Returns the graph; its meta values share one new shape environment. Raises GraphFormatError."""
-    return _decode_graph(values, lambda: _symbolic(min_tokens, max_tokens, example))
+    return _decode_graph(values, _symbolic(min_tokens, max_tokens, example))
 
 
 def decode_fixed(values: dict[str, Any], num_tokens: int) -> fx.Graph:
@@ -84,12 +84,11 @@ def decode_fixed(values: dict[str, Any], num_tokens: int) -> fx.Graph:
 
     Avoids a shape environment, whose imports (torch._dynamo, sympy) take more than a second.
     """
-    return _decode_graph(values, lambda: _Values(num_tokens, PLAIN))
+    return _decode_graph(values, _Values(num_tokens, PLAIN))
 
 
-def _decode_graph(values: dict[str, Any], make_decoder: Callable[[], _Values]) -> fx.Graph:
+def _decode_graph(values: dict[str, Any], decoder: _Values) -> fx.Graph:
     try:
-        decoder = make_decoder()
         vals = [decoder.val(val) for val in values["vals"]]
         graph, nodes = fx.Graph(), []
         for entry in values["nodes"]:
@@ -223,17 +222,12 @@ def evaluate(text: str, num_tokens: int | SymInt) -> int | SymInt:
 def _symbolic(min_tokens: int, max_tokens: int, example: int) -> _Values:
     """Values that share one shape environment with one symbol."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import (
-        DimDynamic,
-        ShapeEnv,
-        StatelessSymbolicContext,
-        StrictMinMaxConstraint,
-    )
+    from torch.fx.experimental import symbolic_shapes as shapes
     from torch.utils._sympy.value_ranges import ValueRanges
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    limits = StrictMinMaxConstraint(vr=ValueRanges(min_tokens, max_tokens), warn_only=False)
-    dims = StatelessSymbolicContext([DimDynamic.DYNAMIC], constraint_sizes=[limits])
+    mode = FakeTensorMode(shape_env=shapes.ShapeEnv(), allow_non_fake_inputs=True)
+    limits = shapes.StrictMinMaxConstraint(vr=ValueRanges(min_tokens, max_tokens), warn_only=False)
+    dims = shapes.StatelessSymbolicContext([shapes.DimDynamic.DYNAMIC], constraint_sizes=[limits])
     row = mode.from_tensor(torch.empty(example, device="meta"), symbolic_context=dims)
     return _Values(row.shape[0], mode)
 

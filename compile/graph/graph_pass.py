@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -25,6 +25,8 @@ class PassContext:
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Buffers of the model that have values, by fqn."""
     target: Target = CPU
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    """Layouts of codes that weights are stored in, by parameter (ops/coded.py); others are plain."""
 
 
 @dataclass(frozen=True)

@@ -49,22 +49,17 @@ def _match(pattern: Any, value: Any, bound: Bindings) -> Bindings | None:
     if isinstance(pattern, Either):
         found = (_match(one, value, bound) for one in pattern.patterns)
         return next((b for b in found if b is not None), None)
+    if isinstance(pattern, Var) and pattern.name in bound:
+        same = bound[pattern.name]
+        return bound if same is value or (not isinstance(value, fx.Node) and same == value) else None
     if isinstance(pattern, Var):
-        return _match_var(pattern, value, bound)
+        return {**bound, pattern.name: value} if pattern.accepts(value) else None
     if isinstance(pattern, Call):
         return _match_call(pattern, value, bound)
     if isinstance(pattern, (list, tuple)):
         is_alike = isinstance(value, (list, tuple)) and len(value) == len(pattern)
         return _match_all(tuple(pattern), tuple(value), bound) if is_alike else None
     return bound if not isinstance(value, fx.Node) and pattern == value else None
-
-
-def _match_var(pattern: Var, value: Any, bound: Bindings) -> Bindings | None:
-    if pattern.name in bound:
-        same = bound[pattern.name]
-        is_same = same is value or (not isinstance(value, fx.Node) and same == value)
-        return bound if is_same else None
-    return {**bound, pattern.name: value} if pattern.accepts(value) else None
 
 
 def _match_call(pattern: Call, value: Any, bound: Bindings) -> Bindings | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import tensors_of
+from fuseline.compile.graph.edit import reached, tensors_of
 
 
 @dataclass
@@ -55,7 +55,8 @@ class _Borders:
         computed = set(region.nodes)
         made = {key for node in region.nodes for key in self._keys[node] if self._is_made_by(node, key)}
         inner = computed | {view for key in made for view in self._views.get(key, ())}
-        needed = self._needed(region.nodes, inner)
+        # The nodes, and the inner views that they read.
+        needed = reached(region.nodes, lambda node: [arg for arg in node.all_input_nodes if arg in inner])
         leaving = {
             key for node in inner if any(user not in inner for user in node.users) for key in self._keys[node] & made
         }
@@ -68,17 +69,6 @@ class _Borders:
     def _is_made_by(self, node: fx.Node, key: int) -> bool:
         """Whether the op allocated this storage: none of its arguments shares it."""
         return all(key not in self._keys[arg] for arg in node.all_input_nodes)
-
-    def _needed(self, nodes: list[fx.Node], inner: set[fx.Node]) -> set[fx.Node]:
-        """Returns the nodes, and the inner views they read."""
-        needed: set[fx.Node] = set()
-        pending = list(nodes)
-        while pending:
-            node = pending.pop()
-            if node not in needed:
-                needed.add(node)
-                pending += [arg for arg in node.all_input_nodes if arg in inner]
-        return needed
 
     def _outputs(self, nodes: list[fx.Node], leaving: set[int]) -> list[tuple[fx.Node, int | None]]:
         """For each storage that leaves the region, the first result that covers all of it."""

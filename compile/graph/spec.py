@@ -43,7 +43,8 @@ def check_edge(graph: fx.GraphModule, stage: str, layers: list[int], ctx: PassCo
     if stage == "lower" and "pack_weights" not in ctx.config.disabled_passes:
         problems += _without_kernel(graph, _finder(ctx))
     if problems:
-        raise SpecError(f"after stage {stage}: {problems[0]}" + _more(len(problems) - 1))
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise SpecError(f"after stage {stage}: {problems[0]}{more}")
 
 
 def _incomplete(graph: fx.GraphModule) -> Iterable[str]:
@@ -92,16 +93,10 @@ def _without_kernel(graph: fx.GraphModule, find: Callable[[fx.Node], object]) ->
         if node.op != "call_function":
             continue
         space = getattr(node.target, "namespace", "")
+        computes_sizes = node.target is operator.getitem or not isinstance(node.meta["val"], Tensor)  # done by the plan
         if space == "fuseline" and find(node) is None:
             yield f"{node.name} has no kernel"
-        elif space not in ("fuseline", *TORCH) and node.target is not operator.getitem and _is_tensor(node):
+        elif space not in ("fuseline", *TORCH) and not computes_sizes:
             yield f"{node.name} calls {node.target}, which nothing runs"
 
 
-def _is_tensor(node: fx.Node) -> bool:
-    """False for arithmetic on sizes, which is done when the plan is built."""
-    return isinstance(node.meta["val"], Tensor)
-
-
-def _more(count: int) -> str:
-    return f" (and {count} more)" if count else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial, update_wrapper
 
 from torch import Tensor
 
@@ -69,10 +70,4 @@ def dispatcher(
 
 def named(run: Callable) -> Callable:
     """With a name, which a graph's code needs of what it calls and a partial has not."""
-    if hasattr(run, "__name__"):
-        return run
-
-    def call(*args):
-        return run(*args)
-
-    return call
+    return run if hasattr(run, "__name__") else update_wrapper(partial(run), run.func, updated=())

@@ -126,14 +126,13 @@ class Implementation:
 
     def with_tunings(self, args: tuple) -> list[Implementation]:
         """One for each tuning of a phase that it has."""
-        found = self.tunings(*args) if callable(self.tunings) else self.tunings
-        tuned = (self._tuned(tuning) for tuning in found)
-        return [one for one in tuned if one.phases]
-
-    def _tuned(self, tuning: Tuning) -> Implementation:
-        run, into = (f and functools.partial(f, **tuning.options) for f in (self.run, self.into))
-        phases = tuple(phase for phase in self.phases if phase in (tuning.phases or self.phases))
-        return replace(self, label=f"{self.label} {tuning.label}", run=run, into=into, phases=phases, tunings=())
+        made = []
+        for tuning in self.tunings(*args) if callable(self.tunings) else self.tunings:
+            run, into = (f and functools.partial(f, **tuning.options) for f in (self.run, self.into))
+            label = f"{self.label} {tuning.label}"
+            if phases := tuple(phase for phase in self.phases if phase in (tuning.phases or self.phases)):
+                made.append(replace(self, label=label, run=run, into=into, phases=phases, tunings=()))
+        return made
 
 
 @functools.cache

@@ -37,12 +37,9 @@ def remove_noops(node: fx.Node) -> bool:
     return rule is not None and rule(node)
 
 
-def _forward(node: fx.Node) -> bool:
-    """Replaces the node by its first argument, unless exactly one of the two is written."""
-    return _forward_to(node, node.args[0])
-
-
-def _forward_to(node: fx.Node, source: fx.Node) -> bool:
+def _forward(node: fx.Node, to: fx.Node | None = None) -> bool:
+    """Replaces the node by one of its arguments, the first unless given, if neither of the two is written."""
+    source = to or node.args[0]
     if is_shared_with_write(node) or is_shared_with_write(source):
         return False
     take_over([node], [source])
@@ -72,7 +69,7 @@ def _cat(node: fx.Node) -> bool:
     filled = [part for part, size in zip(parts, sizes, strict=True) if not isinstance(size, int) or size != 0]
     if len(filled) != 1 or len(parts) == 1 or filled[0].meta["val"].ndim != node.meta["val"].ndim:
         return False
-    return _forward_to(node, filled[0])
+    return _forward(node, filled[0])
 
 
 RULES: dict[object, Callable[[fx.Node], bool]] = {
@@ -136,19 +133,13 @@ def merge_equal(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     seen: dict[str, fx.Node] = {}
     matches = 0
     for node in list(graph.graph.nodes):
-        if node.op not in ("call_function", "get_attr") or _is_effectful(node):
+        has_effect = node.target is torch.ops.fuseline.attention.default or is_write(node)
+        if node.op not in ("call_function", "get_attr") or has_effect:
             continue
         key = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
         first = seen.setdefault(key, node)
-        if first is not node and not _sees_writes(node):
+        if first is not node and not any(is_shared_with_write(value) for value in (node, *node.all_input_nodes)):
             take_over([node], [first])
             matches += 1
     return PassResult(matches)
 
-
-def _is_effectful(node: fx.Node) -> bool:
-    return node.target is torch.ops.fuseline.attention.default or is_write(node)
-
-
-def _sees_writes(node: fx.Node) -> bool:
-    return any(is_shared_with_write(value) for value in (node, *node.all_input_nodes))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import call_node, constant, meta_int, placeholder, replace
+from fuseline.compile.graph.edit import call_node, constant, meta_int, placeholder, reached, replace
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import Bindings, Call, Var, is_node, is_number, match
 from fuseline.compile.ops import codes
@@ -134,7 +134,7 @@ class _Tables:
     def lookup(self, cos: fx.Node, sin: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Returns None if the nodes depend on more than positions."""
         pair = [self._table(node) for node in (cos, sin)]
-        return None if None in pair else (pair[0], pair[1])
+        return None if None in pair else tuple(pair)
 
     def _table(self, node: fx.Node) -> fx.Node | None:
         if node not in self._known:
@@ -148,7 +148,8 @@ class _Tables:
 
     def _evaluate(self, node: fx.Node) -> Tensor | None:
         """Returns None if the value depends on more than positions; of token ids it may use the shape."""
-        steps = _ancestors(node, {self._inputs["positions"], self._inputs["token_ids"]})
+        known = {self._inputs["positions"], self._inputs["token_ids"]}
+        steps = sorted(reached([node], lambda node: set(node.all_input_nodes) - known))
         first, second = (self._run(steps, node, token_id) for token_id in (0, 1))
         return first if first is not None and torch.equal(first, second) else None
 
@@ -169,18 +170,3 @@ class _Tables:
                 return None
         return done[node][0].contiguous()
 
-
-def _ancestors(node: fx.Node, known: set[fx.Node]) -> list[fx.Node]:
-    """The nodes to compute for `node`, in order."""
-    order: list[fx.Node] = []
-    seen = set(known)
-
-    def visit(current: fx.Node) -> None:
-        if current not in seen:
-            seen.add(current)
-            for source in current.all_input_nodes:
-                visit(source)
-            order.append(current)
-
-    visit(node)
-    return order

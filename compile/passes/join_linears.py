@@ -5,7 +5,8 @@
 ->
     q, k, v = split(linear(x, [wq; wk; wv], [bq; 0; 0]))
 
-A shared input is not enough: other readers of x (a router, a parallel branch) stay separate.
+A shared input is not enough: other readers of x (a router, a parallel branch) stay separate, and so do weights that are
+stored in different layouts, or each with an order of inputs of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from fuseline.compile.graph.edit import constant, find_place, insert_call, insert_parts, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
+from fuseline.compile.ops.coded import parse_layout
 from fuseline.compile.specs import WeightSource
 
 aten = torch.ops.aten
@@ -31,12 +33,13 @@ MAX_STEPS = 8
 
 
 def join_linears(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
-    groups: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = defaultdict(list)
+    groups: dict[tuple[fx.Node, fx.Node, str], list[fx.Node]] = defaultdict(list)
     for node in graph.graph.nodes:
         if node.target is OPS.linear.default and _is_plain(node):
             consumer = _consumer(node)
-            if consumer is not None:
-                groups[node.args[0], consumer].append(node)
+            layout = ctx.layouts.get(node.args[1].meta["fqn"], "")
+            if consumer is not None and not (layout and parse_layout(layout).has_order):
+                groups[node.args[0], consumer, layout].append(node)
     matches = sum(_join(graph, group) for group in groups.values() if len(group) > 1)
     return PassResult(matches)
 

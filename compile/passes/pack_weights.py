@@ -3,6 +3,7 @@
 linear(x, weight, bias)              -> linear_panels(x, weight as [ceil(N/16), K, 16], bias, N)
 experts(..., gate_up, down)          -> experts_panels(...), transposed weights turned
 embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
+linear(x, weight of codes, bias)     -> linear_codes(...), the layout being the checkpoint's or that of --quantization
 linear(x, computed weight, bias)     -> aten.linear, which torch computes
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fuseline.compile.formats.format import Format
-from fuseline.compile.formats.registry import formats_for
+from fuseline.compile.formats.registry import format_named, formats_for
 from fuseline.compile.graph import edit
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
@@ -28,12 +29,26 @@ def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     forms = formats_for(ctx.config, ctx.target)
     matches = 0
     for target in (OPS.linear.default, OPS.experts.default):
-        form = next((form for form in forms if target in form.readers), None)
-        for node in [n for n in graph.graph.nodes if n.target is target and form]:
-            matches += packer.pack_call(node, form)
-    for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default]:
-        matches += packer.pack_embedding(node)
+        plain = next((form for form in forms if target in form.readers), None)
+        for node in [n for n in graph.graph.nodes if n.target is target and plain]:
+            if target is OPS.linear.default and not is_constant(node.args[1]):
+                edit.replace(node, aten.linear.default, node.args)
+            else:
+                matches += packer.replace(node, _form_of_codes(node, ctx) or plain)
+    for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default and is_constant(n.args[0])]:
+        form = packer.format_of(node.args[0])
+        matches += form is not None and node.target in form.readers and packer.replace(node, form)
     return PassResult(matches)
+
+
+def _form_of_codes(node: fx.Node, ctx: PassContext) -> Format | None:
+    """The format of a linear's weight, if that is made of codes of one layout."""
+    weight = node.args[1]
+    if node.target is not OPS.linear.default or not is_constant(weight):
+        return None
+    layouts = {ctx.layouts.get(name) for name in edit.source_of(weight).names}
+    name = layouts.pop() if len(layouts) == 1 else None
+    return format_named(name) if name else None
 
 
 class _Packer:
@@ -41,23 +56,16 @@ class _Packer:
         self._graph = graph
         self._packed: dict[tuple[str, ...], tuple[Format, tuple[fx.Node, ...]]] = {}
 
-    def pack_call(self, node: fx.Node, form: Format) -> bool:
-        if node.target is OPS.linear.default and not is_constant(node.args[1]):
-            edit.replace(node, aten.linear.default, node.args)
-            return False
-        return self._replace(node, form)
+    def format_of(self, weight: fx.Node) -> Format | None:
+        """The format in which a linear has packed the weight."""
+        return self._packed.get(edit.source_of(weight).names, (None, ()))[0]
 
-    def pack_embedding(self, node: fx.Node) -> bool:
-        """Reads the weight as a linear has packed it; stays as it is where none has, or the format cannot."""
-        weight = node.args[0]
-        form, _ = self._packed.get(edit.source_of(weight).names, (None, ())) if is_constant(weight) else (None, ())
-        return form is not None and node.target in form.readers and self._replace(node, form)
-
-    def _replace(self, node: fx.Node, form: Format) -> bool:
+    def replace(self, node: fx.Node, form: Format) -> bool:
         def pack(weight: fx.Node, transposed: bool = False) -> tuple[fx.Node, ...]:
             return self._pack(weight, form, bool(transposed))
 
-        return edit.replace(node, *form.readers[node.target](node.args, pack))
+        call = form.readers[node.target](node.args, pack)
+        return call is not None and edit.replace(node, *call)
 
     def _pack(self, weight: fx.Node, form: Format, transposed: bool) -> tuple[fx.Node, ...]:
         source = edit.source_of(weight)

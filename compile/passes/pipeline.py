@@ -50,13 +50,14 @@ SHARED: Stages = (
 COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, widen_logits)))
 """Level 1 and up."""
 
-COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, fuse_linear_act, widen_logits)))
-"""The same for a GPU: its kernels read plain rows, so that nothing is packed unless another format is configured."""
+COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, fuse_linear_act)))
+"""The same for a GPU: its kernels read plain rows, so that nothing is packed unless another format is configured, and
+its sampling reads logits of any dtype."""
 
-INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant, widen_logits)))
+INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant)))
 """Linears with one order of summation instead of the fastest ones."""
 
-REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (find_linear, widen_logits)))
+REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (find_linear,)))
 """Level 0 for a GPU: products are computed by our kernels, and their weights may stay on the host."""
 
 REGIONS = (cut_regions,)

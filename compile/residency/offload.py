@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -67,62 +66,39 @@ def _product_weights(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in weights if times[source_of(node)] == 1]
 
 
-class Lane(Protocol):
-    """A stream for copies beside the current one; tests have their own."""
+class Lane:
+    """A stream for copies beside the current one. Torch's streams of a CPU, for interpreted kernels, do nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._streams = torch.get_device_module(device)
+        self._stream = self._streams.Stream(device)
 
     def fork(self) -> None:
-        """Order later copies after the work already enqueued on the current stream."""
+        """Orders later copies after the work already enqueued on the current stream."""
+        self._stream.wait_stream(self._streams.current_stream())
 
     def copy(self, target: Tensor, source: Tensor) -> object:
-        """Start the copy and return an event recorded after it."""
-
-    def join(self, mark: object) -> None:
-        """Order later work on the current stream after the event."""
-
-
-class CudaLane:
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    def fork(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream())
-
-    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
-        with torch.cuda.stream(self._stream):
+        """Starts the copy and returns an event recorded after it."""
+        with self._streams.stream(self._stream):
             target.copy_(source, non_blocking=True)
         return self._stream.record_event()
 
-    def join(self, mark: torch.cuda.Event) -> None:
-        torch.cuda.current_stream().wait_event(mark)
-
-
-class HostLane:
-    """Copies for interpreted GPU kernels: a copy is done when the call returns."""
-
-    def fork(self) -> None:
-        """Do nothing: all earlier work is done."""
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
-
-    def join(self, mark: None) -> None:
-        """Everything before is done."""
+    def join(self, mark: object) -> None:
+        """Orders later work on the current stream after the event."""
+        self._streams.current_stream().wait_event(mark)
 
 
 class Offload:
     """The layers' host memory and their slots on the device, from which the graph reads (passes/stream_weights.py)."""
 
-    def __init__(
-        self, layers: Sequence[Layout], device: torch.device, make_lane: Callable[[], Lane] | None = None
-    ) -> None:
+    def __init__(self, layers: Sequence[Layout], device: torch.device) -> None:
         self.layers = tuple(layers)
         pages, self._device = host_pages(device), device
         self.host = [pages.zeros((num_bytes(layer),), torch.uint8) for layer in self.layers]
         size = max(memory.nbytes for memory in self.host)
         self.slots = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
-        make_lane = make_lane or ((lambda: CudaLane(device)) if device.type == "cuda" else HostLane)
         # A stream that a capture has forked into takes no other work: steps go on meanwhile on theirs.
-        self._lane, self._captured_lane = make_lane(), make_lane()
+        self._lane, self._captured_lane = Lane(device), Lane(device)
 
     @property
     def num_bytes(self) -> int:

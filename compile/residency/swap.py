@@ -38,10 +38,6 @@ class HostCaches:
         pairs = tuple(np.zeros((2, min(count, 1)), np.int64) for count in num_blocks)
         self.copy([BlockCopy(True, pairs), BlockCopy(False, pairs)])
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self._host.values())
-
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """On the current stream, in this order: one kernel for each cache of each copy. Waits for nothing."""
         todo = [

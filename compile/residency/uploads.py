@@ -24,7 +24,7 @@ class _Buffer:
     """`done` is recorded behind the copy out of `host`."""
 
     host: Tensor
-    done: torch.cuda.Event | None = None
+    done: torch.cuda.Event | torch.cpu.Event
 
 
 @dataclass
@@ -44,8 +44,7 @@ class DeviceInputs:
         for name, place in views(buffer.host, layout).items():
             place.copy_(tensors[name])
         self._on_device[:size].copy_(buffer.host[:size], non_blocking=True)
-        if buffer.done is not None:
-            buffer.done.record()
+        buffer.done.record()
         return views(self._on_device, layout)
 
     def _next(self, size: int) -> _Buffer:
@@ -53,17 +52,14 @@ class DeviceInputs:
             self._grow(2 * size)
         self._turn = (self._turn + 1) % NUM_BUFFERS
         buffer = self._buffers[self._turn]
-        if buffer.done is not None:
-            buffer.done.synchronize()
+        buffer.done.synchronize()
         return buffer
 
     def _grow(self, size: int) -> None:
-        is_cuda = self.device.type == "cuda"
+        is_cuda, events = self.device.type == "cuda", torch.get_device_module(self.device)
         self._on_device = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self._buffers = [
-            _Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda), torch.cuda.Event() if is_cuda else None)
-            for _ in range(NUM_BUFFERS)
-        ]
+        hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(NUM_BUFFERS)]
+        self._buffers = [_Buffer(host, events.Event()) for host in hosts]
 
 
 def num_bytes(layout: Layout) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fuseline import _C
 from fuseline.compile import kernels as kernel_files
 from fuseline.compile.cache.keys import version_of
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, Progress
 from fuseline.compile.kernels.choice import chosen_label, default_choices
 from fuseline.compile.kernels.registry import ANY, Implementation, OpCall
 from fuseline.compile.kernels.select import Kernels, describe
@@ -29,7 +29,7 @@ from fuseline.compile.ops.registry import op_of
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.calls import CallMaker, has_constants
 from fuseline.compile.tuning.timer import DeviceTimer, Timer
-from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
+from fuseline.compile.tuning.tuned import MIN_GAIN, measured_once
 
 logger = logging.getLogger(__name__)
 ROWS = (1, 8, 16, 32, 64, 128, 256)
@@ -153,11 +153,12 @@ def _problems(graph: fx.GraphModule, kernels: Kernels, is_invariant: bool) -> di
     """
     nodes: dict[Problem, list[fx.Node]] = defaultdict(list)
     found: dict[Problem, list[Implementation]] = {}
+    weights = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}  # not written while measured
     for node in graph.graph.nodes:
         op = op_of(node.target)
         if op is None or is_invariant and op.sums or not has_constants(node):
             continue
-        call = OpCall.of(node, kernels.target)
+        call = OpCall.of(node, kernels.target, weights)
         of = kernels.candidates(call)
         problem = Problem(node.target._schema.name, describe(call), ", ".join(c.label for c in of))
         if len(of) > 1:

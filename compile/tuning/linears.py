@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from fuseline import _C
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, Progress
 from fuseline.compile.kernels.plan_call import meta_value, plan_call
 from fuseline.compile.target import cpu_features
 from fuseline.compile.tuning.clock import times_in_turns
-from fuseline.compile.tuning.tuned import MIN_GAIN, Progress, measured_once
+from fuseline.compile.tuning.tuned import MIN_GAIN, measured_once
 
 TUNE_LEVEL = 3
 KERNEL = "linear"
@@ -118,15 +118,13 @@ def _product(alike: Sequence[fx.Node], weights: Mapping[str, Tensor]) -> Product
 
 
 def _choose(product: Product, most_rows: int, measure: Measure) -> int:
-    """One choice byte per range of rows."""
-    found = [_choose_byte(product, rows, measure) if rows <= most_rows else 0 for rows in ROWS]
-    return int.from_bytes(bytes(found), "little")
-
-
-def _choose_byte(product: Product, rows: int, measure: Measure) -> int:
-    """Selects the panels of a tile, then the panels of a chunk."""
-    best = _best(product, rows, [0, *GROUPS], measure)
-    return _best(product, rows, [best, *(best | width << 2 for width in WIDTHS)], measure)
+    """One choice byte per range of rows: the panels of a tile are chosen, then those of a chunk."""
+    found = bytearray(len(ROWS))
+    for number, rows in enumerate(ROWS):
+        if rows <= most_rows:
+            best = _best(product, rows, [0, *GROUPS], measure)
+            found[number] = _best(product, rows, [best, *(best | width << 2 for width in WIDTHS)], measure)
+    return int.from_bytes(found, "little")
 
 
 def _best(product: Product, rows: int, candidates: Sequence[int], measure: Measure) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +26,8 @@ class Arguments:
     host: Mapping[str, Tensor] | None = None
 
 
-class Timer(Protocol):
-    def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
-        """Seconds of device time per call. Propagates errors of the candidate."""
+Timer = Callable[[Implementation, Arguments], float]
+"""Seconds of device time per call. Propagates errors of the candidate."""
 
 
 class DeviceTimer:

@@ -12,11 +12,10 @@ from typing import TypeVar
 
 from fuseline.compile.cache.files import CacheError
 from fuseline.compile.cache.store import cache_path, read_cached, write_cached
-from fuseline.compile.config import CompileConfig
+from fuseline.compile.config import CompileConfig, Progress
 
 Problem = TypeVar("Problem")
 Choice = TypeVar("Choice")
-Progress = Callable[[str, int, int], None]
 MIN_GAIN = 0.03
 """Smallest measured gain that counts; less may be noise."""
 

@@ -46,6 +46,17 @@ FL_INLINE int64_t index_at(const Tensor& t, int64_t k) {
   return t.dtype == DType::i64 ? static_cast<const int64_t*>(t.data)[at] : static_cast<const int32_t*>(t.data)[at];
 }
 
+// Element `r` of an i64 or i32 view in row-major order.
+inline int64_t id_at(const Tensor& ids, int64_t r) {
+  int64_t offset = 0;
+  for (int d = ids.ndim - 1; d >= 0; --d) {
+    offset += r % ids.sizes[d] * ids.strides[d];
+    r /= ids.sizes[d];
+  }
+  return ids.dtype == DType::i64 ? static_cast<const int64_t*>(ids.data)[offset]
+                                 : static_cast<const int32_t*>(ids.data)[offset];
+}
+
 inline int64_t item_size(DType dtype) {
   switch (dtype) {
     case DType::i64: return 8;

@@ -107,14 +107,15 @@ struct Units {
 };
 
 // Copies the tiles of a warp, one after the other, through all of the block's units. Half of the lanes copy keys, the
-// others values, each a piece: those of a tile's keys that lie in one block.
+// others values, each a piece: those of a tile's keys that lie in one block. The lanes look up sixteen pieces at once.
 template <class Cache, int kDim>
 struct Copier {
   static constexpr int kStep = Sizes<Cache, kDim>::kWarps * kKeys;
   Units units;
-  int warp, lane, rows_shift;  // log2 of a piece's keys
+  int warp, lane, rows_shift, num_pieces;  // log2 of a piece's keys; pieces of a tile
   bool is_there = false;
-  int base = 0, block = -1;  // the tile's first key; the cache block of this lane's piece, -1: none
+  int base = 0;  // the tile's first key
+  int entry = -1, used = 0;  // cache block of the lane's piece, -1: not seen; pieces before the tile's
   const int32_t* table = nullptr;
   const Cache* from = nullptr;
   int64_t block_stride;
@@ -122,6 +123,7 @@ struct Copier {
   FL_DEVICE Copier(const Units& units, int warp, int lane) : units(units), warp(warp), lane(lane) {
     const BulkArgs& a = units.a;
     rows_shift = a.block_shift < 4 ? static_cast<int>(a.block_shift) : 4;
+    num_pieces = kKeys >> rows_shift;
     block_stride = lane < kKeys ? a.k_block : a.v_block;
     start_unit();
   }
@@ -142,34 +144,39 @@ struct Copier {
     look_up();
   }
 
-  // First piece of the tile with a key that is seen, and the one behind the last.
-  FL_DEVICE int first_piece() const { return units.cut.first > base ? (units.cut.first - base) >> rows_shift : 0; }
-  FL_DEVICE int pieces_end() const {
-    const int left = units.high - base;
-    return ((left < kKeys ? left : kKeys) + (1 << rows_shift) - 1) >> rows_shift;
+  // Of this tile and those behind it in the unit.
+  FL_DEVICE void look_up() {
+    const int piece = lane % kKeys, in_tile = piece & (num_pieces - 1), tile = piece >> (4 - rows_shift);
+    const int key = base + tile * kStep + (in_tile << rows_shift);
+    const bool is_seen = is_there && key + (1 << rows_shift) > units.cut.first && key < units.high;
+    entry = is_seen ? table[key >> units.a.block_shift] : -1;
+    used = 0;
   }
 
-  FL_DEVICE void look_up() {
-    const int piece = lane % kKeys;
-    const bool is_seen = is_there && piece >= first_piece() && piece < pieces_end();
-    block = is_seen ? table[(base + (piece << rows_shift)) >> units.a.block_shift] : -1;
+  // Pieces of the tile with a key that is seen.
+  FL_DEVICE int num_seen() const {
+    const int left = units.high - base, end = left < kKeys ? left : kKeys;
+    const int first = units.cut.first > base ? units.cut.first - base : 0;
+    return ((end + (1 << rows_shift) - 1) >> rows_shift) - (first >> rows_shift);
   }
 
   // Starts the copies of the next tile to shared memory that no lane reads any more.
   FL_DEVICE void copy(char* to, BulkBarrier& barrier) {
     if (!is_there) return;
     const int bytes = static_cast<int>(sizeof(Cache)) * kDim << rows_shift;
+    const int piece = lane % kKeys, block = shuffle(entry, used + (piece & (num_pieces - 1)));
     sync_warp();
-    if (lane == 0) arrive_expecting(barrier, 2 * bytes * (pieces_end() - first_piece()));
+    if (lane == 0) arrive_expecting(barrier, 2 * bytes * num_seen());
     sync_warp();
-    if (block >= 0) {
-      const int piece = lane % kKeys, mask = (1 << units.a.block_shift) - 1;
+    if (block >= 0 && piece < num_pieces) {
+      const int mask = (1 << units.a.block_shift) - 1;
       const Cache* row = from + block * block_stride + ((base + (piece << rows_shift)) & mask) * kDim;
       copy_bulk(to + lane / kKeys * Sizes<Cache, kDim>::kHalf + piece * bytes, row, bytes, barrier);
     }
     base += kStep;
-    if (base < units.high) look_up();
-    else start_unit();
+    used += num_pieces;
+    if (base >= units.high) start_unit();
+    else if (used == kKeys) look_up();
   }
 };
 

@@ -149,7 +149,7 @@ class Launched:
 def launch_sampling(
     device: Device, logits: Tensor, arguments: SampleArguments, before: Tensor | None, pooled: Tensor | None = None
 ) -> Launched:
-    """logits [R + P, V] float32; more rows are left alone.
+    """logits [R + P, V], float32 or what the device's kernels take; more rows are left alone.
 
     `before`: tokens of the step before, on the device, if some are unknown. `pooled`: vectors for the host.
     """
@@ -170,11 +170,14 @@ def launch_sampling(
     out, given = results.tensors, device.upload({**arguments.inputs, **writes, "targets": arguments.targets})
     if history:
         given["history"] = history.write(given, before)
-    edited = edit_rows(logits, arguments.edits, out.get("named")) if arguments.edits else None
+    chosen, edited = logits[:num_rows], None
+    if arguments.edits:
+        chosen = chosen.float()
+        edited = edit_rows(chosen, arguments.edits, out.get("named"))
     if num_rows:
         scores = _score_outputs(device, out, arguments)
         device.ops.sample(
-            out["tokens"], *itemgetter(*SCORES)(scores), out["ok"], logits[:num_rows], *itemgetter(*INPUTS)(given),
+            out["tokens"], *itemgetter(*SCORES)(scores), out["ok"], chosen, *itemgetter(*INPUTS)(given),
             given.get("bitmask"), arguments.mode,
         )  # fmt: skip
     if edited:

@@ -13,6 +13,7 @@ from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.sizing import ProfiledMemory
 from fuseline.engine.run.device import Device, Progress
 from fuseline.engine.run.histories import History, history_bytes, history_memory
+from fuseline.engine.run.row_edits import RowEdit
 from fuseline.engine.run.runner import Model
 from fuseline.engine.run.sampling import LOGPROBS_MODES, SampleArguments, launch_sampling
 
@@ -103,6 +104,7 @@ class _Trial:
             self.step(counts, with_history=True),
             self.step(counts, mask_words=mask),
             self.step(counts, mask_words=mask, with_history=True),
+            self.step(counts, with_edits=True),
             self.step([1], with_scores=True),
             self._score_prompt,
         ]
@@ -134,9 +136,11 @@ class _Trial:
 
 
 def trial_arguments(
-    num_rows: int, mode: int = 0, with_lists: bool = False, with_scores: bool = False, mask_words: int = 0
-) -> SampleArguments:
-    """Arguments for rows that draw; with a bias, with log-probabilities, with masks of `mask_words` words."""
+    num_rows: int, mode: int = 0, with_lists: bool = False, with_scores: bool = False, mask_words: int = 0,
+    with_edits: bool = False,
+) -> SampleArguments:  # fmt: skip
+    """Arguments for rows that draw; with a bias, with log-probabilities, with masks of `mask_words` words, with a row
+    that is changed beforehand, for which all are widened."""
 
     def full(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full((num_rows,), value, dtype=dtype)
@@ -157,4 +161,5 @@ def trial_arguments(
     if mask_words:
         inputs["bitmask"] = torch.full((num_rows, mask_words), -1, dtype=torch.int32)
     targets = full(0) if with_scores else full(0)[:0]
-    return SampleArguments(num_rows, 0, mode, inputs, targets=targets)
+    edits = (RowEdit(0, temperature=2.0),) if with_edits else ()
+    return SampleArguments(num_rows, 0, mode, inputs, edits=edits, targets=targets)

@@ -233,11 +233,13 @@ class Scheduler:
         return num_free > self.waiting.num_deferred or self._preempt_lower(seq, budget)
 
     def _preempt_lower(self, seq: Sequence, budget: StepBudget) -> bool:
-        """Under the priority policy, preempt the last sequence of a lower priority than `seq`, if there is one."""
-        if not self.limits.is_priority or not self.running:
+        """Preempt the last sequence, if it is one of a body of many prompts whose turn comes after that of `seq`, or,
+        under the priority policy, one of a lower priority."""
+        victim = max(self.running, key=lambda s: s.order, default=None)
+        if victim is None or victim.order < seq.order:
             return False
-        victim = max(self.running, key=lambda s: s.order)
-        if victim.request.priority <= seq.request.priority:
+        is_lower = self.limits.is_priority and victim.request.priority > seq.request.priority
+        if victim.request.turn == 0 and not is_lower:
             return False
         self._preempt(victim, budget)
         return True

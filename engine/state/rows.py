@@ -66,6 +66,7 @@ class RequestRows:
         self.has_lists = np.zeros(num_rows, bool)
         self.has_edits = np.zeros(num_rows, bool)  # run/row_edits.py has work for it
         self.has_grammar = np.zeros(num_rows, bool)
+        self.is_held = np.zeros(num_rows, bool)  # out of steps until its mask is made
 
     def load(self, seq: Sequence, num_computed: int = 0) -> None:
         """Give the row `seq.row` to a sequence of whose tokens the first `num_computed` need no computing."""
@@ -99,7 +100,7 @@ class RequestRows:
         if seq.num_pending:
             self.evicted[row, int(self.generation[row])] = seq
         self.sequences[row] = None
-        self.has_grammar[row] = self.reads_tokens[row] = False
+        self.has_grammar[row] = self.reads_tokens[row] = self.is_held[row] = False
         self.generation[row] += 1
         self.num_pooled -= seq.is_pooled
         self.num_embedded -= seq.embeds is not None
@@ -129,6 +130,7 @@ class RequestRows:
     def num_remaining(self, rows: np.ndarray | slice | int = slice(None)) -> np.ndarray:
         """Tokens that can be computed now, drafts apart; 0 for free rows."""
         remaining = np.minimum(self.num_tokens[rows], self.num_wanted[rows]) - self.num_computed[rows]
+        remaining = np.where(self.is_held[rows], 0, remaining)
         if self.with_drafts:
             return np.where(self.num_known[rows] < self.num_tokens[rows], 0, remaining)
         return remaining
@@ -173,8 +175,8 @@ class RequestRows:
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)
-        self.has_grammar[row] = params.grammar is not None
-        reads = bool(seq.processors) or params.grammar is not None
+        self.has_grammar[row] = params.has_masks
+        reads = bool(seq.processors) or params.has_masks
         self.reads_tokens[row] = reads or any(len(word) > 1 for word in params.bad_words)
         self.has_edits[row] = bool(seq.processors or params.logprob_token_ids or params.scores_temperature != 1)
         self.has_lists[row] = bool(

@@ -35,9 +35,21 @@ class TokenGrammar(Protocol):
     num_seen: int
     """Generated tokens taken so far."""
     matcher: Any
-    """Of xgrammar, behind the tokens taken."""
+    """Of the grammar's backend, behind the tokens taken."""
     is_plain: bool
-    """Whether `mask` is what the matcher fills, and nothing else."""
+    """Whether `mask` is what xgrammar's matcher fills, and nothing else."""
+
+    is_slow: bool
+    """Whether masks are made beside the steps, by `prepare`."""
+
+    def has_mask(self, num_tokens: int) -> bool:
+        """Whether the mask behind so many generated tokens is made."""
+
+    def prepare(self, begin: int, tokens: Seq[int]) -> None:
+        """Take the generated tokens from number `begin` on, and make the mask behind them. For another thread."""
+
+    def note_slow(self) -> None:
+        """A step has waited for the masks of this sequence, or of those beside it."""
 
     def mask(self) -> np.ndarray:
         """[W]: tokens that may come next."""

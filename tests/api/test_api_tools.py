@@ -198,7 +198,7 @@ REFUSED = {
     "odd strict": ({"tools": [{"function": {"name": "f", "strict": "x"}}]}, "tools[0].function.strict", "true"),
     "guided and required": ({"tool_choice": "required", "guided_regex": "a"}, "guided_regex", "not both"),
     "guided and named": ({"tool_choice": NAMED, "guided_choice": ["a"]}, "guided_choice", "not both"),
-    "budget": ({"thinking_token_budget": 5}, "thinking_token_budget", "not supported"),
+    "budget": ({"thinking_token_budget": -2}, "thinking_token_budget", "-1"),
 }  # fmt: skip
 
 
@@ -251,3 +251,154 @@ def test_both_switches_go_together() -> None:
         "reasoning_parser": "deepseek_r1",
     })  # fmt: skip
     assert config.enable_auto_tool_choice and config.enable_reasoning
+
+
+NIGHTS = {
+    "type": "object", "properties": {"nights": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["nights"],
+    "additionalProperties": False,
+}  # fmt: skip
+STRICT = {"type": "function", "function": {**WEATHER["function"], "parameters": NIGHTS, "strict": True}}
+
+
+def test_strict_arguments_are_valid_and_text_is_free(tooled: Api) -> None:
+    """The bundled model would write a city there: its own choice to call stays, its arguments follow the schema."""
+    asks = {**ASKS, "tools": [STRICT], "max_tokens": 120}
+    for fields in ({"temperature": 0}, {"temperature": 1, "seed": 1, "n": 4}, {"temperature": 0, "min_tokens": 20}):
+        for choice in tooled.answer(CHAT, **asks, **fields)["choices"]:
+            for call in choice["message"].get("tool_calls") or ():
+                assert 1 <= json.loads(call["function"]["arguments"])["nights"] <= 9
+    (choice,) = tooled.answer(CHAT, **asks, temperature=0)["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert (
+        joined(tooled.stream(CHAT, **asks, temperature=0))["tool_calls"][0]["function"]["arguments"]
+        == (choice["message"]["tool_calls"][0]["function"]["arguments"])
+    )
+    plain = {"messages": MESSAGES, "temperature": 0, "max_tokens": 30}
+    free, held = (
+        tooled.answer(CHAT, **plain, tools=[{**STRICT, "function": {**STRICT["function"], "strict": strict}}])[
+            "choices"
+        ]
+        for strict in (False, True)
+    )
+    assert free == held and held[0]["message"]["content"]
+    stopped = tooled.answer(CHAT, **plain, tools=[STRICT], stop=[held[0]["message"]["content"][1:3]])["choices"][0]
+    assert stopped["finish_reason"] == "stop" and stopped["message"]["content"] == held[0]["message"]["content"][:1]
+
+
+def test_a_response_format_leaves_the_choice_of_a_call(tooled: Api) -> None:
+    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    called = tooled.answer(CHAT, **ASKS, **GREEDY, response_format=form)["choices"][0]
+    assert called["finish_reason"] == "tool_calls" and called["message"]["tool_calls"]
+    for seed in range(4):
+        asks = {**ASKS, "messages": THINKS["messages"], "max_tokens": 120, "seed": seed}
+        (choice,) = tooled.answer(CHAT, **asks, response_format=form)["choices"]
+        if not choice["message"].get("tool_calls"):
+            assert isinstance(json.loads(choice["message"]["content"])["sum"], int)
+
+
+def test_a_strict_schema_that_no_grammar_holds_is_refused(tooled: Api) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}, "strict": True}}
+    response = tooled.post(CHAT, {"model": "demo", **ASKS, "tools": [tool]})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tools"
+    del tool["function"]["strict"]
+    assert tooled.post(CHAT, {"model": "demo", **ASKS, **GREEDY, "tools": [tool]}).status_code == 200
+
+
+NIGHT = {"type": "function", "function": {"name": "book_night", "description": "Book", "parameters": NIGHTS}}
+FUNCTION = {"type": "function", "function": {"name": "book_night"}}
+
+
+def allowed(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+
+def test_allowed_tools(tooled: Api) -> None:
+    """All are shown, some may be called."""
+    asks = {**ASKS, "tools": [WEATHER, NIGHT], "temperature": 1, "max_tokens": 150}
+    for choice in (allowed("required", FUNCTION), {"type": "allowed_tools", "mode": "required", "tools": [FUNCTION]}):
+        calls = tooled.answer(CHAT, **asks, tool_choice=choice, seed=1)["choices"][0]["message"]["tool_calls"]
+        assert {call["function"]["name"] for call in calls} == {"book_night"}
+    free = tooled.answer(CHAT, **asks, tool_choice=allowed("auto", FUNCTION), n=6, seed=1)
+    names = [call["function"]["name"] for c in free["choices"] for call in c["message"].get("tool_calls") or ()]
+    assert set(names) <= {"book_night"}
+    both = {**asks, "temperature": 0, "max_tokens": 80}
+    every = [WEATHER, FUNCTION]
+    assert (
+        tooled.answer(CHAT, **both, tool_choice=allowed("auto", *every))["usage"]
+        == tooled.answer(CHAT, **both)["usage"]
+    )
+    flat = [{"type": "function", **tool["function"]} for tool in (NIGHT, WEATHER)]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "book_night"}]}
+    answer = tooled.answer("/v1/responses", input="Hi", tools=flat, tool_choice=choice, max_output_tokens=200)
+    assert {item["name"] for item in answer["output"] if item["type"] == "function_call"} <= {"book_night"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "param", "word"),
+    [
+        (allowed("always", FUNCTION), "tool_choice.allowed_tools.mode", "auto"),
+        (allowed("auto"), "tool_choice.allowed_tools.tools", "empty"),
+        (allowed("auto", NAMED), "tool_choice.allowed_tools.tools[0]", "get_weather"),
+        (allowed("auto", {"type": "mcp"}), "tool_choice.allowed_tools.tools[0]", "function"),
+        ({"type": "allowed_tools", "allowed_tools": 3}, "tool_choice.allowed_tools", "object"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"name": 3}]}, "tool_choice.tools[0]", "match"),
+    ],
+    ids=str,
+)
+def test_allowed_tools_that_are_wrong(tooled: Api, choice: dict[str, Any], param: str, word: str) -> None:
+    body = {"model": "demo", "messages": ASKS["messages"], "tools": [NIGHT], "tool_choice": choice}
+    error = tooled.post(CHAT, body).json()["error"]
+    assert error["param"] == param and word in error["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=str)
+def test_a_forced_call_cut_by_length_is_no_text(tooled: Api, choice: Any) -> None:
+    for limit in (1, 3, 6, 9, 14):
+        fields = {**ASKS, "tool_choice": choice, "temperature": 0, "max_tokens": limit}
+        (whole,) = tooled.answer(CHAT, **fields)["choices"]
+        assert whole["finish_reason"] == "length" and not whole["message"]["content"]
+        streamed = joined(tooled.stream(CHAT, **fields))
+        assert streamed["finish_reason"] == "length" and not streamed.get("content")
+        assert len(streamed["tool_calls"]) == len(whole["message"].get("tool_calls") or ())
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"tools": [WEATHER], "tool_choice": NAMED}, {"guided_regex": "[0-9]{1,3}"}], ids=str
+)
+def test_reasoning_ends_when_its_budget_is_spent(tooled: Api, more: dict[str, Any]) -> None:
+    free = tooled.answer(CHAT, **THINKS, **GREEDY)
+    needed = free["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert needed > 8
+    for budget in (0, 1, 5):
+        fields = {**THINKS, **GREEDY, **more, "thinking_token_budget": budget, "n": 2}
+        whole = tooled.answer(CHAT, **fields)
+        message = whole["choices"][0]["message"]
+        spent = whole["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert spent < needed and (message["content"] or message.get("tool_calls"))
+        if not more:
+            assert (free["choices"][0]["message"]["reasoning_content"]).startswith(message["reasoning_content"] or "")
+        streamed = joined(tooled.stream(CHAT, **{**fields, "n": 1}))
+        assert (streamed.get("reasoning_content") or "") == (message["reasoning_content"] or "")
+        assert (streamed.get("content") or "") == (message["content"] or "")
+    for budget in (-1, 10_000):
+        fields = {**THINKS, **GREEDY, "thinking_token_budget": budget}
+        assert tooled.answer(CHAT, **fields)["choices"] == free["choices"]
+
+
+def test_a_budget_needs_a_reasoning_parser(plain: Api) -> None:
+    response = plain.post(CHAT, {"model": "demo", **THINKS, "thinking_token_budget": 5})
+    assert response.status_code == 400 and "--reasoning-parser" in response.json()["error"]["message"]
+    assert plain.post(CHAT, {"model": "demo", **THINKS, "thinking_token_budget": -1}).status_code == 200
+
+
+def test_the_budget_of_messages(tooled: Api) -> None:
+    body = {"messages": THINKS["messages"], "max_tokens": 80, "temperature": 0}
+    free, held = (
+        tooled.answer("/v1/messages", **body, thinking={"type": "enabled", "budget_tokens": budget})["content"]
+        for budget in (2000, 3)
+    )
+    assert held[0]["type"] == "thinking" and held[-1]["type"] == "text"
+    assert free[0]["thinking"].startswith(held[0]["thinking"]) and len(held[0]["thinking"]) < len(free[0]["thinking"])
+    wrong = {"model": "demo", **body, "thinking": {"type": "enabled", "budget_tokens": 0}}
+    assert tooled.post("/v1/messages", wrong).status_code == 400

@@ -242,3 +242,13 @@ async def test_a_salt_and_an_effort_go_on() -> None:
     assert (await task).status_code == 200
     expected = app.state.served.tokenizer.encode("high a", add_special_tokens=False)
     assert engine.requests[0].cache_salt == "s" and engine.requests[0].prompt_token_ids == tuple(expected)
+
+
+async def test_the_prompts_of_a_body_take_turns_with_other_requests() -> None:
+    """Each tells the engine how many of its body come before it."""
+    app, engine = open_app()
+    task = asyncio.ensure_future(call(app, "POST", COMPLETIONS, {"prompt": ["a", "b", "c"], "max_tokens": 1}))
+    await until(lambda: len(engine.requests) == 3)
+    engine.step("length")
+    assert (await task).status_code == 200
+    assert [request.turn for request in engine.requests] == [0, 1, 2]

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from api_client import MESSAGES, Api
 from jsonschema import Draft202012Validator
+
+from fuseline.api.errors import ApiError
+from fuseline.api.prompt import backends
+from fuseline.api.prompt.backends import PACKAGES
 
 CHAT = "/v1/chat/completions"
 SCHEMA = {
@@ -81,6 +87,46 @@ def test_other_forms(api):
     assert is_valid(text.removeprefix("<f>").removesuffix("</f>"))
 
 
+@pytest.mark.parametrize("name", ["guidance", "outlines", "lm-format-enforcer"])
+def test_packages_serve_requests(api, name):
+    """The same request gives the same answer each time, streamed or not, alone or with company."""
+    backend = {"guided_decoding_backend": f"{name}:no-fallback"}
+    properties = {"a": {"enum": ["x", "yz"]}, "n": {"type": "integer"}}
+    plain = {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": False}
+    assert set(texts(api, guided_choice=["Paris", "New York"], n=3, **backend)) <= {"Paris", "New York"}
+    assert re.fullmatch(r"\d{3}-[a-z]{1,9}", texts(api, guided_regex=r"\d{3}-[a-z]{1,9}", **backend)[0])
+    fields = {"structured_outputs": {"json": plain, "backend": f"{name}:no-fallback"}}
+    found = texts(api, n=3, **fields)
+    assert all(Draft202012Validator(plain).is_valid(json.loads(text)) for text in found)
+    chunks = api.stream(CHAT, messages=MESSAGES, max_tokens=300, temperature=1, seed=3, **fields)
+    assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]) == found[0]
+
+
+@pytest.mark.parametrize("name", ["guidance", "outlines", "lm-format-enforcer"])
+def test_a_missing_package_is_named_with_its_cure(name, monkeypatch, caplog):
+    module = PACKAGES[name].module
+    monkeypatch.setattr(backends, "find_spec", lambda asked: None if asked == module else pytest.fail(asked))
+    cure = f"pip install 'fuseline[{PACKAGES[name].extra}]'"
+    assert backends.choose_backend(name, "regex", "a", False, "field") == "xgrammar" and cure in caplog.text
+    with pytest.raises(ApiError) as refused:
+        backends.choose_backend(f"{name}:no-fallback", "regex", "a", False, "field")
+    assert refused.value.status == 400 and cure in refused.value.message
+    caplog.clear()
+    backends.check_installed(name)
+    assert cure in caplog.text
+    with pytest.raises(ValueError, match="is not installed: pip install"):
+        backends.check_installed(f"{name}:no-fallback")
+
+
+def test_the_extras_are_those_that_errors_name():
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for package in PACKAGES.values():
+        (requirement,) = extras[package.extra]
+        assert requirement in extras["test"]
+
+
 def test_streamed_equals_whole(api):
     chunks = api.stream(CHAT, messages=MESSAGES, max_tokens=300, temperature=1, seed=3, response_format=JSON_SCHEMA)
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
@@ -97,7 +143,12 @@ def test_streamed_equals_whole(api):
         ({"guided_grammar": "root ::= foo"}, "foo"), ({"guided_grammar": "hello"}, "no rule"),
         ({"guided_choice": ["a"], "guided_decoding_backend": "zz"}, "unknown backend"),
         ({"guided_choice": ["a"], "guided_decoding_backend": "xgrammar:fast"}, "unknown option"),
-        ({"guided_choice": ["a"], "guided_decoding_backend": "outlines:no-fallback"}, "no-fallback"),
+        ({"guided_choice": ["a"], "guided_decoding_backend": "outlines:slow"}, "unknown option"),
+        (
+            {"guided_grammar": 'root ::= "a"', "guided_decoding_backend": "outlines:no-fallback"},
+            "outlines cannot be used here, and no-fallback excludes xgrammar: it does not take grammar",
+        ),
+        ({"guided_regex": "(?=a)b", "guided_decoding_backend": "guidance"}, "look-around"),
         ({"response_format": {"type": "json_schema"}}, "json_schema"), ({"response_format": {"type": "xml"}}, "xml"),
         ({"structured_outputs": {}}, "structured_outputs"), ({"structured_outputs": {"jso": {}}}, "jso"),
         ({"guided_json": {}, "guided_whitespace_pattern": "x"}, "guided_whitespace_pattern"),
@@ -124,3 +175,9 @@ def test_forced_text_gives_the_same_tokens(api):
             assert [choice["logprobs"] for choice in ours] == [choice["logprobs"] for choice in theirs]
     finally:
         plain.close()
+
+
+def test_a_grammar_with_long_counts_is_served(api):
+    """GBNF of users is compiled as it is: masks within a long count take long, and no step waits for them."""
+    for grammar in ('root ::= [a-f]{40,120} "."', 'start: LETTER~40..120 "."\nLETTER: /[a-f]/'):
+        assert re.fullmatch(r"[a-f]{40,120}\.", texts(api, guided_grammar=grammar, n=2)[0])

@@ -31,7 +31,7 @@ PHIMOE_ROPE = dict(
 
 
 def publish(config: transformers.PreTrainedConfig, folder: Path) -> CompileConfig:
-    RandomModel(config, trust_remote_code=False).save(folder / "model")
+    RandomModel(config, trust_remote_code=False)._model.save_pretrained(folder / "model")
     return CompileConfig(str(folder / "model"), cache_dir=str(folder / "cache"))
 
 

@@ -153,8 +153,8 @@ def test_a_gpu_is_started_warm_sized_and_captured() -> None:
     )  # fmt: skip
     service = EngineService(config, lambda config, progress: model, lambda config: device, sent.append)
     model.graphs.wait()
-    assert trial_steps(config, 256) == [[2, 2], [4], [3], [1, 1], [1]] and device.rehearsed == [2, 5 + 5]
-    assert sent[: sum(device.rehearsed)] == [Progress("warming up", k, 12) for k in range(1, 13)]
+    assert trial_steps(config, 256) == [[2, 2], [4], [3], [1, 1], [1]] and device.rehearsed == [2, 5 + 8]
+    assert sent[: sum(device.rehearsed)] == [Progress("warming up", k, 15) for k in range(1, 16)]
     assert Progress("capturing graphs", 3, 3) in sent and device.graphs.captured == [2, 1]
     (ready,) = (m for m in sent if isinstance(m, EngineReady))
     table = dict(ready.table)

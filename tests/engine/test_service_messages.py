@@ -45,7 +45,7 @@ def test_messages_are_handled_for_a_short_time_between_two_steps(
     grammars = SimpleNamespace(on_ready=None, close=lambda: None)
     served.engine = SimpleNamespace(
         has_work=True, step=step, add=added.append, runner=SimpleNamespace(model=None), grammars=grammars,
-        admit_compiled=lambda: None,
+        slow_masks=grammars, admit_compiled=lambda: None,
     )
     served.device, served.send = SimpleNamespace(stop_capture=lambda model: None), lambda message: None
     served.run(Inbox(clock, seconds))

@@ -106,12 +106,12 @@ class Walk:
 
     def submit(self, prompt: list[int], **params) -> str:
         name = f"r{len(self.requests)}"
-        priority = params.pop("priority", 0)
+        priority, turn = params.pop("priority", 0), params.pop("turn", 0)
         salt, embeds = params.pop("cache_salt", ""), params.pop("embeds", ())
         params = SamplingParams(**{"seed": 7 + len(self.requests), **params})
         request = EngineRequest(
-            request_id=name, prompt_token_ids=tuple(prompt), params=params, priority=priority, cache_salt=salt,
-            embeds=tuple(embeds),
+            request_id=name, prompt_token_ids=tuple(prompt), params=params, priority=priority, turn=turn,
+            cache_salt=salt, embeds=tuple(embeds),
         )  # fmt: skip
         self.requests[name] = request
         self.engine.add(request)

@@ -6,14 +6,15 @@ import random
 from functools import cache
 
 import numpy as np
-import xgrammar as xg
+import torch
 
 from fuseline.api.config import demo_dir
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tokenizer_files import read_tokenizer
 from fuseline.api.prompt.vocabulary import make_vocabulary
 from fuseline.engine.messages import GrammarSpec, Vocabulary
-from fuseline.engine.run.grammar.worker import compile_grammar, tokenizer_info
+from fuseline.engine.run.grammar.backends.interface import Grammar
+from fuseline.engine.run.grammar.backends.registry import Backends
 
 CLOSERS = b'"}],'
 
@@ -26,20 +27,20 @@ def demo_vocabulary() -> Vocabulary:
 
 
 @cache
-def demo_info() -> xg.TokenizerInfo:
-    return tokenizer_info(demo_vocabulary())
+def backends() -> Backends:
+    return Backends(demo_vocabulary())
 
 
-def compiled(spec: GrammarSpec) -> xg.CompiledGrammar:
-    return compile_grammar(spec, demo_info())
+def compiled(spec: GrammarSpec) -> Grammar:
+    return backends().get(spec.backend).compile(spec)
 
 
-def walk(grammar: xg.CompiledGrammar, seed: int, most: int = 300) -> str | None:
+def walk(grammar: Grammar, seed: int, most: int = 300) -> str | None:
     """A text of the grammar; None if it has not ended after `most` tokens."""
     vocabulary, rng = demo_vocabulary(), random.Random(seed)
     tokens, (eos,) = vocabulary.tokens, vocabulary.eos_token_ids
-    matcher, found = xg.GrammarMatcher(grammar), b""
-    mask = xg.allocate_token_bitmask(1, len(tokens))
+    matcher, found = grammar.matcher((eos,)), b""
+    mask = torch.empty((1, -(-len(tokens) // 32)), dtype=torch.int32)
     for _ in range(most):
         mask.fill_(-1)
         matcher.fill_next_token_bitmask(mask)

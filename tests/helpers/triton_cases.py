@@ -321,11 +321,12 @@ def copy(dtype: torch.dtype, sizes: str) -> dict[str, object]:
 
 
 @case(
-    sampling.sample, history=(0, 9), bias=(0, 2), banned=(0, 2), allowed=(0, 2), ints=INTS, spans=(1, 2),
+    sampling.sample, dtype=FLOATS, history=(0, 9), bias=(0, 2), banned=(0, 2), allowed=(0, 2), ints=INTS, spans=(1, 2),
     logprobs_mode=(0, 1, 2, 3), sizes=SIZES,
 )  # fmt: skip
 def sample(
-    history: int, bias: int, banned: int, allowed: int, ints: torch.dtype, spans: int, logprobs_mode: int, sizes: str
+    dtype: torch.dtype, history: int, bias: int, banned: int, allowed: int, ints: torch.dtype, spans: int,
+    logprobs_mode: int, sizes: str,
 ) -> dict[str, object]:
     """Lists of so many items; begins of the history alone, or begins and ends."""
     count, vocab, num_top = (3, 300, 4) if sizes == "some" else (1, 1, 0)
@@ -335,7 +336,8 @@ def sample(
            (("bias", bias), ("banned", banned), ("allowed", allowed))}  # fmt: skip
     return ids | {
         "tokens": longs, "logprobs": floats, "ranks": longs, "top_ids": meta(count, num_top, dtype=torch.int64),
-        "top_logprobs": meta(count, num_top), "ok": meta(count, dtype=torch.bool), "logits": meta(count, vocab),
+        "top_logprobs": meta(count, num_top), "ok": meta(count, dtype=torch.bool),
+        "logits": meta(count, vocab, dtype=dtype),
         "temperature": floats, "top_k": numbers, "top_p": floats, "min_p": floats, "repetition": floats,
         "frequency": floats, "presence": floats, "seed": longs, "counter": longs, "num_logprobs": numbers,
         "history_start": starts if spans == 1 else meta(2, count, dtype=torch.int64),
@@ -345,12 +347,12 @@ def sample(
     }  # fmt: skip
 
 
-@case(sampling.row_logprobs, num_top=(0, 3), sizes=SIZES)
-def score(num_top: int, sizes: str) -> dict[str, object]:
+@case(sampling.row_logprobs, dtype=FLOATS, num_top=(0, 3), sizes=SIZES)
+def score(dtype: torch.dtype, num_top: int, sizes: str) -> dict[str, object]:
     count, vocab = (3, 300) if sizes == "some" else (1, 1)
     num_top = min(num_top, vocab)
     longs = meta(count, dtype=torch.int64)
     return {
         "logprobs": meta(count), "ranks": longs, "top_ids": meta(count, num_top, dtype=torch.int64),
-        "top_logprobs": meta(count, num_top), "logits": meta(count, vocab), "targets": longs,
+        "top_logprobs": meta(count, num_top), "logits": meta(count, vocab, dtype=dtype), "targets": longs,
     }  # fmt: skip

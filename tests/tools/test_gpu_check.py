@@ -23,7 +23,8 @@ from fuseline.compile.kernels.registry import implementations
 from fuseline.compile.tuning.clock import HostClock
 from fuseline.compile.tuning.limits import Limits
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check"
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "gpu_check"
 TRIAL = HostClock(repeats=1, warm_ups=0)
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -88,11 +89,86 @@ def test_a_stage_that_takes_too_long_leaves_nothing_running(tool, tmp_path, monk
     started = tmp_path / "started"
     script = f"sh -c 'echo $$ > {started}; sleep 60'; true"
     monkeypatch.setattr(main, "command", lambda name, args: ["sh", "-c", script])
-    assert main.run(main.Stage("models", 1), None) == "not done after 1 s"
+    assert main.run(main.Stage("models", 9, 0), None, 1) == "not done after 1 s"
     with suppress(psutil.NoSuchProcess):
         assert psutil.Process(int(started.read_text())).status() == psutil.STATUS_ZOMBIE
     monkeypatch.setattr(main, "command", lambda name, args: ["sh", "-c", "exit 3"])
-    assert main.run(main.Stage("models", 9), None) == "exit status 3"
+    assert main.run(main.Stage("models", 9, 0), None, 9) == "exit status 3"
+
+
+def on_a_gpu(main, monkeypatch, stages: tuple, *flags: str) -> None:
+    monkeypatch.setattr(main, "STAGES", stages)
+    monkeypatch.setattr(main, "why_no_gpu", lambda: "")
+    monkeypatch.setattr("gpu_check.table.title", lambda: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *flags])
+
+
+def test_later_stages_have_the_time_they_need(tool, tmp_path, monkeypatch) -> None:
+    """What a stage does not use the next ones have; nothing is left of the whole time for nobody."""
+    main, limits = main_of_tool(tmp_path, monkeypatch), []
+    assert sum(stage.least for stage in main.STAGES) <= 480
+    monkeypatch.setattr(main, "run", lambda stage, args, seconds: limits.append((stage.name, seconds)) or "")
+    stages = (main.Stage("build", 50, 0), main.Stage("models", 100, 30), main.Stage("tune", 60, 41))
+    on_a_gpu(main, monkeypatch, stages, "--seconds", "101", "--out", str(tmp_path / "table.md"))
+    assert main.main() == 0
+    assert limits == [("build", 29), ("models", 59), ("tune", 60)]
+
+
+def test_what_a_cut_stage_has_not_done_is_printed(tool, tmp_path, monkeypatch, capsys) -> None:
+    """What failed, what was under way when it was cut, and what died; not what was done."""
+    main = main_of_tool(tmp_path, monkeypatch)
+    script = f"""
+import sys, time
+from contextlib import suppress
+from pathlib import Path
+from gpu_check.failures import unless_done
+marks = Path({str(main.marks_of("models"))!r})
+with unless_done(marks, "good"): pass
+with suppress(ZeroDivisionError), unless_done(marks, "bad/llama"): 1 / 0
+with unless_done(marks, "slow"): time.sleep(60)
+"""
+    monkeypatch.setattr(main, "command", lambda name, args: [sys.executable, "-P", "-c", script])
+    on_a_gpu(main, monkeypatch, (main.Stage("models", 3, 0),), "--out", str(tmp_path / "table.md"))
+    assert main.main() == 1
+    assert "  failed: bad/llama\n  failed: slow\ngpu_check: models: not done after 3 s" in capsys.readouterr().out
+
+
+def test_libraries_that_were_built_elsewhere_are_used(tool, tmp_path, monkeypatch) -> None:
+    """Nothing is built; what this Python cannot load is refused."""
+    from gpu_check import build
+
+    monkeypatch.setattr(build, "build", None)
+    monkeypatch.setattr(sys, "argv", ["build", str(tmp_path), f"--prebuilt={ROOT / 'csrc' / 'pkg'}"])
+    build.main()
+    package = tmp_path / "pkg" / "fuseline"
+    assert (package / "demo" / "tokenizer.json").is_file() and len(list(package.glob("_C*.so"))) == 1
+    wrong = tmp_path / "elsewhere"
+    wrong.mkdir()
+    (wrong / next(package.glob("_C*.so")).name).write_text("for another Python")
+    with pytest.raises(RuntimeError, match="elsewhere cannot be loaded by"):
+        build.make_package(package, wrong)
+
+
+@pytest.mark.slow
+def test_a_server_is_measured(tool, tmp_path, monkeypatch, capsys) -> None:
+    """A real one, of a small shape, with random weights on the CPU: start, then one and two requests at once."""
+    from gpu_check import failures, serve
+
+    _, llama, _, tables = tool
+    monkeypatch.setenv("FUSELINE_CACHE_ROOT", str(tmp_path / "cache"))
+    model = serve.checkpoint(tmp_path / "model", llama.LLAMA_8B | SHAPE | {"vocab_size": 4200})
+    load, found, marks = serve.Load((1, 2), 6, 5, least=2), tables.Table(), tmp_path / "marks"
+    flags = ("--device", "cpu", "--max-model-len", "64", "--skip-model-check")
+    assert serve.measure_serve(model, flags, load, found, marks) == []
+    assert [row[0] for row in found.rows] == ["serve, start to healthy"] + [
+        f"serve, {count} at once, 6 in, 5 out: {what}"
+        for count in (1, 2) for what in ("throughput", "first token", "between tokens")
+    ]  # fmt: skip
+    assert not any("FAILED" in value for _, value, *_ in found.rows)
+    assert serve.measure_serve(model, ("--max-model-len", "nothing"), load, found, marks) == ["serve, start to healthy"]
+    assert found.rows[-1][1].startswith("FAILED: RuntimeError: ended with status 2: ")
+    assert failures.undone(marks) == ["serve, start to healthy"]
+    assert "max-model-len" in capsys.readouterr().out
 
 
 def test_tests_that_failed_are_known_though_the_stage_was_killed(tool, tmp_path, monkeypatch, capsys) -> None:
@@ -103,11 +179,12 @@ def test_tests_that_failed_are_known_though_the_stage_was_killed(tool, tmp_path,
     script = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_check.on_gpu", "-p", "no:cacheprovider",
               "-c", "/dev/null", "--rootdir", str(tmp_path), "--failures", str(tmp_path), str(tests)]  # fmt: skip
     monkeypatch.setattr(main, "command", lambda name, args: script)
-    monkeypatch.setattr(main, "STAGES", (main.Stage("tests", 25),))
-    monkeypatch.setattr(main, "why_no_gpu", lambda: "")
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--only", "tests"])
+    on_a_gpu(main, monkeypatch, (main.Stage("tests", 25, 0),), "--out", str(tmp_path / "table.md"))
     assert main.main() == 1
     assert "  failed: test_some.py::test_bad\ngpu_check: tests: not done after 25 s" in capsys.readouterr().out
+    rows = (tmp_path / "table.md").read_text()
+    assert "| tests: test_some.py::test_bad | failed, or not done |" in rows
+    assert "| stage tests | not done after 25 s | 25 s |" in rows
     tests.write_text(tests.read_text().replace("assert 0", "pass").replace("60", "0"))
     assert main.failures.now(tmp_path) == ["test_some.py::test_bad"], "of the run that was killed"
     main.failures.begin(tmp_path)
@@ -117,10 +194,10 @@ def test_tests_that_failed_are_known_though_the_stage_was_killed(tool, tmp_path,
 
 
 def test_parts_after_a_lost_gpu_are_another_process(tool, tmp_path) -> None:
-    from gpu_check import measure
+    from gpu_check import failures, measure
 
     _, _, _, tables = tool
-    table, log = tables.Table(tmp_path / "table.md", "a GPU"), []
+    table, log, marks = tables.Table.begun(tmp_path / "table.md", "a GPU"), [], tmp_path / "marks"
     table.add("copy", "3 TB/s", "", "x")
 
     def lose() -> None:
@@ -135,12 +212,13 @@ def test_parts_after_a_lost_gpu_are_another_process(tool, tmp_path) -> None:
 
     parts = [("first", lambda: log.append("first")), ("lost", lose), ("last", lambda: log.append("last"))]
     with pytest.raises(StartedAgain):
-        measure.run_parts(parts, 0, table, lambda: True, start_again)
+        measure.run_parts(parts, 0, (table, marks), lambda: True, start_again)
     resumed = tables.Table.resumed(tmp_path / "table.md")
     assert (resumed.title, resumed.rows) == (table.title, table.rows) and len(resumed.rows) == 2
-    assert measure.run_parts(parts, 2, resumed, lambda: True, start_again) == []
+    assert measure.run_parts(parts, 2, (resumed, marks), lambda: True, start_again) == []
     assert log == ["first", 2, "last"]
-    assert measure.run_parts(parts, 0, resumed, lambda: False, start_again) == ["lost"] and log[-1] == "last"
+    assert measure.run_parts(parts, 0, (resumed, marks), lambda: False, start_again) == ["lost"] and log[-1] == "last"
+    assert failures.undone(marks) == ["lost"]
 
 
 def test_a_model_that_cannot_be_built_is_not_built_again(tool) -> None:
@@ -163,7 +241,7 @@ def test_every_kernel_is_measured(tool) -> None:
     names = " ".join(row[0] for row in found.rows)
     for name in ("copy", "add_rms_norm, 32 x 64, triton", "layer_norm, 1 x 64, triton", "act_mul, 32 x 48, triton",
                  "rope_cache, 32 x 4 + 2 heads, triton", "route_topk, 32 x 2 of 4, triton",
-                 "attention, decode 2", "prompt of 32", "greedy", "top_k",
+                 "attention, decode 2 x 32", "attention, decode 1 x 16", "prompt of 32", "greedy", "top_k",
                  "linear of 130 rows, 64 -> 96, torch.linear", "linear of 1 rows, 64 -> 96, triton.linear",
                  "linear of 1 rows, 48 -> 64", "linear_act_mul of 1 rows, 64 -> 96, triton",
                  "experts, 16 tokens x 2 of 4, triton.experts 64x128",

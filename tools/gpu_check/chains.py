@@ -23,7 +23,7 @@ def _torch_linear(lib: CudaLibrary, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _streamed(**options: int) -> Products:
+def _streamed(**options: object) -> Products:
     streamed = (STREAMED.linear, STREAMED.linear_act_mul)
     return Products(*(functools.partial(product, **options) for product in streamed))
 
@@ -44,9 +44,12 @@ def measure_chains(
     if lib is None:
         table.add("chains of layers", "not measured: no CUDA C++ kernels")
         return
+    kept: list[Case] = []  # the last graph that is dropped takes the pool of all with it
     for num_rows in all_rows:
         chain = Chain(sizes, make, num_rows, num_layers)
-        measure_cases(_cases(chain, make(num_rows, sizes.hidden), lib, api, num_rows), clock, limits, table)
+        cases = list(_cases(chain, make(num_rows, sizes.hidden), lib, api, num_rows))
+        kept += cases
+        measure_cases(cases, clock, limits, table)
 
 
 def _cases(chain: Chain, x: Tensor, lib: CudaLibrary, api: GraphApi, num_rows: int) -> Iterator[Case]:

@@ -1,8 +1,11 @@
-"""Failed tests: recorded one per line as they fail, and read by the next run."""
+"""Failed tests, one per line as they fail, also for the next run; of other stages what has begun and is not done."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 NOW, BEFORE = "failed.txt", "failed_before.txt"
 
@@ -26,6 +29,21 @@ def now(folder: Path) -> list[str]:
 
 def before(folder: Path) -> list[str]:
     return _lines(folder / BEFORE)
+
+
+@contextmanager
+def unless_done(folder: Path, what: str) -> Iterator[None]:
+    """Lists `what` in `undone` until the body has ended without an exception, also if its process dies or is cut."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / quote(what, safe=" ")
+    mark.touch()
+    yield
+    mark.unlink()
+
+
+def undone(folder: Path) -> list[str]:
+    """What has begun and not ended well, in the order of its names."""
+    return sorted(unquote(mark.name) for mark in folder.iterdir()) if folder.is_dir() else []
 
 
 def _lines(path: Path) -> list[str]:

@@ -166,16 +166,15 @@ def _attention(s: Sizes, target: Target) -> Iterator[Case]:
 
 
 def _sampling(s: Sizes, make: Made) -> Iterator[Case]:
-    logits = torch.randn(s.rows, s.vocab, device=make.device) * 3
-    for name, settings in (
-        ("greedy", (0.0, 0, 1.0)),
-        ("temperature", (1.0, 0, 1.0)),
-        ("top_k, top_p", (0.8, 50, 0.95)),
-    ):
-        args = sampling_arguments(logits, *settings)
-        yield Case(
-            f"sampling {s.rows} x {s.vocab}, {name}", lambda a=args: sampling.sample(*a), logits.nbytes, goal="60 us"
-        )
+    wide = torch.randn(s.rows, s.vocab, device=make.device) * 3
+    for dtype, logits in (("bf16", wide.bfloat16()), ("fp32", wide)):
+        for name, settings in (
+            ("greedy", (0.0, 0, 1.0)),
+            ("temperature", (1.0, 0, 1.0)),
+            ("top_k, top_p", (0.8, 50, 0.95)),
+        ):
+            call = partial(sampling.sample, *sampling_arguments(logits, *settings))
+            yield Case(f"sampling {s.rows} x {s.vocab} of {dtype}, {name}", call, logits.nbytes, goal="45 us")
 
 
 def sampling_arguments(logits: Tensor, temperature: float, top_k: int, top_p: float, num_logprobs: int = -1) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from fuseline.compile.kernels.triton.sampling import sample
 from fuseline.compile.specs import WeightSource
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.kernels import tune_kernels
+from fuseline.compile.tuning.limits import Limits
 from gpu_check.kernels import sampling_arguments
-from gpu_check.table import Limits, Table, share_of
+from gpu_check.table import Table, share_of
 
 BLOCK = 16
 LLAMA_8B = {
@@ -103,7 +105,8 @@ class Runner:
         return time.perf_counter() - started
 
     def decode(self, num_seqs: int, context: int, steps: int) -> tuple[float, float]:
-        """(seconds, host seconds) per step over `steps` consecutive steps; tokens stay on the GPU."""
+        """(seconds, host seconds) per step: of `steps` in a row whose tokens stay on the GPU, and of launches while the
+        GPU has nothing to do."""
         tokens, sources = None, torch.arange(num_seqs, dtype=torch.int32)
         inputs = [self._step(num_seqs, context + k) for k in range(steps)]
         for step in inputs[:2]:
@@ -112,9 +115,14 @@ class Runner:
         started = time.perf_counter()
         for step in inputs:
             tokens = self._sampled(self.model.run(replace(step, sources=sources, sampled=tokens)).logits)
-        launched = time.perf_counter() - started
         self.wait()
-        return (time.perf_counter() - started) / steps, launched / steps
+        seconds, launches = (time.perf_counter() - started) / steps, []
+        for step in inputs[:10]:
+            started = time.perf_counter()
+            tokens = self._sampled(self.model.run(replace(step, sources=sources, sampled=tokens)).logits)
+            launches.append(time.perf_counter() - started)
+            self.wait()
+        return seconds, statistics.median(launches)
 
     def first_token(self, length: int) -> float:
         """Seconds from the prompt to its first token on the host."""

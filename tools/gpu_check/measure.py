@@ -1,6 +1,6 @@
 """Measures the GPU's limits, then each kernel and the model against them, and writes the table.
 
-python measure.py TABLE.md
+python measure.py TABLE.md MARKS      MARKS: folder of what is not done (failures.py)
 
 A part that fails is marked in the table, and the next one runs; it runs in a new process if the GPU accepts no more
 calls from this one, as after an illegal memory access.
@@ -9,17 +9,12 @@ calls from this one, as after an illegal memory access.
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
-import triton
 
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi
 from fuseline.compile.kernels.cuda.library import library_for
@@ -34,45 +29,39 @@ from gpu_check.mixed import measure_mixed
 from gpu_check.overlap import measure_overlap
 from gpu_check.peer import against_transformers
 from gpu_check.serving import Batch, measure_serving
-from gpu_check.table import Table, is_gpu_lost
+from gpu_check.table import Table, is_gpu_lost, run_part
 
 Part = tuple[str, Callable[[], object]]
 
 
-def main(out: Path, num_done: int = 0) -> int:
+def main(out: Path, marks: Path, num_done: int = 0) -> int:
     """`num_done`: number of parts that a previous process finished; its last one failed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table, clock, sizes = Table.resumed(out) if num_done else Table(out, title()), DeviceClock(), Sizes()
+    table, clock, sizes = Table.resumed(out), DeviceClock(), Sizes()
     limits = measure_limits(sizes, "cuda", clock, table)
     with tempfile.TemporaryDirectory() as folder:
         parts = model_parts(Path(folder), limits, table, num_done > 0) + kernel_parts(sizes, clock, limits, table)
-        failed = run_parts(parts, num_done, table, is_gpu_lost, lambda done: start_again(out, done))
-    print(table.text(table.title))
+        failed = run_parts(parts, num_done, (table, marks), is_gpu_lost, lambda done: start_again(out, marks, done))
     return 1 if failed or num_done else 0
 
 
 def run_parts(
-    parts: list[Part], num_done: int, table: Table, is_lost: Callable[[], bool], start_again: Callable[[int], None]
-) -> list[str]:
+    parts: list[Part], num_done: int, into: tuple[Table, Path], is_lost: Callable[[], bool],
+    start_again: Callable[[int], None],
+) -> list[str]:  # fmt: skip
     """Returns the names of failed parts. `start_again` does not return; it gets the number of finished parts."""
     failed = []
     for at, (name, call) in enumerate(parts):
-        if at < num_done:
+        if at < num_done or run_part(name, call, *into):
             continue
-        try:
-            call()
-        except Exception as error:
-            traceback.print_exc()
-            failed.append(name)
-            table.add(name, f"FAILED: {type(error).__name__}: {str(error)[:100]}")
-            if is_lost():
-                start_again(at + 1)
+        failed.append(name)
+        if is_lost():
+            start_again(at + 1)
     return failed
 
 
-def start_again(out: Path, num_done: int) -> None:
+def start_again(out: Path, marks: Path, num_done: int) -> None:
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-P", __file__, str(out), str(num_done)])
+    os.execv(sys.executable, [sys.executable, "-P", __file__, str(out), str(marks), str(num_done)])
 
 
 def model_parts(folder: Path, limits: Limits, table: Table, is_resumed: bool) -> list[Part]:
@@ -134,11 +123,5 @@ def check_cpp() -> None:
         raise RuntimeError("not built: nvcc is not installed, or the library does not load")
 
 
-def title() -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, python {platform.python_version()}"
-    return f"{torch.cuda.get_device_name()}, {date.today()}, commit {commit or 'unknown'}, {versions}"
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])))

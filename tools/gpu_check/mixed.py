@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import torch
@@ -33,12 +34,16 @@ def mixed_step(runner: Runner, num_seqs: int, chunk: int, context: int) -> StepI
 
 
 def timed(runner: Runner, step: StepInputs, repeats: int = 10) -> tuple[float, float]:
-    """(host seconds, seconds) per step."""
-    runner.model.run(step)
+    """(host seconds, seconds) per step: of a launch while the device has nothing to do, and of steps in a row."""
+    launches = []
+    for _ in range(repeats):
+        runner.wait()
+        started = time.perf_counter()
+        runner.model.run(step)
+        launches.append(time.perf_counter() - started)
     runner.wait()
     started = time.perf_counter()
     for _ in range(repeats):
         runner.model.run(step)
-    launched = time.perf_counter() - started
     runner.wait()
-    return launched / repeats, (time.perf_counter() - started) / repeats
+    return statistics.median(launches), (time.perf_counter() - started) / repeats

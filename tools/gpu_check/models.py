@@ -1,7 +1,8 @@
 """Greedy tokens of tiny trained models on the GPU, op by op, replayed and served, against Transformers on the CPU;
 kernels with overlap against kernels without.
 
-python models.py [PART]    every part runs in a process of its own, all at once: a crash of one does not affect others
+python models.py MARKS [PART]     every part runs in a process of its own, all at once: a crash of one does not affect
+others. MARKS: folder of what is not done (failures.py)
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 from paged_driver import greedy
@@ -22,14 +25,15 @@ from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.kernels.cuda.library import CudaLibrary, library_for
 from fuseline.compile.target import detect_target
-from fuseline.compile.tuning.clock import DeviceClock
+from fuseline.compile.tuning.clock import Clock, DeviceClock
 from fuseline.engine.build import build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig, SchedulerConfig
 from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander
 from fuseline.engine.service import EngineService
+from gpu_check.failures import unless_done
 from gpu_check.kernels import Made, Sizes
 from gpu_check.overlap import check_overlap
-from gpu_check.table import Clock, Table
+from gpu_check.table import Table
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss", "deepseek_v3", "phi3_longrope")
 OVERLAP = "overlap"
@@ -39,15 +43,18 @@ THREADS = 2
 """CPU threads for each family."""
 
 
-def main() -> int:
+def main(marks: str) -> int:
     parts = (*FAMILIES, OVERLAP)
     with ThreadPoolExecutor(len(parts)) as pool:
-        return max(pool.map(run_alone, parts))
+        return max(pool.map(partial(run_alone, marks), parts))
 
 
-def run_alone(part: str) -> int:
+def run_alone(marks: str, part: str) -> int:
     """Runs a part in its own process and prints its output as it comes; returns 1 if it failed."""
-    return 1 if subprocess.run([sys.executable, "-P", __file__, part]).returncode else 0
+    with suppress(subprocess.CalledProcessError), unless_done(Path(marks), part):
+        subprocess.run([sys.executable, "-P", __file__, marks, part], check=True)
+        return 0
+    return 1
 
 
 def check(part: str) -> int:
@@ -133,4 +140,4 @@ def served_tokens(path) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main() if len(sys.argv) == 1 else min(1, check(sys.argv[1])))
+    sys.exit(main(sys.argv[1]) if len(sys.argv) == 2 else min(1, check(sys.argv[2])))

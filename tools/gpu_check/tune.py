@@ -1,6 +1,6 @@
 """The choices of `-O3` for the shape of an 8B Llama, how long they take to measure, and the speedup of decode steps.
 
-python tune.py
+python tune.py TABLE.md
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from gpu_check.llama import LLAMA_8B, Load, Runner
 from gpu_check.table import Table
 
 
-def main() -> int:
+def main(out: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        compare(Path(folder), detect_target(device="cuda"), Load(), Table())
+        compare(Path(folder), detect_target(device="cuda"), Load(), Table.resumed(out))
     return 0
 
 
@@ -43,4 +43,4 @@ def compare(folder: Path, target: Target, load: Load, table: Table, shape: dict 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1])))

@@ -11,23 +11,15 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
 
 from fuseline.compile.backends.cpu_plan.arena import Buffer
-from fuseline.compile.backends.cpu_plan.sizes import (
-    FIRST,
-    SECOND,
-    SYMBOLS,
-    Size,
-    SizeError,
-    evaluate,
-    read,
-    small_sizes,
-)
-from fuseline.compile.backends.cpu_plan.symbolic import Values, View, agrees, symbolic
+from fuseline.compile.backends.cpu_plan.sizes import FIRST, SECOND, SYMBOLS, SizeError, evaluate, read
+from fuseline.compile.backends.cpu_plan.symbolic import Values, agrees, symbolic
 from fuseline.compile.graph.edit import call_node, is_write, results_of, tensors_of
 from fuseline.compile.graph.region import Region, draw_borders, storage_key
 from fuseline.compile.kernels.plan_call import plan_call
@@ -55,12 +47,19 @@ class Place:
 
 @dataclass
 class Call:
-    """One native call; the storages of its tensors have places, an absent tensor is None."""
+    """One native call; the storages of its tensors have places, an absent tensor is None.
+
+    Tensors are on meta and numbers known in one interpretation; joined, they are a View and a Size each.
+    """
 
     native: PlanCall
-    tensors: list[View | None]
-    ints: list[Size]
+    tensors: list[Any]
+    ints: list[Any]
     label: str
+
+    @property
+    def kind(self) -> str:
+        return self.native.kernel
 
 
 @dataclass
@@ -131,7 +130,7 @@ class Lowering:
 
     def _agrees(self, values: Values, number: int) -> bool:
         """Whether the graph's shapes in a small step match `values`."""
-        sizes = small_sizes(number)
+        sizes = dict.fromkeys(SYMBOLS, number) | {"S1": number + 1}  # sequences of one token each, all with logits
         inputs, symbols = self._make_inputs(sizes), [sizes[name] for name in SYMBOLS]
         found: dict[fx.Node, object] = {}
         for node in self._graph.graph.nodes:
@@ -147,7 +146,7 @@ class Lowering:
         return True
 
 
-def _join_calls(first: _Call, second: _Call) -> Call:
+def _join_calls(first: Call, second: Call) -> Call:
     tensors = [symbolic(a, b) for a, b in zip(first.tensors, second.tensors, strict=True)]
     ints = [read(int(a), int(b)) for a, b in zip(first.ints, second.ints, strict=True)]
     return Call(first.native, tensors, ints, first.label)
@@ -172,20 +171,6 @@ def call_on_meta(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
     return call_node(node, value)
 
 
-@dataclass
-class _Call:
-    """A native call in one interpretation: meta tensors, or None."""
-
-    native: PlanCall
-    tensors: list[Tensor | None]
-    ints: list[int]
-    label: str
-
-    @property
-    def kind(self) -> str:
-        return self.native.kernel
-
-
 class _Interpretation:
     """A graph interpreted for one set of sizes, which determine the bytes of its buffers."""
 
@@ -195,7 +180,7 @@ class _Interpretation:
         self._marks = marks
         self.values: dict[fx.Node, object] = {}
         self.places: dict[int, Place] = {}
-        self.steps: list[_Call | Region] = []
+        self.steps: list[Call | Region] = []
         self._buffer_of: dict[int, Buffer] = {}
         self._keep: list[Tensor] = []
 
@@ -207,14 +192,10 @@ class _Interpretation:
         for node in self._graph.graph.nodes:
             self._visit(node)
         self._use([self.values[node] for node in results_of(self._graph.graph)], len(self.steps))
-        self._draw_borders()
-        return self
-
-    def _draw_borders(self) -> None:
-        """Drops buffers of values that are used only inside a region."""
         regions = [step for step in self.steps if isinstance(step, Region)]
-        for key in draw_borders(regions, self.values):
+        for key in draw_borders(regions, self.values):  # nothing outside the region uses the value
             del self._buffer_of[key]
+        return self
 
     def value(self, arg: object) -> object:
         return self.values[arg] if isinstance(arg, fx.Node) else arg
@@ -273,7 +254,7 @@ class _Interpretation:
         for tensor in outputs:
             if storage_key(tensor) not in self.places:
                 self._new_buffer(tensor, step)
-        self.steps.append(_Call(native, [*outputs, *mutated, *inputs], [self.value(n) for n in native.ints], label))
+        self.steps.append(Call(native, [*outputs, *mutated, *inputs], [self.value(n) for n in native.ints], label))
         self._use(inputs, step)
 
     def _add_to_region(self, node: fx.Node, outputs: list[Tensor], mark: int | None) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -66,18 +65,15 @@ class PlanExecutable:
             self._plan.add_symbol(name)
         self._slots: dict[str, int] = {}
         self._tensors: dict[tuple, int] = {}
-        self._steps = [self._add(step) for step in lowered.steps]
-        self._segments = merge(self._steps)
+        self._segments: list[Segment | Region] = []
+        for step in lowered.steps:
+            self._add(step)
         self._plan.set_arena(self._arena.data_ptr() + self._base, self.arena_bytes)
         self.bind(self._lasting)
 
     @property
     def num_regions(self) -> int:
         return sum(isinstance(step, Region) for step in self._segments)
-
-    @property
-    def num_calls(self) -> int:
-        return self._plan.num_calls
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets inputs that persist for all later runs: the caches."""
@@ -106,13 +102,6 @@ class PlanExecutable:
             )
         return self._output[1]
 
-    def profile(self, values: Mapping[str, Tensor], repeats: int) -> list[tuple[str, str, int]]:
-        """(label, op, nanoseconds) of each call; run() must have set the inputs."""
-        return self._plan.profile(self._symbols(values), repeats)
-
-    def to_text(self) -> str:
-        return self._plan.to_text()
-
     def _symbols(self, values: Mapping[str, Tensor]) -> list[int]:
         """Values of SYMBOLS for one step."""
         sequences = values["seq_lens"].shape[0]
@@ -122,13 +111,16 @@ class PlanExecutable:
             values["embed_rows"].shape[0] if "embed_rows" in values else 0,
         ]  # fmt: skip
 
-    def _add(self, step: Call | Region) -> Segment | Region:
+    def _add(self, step: Call | Region) -> None:
+        """Adds a step; calls that follow each other are one segment."""
         if isinstance(step, Region):
-            return step
-        begin = self._plan.num_calls
+            self._segments.append(step)
+            return
+        if not self._segments or isinstance(self._segments[-1], Region):
+            self._segments.append(Segment(self._plan.num_calls, self._plan.num_calls))
         ids = [-1 if tensor is None else self._tensor(tensor) for tensor in step.tensors]
         self._plan.add_call(step.native.kernel, ids, step.ints, list(step.native.floats), step.label)
-        return Segment(begin, begin + 1)
+        self._segments[-1].end += 1
 
     def _tensor(self, view: View) -> int:
         where = self._lowered.places[view.storage]
@@ -198,17 +190,6 @@ def _in_bytes(offset: Size, item_bytes: int, begin: int) -> Size:
     return offset * item_bytes + begin
 
 
-def merge(steps: list[Segment | Region]) -> list[Segment | Region]:
-    """Merges adjacent segments."""
-    merged: list[Segment | Region] = []
-    for step in steps:
-        if isinstance(step, Segment) and merged and isinstance(merged[-1], Segment):
-            merged[-1].end = step.end
-        else:
-            merged.append(step)
-    return merged
-
-
 def limits_of(config: CompileConfig) -> dict[str, int]:
     """Largest value of each symbol; caches and block tables are not in the arena."""
     tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
@@ -218,11 +199,9 @@ def limits_of(config: CompileConfig) -> dict[str, int]:
 def meta_inputs(graph: fx.GraphModule, block_size: int, same: Mapping[str, str] | None = None) -> MakeInputs:
     """Makes inputs by placeholder name from sizes. `same`: symbols whose size equals another symbol's."""
     likes = {str(node.target): node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")}
-    return partial(_meta_inputs, likes, block_size, same or {})
 
+    def make(sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        sizes = {**sizes, **{name: sizes[other] for name, other in (same or {}).items()}}
+        return {name: meta_input(name, like, block_size, sizes) for name, like in likes.items()}
 
-def _meta_inputs(
-    likes: Mapping[str, Tensor], block_size: int, same: Mapping[str, str], sizes: Mapping[str, int]
-) -> dict[str, Tensor]:
-    sizes = {**sizes, **{name: sizes[other] for name, other in same.items()}}
-    return {name: meta_input(name, like, block_size, sizes) for name, like in likes.items()}
+    return make

@@ -11,7 +11,7 @@ The two values of each size differ by a distinct large prime, so a difference id
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 STEPS = {
@@ -58,18 +58,6 @@ def evaluate(size: Size, values: Sequence[int]) -> int:
     return size.constant + size.factor * values[size.symbol] if isinstance(size, Linear) else size
 
 
-def to_json(size: Size) -> int | list[int]:
-    """A number, [factor, symbol] or [constant, factor, symbol]."""
-    if isinstance(size, Linear):
-        return list(size) if size.constant else [size.factor, size.symbol]
-    return size
-
-
 def from_json(value: int | Sequence[int]) -> Size:
-    """Inverse of to_json."""
-    return value if isinstance(value, int) else Linear(*([0] * (3 - len(value))), *value)
-
-
-def small_sizes(number: int) -> Mapping[str, int]:
-    """Sizes of a step with `number` sequences of one token each, all with logits."""
-    return dict.fromkeys(SYMBOLS, number) | {"S1": number + 1}
+    """The size that JSON holds as a number or [constant, factor, symbol]."""
+    return value if isinstance(value, int) else Linear(*value)

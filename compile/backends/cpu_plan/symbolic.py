@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class NonLinear:
     """A number that is not linear in the unknown sizes (T // 2, T > 5), computed once they are known."""
 
 
-class Values(Mapping[fx.Node, Any]):
+class Values:
     """The value of each node: a View, a Size, or a tuple of these. Evaluated lazily; raises SizeError."""
 
     def __init__(self, first: Mapping[fx.Node, Any], second: Mapping[fx.Node, Any]) -> None:
@@ -43,12 +43,6 @@ class Values(Mapping[fx.Node, Any]):
         if node not in self._known:
             self._known[node] = symbolic(self._first[node], self._second[node])
         return self._known[node]
-
-    def __iter__(self) -> Iterator[fx.Node]:
-        return iter(self._first)
-
-    def __len__(self) -> int:
-        return len(self._first)
 
 
 def symbolic(first: Any, second: Any) -> Any:

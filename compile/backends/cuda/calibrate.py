@@ -24,14 +24,11 @@ class Calibration(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         op = self._writes.get(n.name)
         if op is not None:
-            _set_scales(op, *self.map_nodes_to_values(n.args, n))
+            args = self.map_nodes_to_values(n.args, n)
+            given = dict(zip(op.arguments, args, strict=False))
+            for kind, x in zip("kv", op.written(*args), strict=True):
+                given[f"{kind}_scale"].copy_(scale_of(x, given[f"{kind}_cache"].dtype))
         return super().run_node(n)
-
-
-def _set_scales(op: Op, *args: object) -> None:
-    given = dict(zip(op.arguments, args, strict=False))
-    for kind, x in zip("kv", op.written(*args), strict=True):
-        given[f"{kind}_scale"].copy_(scale_of(x, given[f"{kind}_cache"].dtype))
 
 
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:

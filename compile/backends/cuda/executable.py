@@ -8,7 +8,6 @@ instead (graphs.py).
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
@@ -93,11 +92,6 @@ def chosen_kernels(
         if kernel is None:
             raise ValueError(f"no kernel for {node.format_node()} on {kernels.target.isa}")
     return found
-
-
-def count_kernels(graph: fx.GraphModule, target: Target) -> Counter[str]:
-    """Calls of each kernel per step, without libraries."""
-    return Counter(kernel.label for kernel in chosen_kernels(graph, Kernels(target, {})).values())
 
 
 def _constants(graph: fx.GraphModule, offload: Offload | None) -> set[str]:

@@ -23,11 +23,11 @@ from fuseline.compile.backends.cuda.executable import CudaExecutable
 from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs
 from fuseline.compile.backends.cuda.segments import map_tensors
+from fuseline.compile.config import Progress
 from fuseline.compile.graph_inputs import GraphOutput, graph_values, narrowed, padding
 from fuseline.compile.kernels.triton.batch import pad_decode
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 
 
 class DecodeInputs:
@@ -36,7 +36,7 @@ class DecodeInputs:
     `padded` holds the tensors that pad_decode writes, by field name; the others never change.
     """
 
-    def __init__(self, size: int, num_groups: int, width: int, has_rope_switch: bool, device: str) -> None:
+    def __init__(self, size: int, width: int, num_groups: int, has_rope_switch: bool, device: str) -> None:
         """`width`: columns of the block tables."""
         self.width = width
         self.padded = padding({"T": size, "S": size, "M": width}, num_groups, device)

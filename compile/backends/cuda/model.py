@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.backends.cuda.graph_api import CaptureStreams, CudaGraphApi, GraphApi
-from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs, Progress
+from fuseline.compile.backends.cuda.graphs import CapturedSteps, DecodeGraphs, DecodeInputs
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs, TokenInputs
-from fuseline.compile.config import GraphConfig
+from fuseline.compile.config import GraphConfig, Progress, silent
 from fuseline.compile.graph_inputs import (
     BlockCopy,
     GraphOutput,
@@ -78,7 +78,7 @@ class CudaModel:
         self.stop_capture()
         self._weights.discard()
 
-    def capture_graphs(self, progress: Progress | None = None, api: GraphApi | None = None) -> None:
+    def capture_graphs(self, progress: Progress = silent, api: GraphApi | None = None) -> None:
         """Starts capturing graphs in the background; call allocate_caches first.
 
         Raises ValueError for splitting ops that the model does not contain.
@@ -89,13 +89,17 @@ class CudaModel:
         if api is None or not config.enabled:
             return
         sizes = config.resolved(self._config.max_num_seqs)
-        decode = DecodeGraphs(self._executable, caches, sizes, self._decode_inputs, api)
+        longest = min(self.info.max_model_len, config.max_seq_len)
+        width = -(-longest // self._config.block_size)
+        groups = len(self.info.cache_groups), self.info.rope_switch is not None, str(self._device)
+        decode = DecodeGraphs(self._executable, caches, sizes, lambda size: DecodeInputs(size, width, *groups), api)
         sizes = config.resolved_mixed(self._config.max_num_batched_tokens)
         mixed = MixedGraphs(
-            self._executable, caches, sizes, config.splitting_ops, self._token_inputs, self._config.block_size, api
-        )
+            self._executable, caches, sizes, config.splitting_ops, lambda size: TokenInputs(size, *groups),
+            self._config.block_size, api,
+        )  # fmt: skip
         self.graphs = CapturedSteps(decode, mixed, config.num_warmups)
-        self.graphs.start(progress or (lambda phase, done, total: None))
+        self.graphs.start(progress)
 
     def stop_capture(self) -> None:
         """Drops all graphs and returns their pool to torch's allocator. Steps run op by op until capture_graphs is
@@ -137,13 +141,3 @@ class CudaModel:
 
     def _values(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return graph_values(self._no_embeds | step, self.info.rope_switch is not None)
-
-    def _decode_inputs(self, size: int) -> DecodeInputs:
-        longest = min(self.info.max_model_len, self._graph_config.max_seq_len)
-        width = -(-longest // self._config.block_size)
-        has_switch = self.info.rope_switch is not None
-        return DecodeInputs(size, len(self.info.cache_groups), width, has_switch, str(self._device))
-
-    def _token_inputs(self, size: int) -> TokenInputs:
-        has_switch = self.info.rope_switch is not None
-        return TokenInputs(size, len(self.info.cache_groups), has_switch, str(self._device))

@@ -113,7 +113,7 @@ class MixedGraphs:
                 values.update(zip(part.outputs, part.run(*(values[name] for name in part.inputs)), strict=True))
             else:
                 found = values[part.name] = part.kernel.run(*part.with_values(values))
-                results[part.name] = map_tensors(found, _shape_of)
+                results[part.name] = map_tensors(found, lambda tensor: _like(tensor, torch.device("meta")))
             values = _still_read(values, last, at)
         self._cuts.tail.run(*(values[name] for name in self._cuts.tail.inputs))
         return results
@@ -188,10 +188,6 @@ def _write(kernel: Implementation, out: object, args: list) -> None:
         out, found = (out,), (found,)
     for to, result in zip(out or (), found or (), strict=True):
         to.copy_(result)
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _like(shape: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ Both run on the same random inputs, with the sizes of a decode step of 1 and of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,8 +36,10 @@ def find_fault(compiled: Run, eager: Run, tensors: Sequence[dict], num_outputs: 
             made = [make_tensor(described, symbols, generator) for described in tensors]
             if difference := _difference(compiled, eager, made, num_outputs):
                 return f"{difference} ({symbols[0]} tokens)"
-            for name, best in zip(seconds, _time(compiled, eager, made), strict=True):
-                seconds[name] += weight * best
+            # Many alternating calls, so that load on the machine affects both.
+            runs = [partial(run, made) for run in (compiled, eager)]
+            for name, times in zip(seconds, times_in_turns(runs, MAX_ROUNDS, TIMING_SECONDS), strict=True):
+                seconds[name] += weight * min(times)
     finally:
         torch.set_num_threads(before)
     took = ", ".join(f"{name} takes {1e6 * value:.0f} us" for name, value in seconds.items())
@@ -79,8 +82,3 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
     scale = expected.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if expected.numel() else 0.0
     return torch.allclose(found, expected, rtol=step, atol=step * max(1.0, scale), equal_nan=True)
 
-
-def _time(compiled: Run, eager: Run, made: list[Tensor]) -> list[float]:
-    """Seconds of each: the minimum over many alternating calls, so load on the machine affects both."""
-    times = times_in_turns([lambda: compiled(made), lambda: eager(made)], MAX_ROUNDS, TIMING_SECONDS)
-    return [min(found) for found in times]

@@ -3,7 +3,7 @@
     {"inputs": [{"dtype", "sizes", "strides"}, ...], "num_outputs": n, "graph": graph_json.encode(...)}
 
 The graph takes the region's inputs, then the memory of its outputs, writes these and returns nothing: outputs land in
-the arena without a copy. Sizes known only at run time are [factor, symbol] or [constant, factor, symbol]. Equal layers
+the arena without a copy. Sizes known only at run time are [constant, factor, symbol]. Equal layers
 give equal text.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear, to_json
+from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, Linear
 from fuseline.compile.backends.cpu_plan.symbolic import NonLinear, Values, View, views_of
 from fuseline.compile.graph.graph_json import GraphFormatError, encode
 from fuseline.compile.graph.region import Region
@@ -51,8 +51,8 @@ def make_job(region: Region, values: Values) -> RegionJob | None:
 def describe(view: View) -> dict[str, object]:
     return {
         "dtype": str(view.dtype).removeprefix("torch."),
-        "sizes": [to_json(size) for size in view.sizes],
-        "strides": [to_json(stride) for stride in view.strides],
+        "sizes": view.sizes,
+        "strides": view.strides,
     }
 
 
@@ -62,7 +62,7 @@ def _writes_inputs(region: Region, values: Values) -> bool:
         schema = getattr(node.target, "_schema", None)
         for arg, value in zip(schema.arguments if schema else (), node.args, strict=False):
             is_written = arg.alias_info is not None and arg.alias_info.is_write
-            if is_written and any(view.storage in outside for view in views_of(values.get(value))):
+            if is_written and any(view.storage in outside for view in views_of(values[value])):
                 return True
     return False
 

@@ -9,7 +9,7 @@ from fuseline.compile.ops.registry import registry
 
 SAME_NAME = (
     "act_mul", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "route_topk", "gather_rows",
-    "embedding_panels",
+    "embedding_panels", "embedding_codes", "linear_codes",
 )  # fmt: skip
 OVER_CACHES = ("rope_cache", "write_cache", "paged_attention")
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +22,23 @@ WIDE = 8192
 
 STREAMS = ("sm_90", "sm_100", "sm_103")
 """Architectures with bulk copies and enough shared memory for stream_linear.cu."""
-SLABS, PREFETCHED = 2, 8
-"""Of stream_linear.cu: sixteens of weight rows that a block reads at once; steps that it prefetches (128 KiB)."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How stream_linear.cu is launched; no field changes a bit of the results."""
+
+    slabs: int = 1
+    """Sixteens of weight rows that a block reads at once: 1 or 2."""
+    prefetched: int = 8
+    """Steps (512 inputs of those rows, 16 KiB) that a block prefetches while the kernels ahead still run."""
+    waves: int = 1
+    """Blocks a multiprocessor."""
+    lead: int = 4
+    """Steps before a block's last one at which the next kernels may begin."""
+
+
+LAUNCH = Launch()
 
 
 def linear(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,30 +62,26 @@ def linear_act_mul(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def stream_linear(
-    lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, slabs: int = SLABS,
-    prefetched: int = PREFETCHED, is_rolling: bool = False,
-) -> Tensor:  # fmt: skip
+    lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, launch: Launch = LAUNCH
+) -> Tensor:
     """`linear` by persistent blocks that read weights while the kernels ahead still run."""
     rows = _few_rows(x, weight)
     if rows is None:
         return F.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    options = {"slabs": slabs, "prefetched": prefetched, "is_rolling": int(is_rolling)}
-    _launch_linear(lib, "stream_linear", out, rows, weight, bias, **options)
+    _launch_linear(lib, "stream_linear", out, rows, weight, bias, **vars(launch))
     return out
 
 
 def stream_linear_act_mul(
-    lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None, act: int, *, slabs: int = SLABS,
-    prefetched: int = PREFETCHED, is_rolling: bool = False,
-) -> Tensor:  # fmt: skip
+    lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None, act: int, *, launch: Launch = LAUNCH
+) -> Tensor:
     """`linear_act_mul` in the same way."""
     rows = _few_rows(x, weight)
     if rows is None:
         return linear_then_act_mul(lib, x, weight, bias, act)
     out = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
-    options = {"slabs": slabs, "prefetched": prefetched, "is_rolling": int(is_rolling)}
-    _launch_linear(lib, "stream_linear_act_mul", out, rows, weight, bias, act=act, **options)
+    _launch_linear(lib, "stream_linear_act_mul", out, rows, weight, bias, act=act, **vars(launch))
     return out
 
 
@@ -111,8 +124,9 @@ def _linear_by_torch(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor |
 
 
 TUNINGS = (
-    Tuning("0p", {"prefetched": 0}), Tuning("16p", {"prefetched": 16}), Tuning("rolling", {"is_rolling": True}),
-    Tuning("64r", {"slabs": 4, "prefetched": PREFETCHED // 2}),
+    Tuning("0p", {"launch": Launch(prefetched=0)}), Tuning("12l", {"launch": Launch(lead=12)}),
+    Tuning("2w", {"launch": Launch(waves=2, prefetched=0)}), Tuning("4w", {"launch": Launch(waves=4, prefetched=0)}),
+    Tuning("32r", {"launch": Launch(slabs=2, prefetched=4, lead=2)}),
 )  # fmt: skip
 FEW = {"reads_early": "weight", "max_rows": FEW_ROWS}
 STREAMED = {**FEW, "order": LAST, "isas": STREAMS, "tunings": TUNINGS}

@@ -41,7 +41,7 @@ class PlannedPrefill:
         self._ours = ours
         workspace = torch.empty(WORKSPACE if self._is_cuda else 1, dtype=torch.uint8, device=device)
         self._wrappers = [wrapper(workspace, "HND") for _ in range(2)]
-        self._copied = [torch.cuda.Event() if self._is_cuda else None for _ in range(2)]
+        self._copied = [torch.get_device_module(device).Event() for _ in range(2)]
         self._turn = 0
         self._local = threading.local()
 
@@ -53,8 +53,7 @@ class PlannedPrefill:
             return
         self._turn = 1 - self._turn
         wrapper, copied = self._wrappers[self._turn], self._copied[self._turn]
-        if copied is not None:
-            copied.synchronize()
+        copied.synchronize()
         layer, blocks = self._layer, -(-lengths // self._layer.block_size)
         pages = table[np.arange(table.shape[1]) < blocks[:, None]]
         in_last = np.where(lengths > 0, lengths - (blocks - 1) * layer.block_size, 0)
@@ -64,8 +63,7 @@ class PlannedPrefill:
             sm_scale=layer.scale, window_left=layer.window - 1 if layer.window > 0 else -1,
             logits_soft_cap=layer.softcap, q_data_type=layer.dtype, kv_data_type=layer.cache_dtype,
         )  # fmt: skip
-        if copied is not None:
-            copied.record()
+        copied.record()
         self._local.plan = _Plan(wrapper, int(starts[-1]), len(lengths))
 
     def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *rest: object) -> Tensor:

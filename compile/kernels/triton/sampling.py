@@ -34,6 +34,8 @@ def sample(
 ) -> None:  # fmt: skip
     """Arguments as in csrc/cpu/ops.def, all on one device; outputs are written in place.
 
+    Logits are float32, or half precision, widened as they are read: float32 holds their numbers, so that a row's bits
+    are those of the same numbers in float32. Where rows are edited, all are widened in a copy first.
     history_start may also be [2, R], where each row's part of the history begins and ends: it may lie anywhere, and the
     history be int32. An empty history is nobody's.
     num_logprobs[r]: -1 wants none, else at most L and V. An empty allowed list allows all; top_k 0, top_p 1, min_p 0
@@ -47,6 +49,7 @@ def sample(
     lists = (history, bias_ids, banned_ids, allowed_ids)
     work = edited = None
     if bitmask is not None or any(items.numel() for items in lists):
+        logits = logits.float()
         work, edited = torch.empty_like(logits, memory_format=torch.contiguous_format), _ints(logits, num_rows)
         counts = _ints(logits, num_rows, vocab) if history.numel() else None
         edit_kernel[(num_rows,)](
@@ -55,7 +58,7 @@ def sample(
             num_rows if history_start.dim() == 2 else 1, logits.stride(0),
             0 if bitmask is None else bitmask.stride(0), vocab, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-    stats = logits.new_empty(4, num_rows, num_blocks)
+    stats = _floats(logits, 4, num_rows, num_blocks)
     scan_kernel[(num_rows, triton.cdiv(num_blocks, SCAN_BLOCKS.value))](
         stats, logits, work, edited, temperature, num_logprobs, logits.stride(0), vocab, num_blocks, logprobs_mode,
         enable_fp_fusion=False,
@@ -63,7 +66,7 @@ def sample(
     # With 128 registers two programs share a multiprocessor, so that the rows of a full step all run at once.
     sample_kernel[(num_rows,)](
         tokens, logprobs, ranks, top_ids, top_logprobs, ok, logits, work, edited, stats,
-        _ints(logits, num_rows, num_blocks), logits.new_empty(num_rows, num_blocks), temperature, top_k, top_p, min_p,
+        _ints(logits, num_rows, num_blocks), _floats(logits, num_rows, num_blocks), temperature, top_k, top_p, min_p,
         seed, counter, num_logprobs, tokens.stride(0), ok.stride(0), logprobs.stride(0), ranks.stride(0),
         *top_ids.stride(), *top_logprobs.stride(), logits.stride(0), vocab, num_blocks,
         triton.next_power_of_2(num_blocks), logprobs_mode, num_warps=8, maxnreg=128, enable_fp_fusion=False,
@@ -78,7 +81,7 @@ def row_logprobs(
     if num_rows == 0:
         return
     num_blocks = -(-vocab // SUB.value)
-    stats = logits.new_empty(2, num_rows, num_blocks)
+    stats = _floats(logits, 2, num_rows, num_blocks)
     scan_kernel[(num_rows, triton.cdiv(num_blocks, SCAN_BLOCKS.value))](
         stats, logits, None, None, None, None, logits.stride(0), vocab, num_blocks, 0, enable_fp_fusion=False
     )
@@ -88,6 +91,10 @@ def row_logprobs(
         logits.stride(0), vocab, num_blocks, triton.next_power_of_2(num_blocks), num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _ints(like: Tensor, *shape: int) -> Tensor:

@@ -135,13 +135,13 @@ def scan_kernel(
     stats, logits, work, edited, temperature, num_logprobs, logits_stride, V: tl.constexpr, NB: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, SCAN_BLOCKS blocks). Sums nobody will ask for are left out; blocks read together with a NaN have
-    that as their maximum. Nothing is divided by the temperature but differences: the greatest stays the greatest."""
+    """Program (row, SCAN_BLOCKS blocks). Sums nobody will ask for are left out; a block with a NaN has that as its
+    maximum. Nothing is divided by the temperature but differences: the greatest stays the greatest."""
     r = tl.program_id(0)
     block = tl.program_id(1) * SCAN_BLOCKS + tl.arange(0, SCAN_BLOCKS)
     step = tl.num_programs(0).to(tl.int64) * NB
     ids = block[:, None] * SUB + tl.arange(0, SUB)[None, :]
-    x = tl.load(logits + r.to(tl.int64) * logits_stride + ids, mask=ids < V, other=float("-inf"))
+    x = tl.load(logits + r.to(tl.int64) * logits_stride + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
     top = _greatest(x)
     is_scored = True
     if num_logprobs is not None:
@@ -163,9 +163,8 @@ def scan_kernel(
 
 @triton.jit
 def _greatest(x):
-    """Maximum of each row; NaN in all if there is one anywhere."""
-    has_nan = tl.max(tl.reshape((x != x).to(tl.int32), [x.numel], can_reorder=True), 0) > 0
-    return tl.where(has_nan, float("nan"), tl.max(x, 1))
+    """Maximum of each row; NaN of one with a NaN."""
+    return tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
 
 
 @triton.jit

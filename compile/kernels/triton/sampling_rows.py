@@ -51,13 +51,19 @@ def place(is_wanted, places):
 
 
 @triton.jit
+def over(x, heat):
+    """Entries of any float dtype over the heat, float32."""
+    return tl.div_rn(x.to(tl.float32), heat) + 0.0
+
+
+@triton.jit
 def read(src, heat, V, places, count, first):
     """Entries of listed blocks [first, first + TILE) -> (entries [TILE, SUB], -inf where are none; ids; are any)."""
     slot = first + tl.arange(0, TILE)
     block = tl.load(places + slot, mask=slot < count, other=0)
     ids = block[:, None] * SUB + tl.arange(0, SUB)[None, :]
     there = (slot < count)[:, None] & (ids < V)
-    return tl.div_rn(tl.load(src + ids, mask=there, other=float("-inf")), heat) + 0.0, ids, there
+    return over(tl.load(src + ids, mask=there, other=float("-inf")), heat), ids, there
 
 
 @triton.jit
@@ -65,7 +71,7 @@ def read_block(src, heat, V, block):
     """(entries [SUB], ids, are any) of one block."""
     ids = block * SUB + tl.arange(0, SUB)
     there = ids < V
-    return tl.div_rn(tl.load(src + ids, mask=there, other=float("-inf")), heat) + 0.0, ids, there
+    return over(tl.load(src + ids, mask=there, other=float("-inf")), heat), ids, there
 
 
 @triton.jit
@@ -248,7 +254,7 @@ def report(
     places, value, last_id, token, num_top, IS_LOGPROB: tl.constexpr,
 ):  # fmt: skip
     """Writes a token's value, its rank (1 + how many entries are greater) and the `num_top` best, ties by lowest id."""
-    x = tl.div_rn(tl.load(src + token), heat) + 0.0
+    x = over(tl.load(src + token), heat)
     tl.store(logprob, value_of(x, token, top, log_mass, value, last_id, IS_LOGPROB))
     none = tl.zeros([TILE], tl.int32)
     greater = count_of(src, heat, V, places, place(maxima > x, places), x, none, 0, True)

@@ -2,14 +2,12 @@
 //
 // Each output is one fp32 chain over ascending k, plus the bias in fp32, rounded once to out's dtype (as in addmm).
 #include "cpu/parallel.h"
-#include "product.h"
+#include "chunks.h"
 
 namespace fuseline::FL_ISA {
 namespace {
 
 constexpr int64_t kPackDepth = 64;
-constexpr int64_t kPackRows = 8;                    // rows of x packed per chunk
-constexpr int64_t kThinChunkBytes = 128 << 10;      // weights read per chunk when rows are few
 
 // Tiling of a product: panels per tile (0: chosen by product.h) and panels per chunk (0: chosen by chunk_width).
 // `choices` has one byte for each range of row counts: up to 1, 6, 14, 64, and more. The low two bits encode 0, 1, 2 or
@@ -66,28 +64,6 @@ struct Bf16DotPath {
   }
 };
 
-// Panels per chunk: at least four chunks per thread, and the least idle time in the last round.
-template <class Path>
-int64_t chunk_width(const Linear& job, int64_t rows) {
-  int64_t widest = kMaxPanels, total = job.num_panels(), threads = num_threads();
-  if (rows <= kTileRows) {
-    int64_t fit = kThinChunkBytes / (job.num_k * kPanel * static_cast<int64_t>(sizeof(typename Path::Element)));
-    widest = fit < 4 ? 4 : fit > 32 ? 32 : fit;
-  }
-  int64_t even = total / (threads * 4), best = kGroupPanels, least = 0;
-  if (even > widest) even = widest;
-  for (int64_t width = kGroupPanels; width <= even; width += kGroupPanels) {
-    int64_t rounds = ((total + width - 1) / width + threads - 1) / threads;
-    int64_t cost = rounds * (4 * width + 1);   // claiming a chunk costs about a quarter of a panel
-    if (least == 0 || cost <= least) best = width, least = cost;
-  }
-  return best;
-}
-
-void add_bias(float* c, const float* bias, int64_t n) {
-  for (int64_t j = 0; j < n; j += kLanes) store(c + j, load(c + j) + load(bias + j));
-}
-
 template <class Path>
 void multiply_chunk(const Linear& job, const typename Path::Packed* packed, int64_t row0, int64_t rows, int64_t p0,
                     int num_panels, int group) {
@@ -97,31 +73,18 @@ void multiply_chunk(const Linear& job, const typename Path::Packed* packed, int6
   float* c = bias + width;
   auto* panels = static_cast<const typename Path::Element*>(job.panels.data) + p0 * job.num_k * kPanel;
   Path::multiply(packed, rows, job.num_k, panels, num_panels, wide, c, width, group);
-  int64_t n0 = p0 * kPanel, n = job.num_out - n0 < width ? job.num_out - n0 : width;
-  if (job.bias.present())
-    with_float(job.bias.dtype, [&](auto t) { convert_row(static_cast<decltype(t)*>(job.bias.data) + n0, n, bias); });
-  with_float(job.out.dtype, [&](auto t) {
-    for (int64_t r = 0; r < rows; ++r) {
-      if (job.bias.present()) add_bias(c + r * width, bias, width);
-      convert_row(c + r * width, n, static_cast<decltype(t)*>(job.out.data) + row_offset(job.out, row0 + r) + n0);
-    }
-  });
+  store_sums(job.out, job.bias, row0, rows, p0 * kPanel, width, c, bias);
 }
 
 template <class Path>
 void multiply_block(const Linear& job, int64_t row0, int64_t rows) {
   using Packed = typename Path::Packed;
   auto* packed = reinterpret_cast<Packed*>(caller_floats(Path::packed_floats(rows, job.num_k)));
-  auto pack = [&](int64_t r) { Path::pack(job, row0 + r, packed, rows, r); };
-  if (rows <= kTileRows) {
-    for (int64_t r = 0; r < rows; ++r) pack(r);
-  } else {
-    parallel_ranges(rows, kPackRows, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) pack(r);
-    });
-  }
+  pack_rows(rows, [&](int64_t r) { Path::pack(job, row0 + r, packed, rows, r); });
   Choice choice = choice_for(job.choices, rows);
-  int64_t width = choice.width ? choice.width : chunk_width<Path>(job, rows), total = job.num_panels();
+  int64_t width = choice.width, total = job.num_panels();
+  if (width == 0)
+    width = chunk_width(total, job.num_k * kPanel * static_cast<int64_t>(sizeof(typename Path::Element)), rows);
   if (rows > kTileRows && width > kMaxPanels) width = kMaxPanels;
   parallel((total + width - 1) / width, [&](int64_t chunk) {
     int64_t p0 = chunk * width, left = total - p0;

@@ -32,17 +32,6 @@ void with_size(DType dtype, const F& body) {
   }
 }
 
-// Element `r` of an index tensor in row-major order.
-int64_t id_at(const Tensor& ids, int64_t r) {
-  int64_t offset = 0;
-  for (int d = ids.ndim - 1; d >= 0; --d) {
-    offset += r % ids.sizes[d] * ids.strides[d];
-    r /= ids.sizes[d];
-  }
-  return ids.dtype == DType::i64 ? static_cast<const int64_t*>(ids.data)[offset]
-                                 : static_cast<const int32_t*>(ids.data)[offset];
-}
-
 void take_rows(const Tensor& out, const Tensor& table, const Tensor& ids) {
   const int64_t width = last_size(out);
   with_size(out.dtype, [&](auto type) {

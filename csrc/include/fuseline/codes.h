@@ -25,6 +25,9 @@ enum RouteOrder { kSoftmaxThenTopk = 0, kTopkThenSoftmax = 1 };
 // Expert activations: gate and up are the halves of the row, except kGluOss: interleaved, clamped, (up+1)*gate*sigmoid(alpha*gate).
 enum ExpertAct { kExpertSilu = 0, kExpertGelu = 1, kExpertGeluTanh = 2, kExpertRelu = 3, kGluOss = 4 };
 
+// What the codes of a weight stand for.
+enum CodeKind { kCodeInt8 = 0, kCodeFp8 = 1, kCodeInt4 = 2, kCodeNf4 = 3, kCodeFp4 = 4, kCodeE2m1 = 5 };
+
 enum LogprobsMode { kRawLogprobs = 0, kProcessedLogprobs = 1, kRawLogits = 2, kProcessedLogits = 3 };
 
 }  // namespace fuseline

@@ -11,16 +11,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from fuseline.engine.config import GrammarConfig
 from fuseline.engine.messages import GrammarSpec, Vocabulary
-from fuseline.engine.run.grammar.worker import Answer, Failed, compile_grammar, read_frame, tokenizer_info, write_frame
-
-if TYPE_CHECKING:
-    import xgrammar as xg
+from fuseline.engine.run.grammar.backends.interface import Grammar
+from fuseline.engine.run.grammar.backends.registry import Backends
+from fuseline.engine.run.grammar.worker import Answer, Failed, read_frame, write_frame
 
 logger = logging.getLogger("fuseline.engine")
 
@@ -44,22 +42,29 @@ class GrammarCompiler:
         self._config = config
         self._vocab_size = vocab_size
         self._vocabulary: Vocabulary | None = None
-        self._info: xg.TokenizerInfo | None = None
-        self._info_lock = threading.Lock()
-        self._cache: OrderedDict[bytes, tuple[xg.CompiledGrammar, int]] = OrderedDict()
+        self._backends: Backends | None = None
+        self._backends_lock = threading.Lock()
+        self._cache: OrderedDict[bytes, tuple[Grammar, int]] = OrderedDict()
         self._pending: set[bytes] = set()
-        self._finished: queue.SimpleQueue[tuple[bytes, tuple[xg.CompiledGrammar, int] | GrammarError]] = (
-            queue.SimpleQueue()
-        )
+        self._finished: queue.SimpleQueue[tuple[bytes, tuple[Grammar, int] | GrammarError]] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(config.grammar_workers, "fuseline-grammar")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Empty where the server runs without a tokenizer."""
+        return self._vocabulary or Vocabulary(tokens=(), eos_token_ids=(), vocab_size=self._vocab_size)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Tokens as bytes; the model may have more, which no grammar allows."""
         self._vocabulary = msgspec.structs.replace(vocabulary, vocab_size=self._vocab_size)
 
-    def find(self, spec: GrammarSpec) -> xg.CompiledGrammar | None:
+    def warm_up(self) -> None:
+        """Starts a process and imports what the first request would wait for, by a grammar of nobody's."""
+        self.start(GrammarSpec(kind="ebnf", text='root ::= "a"'))
+
+    def find(self, spec: GrammarSpec) -> Grammar | None:
         """The compiled grammar, if it is there."""
         found = self._cache.get(spec.key)
         if found is None:
@@ -73,7 +78,7 @@ class GrammarCompiler:
             self._pending.add(spec.key)
             self._pool.submit(self._run, spec)
 
-    def take_finished(self) -> list[tuple[bytes, xg.CompiledGrammar | GrammarError]]:
+    def take_finished(self) -> list[tuple[bytes, Grammar | GrammarError]]:
         """Keys of grammars that have been compiled, or could not be, since the last call."""
         done = []
         while not self._finished.empty():
@@ -91,7 +96,7 @@ class GrammarCompiler:
         for worker in list(self._workers):
             worker.kill()
 
-    def _keep(self, key: bytes, result: tuple[xg.CompiledGrammar, int]) -> None:
+    def _keep(self, key: bytes, result: tuple[Grammar, int]) -> None:
         self.num_compiled += 1
         self._cache[key] = result
         while sum(size for _, size in self._cache.values()) > self._config.grammar_cache_bytes and len(self._cache) > 1:
@@ -100,7 +105,7 @@ class GrammarCompiler:
     def _run(self, spec: GrammarSpec) -> None:
         """In a thread of the pool."""
         try:
-            result: tuple[xg.CompiledGrammar, int] | GrammarError = self._compile(spec)
+            result: tuple[Grammar, int] | GrammarError = self._compile(spec)
         except GrammarError as error:
             result = error
         except Exception:
@@ -109,7 +114,7 @@ class GrammarCompiler:
         self._finished.put((spec.key, result))
         self.on_ready()
 
-    def _compile(self, spec: GrammarSpec) -> tuple[xg.CompiledGrammar, int]:
+    def _compile(self, spec: GrammarSpec) -> tuple[Grammar, int]:
         if self._vocabulary is None:
             raise GrammarError("structured output needs a tokenizer; this server runs without one")
         try:
@@ -128,14 +133,17 @@ class GrammarCompiler:
             raise GrammarError(f"the grammar cannot be compiled: {answer.message}")
         if answer.num_bytes > self._config.grammar_cache_bytes:
             raise GrammarError("the compiled grammar is too large (--grammar-cache-bytes)")
-        return self._compile_here(spec), answer.num_bytes
+        grammar = self._load(spec, answer.data)
+        grammar.is_slow = answer.is_slow
+        return grammar, answer.num_bytes
 
-    def _compile_here(self, spec: GrammarSpec) -> xg.CompiledGrammar:
-        """Once more, now that it is known to take little time and memory: the result stays in the engine's process."""
-        with self._info_lock:
-            if self._info is None:
-                self._info = tokenizer_info(self._vocabulary)
-        return compile_grammar(spec, self._info)
+    def _load(self, spec: GrammarSpec, data: bytes) -> Grammar:
+        """Compile once more, now that it is known to take little time and memory, unless the worker has sent `data`."""
+        with self._backends_lock:
+            if self._backends is None:
+                self._backends = Backends(self._vocabulary)
+            backend = self._backends.get(spec.backend)
+        return backend.unpack(spec, data)
 
 
 class _Worker:

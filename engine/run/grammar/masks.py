@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fuseline.engine.run.grammar.matcher import MOST_FORCED, SLOW_SECONDS
+from fuseline.engine.run.grammar.matcher import MOST_FORCED, STALL_SECONDS
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
 from fuseline.engine.state.sequence import TokenGrammar
@@ -32,6 +32,7 @@ class GrammarMasks:
         self._length = np.zeros(num_rows, np.int64)  # tokens before what the mask allows
         self._generation = np.zeros(num_rows, np.int64)  # of the row, when it was filled; a row in use has 1 or more
         self._filler: xg.BatchGrammarMatcher | None = None
+        self._looks_for_slow = False
 
     def next(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """[R, W]: the tokens that may follow the first `lengths` [R] of the rows [R], which are known."""
@@ -67,15 +68,18 @@ class GrammarMasks:
 
     def _fill(self, rows: np.ndarray, lengths: np.ndarray) -> None:
         states = {row: self.state(row, length) for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)}
-        plain = [row for row, state in states.items() if state.is_plain]
+        plain = [] if self._looks_for_slow else [row for row, state in states.items() if state.is_plain]
         begin = time.perf_counter()
         self._masks[plain] = -1
         if plain:
             self._fill_plain([states[row].matcher for row in plain], plain)
-        if time.perf_counter() - begin > SLOW_SECONDS:
-            plain = []  # one by one, so that the slow one is found
         for row in states.keys() - plain:
+            started = time.perf_counter()
             self._masks[row] = states[row].mask()
+            if time.perf_counter() - started > STALL_SECONDS:
+                states[row].note_slow()
+        # Those of the next step are made one by one, so that a slow one is found.
+        self._looks_for_slow = bool(plain) and time.perf_counter() - begin > STALL_SECONDS
         self._length[rows], self._generation[rows] = lengths, self._rows.generation[rows]
 
     def _fill_plain(self, matchers: list[xg.GrammarMatcher], rows: list[int]) -> None:
@@ -112,7 +116,8 @@ class ForcedTokens:
         if not rows.has_grammar.any():
             return
         num_remaining = rows.num_remaining()
-        ready = np.flatnonzero(rows.has_grammar & (num_remaining == 1) & (rows.num_known > rows.prompt_len))
+        is_ready = rows.has_grammar & (num_remaining == 1) & (rows.num_known > rows.prompt_len)
+        ready = np.array([row for row in np.flatnonzero(is_ready) if not rows.sequences[row].grammar.is_slow], np.int64)
         rows.num_drafts[ready] = 0
         is_narrow = np.count_nonzero(self._masks.next(ready, rows.num_known[ready]), axis=1) == 1
         found = {row: self._forced(row) for row in ready[is_narrow].tolist()}

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fuseline.engine.messages import SamplingParams
-
-if TYPE_CHECKING:
-    import xgrammar as xg
+from fuseline.engine.run.grammar.backends.interface import Grammar
+from fuseline.engine.run.grammar.backends.xgrammar import XGrammar
 
 logger = logging.getLogger("fuseline.engine")
 
 MOST_FORCED = 15
 """Tokens that one step may take where the grammar leaves no choice."""
+FORCED_SECONDS = 0.005
+"""Processor time after which a step looks for no more of them: a large grammar takes tens of milliseconds for one."""
 SLOW_SECONDS = 2.0
 """Time for one mask from which on a grammar is too slow to be served: its request ends."""
+STALL_SECONDS = 0.02
+"""Time for the masks of a step from which on those that are to follow are made beside the steps."""
+FAST_SECONDS = 0.002
+"""Time for a mask beside the steps up to which the next one may be made within a step again."""
 
 
 class GrammarState:
@@ -29,11 +34,10 @@ class GrammarState:
     State is made of the tokens alone, so a sequence that was preempted goes on where it was.
     """
 
-    def __init__(self, compiled: xg.CompiledGrammar, params: SamplingParams, vocab_size: int) -> None:
-        import xgrammar as xg
-
+    def __init__(self, grammar: Grammar, params: SamplingParams, vocab_size: int) -> None:
         self._ends = params.ending_token_ids
-        self.matcher = xg.GrammarMatcher(compiled, override_stop_tokens=list(self._ends))
+        self.matcher = grammar.matcher(self._ends)
+        self._is_batched = isinstance(grammar, XGrammar) and not grammar.has_free_text
         self._starts_after = params.grammar.starts_after
         self._min_tokens = params.min_tokens
         self._tail: tuple[int, ...] = ()
@@ -43,20 +47,53 @@ class GrammarState:
         self._width = -(-vocab_size // 32)
         self._scratch = torch.empty((1, self._width), dtype=torch.int32)
         self._planned: tuple[int, np.ndarray] = (-1, np.empty((0, self._width), np.int32))
+        self._ready: tuple[int, np.ndarray] | None = None
+        self._is_known_slow = self._was_slow = grammar.is_slow
+        self._lock = threading.RLock()
+        """For `prepare`, which another thread calls."""
         self.num_seen = 0
         """Generated tokens taken so far."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether `mask` is what the matcher fills, and nothing else."""
+        """Whether `mask` is what xgrammar's matcher fills, and nothing else."""
+        is_batched = self._is_batched and not self._was_slow
         is_held = self._is_open and not self._is_broken and self.num_seen >= self._min_tokens
-        return is_held and not self.matcher.is_terminated()
+        return is_batched and is_held and not self.matcher.is_terminated()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether masks are made beside the steps, by `prepare`."""
+        return self._was_slow and not self._is_broken
+
+    def has_mask(self, num_tokens: int) -> bool:
+        """Whether the mask behind so many generated tokens is made."""
+        return self._ready is not None and self._ready[0] == num_tokens
+
+    def prepare(self, begin: int, tokens: Seq[int]) -> None:
+        """Take the generated tokens from number `begin` on, and make the mask behind them. For another thread."""
+        with self._lock:
+            started = time.thread_time()
+            try:
+                self.advance(tokens[self.num_seen - begin :])
+                mask = self.mask()
+            except Exception:
+                logger.exception("the mask of a grammar cannot be made: its request ends")
+                self._is_broken = True
+                mask = np.zeros(self._width, np.int32)
+            self._ready = self.num_seen, mask
+            self._was_slow = self._is_known_slow or time.thread_time() - started > FAST_SECONDS
+
+    def note_slow(self) -> None:
+        """A step has waited for this grammar: no other one shall."""
+        self._was_slow = True
 
     def advance(self, tokens: Seq[int]) -> None:
         """Take the generated tokens that follow those seen."""
-        for token in tokens:
-            self._accept(token)
-        self.num_seen += len(tokens)
+        with self._lock:
+            for token in tokens:
+                self._accept(token)
+            self.num_seen += len(tokens)
 
     def masks(self, drafts: Seq[int]) -> np.ndarray:
         """[1 + D, W]: what may come next, and after each of the drafts; those behind a draft that may not come are of
@@ -85,9 +122,10 @@ class GrammarState:
         if not self._is_open or self._is_broken:
             return []
         found: list[int] = []
+        deadline = time.thread_time() + FORCED_SECONDS
         masks = [self.mask(0)]
         while len(found) < limit and (token := _only(masks[-1])) is not None and token not in self._ends:
-            if not self.matcher.accept_token(token):
+            if time.thread_time() > deadline or not self.matcher.accept_token(token):
                 break
             found.append(token)
             masks.append(self.mask(len(found)))
@@ -111,6 +149,12 @@ class GrammarState:
 
     def mask(self, num_drafts: int = 0) -> np.ndarray:
         """[W]: what may come next; the last `num_drafts` tokens that the matcher has are drafts."""
+        with self._lock:
+            if not num_drafts and self.has_mask(self.num_seen):
+                return self._ready[1]
+            return self._make_mask(num_drafts)
+
+    def _make_mask(self, num_drafts: int) -> np.ndarray:
         mask = self._scratch.numpy()[0]
         mask.fill(-1)
         if self._is_broken:

@@ -6,33 +6,42 @@ answered when the process is ready; each further one is a GrammarSpec, answered 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import sys
-from typing import TYPE_CHECKING, BinaryIO
+import time
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
+import torch
 
 from fuseline.engine.memory.limit_memory import limit_memory
 from fuseline.engine.messages import GrammarSpec, Vocabulary
-
-if TYPE_CHECKING:
-    import xgrammar as xg
+from fuseline.engine.run.grammar.backends.interface import Grammar
+from fuseline.engine.run.grammar.backends.registry import Backends
+from fuseline.engine.run.grammar.matcher import STALL_SECONDS
 
 NICENESS = 10
 TRIAL_TOKENS = 64
 """Tokens that a compiled grammar is walked along, so that one that is slow or faulty is found out here."""
+NO_MEMORY = "bad_alloc"
+"""In the message of an exception from C++ for want of memory."""
+KEEPS_INTERPRETER = ("lm-format-enforcer",)
+"""Backends that compile in Python, where the engine's steps wait for them."""
+MOST_SECONDS_HERE = 0.5
+"""Time that compiling may take in the engine's process where its steps wait."""
 
 
 class Compiled(msgspec.Struct, frozen=True, tag="compiled"):
-    """The grammar compiles within the bounds, so the engine may do the same (xgrammar writes and reads a compiled
-    grammar as JSON, which takes ten times as long).
-    """
+    """The grammar compiles within the bounds, so the engine may do the same where there is no data."""
 
     num_bytes: int
+    data: bytes = b""
+    """The compiled grammar, where reading it takes less time than compiling it anew."""
+    is_slow: bool = False
+    """One of its masks takes so long that no step shall wait for them."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -49,21 +58,13 @@ def main(num_bytes: int) -> None:
     inbox, outbox = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to the log
     vocabulary = msgspec.msgpack.decode(read_frame(inbox), type=Vocabulary)
-    info = tokenizer_info(vocabulary)
+    backends = Backends(vocabulary)
+    backends.get("xgrammar")
     limit_memory(num_bytes)
     write_frame(outbox, b"ready")
     while data := read_frame(inbox):
-        write_frame(outbox, msgspec.msgpack.encode(_answer(msgspec.msgpack.decode(data, type=GrammarSpec), info)))
-
-
-def tokenizer_info(vocabulary: Vocabulary) -> xg.TokenizerInfo:
-    """The vocabulary as xgrammar has it. Tokens without bytes are special: no text of a grammar has them."""
-    import xgrammar as xg
-
-    tokens, size = list(vocabulary.tokens), vocabulary.vocab_size
-    return xg.TokenizerInfo(
-        tokens[:size], vocab_type=xg.VocabType.RAW, vocab_size=size, stop_token_ids=list(vocabulary.eos_token_ids)
-    )
+        spec = msgspec.msgpack.decode(data, type=GrammarSpec)
+        write_frame(outbox, msgspec.msgpack.encode(_answer(spec, backends, vocabulary.vocab_size)))
 
 
 def read_frame(stream: BinaryIO) -> bytes:
@@ -77,45 +78,40 @@ def write_frame(stream: BinaryIO, data: bytes) -> None:
     stream.flush()
 
 
-def _answer(spec: GrammarSpec, info: xg.TokenizerInfo) -> Answer:
+def _answer(spec: GrammarSpec, backends: Backends, vocab_size: int) -> Answer:
     try:
-        compiled = compile_grammar(spec, info)
-        _walk(compiled, info)
-        return Compiled(compiled.memory_size_bytes)
-    except MemoryError:
-        return Failed("it needs more memory than this server gives to one (--grammar-memory)")
-    except Exception as error:  # xgrammar's errors have no common class
+        begin = time.perf_counter()
+        grammar = backends.get(spec.backend).compile(spec)
+        seconds = time.perf_counter() - begin
+        slowest = try_walk(grammar, vocab_size)
+        data = grammar.pack()
+    except Exception as error:  # the packages' errors have no common class
+        if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+            return Failed("it needs more memory than this server gives to one (--grammar-memory)")
         return Failed(_message(error))
+    if spec.backend in KEEPS_INTERPRETER and seconds > MOST_SECONDS_HERE:
+        return Failed(f"{spec.backend} takes {seconds:.1f} s to compile it, in which nothing else could run")
+    return Compiled(grammar.num_bytes, data, is_slow=spec.is_slow or slowest > STALL_SECONDS)
 
 
-def compile_grammar(spec: GrammarSpec, info: xg.TokenizerInfo) -> xg.CompiledGrammar:
-    """Leaves the interpreter to other threads meanwhile."""
-    import xgrammar as xg
-
-    compiler = xg.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-    if spec.kind == "ebnf":
-        return compiler.compile_grammar(spec.text)
-    if spec.kind == "lark":
-        return compiler.compile_lark(spec.text)
-    return compiler.compile_structural_tag(json.loads(spec.text))
-
-
-def _walk(compiled: xg.CompiledGrammar, info: xg.TokenizerInfo) -> None:
-    """Raises ValueError for a grammar without any text."""
-    import xgrammar as xg
-
-    matcher, rng = xg.GrammarMatcher(compiled), random.Random(0)
-    mask = xg.allocate_token_bitmask(1, info.vocab_size)
+def try_walk(grammar: Grammar, vocab_size: int) -> float:
+    """Seconds that the slowest mask along a random text takes. Raises ValueError for a grammar without any text."""
+    matcher, rng = grammar.matcher(()), random.Random(0)
+    mask = torch.empty((1, -(-vocab_size // 32)), dtype=torch.int32)
+    slowest, begin = 0.0, time.thread_time()
     for index in range(TRIAL_TOKENS):
         mask.fill_(-1)
         matcher.fill_next_token_bitmask(mask)
-        allowed = np.unpackbits(mask.numpy().view(np.uint8), bitorder="little")[: info.vocab_size].nonzero()[0]
+        slowest = max(slowest, time.thread_time() - begin)
+        allowed = np.unpackbits(mask.numpy().view(np.uint8), bitorder="little")[:vocab_size].nonzero()[0]
         if not len(allowed):
             if index:
-                return  # a random text may be one that no token goes on from
+                break  # a random text may be one that no token goes on from
             raise ValueError("no token of this model can begin a text of the grammar")
+        begin = time.thread_time()
         if not matcher.accept_token(int(rng.choice(allowed))) or matcher.is_terminated():
-            return
+            break
+    return slowest
 
 
 def _message(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tool_outputs import Found, every_split, parse
 
@@ -112,3 +114,26 @@ def test_harmony() -> None:
 def test_harmony_without_tools_calls_none() -> None:
     text = "<|channel|>commentary to=functions.f<|message|>{}<|call|>"
     assert parse([text], ParseSettings(reasoning=HARMONY)) == Found("", "{}")
+
+
+FORCED = {
+    None: ' [{"name": "f", "parameters": {"city": "Zürich", "days": [1, 2]}}, {"name": "g", "parameters": {}}]',
+    HARMONY: "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    '{"city": "Zürich", "days": [1, 2]}<|call|>',
+}
+
+
+@pytest.mark.parametrize("form", FORCED, ids=str)
+@pytest.mark.parametrize("choice", ["required", "named"])
+def test_a_forced_call_that_is_cut_is_never_content(form: str | None, choice: str) -> None:
+    if form is None and choice == "named":
+        text = '{"city": "Zürich", "days": [1, 2]}'
+    else:
+        text = FORCED[form]
+    settings = ParseSettings(tools={"f": {}, "g": {}}, choice=choice, named="f", format=form)
+    whole = parse([text], settings).calls[0][1]
+    assert json.loads(whole) == {"city": "Zürich", "days": [1, 2]}
+    for length in range(len(text) + 1):
+        for pieces in ([text[:length]], list(text[:length])):
+            found = parse(pieces, settings)
+            assert found.content == "" and all(whole.startswith(arguments) for _, arguments in found.calls[:1]), length

@@ -10,16 +10,15 @@ import pytest
 import xgrammar
 
 from fuseline.api.errors import ApiError
+from fuseline.api.parsers.choice import HARMONY
+from fuseline.api.parsers.formats import tool_formats
 from fuseline.api.parsers.reasoning import reasoning_formats
+from fuseline.api.parsers.registry import Formats
+from fuseline.api.prompt.auto_grammar import behind_reasoning
 from fuseline.api.prompt.encode import TextTokenizer
+from fuseline.api.prompt.grammar import json_spec
 from fuseline.api.prompt.tokenizer_files import read_tokenizer
-from fuseline.api.prompt.tool_grammar import (
-    Thinking,
-    behind_optional_reasoning,
-    reasoning_end,
-    tool_spec,
-    with_grammar,
-)
+from fuseline.api.prompt.tool_grammar import Answers, Thinking, reasoning_end, tool_spec, with_grammar
 from fuseline.api.prompt.tools import Tool, ToolUse
 from fuseline.engine.messages import SamplingParams
 
@@ -87,28 +86,39 @@ def test_a_schema_that_no_grammar_holds_is_refused() -> None:
         assert caught.value.status == 400 and caught.value.param.startswith("tools")
 
 
+@cache
+def tokenizer() -> TextTokenizer:
+    return TextTokenizer(read_tokenizer(str(Path(__file__).resolve().parents[3] / "csrc" / "pkg" / "demo")))
+
+
+def held(params: SamplingParams, use: ToolUse, thinking: Thinking, tools: str = "", has_format: bool = False):
+    """The grammar of an answer; `tools`: format of calls."""
+    formats = Formats(tool_formats().get(tools, HARMONY if tools == HARMONY else None))
+    return with_grammar(params, use, Answers(thinking, formats, tokenizer()), has_format).grammar
+
+
 def test_grammars_begin_behind_the_reasoning() -> None:
-    demo = Path(__file__).resolve().parents[3] / "csrc" / "pkg" / "demo"
-    tokenizer, forms = TextTokenizer(read_tokenizer(str(demo))), reasoning_formats()
-    end = (tokenizer.token_id("</think>"),)
+    forms = reasoning_formats()
+    end = (tokenizer().token_id("</think>"),)
     for name, start, expected in (
         ("deepseek_r1", "", end), ("deepseek_r1", "closed", ()), ("deepseek_r1", "open", end), ("qwen3", "open", end),
         ("qwen3", "closed", ()), ("qwen3", "", ()), ("granite", "open", ()), ("", "open", ()),
     ):  # fmt: skip
-        assert reasoning_end(Thinking(forms.get(name), start), tokenizer) == expected
+        assert reasoning_end(Thinking(forms.get(name), start), tokenizer()) == expected
     own, use = SamplingParams(grammar=tool_spec(NAMED)), ToolUse()
-    assert with_grammar(own, use, Thinking(forms["deepseek_r1"]), tokenizer).grammar.starts_after == end
-    opened = with_grammar(SamplingParams(), NAMED, Thinking(forms["qwen3"], "open"), tokenizer).grammar
-    assert opened.starts_after == end
-    assert with_grammar(SamplingParams(), use, Thinking(forms["qwen3"]), tokenizer).grammar is None
-    assert with_grammar(own, use, Thinking(), tokenizer).grammar == own.grammar
-    assert with_grammar(own, use, Thinking(forms["qwen3"]), tokenizer).grammar == own.grammar
-    asked = with_grammar(own, use, Thinking(forms["qwen3"], is_asked=True), tokenizer).grammar
-    assert asked == behind_optional_reasoning(own.grammar, forms["qwen3"])
+    assert held(own, use, Thinking(forms["deepseek_r1"])).starts_after == end
+    assert held(SamplingParams(), NAMED, Thinking(forms["qwen3"], "open")).starts_after == end
+    assert held(SamplingParams(), use, Thinking(forms["qwen3"])) is None
+    assert held(own, use, Thinking()) == own.grammar
+    assert held(own, use, Thinking(forms["qwen3"])) == own.grammar
+    asked = held(own, use, Thinking(forms["qwen3"], is_asked=True))
+    assert asked == behind_reasoning(own.grammar, forms["qwen3"], tokenizer())
+    opened = held(own, use, Thinking(forms["granite"], "open"))  # its end is no token
+    assert opened == behind_reasoning(own.grammar, forms["granite"], tokenizer(), is_open=True)
 
 
 def test_reasoning_may_come_before_a_grammar() -> None:
-    spec = behind_optional_reasoning(tool_spec(NAMED), reasoning_formats()["qwen3"])
+    spec = behind_reasoning(tool_spec(NAMED), reasoning_formats()["qwen3"], tokenizer())
     grammar = compiler().compile_structural_tag(json.loads(spec.text))
     for text, is_taken in (
         ("{}", True), ("<think>a {} b</think>{}", True), ("<think></think>{}", True), ("<think>Hm.", False),
@@ -116,3 +126,18 @@ def test_reasoning_may_come_before_a_grammar() -> None:
     ):  # fmt: skip
         matcher = xgrammar.GrammarMatcher(grammar)
         assert (all(map(matcher.accept_token, text.encode())) and matcher.accept_token(256)) is is_taken, text
+
+
+def test_which_grammar_an_answer_has() -> None:
+    strict, loose = ToolUse("auto", (Tool("f", CITY, True),)), ToolUse("auto", (Tool("f", CITY),))
+    own, no_thoughts = SamplingParams(grammar=json_spec(CITY)), Thinking()
+    assert held(SamplingParams(), loose, no_thoughts, "hermes") is None
+    assert held(SamplingParams(), strict, no_thoughts, "pythonic") is None
+    free = held(SamplingParams(), strict, no_thoughts, "hermes")
+    assert free.is_free and free.kind == "structural_tag"
+    either = held(own, loose, no_thoughts, "hermes", has_format=True)
+    assert not either.is_free and either.kind == "structural_tag"
+    assert held(own, strict, no_thoughts, "hermes", has_format=False) == own.grammar
+    assert held(own, strict, no_thoughts, "", has_format=True) == own.grammar
+    assert held(SamplingParams(), NAMED, no_thoughts, "hermes") == tool_spec(NAMED)
+    assert "analysis" in held(SamplingParams(), NAMED, no_thoughts, HARMONY).text

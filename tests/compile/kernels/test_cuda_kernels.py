@@ -65,8 +65,9 @@ def by_emulator(name: str) -> Callable:
     return partial(cuda_emulator.run, BY_NAME[name].run)
 
 
-PRODUCTS = [(1, 8), (33, 40), (100, 520), (2050, 1032), (4104, 264)]
-"""(N, K): one block and many, narrow and wide tiles, whole and cut, K of less than a load and of several turns."""
+PRODUCTS = [(1, 8), (33, 40), (100, 520), (20, 4616), (2050, 1032), (4104, 264)]
+"""(N, K): one block and many, narrow and wide tiles, whole and cut, K of less than a load and of several turns; x that
+fits into shared memory and that does not."""
 LINEARS = {
     "few": (cuda_linear.linear, cuda_linear.linear_act_mul),
     "streamed": (cuda_linear.stream_linear, cuda_linear.stream_linear_act_mul),

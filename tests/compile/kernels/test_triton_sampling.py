@@ -191,6 +191,33 @@ def test_row_logprobs(vocab, num_top):
         torch.testing.assert_close(found[k], want[k], rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_logits_of_half_precision_give_the_bits_of_the_same_numbers_in_float32(dtype):
+    """Plain rows, whose logits are widened as they are read, and edited ones, which a copy holds."""
+    halves = make_logits(len(OPTIONS), 700).to(dtype)
+    scored = [{**row, "num_logprobs": 3, "seed": 5} for row in OPTIONS]
+    for rows in (scored, [{"temperature": 0.0}, {"temperature": 0.7}]):
+        logits = halves[: len(rows)]
+        found, want = (result(x, rows, mode=PROCESSED) for x in (logits, logits.float()))
+        for name in ("ok", "tokens", "ranks", "top_ids", "logprobs", "top_logprobs"):
+            assert torch.equal(getattr(found, name).nan_to_num(), getattr(want, name).nan_to_num()), name
+    assert found.tokens[0] == logits[0].argmax(), "greedy"
+    for value in (NAN, INF):
+        halves[3, 9] = value
+        assert result(halves[:5], [{}] * 5).ok.tolist() == [1, 1, 1, 0, 1]
+
+
+def test_scores_of_half_precision_have_the_bits_of_float32():
+    halves, targets = make_logits(5, 130).bfloat16(), torch.randint(130, (5,))
+    found, want = (
+        [torch.empty(5), torch.empty(5, dtype=torch.int64), torch.empty(5, 3, dtype=torch.int64), torch.empty(5, 3)]
+        for _ in range(2)
+    )
+    row_logprobs(*found, halves, targets)
+    row_logprobs(*want, halves.float(), targets)
+    assert all(map(torch.equal, found, want))
+
+
 def test_nothing_to_sample():
     result(torch.zeros(0, 10), [])
 
@@ -203,6 +230,7 @@ def launches(arch: int) -> None:
         result(logits, [plain, edited], torch.zeros(2, 4008, dtype=torch.int32), mode)
     if arch == 90:
         result(logits, [plain, plain])
+        result(logits.bfloat16(), [plain, plain])
         ids = torch.zeros(2, 1, dtype=torch.int64)
         row_logprobs(torch.zeros(2), ids[:, 0], ids, torch.zeros(2, 1), logits, ids[:, 0])
 

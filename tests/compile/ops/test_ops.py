@@ -11,6 +11,7 @@ from ops_cases import assert_fake_agrees, assert_kernels_agree
 
 from fuseline.compile.kernels.registry import implementations
 from fuseline.compile.ops import codes
+from fuseline.compile.ops.coded import KINDS
 from fuseline.compile.ops.library import Op
 from fuseline.compile.ops.registry import registry
 
@@ -56,6 +57,7 @@ def test_codes_are_those_of_the_kernels():
     assert enums["Binary"] == {plain(key): value for key, value in codes.BINARY.items()}
     experts = {plain(key): value for key, value in codes.EXPERT_ACTS.items()}
     assert {key.removeprefix("expert"): value for key, value in enums["ExpertAct"].items()} == experts
+    assert {key.removeprefix("code"): value for key, value in enums["CodeKind"].items()} == KINDS
     modes = enums["NormMode"] | enums["RopeLayout"]
     assert {key: constants[key] for key in modes} == modes
     assert (codes.ROUTE_SOFTMAX_TOPK, codes.ROUTE_TOPK_SOFTMAX) == tuple(enums["RouteOrder"].values())

@@ -48,8 +48,8 @@ SHARED = (
 )  # fmt: skip
 PIPELINES: dict[str, tuple[GraphPass, ...]] = {
     "cpu": (*SHARED, pack_weights, widen_logits),
-    "cuda": (*SHARED, fuse_linear_act, widen_logits),
-    "invariant": (*SHARED, make_batch_invariant, widen_logits),
+    "cuda": (*SHARED, fuse_linear_act),
+    "invariant": (*SHARED, make_batch_invariant),
 }
 SUMS_DIFFERENTLY = (join_linears, pack_weights, keep_last_logits, fuse_linear_act, make_batch_invariant)
 """A product of joined weights, of fewer rows, or of another kernel: other roundings."""

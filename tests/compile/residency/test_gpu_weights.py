@@ -109,7 +109,7 @@ def test_host_memory_does_not_grow_with_the_model(tmp_path) -> None:
 class LateLane:
     """Copies that are made only when they are waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.num_done = 0
 
@@ -132,10 +132,10 @@ def build(family: str, dtype: str = "float32", gib: float = 1.0, graphs: GraphCo
     return compile_model(config, GPU, graphs=graphs)
 
 
-@pytest.mark.parametrize("lane", [offload.HostLane, LateLane], ids=["early", "late"])
+@pytest.mark.parametrize("lane", [offload.Lane, LateLane], ids=["early", "late"])
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_offloaded_weights_are_there_in_time_and_until_they_are_used(family: str, lane: type, monkeypatch) -> None:
-    monkeypatch.setattr(offload, "HostLane", lane)
+    monkeypatch.setattr(offload, "Lane", lane)
     model, prompts = build(family), make_prompts((3, 9))
     held = model._executable.offload
     assert len(held.layers) == 3 > NUM_SLOTS, "a slot is taken again within a pass"

@@ -14,6 +14,7 @@ from tune_gpu_cases import OURS, Clock, choices, config
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.cuda import library as cuda_library
+from fuseline.compile.kernels.cuda.library import Overlap
 from fuseline.compile.kernels.registry import ANY
 from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.tuning import kernels as tune_gpu
@@ -39,6 +40,22 @@ def test_kernels_in_cpp_come_first_and_are_measured(config, monkeypatch):
     assert max(rows for label, rows in clock.seen if label in ("cuda.linear", "cuda.linear_act_mul")) == 16
     assert {rows for label, rows in clock.seen if label == "cuda.decode_attention"} == {1, 8, 16, 20}
     assert {"torch.linear", "triton.linear", "triton.linear_act_mul", OURS} <= {label for label, _ in clock.seen}
+
+
+def test_products_are_measured_as_they_overlap_in_a_step(config, monkeypatch):
+    """A row of calls of one kernel, each of which may read its weight before the one ahead has ended."""
+    overlaps = {}
+
+    class Notes(Clock):
+        def __call__(self, candidate, arguments) -> float:
+            if candidate.label.startswith("cuda."):
+                overlaps[candidate.label] = candidate.run.args[0].overlap
+            return super().__call__(candidate, arguments)
+
+    choices(in_cpp(config, monkeypatch), Notes())
+    early = {"cuda.linear", "cuda.stream_linear", "cuda.stream_linear 12l", "cuda.linear_act_mul"}
+    assert {overlaps[label] for label in early} == {Overlap.WEIGHTS}
+    assert overlaps["cuda.add_rms_norm"] == Overlap.HEADS
 
 
 def test_kernels_in_cpp_give_way_to_what_is_faster(config, monkeypatch):

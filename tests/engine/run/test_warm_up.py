@@ -18,7 +18,7 @@ from fuseline.compile.residency.uploads import Layout
 from fuseline.engine.config import EngineConfig, SchedulerConfig
 from fuseline.engine.messages import GrammarSpec, Vocabulary
 from fuseline.engine.run.cuda_device import CudaResults
-from fuseline.engine.run.grammar.worker import compile_grammar, tokenizer_info
+from fuseline.engine.run.grammar.backends.xgrammar import XGrammarBackend
 from fuseline.engine.service import EngineService
 
 SERVED = "a first request"
@@ -91,7 +91,7 @@ def launches(arch: int) -> None:
     print(json.dumps({"kernel": SERVED, "arch": arch}))
     tokens = (b"a",) + (b"b",) * (model.info.vocab_size - 1)
     words = Vocabulary(tokens=tokens, eos_token_ids=(3,), vocab_size=len(tokens))
-    service.engine.grammars._keep(ANYTHING.key, (compile_grammar(ANYTHING, tokenizer_info(words)), 1))
+    service.engine.grammars._keep(ANYTHING.key, (XGrammarBackend(words).compile(ANYTHING), 1))
     walk = Walk(service.engine)
     for length in (1, 7, 40):
         for params in KINDS:

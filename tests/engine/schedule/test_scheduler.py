@@ -24,6 +24,32 @@ def test_fcfs_serves_in_order_of_arrival() -> None:
     assert finish_order(walk) == ["r0", "r1", "r2", "r3"]
 
 
+def test_the_rest_of_a_batch_stands_back_behind_what_comes_later() -> None:
+    walk = Walk(make_engine(max_num_seqs=1))
+    for turn in (0, 100, 200, 300):
+        walk.submit(PROMPT, max_tokens=3, turn=turn)
+    walk.submit(PROMPT, max_tokens=3)
+    assert finish_order(walk) == ["r0", "r4", "r1", "r2", "r3"]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_a_batch_gives_a_row_to_what_comes_later(policy: str) -> None:
+    """But not what came by itself, and not to its own later prompts; all tokens stay."""
+    walk = Walk(make_engine(max_num_seqs=2, scheduling_policy=policy))
+    for turn in (0, 100, 200):
+        walk.submit(PROMPT, max_tokens=20, turn=turn)
+    for _ in range(6):
+        walk.step()
+    assert walk.engine.scheduler.num_preemptions == 0
+    walk.submit(PROMPT, max_tokens=20)
+    walk.submit(PROMPT, max_tokens=3)
+    before = len(walk.tokens("r0"))
+    assert first_step_of(walk, "r3") <= 2 and len(walk.tokens("r0")) > before
+    assert walk.engine.scheduler.num_preemptions == 1
+    assert finish_order(walk)[-2:] == ["r1", "r2"]
+    walk.check_all((0,))
+
+
 def test_priority_serves_lower_values_first_and_ties_by_arrival() -> None:
     walk = Walk(make_engine(max_num_seqs=1, scheduling_policy="priority"))
     for priority in (1, 0, 1, -1, 0):

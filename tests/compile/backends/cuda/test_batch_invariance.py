@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from cuda_target_cases import count_kernels
 from fake_gpu import GPU, FakeGraphs
 from native_fixtures import FLOATS
 from ops_cases import assert_close
@@ -17,7 +18,6 @@ from triton_attention_cases import Batch
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.backends.cuda.model import CudaModel
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
@@ -128,7 +128,7 @@ def test_the_pass_takes_linears_and_nothing_else() -> None:
 def test_nothing_that_depends_on_the_batch_is_left(family: str) -> None:
     config = CompileConfig(model=str(checkpoint(family, "bfloat16")), batch_invariant=True)
     captured, _ = optimize(config, GPU)
-    found = count_kernels(captured.graph, GPU)
+    found = count_kernels(captured.graph)
     assert found["triton.linear_invariant"] == (13 if family == "llama" else 10)
     assert found["triton.paged_attention_invariant"] == 3
     assert found["triton.experts_invariant"] == (3 if family == "gpt_oss" else 0)

@@ -8,14 +8,13 @@ import functools
 import cuda_emulator
 import pytest
 import torch
-from cuda_target_cases import build, decode_step
+from cuda_target_cases import build, count_kernels, decode_step
 from fake_gpu import GPU, FakeGraphs, HostSync, capture_when_allocated, no_host_sync, waiting_for_nothing
 from native_sampling_cases import Result, make_logits
 from paged_driver import greedy
 from triton_interpreter import assert_fits, compile_launches
 from zoo import checkpoint, make_prompts, truth
 
-from fuseline.compile.backends.cuda.executable import count_kernels
 from fuseline.compile.compiler import optimize
 from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.kernels.choice import default_choices
@@ -49,7 +48,7 @@ GOLDEN = {
 @pytest.mark.parametrize("family", GOLDEN)
 def test_kernels_of_a_step_are_the_golden_ones(family: str) -> None:
     captured, result = optimize(CompileConfig(model=str(checkpoint(family, "bfloat16"))), GPU)
-    found = count_kernels(captured.graph, GPU)
+    found = count_kernels(captured.graph)
     ours = {label: count for label, count in found.items() if label.startswith("triton")}
     golden = GOLDEN[family]
     assert ours == {label: count for label, count in golden.items() if label.startswith("triton")}
@@ -71,7 +70,7 @@ def test_where_there_are_kernels_in_cpp_they_compute_the_step(monkeypatch) -> No
     """Those that take the shapes: heads of 16 are Triton's."""
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
     captured, _ = optimize(CompileConfig(model=str(checkpoint("llama", "bfloat16"))), GPU)
-    found = count_kernels(captured.graph, GPU)
+    found = count_kernels(captured.graph)
     assert {label: count for label, count in found.items() if "cuda." in label or "triton." in label} == {
         "cuda.rms_norm": 1, "cuda.add_rms_norm": 6, "cuda.rope_cache": 3, "cuda.linear | torch.linear": 10,
         "torch.linear, cuda.act_mul": 3, "triton.paged_attention": 3, "triton.gather_rows": 2,

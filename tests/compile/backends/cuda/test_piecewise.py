@@ -226,7 +226,7 @@ def test_no_size_compiles_a_kernel_of_its_own() -> None:
     }  # fmt: skip
     assert {name: count for name, count in found.items() if count > 1} == {
         "pad_kernel": 2, "pad_tokens_kernel": 2,  # of one group of layers and of two
-        "rope_cache_kernel": 2, "rms_norm_kernel": 4,  # of either model, with and without a sum
+        "rope_cache_kernel": 2, "norm_kernel": 4,  # of either model, with and without a sum
         "gate_up_kernel": 2, "down_kernel": 2,  # of few and of many pairs an expert
         "decode_kernel": 6, "prefill_kernel": 3,  # with sinks and a window or without, for decoding only or not
     }  # fmt: skip

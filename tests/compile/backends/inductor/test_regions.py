@@ -35,7 +35,7 @@ WIDTH = 64
 
 def described(dtype: str) -> list[dict]:
     """x[T, D], scale[D] seen as [T, D], mask[T, D]; the output y[T, D]."""
-    rows = {"sizes": [[1, 0], WIDTH], "strides": [WIDTH, 1]}
+    rows = {"sizes": [[0, 1, 0], WIDTH], "strides": [WIDTH, 1]}
     return [
         {"dtype": dtype, **rows}, {"dtype": dtype, **rows, "strides": [0, 1]}, {"dtype": "bool", **rows},
         {"dtype": dtype, **rows},

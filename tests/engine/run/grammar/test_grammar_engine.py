@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from grammar_walk import compiled, demo_vocabulary
 
 from fuseline.engine.config import GrammarConfig
 from fuseline.engine.messages import GrammarSpec, SamplingParams
+from fuseline.engine.run.grammar import matcher
 from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
 from fuseline.engine.run.grammar.matcher import GrammarState
+from fuseline.engine.service import EngineService
 
 WORDS = random.Random(0)
 HEAVY, LARGE = (
@@ -39,9 +42,10 @@ def compile_all(compiler: GrammarCompiler, *specs: GrammarSpec) -> list[object]:
     ("text", "bounds", "word"),
     [
         (HEAVY, {"grammar_timeout": 0.3}, "--grammar-timeout"),
+        (HEAVY, {"grammar_memory": 40 * 2**20}, "--grammar-memory"),
         (LARGE, {"grammar_cache_bytes": 10_000}, "--grammar-cache-bytes"),
     ],
-    ids=["time", "size"],
+    ids=["time", "memory", "size"],
 )
 def test_a_grammar_beyond_the_bounds_is_refused_and_the_next_one_compiles(text, bounds, word):
     compiler = GrammarCompiler(GrammarConfig(**bounds, grammar_workers=1), demo_vocabulary().vocab_size)
@@ -49,6 +53,22 @@ def test_a_grammar_beyond_the_bounds_is_refused_and_the_next_one_compiles(text, 
         refused, good = compile_all(compiler, GrammarSpec(kind="ebnf", text=text), YES)
         assert isinstance(refused, GrammarError) and word in str(refused)
         assert not isinstance(good, GrammarError) and compiler.find(YES) is not None
+    finally:
+        compiler.close()
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_a_gpu_has_a_process_for_grammars_before_the_first_request(is_gpu):
+    compiler = GrammarCompiler(GrammarConfig(), demo_vocabulary().vocab_size)
+    ready = threading.Event()
+    compiler.on_ready = ready.set
+    served = object.__new__(EngineService)
+    served.engine, served.device = SimpleNamespace(grammars=compiler), SimpleNamespace(is_asynchronous=is_gpu)
+    try:
+        served._handle(demo_vocabulary())
+        assert ready.wait(120 if is_gpu else 0) == is_gpu
+        assert [isinstance(found, GrammarError) for _, found in compiler.take_finished()] == [False] * is_gpu
+        assert len(compiler._workers) == is_gpu
     finally:
         compiler.close()
 
@@ -92,6 +112,15 @@ def test_forced_tokens_are_those_without_a_choice():
     assert followed.forced(15) == [token("5"), token("6")] and followed.forced(1) == [token("5")]
     followed.advance([token("5"), token("6"), token("8")])
     assert followed.forced(15) == [token("!")]  # then it may only end
+
+
+def test_a_step_looks_for_forced_tokens_for_a_short_time(monkeypatch):
+    """What it has found out by then is not lost."""
+    monkeypatch.setattr(matcher, "FORCED_SECONDS", -1.0)
+    followed = state(GrammarSpec(kind="ebnf", text='root ::= [5] [6] [7-8] "!"'))
+    assert followed.forced(15) == [] and allowed(followed.masks([])[0]) == {token("5")}
+    followed.advance([token("5")])
+    assert allowed(followed.masks([])[0]) == {token("6")}
 
 
 def test_min_tokens_lose_against_a_complete_grammar():

@@ -9,7 +9,7 @@ from engine_walk_cases import ORDERS, Walk, make_engine
 from fake_model import VOCAB_SIZE
 
 from fuseline.engine.messages import GrammarSpec, Vocabulary
-from fuseline.engine.run.grammar.worker import compile_grammar, tokenizer_info
+from fuseline.engine.run.grammar.backends.xgrammar import XGrammarBackend
 
 EOS = 0
 FIRST = ord("A") - 1  # token 1 is "A"
@@ -22,7 +22,7 @@ ONE_FORCED, RUNS, CHOICES = (
     for text in ('root ::= ([A-H] "I"){5}', 'root ::= ([A-C] "DEFGHI" [J-Z]){3}', "root ::= ([A-Z] [a-f]){2,12}")
 )
 SPECS = (ONE_FORCED, RUNS, CHOICES, None)
-COMPILED = {spec.key: compile_grammar(spec, tokenizer_info(VOCABULARY)) for spec in SPECS if spec}
+COMPILED = {spec.key: XGrammarBackend(VOCABULARY).compile(spec) for spec in SPECS if spec}
 PROMPT = list(range(1, 13))
 
 

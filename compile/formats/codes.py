@@ -1,0 +1,86 @@
+"""Weights of codes of 4 or 8 bits, for all layouts of ops/coded.py: words, scales and zeros in panels of 16 outputs.
+
+`linear_codes` reads them, and `embedding_codes` where the scales have the model's dtype. The parts of a weight are made
+from a checkpoint's codes as they are, or of plain values by `encode`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fuseline.compile.formats.encode import encode
+from fuseline.compile.formats.format import Call, Format, Pack, Shape, Stored
+from fuseline.compile.formats.panels import pack_lanes
+from fuseline.compile.ops.coded import KINDS, Coded, Layout, parse_layout
+from fuseline.compile.ops.linear_codes import PANEL, num_words, to_words
+
+aten = torch.ops.aten
+OPS = torch.ops.fuseline
+DEPTH = 512
+"""Inputs that kernels multiply at a time (kDepth of product.h): groups must divide it."""
+
+
+@functools.cache
+def format_of(name: str) -> Format:
+    """The format of a layout, by the layout's name. Raises ValueError for another name."""
+    layout = parse_layout(name)
+    return Format(
+        name, functools.partial(_shapes, layout), layout=layout, put_coded=functools.partial(_put, layout),
+        encode=functools.partial(encode, layout=layout), readers={
+            OPS.linear.default: functools.partial(_linear, layout),
+            aten.embedding.default: functools.partial(_embedding, layout),
+        }, targets=("cpu",), multiples=(PANEL, max(layout.group, 8)),
+    )  # fmt: skip
+
+
+def has_kernel(layout: Layout, shape: Shape) -> bool:
+    """Whether kernels take a weight of this layout and shape."""
+    return len(shape) == 2 and (layout.group == 0 or (layout.group % 8 == 0 and DEPTH % layout.group == 0))
+
+
+def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+    num_out, num_in = shape
+    panels, scale = -(-num_out // PANEL), getattr(torch, layout.scale_dtype)
+    of_groups = (panels, layout.num_groups(num_in), PANEL), scale
+    shapes = {"codes": ((panels, num_words(num_in, layout.bits), PANEL), torch.int32), "scales": of_groups}
+    shapes |= {"zeros": of_groups} if layout.has_zeros else {}
+    return shapes | ({"order": ((num_in,), torch.int64)} if layout.has_order else {})
+
+
+def _put(layout: Layout, stored: Stored, coded: Coded, row: int) -> None:
+    pack_lanes(stored["codes"], to_words(coded.codes, layout.bits), row)
+    pack_lanes(stored["scales"], coded.scales, row)
+    if coded.zeros is not None:
+        pack_lanes(stored["zeros"], coded.zeros, row)
+    if coded.order is not None:
+        stored["order"].copy_(coded.order)
+
+
+def _linear(layout: Layout, args: tuple, pack: Pack) -> Call:
+    x, weight, bias = args
+    codes, scales, *rest = pack(weight)
+    zeros, order = _optional(layout, rest)
+    num_out = weight.meta["val"].shape[0]
+    return OPS.linear_codes.default, (x, codes, scales, zeros, order, bias, num_out, *_numbers(layout))
+
+
+def _embedding(layout: Layout, args: tuple, pack: Pack) -> Call | None:
+    weight, ids = args[:2]
+    value: Tensor = weight.meta["val"]
+    if layout.has_order or str(value.dtype) != f"torch.{layout.scale_dtype}":
+        return None
+    codes, scales, *rest = pack(weight)
+    zeros, _ = _optional(layout, rest)
+    return OPS.embedding_codes.default, (ids, codes, scales, zeros, value.shape[1], *_numbers(layout))
+
+
+def _optional(layout: Layout, rest: list) -> tuple:
+    """(zeros, order) of the parts after the scales."""
+    return (rest[0] if layout.has_zeros else None), (rest[-1] if layout.has_order else None)
+
+
+def _numbers(layout: Layout) -> tuple[int, int]:
+    return layout.group, KINDS[layout.code_kind]

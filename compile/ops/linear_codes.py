@@ -1,0 +1,157 @@
+"""Linears whose weights are codes of 4 or 8 bits. Legend: N outputs, K inputs, P = ceil(N / 16) panels, G groups.
+
+Codes are stored as words[P, W, 16] int32: word w of an output holds its codes of 4 or 8 inputs, W = ceil(K / 4) or
+ceil(K / 8). Those of 8 bits lie in the order of k; those of 4 bits as k = 0, 2, 4, 6, 1, 3, 5, 7 from the lowest on, so
+that each half of a word has every second one. Scales and zeros lie as [P, G, 16].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuseline.compile.ops.coded import CODE_TYPES, KINDS, TABLES, code_values, scaled
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op
+
+PANEL = 16
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+NAMES = {code: name for name, code in KINDS.items()}
+EIGHT_BITS = (KINDS["int8"], KINDS["fp8"])
+
+
+def num_words(num_in: int, bits: int) -> int:
+    return -(-num_in * bits // 32)
+
+
+def to_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [N, K], of one byte each, as [N, W] int32; absent inputs are code 0."""
+    values = F.pad(codes.view(torch.uint8), (0, -codes.shape[-1] % (32 // bits)))
+    if bits == 4:
+        nibbles = values.unflatten(-1, (-1, 8))[..., NIBBLES]
+        values = (nibbles[..., ::2] | nibbles[..., 1::2] << 4).flatten(-2)
+    return values.contiguous().view(torch.int32)
+
+
+def from_words(words: Tensor, bits: int) -> Tensor:
+    """[..., W] int32 -> [..., K] uint8, K rounded up."""
+    values = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return values
+    nibbles = torch.stack((values & 15, values >> 4), -1).flatten(-2).unflatten(-1, (-1, 8))
+    return nibbles[..., [NIBBLES.index(k) for k in range(8)]].flatten(-2)
+
+
+def to_panels(rows: Tensor) -> Tensor:
+    """[N, X] -> [P, X, 16], zero padded."""
+    panels = -(-len(rows) // PANEL)
+    return F.pad(rows, (0, 0, 0, panels * PANEL - len(rows))).unflatten(0, (panels, PANEL)).mT.contiguous()
+
+
+def from_panels(panels: Tensor, num_rows: int) -> Tensor:
+    """The inverse of to_panels."""
+    return panels.mT.flatten(0, 1)[:num_rows]
+
+
+def values_of(words: Tensor, kind: int, like: Tensor) -> Tensor:
+    """[..., W] int32 -> the codes' values [..., K], K rounded up: in the dtype of a float64 `like`, else float32.
+
+    Tables are rounded to the dtype of `like`: it is what kernels multiply.
+    """
+    name = NAMES[kind]
+    codes = from_words(words, 8 if kind in EIGHT_BITS else 4)
+    codes = codes.view(CODE_TYPES[name]) if kind in EIGHT_BITS else codes
+    values = code_values(codes, name)
+    values = values.to(like.dtype).float() if name in TABLES else values
+    return values.to(wide(like))
+
+
+def wide(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def linear_codes_inputs(make: Make) -> Iterator[tuple]:
+    """Every kind, few and many rows, groups and rows, N and K that fill no panel and no word."""
+    for kind, group, rows, num_out, num_in, has_zeros, has_bias in (
+        ("int8", 0, 1, 33, 75, False, True), ("int8", 32, 3, 33, 96, True, False),
+        ("int8", 128, 40, 70, 1100, False, True), ("fp8", 0, 2, 20, 64, False, False),
+        ("fp8", 128, 19, 48, 300, False, False), ("int4", 32, 1, 33, 75, True, True),
+        ("int4", 128, 5, 70, 1152, False, False), ("int4", 0, 33, 16, 40, False, True),
+        ("int4", 64, 30, 96, 640, True, False), ("nf4", 64, 1, 32, 128, False, False),
+        ("nf4", 64, 17, 33, 640, False, False), ("fp4", 64, 3, 16, 128, False, False),
+        ("e2m1", 32, 4, 48, 96, False, False), ("e2m1", 32, 21, 16, 544, False, False),
+    ):  # fmt: skip
+        codes, scales, zeros = random_weight(make, kind, group, num_out, num_in, has_zeros)
+        order = make.order(num_in) if kind == "int4" and group == 32 else None
+        bias = make.normal(num_out) if has_bias else None
+        x = make.normal(1, rows, num_in)
+        yield x, codes, scales, zeros, order, bias, num_out, group, KINDS[kind]
+
+
+def random_weight(make: Make, kind: str, group: int, num_out: int, num_in: int, has_zeros: bool) -> tuple:
+    """(codes, scales, zeros) in panels; products with a normal x are about 1."""
+    bits = 8 if KINDS[kind] in EIGHT_BITS else 4
+    codes = make.ids(1 << bits, num_out, num_in).to(torch.uint8).cpu()
+    if kind == "fp8":
+        codes = torch.where(codes & 127 == 127, codes - 1, codes)
+    size = {"int8": 74.0, "fp8": 150.0, "int4": 4.6}.get(kind, 2.5 if kind == "e2m1" else 0.5) * num_in**0.5
+    groups = -(-num_in // group) if group else 1
+    scales = (1 + make.normal(num_out, groups).abs()) / size
+    zeros = make.ids(5, num_out, groups).to(scales.dtype) - 2 if has_zeros else None
+    words = to_panels(to_words(codes, bits)).to(make.device)
+    return words, to_panels(scales), None if zeros is None else to_panels(zeros)
+
+
+def linear_codes_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """The largest linear of a layer, in int4 with groups of 32 and in int8 with groups of 128."""
+    num_in, num_out = shape.hidden_size, 2 * shape.intermediate_size
+    for kind, bits, group in (("int4", 4, 32), ("int8", 8, 128)):
+        words = torch.zeros(num_out // PANEL, num_words(num_in, bits), PANEL, dtype=torch.int32, device=make.device)
+        scales = make.fill(num_out // PANEL, -(-num_in // group), PANEL)
+        for tokens in make.tokens:
+            args = (make.fill(1, tokens, num_in), words, scales, None, None, None, num_out, group, KINDS[kind])
+            yield Workload(f"{kind} {tokens} x {num_in} -> {num_out}", args, flops=2 * tokens * num_in * num_out)
+
+
+@op(
+    fake=lambda x, codes, scales, zeros, order, bias, num_out, group, kind: x.new_empty(*x.shape[:-1], num_out),
+    inputs=linear_codes_inputs,
+    tolerance=24.0,
+    workloads=linear_codes_workloads,
+    weights=("codes", "scales", "zeros", "order", "bias"),
+    is_product=True,
+    by_reference=True,
+)
+def linear_codes(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None, bias: Tensor | None,
+    num_out: int, group: int, kind: int,
+) -> Tensor:  # fmt: skip
+    """x[..., K] times a weight of codes -> [..., N]; fp32, rounded once. `order`: input j of the weight is x[order[j]].
+
+    Within a group, codes' values are multiplied and summed; the sum is scaled. So values need not be rounded.
+    """
+    x32 = x.to(wide(x)) if order is None else x.to(wide(x))[..., order]
+    values = values_of(from_panels(codes, num_out), kind, x)[:, : x.shape[-1]]
+    weight = scaled(values, from_panels(scales, num_out), None if zeros is None else from_panels(zeros, num_out), group)
+    return F.linear(x32, weight, None if bias is None else bias.to(wide(x))).to(x.dtype)
+
+
+@op(
+    fake=lambda ids, codes, scales, zeros, num_in, group, kind: scales.new_empty(*ids.shape, num_in),
+    inputs=lambda make: [
+        (make.ids(33, 1, 6), *random_weight(make, kind, 32, 33, 72, kind == "int4"), 72, 32, KINDS[kind])
+        for kind in ("int8", "int4")
+    ],
+    weights=("codes", "scales", "zeros"),
+    sums=False,
+    by_reference=True,
+)
+def embedding_codes(
+    ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, num_in: int, group: int, kind: int
+) -> Tensor:  # fmt: skip
+    """The rows `ids` of a weight of codes -> [..., K], in the dtype of the scales."""
+    panel, lane = ids // PANEL, ids % PANEL
+    rows = [None if part is None else part[panel, :, lane] for part in (codes, scales, zeros)]
+    return scaled(values_of(rows[0], kind, scales)[..., :num_in], rows[1], rows[2], group).to(scales.dtype)

@@ -1,0 +1,1 @@
+"""How published checkpoints hold quantized weights: one file a method."""

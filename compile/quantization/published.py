@@ -1,0 +1,64 @@
+"""A method of quantization: the tensors in which checkpoints hold a weight, and how these become codes and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fuseline.compile.ops.coded import Coded, Layout
+
+Tensors = Mapping[str, Tensor]
+"""Published tensors of one weight, by suffix."""
+Read = Callable[[str], Tensor]
+"""The values of a published tensor, by suffix; only for small ones."""
+
+
+class QuantizationError(ValueError):
+    """One line: what is asked for, and what there is."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One weight of a checkpoint."""
+
+    layout: Layout
+    shape: tuple[int, ...]
+    """[N, K]; experts with a leading dim."""
+    decode: Callable[[Tensors], Coded]
+    """From the tensors, read as `cuts` says."""
+    cuts: Mapping[str, int] = field(default_factory=dict)
+    """Tensors whose first dim is that of the weight, by suffix: rows of the weight that share one of the tensor's.
+    Tensors that are not named are read whole."""
+    is_transposed: bool = False
+    """The model has it as [..., K, N]."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a checkpoint's quantization_config says, of all its weights."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    """Endings of the names of a weight's tensors."""
+    find: Callable[[str, Tensors, Read], Published | None]
+    """(module, tensors on meta, read): None for a weight that is stored plainly. Raises QuantizationError."""
+    weight: str = ".weight"
+    """What takes the place of the suffix in the name of the model's parameter."""
+
+
+Reader = Callable[[Mapping[str, Any]], Method]
+"""Reads a quantization_config. Raises QuantizationError."""
+
+
+def one_of(value: object, allowed: tuple, what: str) -> object:
+    """`value`, if it is allowed. Raises QuantizationError."""
+    if value not in allowed:
+        raise QuantizationError(f"{what} {value!r} is not supported: it must be {' or '.join(map(str, allowed))}")
+    return value
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

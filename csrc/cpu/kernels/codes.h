@@ -1,0 +1,155 @@
+// Weights of codes of 4 or 8 bits: words[N/16][W][16] of 8 or 4 codes (compile/ops/linear_codes.py), and their values.
+//
+// A source gives operands for kStep inputs at a time, each of kDepthOf inputs: on the bf16-dot path words of two bf16,
+// else fp32. Values are exact, but for tables that no bf16 holds; those of 8 bits are 2^24 times as large: a code is
+// left in the upper byte of its word.
+#pragma once
+#include "fuseline/codes.h"
+#include "product.h"
+
+namespace fuseline::FL_ISA {
+namespace {
+
+constexpr float kEighth = 0x1p-24f;   // unit of values of 8 bits
+
+// Values of codes of 4 bits: of int4, the nf4 and fp4 of bitsandbytes, and e2m1 of the OCP.
+alignas(64) constexpr float kTables[4][16] = {
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+    {0.0f, 0.0052083333f, 0.6666666667f, 1.0f, 0.3333333333f, 0.5f, 0.1666666667f, 0.25f, -0.0f, -0.0052083333f,
+     -0.6666666667f, -1.0f, -0.3333333333f, -0.5f, -0.1666666667f, -0.25f},
+    {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f},
+};
+
+// --- values of the codes in words ---
+
+struct Int8 {
+  static constexpr int kCodes = 4;   // per word
+  static constexpr float kUnit = kEighth;
+  FL_INLINE vf value(vu word, int k) const { return __builtin_convertvector(upper_byte(word, k), vf); }
+  FL_INLINE static vi upper_byte(vu word, int k) {
+    if (k == 3) return (vi)(word & 0xff000000u);
+#if defined(__AVX512BW__)
+    __m512i places = _mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080);
+    return (vi)_mm512_shuffle_epi8((__m512i)word, _mm512_add_epi32(places, _mm512_set1_epi32(k << 24)));
+#else
+    return (vi)((word << (24 - 8 * k)) & 0xff000000u);
+#endif
+  }
+};
+
+// e4m3: 2^(e - 7) * (1 + m / 8), subnormal at e = 0.
+struct Fp8 {
+  static constexpr int kCodes = 4;
+  static constexpr float kUnit = 1.0f;
+  FL_INLINE vf value(vu word, int k) const {
+    vu magnitude = (k == 3 ? word >> 4 : word << (20 - 8 * k)) & 0x07f00000u;
+    vf normal = (vf)(magnitude + (120u << 23)), subnormal = normal + normal - set1(0x1p-6f);
+    vf positive = select((vi)(magnitude < (vu{} + (1u << 23))), subnormal, normal);
+    return (vf)((vu)positive | ((word << (24 - 8 * k)) & 0x80000000u));
+  }
+};
+
+struct Nibbles {
+  static constexpr int kCodes = 8;
+  static constexpr float kUnit = 1.0f;
+  const float* table;
+  vu pairs{};   // kLanes == 16: table as bf16, twice
+  explicit Nibbles(const float* values) : table(values) {
+#if defined(__AVX512BW__)
+    bf16 both[32];
+    for (int i = 0; i < 32; ++i) both[i] = from_float<bf16>(values[i % 16]);
+    pairs = load_words(both);
+#endif
+  }
+  static constexpr int shift(int k) { return 8 * (k / 2) / 2 + 16 * (k & 1); }
+  FL_INLINE vf value(vu word, int k) const {
+    vu code = word >> shift(k);
+#if defined(__AVX512F__)
+    return (vf)_mm512_permutexvar_ps((__m512i)code, _mm512_load_ps(table));
+#elif defined(__AVX2__)
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)code);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), (__m256i)code);
+    return (vf)_mm256_blendv_ps(low, high, (__m256)(code << 28));
+#else
+    vf found;
+    for (int l = 0; l < kLanes; ++l) found[l] = table[code[l] & 15];
+    return found;
+#endif
+  }
+};
+
+// --- operands of the dot path: values of inputs 2j and 2j + 1 as bf16, which hold them exactly ---
+
+template <class Kind>
+FL_INLINE vu pair_of(const Kind& kind, vu word, int j) {
+  return ((vu)kind.value(word, 2 * j) >> 16) | ((vu)kind.value(word, 2 * j + 1) & 0xffff0000u);
+}
+#if defined(__AVX512BW__)
+FL_INLINE vu pair_of(const Nibbles& kind, vu word, int j) {
+  return (vu)_mm512_permutexvar_epi16((__m512i)(word >> (4 * j)), (__m512i)kind.pairs);
+}
+#endif
+
+// Panels of codes, read in place: `words` is the first panel, `step` words apart.
+template <class Kind, bool DOT>
+struct InPlace {
+  static constexpr int kStep = Kind::kCodes, kOperands = DOT ? kStep / 2 : kStep;
+  static constexpr float kUnit = Kind::kUnit;
+  Kind kind;
+  const uint32_t* words;
+  int64_t step;
+  FL_INLINE vu load(int p, int64_t k, int v) const {
+    return load_words(words + p * step + k / kStep * kPanel + v * kLanes);
+  }
+  FL_INLINE auto operand(vu word, int j) const {
+    if constexpr (DOT) return pair_of(kind, word, j);
+    else return kind.value(word, j);
+  }
+};
+
+// Operands that were decoded before, [panel][k][16] fp32 or [panel][k / 2][16] words of two bf16.
+template <class Kind, bool DOT>
+struct Decoded {
+  static constexpr int kStep = DOT ? 2 : 1, kOperands = 1;
+  static constexpr float kUnit = Kind::kUnit;
+  const uint32_t* words;
+  int64_t step;
+  FL_INLINE vu load(int p, int64_t k, int v) const {
+    return load_words(words + p * step + k / kStep * kPanel + v * kLanes);
+  }
+  FL_INLINE auto operand(vu word, int) const {
+    if constexpr (DOT) return word;
+    else return (vf)word;
+  }
+};
+
+// Decodes num_k inputs, a multiple of kCodes, of a panel.
+template <bool DOT, class Kind>
+inline void decode_panel(const Kind& kind, const uint32_t* words, int64_t num_k, uint32_t* out) {
+  InPlace<Kind, DOT> source{kind, words, 0};
+  for (int64_t k = 0; k < num_k; k += Kind::kCodes)
+    for (int v = 0; v < kPanelVecs; ++v) {
+      vu word = source.load(0, k, v);
+      for (int j = 0; j < source.kOperands; ++j)
+        store_words(out + (k / (DOT ? 2 : 1) + j) * kPanel + v * kLanes, (vu)source.operand(word, j));
+    }
+}
+
+// Calls body(kind) with what the codes of a weight stand for; `dtype`: what tables are rounded to.
+template <class F>
+void with_kind(int64_t code, DType dtype, const F& body) {
+  if (code == kCodeInt8) return body(Int8{});
+  if (code == kCodeFp8) return body(Fp8{});
+  alignas(64) float table[16];
+  with_float(dtype, [&](auto t) {
+    for (int v = 0; v < 16; v += kLanes)
+      store(table + v, round_to<decltype(t)>(load(kTables[code - kCodeInt4] + v)));
+  });
+  body(Nibbles(table));
+}
+
+}  // namespace
+}  // namespace fuseline::FL_ISA

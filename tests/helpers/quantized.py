@@ -1,0 +1,221 @@
+"""Quantized checkpoints of the zoo's models, and the plain weights that each of them stands for.
+
+A writer takes one weight [N, K] and gives its published tensors by suffix, with the weight's dequantized values as the
+package that defines the format computes them; where none runs here, as the writer that packed the codes knows them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+GROUP = 32
+Written = tuple[dict[str, Tensor], Tensor]
+"""(published tensors by suffix, dequantized weight)."""
+Write = Callable[[Tensor], Written]
+
+
+class Case(NamedTuple):
+    config: dict[str, Any]
+    """quantization_config."""
+    write: Write
+    layout: str
+    """Layout that the weights are read into."""
+
+
+def checkpoint(
+    case: Case, folder: Path, family: str = "llama", dtype: str = "float32", ends: Iterable[str] = ("_proj.weight",)
+) -> tuple[Path, dict[str, Tensor]]:
+    """(directory, dequantized weights by name): the model of the zoo with those of its weights quantized.
+
+    `plain` beside it has the dequantized weights in their place.
+    """
+    path, plain = folder / "model", folder / "plain"
+    for copy in (path, plain):
+        shutil.copytree(zoo.checkpoint(family, dtype), copy)
+    state = load_file(path / "model.safetensors")
+    known, values = dict(state), {}
+    for name in [name for name in state if name.endswith(tuple(ends))]:
+        tensors, values[name] = case.write(state.pop(name).float())
+        module = name.removesuffix(".weight")
+        state |= {module + suffix: tensor.contiguous() for suffix, tensor in tensors.items()}
+    assert values
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    edit_config(path, quantization_config=case.config)
+    cast = {name: value.to(known[name].dtype).contiguous() for name, value in values.items()}
+    save_file(known | cast, plain / "model.safetensors", {"format": "pt"})
+    return path, values
+
+
+def edit_config(path: Path, **values: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+
+
+# Formats whose packages do not run here: packed by hand, word by word.
+
+
+def integers(
+    weight: Tensor, bits: int, symmetric: bool, group: int, groups: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """(codes [N, K], scales [N, G], zeros [N, G]) with codes in 0 .. 2^bits - 1; `groups`: the group of each input."""
+    index = torch.arange(weight.shape[1]) // group if groups is None else groups
+    count, largest = int(index.max()) + 1, 2**bits - 1
+    scales, zeros = torch.empty(len(weight), count), torch.empty(len(weight), count, dtype=torch.int64)
+    for g in range(count):
+        part = weight[:, index == g]
+        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+        if symmetric:
+            scales[:, g], zeros[:, g] = torch.maximum(-low, high) * 2 / largest, 2 ** (bits - 1)
+        else:
+            scales[:, g] = (high - low) / largest
+            zeros[:, g] = (-low / scales[:, g]).round().clamp(0, largest).long()
+    scales = scales.half()
+    codes = ((weight / scales[:, index].float()).round().long() + zeros[:, index]).clamp(0, largest)
+    return codes, scales, zeros
+
+
+def words(codes: Tensor, bits: int, order: Iterable[int] | None = None) -> Tensor:
+    """[..., n] -> [..., n * bits / 32] int32."""
+    per = 32 // bits
+    places = list(order or range(per))
+    rows = codes.reshape(-1, codes.shape[-1] // per, per).tolist()
+    packed = [[sum(value << (bits * places[j]) for j, value in enumerate(word)) for word in row] for row in rows]
+    signed = [[word - (1 << 32) if word >= 1 << 31 else word for word in row] for row in packed]
+    return torch.tensor(signed, dtype=torch.int32).reshape(*codes.shape[:-1], -1)
+
+
+def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor, index: Tensor) -> Tensor:
+    return (codes - zeros[:, index]).float() * scales[:, index].float()
+
+
+def gptq(bits: int = 4, symmetric: bool = True, act_order: bool = False, less: int = 1) -> Write:
+    def write(weight: Tensor) -> Written:
+        num_in = weight.shape[1]
+        index = torch.arange(num_in) // GROUP
+        if act_order:
+            index = index[torch.randperm(num_in, generator=torch.Generator().manual_seed(num_in))]
+        codes, scales, zeros = integers(weight, bits, symmetric, GROUP, index)
+        stored = {
+            ".qweight": words(codes, bits).T, ".scales": scales.T, ".g_idx": index.int(),
+            ".qzeros": words((zeros.T - less) % (1 << bits), bits),
+        }  # fmt: skip
+        return stored, dequantized(codes, scales, zeros, index)
+
+    return write
+
+
+def awq(weight: Tensor) -> Written:
+    codes, scales, zeros = integers(weight, 4, False, GROUP)
+    order = (0, 4, 1, 5, 2, 6, 3, 7)
+    stored = {".qweight": words(codes.T, 4, order), ".qzeros": words(zeros.T, 4, order), ".scales": scales.T}
+    return stored, dequantized(codes, scales, zeros, torch.arange(weight.shape[1]) // GROUP)
+
+
+def fp8(weight: Tensor, block: int = 0) -> Written:
+    """A scale for all, or one for each block of outputs and inputs."""
+    rows, cols = (block, block) if block else weight.shape
+    scales = torch.stack([
+        torch.stack([part.abs().amax() / 448 for part in band.split(cols, 1)]) for band in weight.split(rows)
+    ])  # fmt: skip
+    whole = scales.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: len(weight), : weight.shape[1]]
+    values = (weight / whole).to(torch.float8_e4m3fn)
+    stored = {".weight": values} | ({".weight_scale_inv": scales} if block else {".weight_scale": scales.reshape(())})
+    return stored, values.float() * whole
+
+
+# Formats of packages that run here.
+
+
+def compressed(bits: int, kind: str, strategy: str, form: str, symmetric: bool = True) -> Case:
+    """compressed-tensors writes and reads the tensors."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    group = GROUP if strategy == "group" else None
+    args = QuantizationArgs(num_bits=bits, type=kind, strategy=strategy, group_size=group, symmetric=symmetric)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.load_from_registry(form)
+
+    def write(weight: Tensor) -> Written:
+        parts = weight.reshape(len(weight), -1, group or weight.shape[1])
+        scale, zero = calculate_qparams(parts.amin(-1), parts.amax(-1), args)
+        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+        stored = compressor.compress(state, scheme)
+        plain = compressor.decompress(dict(stored), scheme)["weight"]
+        return {f".{name}": tensor for name, tensor in stored.items()}, plain.float()
+
+    config = {
+        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
+    }  # fmt: skip
+    layout = f"{'fp' if kind == 'float' else 'int'}{bits}/{group or 'row'}/float32{'' if symmetric else '/zeros'}"
+    return Case(config, write, layout)
+
+
+def bitsandbytes(kind: str, nested: bool = False) -> Case:
+    def write(weight: Tensor) -> Written:
+        from bitsandbytes import functional
+
+        if kind == "int8":
+            values, largest, _ = functional.int8_vectorwise_quant(weight.half())
+            return {".weight": values, ".SCB": largest}, functional.int8_vectorwise_dequant(values, largest).float()
+        packed, state = functional.quantize_4bit(weight, blocksize=GROUP, quant_type=kind, compress_statistics=nested)
+        state_dict = {f".weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+        return {".weight": packed} | state_dict, functional.dequantize_4bit(packed, state).float()
+
+    config = {"quant_method": "bitsandbytes", f"load_in_{'8' if kind == 'int8' else '4'}bit": True}
+    return Case(config, write, "int8/row/float32" if kind == "int8" else f"lut4/{GROUP}/float32/{kind}")
+
+
+def mxfp4(weight: Tensor) -> Written:
+    """[E, K, N] as gpt-oss has it; Transformers reads the codes."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = weight.mT.unflatten(-1, (-1, 32))
+    exponents = torch.log2(blocks.abs().amax(-1).clamp(min=1e-30) / 6).ceil().clamp(-127, 127)
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    scaled = blocks / torch.exp2(exponents).unsqueeze(-1)
+    codes = (scaled.abs().unsqueeze(-1) - values).abs().argmin(-1) + 8 * (scaled < 0)
+    packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    exponents = (exponents + 127).to(torch.uint8)
+    plain = convert_moe_packed_tensors(packed, exponents, dtype=torch.float32)
+    return {"_blocks": packed, "_scales": exponents}, plain
+
+
+def cases() -> dict[str, Case]:
+    """One for each way to publish weights."""
+    gptq_config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
+    uneven = gptq_config | {"sym": False}
+    fp8_config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    return {
+        "gptq": Case(gptq_config, gptq(), "int4/32/float16"),
+        "gptq-zeros": Case(uneven, gptq(symmetric=False), "int4/32/float16/zeros"),
+        "gptq-v2": Case(uneven | {"checkpoint_format": "gptq_v2"}, gptq(symmetric=False, less=0),
+                        "int4/32/float16/zeros"),
+        "gptq-act-order": Case(gptq_config | {"desc_act": True}, gptq(act_order=True), "int4/32/float16/order"),
+        "gptq-8bit": Case(gptq_config | {"bits": 8}, gptq(8), "int8/32/float16"),
+        "awq": Case({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+                    awq, "int4/32/float16/zeros"),
+        "fp8": Case(fp8_config, fp8, "fp8/row/float32"),
+        "fp8-blocks": Case(fp8_config | {"weight_block_size": [32, 32]}, lambda weight: fp8(weight, 32),
+                           "fp8/32/float32"),
+        "w4a16": compressed(4, "int", "group", "pack-quantized"),
+        "w4a16-zeros": compressed(4, "int", "group", "pack-quantized", symmetric=False),
+        "w8a16": compressed(8, "int", "channel", "pack-quantized"),
+        "w8a8": compressed(8, "int", "channel", "int-quantized"),
+        "ct-fp8": compressed(8, "float", "channel", "float-quantized"),
+        "nf4": bitsandbytes("nf4"), "nf4-nested": bitsandbytes("nf4", nested=True), "fp4": bitsandbytes("fp4"),
+        "bnb-int8": bitsandbytes("int8"),
+        "mxfp4": Case({"quant_method": "mxfp4"}, mxfp4, "lut4/32/float32/e2m1"),
+    }  # fmt: skip
