@@ -78,6 +78,9 @@ FL_DEVICE void copy_box(void* to, const TensorMap& from, int x, int y, int z, in
           : "memory");
 }
 
+// Ends the kernel with an error.
+FL_DEVICE void trap() { __trap(); }
+
 // Orders this thread's ordinary writes to shared memory, copies included, before reads by matrix instructions.
 FL_DEVICE void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -50,11 +50,6 @@ struct Work {
   int seq, kv_head, begin, num_tokens, position, first, end, first_tile, num_tiles;
 };
 
-FL_DEVICE int warp_sum_int(int x) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
-
 // Tiles of tokens of a sequence; one of a single token has none.
 FL_DEVICE int tiles_of(const PrefillArgs& a, int seq) {
   const int count = seq < a.num_seqs ? a.query_start[seq + 1] - a.query_start[seq] : 0;
@@ -65,7 +60,7 @@ FL_DEVICE int count_tiles(const PrefillArgs& a) {
   int total = 0;
 #pragma unroll 1
   for (int seq = threadIdx.x % kWarp; seq < a.num_seqs; seq += kWarp) total += tiles_of(a, seq);
-  return warp_sum_int(total);
+  return warp_sum(total);
 }
 
 // The tile of tokens of this number. Lanes look at neighbouring sequences.
@@ -79,7 +74,7 @@ FL_DEVICE Work find_work(const PrefillArgs& a, int tile) {
       const int other = shuffle(total, lane >= step ? lane - step : lane);
       if (lane >= step) total += other;
     }
-    passed = warp_sum_int(before + total <= tile);
+    passed = warp_sum(before + total <= tile ? 1 : 0);
     seq = base + passed;
     before += passed > 0 ? shuffle(total, passed - 1) : 0;
   }
@@ -396,6 +391,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
   launch_dependents();
   wait_for_prerequisites();
   if constexpr (kHasWarpGroups) run_block<T, kDim>(a);
+  else trap();
 }
 
 // The keys or values of a cache [N, K, B, D], in boxes of 64 numbers of some keys of a block.

@@ -207,6 +207,8 @@ inline void copy_box(void* to, const TensorMap& map, int x, int y, int z, int w,
   }
 }
 
+[[noreturn]] inline void trap() { emulated::fail("a trap"); }
+
 inline void fence_shared_writes() {
   emulated::Block& b = emulated::block();
   b.fibers[b.current].has_unfenced = false;
