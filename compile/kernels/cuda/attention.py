@@ -119,9 +119,9 @@ def prefill_attention(
     lib.call(
         "prefill_attention", q, out=out, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
         seq_lens=seq_lens, query_start=query_start, sinks=sinks, num_tokens=num_tokens, num_seqs=seq_lens.shape[0],
-        num_heads=num_heads, num_kv_heads=k_cache.shape[1], dim=dim, num_blocks=k_cache.shape[0],
-        out_token=out_token, out_head=out_head, q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block,
-        v_head=v_head, v_token=v_token, table_stride=block_table.stride(0),
+        num_heads=num_heads, num_kv_heads=k_cache.shape[1], dim=dim, num_blocks=k_cache.shape[0], out_token=out_token,
+        out_head=out_head, q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token,
+        v_block=v_block, v_head=v_head, v_token=v_token, table_stride=block_table.stride(0),
         block_shift=k_cache.shape[2].bit_length() - 1, window=window if window > 0 else NO_WINDOW, scale=scale,
         dtype=DTYPES[q.dtype],
     )  # fmt: skip
@@ -138,8 +138,8 @@ def supports_prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
     sinks: Tensor | None, window: int, scale: float, softcap: float, *scales: Tensor | None,
 ) -> bool:  # fmt: skip
-    """What the decode kernel takes, with caches of the queries' dtype, heads of 64 or 128, blocks of 8 keys or more, and
-    no soft-cap."""
+    """What the decode kernel takes, with caches of the queries' dtype, heads of 64 or 128, blocks of 8 keys or more, no
+    soft-cap."""
     args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks)
     is_plain = k_cache.dtype == q.dtype and softcap == 0.0 and scale > 0.0 and all(each is None for each in scales)
     return is_plain and q.shape[3] <= 128 and k_cache.shape[2] >= 8 and supports_attention(*args)
