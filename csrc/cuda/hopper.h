@@ -88,8 +88,11 @@ FL_DEVICE void fence_shared_writes() { asm volatile("fence.proxy.async.shared::c
 FL_DEVICE void sync_some(int id, int count) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(count) : "memory"); }
 FL_DEVICE void arrive_some(int id, int count) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(count) : "memory"); }
 
-template <int kCount> FL_DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount)); }
-template <int kCount> FL_DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount)); }
+// Registers of a thread from here on; by a whole warp group.
+template <int kCount>
+FL_DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount)); }
+template <int kCount>
+FL_DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount)); }
 
 // Matrix instructions run asynchronously: begin_products before the first that uses registers written since, then the
 // products, close_products, and wait_products before their registers are used. settle() keeps the compiler from moving
@@ -113,8 +116,8 @@ FL_DEVICE void settle(float (&d)[kCount]) {
 #define FL_D32 FL_D16(0), FL_D16(16)
 #define FL_D64 FL_D32, FL_D16(32), FL_D16(48)
 
-// product(d, a, b, adds): d[64, N] = a[64, 16] b[16, N], added to d if `adds`. Warp w, lane (g = lane / 4, t = lane % 4)
-// holds d[4 j + 2 u + i] at row 16 w + 8 u + g, column 8 j + 2 t + i. `a` is a descriptor, its rows and those of b^T
+// product(d, a, b, adds): d[64, N] = a[64, 16] b[16, N], added to d if `adds`. Warp w, lane (g = lane / 4,
+// t = lane % 4) holds d[4 j + 2 u + i] at row 16 w + 8 u + g, column 8 j + 2 t + i. `a` is a descriptor, its rows and those of b^T
 // along k; or registers, as `a` of mma() for the rows of each warp, with b stored [16, N].
 #define FL_PRODUCTS(T, type, count, n, registers, outputs, a0, a1, a2, a3, a4, a5)                                     \
   FL_DEVICE void product(float (&d)[count], uint64_t a, uint64_t b, bool adds, T) {                                    \
