@@ -252,7 +252,8 @@ FL_DEVICE uint32_t pack(float first, float second) {
 }
 
 // Sum over all lanes; every lane gets the same bits.
-FL_DEVICE float warp_sum(float x) {
+template <class V>
+FL_DEVICE V warp_sum(V x) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }

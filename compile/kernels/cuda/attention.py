@@ -193,7 +193,7 @@ IMPLEMENTATIONS = (
         hides=(MIXED, "triton.paged_attention"),
     ),
     native(
-        "paged_attention", decode_or_prefill, supports_bulk_and_prefill, label=OURS, phases=(PREFILL,), order=LAST,
+        "paged_attention", decode_or_prefill, supports_bulk_and_prefill, label=OURS, phases=(PREFILL,), order=NATIVE - 2,
         into=decode_or_prefill_into, isas=("sm_90",),
     ),
     native(

@@ -21,6 +21,7 @@ from fuseline.compile.ops.library import PREFILL
 from fuseline.compile.ops.registry import registry
 
 OP = registry()["paged_attention"]
+pytestmark = pytest.mark.skipif(cuda_emulator.ISA != "sm_90", reason="runs on a GPU that the kernel is not for")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
