@@ -103,11 +103,12 @@ FL_INLINE void codes_tile(const LinearCodes& job, const Block<DOT>& block, int64
     bool is_first = is_whole || k0 + first == 0;
     for (int p = 0; p < PANELS; ++p)
       for (int v = 0; v < kPanelVecs; ++v) {
-        vf scale = of_group(job.scales, panel + p, group, v), zero{};
-        if (job.zeros.present()) zero = of_group(job.zeros, panel + p, group, v);
+        vf scale = of_group(job.scales, panel + p, group, v) * set1(b.unit()), zero{};
+        bool has_zeros = job.zeros.present();
+        if (has_zeros) zero = of_group(job.zeros, panel + p, group, v) * set1(1.0f / b.unit());
         for (int r = 0; r < ROWS; ++r) {
-          vf sum = acc[r][p * kPanelVecs + v] * set1(b.unit());
-          if (job.zeros.present()) sum = fma(set1(-block.sums[(r0 + r) * job.num_groups() + group]), zero, sum);
+          vf sum = acc[r][p * kPanelVecs + v];
+          if (has_zeros) sum = fma(set1(-block.sums[(r0 + r) * job.num_groups() + group]), zero, sum);
           float* to = c + r * ldc + p * kPanel + v * kLanes;
           store(to, fma(scale, sum, is_first ? vf{} : load(to)));
         }
