@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.kernels.cuda.library import DTYPES, CudaLibrary, native
-from fuseline.compile.kernels.registry import LAST, NATIVE, tunings
+from fuseline.compile.kernels.registry import NATIVE, tunings
 from fuseline.compile.kernels.triton.attention import PREFILL_TUNINGS, Tuning
 from fuseline.compile.kernels.triton.attention import paged_attention as triton_attention
 from fuseline.compile.ops.library import DECODE, PREFILL
@@ -193,8 +193,8 @@ IMPLEMENTATIONS = (
         hides=(MIXED, "triton.paged_attention"),
     ),
     native(
-        "paged_attention", decode_or_prefill, supports_bulk_and_prefill, label=OURS, phases=(PREFILL,), order=NATIVE - 2,
-        into=decode_or_prefill_into, isas=("sm_90",),
+        "paged_attention", decode_or_prefill, supports_bulk_and_prefill, label=OURS, phases=(PREFILL,),
+        order=NATIVE - 2, into=decode_or_prefill_into, isas=("sm_90",),
     ),
     native(
         "paged_attention", decode_or_triton, supports_attention, label="cuda.decode_attention", phases=(DECODE,),
