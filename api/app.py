@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 
@@ -16,10 +15,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 import fuseline
-from fuseline.api.config import ConfigError, ServerConfig
+from fuseline.api.config import ServerConfig
 from fuseline.api.errors import ApiError, to_api_error
 from fuseline.api.http_metrics import HttpMetricsMiddleware
-from fuseline.api.middleware import HeadMiddleware, KeyMiddleware, RefusalMiddleware, RequestIdMiddleware
+from fuseline.api.middleware import (
+    HeadMiddleware,
+    KeyMiddleware,
+    RefusalMiddleware,
+    RequestIdMiddleware,
+    load_middleware,
+)
 from fuseline.api.openapi import describe
 from fuseline.api.output.anthropic_messages import error_body
 from fuseline.api.prompt.encode import TextTokenizer
@@ -119,14 +124,8 @@ def _add_middleware(app: FastAPI, config: ServerConfig) -> None:
 
 
 def _add_custom(app: FastAPI, path: str) -> None:
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--middleware {path}: {error}") from error
+    found = load_middleware(path)
     if inspect.isclass(found):
         app.add_middleware(found)
-    elif inspect.iscoroutinefunction(found):
-        app.add_middleware(BaseHTTPMiddleware, dispatch=found)
     else:
-        raise ConfigError(f"--middleware {path} is neither a class nor a coroutine function")
+        app.add_middleware(BaseHTTPMiddleware, dispatch=found)

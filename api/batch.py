@@ -62,7 +62,8 @@ def read_lines(path: Path) -> list[Line]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--input-file {path} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--input-file {path} cannot be read: {reason}") from error
     return [read_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
@@ -122,4 +123,4 @@ def write_lines(path: Path, answers: Sequence[dict[str, Any]]) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise ConfigError(f"--output-file {path} cannot be written: {error}") from error
+        raise ConfigError(f"--output-file {path} cannot be written: {error.strerror}") from error

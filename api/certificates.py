@@ -6,13 +6,42 @@ import asyncio
 import logging
 import os
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from fuseline.api.config import ServerConfig
+from fuseline.api.config import ConfigError, ServerConfig
 
 LOG = logging.getLogger("fuseline.tls")
 SECONDS = 1.0
 """Between two looks at the files."""
 Stamp = tuple[tuple[float, int], ...]
+
+
+def check_tls(config: ServerConfig) -> None:
+    """A trial of the --ssl-* files and ciphers. Raises ConfigError that names the flag."""
+    if not config.ssl_certfile:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with _told("--ssl-certfile and --ssl-keyfile"):
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=_no_password)
+    with _told("--ssl-ca-certs"):
+        if config.ssl_ca_certs:
+            context.load_verify_locations(config.ssl_ca_certs)
+    with _told("--ssl-ciphers"):
+        if config.ssl_ciphers:
+            context.set_ciphers(config.ssl_ciphers)
+
+
+def _no_password() -> str:
+    raise OSError("the key needs a password: store it without one")
+
+
+@contextmanager
+def _told(flags: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{flags} cannot be used: {error}") from error
 
 
 async def refresh_certificates(context: ssl.SSLContext, config: ServerConfig, seconds: float = SECONDS) -> None:

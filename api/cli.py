@@ -14,7 +14,7 @@ import fuseline
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli_parser import COMMANDS, command_parser, parse_values
 from fuseline.api.config import ConfigError, read_environment
-from fuseline.api.config_resolve import check_overrides, config_dict, resolve
+from fuseline.api.config_resolve import config_dict, resolve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,9 @@ def serve(arguments: Sequence[str], on_phase: Callable[[str], None] | None = Non
     wants_print = values.pop("print_config", False)
     config = resolve(values, read_environment())
     if wants_print:
-        check_overrides(config)
+        from fuseline.api.start_check import try_start
+
+        try_start(config)
         print(json.dumps(config_dict(config), indent=2))
         return 0
     from fuseline.api.cli_log import configure_logging

@@ -16,7 +16,7 @@ FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
 def configure_logging(config: ServerConfig) -> None:
     """Apply FUSELINE_LOGGING_LEVEL or FUSELINE_LOGGING_CONFIG_PATH, then name what flags do not say by themselves."""
     if config.logging_config_path:
-        _from_file(config.logging_config_path)
+        load_logging_config(config.logging_config_path)
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(FORMAT, "%H:%M:%S"))
@@ -43,7 +43,8 @@ class PathFilter(logging.Filter):
         return not (is_access and str(record.args[2]).partition("?")[0] in self._paths)
 
 
-def _from_file(path: str) -> None:
+def load_logging_config(path: str) -> None:
+    """Raises ConfigError for a file that logging.config.dictConfig does not take."""
     try:
         logging.config.dictConfig(json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:

@@ -48,7 +48,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "request_body_timeout request_body_min_rate keep_alive_timeout response_write_timeout"
     ).split(),
     "logging": (
-        "disable_log_requests max_log_len enable_log_outputs log_error_stack disable_log_stats "
+        "enable_log_requests disable_log_requests max_log_len enable_log_outputs log_error_stack disable_log_stats "
         "disable_uvicorn_access_log disable_access_log_for_endpoints"
     ).split(),
 }

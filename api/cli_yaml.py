@@ -7,9 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from fuseline.api import cli_tables as tables
 from fuseline.api.cli_flags import all_flags
 from fuseline.api.config import ConfigError
+
+OBJECTS = ("json", "levels", "pairs")
+"""Kinds of flags that take a mapping."""
 
 
 def read_arguments(file: str) -> list[str]:
@@ -18,7 +20,7 @@ def read_arguments(file: str) -> list[str]:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--config {file}: the file's name must end in .yaml or .yml")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
         raise ConfigError(f"--config: there is no file {file}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -29,6 +31,16 @@ def read_arguments(file: str) -> list[str]:
     return [argument for key, value in (content or {}).items() for argument in _arguments(str(key), value)]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"{twice} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def _arguments(key: str, value: object) -> list[str]:
     name = key.lstrip("-").replace("-", "_")
     option = "--" + name.replace("_", "-")
@@ -36,16 +48,24 @@ def _arguments(key: str, value: object) -> list[str]:
         return []
     if isinstance(value, bool):
         return _boolean(name, option, value)
-    if isinstance(value, list) and _kind(name) not in ("json-list", "json"):
-        if name in tables.REPEATABLE:
-            return [f"{option}={_text(item)}" for item in value]
-        return [option, *map(_text, value)] if value else []
+    kind = _kind(name)
+    if isinstance(value, list) and kind not in ("json-list", ""):
+        if kind == "floats":
+            return [f"{option}={','.join(map(_text, value))}"]
+        if kind != "many":
+            raise ConfigError(f"{option}: takes one value, and the file gives it a list")
+        return [f"{option}={_text(item)}" for item in value]
+    if isinstance(value, dict) and kind not in (*OBJECTS, ""):
+        raise ConfigError(f"{option}: takes no mapping, and the file gives it one")
     return [f"{option}={_text(value)}"]
 
 
 def _boolean(name: str, option: str, value: bool) -> list[str]:
-    if _kind(name) == "bool-value":
+    kind = _kind(name)
+    if kind == "bool-value":
         return [f"{option}={str(value).lower()}"]
+    if value and kind not in ("bool", ""):
+        raise ConfigError(f"{option}: takes a value, and the file says true")
     if value:
         return [option]
     is_default_on = name in all_flags() and all_flags()[name].default is True

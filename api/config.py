@@ -215,10 +215,12 @@ class ServerConfig:
     prompt_memory: int = 2 * 2**30
     """Bytes of memory that such a process may take for one request; an eighth of it for a short conversation."""
 
+    enable_log_requests: bool = False
+    """Show the prompt in the log line of each request; without, the line has its length and the sampling settings."""
     disable_log_requests: bool = False
     """No log line per request."""
     max_log_len: int | None = None
-    """Characters (or ids) of a prompt that a log line shows; default all."""
+    """Characters (or ids) of a prompt that a log line shows with --enable-log-requests; default all."""
     enable_log_outputs: bool = False
     """Log generated text too."""
     log_error_stack: bool = False

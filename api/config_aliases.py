@@ -15,6 +15,8 @@ def without_aliases(given: Mapping[str, object]) -> dict[str, object]:
     values = dict(given)
     if (wants := given.get("enable_log_requests")) is not None:
         _set(values, "disable_log_requests", not wants, "--enable-log-requests")
+    if values.get("disable_log_requests") is False:  # --no-disable-log-requests
+        values["enable_log_requests"] = True
     if path := given.get("log_config_file"):
         values["logging_config_path"] = path
     if size := given.get("tokenizer_pool_size"):

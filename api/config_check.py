@@ -155,14 +155,17 @@ def _files(config: ServerConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}")
     if bool(config.ssl_keyfile) != bool(config.ssl_certfile):
         raise ConfigError("HTTPS needs both --ssl-keyfile and --ssl-certfile")
-    if config.enable_ssl_refresh and not config.ssl_certfile:
-        raise ConfigError("--enable-ssl-refresh needs --ssl-keyfile and --ssl-certfile")
+    for name in ("enable_ssl_refresh", "ssl_ca_certs", "ssl_ciphers"):
+        if getattr(config, name) and not config.ssl_certfile:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --ssl-keyfile and --ssl-certfile")
     if config.ssl_cert_reqs and not config.ssl_ca_certs:
         raise ConfigError("--ssl-cert-reqs above 0 needs --ssl-ca-certs to verify clients with")
     generation = config.generation_config
     if generation not in ("", "none", "vllm", "auto") and not os.path.isdir(generation):
         choices = "auto: the model's; none, vllm: no defaults"
         raise ConfigError(f"--generation-config: there is no directory {generation} ({choices})")
+    if os.path.isdir(generation) and not os.path.isfile(os.path.join(generation, "generation_config.json")):
+        raise ConfigError(f"--generation-config: {generation} holds no generation_config.json")
 
 
 def _template(config: ServerConfig) -> None:

@@ -96,8 +96,20 @@ def _importable(value: object, given: Given) -> str:
     module, _, name = str(value).rpartition(".")
     try:
         getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        return f"cannot be imported ({error}); give module.Class"
+    except Exception as error:  # whatever the operator's module does
+        return f"cannot be imported ({' '.join(str(error).split())}); give module.Class"
+    return ""
+
+
+def _scheduler(value: object, given: Given) -> str:
+    if reason := _importable(value, given):
+        return reason
+    from fuseline.engine.schedule.scheduler import scheduler_class  # most servers keep the built-in one
+
+    try:
+        scheduler_class(str(value))
+    except ValueError as error:
+        return str(error).partition(f"{value} ")[2]
     return ""
 
 
@@ -145,7 +157,7 @@ RULES: dict[str, Callable[[object, Given], str]] = {
     "kv_transfer_config": _kv_transfer,
     "otlp_traces_endpoint": _traces,
     "collect_detailed_traces": _detailed_traces,
-    "scheduler_cls": _importable,
+    "scheduler_cls": _scheduler,
     "worker_cls": _importable,
     "model_loader_extra_config": _loader,
     "show_hidden_metrics_for_version": _version,

@@ -12,12 +12,12 @@ from fuseline.api.cli_flags import CONFIGS, all_flags, converter
 from fuseline.api.config import ConfigError, Environment, JsonObject, ServerConfig, find_checkpoint
 from fuseline.api.config_aliases import without_aliases
 from fuseline.api.config_check import check, refuse_unavailable
-from fuseline.api.config_context import find_context, read_config_json
+from fuseline.api.config_context import find_context
 from fuseline.api.config_levels import explicit_levels, graph_config, level_values
 from fuseline.api.config_levels import without_effect as idle_keys
 from fuseline.api.flag_rows import ALIASES
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.overrides import is_within, merged
+from fuseline.compile.overrides import merged
 from fuseline.compile.target import likely_kind
 from fuseline.engine.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
 
@@ -185,24 +185,6 @@ def _prefill_values(given: Mapping[str, object]) -> dict[str, object]:
     is_whole = decided or given.get("enable_chunked_prefill", True) is False
     is_cpu = likely_kind(str(given.get("device", "auto"))) == "cpu"
     return {"chunked_prefill_size": CPU_PREFILL_SIZE} if is_cpu and not is_whole else {}
-
-
-def check_overrides(config: ServerConfig) -> None:
-    """Raises ConfigError for a key of --hf-overrides that the model's config has not, and for bad rope settings.
-
-    The engine says the same when it starts; asking beforehand takes seconds where Transformers has to be asked.
-    """
-    settings = config.engine.compile
-    stored, overrides = read_config_json(settings.model), dict(settings.hf_overrides)
-    if is_within(stored, overrides) and not settings.rope_scaling and settings.rope_theta is None:
-        return
-    from fuseline.compile.capture.errors import CaptureError
-    from fuseline.compile.capture.hf_model import load_config
-
-    try:
-        load_config(settings)
-    except CaptureError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _engine(given: dict[str, object], checkpoint: str) -> EngineConfig:

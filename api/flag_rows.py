@@ -191,7 +191,6 @@ REFUSED: dict[str, Row] = {
 }
 
 ALIASES: dict[str, Row] = {
-    **ignored("the opposite of --disable-log-requests", "bool", {"enable_log_requests": None}),
     **ignored("a JSON file for logging.config.dictConfig, as $FUSELINE_LOGGING_CONFIG_PATH", "str", "log_config_file"),
     **ignored("a number above 0 is --prompt-workers", "int", {"tokenizer_pool_size": 0}, minimum=0),
     **ignored("the kind is a process", "str", "tokenizer_pool_type"),

@@ -1,10 +1,14 @@
-"""ASGI middleware: refusals of the connection, API keys on the raw path, HEAD, request ids."""
+"""ASGI middleware: refusals of the connection, API keys on the raw path, HEAD, request ids, and the operator's own."""
 
 from __future__ import annotations
 
 import hmac
+import importlib
+import inspect
 import uuid
+from typing import Any
 
+from fuseline.api.config import ConfigError
 from fuseline.api.errors import ApiError
 
 OPEN_PATHS = {
@@ -93,3 +97,16 @@ class RequestIdMiddleware:
             await send(message)
 
         await self._app(scope, receive, with_id)
+
+
+def load_middleware(path: str) -> Any:
+    """What --middleware names: an ASGI class or a coroutine function. Raises ConfigError."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the operator's module does
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--middleware {path} cannot be imported ({reason}); give module.name") from error
+    if not (inspect.isclass(found) or inspect.iscoroutinefunction(found)):
+        raise ConfigError(f"--middleware {path} is neither a class nor a coroutine function")
+    return found

@@ -136,7 +136,7 @@ class Served:
         config, prompt, answer = self.config, prepared.prompts[index], prepared.answer
         params = replace(prepared.params, max_tokens=prompt.max_tokens)
         ids = prompt.ids
-        self.log_request(label, ids if prepared.text is None else prepared.text, params)
+        self.log_request(label, ids if prepared.text is None else prepared.text, len(ids), params)
         engine_request = EngineRequest(
             request_id=uuid.uuid4().hex, prompt_token_ids=tuple(ids), params=params,
             priority=answer.priority, arrival_time=time.time(), turn=index, cache_salt=answer.cache_salt,
@@ -153,12 +153,14 @@ class Served:
             return BeamSearch(engine_request, self.tokenizer, options, answer.beams, watch)
         return Generation(engine_request, self.tokenizer, options, watch)
 
-    def log_request(self, label: str, prompt: str | array[int], params: SamplingParams) -> None:
-        if self.config.disable_log_requests:
-            return
-        limit = self.config.max_log_len
-        shown = prompt[:limit]
-        LOG.info("%s: prompt %r, %s", label, shown if isinstance(shown, str) else shown.tolist(), _brief(params))
+    def log_request(self, label: str, prompt: str | array[int], num_tokens: int, params: SamplingParams) -> None:
+        """What a client has written is shown only where the server's flags ask for it."""
+        config = self.config
+        if config.enable_log_requests:
+            shown = prompt[: config.max_log_len]
+            LOG.info("%s: prompt %r, %s", label, shown if isinstance(shown, str) else shown.tolist(), _brief(params))
+        elif not config.disable_log_requests:
+            LOG.info("%s: prompt of %d tokens, %s", label, num_tokens, _brief(_without_texts(params)))
 
     def start_processes(self) -> None:
         """Start a process that prepares requests, before the first one."""
@@ -180,6 +182,12 @@ def _brief(params: SamplingParams) -> str:
         is_long = isinstance(value, tuple) and len(value) > MAX_SHOWN
         shown.append(f"{name}=<{len(value)} entries>" if is_long else f"{name}={value!r}")
     return ", ".join(shown)
+
+
+def _without_texts(params: SamplingParams) -> SamplingParams:
+    """Without what spells words of the client's: a grammar, forbidden words."""
+    grammar = params.grammar and replace(params.grammar, text=f"<{len(params.grammar.text)} characters>")
+    return replace(params, grammar=grammar, bad_words=((),) * len(params.bad_words))
 
 
 def load_tokenizer(config: ServerConfig) -> TextTokenizer | None:
@@ -237,10 +245,11 @@ def generation_defaults(config: ServerConfig) -> dict[str, Any]:
         raise ConfigError(
             f"--override-generation-config: {unknown[0]} has no effect here (keys: {', '.join(sorted(DEFAULTS))})"
         )
-    merged = {**stored, **overrides}
-    found = {name: merged[name] for name in DEFAULTS if merged.get(name) is not None}
+    found = {name: value for name, value in {**stored, **overrides}.items() if name in DEFAULTS and value is not None}
     try:
         GenerationDefaults.model_validate(found, strict=True)
     except ValidationError as error:
-        raise ConfigError(f"generation config: {to_api_error(error).message}") from error
+        problem = to_api_error(error)
+        flag = "override-generation-config" if problem.param in overrides else "generation-config"
+        raise ConfigError(f"--{flag}: {problem.message}") from error
     return found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
 import signal
 import socket
-import ssl
 import stat
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fuseline.api.certificates import refresh_certificates
+from fuseline.api.certificates import check_tls, refresh_certificates
 from fuseline.api.cli_log import PathFilter
 from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.progress import StartupProgress, startup_table
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from fuseline.api.prompt.encode import TextTokenizer
     from fuseline.api.served import Served
+    from fuseline.engine.messages import EngineReady
 
 LOG = logging.getLogger("fuseline.server")
 OnPhase = Callable[[str], None]
@@ -45,10 +46,7 @@ def run_server(config: ServerConfig, on_phase: OnPhase | None = None) -> int:
     try:
         listener = bind(config)
     except OSError as error:
-        reason = error.strerror or error
-        if config.uds:
-            return fail(f"cannot listen on {config.uds}: {reason}; choose another --uds")
-        return fail(f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port")
+        return fail(cannot_listen(config, error))
     try:
         return asyncio.run(_Server(config, listener, on_phase or _tell_no_one).run())
     except (EngineStartError, ConfigError) as error:
@@ -69,6 +67,14 @@ def _tell_no_one(phase: str) -> None:
 def fail(message: str) -> int:
     print(f"fuseline: error: {message}", file=sys.stderr)
     return 1
+
+
+def cannot_listen(config: ServerConfig, error: OSError) -> str:
+    """What `bind` met, with the flag that is to change."""
+    place = config.uds or f"{config.host}:{config.port}"
+    is_address = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+    flag = "--uds" if config.uds else "--host" if is_address else "--port"
+    return f"cannot listen on {place}: {error.strerror or error}; choose another {flag}"
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -107,18 +113,13 @@ def _is_served(path: str) -> bool:
 
 
 def prepare(config: ServerConfig) -> TextTokenizer | None:
-    """Imports, the tokenizer and a trial of the template, while the engine starts. Raises ConfigError."""
+    """Imports, the tokenizer and a trial of all parts but the engine, while that starts. Raises ConfigError."""
     import uvicorn  # noqa: F401
 
     from fuseline.api import app, http1  # noqa: F401
-    from fuseline.api.prompt.chat import template_text
-    from fuseline.api.prompt.template_check import check_template
-    from fuseline.api.served import load_tokenizer
+    from fuseline.api.start_check import try_parts
 
-    tokenizer = load_tokenizer(config)
-    if tokenizer and (text := template_text(config.chat_template, tokenizer.chat_template)):
-        check_template(config, text, tokenizer.special_tokens)
-    return tokenizer
+    return try_parts(config)
 
 
 class _Server:
@@ -138,7 +139,7 @@ class _Server:
             loop.add_signal_handler(number, self._on_signal)
         try:
             preparing = asyncio.ensure_future(asyncio.to_thread(prepare, self._config))
-            ready = await self._start_engine()
+            ready = await self._start_engine(preparing)
             if ready is None:
                 return 0
             tokenizer = await preparing
@@ -158,8 +159,8 @@ class _Server:
             await self._client.shutdown(5)
         return self._exit_status
 
-    async def _start_engine(self):
-        """The engine's answer, or None when a signal came first."""
+    async def _start_engine(self, preparing: asyncio.Future) -> EngineReady | None:
+        """The engine's answer, or None when a signal came first. Raises what `preparing` raises as soon as it does."""
         progress = StartupProgress()
 
         def on_progress(phase: str, done: int, total: int) -> None:
@@ -170,17 +171,20 @@ class _Server:
         self._on_phase("settings")
         starting = asyncio.ensure_future(self._client.start(on_progress))
         stopped = asyncio.ensure_future(self._stop.wait())
+        refused = asyncio.ensure_future(_failure(preparing))
         try:
-            await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((starting, stopped, refused), return_when=asyncio.FIRST_COMPLETED)
+            if refused.done():
+                refused.result()
             if starting.done():
                 self._on_phase("engine")
                 return starting.result()
             return None
         finally:
             progress.close()
-            for task in (starting, stopped):
+            for task in (starting, stopped, refused):
                 task.cancel()
-                with suppress(asyncio.CancelledError, EngineStartError):
+                with suppress(asyncio.CancelledError, EngineStartError, ConfigError):
                     await task
 
     def _uvicorn_server(self, app) -> uvicorn.Server:
@@ -197,10 +201,8 @@ class _Server:
             ssl_ciphers=config.ssl_ciphers or None, access_log=not config.disable_uvicorn_access_log,
             timeout_graceful_shutdown=max(int(config.shutdown_timeout), 1),
         )  # fmt: skip
-        try:
-            made.load()
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"the files or ciphers of --ssl-* cannot be used: {error}") from error
+        check_tls(config)
+        made.load()
         if config.disable_access_log_for_endpoints:
             logging.getLogger("uvicorn.access").addFilter(PathFilter(config.disable_access_log_for_endpoints))
         if config.enable_ssl_refresh:
@@ -276,6 +278,12 @@ class _Server:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _failure(preparing: asyncio.Future) -> None:
+    """Ends only when `preparing` fails, with its error."""
+    await asyncio.shield(preparing)
+    await asyncio.Event().wait()
 
 
 async def _serve_without_signals(server: uvicorn.Server, listener: socket.socket) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fuseline.compile.capture.captured import ModelFacts
 from fuseline.compile.capture.errors import LoadError
@@ -73,3 +75,14 @@ def cache_tensors(
         for spec in info.cache_specs
         for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
     }  # fmt: skip
+
+
+def copy_cache_blocks(caches: Mapping[str, Tensor], info: ModelInfo, pairs: Sequence[np.ndarray]) -> None:
+    """Copies blocks within each layer's caches; `pairs` [2, N] int64 per cache group: sources and targets."""
+    for group, found in zip(info.cache_groups, pairs, strict=True):
+        names = [cache_name(kind, layer) for layer in group.layers for kind in "kv"] if found.size else []
+        if names:
+            device = caches[names[0]].device
+            sources, targets = (torch.from_numpy(np.ascontiguousarray(side)).to(device) for side in found)
+        for name in names:
+            caches[name].index_copy_(0, targets, caches[name].index_select(0, sources))

@@ -37,16 +37,6 @@ def with_fewer_layers(values: Mapping[str, Any], stored: Mapping[str, Any]) -> d
     return result
 
 
-def is_within(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> bool:
-    """Whether every key that is overridden is there already."""
-    for key, value in overrides.items():
-        if key not in values:
-            return False
-        if isinstance(values[key], Mapping) and isinstance(value, Mapping) and not is_within(values[key], value):
-            return False
-    return True
-
-
 def whole_lengths(values: Mapping[str, Any]) -> dict[str, Any]:
     """Context lengths written as floats (4096.0, 1e5) as the integers that Transformers takes."""
     result = {key: whole_lengths(value) if isinstance(value, Mapping) else value for key, value in values.items()}

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
+from fuseline.engine.beams import Beams
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.kv_manager import KVManager
 from fuseline.engine.messages import AWAKE, EngineRequest, StepOutputs
@@ -17,7 +18,7 @@ from fuseline.engine.run.device import Device
 from fuseline.engine.run.grammar.compiler import GrammarCompiler
 from fuseline.engine.run.grammar.masks import ForcedTokens
 from fuseline.engine.run.grammar.slow_masks import SlowMasks
-from fuseline.engine.run.runner import Model, PreparedBatch, Runner
+from fuseline.engine.run.runner import ForkingModel, Model, PreparedBatch, Runner
 from fuseline.engine.run.sampling import NOT_FINITE, OK, PROCESSOR_FAILED, Launched, Sampled, StepResult
 from fuseline.engine.run.speculate.drafting import Drafter, Drafting, kept_positions
 from fuseline.engine.schedule.scheduler import Limits, scheduler_class
@@ -78,6 +79,7 @@ class Engine:
         self.slow_masks = SlowMasks(self.rows)
         self._waits_for_masks = False  # nothing else can be computed
         self.requests = Requests(config, info, self.scheduler, self.max_model_len, self.grammars, self.slow_masks)
+        self.beams = Beams(self.requests, self.scheduler, self.max_model_len, isinstance(model, ForkingModel))
         threshold = info.rope_switch.threshold if info.rope_switch else None
         self.drafting = Drafting(drafter, self.rows, info.vocab_size, threshold) if drafter else None
         self.forced = ForcedTokens(self.runner.sampler.masks, self.rows, threshold) if can_jump else None
@@ -181,6 +183,7 @@ class Engine:
             seq = batch.evicted.get(first) or self.rows.sequences[rows[first]]
             if seq is not None and not seq.is_finished:
                 self._take_tokens(seq, sampled, positions, scheduled.lengths)
+        self.beams.advance()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. One that cannot be served fails alone, with the next step's outputs."""
@@ -252,6 +255,9 @@ class Engine:
     def _take_tokens(self, seq: Sequence, sampled: Sampled, positions: list[int], lengths: np.ndarray) -> None:
         """Tell the client of the newest tokens of a sequence, which may end by them."""
         try:
+            if seq.params.beams is not None and sampled.status[positions[0]] == OK:
+                self.beams.take(seq, sampled.position(positions[0], seq.params))
+                return
             new, status = new_tokens(seq, sampled, positions, lengths, self.max_model_len)
             if new.token_ids:
                 self.requests.tell(seq, new)

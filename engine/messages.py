@@ -62,6 +62,16 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, tag="vocabulary"):
     """Logits of the model; tokens beyond the list are never allowed."""
 
 
+class BeamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Settings of a beam search, whose width is n."""
+
+    length_penalty: float = 1.0
+    keeps_eos: bool = False
+    """An EOS that completes a hypothesis is among its tokens."""
+    num_shown: int | None = None
+    """As `logprobs` of other requests: how many alternatives are told; None = no log-probabilities."""
+
+
 class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bounds the tokens of reasoning, which is the text between marks at the begin of an answer."""
 
@@ -114,6 +124,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     scores_temperature: float = 1.0
     """Temperature at which log-probabilities are taken; for beam search, whose steps are greedy."""
     grammar: GrammarSpec | None = None
+    beams: BeamParams | None = None
+    """Search for the n likeliest texts, with temperature 0 and `logprobs` of at least 2 n. All choices are told at the
+    end, best first; before, one output of choice 0 tells of the prompt."""
     thinking: ThinkingBudget | None = None
 
     @property

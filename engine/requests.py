@@ -126,8 +126,10 @@ class Requests:
             self.finish(seq, Ending("abort"))
 
     def abort_choice(self, request_id: str, index: int) -> None:
-        """End one choice of a request; the others go on. Unknown ones are ignored."""
+        """End one choice of a request; the others go on. Unknown ones are ignored, and beams, which end together."""
         for seq in list(self.live.get(request_id, ())):
+            if seq.group is not None:
+                return
             if seq.choices == [index]:
                 self.finish(seq, Ending("abort"))
             elif index in seq.choices:
@@ -137,17 +139,29 @@ class Requests:
     def tell(self, seq: Sequence, new: NewTokens) -> None:
         """Tell the client of new tokens; the sequence is finished if they end it."""
         if new.ending:
-            self._retire(seq)
+            self.retire(seq)
         self.report.outputs.extend(make_outputs(seq, new))
 
     def finish(self, seq: Sequence, ending: Ending) -> None:
         """End a sequence without a new token. One that has ended already stays as it is."""
-        if not seq.is_finished:
+        if seq.is_finished:
+            return
+        if seq.group is None:
             self.tell(seq, NewTokens(ending=ending))
+            return
+        for member in list(self.live[seq.request.request_id]):
+            self.retire(member)
+        outputs = make_outputs(seq, NewTokens(ending=ending))
+        self.report.outputs.extend(outputs)
+
+    def new_handle(self) -> int:
+        """Stands for a further sequence."""
+        self._num_sequences += 1
+        return self._num_sequences - 1
 
     def tell_vector(self, seq: Sequence, output: PooledOutput) -> None:
         """Finish a pooling request."""
-        self._retire(seq)
+        self.retire(seq)
         self.report.outputs.append(output)
 
     def release_children(self, seq: Sequence) -> None:
@@ -159,7 +173,8 @@ class Requests:
         if seq.rows is not None:
             seq.rows.is_parent[seq.row] = False
 
-    def _retire(self, seq: Sequence) -> None:
+    def retire(self, seq: Sequence) -> None:
+        """A sequence ends without a word."""
         self.release_children(seq)
         seq.is_finished = True
         self._scheduler.remove(seq)

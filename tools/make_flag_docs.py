@@ -25,7 +25,7 @@ Made from the configuration by `tools/make_flag_docs.py`; edit the text under th
 at a time (`-O.level=1`, `--hf-overrides.text_config.rope_theta 1e6`, `--x.list+ a,b`), and several parts of one JSON
 flag are merged; the positional MODEL wins over `--model`. Precedence: command line > `--config` file > environment >
 default. A bad value or an unknown flag ends with status 2, a combination that cannot run with status 1 and one line.
-`--print-config` shows what was resolved.
+`--print-config` makes all checks of a start that need no weights and shows what was resolved.
 """
 
 

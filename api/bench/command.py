@@ -117,7 +117,7 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 async def bench_serve(options: argparse.Namespace) -> int:
     """One run: warm-up, load, report, files."""
     api_key = options.api_key or read_environment().api_key
-    base_url = server_url(options.base_url)
+    base_url = server_url(options.base_url, "--base-url")
     async with open_session(api_key, options.timeout) as session:
         model = options.model or await first_model(session, base_url)
         target = Target(base_url, options.endpoint, model, options.temperature, options.ignore_eos)

@@ -22,8 +22,11 @@ REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "abort": "end_turn"
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
+    """That API's own; it has no place for the field's name but the message."""
     kind = KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.body()["error"]["message"]}}
+    message = error.body()["error"]["message"]
+    named = f"{error.param}: {message}" if error.param and error.param not in message else message
+    return {"type": "error", "error": {"type": kind, "message": named}}
 
 
 FRAMING = Framing(named_sse, b"", error_body)

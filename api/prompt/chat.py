@@ -20,6 +20,11 @@ REFUSED_VARIABLES = ("chat_template", "tokenize")
 SWITCHES = ("add_generation_prompt", "continue_final_message")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning; templates read the first, those of gpt-oss the second."""
+REFUSED = {
+    "function_call": "it has become `tool_calls`; send those",
+    "audio": "this model takes text only",
+}
+"""Known fields of a message with nothing here that could heed them -> why."""
 END = "\ue003end of the last message\ue003"
 """Stands behind the text of a message that is continued while it is rendered."""
 
@@ -76,11 +81,14 @@ class ChatRenderer:
     def _draw(
         self, template: ChatTemplate, messages: list[dict[str, Any]], variables: Mapping[str, Any], continues: bool
     ) -> str:
-        if not continues:
-            return template.render(messages, variables, self._config.max_prompt_bytes)
-        begun, last = _with_end(messages[-1])
-        text = template.render([*messages[:-1], last], variables, self._config.max_prompt_bytes + len(END))
-        return _cut(text, begun)
+        limit = self._config.max_prompt_bytes
+        try:
+            if not continues:
+                return template.render(messages, variables, limit)
+            begun, last = _with_end(messages[-1])
+            return _cut(template.render([*messages[:-1], last], variables, limit + len(END)), begun)
+        except RecursionError as error:
+            raise bad_request("the chat template recurses too deeply over these messages", "messages") from error
 
     def _own_variables(self, fields: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Variables of the template that the request gives."""
@@ -221,6 +229,10 @@ def named_templates(tokenizer: TextTokenizer | None) -> dict[str, str]:
 def prepare_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Earlier turns as templates expect them: arguments of tool calls are objects, no calls are no key."""
     for k, message in enumerate(messages):
+        for name, why in REFUSED.items():
+            if message.get(name):
+                where = f"messages[{k}].{name}"
+                raise bad_request(f"{where} is not supported: {why}", where, "unsupported_value")
         if message.get("tool_calls") == []:
             del message["tool_calls"]
         calls = message.get("tool_calls") or []
@@ -240,8 +252,12 @@ def _parse_arguments(call: Any, where: str) -> None:
     if arguments is None and function:
         function["arguments"] = {}
     elif isinstance(arguments, str):
-        where = f"{where}.function.arguments"
-        try:
-            function["arguments"] = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise bad_request(f"{where} is no valid JSON", where) from error
+        function["arguments"] = read_arguments(arguments, f"{where}.function.arguments")
+
+
+def read_arguments(text: str, where: str) -> Any:
+    """Arguments of an earlier call. Raises ApiError 400."""
+    try:
+        return json.loads(text or "{}")
+    except ValueError as error:
+        raise bad_request(f"{where} is no valid JSON", where) from error

@@ -24,6 +24,7 @@ REFUSED: dict[str, str] = {
     "functions": "they have become `tools`; send those",
     "function_call": "it has become `tool_choice`; send that",
     "audio": "this model gives text only",
+    "moderation": "this server moderates no texts",
     "web_search_options": "this server does not search",
 }
 """Known fields with nothing here that could heed them -> why. Empty ones ask for nothing and pass."""
@@ -35,12 +36,13 @@ ONLY = ("modalities", "verbosity")
 """Fields of which the server knows one value."""
 
 
-def refuse_fields(request: BaseModel, refused: Mapping[str, str]) -> None:
-    """Raises ApiError 400 for a field of `refused` (name -> why) that asks for something."""
+def refuse_fields(request: BaseModel, refused: Mapping[str, str], where: str = "") -> None:
+    """Raises ApiError 400 for a field of `refused` (name -> why), of the object at `where`, that asks for something."""
     for name, why in refused.items():
         value = getattr(request, name, None)
         if value and value not in NEUTRAL.get(name, ()):
-            raise bad_request(f"{name} is not supported: {why}", name, "unsupported_value")
+            path = f"{where}.{name}" if where else name
+            raise bad_request(f"{path} is not supported: {why}", path, "unsupported_value")
 
 
 def check_request(request: GenerateRequest, config: ServerConfig) -> None:

@@ -8,45 +8,67 @@ from typing import Any
 
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.field_checks import refuse_fields
-from fuseline.api.prompt.parse import validate
-from fuseline.api.protocol.anthropic import AnthropicMessage, CountTokensRequest, MessagesRequest
+from fuseline.api.prompt.parse import validate, validate_part
+from fuseline.api.protocol.anthropic import (
+    AnthropicMessage,
+    AnthropicToolChoice,
+    ClientTool,
+    CountTokensRequest,
+    MessagesRequest,
+    OutputFormat,
+    TextBlock,
+    Thinking,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
 from fuseline.api.protocol.chat import ChatRequest
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 REFUSED = {
     "container": "this server runs no code",
+    "diagnostics": "this server compares no requests",
     "mcp_servers": "this server calls no tools itself; send them as `tools`",
     "context_management": "this server edits no history; send the messages that the model should see",
 }
 """Known fields with nothing here that could heed them -> why. Empty ones ask for nothing and pass."""
+TOOL_REFUSED = {
+    "defer_loading": "the model sees all tools",
+    "input_examples": "write them into the tool's description",
+}
 RENAMED = {
     "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
+    "tool_choice.function.name": "tool_choice.name",
+    "tool_choice.function": "tool_choice",
     "thinking_token_budget": "thinking.budget_tokens",
 }
 """Field of the chat request -> the field that the client has sent."""
+SPEAKERS = {"tool_use": "assistant", "thinking": "assistant", "tool_result": "user"}
+"""Type of a block -> the role whose messages may hold it."""
 
 
 def chat_of_messages(body: CountTokensRequest, has_reasoning: bool = False) -> ChatRequest:
     """`has_reasoning`: the server knows which text is reasoning, and can bound it. Raises ApiError 400."""
-    refuse_fields(body, REFUSED)
-    messages = [{"role": "system", "content": _system(body.system)}] if body.system else []
+    _refuse(body)
+    messages = [{"role": "system", "content": _texts(body.system, "system")}] if body.system else []
     for k, message in enumerate(body.messages):
         messages += _messages(message, f"messages[{k}]")
-    choice, output = body.tool_choice or {}, body.output_config or {}
+    choice, output = body.tool_choice, body.output_config
     fields: dict[str, Any] = {
         "model": body.model,
         "messages": messages,
         "tools": [_tool(tool, f"tools[{k}]") for k, tool in enumerate(body.tools)] if body.tools else None,
-        "tool_choice": _choice(choice) if choice and body.tools else None,
-        "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
+        "tool_choice": _choice(choice, bool(body.tools)) if choice else None,
+        "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
         "chat_template_kwargs": _thinking(body.thinking),
-        "thinking_token_budget": _budget(body.thinking) if has_reasoning else None,
+        "include_reasoning": False if body.thinking and body.thinking.display == "omitted" else None,
+        "thinking_token_budget": body.thinking.budget_tokens if body.thinking and has_reasoning else None,
         "continue_final_message": True if _is_begun(messages) else None,
-        "response_format": _format(output.get("format")),
-        "reasoning_effort": output.get("effort"),
+        "response_format": _format(output.format if output else None),
+        "reasoning_effort": output.effort if output else None,
     }
     if isinstance(body, MessagesRequest):
         fields |= {
@@ -56,8 +78,32 @@ def chat_of_messages(body: CountTokensRequest, has_reasoning: bool = False) -> C
     return validate({name: value for name, value in fields.items() if value is not None}, ChatRequest)
 
 
-def _system(system: str | list[dict[str, Any]]) -> str:
-    return system if isinstance(system, str) else "\n".join(str(part.get("text") or "") for part in system)
+def _refuse(body: CountTokensRequest) -> None:
+    refuse_fields(body, REFUSED)
+    if body.speed == "fast":
+        raise bad_request("speed: this server has one speed; leave it out", "speed", "unsupported_value")
+    if body.thinking and body.thinking.type == "between_tools":
+        words = 'thinking.type "between_tools" is not supported: use "enabled", "adaptive" or "disabled"'
+        raise bad_request(words, "thinking.type", "unsupported_value")
+
+
+def _texts(content: str | list[dict[str, Any]], where: str) -> str:
+    """Text of a field that holds a text or blocks of text."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(_text(block, f"{where}[{k}]") for k, block in enumerate(content))
+
+
+def _text(block: Mapping[str, Any], where: str) -> str:
+    _refuse_type(block, ("text",), where)
+    return validate_part(block, TextBlock, where).text
+
+
+def _refuse_type(block: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    kind = block.get("type")
+    if kind not in known:
+        words = f"{where}.type: blocks of type {str(kind)[:50]!r} are not supported here ({', '.join(known)})"
+        raise bad_request(words, f"{where}.type", "unsupported_value")
 
 
 def _messages(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
@@ -65,22 +111,22 @@ def _messages(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     found: list[dict[str, Any]] = []
-    own: dict[str, Any] = {"role": message.role, "content": []}
+    own: dict[str, Any] = {"role": message.role, "content": None}
+    texts: list[str] = []
     for k, block in enumerate(message.content):
         kind, inner = block.get("type"), f"{where}.content[{k}]"
+        _refuse_type(block, ("text", *(name for name, role in SPEAKERS.items() if role == message.role)), inner)
         if kind == "tool_result":
-            content = _result(block, inner)
-            found.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content})
+            found.append(_result(block, inner))
         elif kind == "tool_use":
             own.setdefault("tool_calls", []).append(_call(block, inner))
         elif kind == "thinking":
-            own["reasoning_content"] = own.get("reasoning_content", "") + str(block.get("thinking") or "")
-        elif kind != "redacted_thinking":
-            own["content"].append({"type": "text", "text": str(block.get("text") or "")} if kind == "text" else block)
-    if len(own) > 2 or own["content"] or not found:
-        content = own["content"]
-        is_text = all(part.get("type") == "text" for part in content)
-        found.append({**own, "content": "\n".join(part["text"] for part in content) if is_text else content})
+            thought = validate_part(block, ThinkingBlock, inner).thinking
+            own["reasoning_content"] = own.get("reasoning_content", "") + thought
+        else:
+            texts.append(_text(block, inner))
+    if len(own) > 2 or texts or not found:
+        found.append({**own, "content": "\n".join(texts)})
     return found
 
 
@@ -90,66 +136,63 @@ def _is_begun(messages: list[dict[str, Any]]) -> bool:
     return last.get("role") == "assistant" and bool(last["content"]) and not last.get("tool_calls")
 
 
-def _format(given: Any) -> dict[str, Any] | None:
+def _format(given: OutputFormat | None) -> dict[str, Any] | None:
     if given is None:
         return None
-    if not isinstance(given, dict) or given.get("type") != "json_schema" or not isinstance(given.get("schema"), dict):
-        where = "output_config.format"
-        raise bad_request(f'{where} must be {{"type": "json_schema", "schema": SCHEMA}}', where, "unsupported_value")
-    return {"type": "json_schema", "json_schema": {"name": "output", "schema": given["schema"], "strict": True}}
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": given.json_schema, "strict": True}}
 
 
-def _call(block: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(block.get("name"), str) or not isinstance(block.get("input"), dict):
-        raise bad_request(f"{where} needs a name and an input, which is an object", where)
-    arguments = json.dumps(block["input"], ensure_ascii=False)
-    return {"id": block.get("id"), "type": "function", "function": {"name": block["name"], "arguments": arguments}}
+def _call(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    block = validate_part(given, ToolUseBlock, where)
+    _refuse_others(block.caller, block.toolset_name, where)
+    arguments = json.dumps(block.input, ensure_ascii=False)
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
 
 
-def _result(block: Mapping[str, Any], where: str) -> str:
-    content = block.get("content")
-    if isinstance(content, list):
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-            raise bad_request(f"{where}: this model takes text only", where, "unsupported_value")
-        return "\n".join(str(part.get("text") or "") for part in content)
-    return str(content or "")
+def _refuse_others(caller: Mapping[str, Any] | None, toolset: str | None, where: str) -> None:
+    """Calls of tools that this server would have to run."""
+    if caller and caller.get("type") != "direct":
+        words = f'{where}.caller: only calls of the type "direct" are supported'
+        raise bad_request(words, f"{where}.caller", "unsupported_value")
+    if toolset is not None:
+        words = f"{where}.toolset_name: this server has no sets of tools"
+        raise bad_request(words, f"{where}.toolset_name", "unsupported_value")
 
 
-def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if tool.get("type", "custom") != "custom":
-        raise bad_request(
-            f"{where}: only tools of the client's own are supported", f"{where}.type", "unsupported_value"
-        )
+def _result(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    block = validate_part(given, ToolResultBlock, where)
+    _refuse_others(None, block.toolset_name, where)
+    text = _texts(block.content or "", f"{where}.content")
+    if block.is_error and not text.lower().startswith("error"):  # templates know texts only
+        text = f"Error: {text}"
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
+
+
+def _tool(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if given.get("type") not in (None, "custom"):
+        words = f"{where}.type: only tools of the client's own are supported"
+        raise bad_request(words, f"{where}.type", "unsupported_value")
+    tool = validate_part(given, ClientTool, where)
+    refuse_fields(tool, TOOL_REFUSED, where)
+    if tool.allowed_callers is not None and "direct" not in tool.allowed_callers:
+        words = f'{where}.allowed_callers: "direct" must be among them, as nobody else calls here'
+        raise bad_request(words, f"{where}.allowed_callers", "unsupported_value")
     function = {
-        "name": tool.get("name"),
-        "description": tool.get("description"),
-        "parameters": tool.get("input_schema"),
-        "strict": tool.get("strict"),
-    }
+        "name": tool.name, "description": tool.description, "parameters": tool.input_schema, "strict": tool.strict,
+    }  # fmt: skip
     return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
 
 
-def _choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
-    if choice.get("type") == "tool":
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    if choice.get("type") not in CHOICES:
-        raise bad_request('tool_choice.type must be "auto", "any", "tool" or "none"', "tool_choice.type")
-    return CHOICES[choice["type"]]
+def _choice(choice: AnthropicToolChoice, has_tools: bool) -> str | dict[str, Any] | None:
+    if not has_tools:
+        if choice.type in ("any", "tool"):
+            raise bad_request(f'tool_choice "{choice.type}" needs tools', "tool_choice")
+        return None
+    if choice.type == "tool":
+        return {"type": "function", "function": {"name": choice.name}}
+    return CHOICES[choice.type]
 
 
-def _thinking(thinking: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _thinking(thinking: Thinking | None) -> dict[str, Any] | None:
     """A variable of the templates that know it."""
-    if thinking is None:
-        return None
-    if thinking.get("type") not in ("enabled", "disabled", "adaptive"):
-        raise bad_request('thinking.type must be "enabled", "adaptive" or "disabled"', "thinking.type")
-    return {"enable_thinking": thinking["type"] != "disabled"}
-
-
-def _budget(thinking: Mapping[str, Any] | None) -> int | None:
-    budget = (thinking or {}).get("budget_tokens")
-    if budget is None or thinking.get("type") != "enabled":
-        return None
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise bad_request("thinking.budget_tokens must be a number of tokens, 1 or more", "thinking.budget_tokens")
-    return budget
+    return None if thinking is None else {"enable_thinking": thinking.type != "disabled"}

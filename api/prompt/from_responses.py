@@ -6,10 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from fuseline.api.errors import bad_request
+from fuseline.api.prompt.chat import read_arguments
 from fuseline.api.prompt.field_checks import refuse_fields
-from fuseline.api.prompt.parse import validate
+from fuseline.api.prompt.parse import validate, validate_part
 from fuseline.api.protocol.chat import ChatRequest
-from fuseline.api.protocol.responses import ResponsesRequest
+from fuseline.api.protocol.responses import (
+    CallItem,
+    CallOutputItem,
+    FunctionTool,
+    MessageItem,
+    Reasoning,
+    ReasoningItem,
+    ResponsesRequest,
+    TextConfig,
+    TextFormat,
+    TextPart,
+)
 
 SAME = (
     "model",
@@ -30,47 +42,62 @@ REFUSED = {
     "conversation": "send previous_response_id, or the items before as `input`",
     "prompt": "this server stores no prompts; send `instructions` and `input`",
     "context_management": "this server edits no history; send the items that the model should see",
+    "moderation": "this server moderates no texts",
 }
 """Known fields with nothing here that could heed them -> why. Empty ones ask for nothing and pass."""
+ONLY = {
+    "summary": ("auto",), "generate_summary": ("auto",), "mode": ("standard",), "context": ("auto", "all_turns"),
+}  # fmt: skip
+"""Fields of `reasoning` of which the server knows some values: the whole reasoning is shown, and that of all items."""
+TOOL_REFUSED = {
+    "defer_loading": "the model sees all tools",
+    "output_schema": "write it into the tool's description",
+}
 RENAMED = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
+    "response_format.json_schema": "text.format",
     "verbosity": "text.verbosity",
     "reasoning_effort": "reasoning.effort",
+    "tool_choice.function.name": "tool_choice.name",
+    "tool_choice.function": "tool_choice",
 }
 """Field of the chat request -> the field that the client has sent."""
+TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
 
 
 def chat_of_responses(body: ResponsesRequest) -> ChatRequest:
     """Raises ApiError 400."""
     _refuse(body)
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    text, reasoning = body.text or TextConfig(), body.reasoning or Reasoning()
     fields: dict[str, Any] = {
         **{name: getattr(body, name) for name in SAME},
         "messages": messages + _messages(body.input),
         "max_completion_tokens": body.max_output_tokens,
-        "tools": None
-        if body.tools is None
-        else [_tool(tool, f"tools[{k}]") for k, tool in enumerate(body.tools)] or None,
-        "tool_choice": _choice(body.tool_choice) if body.tools else None,
-        "response_format": _format((body.text or {}).get("format")),
-        "reasoning_effort": (body.reasoning or {}).get("effort"),
+        "tools": [_tool(tool, f"tools[{k}]") for k, tool in enumerate(body.tools or ())] or None,
+        "tool_choice": _choice(body.tool_choice, bool(body.tools)),
+        "response_format": _format(text.format),
+        "reasoning_effort": reasoning.effort,
         "truncate_prompt_tokens": -1 if body.truncation == "auto" else None,
         "logprobs": True if LOGPROBS in (body.include or ()) or body.top_logprobs else None,
         "top_logprobs": body.top_logprobs,
-        "verbosity": (body.text or {}).get("verbosity"),
+        "verbosity": text.verbosity,
     }
     return validate({name: value for name, value in fields.items() if value is not None}, ChatRequest)
 
 
 def _refuse(body: ResponsesRequest) -> None:
     refuse_fields(body, REFUSED)
-    if body.truncation not in (None, "auto", "disabled"):
-        raise bad_request('truncation must be "auto" or "disabled"', "truncation")
     for name in body.include or ():
         if name not in INCLUDED:
             raise bad_request(f"include: {name[:100]!r} is not supported", "include", "unsupported_value")
+    for name, known in ONLY.items():
+        value = getattr(body.reasoning, name, None)
+        if value is not None and value not in known:
+            words = f"reasoning.{name}: this server knows only {' and '.join(map(repr, known))}"
+            raise bad_request(words, f"reasoning.{name}", "unsupported_value")
 
 
 def _messages(items: str | list[Any]) -> list[dict[str, Any]]:
@@ -84,80 +111,102 @@ def _messages(items: str | list[Any]) -> list[dict[str, Any]]:
             raise bad_request(f"{where} must be an object", where)
         kind = item.get("type") or "message"
         if kind == "reasoning":
-            thought += "".join(_texts(item.get("content") or item.get("summary"), where))
+            thought += _thought(item, where)
         elif kind == "function_call":
             _add_call(messages, item, where, thought)
             thought = ""
         elif kind == "function_call_output":
-            output = item.get("output")
-            text = output if isinstance(output, str) else "".join(_texts(output, f"{where}.output"))
-            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
+            messages.append(_output(item, where))
         elif kind == "message":
             messages.append(_message(item, where, thought))
             thought = ""
         else:
-            raise bad_request(f"{where}: items of type {str(kind)[:50]!r} are not supported", f"{where}.type")
+            raise bad_request(f"{where}.type: items of type {str(kind)[:50]!r} are not supported", f"{where}.type")
     return messages
 
 
 def _message(item: Mapping[str, Any], where: str, thought: str) -> dict[str, Any]:
-    role, content = item.get("role"), item.get("content")
-    if not isinstance(role, str):
-        raise bad_request(f"{where}.role must be text", f"{where}.role")
-    if isinstance(content, list):
-        content = [_part(part, f"{where}.content[{k}]") for k, part in enumerate(content)]
-    message = {"role": role, "content": content}
-    return {**message, "reasoning_content": thought} if thought and role == "assistant" else message
+    given = validate_part(item, MessageItem, where)
+    content = given.content if isinstance(given.content, str) else _parts(given.content, f"{where}.content")
+    message = {"role": given.role, "content": content}
+    return {**message, "reasoning_content": thought} if thought and given.role == "assistant" else message
 
 
-def _part(part: Any, where: str) -> Any:
-    """A content part of a chat message; what is no text is refused there."""
-    if isinstance(part, dict) and part.get("type") in ("input_text", "output_text", "text", "refusal"):
-        return {"type": "text", "text": str(part.get("text") or part.get("refusal") or "")}
-    return part
+def _parts(parts: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": _text(part, f"{where}[{k}]")} for k, part in enumerate(parts)]
 
 
-def _texts(parts: Any, where: str) -> list[str]:
-    if parts is None:
-        return []
-    if not isinstance(parts, list):
-        raise bad_request(f"{where} must be text or a list of parts", where)
-    return [str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in parts]
+def _text(part: Mapping[str, Any], where: str) -> str:
+    kind = part.get("type")
+    if kind not in TEXTS:
+        words = f"{where}: content of type {str(kind)[:50]!r} is not supported by this model, which takes text only"
+        raise bad_request(words, where, "unsupported_value")
+    return validate_part({"text": part.get("refusal"), **part} if kind == "refusal" else part, TextPart, where).text
+
+
+def _thought(item: Mapping[str, Any], where: str) -> str:
+    given = validate_part(item, ReasoningItem, where)
+    if given.encrypted_content and not (given.content or given.summary):
+        name = f"{where}.encrypted_content"
+        words = f"{name}: this server cannot read it; send the reasoning as content, or leave the item out"
+        raise bad_request(words, name, "unsupported_value")
+    name = "content" if given.content else "summary"
+    return "".join(part["text"] for part in _parts(getattr(given, name) or [], f"{where}.{name}"))
+
+
+def _output(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    given = validate_part(item, CallOutputItem, where)
+    text = given.output
+    if not isinstance(text, str):
+        text = "".join(part["text"] for part in _parts(text, f"{where}.output"))
+    return {"role": "tool", "tool_call_id": given.call_id, "content": text}
 
 
 def _add_call(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str, thought: str) -> None:
     """Calls in a row belong to one message, and so does the text in front of them."""
-    name, arguments = item.get("name"), item.get("arguments")
-    if not isinstance(name, str) or not isinstance(arguments, str):
-        raise bad_request(f"{where} needs a name and arguments, which are text", where)
-    call = {"id": item.get("call_id"), "type": "function", "function": {"name": name, "arguments": arguments}}
+    given = validate_part(item, CallItem, where)
+    refuse_fields(given, {"namespace": "this server has no sets of tools"}, where)
+    function = {"name": given.name, "arguments": read_arguments(given.arguments, f"{where}.arguments")}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
     if thought:
         messages[-1]["reasoning_content"] = thought
+    call = {"id": given.call_id, "type": "function", "function": function}
     messages[-1].setdefault("tool_calls", []).append(call)
 
 
-def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        raise bad_request(f'{where}: only tools of type "function" are supported', f"{where}.type", "unsupported_value")
-    kept = {name: tool[name] for name in ("name", "description", "parameters", "strict") if tool.get(name) is not None}
-    return {"type": "function", "function": kept}
+def _tool(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if given.get("type") != "function":
+        words = f'{where}.type: only tools of type "function" are supported'
+        raise bad_request(words, f"{where}.type", "unsupported_value")
+    tool = validate_part(given, FunctionTool, where)
+    refuse_fields(tool, TOOL_REFUSED, where)
+    if tool.allowed_callers is not None and "direct" not in tool.allowed_callers:
+        words = f'{where}.allowed_callers: "direct" must be among them, as nobody else calls here'
+        raise bad_request(words, f"{where}.allowed_callers", "unsupported_value")
+    function = {name: getattr(tool, name) for name in ("name", "description", "parameters", "strict")}
+    return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
 
 
-def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(choice, dict) and "function" not in choice and choice.get("type") == "function":
+def _choice(choice: str | dict[str, Any] | None, has_tools: bool) -> str | dict[str, Any] | None:
+    """Without tools, `auto` and `none` ask for nothing."""
+    if not has_tools and choice in ("auto", "none"):
+        return None
+    if not isinstance(choice, dict) or "function" in choice:
+        return choice
+    if choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
     return choice
 
 
-def _format(given: Any) -> dict[str, Any] | None:
-    if not isinstance(given, dict):
+def _format(given: TextFormat | None) -> dict[str, Any] | None:
+    if given is None:
         return None
-    if given.get("type") != "json_schema":
-        return {"type": given.get("type", "text")}
-    inner = {name: given[name] for name in ("name", "description", "schema", "strict") if given.get(name) is not None}
-    return {"type": "json_schema", "json_schema": inner}
+    if given.type != "json_schema":
+        return {"type": given.type}
+    inner = {"name": given.name, "schema": given.json_schema, "strict": given.strict}
+    kept = {name: value for name, value in inner.items() if value is not None}
+    return {"type": "json_schema", "json_schema": kept}
 
 
 def shown_fields(body: ResponsesRequest) -> dict[str, Any]:
@@ -168,10 +217,10 @@ def shown_fields(body: ResponsesRequest) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
-        "reasoning": body.reasoning,
+        "reasoning": body.reasoning and body.reasoning.model_dump(exclude_unset=True),
         "store": body.store is not False,
         "temperature": body.temperature,
-        "text": body.text or {"format": {"type": "text"}},
+        "text": body.text.model_dump(exclude_unset=True, by_alias=True) if body.text else {"format": {"type": "text"}},
         "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [],
         "top_p": body.top_p,

@@ -90,9 +90,12 @@ def request_spec(request: GenerateRequest, default_backend: str = "xgrammar") ->
         backend = (request.structured_outputs or {}).get("backend") or backend
     value = _parsed(value, param) if kind in ("json", "structural_tag") else value
     name = choose_backend(backend, kind, value, pattern is not None, "guided_decoding_backend")
-    if name == "xgrammar":
-        return _MAKERS[kind](value, param, whitespace)
-    return _package_spec(name, kind, value, param, pattern)
+    try:
+        if name == "xgrammar":
+            return _MAKERS[kind](value, param, whitespace)
+        return _package_spec(name, kind, value, param, pattern)
+    except RecursionError as error:
+        raise bad_request(f"{param} is nested too deeply", param) from error
 
 
 def has_format(request: GenerateRequest) -> bool:
@@ -123,8 +126,8 @@ def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
     if form.type == "json_object":
         return [*found, ("response_format", "json_object", True)]
     if form.type == "json_schema":
-        inner = (form.model_extra or {}).get("json_schema")
-        if not isinstance(inner, dict):
+        inner = form.json_schema and form.json_schema.model_extra
+        if inner is None:
             raise bad_request("response_format.json_schema must be an object with a schema", "response_format")
         schema = inner.get("schema", inner.get("json_schema"))
         if schema is None:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from fuseline.api.protocol.common import MAX_NAME, Fields, GenerateRequest
+from fuseline.api.protocol.common import (
+    MAX_NAME,
+    CacheOptions,
+    CacheRetention,
+    Fields,
+    GenerateRequest,
+    ServiceTier,
+    Verbosity,
+)
 
 
 class Message(Fields):
@@ -15,6 +23,9 @@ class Message(Fields):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    # Known, and refused where they hold something.
+    function_call: Any = None
+    audio: Any = None
 
 
 class ChatFields(BaseModel):
@@ -30,6 +41,18 @@ class ChatFields(BaseModel):
     tool_choice: str | dict[str, Any] | None = None
 
 
+class PredictedText(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Fields):
+    """Accepted: it says what the answer may be like, and changes none."""
+
+    type: Literal["content"]
+    content: str | list[PredictedText]
+
+
 class ChatRequest(ChatFields, GenerateRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=-1)
@@ -37,6 +60,7 @@ class ChatRequest(ChatFields, GenerateRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    """Any text: templates have levels of their own."""
     include_reasoning: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=-1)
     functions: list[Any] | None = None
@@ -44,15 +68,17 @@ class ChatRequest(ChatFields, GenerateRequest):
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
-    verbosity: str | None = None
+    verbosity: Verbosity | None = None
+    moderation: dict[str, Any] | None = None
     # OpenAI's own, which by their definition change no answer: accepted.
     store: bool | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: ServiceTier | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prediction: dict[str, Any] | None = None
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: CacheRetention | None = None
+    prediction: Prediction | None = None
 
 
 class TokenizeRequest(Fields):

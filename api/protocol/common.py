@@ -21,6 +21,19 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Verbosity = Literal["low", "medium", "high"]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"]
+CacheRetention = Literal["in_memory", "in-memory", "24h"]
+
+
+class CacheOptions(Fields):
+    """Accepted: prefixes are cached whether a client asks for it or not."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
+
+
 class StreamOptions(Fields):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -28,8 +41,15 @@ class StreamOptions(Fields):
     """Accepted: chunks are never padded."""
 
 
+class JsonSchema(Fields):
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Fields):
     type: str
+    json_schema: JsonSchema | None = None
 
 
 class GenerationDefaults(Fields):

@@ -23,8 +23,10 @@ from fuseline.compile.ops.coded import Layout
 from fuseline.compile.quantization.methods import method_of
 from fuseline.compile.quantization.published import Method, QuantizationError
 
-ROWS_BYTES = 4 << 20
+DECODED_CODES = 4 << 20
 """Codes, of a byte each, that are decoded at a time."""
+ENCODED_VALUES = 1 << 16
+"""Values that are quantized at a time: what is computed of them stays in the cache."""
 SMALL = 1 << 20
 """Bytes of the largest tensor that is read to find out how a weight is stored."""
 
@@ -96,8 +98,8 @@ def store_coded(form: Format, lazy: LazyTensor, dtype: torch.dtype, stored: Stor
 
     `dtype`: what the model has plain values in. Raises LoadError if the weight has codes of another layout.
     """
-    step = max(1, ROWS_BYTES // lazy.shape[1])
     is_coded = layout_of(lazy) == form.layout
+    step = max(1, (DECODED_CODES if is_coded else ENCODED_VALUES) // lazy.shape[1])
     for part in lazy.slices:
         if not is_coded and isinstance(part.stored, CodedTensor):
             raise LoadError(f"{part.stored.name} is stored as {part.stored.published.layout}, not as {form.layout}")

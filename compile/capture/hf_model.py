@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -69,6 +69,13 @@ def check_config(found: PreTrainedConfig) -> None:
         raise CaptureError(
             f"{found.model_type} has layers of type {', '.join(sorted(unknown))}, which are not supported"
         )
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Raises CaptureError for a model that does not generate text."""
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise CaptureError(f"Transformers has no model of type {config.model_type} that generates text")
 
 
 def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

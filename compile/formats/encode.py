@@ -9,8 +9,8 @@ from torch import Tensor
 from fuseline.compile.ops.coded import CODE_TYPES, Coded, Layout
 
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Candidates for the largest code's value, as parts of the largest weight: a smaller one rounds the others less."""
+SHRINKS = (1.0, 0.9)
+"""Candidates for the value of code -8, as parts of the largest weight: a smaller one rounds the others less."""
 
 
 def encode(weight: Tensor, layout: Layout) -> Coded:
@@ -31,14 +31,15 @@ def _scales(parts: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 
 
 def _best_scales(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales [N, G, 1] of codes -8 .. 7, of either sign, with the least squares of errors."""
-    extreme = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
+    """Scales [N, G, 1] of either sign, for codes -8 .. 7, with the least squares of errors among a few."""
+    high, low = parts.amax(-1, keepdim=True), parts.amin(-1, keepdim=True)
+    extreme = torch.where(high > -low, high, low)
     best, least = torch.zeros_like(extreme, dtype=dtype), torch.full_like(extreme, float("inf"))
     for shrink in SHRINKS:
-        for largest in (-8.0, 7.0):
-            scales = (extreme * (shrink / largest)).to(dtype)
-            errors = (_codes(parts, scales, "int4") * scales.float() - parts).square().sum(-1, keepdim=True)
-            best, least = torch.where(errors < least, scales, best), torch.minimum(errors, least)
+        codes = _codes(parts, extreme * (shrink / -8), "int4")
+        scales = ((codes * parts).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp(min=1)).to(dtype)
+        errors = (_codes(parts, scales, "int4") * scales.float() - parts).square_().sum(-1, keepdim=True)
+        best, least = torch.where(errors < least, scales, best), torch.minimum(errors, least)
     return best
 
 

@@ -37,9 +37,9 @@ struct Cut {
     first = position - window + 1 > 0 ? position - window + 1 : 0;
     start = first / kKeys * kKeys;
     end = position + 1;
-    const int longest = (end - start + kSplit * most - 1) / (kSplit * most);
-    split = kSplit * (longest > 1 ? longest : 1);
-    num_splits = end > start ? (end - start + split - 1) / split : 0;
+    const int length = end - start;
+    split = length <= kSplit * most ? kSplit : kSplit * ((length + kSplit * most - 1) / (kSplit * most));
+    num_splits = length <= 0 ? 0 : split == kSplit ? (length + kSplit - 1) / kSplit : (length + split - 1) / split;
   }
 };
 

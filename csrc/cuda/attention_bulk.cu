@@ -25,8 +25,8 @@ struct BulkArgs : AttentionArgs {
   int num_seqs, first_slot, slots_end, num_stages;  // slots [first_slot, slots_end) are computed
 };
 
-// Groups of up to eight query heads that share a kv head; a block computes one at a time.
-FL_DEVICE int num_groups_of(const BulkArgs& a) { return (static_cast<int>(a.group) + kHeads - 1) / kHeads; }
+// log2 of the groups of up to eight query heads that share a kv head: one or two.
+FL_DEVICE int groups_shift(const BulkArgs& a) { return a.group > kHeads; }
 
 template <class Cache, int kDim>
 struct Sizes {
@@ -78,27 +78,54 @@ FL_DEVICE void list_slots(const BulkArgs& a, Slot* slots) {
   __syncthreads();
 }
 
+// Has L2 fetch the queries and the lines of the block table of this block's share of the slots. Keys and values do not
+// evict them; without this, most units would begin with waiting for memory behind all copies under way.
+template <int kDim>
+FL_DEVICE void prefetch_slots(const BulkArgs& a, const Slot* slots) {
+  constexpr int kLine = 128, kHeadLines = kDim * 2 / kLine;
+  const int count = a.slots_end - a.first_slot, num_q = static_cast<int>(a.num_heads) * kHeadLines;
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    if (slots[i].num_runs == 0) continue;
+    const int64_t seq = slots[i].seq, at = a.is_mixed ? a.query_start[seq] : a.first_slot + i;
+    const char* q = static_cast<const char*>(a.q) + 2 * at * a.q_token;
+    const auto* table = reinterpret_cast<const char*>(a.block_table + seq * a.table_stride);
+    const int num_table = (slots[i].position >> a.block_shift) * 4 / kLine + 1;
+    for (int k = threadIdx.x; k < num_q + num_table; k += blockDim.x)
+      prefetch(k < num_q ? q + 2 * (k / kHeadLines * a.q_head) + k % kHeadLines * kLine : table + (k - num_q) * kLine);
+  }
+}
+
 // Goes through this block's units: the splits of a run are [low, high) of the keys [cut.first, cut.end) that are seen.
 struct Units {
   const BulkArgs& a;
   const Slot* slots;
-  int num_parts;  // groups of query heads that share keys
-  int unit, slot = 0, before = 0;  // `before`: runs of all slots before this one
-  int run = 0, part = 0, low = 0, high = 0;
+  int num_parts, step_runs, step_parts;  // groups of query heads that share keys; what the next unit is ahead
+  int of_all, part;  // runs of all slots before the unit; its group
+  int slot = 0, before = 0;  // `before`: runs of all slots before this one
+  int run = 0, low = 0, high = 0;
   Cut cut;
 
   FL_DEVICE Units(const BulkArgs& a, const Slot* slots, int num_parts)
-      : a(a), slots(slots), num_parts(num_parts), unit(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)),
-        cut(0, 1, 1) {}
+      : a(a), slots(slots), num_parts(num_parts), cut(0, 1, 1) {
+    const int block = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
+    step_runs = step / num_parts;
+    step_parts = step % num_parts;
+    of_all = block / num_parts - step_runs;
+    part = block % num_parts - step_parts;
+  }
 
   // Moves to the next unit; false if there is none.
   FL_DEVICE bool next() {
-    unit += gridDim.x;
-    const int count = a.slots_end - a.first_slot, of_slot = unit / num_parts;
-    while (slot < count && of_slot >= before + slots[slot].num_runs) before += slots[slot++].num_runs;
+    const int count = a.slots_end - a.first_slot;
+    of_all += step_runs;
+    part += step_parts;
+    if (part >= num_parts) {
+      part -= num_parts;
+      ++of_all;
+    }
+    while (slot < count && of_all >= before + slots[slot].num_runs) before += slots[slot++].num_runs;
     if (slot == count) return false;
-    run = of_slot - before;
-    part = unit % num_parts;
+    run = of_all - before;
     cut = Cut(slots[slot].position, a.window, static_cast<int>(a.num_splits));
     low = cut.start + run * a.run * cut.split;
     high = low + a.run * cut.split < cut.end ? low + a.run * cut.split : cut.end;
@@ -136,7 +163,7 @@ struct Copier {
       if (base < units.high) break;
     }
     if (is_there) {
-      const int64_t kv_head = units.part / num_groups_of(a);
+      const int64_t kv_head = units.part >> groups_shift(a);
       table = a.block_table + units.slots[units.slot].seq * a.table_stride;
       from = lane < kKeys ? static_cast<const Cache*>(a.k_cache) + kv_head * a.k_head
                           : static_cast<const Cache*>(a.v_cache) + kv_head * a.v_head;
@@ -171,7 +198,7 @@ struct Copier {
     if (block >= 0 && piece < num_pieces) {
       const int mask = (1 << units.a.block_shift) - 1;
       const Cache* row = from + block * block_stride + ((base + (piece << rows_shift)) & mask) * kDim;
-      copy_bulk(to + lane / kKeys * Sizes<Cache, kDim>::kHalf + piece * bytes, row, bytes, barrier);
+      copy_bulk_once(to + lane / kKeys * Sizes<Cache, kDim>::kHalf + piece * bytes, row, bytes, barrier);
     }
     base += kStep;
     used += num_pieces;
@@ -412,7 +439,7 @@ __global__ void __launch_bounds__(Sizes<Cache, kDim>::kThreads, 1) bulk_decode_k
   using S = Sizes<Cache, kDim>;
   using Part = Partial<T, Cache, kDim>;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  const int group = static_cast<int>(a.group), num_groups = num_groups_of(a);
+  const int group = static_cast<int>(a.group), shift = groups_shift(a);
   Results<T, Cache, kDim> results;
   results.num_pairs = ((group < kHeads ? group : kHeads) + 1) / 2;
   const Shared<Cache, kDim> shared(a.num_stages, results.num_pairs);
@@ -422,16 +449,17 @@ __global__ void __launch_bounds__(Sizes<Cache, kDim>::kThreads, 1) bulk_decode_k
   wait_for_prerequisites();
   list_slots(a, shared.slots);  // all threads see the barriers behind its own
 
-  Units units(a, shared.slots, static_cast<int>(a.num_heads) / group * num_groups);
+  Units units(a, shared.slots, static_cast<int>(a.num_heads) / group << shift);
   Copier<Cache, kDim> copier(units, warp, lane);
   for (int stage = 0; stage < a.num_stages; ++stage) copier.copy(shared.tile(stage, warp), shared.barrier(stage, warp));
+  prefetch_slots<kDim>(a, shared.slots);
   const float scale = a.k_scale ? a.scale * *a.k_scale : a.scale;
   int stage = 0, parity = 0;
   while (units.next()) {
     const Slot slot = shared.slots[units.slot];
-    const int in_group = units.part % num_groups * kHeads;
+    const int in_group = (units.part & shift) * kHeads;
     results.num_heads = group - in_group < kHeads ? group - in_group : kHeads;
-    results.first_head = units.part / num_groups * group + in_group;
+    results.first_head = (units.part >> shift) * group + in_group;
     results.slot = a.first_slot + units.slot;
     results.at = a.is_mixed ? a.query_start[slot.seq] : results.slot;
     uint4 q[Part::kKeyLoads];  // missing heads repeat the first; their results are discarded

@@ -5,56 +5,77 @@
 namespace fuseline::cuda {
 namespace {
 
-// Grid: (head, sequence), one thread per dim of D. Partial results are merged in ascending order, `together` of them first.
-template <class T, int kDim>
-__global__ void __launch_bounds__(kDim) merge_kernel(const AttentionArgs a) {
-  constexpr int kAtOnce = 16;  // partial results loaded concurrently, a multiple of `together`
-  const int64_t head = blockIdx.x, seq = blockIdx.y;
-  const int dim = threadIdx.x;
+constexpr int kMergeThreads = 128, kMergeDims = 4;  // of a block; of a thread
+
+// Dims of a head, merged so far.
+struct Merged {
+  SoftmaxState state{kNone, 0.0f};
+  float values[kMergeDims] = {};
+
+  FL_DEVICE void fold(SoftmaxState other, const float (&others)[kMergeDims]) {
+    const float2 weights = state.merge(other);
+#pragma unroll
+    for (int d = 0; d < kMergeDims; ++d) values[d] = fmaf(values[d], weights.x, others[d] * weights.y);
+  }
+};
+
+// Grid: (group of heads, sequence). Partial results are merged in ascending order, kTogether of them first.
+template <class T, int kDim, int kTogether>
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const AttentionArgs a) {
+  constexpr int kAtOnce = kTogether > 1 ? 16 : 8;  // partial results loaded concurrently: steps of few rows have many
+  constexpr int kOfHead = kDim / kMergeDims, kHeadsOfBlock = kMergeThreads / kOfHead;
+  const int thread = threadIdx.x, dim = thread % kOfHead * kMergeDims;
+  const int64_t head = static_cast<int64_t>(blockIdx.x) * kHeadsOfBlock + thread / kOfHead, seq = blockIdx.y;
   launch_dependents();
   wait_for_prerequisites();
   const int begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - begin, length = a.seq_lens[seq];
-  if (a.is_mixed && num_tokens != 1) return;
+  if (head >= a.num_heads || (a.is_mixed && num_tokens != 1)) return;
   for (int token = 0; token < num_tokens; ++token) {
     const int num_splits = Cut(length - num_tokens + token, a.window, static_cast<int>(a.num_splits)).num_splits;
     const int num_parts = (num_splits + a.run - 1) / a.run;
     if (num_parts < 2) continue;
     const int64_t row = ((a.is_mixed ? seq : begin + token) * a.num_heads + head) * a.num_splits;
     const float* states = a.workspace + a.num_slots * a.num_heads * a.num_splits * kDim + 2 * row;
-    SoftmaxState whole{kNone, 0.0f}, some = whole;
-    float value = 0.0f, some_value = 0.0f;
+    Merged whole, some;
     for (int i = 0; i < num_parts; i += kAtOnce) {
-      SoftmaxState parts[kAtOnce];
-      float values[kAtOnce];
+      float loaded[kAtOnce][2], values[kAtOnce][kMergeDims];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const bool is_there = i + j < num_parts;
-        parts[j] = is_there ? SoftmaxState{states[2 * (i + j)], states[2 * (i + j) + 1]} : SoftmaxState{kNone, 0.0f};
-        values[j] = is_there ? a.workspace[(row + i + j) * kDim + dim] : 0.0f;
+        const int part = i + j < num_parts ? i + j : i;
+        load_now(loaded[j], states + 2 * part);
+        load_now(values[j], a.workspace + (row + part) * kDim + dim);
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        fold(some, some_value, parts[j], values[j]);
-        if ((j + 1) & (a.together - 1)) continue;
-        fold(whole, value, some, some_value);
-        some = {kNone, 0.0f};
-        some_value = 0.0f;
+        if (i + j < num_parts) some.fold({loaded[j][0], loaded[j][1]}, values[j]);
+        if ((j + 1) % kTogether) continue;
+        whole.fold(some.state, some.values);
+        some = {};
       }
     }
-    finish<T>(a, begin + token, head, dim, whole, value);
+#pragma unroll
+    for (int d = 0; d < kMergeDims; ++d) finish<T>(a, begin + token, head, dim + d, whole.state, whole.values[d]);
   }
+}
+
+template <class T, int kDim>
+int launch_merge(const AttentionArgs& a, int64_t num_seqs, Stream stream) {
+  constexpr int kHeadsOfBlock = kMergeThreads * kMergeDims / kDim;
+  const int64_t num_groups = (a.num_heads + kHeadsOfBlock - 1) / kHeadsOfBlock;
+  const dim3 grid(static_cast<unsigned>(num_groups), static_cast<unsigned>(num_seqs));
+  const auto kernel = a.together == kRun ? merge_kernel<T, kDim, kRun> : merge_kernel<T, kDim, 1>;
+  return launch(kernel, grid, kMergeThreads, stream, a);
 }
 
 }  // namespace
 
 int merge_partials(const AttentionArgs& a, const DecodeAttentionCall& c, Stream stream) {
-  const dim3 rows(static_cast<unsigned>(a.num_heads), static_cast<unsigned>(c.num_seqs));
   return with_half(c.dtype, [&](auto type) {
     using T = decltype(type);
     switch (c.dim) {
-      case 64: return launch(merge_kernel<T, 64>, rows, 64, stream, a);
-      case 128: return launch(merge_kernel<T, 128>, rows, 128, stream, a);
-      case 256: return launch(merge_kernel<T, 256>, rows, 256, stream, a);
+      case 64: return launch_merge<T, 64>(a, c.num_seqs, stream);
+      case 128: return launch_merge<T, 128>(a, c.num_seqs, stream);
+      case 256: return launch_merge<T, 256>(a, c.num_seqs, stream);
       default: return kBadArgument;
     }
   });

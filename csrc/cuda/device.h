@@ -100,9 +100,25 @@ FL_DEVICE void copy_bulk(void* to, const void* from, int num_bytes, BulkBarrier&
   FL_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
           :: "r"(shared_address(to)), "l"(from), "r"(num_bytes), "r"(shared_address(&barrier)) : "memory");
 }
+// The same of numbers that are read once: L2 drops them before all others.
+constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // the policy of createpolicy.fractional.L2::evict_first
+FL_DEVICE void copy_bulk_once(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
+  FL_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+          :: "r"(shared_address(to)), "l"(from), "r"(num_bytes), "r"(shared_address(&barrier)), "l"(kEvictFirst)
+          : "memory");
+}
 // Prefetches a multiple of 16 bytes, aligned to 16, to L2, which is never stale: allowed before the wait.
 FL_DEVICE void prefetch_bulk(const void* from, int num_bytes) {
   FL_SM90("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(num_bytes));
+}
+
+// Loads that begin where they stand: of many in a row a compiler would put each next to the use of its result.
+FL_DEVICE void load_now(float (&to)[2], const float* from) {
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "l"(from));
+}
+FL_DEVICE void load_now(float (&to)[4], const float* from) {
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from));
 }
 
 // Orders accesses of a warp's lanes to shared memory.
@@ -236,7 +252,8 @@ FL_DEVICE uint32_t pack(float first, float second) {
 }
 
 // Sum over all lanes; every lane gets the same bits.
-FL_DEVICE float warp_sum(float x) {
+template <class V>
+FL_DEVICE V warp_sum(V x) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }

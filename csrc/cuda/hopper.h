@@ -7,6 +7,13 @@ namespace fuseline::cuda {
 
 constexpr int kGroup = 128;  // threads of a warp group
 
+// Whether this compilation has the instructions. Code under `if constexpr` of it is not compiled for other GPUs.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpGroups = true;
+#else
+constexpr bool kHasWarpGroups = false;
+#endif
+
 // Descriptor of a matrix operand of half precision in shared memory, swizzled over rows of 128 bytes: the 16 bytes at
 // (row, unit) lie at unit ^ row % 8. `start`: of the operand in its 1024-aligned tile. `stride`: bytes from eight rows
 // to the next eight. `leading`: of operands whose rows are along k, bytes from 64 columns to the next 64; else unused.
@@ -71,6 +78,9 @@ FL_DEVICE void copy_box(void* to, const TensorMap& from, int x, int y, int z, in
           : "memory");
 }
 
+// Ends the kernel with an error.
+FL_DEVICE void trap() { __trap(); }
+
 // Orders this thread's ordinary writes to shared memory, copies included, before reads by matrix instructions.
 FL_DEVICE void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -78,8 +88,11 @@ FL_DEVICE void fence_shared_writes() { asm volatile("fence.proxy.async.shared::c
 FL_DEVICE void sync_some(int id, int count) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(count) : "memory"); }
 FL_DEVICE void arrive_some(int id, int count) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(count) : "memory"); }
 
-template <int kCount> FL_DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount)); }
-template <int kCount> FL_DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount)); }
+// Registers of a thread from here on; by a whole warp group.
+template <int kCount>
+FL_DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount)); }
+template <int kCount>
+FL_DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount)); }
 
 // Matrix instructions run asynchronously: begin_products before the first that uses registers written since, then the
 // products, close_products, and wait_products before their registers are used. settle() keeps the compiler from moving
@@ -103,8 +116,8 @@ FL_DEVICE void settle(float (&d)[kCount]) {
 #define FL_D32 FL_D16(0), FL_D16(16)
 #define FL_D64 FL_D32, FL_D16(32), FL_D16(48)
 
-// product(d, a, b, adds): d[64, N] = a[64, 16] b[16, N], added to d if `adds`. Warp w, lane (g = lane / 4, t = lane % 4)
-// holds d[4 j + 2 u + i] at row 16 w + 8 u + g, column 8 j + 2 t + i. `a` is a descriptor, its rows and those of b^T
+// product(d, a, b, adds): d[64, N] = a[64, 16] b[16, N], added to d if `adds`. Warp w, lane (g = lane / 4,
+// t = lane % 4) holds d[4 j + 2 u + i] at row 16 w + 8 u + g, column 8 j + 2 t + i. `a` is a descriptor, its rows and those of b^T
 // along k; or registers, as `a` of mma() for the rows of each warp, with b stored [16, N].
 #define FL_PRODUCTS(T, type, count, n, registers, outputs, a0, a1, a2, a3, a4, a5)                                     \
   FL_DEVICE void product(float (&d)[count], uint64_t a, uint64_t b, bool adds, T) {                                    \

@@ -4,111 +4,17 @@
 // take tiles in turns. Two warp groups compute 64 rows of a tile each, taking turns in issuing products, so that one's
 // softmax runs beside the other's products; of a third, a warp copies queries and keys and another values to shared
 // memory, ahead of the products, across tiles of rows.
-// A row's keys are summed from the first to the last, a tile of 128 keys at a time, and tiles that it does not see leave
-// it as it is: its bits are the same in any tile and batch.
+// A row's keys are summed from the first to the last, a tile of 128 keys at a time, and tiles that it does not see
+// leave it as it is: its bits are the same in any tile and batch.
 //
 // Tiles of queries, keys and values lie in shared memory as chunks of 64 columns; a chunk has 128 bytes a row, swizzled
 // (operand_descriptor). Queries and keys are read along their rows, values across.
 //
 // Legend: H query heads, G per kv head, D head dim, B keys per block; lane = (g = lane / 4, t = lane % 4).
-#include "cuda/hopper.h"
-#include "cuda/kernels.h"
+#include "cuda/prefill.h"
 
 namespace fuseline::cuda {
-namespace {
-
-constexpr int kTileRows = 128, kTileKeys = 128, kStages = 2, kThreads = 3 * kGroup;
-constexpr int kLine = 128, kChunk = kTileKeys * kLine;  // bytes of a row of a chunk, of a chunk
-constexpr int kComputingWarps = 2 * kGroup / kWarp;
-constexpr float kNone = -INFINITY;
-static_assert(kTileRows == kTileKeys);
-
-struct PrefillArgs {
-  TensorMap q, k, v;  // [D, H, T, 1] and [D, B, K, N] in boxes of a tile's rows, of one block's keys
-  void* out;
-  const int32_t *block_table, *seq_lens, *query_start;
-  const void* sinks;
-  int num_seqs, kv_heads, group, tokens;  // `tokens` of a tile
-  int64_t out_token, out_head, table_stride;
-  int block_shift, box_shift, window;  // log2 of B, and of the keys of a box
-  float scale;  // times log2(e)
-};
-
-template <int kDim>
-struct alignas(1024) Shared {
-  static constexpr int kChunks = kDim / 64;
-  struct Tile { char at[kChunks][kChunk]; };
-  Tile queries, keys[kStages], values[kStages];
-  BulkBarrier full_queries, free_queries, cut_values;
-  BulkBarrier full_keys[kStages], free_keys[kStages], full_values[kStages], free_values[kStages];
-};
-
-// A tile of rows. Keys are tiles [first_tile, first_tile + num_tiles); those outside [first, end) are not seen.
-struct Work {
-  int seq, kv_head, begin, num_tokens, position, first, end, first_tile, num_tiles;
-};
-
-FL_DEVICE int warp_sum_int(int x) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
-
-// Tiles of tokens of a sequence; one of a single token has none.
-FL_DEVICE int tiles_of(const PrefillArgs& a, int seq) {
-  const int count = seq < a.num_seqs ? a.query_start[seq + 1] - a.query_start[seq] : 0;
-  return count > 1 ? (count + a.tokens - 1) / a.tokens : 0;
-}
-
-FL_DEVICE int count_tiles(const PrefillArgs& a) {
-  int total = 0;
-#pragma unroll 1
-  for (int seq = threadIdx.x % kWarp; seq < a.num_seqs; seq += kWarp) total += tiles_of(a, seq);
-  return warp_sum_int(total);
-}
-
-// The tile of tokens of this number. Lanes look at neighbouring sequences.
-FL_DEVICE Work find_work(const PrefillArgs& a, int tile) {
-  const int lane = threadIdx.x % kWarp;
-  int seq = 0, passed = kWarp, before = 0;
-#pragma unroll 1
-  for (int base = 0; passed == kWarp; base += kWarp) {
-    int total = tiles_of(a, base + lane);
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int other = shuffle(total, lane >= step ? lane - step : lane);
-      if (lane >= step) total += other;
-    }
-    passed = warp_sum_int(before + total <= tile);
-    seq = base + passed;
-    before += passed > 0 ? shuffle(total, passed - 1) : 0;
-  }
-  seq = shuffle(seq, 0);  // known to the compiler to be the warp's
-  const int token = shuffle(tile - before, 0) * a.tokens, begin = a.query_start[seq];
-  const int count = a.query_start[seq + 1] - begin, position = a.seq_lens[seq] - count + token;
-  Work w;
-  w.seq = seq;
-  w.begin = begin + token;
-  w.num_tokens = count - token < a.tokens ? count - token : a.tokens;
-  w.position = position;
-  w.first = position - a.window + 1 > 0 ? position - a.window + 1 : 0;
-  w.end = position + w.num_tokens;
-  w.first_tile = w.first / kTileKeys;
-  w.num_tiles = shuffle(w.end > w.first ? (w.end + kTileKeys - 1) / kTileKeys - w.first_tile : 0, 0);
-  return w;
-}
-
-// Calls f with each tile of rows of this block. Tiles go by from the last one, as late ones see most keys, to the blocks
-// in ascending and descending order by turns, which gives each block as many keys.
-template <class F>
-FL_DEVICE void for_each_tile(const PrefillArgs& a, const F& f) {
-  const int num_blocks = gridDim.x, number = blockIdx.x, total = count_tiles(a) * a.kv_heads;
-  for (int round = 0, base = 0; base < total; ++round, base += num_blocks) {
-    const int item = base + (round % 2 ? num_blocks - 1 - number : number);
-    if (item >= total) continue;
-    Work w = find_work(a, (total - 1 - item) / a.kv_heads);
-    w.kv_head = item % a.kv_heads;
-    f(w);
-  }
-}
+namespace prefill {
 
 // Starts the copies of a tile of keys or values by a warp, a box by each lane; blocks that no row sees are left out.
 template <int kDim>
@@ -138,22 +44,26 @@ FL_DEVICE void clear_rows(typename Shared<kDim>::Tile& tile, int from, int to) {
 }
 
 template <int kDim>
-FL_DEVICE void copy_keys(const PrefillArgs& a, Shared<kDim>& shared) {
+FL_DEVICE void copy_queries(const PrefillArgs& a, const Work& w, Shared<kDim>& shared) {
   constexpr int kChunks = Shared<kDim>::kChunks;
+  if (threadIdx.x % kWarp != 0) return;
+  arrive_expecting(shared.full_queries, kChunks * a.tokens * a.group * kLine);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk)
+    copy_box(shared.queries.at[chunk], a.q, 64 * chunk, w.kv_head * a.group, w.begin, 0, shared.full_queries);
+}
+
+template <int kDim>
+FL_DEVICE void copy_keys(const PrefillArgs& a, Shared<kDim>& shared) {
   int turn = 0, round = 0;
   for_each_tile(a, [&](const Work& w) {
-    if (w.num_tiles == 0) return;
-    wait_for(shared.free_queries, round++ % 2 ^ 1);
-    if (threadIdx.x % kWarp == 0) {
-      arrive_expecting(shared.full_queries, kChunks * a.tokens * a.group * kLine);
-#pragma unroll 1
-      for (int chunk = 0; chunk < kChunks; ++chunk)
-        copy_box(shared.queries.at[chunk], a.q, 64 * chunk, w.kv_head * a.group, w.begin, 0, shared.full_queries);
-    }
     for (int n = 0; n < w.num_tiles; ++n, ++turn) {
       const int stage = turn % kStages;
       wait_for(shared.free_keys[stage], turn / kStages % 2 ^ 1);
       copy_tile<kDim>(shared.keys[stage], a.k, a, w, w.first_tile + n, shared.full_keys[stage]);
+      if (n > 0) continue;
+      wait_for(shared.free_queries, round++ % 2 ^ 1);  // behind the first keys, which have room sooner
+      copy_queries<kDim>(a, w, shared);
     }
   });
 }
@@ -290,85 +200,99 @@ FL_DEVICE void write_rows(const PrefillArgs& a, const Work& w, int row, Rows<T, 
   }
 }
 
-// One warp group's work: its 64 rows of each tile.
+// One warp group's work: its 64 rows of each tile of rows. `turn` and `round` count the tiles of keys and of rows that
+// are behind it, by which it knows stages and phases of the rings.
 template <class T, int kDim>
-FL_DEVICE void attend(const PrefillArgs& a, int part, Shared<kDim>& shared) {
-  const int thread = threadIdx.x % kGroup, warp = thread / kWarp, lane = thread % kWarp;
-  const int row = 64 * part + 16 * warp + lane / 4;
-  const uint32_t queries = shared_address(&shared.queries) + part * 64 * kLine;
-  int turn = 0, round = 0;  // tiles of keys, of rows
-  if (part == 1) arrive_some(turn_of(0), 2 * kGroup);
-  for_each_tile(a, [&](const Work& w) {
-    Rows<T, kDim> rows;
-    rows.clear();
-    if (w.num_tiles > 0) {
-      const int position[2] = {w.position + row / a.group, w.position + (row + 8) / a.group};
-      int base = w.first_tile * kTileKeys;
-      const auto weigh = [&] {
-        if (base + kTileKeys - 1 > w.position || base <= w.end - 1 - a.window) rows.mask(base, position, a.window);
-        base += kTileKeys;
-        return rows.weigh(a.scale);
-      };
-      wait_for(shared.full_queries, round++ % 2);
-      wait_for(shared.full_keys[turn % kStages], turn / kStages % 2);
-      sync_some(turn_of(part), 2 * kGroup);
-      begin_products();
-      rows.issue_scores(queries, shared_address(&shared.keys[turn % kStages]));
-      close_products();
-      arrive_some(turn_of(1 - part), 2 * kGroup);
-      wait_products<0>();
-      settle(rows.s);
-      if (lane == 0) arrive(shared.free_keys[turn % kStages]);
-      weigh();
-      rows.pack_weights();
-      int before = turn++;
+struct Computing {
+  const PrefillArgs& a;
+  Shared<kDim>& shared;
+  int part, row, turn, round;
+  Rows<T, kDim> rows;
+
+  FL_DEVICE void release(BulkBarrier& barrier) {
+    if (threadIdx.x % kWarp == 0) arrive(barrier);
+  }
+
+  FL_DEVICE void take_turn() { sync_some(turn_of(part), 2 * kGroup); }
+  FL_DEVICE void pass_turn() { arrive_some(turn_of(1 - part), 2 * kGroup); }
+
+  FL_DEVICE void begin_scores() {
+    wait_for(shared.full_keys[turn % kStages], turn / kStages % 2);
+    take_turn();
+    begin_products();
+    rows.issue_scores(shared_address(&shared.queries) + part * 64 * kLine,
+                      shared_address(&shared.keys[turn % kStages]));
+    close_products();
+  }
+
+  // Of the tile of keys ahead of the present one.
+  FL_DEVICE void begin_values() {
+    const int before = turn - 1;
+    wait_for(shared.full_values[before % kStages], before / kStages % 2);
+    begin_products();
+    rows.issue_values(shared_address(&shared.values[before % kStages]));
+    close_products();
+  }
+  FL_DEVICE void end_values() {
+    wait_products<0>();
+    settle(rows.o);
+    release(shared.free_values[(turn - 1) % kStages]);
+  }
+
+  // The n-th tile of keys: its scores have come; returns by which factor earlier results shrink.
+  FL_DEVICE float2 weigh(const Work& w, int n) {
+    settle(rows.s);
+    release(shared.free_keys[turn % kStages]);
+    if (n + 1 == w.num_tiles) release(shared.free_queries);
+    const int base = (w.first_tile + n) * kTileKeys;
+    if (base + kTileKeys - 1 > w.position || base <= w.end - 1 - a.window)
+      rows.mask(base, {w.position + row / a.group, w.position + (row + 8) / a.group}, a.window);
+    return rows.weigh(a.scale);
+  }
+
+  FL_DEVICE void attend(const Work& w) {
+    wait_for(shared.full_queries, round++ % 2);
+    begin_scores();
+    pass_turn();
+    wait_products<0>();
+    weigh(w, 0);
+    rows.pack_weights();
+    ++turn;
 #pragma unroll 1
-      for (int n = 1; n < w.num_tiles; ++n) {
-        const int stage = turn % kStages;
-        wait_for(shared.full_keys[stage], turn / kStages % 2);
-        sync_some(turn_of(part), 2 * kGroup);
-        begin_products();
-        rows.issue_scores(queries, shared_address(&shared.keys[stage]));
-        close_products();
-        wait_for(shared.full_values[before % kStages], before / kStages % 2);
-        begin_products();
-        rows.issue_values(shared_address(&shared.values[before % kStages]));
-        close_products();
-        arrive_some(turn_of(1 - part), 2 * kGroup);
-        wait_products<1>();
-        settle(rows.s);
-        if (lane == 0) arrive(shared.free_keys[stage]);
-        const float2 shrink = weigh();
-        wait_products<0>();
-        settle(rows.o);
-        if (lane == 0) arrive(shared.free_values[before % kStages]);
-        rows.shrink(shrink);
-        rows.pack_weights();
-        before = turn++;
-      }
-      if (lane == 0) arrive(shared.free_queries);
-      wait_for(shared.full_values[before % kStages], before / kStages % 2);
-      begin_products();
-      rows.issue_values(shared_address(&shared.values[before % kStages]));
-      close_products();
-      wait_products<0>();
-      settle(rows.o);
-      if (lane == 0) arrive(shared.free_values[before % kStages]);
+    for (int n = 1; n < w.num_tiles; ++n, ++turn) {
+      begin_scores();
+      begin_values();
+      pass_turn();
+      wait_products<1>();
+      const float2 shrink = weigh(w, n);
+      end_values();
+      rows.shrink(shrink);
+      rows.pack_weights();
     }
-    write_rows(a, w, row, rows);
+    begin_values();
+    end_values();
+  }
+};
+
+template <class T, int kDim>
+FL_DEVICE void compute(const PrefillArgs& a, int part, Shared<kDim>& shared) {
+  const int row = 64 * part + threadIdx.x % kGroup / kWarp * 16 + threadIdx.x % kWarp / 4;
+  Computing<T, kDim> c{a, shared, part, row, 0, 0, {}};
+  if (part == 1) c.pass_turn();
+  for_each_tile(a, [&](const Work& w) {
+    c.rows.clear();
+    if (w.num_tiles > 0) c.attend(w);
+    write_rows(a, w, row, c.rows);
   });
-  if (part == 0) sync_some(turn_of(0), 2 * kGroup);  // the other's last arrival
+  if (part == 0) c.take_turn();  // the other's last
 }
 
-// Grid: any number of blocks.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
-  launch_dependents();
-  wait_for_prerequisites();
-#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+FL_DEVICE void run_block(const PrefillArgs& a) {
   Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>(dynamic_shared());
   if (threadIdx.x == 0) {
-    for (BulkBarrier* one : {&shared.full_queries, &shared.cut_values}) init(*one, 1);
+    init(shared.full_queries, 1);
+    init(shared.cut_values, 1);
     init(shared.free_queries, kComputingWarps);
     for (int stage = 0; stage < kStages; ++stage) {
       init(shared.full_keys[stage], 1);
@@ -387,21 +311,30 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
     if (warp == 1) copy_values<kDim>(a, shared);
   } else {
     more_registers<224>();
-    attend<T, kDim>(a, part, shared);
+    compute<T, kDim>(a, part, shared);
   }
-#endif
+}
+
+// Grid: any number of blocks.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  launch_dependents();
+  wait_for_prerequisites();
+  if constexpr (kHasWarpGroups) run_block<T, kDim>(a);
+  else trap();
 }
 
 // The keys or values of a cache [N, K, B, D], in boxes of 64 numbers of some keys of a block.
-int describe_cache(TensorMap& to, const PrefillAttentionCall& c, const void* from, const int64_t (&strides)[3],
+inline int describe_cache(TensorMap& to, const PrefillAttentionCall& c, const void* from, const int64_t (&strides)[3],
                    int64_t box) {
   return describe_tensor(to, from, {c.dim, int64_t{1} << c.block_shift, c.num_kv_heads, c.num_blocks}, strides,
                          {64, box, 1, 1});
 }
 
-}  // namespace
+}  // namespace prefill
 
 int prefill_attention(Stream stream, const PrefillAttentionCall& c) {
+  using namespace prefill;
   PrefillArgs a{};
   a.out = c.out;
   a.block_table = static_cast<const int32_t*>(c.block_table);

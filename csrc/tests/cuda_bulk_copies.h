@@ -72,6 +72,9 @@ inline void copy_bulk(void* to, const void* from, int num_bytes, BulkBarrier& ba
   emulated::block().num_idle = 0;
   emulated::block().bulk_copies.push_back({to, from, static_cast<size_t>(num_bytes), &barrier});
 }
+inline void copy_bulk_once(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
+  copy_bulk(to, from, num_bytes, barrier);
+}
 // Of inaccessible memory (the early-launch race check) it is allowed.
 inline void prefetch_bulk(const void* from, int num_bytes) {
   emulated::check_bulk(nullptr, from, num_bytes);

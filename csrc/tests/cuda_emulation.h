@@ -241,6 +241,9 @@ void wait_groups() {
   }
 }
 
+template <int kCount>
+void load_now(float (&to)[kCount], const float* from) { std::memcpy(to, from, sizeof(to)); }
+
 inline void sync_warp() {
   emulated::Block& b = emulated::block();
   emulated::wait(b.warps[b.current / emulated::kWarp], emulated::kWarp);

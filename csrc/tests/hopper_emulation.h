@@ -82,7 +82,8 @@ inline void reset_hopper_block() {
   for (int k = 0; k < kMaxThreads; ++k) {
     GroupThread& thread = b.threads[k];
     if (!thread.products.empty()) fail("products were not waited for");
-    if (b.has_products && k < block().num_threads && block().fibers[k].has_unfenced) fail("copies that no fence orders before products");
+    const bool is_unfenced = k < block().num_threads && block().fibers[k].has_unfenced;
+    if (b.has_products && is_unfenced) fail("copies that no fence orders before products");
     thread.num_groups = 0;
     thread.is_fenced = false;
   }
@@ -206,6 +207,8 @@ inline void copy_box(void* to, const TensorMap& map, int x, int y, int z, int w,
     }
   }
 }
+
+[[noreturn]] inline void trap() { emulated::fail("a trap"); }
 
 inline void fence_shared_writes() {
   emulated::Block& b = emulated::block();

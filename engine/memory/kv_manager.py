@@ -36,6 +36,7 @@ class KVManager:
         self.swap = SwapSpace(num_host_blocks) if num_host_blocks and not num_states else None
         self._epoch = 0
         self._windowed = [(index, group) for index, group in enumerate(self.groups) if group.window]
+        self._forks: list[list[tuple[int, int]]] = [[] for _ in self.groups]
         self.in_flight: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
         self.tables = np.zeros((len(self.groups), max_num_seqs, -(-max_model_len // block_size)), np.int32)
@@ -145,6 +146,33 @@ class KVManager:
                 seq.blocks[index].append(block)
         self.num_slots[rows] += self.block_size
         return True
+
+    def fork(self, parent: Sequence, child: Sequence, num_computed: int) -> bool:
+        """Give `child` the KV of the parent's first `num_computed` tokens: full blocks are shared, the last one is
+        copied before the next step computes. False when a block is lacking, and for a model with recurrent states.
+        """
+        full, is_partial = divmod(num_computed, self.block_size)
+        if self.states or (is_partial and any(not group.pool.num_free for group in self.groups)):
+            return False
+        child.blocks = []
+        for index, (group, blocks) in enumerate(zip(self.groups, parent.blocks, strict=True)):
+            for block in blocks[:full]:
+                if block != NULL_BLOCK:
+                    group.pool.take(block)
+            fresh = group.pool.allocate(1) if is_partial else []
+            self._forks[index] += [(blocks[full], block) for block in fresh]
+            child.blocks.append(blocks[:full] + fresh)
+        child.first_held = list(parent.first_held)
+        child.num_committed, child.cache_epoch = min(parent.num_committed, full), parent.cache_epoch
+        child.keys = parent.keys[:full]
+        return True
+
+    def take_forks(self) -> tuple[np.ndarray, ...]:
+        """[2, F] by cache group: blocks to copy, and those to copy them to; none since the last call: ()."""
+        if not any(self._forks):
+            return ()
+        taken, self._forks = self._forks, [[] for _ in self.groups]
+        return tuple(np.array(pairs, np.int64).reshape(-1, 2).T for pairs in taken)
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
         """Make the blocks of the first `num_tokens` tokens findable: they are known, and computed by a started step."""

@@ -46,6 +46,14 @@ class SwappingModel(Model, Protocol):
 
 
 @runtime_checkable
+class ForkingModel(Model, Protocol):
+    """A model that can copy blocks within its caches."""
+
+    def copy_blocks(self, pairs: Seq[np.ndarray]) -> None:
+        """[2, F] int64 by cache group: blocks, and those that become copies of them before what is run next."""
+
+
+@runtime_checkable
 class StatefulModel(Model, Protocol):
     """A model with recurrent states."""
 
@@ -151,6 +159,8 @@ class Runner:
         return num_known < batch.lengths
 
     def run(self, prepared: PreparedBatch) -> Launched:
+        if prepared.scheduled.forks:
+            self.model.copy_blocks(prepared.scheduled.forks)
         if prepared.scheduled.copies:
             self.model.swap(prepared.scheduled.copies)
         prepared.inputs.sampled = self._sampled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -115,7 +115,23 @@ class Scheduler:
             self._admit_waiting(budget)
             if self._delay and budget.started:
                 self._delay.started()
-        return make_batch(budget, self.rows, self.kv.swap)
+        batch = make_batch(budget, self.rows, self.kv.swap)
+        # An empty batch is not computed: its copies wait for the next one.
+        forks = self.kv.take_forks() if batch.num_tokens else ()
+        return replace(batch, forks=forks) if forks else batch
+
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Let `child`, whose last token alone is not computed for its parent, run with that one's KV. False where there
+        is no row or block for it.
+        """
+        num_computed = len(child.stored) - 1
+        if len(self._free_rows) <= self.waiting.num_deferred or not self.kv.fork(parent, child, num_computed):
+            return False
+        child.row = self._free_rows.pop()
+        self.running.append(child)
+        self.rows.load(child, num_computed)
+        self.kv.load_table(child)
+        return True
 
     def preempt_all(self) -> None:
         """Everything is computed anew, what was swapped out too."""
@@ -125,6 +141,7 @@ class Scheduler:
             self.kv.discard_swapped(seq)
         if self.kv.swap:
             self.kv.swap.copies.clear()
+        self.kv.take_forks()
 
     def _is_delay_over(self) -> bool:
         return self._delay is None or self._delay.is_over(self.waiting, bool(self.running))

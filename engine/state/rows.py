@@ -66,6 +66,8 @@ class RequestRows:
         self.has_lists = np.zeros(num_rows, bool)
         self.has_edits = np.zeros(num_rows, bool)  # run/row_edits.py has work for it
         self.has_grammar = np.zeros(num_rows, bool)
+        self.is_beam = np.zeros(num_rows, bool)  # the next token is known when all beams of the request have theirs
+        self.num_beams = 0  # rows that are beams
         self.is_held = np.zeros(num_rows, bool)  # out of steps until its mask is made
 
     def load(self, seq: Sequence, num_computed: int = 0) -> None:
@@ -104,6 +106,8 @@ class RequestRows:
         self.generation[row] += 1
         self.num_pooled -= seq.is_pooled
         self.num_embedded -= seq.embeds is not None
+        self.num_beams -= int(self.is_beam[row])
+        self.is_beam[row] = False
         self.num_tokens[row] = self.num_computed[row] = self.num_wanted[row] = self.num_drafts[row] = 0
         seq.row, seq.rows = -1, None
 
@@ -133,6 +137,8 @@ class RequestRows:
         remaining = np.where(self.is_held[rows], 0, remaining)
         if self.with_drafts:
             return np.where(self.num_known[rows] < self.num_tokens[rows], 0, remaining)
+        if self.num_beams:
+            return np.where(self.is_beam[rows] & (self.num_known[rows] < self.num_tokens[rows]), 0, remaining)
         return remaining
 
     def note_output(self, seq: Sequence) -> None:
@@ -176,6 +182,8 @@ class RequestRows:
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)
         self.has_grammar[row] = params.has_masks
+        self.is_beam[row] = params.beams is not None
+        self.num_beams += params.beams is not None
         reads = bool(seq.processors) or params.has_masks
         self.reads_tokens[row] = reads or any(len(word) > 1 for word in params.bad_words)
         self.has_edits[row] = bool(seq.processors or params.logprob_token_ids or params.scores_temperature != 1)

@@ -35,3 +35,5 @@ class ScheduledBatch:
     num_drafts: np.ndarray | None = None  # [S] int64; None: no sequence brings any
     copies: tuple[BlockCopy, ...] = ()
     """Blocks to swap, in this order, before the step computes."""
+    forks: tuple[np.ndarray, ...] = ()
+    """[2, F] int64 for each cache group, or none: blocks, and those that become copies of them before all that."""

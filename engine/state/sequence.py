@@ -121,6 +121,8 @@ class Sequence:
     """Logits processors of its request."""
     grammar: TokenGrammar | None = None
     """Where it is in its grammar, if its request has one."""
+    group: Any = None
+    """The other beams of its request (engine/beams.py); None before its first token, and for all other sequences."""
 
     @property
     def params(self) -> SamplingParams | PoolingParams:
@@ -221,6 +223,25 @@ def make_sequences(
         sequences[0].prompt_scores = PromptScores(len(request.prompt_token_ids), request.params.prompt_logprobs)
     sequences[0].children = sequences[1:]
     return sequences
+
+
+def forked(parent: Sequence, generated: Seq[int], handle: int) -> Sequence:
+    """Another sequence of the same request, with those tokens behind the prompt. It has no KV yet."""
+    return Sequence(
+        request=parent.request,
+        index=parent.index,
+        choices=list(parent.choices),
+        order=(*parent.order[:-1], handle),
+        seed=parent.seed,
+        handle=handle,
+        stored=array("i", parent.request.prompt_token_ids) + array("i", generated),
+        variant=parent.variant,
+        cache_root=parent.cache_root,
+        shares_prefix=parent.shares_prefix,
+        embeds=EmbedsDigest(parent.request.embeds) if parent.request.embeds else None,
+        was_looked_up=True,
+        queue_seconds=parent.queue_seconds,
+    )
 
 
 def _shared_choices(params: SamplingParams | PoolingParams) -> list[list[int]]:

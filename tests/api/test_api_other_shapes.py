@@ -22,7 +22,7 @@ MESSAGE_ASK = {
     "messages": [{"role": "user", "content": QUESTION}], "tools": [BLOCK_TOOL], "temperature": 0, "max_tokens": 80,
 }  # fmt: skip
 MESSAGE_THINK = {
-    "messages": [{"role": "user", "content": "What is 12 plus 7?"}], "thinking": {"type": "enabled"}, "temperature": 0,
+    "messages": [{"role": "user", "content": "What is 12 plus 7?"}], "thinking": {"type": "adaptive"}, "temperature": 0,
     "max_tokens": 80,
 }  # fmt: skip
 

@@ -237,6 +237,18 @@ def test_the_request_log(door, caplog) -> None:
     assert "Hello!" not in lines(disable_log_requests=False, max_log_len=3)[0]
 
 
+def test_what_clients_write_is_in_no_log_unless_a_flag_asks_for_it(door, caplog) -> None:
+    caplog.set_level(logging.DEBUG, "fuseline")
+    opened = door(disable_log_requests=None)
+    words = {"guided_choice": ["secret one", "secret two"], "stop": "secret", "user": "secret", "min_tokens": 1}
+    opened.chat(messages=[{"role": "user", "content": "secret"}], **words)
+    opened.complete(prompt="secret", bad_words=["secret"])
+    opened.call("POST", "/v1/completions", {"prompt": "secret", "n": "secret", "secret": 1})
+    told = [record.getMessage() for record in caplog.records if record.name == "fuseline.requests"]
+    assert any("prompt of" in line and "min_tokens=1" in line for line in told)
+    assert not any("secret" in line for line in told)
+
+
 def test_stacks_of_refused_requests(door, caplog) -> None:
     for wants, count in ((False, 0), (True, 1)):
         caplog.clear()

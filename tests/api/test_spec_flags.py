@@ -74,7 +74,9 @@ ROWS: dict[str, list[Good | Bad]] = {
     "enable_ssl_refresh": [Good("", False), Bad("--enable-ssl-refresh", 1, "needs --ssl-keyfile and --ssl-certfile")],
     "ssl_cert_reqs": [Good("", 0), Bad("--ssl-cert-reqs 3", 2, "choose from"), Bad("--ssl-cert-reqs 2", 1, "ca-certs")],
     "root_path": [Good("--root-path /api", "/api")],
-    "middleware": [Good("", []), Good("--middleware a.b --middleware c.d", ["a.b", "c.d"])],
+    "middleware": [Good("", []), Good("--middleware email.message.Message --middleware wsgiref.util.FileWrapper",
+                                  ["email.message.Message", "wsgiref.util.FileWrapper"]),
+                   Bad("--middleware a.b", 1, "cannot be imported")],
     **{name: switch("--" + name.replace("_", "-")) for name in (
         "return_tokens_as_token_ids", "disable_frontend_multiprocessing", "enable_request_id_headers",
         "disable_log_requests", "disable_fastapi_docs", "enable_prompt_tokens_details")},

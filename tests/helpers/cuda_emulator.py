@@ -13,6 +13,8 @@ from pathlib import Path
 
 from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap
 
+ISA = "sm_90"
+"""Whose instructions `run` takes; tools/gpu_check puts the GPU's in its place."""
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 sys.path.insert(0, str(CSRC / "cuda"))

@@ -121,6 +121,13 @@ class FakeModel:
                 else:
                     cache[on_device] = host[on_host]
 
+    def copy_blocks(self, pairs: Sequence[np.ndarray]) -> None:
+        for cache, (sources, targets) in zip(self.caches, pairs, strict=True):
+            blocks = cache.reshape(-1, self.block_size, 3)
+            assert (sources > 0).all() and (targets > 0).all() and len(set(targets.tolist())) == len(targets)
+            assert not set(sources.tolist()) & set(targets.tolist())
+            blocks[targets] = blocks[sources]
+
     def run(self, inputs: StepInputs) -> StepOutput:
         if inputs.sources is not None:
             is_sampled = inputs.sources >= 0

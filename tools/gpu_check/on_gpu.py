@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
 
 from fuseline.compile.kernels.cuda.library import Overlap, library_for
-from fuseline.compile.target import Target
+from fuseline.compile.target import Target, detect_target
 from gpu_check import failures
 from gpu_check.table import is_gpu_lost
 
@@ -78,6 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
     carry_triton()
     library = library_for(Target("cuda", "", 1))
     if library is not None:
+        cuda_emulator.ISA = detect_target(device="cuda").isa
         early = library.overlapping(Overlap.WEIGHTS)  # weights are copied synchronously, so early reads are safe
         cuda_emulator.run = lambda function, *args, **more: carry(function, early, *args, **more)
 

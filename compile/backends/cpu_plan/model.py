@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from fuseline.compile.backends.cpu_plan.plan import PlanExecutable
@@ -16,7 +17,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.runner import PipelineResult
 from fuseline.compile.graph_inputs import StepInputs, StepOutput, graph_values, no_embeds
 from fuseline.compile.memory import Pages
-from fuseline.compile.model_info import cache_tensors, describe
+from fuseline.compile.model_info import cache_tensors, copy_cache_blocks, describe
 
 Executable = EagerExecutable | PlanExecutable | StepPlans
 
@@ -71,6 +72,10 @@ class CpuModel:
         for name, (shape, dtype) in cache_tensors(self.info, num_blocks, self._block_size).items():
             self._caches[name] = pages.zeros(shape, dtype)
         self._executable.bind(self._caches)
+
+    def copy_blocks(self, pairs: Sequence[np.ndarray]) -> None:
+        """Copies blocks of the caches before the next step, as `copy_cache_blocks` has them."""
+        copy_cache_blocks(self._caches, self.info, pairs)
 
     def run(self, inputs: StepInputs) -> StepOutput:
         """Computes one step. Tokens named by `sources` must already be sampled: a CPU runs steps synchronously."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from fuseline.compile.graph_inputs import (
     only_decodes,
 )
 from fuseline.compile.kernels.triton.batch import feed_tokens
-from fuseline.compile.model_info import cache_tensors, describe
+from fuseline.compile.model_info import cache_tensors, copy_cache_blocks, describe
 from fuseline.compile.residency.sleep import Weights
 from fuseline.compile.residency.swap import HostCaches
 from fuseline.compile.residency.uploads import DeviceInputs
@@ -65,6 +66,10 @@ class CudaModel:
     def swap(self, copies: Sequence[BlockCopy]) -> None:
         """Copies blocks in the given order, before the next step. Never waits for the device."""
         self._host_caches.copy(copies)
+
+    def copy_blocks(self, pairs: Sequence[np.ndarray]) -> None:
+        """Copies blocks of the caches before the next step, as `copy_cache_blocks` has them."""
+        copy_cache_blocks(self._caches, self.info, pairs)
 
     def move_weights_to_host(self) -> None:
         """Moves weights to host memory and drops graphs; no step can run until move_weights_back."""

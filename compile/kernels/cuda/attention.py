@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.kernels.cuda.library import DTYPES, CudaLibrary, native
-from fuseline.compile.kernels.registry import LAST, tunings
+from fuseline.compile.kernels.registry import NATIVE, tunings
 from fuseline.compile.kernels.triton.attention import PREFILL_TUNINGS, Tuning
 from fuseline.compile.kernels.triton.attention import paged_attention as triton_attention
 from fuseline.compile.ops.library import DECODE, PREFILL
@@ -22,8 +22,8 @@ SPLIT = 256  # keys of the shortest split
 GRID_TARGET = 1024  # blocks that fill a GPU: more workers a sequence are launched only below it
 RUN = 4
 """Splits of 256 keys that the kernel of bulk copies merges first; a block computes one or so many at a time."""
-MANY_RUNS = 4096
-"""Runs, each for one kv head, from which on a block computes whole runs: 31 for each of 132 multiprocessors."""
+MANY_RUNS = 1024
+"""Runs, each for one kv head, from which on a block computes whole runs: eight for each of 132 multiprocessors."""
 BULK_ISAS = ("sm_90", "sm_100", "sm_103")
 """GPUs with bulk copies and 227 KiB of shared memory a block."""
 NO_WINDOW = (1 << 31) - 1
@@ -120,8 +120,8 @@ def prefill_attention(
         "prefill_attention", q, out=out, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
         seq_lens=seq_lens, query_start=query_start, sinks=sinks, num_tokens=num_tokens, num_seqs=seq_lens.shape[0],
         num_heads=num_heads, num_kv_heads=k_cache.shape[1], dim=dim, num_blocks=k_cache.shape[0],
-        out_token=out_token, out_head=out_head, q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block,
-        v_head=v_head, v_token=v_token, table_stride=block_table.stride(0),
+        out_token=out_token, out_head=out_head, q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head,
+        k_token=k_token, v_block=v_block, v_head=v_head, v_token=v_token, table_stride=block_table.stride(0),
         block_shift=k_cache.shape[2].bit_length() - 1, window=window if window > 0 else NO_WINDOW, scale=scale,
         dtype=DTYPES[q.dtype],
     )  # fmt: skip
@@ -138,8 +138,8 @@ def supports_prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
     sinks: Tensor | None, window: int, scale: float, softcap: float, *scales: Tensor | None,
 ) -> bool:  # fmt: skip
-    """What the decode kernel takes, with caches of the queries' dtype, heads of 64 or 128, blocks of 8 keys or more, and
-    no soft-cap."""
+    """What the decode kernel takes, with caches of the queries' dtype, heads of 64 or 128, blocks of 8 keys or more,
+    and no soft-cap."""
     args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks)
     is_plain = k_cache.dtype == q.dtype and softcap == 0.0 and scale > 0.0 and all(each is None for each in scales)
     return is_plain and q.shape[3] <= 128 and k_cache.shape[2] >= 8 and supports_attention(*args)
@@ -159,7 +159,7 @@ def decode_or_prefill_into(
     args = (q, k_cache, v_cache, block_table, *rest)
     num_tokens, num_seqs = q.shape[2], block_table.shape[0]
     if num_tokens <= num_seqs or num_seqs > 1:
-        decode_attention(lib, out, *args)
+        decode_attention(lib, out, *args, is_bulk=True)
     if num_tokens > num_seqs:
         prefill_attention(lib, out, *args)
 
@@ -173,30 +173,35 @@ def supports_bulk(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor | N
     return supports_attention(q, k_cache, v_cache, *rest) and is_laid_out
 
 
-MIXED = "cuda.decode_attention, triton.paged_attention"
-OURS = "cuda.decode_attention, cuda.prefill_attention"
+def supports_bulk_and_prefill(*args: object) -> bool:
+    """What both kernels take."""
+    return supports_prefill(*args) and supports_bulk(*args[:7])
+
+
+MIXED, BULK_MIXED = (f"cuda.{decode}_attention, triton.paged_attention" for decode in ("decode", "bulk"))
+OURS = "cuda.bulk_attention, cuda.prefill_attention"
+BULK, BULK_INTO = partial(decode_or_triton, is_bulk=True), partial(decode_or_triton_into, is_bulk=True)
+# Of steps with prompts a candidate gives a sequence's single token the bits of the default in a step without.
 IMPLEMENTATIONS = (
+    native(
+        "paged_attention", BULK, supports_bulk, label="cuda.bulk_attention", phases=(DECODE,), into=BULK_INTO,
+        tunings=tunings("run", (1, RUN), "r"), order=NATIVE - 1, isas=BULK_ISAS,
+    ),
+    native(
+        "paged_attention", BULK, supports_bulk, label=BULK_MIXED, phases=(PREFILL,), into=BULK_INTO,
+        tunings=tunings("tuning", PREFILL_TUNINGS), order=NATIVE - 1, isas=BULK_ISAS,
+        hides=(MIXED, "triton.paged_attention"),
+    ),
+    native(
+        "paged_attention", decode_or_prefill, supports_bulk_and_prefill, label=OURS, phases=(PREFILL,),
+        order=NATIVE - 2, into=decode_or_prefill_into, isas=("sm_90",),
+    ),
     native(
         "paged_attention", decode_or_triton, supports_attention, label="cuda.decode_attention", phases=(DECODE,),
         into=decode_or_triton_into,
     ),
-    # Triton alone would give a sequence's single token other bits in a step with prompts than in one without.
     native(
         "paged_attention", decode_or_triton, supports_attention, label=MIXED, phases=(PREFILL,),
         into=decode_or_triton_into, tunings=tunings("tuning", PREFILL_TUNINGS), hides=("triton.paged_attention",),
-    ),
-    native(
-        "paged_attention", decode_or_prefill, supports_prefill, label=OURS, phases=(PREFILL,), order=LAST,
-        into=decode_or_prefill_into, isas=("sm_90",),
-    ),
-    native(
-        "paged_attention", partial(decode_or_triton, is_bulk=True), supports_bulk, label="cuda.bulk_attention",
-        phases=(DECODE,), into=partial(decode_or_triton_into, is_bulk=True), tunings=tunings("run", (1, RUN), "r"),
-        order=LAST, isas=BULK_ISAS,
-    ),
-    native(
-        "paged_attention", partial(decode_or_triton, is_bulk=True), supports_bulk,
-        label="cuda.bulk_attention, triton.paged_attention", phases=(PREFILL,),
-        into=partial(decode_or_triton_into, is_bulk=True), order=LAST, isas=BULK_ISAS,
     ),
 )  # fmt: skip

@@ -1,16 +1,13 @@
 // Weights of codes of 4 or 8 bits: words[N/16][W][16] of 8 or 4 codes (compile/ops/linear_codes.py), and their values.
 //
-// A source gives operands for kStep inputs at a time, each of kDepthOf inputs: on the bf16-dot path words of two bf16,
-// else fp32. Values are exact, but for tables that no bf16 holds; those of 8 bits are 2^24 times as large: a code is
-// left in the upper byte of its word.
+// A source gives operands for kStep inputs at a time: on the bf16-dot path words of two bf16, each for two inputs, else
+// fp32. Values are exact in units of kUnit, but for tables, which are rounded to the dtype of x.
 #pragma once
 #include "fuseline/codes.h"
 #include "product.h"
 
 namespace fuseline::FL_ISA {
 namespace {
-
-constexpr float kEighth = 0x1p-24f;   // unit of values of 8 bits
 
 // Values of codes of 4 bits: of int4, the nf4 and fp4 of bitsandbytes, and e2m1 of the OCP.
 alignas(64) constexpr float kTables[4][16] = {
@@ -27,7 +24,7 @@ alignas(64) constexpr float kTables[4][16] = {
 
 struct Int8 {
   static constexpr int kCodes = 4;   // per word
-  static constexpr float kUnit = kEighth;
+  static constexpr float kUnit = 0x1p-24f;   // a code stays in the upper byte of its word
   FL_INLINE vf value(vu word, int k) const { return __builtin_convertvector(upper_byte(word, k), vf); }
   FL_INLINE static vi upper_byte(vu word, int k) {
     if (k == 3) return (vi)(word & 0xff000000u);
@@ -88,6 +85,17 @@ FL_INLINE vu pair_of(const Kind& kind, vu word, int j) {
   return ((vu)kind.value(word, 2 * j) >> 16) | ((vu)kind.value(word, 2 * j + 1) & 0xffff0000u);
 }
 #if defined(__AVX512BW__)
+// Halves with a byte on top become sign, exponent and fraction of a bf16; subnormals are looked up.
+FL_INLINE vu pair_of(const Fp8&, vu word, int j) {
+  __m512i places = _mm512_set4_epi32(0x0d800c80, 0x09800880, 0x05800480, 0x01800080);
+  __m512i h = _mm512_shuffle_epi8((__m512i)word, _mm512_add_epi32(places, _mm512_set1_epi32(0x02000200 * j)));
+  __m512i magnitude = _mm512_srli_epi16(_mm512_and_si512(h, _mm512_set1_epi16(0x7f00)), 4);
+  __m512i normal = _mm512_add_epi16(magnitude, _mm512_set1_epi16(120 << 7));
+  __m512i subnormals = _mm512_set4_epi32(0x3c603c40, 0x3c203c00, 0x3bc03b80, 0x3b000000);   // m / 8 * 2^-6
+  __mmask32 is_small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(0x80));
+  __m512i found = _mm512_mask_permutexvar_epi16(normal, is_small, _mm512_srli_epi16(magnitude, 4), subnormals);
+  return (vu)_mm512_ternarylogic_epi32(found, h, _mm512_set1_epi16(-0x8000), 0xf8);   // found | (h & sign)
+}
 FL_INLINE vu pair_of(const Nibbles& kind, vu word, int j) {
   return (vu)_mm512_permutexvar_epi16((__m512i)(word >> (4 * j)), (__m512i)kind.pairs);
 }
@@ -97,13 +105,12 @@ FL_INLINE vu pair_of(const Nibbles& kind, vu word, int j) {
 template <class Kind, bool DOT>
 struct InPlace {
   static constexpr int kStep = Kind::kCodes, kOperands = DOT ? kStep / 2 : kStep;
-  static constexpr float kUnit = Kind::kUnit;
   Kind kind;
   const uint32_t* words;
-  int64_t step;
-  FL_INLINE vu load(int p, int64_t k, int v) const {
-    return load_words(words + p * step + k / kStep * kPanel + v * kLanes);
-  }
+  int64_t step, ahead;   // ahead: of what is read, in words, are prefetched
+  FL_INLINE const uint32_t* at(int p) const { return words + p * step; }
+  FL_INLINE void fetch(const uint32_t* line) const { __builtin_prefetch(line + ahead, 0, 2); }
+  FL_INLINE float unit() const { return Kind::kUnit; }
   FL_INLINE auto operand(vu word, int j) const {
     if constexpr (DOT) return pair_of(kind, word, j);
     else return kind.value(word, j);
@@ -111,28 +118,32 @@ struct InPlace {
 };
 
 // Operands that were decoded before, [panel][k][16] fp32 or [panel][k / 2][16] words of two bf16.
-template <class Kind, bool DOT>
+template <bool DOT>
 struct Decoded {
   static constexpr int kStep = DOT ? 2 : 1, kOperands = 1;
-  static constexpr float kUnit = Kind::kUnit;
   const uint32_t* words;
   int64_t step;
-  FL_INLINE vu load(int p, int64_t k, int v) const {
-    return load_words(words + p * step + k / kStep * kPanel + v * kLanes);
-  }
+  float of_code;   // unit of the values
+  FL_INLINE const uint32_t* at(int p) const { return words + p * step; }
+  FL_INLINE void fetch(const uint32_t*) const {}
+  FL_INLINE float unit() const { return of_code; }
   FL_INLINE auto operand(vu word, int) const {
     if constexpr (DOT) return word;
     else return (vf)word;
   }
 };
 
+constexpr int64_t kAhead = 512;   // words prefetched while a panel is decoded
+
 // Decodes num_k inputs, a multiple of kCodes, of a panel.
 template <bool DOT, class Kind>
 inline void decode_panel(const Kind& kind, const uint32_t* words, int64_t num_k, uint32_t* out) {
-  InPlace<Kind, DOT> source{kind, words, 0};
+  InPlace<Kind, DOT> source{kind, words, 0, 0};
   for (int64_t k = 0; k < num_k; k += Kind::kCodes)
     for (int v = 0; v < kPanelVecs; ++v) {
-      vu word = source.load(0, k, v);
+      const uint32_t* line = words + k / Kind::kCodes * kPanel + v * kLanes;
+      __builtin_prefetch(line + kAhead, 0, 2);
+      vu word = load_words(line);
       for (int j = 0; j < source.kOperands; ++j)
         store_words(out + (k / (DOT ? 2 : 1) + j) * kPanel + v * kLanes, (vu)source.operand(word, j));
     }

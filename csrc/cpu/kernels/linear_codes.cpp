@@ -70,25 +70,30 @@ FL_INLINE void codes_tile(const LinearCodes& job, const Block<DOT>& block, int64
                           int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
   constexpr int kVecs = PANELS * kPanelVecs, kRow = Packing<DOT>::kRow, kInputs = Packing<DOT>::kInputs;
   const auto* a = block.at(k0 / kDepth, r0);
+  const uint32_t* panels[PANELS];
+  for (int p = 0; p < PANELS; ++p) panels[p] = b.at(p0 + p);
   bool is_whole = job.group == 0, is_last = k0 + num_k >= job.num_k;
   int length = is_whole ? num_k : static_cast<int>(job.group);
   for (int first = 0; first < num_k; first += length) {
     int end = first + length < num_k ? first + length : num_k;
     vf acc[ROWS][kVecs];
     load_tile(acc, c, ldc, is_whole && k0 > 0);
-    for (int k = first; k < end; k += Source::kStep) {
+    for (int64_t i = first / Source::kStep; i < (end + Source::kStep - 1) / Source::kStep; ++i) {
+      const auto* x = a + i * (Source::kStep / kInputs);
       vu words[kVecs];
-      for (int p = 0; p < PANELS; ++p)
-        for (int v = 0; v < kPanelVecs; ++v) words[p * kPanelVecs + v] = b.load(p0 + p, k, v);
+      for (int p = 0; p < PANELS; ++p) {
+        b.fetch(panels[p] + i * kPanel);
+        for (int v = 0; v < kPanelVecs; ++v) words[p * kPanelVecs + v] = load_words(panels[p] + i * kPanel + v * kLanes);
+      }
 #pragma GCC unroll 8
       for (int j = 0; j < Source::kOperands; ++j) {
         decltype(b.operand(words[0], 0)) y[kVecs];
         for (int v = 0; v < kVecs; ++v) y[v] = b.operand(words[v], j);
         for (int r = 0; r < ROWS; ++r) {
-          auto x = a[r * kRow + k / kInputs + j] - decltype(y[0] + y[0]){};
+          auto all = x[r * kRow + j] - decltype(y[0] + y[0]){};
           for (int v = 0; v < kVecs; ++v) {
-            if constexpr (DOT) acc[r][v] = dot_pairs(acc[r][v], y[v], x);
-            else acc[r][v] = fma(x, y[v], acc[r][v]);
+            if constexpr (DOT) acc[r][v] = dot_pairs(acc[r][v], y[v], all);
+            else acc[r][v] = fma(all, y[v], acc[r][v]);
           }
         }
       }
@@ -98,11 +103,12 @@ FL_INLINE void codes_tile(const LinearCodes& job, const Block<DOT>& block, int64
     bool is_first = is_whole || k0 + first == 0;
     for (int p = 0; p < PANELS; ++p)
       for (int v = 0; v < kPanelVecs; ++v) {
-        vf scale = of_group(job.scales, panel + p, group, v), zero{};
-        if (job.zeros.present()) zero = of_group(job.zeros, panel + p, group, v);
+        vf scale = of_group(job.scales, panel + p, group, v) * set1(b.unit()), zero{};
+        bool has_zeros = job.zeros.present();
+        if (has_zeros) zero = of_group(job.zeros, panel + p, group, v) * set1(1.0f / b.unit());
         for (int r = 0; r < ROWS; ++r) {
-          vf sum = acc[r][p * kPanelVecs + v] * set1(Source::kUnit);
-          if (job.zeros.present()) sum = fma(set1(-block.sums[(r0 + r) * job.num_groups() + group]), zero, sum);
+          vf sum = acc[r][p * kPanelVecs + v];
+          if (has_zeros) sum = fma(set1(-block.sums[(r0 + r) * job.num_groups() + group]), zero, sum);
           float* to = c + r * ldc + p * kPanel + v * kLanes;
           store(to, fma(scale, sum, is_first ? vf{} : load(to)));
         }
@@ -112,7 +118,7 @@ FL_INLINE void codes_tile(const LinearCodes& job, const Block<DOT>& block, int64
 
 // Panels side by side, each with an operand and ROWS sums in registers.
 constexpr int codes_panels(int rows) {
-  if (kLanes == 16) return rows <= 4 ? 4 : 2;
+  if (kLanes == 16) return rows <= 2 ? 4 : 2;
   return kLanes == 8 && rows <= 2 ? 2 : 1;
 }
 
@@ -146,7 +152,8 @@ void multiply_panels(const LinearCodes& job, const Kind& kind, const Block<DOT>&
     for (int p = 0; p < num_panels; p += codes_panels(1))
       for (int64_t k0 = 0; k0 < job.num_k; k0 += kDepth) {
         int width = num_panels - p < codes_panels(1) ? num_panels - p : codes_panels(1);
-        InPlace<Kind, DOT> source{kind, job.words(panel + p) + k0 / kCodes * kPanel, job.panel_words()};
+        InPlace<Kind, DOT> source{kind, job.words(panel + p) + k0 / kCodes * kPanel, job.panel_words(),
+                                  codes_panels(1) * job.panel_words()};
         codes_rows<kFewRows>(static_cast<int>(block.rows), job, block, 0, source, width, panel + p, k0, depth(k0),
                              c + p * kPanel, ldc);
       }
@@ -158,7 +165,7 @@ void multiply_panels(const LinearCodes& job, const Kind& kind, const Block<DOT>&
   for (int64_t k0 = 0; k0 < job.num_k; k0 += kDepth) {
     for (int p = 0; p < num_panels; ++p)
       decode_panel<DOT>(kind, job.words(panel + p) + k0 / kCodes * kPanel, depth(k0), decoded + p * kDecoded);
-    Decoded<Kind, DOT> source{decoded, kDecoded};
+    Decoded<DOT> source{decoded, kDecoded, Kind::kUnit};
     for (int64_t t = 0; t < num_tiles; ++t) {
       int64_t r = block.rows * t / num_tiles, rows = block.rows * (t + 1) / num_tiles - r;
       codes_rows<kTileRows>(static_cast<int>(rows), job, block, r, source, num_panels, panel, k0, depth(k0),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.sequence import Sequence
+
+PATIENCE_SECONDS = 0.002
+"""How long a step waits for masks: those of a grammar that only might be slow are there by then."""
 
 
 class SlowMasks:
@@ -19,6 +22,8 @@ class SlowMasks:
         self._rows = rows
         self._pool: ThreadPoolExecutor | None = None
         self._jobs: dict[Sequence, Future[None]] = {}
+        self._new: list[Future[None]] = []
+        """Jobs that the next step has yet to wait for, for a moment."""
         self._first: list[Sequence] = []
         """Sequences that wait for their first mask, outside of the scheduler."""
 
@@ -50,6 +55,8 @@ class SlowMasks:
                 rows.num_drafts[row] = 0
                 rows.is_held[row] = self._is_behind(seq, row)
         self._forget_finished()
+        if rows.is_held.any():
+            self._wait_a_little()
         return bool(rows.is_held.any())
 
     def close(self) -> None:
@@ -67,8 +74,16 @@ class SlowMasks:
             return True
         if not seq.grammar.is_slow or seq.grammar.has_mask(known - prompt):
             return False
-        self._start(seq, rows.tokens[row, prompt + seq.grammar.num_seen : known].tolist())
+        self._new.append(self._start(seq, rows.tokens[row, prompt + seq.grammar.num_seen : known].tolist()))
         return True
+
+    def _wait_a_little(self) -> None:
+        """Masks that are soon there let their rows take part in this step."""
+        jobs, self._new = self._new, []
+        if jobs:
+            wait(jobs, timeout=PATIENCE_SECONDS)
+            for row in np.flatnonzero(self._rows.is_held).tolist():
+                self._rows.is_held[row] = self._is_behind(self._rows.sequences[row], row)
 
     def _forget_finished(self) -> None:
         finished = [seq for seq, job in self._jobs.items() if seq.is_finished and job.done()]
@@ -76,8 +91,9 @@ class SlowMasks:
             if seq not in self._first:
                 del self._jobs[seq]
 
-    def _start(self, seq: Sequence, tokens: list[int]) -> None:
+    def _start(self, seq: Sequence, tokens: list[int]) -> Future[None]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "fuseline-masks")
         job = self._jobs[seq] = self._pool.submit(seq.grammar.prepare, seq.grammar.num_seen, tokens)
         job.add_done_callback(lambda _: self.on_ready())
+        return job

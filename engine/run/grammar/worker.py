@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,8 @@ from fuseline.engine.run.grammar.backends.registry import Backends
 from fuseline.engine.run.grammar.matcher import STALL_SECONDS
 
 NICENESS = 10
+INTERNAL = re.compile(r"(\[[\d:]+\] )?\S+\.(cc|h):\d+: |Check failed: \(.*?\) is false:? ?")
+"""What xgrammar writes in front of its words."""
 TRIAL_TOKENS = 64
 """Tokens that a compiled grammar is walked along, so that one that is slow or faulty is found out here."""
 NO_MEMORY = "bad_alloc"
@@ -115,10 +118,9 @@ def try_walk(grammar: Grammar, vocab_size: int) -> float:
 
 
 def _message(error: Exception) -> str:
-    """What went wrong, without the place in xgrammar's sources."""
-    text = " ".join(str(error).split())
-    place, _, rest = text.partition(".cc:")
-    return (rest.partition(": ")[2] or text if place.startswith("[") else text)[:500]
+    """What went wrong, without the places and conditions of xgrammar's sources."""
+    text = INTERNAL.sub("", " ".join(str(error).split()))
+    return text[:500] or f"{type(error).__name__} in the grammar's backend"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,8 +18,7 @@ from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.generation import TextOptions
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.prepared import BeamOptions
-from fuseline.engine import service
-from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams, ToEngine
+from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams
 
 PROMPT = list(range(1, 15))
 
@@ -111,39 +108,9 @@ async def test_an_eos_is_kept_where_it_is_to_be_shown_and_scores_are_of_each_tok
             tokens.append(token)
 
 
-@pytest.fixture
-async def taken_by_turn(fake: Fake, monkeypatch) -> None:
-    """The engine takes all that a turn of the event loop sends, however busy the machine is."""
-    inbox, loop, lock = fake.client._transport._inbox, asyncio.get_running_loop(), threading.Lock()
-    put, receive = inbox.put, inbox.receive
-
-    def put_in_turn(message: ToEngine) -> None:
-        if not is_sending:
-            lock.acquire()
-            is_sending.append(True)
-            loop.call_soon(end_turn)
-        put(message)
-
-    def end_turn() -> None:
-        is_sending.clear()
-        lock.release()
-
-    def receive_turn(wait: bool) -> ToEngine | None:
-        message = receive(wait)
-        with lock:
-            return message
-
-    is_sending: list[bool] = []
-    monkeypatch.setattr(inbox, "put", put_in_turn)
-    monkeypatch.setattr(inbox, "receive", receive_turn)
-    monkeypatch.setattr(service, "MESSAGES_SECONDS", 60.0)
-
-
-async def test_beams_of_a_step_are_one_batch_and_find_what_they_share(fake: Fake, taken_by_turn: None) -> None:
+async def test_beams_are_one_batch_and_compute_a_token_each(fake: Fake) -> None:
     await search(fake, 4, 9, TextOptions(), 1.0, temperature=0.0)
-    assert [len(shape) for shape in fake.shapes].count(4) >= 4, fake.shapes
-    assert len(fake.shapes) <= 1 + 2 * 8, "two steps a token at most: one may wait for a block that another computes"
-    assert max(sum(shape) for shape in fake.shapes[1:]) <= 4 * 5, "no more than a block is computed anew"
+    assert fake.shapes == [[len(PROMPT)], *([[1] * 4] * 8)]
 
 
 async def test_what_a_prompt_is_worth_comes_with_the_first_step(fake: Fake) -> None:

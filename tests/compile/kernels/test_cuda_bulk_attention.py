@@ -78,15 +78,18 @@ def test_caches_that_it_does_not_take():
 @pytest.mark.parametrize(("isa", "is_offered"), [
     ("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True), ("sm_120", False),
 ])  # fmt: skip
-def test_gpus_that_have_bulk_copies_are_offered_it_behind_the_default(isa, is_offered, monkeypatch):
-    """For steps of single tokens, and for such tokens among prompts."""
+def test_gpus_that_have_bulk_copies_use_it(isa, is_offered, monkeypatch):
+    """For steps of single tokens, and for such tokens among prompts, which then have the same bits."""
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
     half = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     ints = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 256), (1,), (2,))]
     args = (half(1, 32, 1, 128), *(half(300, 8, 16, 128) for _ in "kv"), *ints, None, 0, 0.1, 0.0)
     target = replace(GPU, isa=isa)
     found = Kernels(target, {}).candidates(OpCall(OP.target, args, target))
-    assert found[0].label == "cuda.decode_attention"
-    bulk = {(one.label, *one.phases) for one in found if "bulk" in one.label}
-    want = {(f"cuda.bulk_attention{run}", DECODE) for run in ("", " 1r", " 4r")}
-    assert bulk == (want | {("cuda.bulk_attention, triton.paged_attention", PREFILL)} if is_offered else set())
+    default, other = ("bulk", "decode") if is_offered else ("decode", "bulk")
+    labels = {phase: [one.label for one in found if phase in one.phases] for phase in (DECODE, PREFILL)}
+    assert labels[DECODE][0] == f"cuda.{default}_attention"
+    assert labels[PREFILL][0] == f"cuda.{default}_attention, triton.paged_attention"
+    assert all(label.startswith(f"cuda.{default}_attention, ") for label in labels[PREFILL])
+    assert (f"cuda.{other}_attention" in labels[DECODE]) == is_offered
+    assert ("cuda.bulk_attention 4r" in labels[DECODE]) == is_offered

@@ -55,11 +55,15 @@ void multiply(const Args args) {
   __syncthreads();
   uint32_t a[4];
   const int row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
-  for (int r = 0; r < 4; ++r) a[r] = pack<Bf16>(a_at(row + r % 2 * 8, 2 * t + r / 2 * 8), a_at(row + r % 2 * 8, 2 * t + r / 2 * 8 + 1));
+  for (int r = 0; r < 4; ++r) {
+    const int at = row + r % 2 * 8, k = 2 * t + r / 2 * 8;
+    a[r] = pack<Bf16>(a_at(at, k), a_at(at, k + 1));
+  }
   float d[64] = {};
   const int wide = args.swizzle ? 8 * width : 128;
-  uint64_t b = args.is_across ? describe(right, args.swizzle, args.swizzle ? kDepth * width : 128, args.swizzle ? wide : 256)
-                              : describe(right, args.swizzle, kColumns * 16, wide);
+  uint64_t b = describe(right, args.swizzle, kColumns * 16, wide);
+  if (args.is_across)
+    b = args.swizzle ? describe(right, args.swizzle, kDepth * width, wide) : describe(right, 0, 128, 256);
   if (args.fault == kWrongStride) b += uint64_t{1} << 32;
   if (args.fault == kApart && thread == 77) b += 1;
   if (args.fault != kNoFence) begin_products();

@@ -20,7 +20,7 @@ from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.tuning import kernels as tune_gpu
 
 __all__ = ["config"]
-MIXED = f"cuda.decode_attention, {OURS}"
+MIXED = f"cuda.bulk_attention, {OURS}"
 HEADS_OF_64 = (("hidden_size", 256), ("head_dim", 64), ("num_hidden_layers", 1))
 
 
@@ -36,9 +36,9 @@ def test_kernels_in_cpp_come_first_and_are_measured(config, monkeypatch):
     want = {"rows": [[16, "cuda.linear"], [ANY, "torch.linear"]]}
     assert all(choice == want for choice in found["linear"]) and len(found["linear"]) == 4
     assert found["linear_act_mul"] == [{"rows": [[ANY, "torch.linear, cuda.act_mul"]]}]
-    assert found["paged_attention"] == [{DECODE: [[ANY, "cuda.decode_attention"]], PREFILL: [[ANY, MIXED]]}]
+    assert found["paged_attention"] == [{DECODE: [[ANY, "cuda.bulk_attention"]], PREFILL: [[ANY, MIXED]]}]
     assert max(rows for label, rows in clock.seen if label in ("cuda.linear", "cuda.linear_act_mul")) == 16
-    assert {rows for label, rows in clock.seen if label == "cuda.decode_attention"} == {1, 8, 16, 20}
+    assert {rows for label, rows in clock.seen if label == "cuda.bulk_attention"} == {1, 8, 16, 20}
     assert {"torch.linear", "triton.linear", "triton.linear_act_mul", OURS} <= {label for label, _ in clock.seen}
 
 
@@ -64,7 +64,7 @@ def test_kernels_in_cpp_give_way_to_what_is_faster(config, monkeypatch):
     found = choices(in_cpp(config, monkeypatch), clock)
     assert found["linear"][0] == {"rows": [[1, "triton.linear"], [16, "cuda.linear"], [ANY, "torch.linear"]]}
     assert found["paged_attention"][0] == {
-        DECODE: [[1, OURS], [ANY, "cuda.decode_attention"]], PREFILL: [[ANY, f"{MIXED} 64r"]],
+        DECODE: [[1, OURS], [ANY, "cuda.bulk_attention"]], PREFILL: [[ANY, f"{MIXED} 64r"]],
     }  # fmt: skip
     assert not any(label == OURS and rows == 300 for label, rows in clock.seen), "it leaves single tokens to the other"
 

@@ -98,7 +98,7 @@ def test_defaults_are_what_was_fastest_on_a_gpu(monkeypatch) -> None:
     caches = (half(300, 8, 16, 128) for _ in "kv")
     attention = torch.ops.fuseline.paged_attention.default
     found = default(attention, half(1, 32, 1, 128), *caches, *ints, None, 0, 0.1, 0.0)
-    assert found == [(ANY, "cuda.decode_attention")]
+    assert found == [(ANY, "cuda.bulk_attention")]
     assert str(default_tile(4096 * 2, 8, 2)) == "128x128x64 8w 3s"
 
 

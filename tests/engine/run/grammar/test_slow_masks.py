@@ -14,7 +14,7 @@ from engine_walk_cases import ORDERS, Walk
 from fuseline.api.prompt.grammar import request_spec
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.engine.messages import ThinkingBudget
-from fuseline.engine.run.grammar import masks
+from fuseline.engine.run.grammar import masks, slow_masks
 from fuseline.engine.run.grammar.backends.xgrammar import XGrammar
 from fuseline.engine.run.grammar.worker import _answer
 
@@ -112,6 +112,21 @@ def test_others_go_on_while_a_mask_is_made(order: str, is_aborted: bool) -> None
     if not is_aborted:
         text = b"".join(walks.VOCABULARY.tokens[token] for token in made.tokens(slow)).decode()
         assert re.fullmatch("([A-Z][a-f]){2,12}", text)
+
+
+def test_a_mask_that_is_soon_there_costs_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow_masks, "PATIENCE_SECONDS", 30)
+    counts = []
+    for is_slow in (False, True):
+        made = walks.walk("in_order", 40)
+        grammar = XGrammar(walks.COMPILED[walks.CHOICES.key].compiled)
+        grammar.is_slow = is_slow
+        made.engine.grammars._keep(walks.CHOICES.key, (grammar, 1))
+        fields = {"eos_token_ids": (walks.EOS,), "masked_eos_token_ids": (walks.EOS,), "max_tokens": 12}
+        made.submit(walks.PROMPT, grammar=walks.CHOICES, min_tokens=12, **fields)
+        finish(made)
+        counts.append(len(made.counts))
+    assert counts[0] == counts[1] == 12
 
 
 def test_a_slow_grammar_is_found_when_it_is_compiled() -> None:
