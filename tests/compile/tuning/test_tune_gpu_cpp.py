@@ -20,7 +20,7 @@ from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.tuning import kernels as tune_gpu
 
 __all__ = ["config"]
-MIXED = f"cuda.bulk_attention, {OURS}"
+MIXED = "cuda.bulk_attention, cuda.prefill_attention"
 HEADS_OF_64 = (("hidden_size", 256), ("head_dim", 64), ("num_hidden_layers", 1))
 
 
