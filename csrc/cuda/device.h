@@ -191,6 +191,11 @@ inline int num_processors() {
   return is_known ? count : 0;
 }
 
+// Puts a write of zeros on the stream; returns 0 or the runtime's error code.
+inline int clear(Stream stream, void* at, size_t num_bytes) {
+  return cudaMemsetAsync(at, 0, num_bytes, static_cast<cudaStream_t>(stream.handle));
+}
+
 // Launches the kernel; returns 0 or the runtime's error code. `needs`: the least overlap at which it may start early;
 // `shared_bytes`: size of its dynamic shared memory.
 template <class Args>
