@@ -32,6 +32,7 @@ from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.graph.runner import PipelineResult, run_passes
 from fuseline.compile.model_info import model_limit
 from fuseline.compile.passes.pipeline import stages
+from fuseline.compile.quantization.methods import quantizes_plain
 from fuseline.compile.residency.offload import Offload, choose_offloaded, without_offloaded
 from fuseline.compile.specs import CacheSpec, WeightSource
 from fuseline.compile.target import CPU, Target
@@ -89,11 +90,21 @@ def optimize(
     """
     config = _with_dtype_of(config, target)
     captured = load_or_capture(config, None if config.skip_model_check else partial(_check, config, progress))
-    layouts = layouts_of(captured, config) if target.kind == "cpu" and config.level > 0 else {}
-    result = _run_passes(captured, config, target, layouts)
+    result = _run_passes(captured, config, target, _layouts(captured, config, target))
     if keep:
         save_optimized(config, target, captured, result)
     return captured, result
+
+
+def _layouts(captured: CapturedModel, config: CompileConfig, target: Target) -> Mapping[str, str]:
+    """Layouts of quantized weights, by parameter. Raises CaptureError, LoadError."""
+    packs = config.level > 0 and "pack_weights" not in config.disabled_passes
+    if quantizes_plain(config) and (target.kind != "cpu" or not packs):
+        raise CaptureError(
+            f"--quantization {config.quantization} quantizes plain weights on a CPU only, from -O1 on and with the "
+            "pass pack_weights; leave it out"
+        )
+    return layouts_of(captured, config) if packs else {}
 
 
 def _with_dtype_of(config: CompileConfig, target: Target) -> CompileConfig:

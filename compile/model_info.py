@@ -14,7 +14,7 @@ from fuseline.compile.capture.captured import ModelFacts
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph_inputs import cache_name
-from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, ModelInfo, TapSpec
+from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, ModelInfo, QuantizedSpec, TapSpec
 
 DEFAULT_LIMIT = 2048
 
@@ -42,6 +42,7 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
         cache_specs=tuple(spec for spec in specs if isinstance(spec, CacheSpec)),
         cache_groups=tuple(spec for spec in specs if isinstance(spec, CacheGroup)),
         embed_dim=next((spec.embed_dim for spec in specs if isinstance(spec, FeedSpec)), 0),
+        quantized=next((spec.weights for spec in specs if isinstance(spec, QuantizedSpec)), ()),
         hidden_dim=next((spec.hidden_dim for spec in specs if isinstance(spec, TapSpec)), 0),
     )
 

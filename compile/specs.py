@@ -59,6 +59,13 @@ class FeedSpec:
     embed_dim: int
 
 
+@dataclass(frozen=True)
+class QuantizedSpec:
+    """How the model's quantized weights are kept, in words: 84 as int4/32/float16."""
+
+    weights: tuple[str, ...]
+
+
 def scale_names(layer: int) -> tuple[str, str]:
     """Constants with the scales of a layer's keys and values in fp8 caches."""
     return f"k_scale_{layer}", f"v_scale_{layer}"
@@ -128,5 +135,7 @@ class ModelInfo:
     """Features of the hidden states in StepOutput; 0: there are none."""
     host_weight_bytes: int = 0
     """Bytes of weights that are copied to the device in each step."""
+    quantized: tuple[str, ...] = ()
+    """How quantized weights are kept, in words."""
     max_logits: int = 0
     """Rows of logits that a step has memory for; 0: any number."""

@@ -200,6 +200,7 @@ def _ready(
 ) -> EngineReady:
     info = engine.runner.model.info
     kv_dtype = info.cache_specs[0].dtype if info.cache_specs else info.dtype
+    quantized = (("quantized", ", ".join(info.quantized)),) if info.quantized else ()
     return EngineReady(
         vocab_size=info.vocab_size,
         max_model_len=engine.max_model_len,
@@ -209,6 +210,6 @@ def _ready(
         kv_cache_dtype=kv_dtype,
         eos_token_ids=info.eos_token_ids,
         architecture=info.architecture,
-        table=(("device", device), *size.table),
+        table=(("device", device), *quantized, *size.table),
         num_host_blocks=max(host_blocks, default=0),
     )

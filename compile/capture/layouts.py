@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Mapping
 
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.checkpoint import CodedTensor
 from fuseline.compile.capture.coded import layout_of, open_stored
 from fuseline.compile.capture.errors import CaptureError
+from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.weights import resolve
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.formats.codes import has_kernel
-from fuseline.compile.ops.coded import parse_layout
+from fuseline.compile.ops.coded import MIXED
 from fuseline.compile.quantization.methods import method_of, online_layouts
 from fuseline.compile.quantization.published import QuantizationError
-
-logger = logging.getLogger(__name__)
 
 
 def layouts_of(captured: CapturedModel, config: CompileConfig) -> Mapping[str, str]:
@@ -34,18 +30,17 @@ def _stored_layouts(captured: CapturedModel, config: CompileConfig) -> dict[str,
     stored = open_stored(config)
     if not any(isinstance(tensor, CodedTensor) for tensor in stored.values()):
         return {}
-    resolved, found, counts = resolve(stored, captured, config), {}, Counter()
-    for name, (shape, _) in captured.parameters.items():
-        lazy = resolved[name] if name in resolved else None
-        if lazy is None or not any(isinstance(part.stored, CodedTensor) for part in lazy.slices):
-            continue
-        layout = layout_of(lazy)
-        if layout is not None and has_kernel(layout, shape):
-            found[name] = str(layout)
-        counts[found.get(name, "dequantized as they are loaded")] += 1
-    for layout, count in counts.most_common():
-        logger.info("%d weights are quantized: %s", count, layout)
-    return found
+    resolved = resolve(stored, captured, config)
+    found = {name: _layout_in(resolved[name]) for name in captured.parameters if name in resolved}
+    return {name: layout for name, layout in found.items() if layout}
+
+
+def _layout_in(lazy: LazyTensor) -> str:
+    """Name of the layout; MIXED for codes that are not a weight of one layout as it is, empty for plain values."""
+    if not any(isinstance(part.stored, CodedTensor) for part in lazy.slices):
+        return ""
+    layout = layout_of(lazy)
+    return str(layout) if layout else MIXED
 
 
 def _online_layouts(captured: CapturedModel, config: CompileConfig) -> dict[str, str]:
@@ -57,5 +52,5 @@ def _online_layouts(captured: CapturedModel, config: CompileConfig) -> dict[str,
     return {
         name: of_head if shape[0] == vocab else layout
         for name, (shape, _) in captured.parameters.items()
-        if len(shape) == 2 and has_kernel(parse_layout(layout), shape)
+        if len(shape) == 2
     }

@@ -33,6 +33,10 @@ KINDS = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "fp4": 4, "e2m1": 5}
 """What codes stand for, as kernels are told (CodeKind in codes.h)."""
 
 
+MIXED = "mixed"
+"""In place of a layout's name: of weights whose codes can only be dequantized."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a weight of few bits is stored; its name is `str` of it, such as int4/128/float16/zeros."""

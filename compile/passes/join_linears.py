@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fuseline.compile.graph.edit import constant, find_place, insert_call, insert_parts, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
-from fuseline.compile.ops.coded import parse_layout
+from fuseline.compile.ops.coded import MIXED, parse_layout
 from fuseline.compile.specs import WeightSource
 
 aten = torch.ops.aten
@@ -38,10 +38,14 @@ def join_linears(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         if node.target is OPS.linear.default and _is_plain(node):
             consumer = _consumer(node)
             layout = ctx.layouts.get(node.args[1].meta["fqn"], "")
-            if consumer is not None and not (layout and parse_layout(layout).has_order):
+            if consumer is not None and not _has_order(layout):
                 groups[node.args[0], consumer, layout].append(node)
     matches = sum(_join(graph, group) for group in groups.values() if len(group) > 1)
     return PassResult(matches)
+
+
+def _has_order(layout: str) -> bool:
+    return layout not in ("", MIXED) and parse_layout(layout).has_order
 
 
 def _is_plain(node: fx.Node) -> bool:

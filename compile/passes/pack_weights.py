@@ -9,16 +9,21 @@ linear(x, computed weight, bias)     -> aten.linear, which torch computes
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
+from fuseline.compile.formats.codes import has_kernel
 from fuseline.compile.formats.format import Format
 from fuseline.compile.formats.registry import format_named, formats_for
 from fuseline.compile.graph import edit
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
+from fuseline.compile.ops.coded import MIXED
+from fuseline.compile.specs import QuantizedSpec
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -27,28 +32,43 @@ OPS = torch.ops.fuseline
 def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     packer = _Packer(graph)
     forms = formats_for(ctx.config, ctx.target)
-    matches = 0
+    matches, kept = 0, {}
     for target in (OPS.linear.default, OPS.experts.default):
         plain = next((form for form in forms if target in form.readers), None)
-        for node in [n for n in graph.graph.nodes if n.target is target and plain]:
-            if target is OPS.linear.default and not is_constant(node.args[1]):
+        for node in [n for n in graph.graph.nodes if n.target is target]:
+            codes = _form_of_codes(node, ctx)
+            kept |= {name: codes for name in _names_of_weights(node) if name in ctx.layouts}
+            if plain and target is OPS.linear.default and not is_constant(node.args[1]):
                 edit.replace(node, aten.linear.default, node.args)
-            else:
-                matches += packer.replace(node, _form_of_codes(node, ctx) or plain)
+            elif codes or plain:
+                matches += packer.replace(node, codes or plain)
     for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default and is_constant(n.args[0])]:
         form = packer.format_of(node.args[0])
         matches += form is not None and node.target in form.readers and packer.replace(node, form)
-    return PassResult(matches)
+    return PassResult(matches, (QuantizedSpec(_in_words(kept)),) if kept else ())
+
+
+def _names_of_weights(node: fx.Node) -> list[str]:
+    return [name for arg in node.args if is_constant(arg) for name in edit.source_of(arg).names]
+
+
+def _in_words(kept: Mapping[str, Format | None]) -> tuple[str, ...]:
+    """From the format of each quantized weight, None for those that are dequantized."""
+    counts = Counter(form.name if form else "" for form in kept.values())
+    words = {"": "dequantized as they are loaded"}
+    return tuple(f"{count} {words.get(name, 'as ' + name)}" for name, count in counts.most_common())
 
 
 def _form_of_codes(node: fx.Node, ctx: PassContext) -> Format | None:
-    """The format of a linear's weight, if that is made of codes of one layout."""
+    """The format of a linear's weight, if that is made of codes of one layout, for which the target has a kernel."""
     weight = node.args[1]
     if node.target is not OPS.linear.default or not is_constant(weight):
         return None
     layouts = {ctx.layouts.get(name) for name in edit.source_of(weight).names}
     name = layouts.pop() if len(layouts) == 1 else None
-    return format_named(name) if name else None
+    form = format_named(name) if name and name != MIXED else None
+    is_ours = form and ctx.target.kind in form.targets and has_kernel(form.layout, tuple(weight.meta["val"].shape))
+    return form if is_ours else None
 
 
 class _Packer:

@@ -63,6 +63,11 @@ def method_of(config: CompileConfig) -> Method | None:
     return READERS[name](found)
 
 
+def quantizes_plain(config: CompileConfig) -> bool:
+    """Whether plain weights are to be quantized as they are loaded. Raises QuantizationError."""
+    return (config.quantization or "") in ONLINE and not quantization_config(config)
+
+
 def online_layouts(config: CompileConfig, dtype: str) -> tuple[str, str]:
     """Layouts of linears and of the logits' one, with scales of the model's `dtype`; empty to leave weights plain."""
     linears, head = ONLINE.get(config.quantization or "", ("", ""))

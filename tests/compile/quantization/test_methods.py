@@ -14,6 +14,7 @@ import zoo
 from paged_driver import greedy
 from safetensors.torch import load_file, save_file
 
+from fuseline.compile import compiler
 from fuseline.compile.backends.cpu_plan.model import CpuModel
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.checkpoint import CodedTensor
@@ -25,9 +26,10 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.ops.coded import dequantize, parse_layout
 from fuseline.compile.quantization.methods import method_of, online_layouts
-from fuseline.compile.target import detect_target
+from fuseline.compile.target import CPU, Target, detect_target
 
 PROMPTS = zoo.make_prompts([3, 11])
+UP = "model.layers.1.mlp.up_proj"
 cases = functools.cache(quantized.cases)
 LINEARS = (
     "gptq gptq-zeros gptq-v2 gptq-act-order gptq-8bit awq fp8 fp8-blocks w4a16 w4a16-zeros w8a16 w8a8 ct-fp8 nf4 "
@@ -65,19 +67,52 @@ def test_weights_are_those_of_the_package_and_tokens_those_of_transformers(name:
     model = assert_tokens_are_those_of_transformers(tmp_path)
     expected = 21 if "order" in name else 12
     assert calls(model, "linear_codes") == expected, "all but the logits'; joined where they can be"
+    assert model.info.quantized == (f"21 as {case.layout}",)
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_read(family: str, tmp_path: Path) -> None:
     name, ends = EXPERTS[family]
     quantized.checkpoint(cases()[name], tmp_path, family, ends=ends)
-    assert_tokens_are_those_of_transformers(tmp_path)
+    model = assert_tokens_are_those_of_transformers(tmp_path)
+    assert "6 dequantized as they are loaded" in model.info.quantized
 
 
 def test_a_model_of_half_precision(tmp_path: Path) -> None:
     """Codes are multiplied as they are, so that logits are at least as near as those of rounded weights."""
     quantized.checkpoint(cases()["awq"], tmp_path, "qwen3", "bfloat16")
     assert_tokens_are_those_of_transformers(tmp_path)
+
+
+def test_reference_ops_have_dequantized_weights(tmp_path: Path) -> None:
+    quantized.checkpoint(cases()["awq"], tmp_path)
+    model = assert_tokens_are_those_of_transformers(tmp_path, level=0)
+    assert model.info.quantized == ()
+
+
+def test_a_warm_start_keeps_the_layouts(tmp_path: Path, monkeypatch) -> None:
+    """Nothing is captured or resolved again; other tensors in the same files make another graph."""
+    path, _ = quantized.checkpoint(cases()["gptq"], tmp_path)
+    first = assert_tokens_are_those_of_transformers(tmp_path)
+    monkeypatch.setattr(compiler, "layouts_of", None)
+    again = assert_tokens_are_those_of_transformers(tmp_path)
+    assert again.info == first.info
+    for name in ("model", "plain"):
+        state = load_file(tmp_path / name / "model.safetensors")
+        plain = load_file(tmp_path / "plain" / "model.safetensors")[f"{UP}.weight"]
+        state = {key: value for key, value in state.items() if not key.startswith(UP)} | {f"{UP}.weight": plain}
+        save_file(state, tmp_path / name / "model.safetensors", {"format": "pt"})
+    monkeypatch.undo()
+    assert assert_tokens_are_those_of_transformers(tmp_path).info.quantized == ("20 as int4/32/float16",)
+
+
+@pytest.mark.parametrize(("target", "settings"), [
+    (CPU, {"level": 0}), (CPU, {"disabled_passes": ("pack_weights",)}), (Target("cuda", "sm_90", 1), {}),
+], ids=str)  # fmt: skip
+def test_plain_weights_stay_plain_where_nothing_reads_codes(target: Target, settings: dict) -> None:
+    config = CompileConfig(str(zoo.checkpoint("llama")), skip_model_check=True, quantization="int8", **settings)
+    with pytest.raises(CaptureError, match="--quantization int8 quantizes plain weights on a CPU only, from -O1 on"):
+        optimize(config, target)
 
 
 def test_a_tied_embedding_of_codes_is_one_copy(tmp_path: Path) -> None:
@@ -118,9 +153,6 @@ def test_what_is_not_supported_is_refused_in_one_line(asked, config, message: st
 def test_a_name_of_a_kernel_stands_for_the_method(asked: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": cases()["gptq"].config}))
     assert method_of(CompileConfig(str(tmp_path), quantization=asked)).name == "gptq"
-
-
-UP = "model.layers.1.mlp.up_proj"
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
