@@ -163,7 +163,7 @@ def test_a_name_of_a_kernel_stands_for_the_method(asked: str, tmp_path: Path) ->
     ("w4a16", lambda s: s[f"{UP}.weight_shape"].fill_(7), f"{UP}.weight in .* has shape .7, 7., but config.json"),
     ("ct-fp8", lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight is fp8 without a weight_scale"),
     ("w8a8", lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight is int8 without a weight_scale"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_damaged_tensors_are_refused_by_name(name: str, change, message: str, tmp_path: Path) -> None:
     path, _ = quantized.checkpoint(cases()[name], tmp_path)
     state = load_file(path / "model.safetensors")
