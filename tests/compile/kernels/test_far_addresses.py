@@ -14,7 +14,7 @@ import cuda_emulator
 import pytest
 import torch
 import triton_interpreter
-from cuda_attention_cases import Decode
+from cuda_attention_cases import Decode, Prompts
 from native_sampling_cases import Result
 from torch import Tensor
 from triton_attention_cases import Batch
@@ -71,6 +71,16 @@ def test_attention(kind, counts, is_coded):
     batch = kind([90, 60, 300], counts=counts, dtype=torch.bfloat16, **dims)
     if is_coded:
         batch.k_cache, batch.v_cache = (x.nan_to_num().to(torch.float8_e4m3fn) for x in (batch.k_cache, batch.v_cache))
+    assert_same_at_the_end(batch)
+
+
+def test_attention_of_prompts():
+    if cuda_emulator.ISA != "sm_90":
+        pytest.skip("runs on a GPU that the kernel is not for")
+    assert_same_at_the_end(Prompts([90, 60, 300], [40, 60, 3]))
+
+
+def assert_same_at_the_end(batch: Batch) -> None:
     want = batch.run()
     batch.table += BLOCKS - batch.k_cache.shape[0]
     batch.k_cache, batch.v_cache = at_the_end(batch.k_cache), at_the_end(batch.v_cache)
