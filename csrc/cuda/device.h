@@ -95,21 +95,13 @@ FL_DEVICE void wait_for(BulkBarrier& barrier, int parity) {
     FL_SM90("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
             : "=r"(is_complete) : "r"(shared_address(&barrier)), "r"(parity) : "memory");
 }
-// Starts a copy of a multiple of 16 bytes, aligned to 16, from global to shared memory; the barrier counts its bytes.
-FL_DEVICE void copy_bulk(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
-  FL_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-          :: "r"(shared_address(to)), "l"(from), "r"(num_bytes), "r"(shared_address(&barrier)) : "memory");
-}
-// The same of numbers that are read once: L2 drops them before all others.
 constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // the policy of createpolicy.fractional.L2::evict_first
+// Starts a copy of a multiple of 16 bytes, aligned to 16, from global to shared memory; the barrier counts its bytes.
+// Of numbers that are read once: L2 drops them before all others.
 FL_DEVICE void copy_bulk_once(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
   FL_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
           :: "r"(shared_address(to)), "l"(from), "r"(num_bytes), "r"(shared_address(&barrier)), "l"(kEvictFirst)
           : "memory");
-}
-// Prefetches a multiple of 16 bytes, aligned to 16, to L2, which is never stale: allowed before the wait.
-FL_DEVICE void prefetch_bulk(const void* from, int num_bytes) {
-  FL_SM90("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(num_bytes));
 }
 
 // Loads that begin where they stand: of many in a row a compiler would put each next to the use of its result.
@@ -199,6 +191,11 @@ inline int num_processors() {
   return is_known ? count : 0;
 }
 
+// Puts a write of zeros on the stream; returns 0 or the runtime's error code.
+inline int clear(Stream stream, void* at, size_t num_bytes) {
+  return cudaMemsetAsync(at, 0, num_bytes, static_cast<cudaStream_t>(stream.handle));
+}
+
 // Launches the kernel; returns 0 or the runtime's error code. `needs`: the least overlap at which it may start early;
 // `shared_bytes`: size of its dynamic shared memory.
 template <class Args>
@@ -209,23 +206,16 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Ar
     const cudaError_t error = cudaFuncSetAttribute(kernel, most, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = attributes;
+  config.attrs = &early;
   config.numAttrs = stream.overlap >= needs ? 1 : 0;
-#if CUDART_VERSION >= 12080
-  if (stream.overlap >= Overlap::kAlike) {
-    attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-    attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
-    config.numAttrs = 2;
-  }
-#endif
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -7,17 +7,15 @@
 namespace fuseline::cuda {
 
 // Which kernels may start while the one ahead of them on the stream still runs (programmatic dependent launch): none;
-// those that touch no memory before it has ended; also those that read their weights before that. kAlike: the last, and
-// all kernels ask for the same split of a multiprocessor into L1 cache and shared memory, which may have to be idle to
-// change its split.
-enum class Overlap : int { kNone, kHeads, kWeights, kAlike };
+// those that touch no memory before it has ended; also those that read their weights before that.
+enum class Overlap : int { kNone, kHeads, kWeights };
 
 struct Stream {
   void* handle;
   Overlap overlap;
 };
 
-// Read before the kernel ahead has ended if the overlap is kWeights or more; nothing on the device may write it by then.
+// Read before the kernel ahead has ended if the overlap is kWeights; nothing on the device may write it by then.
 struct Weight { const void* data; };
 
 #define FL_OUT(name) void* name;

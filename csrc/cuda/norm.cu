@@ -8,21 +8,24 @@
 namespace fuseline::cuda {
 namespace {
 
-constexpr int kHeld = 4;          // vectors of a row that a thread keeps in registers
+constexpr int kHeld = 2;          // vectors of a row that a thread keeps in registers
 constexpr int kRowsPerBlock = 4;  // rows per block if a warp computes each
+template <int kThreads>
+constexpr int kBlock = kThreads == kWarp ? kRowsPerBlock * kWarp : kThreads;
 
 struct NormArgs {
   void *out, *total;
   const void *x, *residual, *weight, *bias;
   // Row r is at r / inner * outer stride + r % inner * inner stride.
-  int64_t num_rows, inner, out_outer, out_inner, x_outer, x_inner, residual_outer, residual_inner;
+  uint32_t num_rows, inner;
+  int64_t out_outer, out_inner, x_outer, x_inner, residual_outer, residual_inner;
   int64_t dim;
   float eps;
   int mode;  // of codes.h; kLayer for LayerNorm
 };
 constexpr int kLayer = -1;
 
-FL_DEVICE int64_t place_of(int64_t row, int64_t inner, int64_t outer_stride, int64_t inner_stride) {
+FL_DEVICE int64_t place_of(uint32_t row, uint32_t inner, int64_t outer_stride, int64_t inner_stride) {
   return row / inner * outer_stride + row % inner * inner_stride;
 }
 
@@ -40,13 +43,15 @@ FL_DEVICE float row_sum(float x, float* shared) {
   return sum;
 }
 
-// Grid: one row per block, or kRowsPerBlock with a warp each. kVector: numbers per load.
+// Grid: one row per block, or kRowsPerBlock with a warp each. kVector: numbers per load. Loads precede all stores, which
+// the compiler takes for stores to their sources: a row waits for memory once, and once for its weights. 1024 threads
+// share a multiprocessor's registers, 768 of rows of a warp.
 template <class T, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads == kWarp ? kRowsPerBlock * kWarp : kThreads) norm_kernel(const NormArgs a) {
+__global__ void __launch_bounds__(kBlock<kThreads>, kThreads == kWarp ? 6 : 1024 / kThreads)
+    norm_kernel(const NormArgs a) {
   __shared__ float shared[kThreads == kWarp ? 1 : kThreads / kWarp];
   const int thread = threadIdx.x % kThreads;
-  const int64_t row = kThreads == kWarp ? blockIdx.x * static_cast<int64_t>(kRowsPerBlock) + threadIdx.x / kWarp
-                                        : static_cast<int64_t>(blockIdx.x);
+  const uint32_t row = kThreads == kWarp ? blockIdx.x * kRowsPerBlock + threadIdx.x / kWarp : blockIdx.x;
   const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
   launch_dependents();
   for (int64_t c = thread * kVector; weight && c < a.dim; c += kThreads * kVector) prefetch(weight + c);
@@ -59,58 +64,75 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kRowsPerBlock * kWarp : kT
   T* total = static_cast<T*>(a.total) + at;
   T* out = static_cast<T*>(a.out) + at;
 
-  float held[kHeld][kVector];
+  using Vector = Some<T, kVector>;
+  Vector held[kHeld], others[kHeld];
   // Calls f(first column, its numbers) for this thread's vectors: those in registers, then those reread each time.
   const auto for_each = [&](const auto& f) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int64_t c = (thread + i * kThreads) * kVector;
-      if (c < a.dim) f(c, held[i]);
+      if (c >= a.dim) continue;
+      float v[kVector];
+      widen(v, held[i]);
+      f(c, v, i);
     }
     for (int64_t c = (thread + kHeld * kThreads) * kVector; c < a.dim; c += kThreads * kVector) {
       float again[kVector];
       load(again, (residual ? total : x) + c);
-      f(c, again);
+      f(c, again, kHeld);
     }
   };
-  // Reads the input of the norm: x, or x + residual rounded to its dtype, which is also stored.
-  const auto read = [&](int64_t c, float(&v)[kVector]) {
-    load(v, x + c);
-    if (!residual) return;
-    float other[kVector];
-    load(other, residual + c);
+  // The input of the norm where there is a residual: x + residual rounded to its dtype, which is also stored.
+  const auto sum_of = [&](int64_t c, const Vector& left, const Vector& right) {
+    float v[kVector], other[kVector];
+    widen(v, left);
+    widen(other, right);
+    Vector sum;
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) v[k] = rounded<T>(v[k] + other[k]);
-    store(total + c, v);
+    for (int k = 0; k < kVector; ++k) sum.at[k] = cast<T>(v[k] + other[k]);
+    *reinterpret_cast<Vector*>(total + c) = sum;
+    return sum;
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int64_t c = (thread + i * kThreads) * kVector;
-    if (c < a.dim) read(c, held[i]);
+    if (c < a.dim) held[i] = some_of<kVector>(x + c);
+    if (c < a.dim && residual) others[i] = some_of<kVector>(residual + c);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t c = (thread + i * kThreads) * kVector;
+    if (c < a.dim && residual) held[i] = sum_of(c, held[i], others[i]);
   }
   for (int64_t c = (thread + kHeld * kThreads) * kVector; residual && c < a.dim; c += kThreads * kVector) {
-    float v[kVector];
-    read(c, v);
+    sum_of(c, some_of<kVector>(x + c), some_of<kVector>(residual + c));
   }
 
   float mean = 0.0f;
   if (a.mode == kLayer) {
-    for_each([&](int64_t, const float(&v)[kVector]) {
+    for_each([&](int64_t, const float(&v)[kVector], int) {
 #pragma unroll
       for (int k = 0; k < kVector; ++k) mean += v[k];
     });
     mean = row_sum<kThreads>(mean, shared) / static_cast<float>(a.dim);
   }
   float squares = 0.0f;
-  for_each([&](int64_t, const float(&v)[kVector]) {
+  for_each([&](int64_t, const float(&v)[kVector], int) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) squares = fmaf(v[k] - mean, v[k] - mean, squares);
   });
   const float scale = rsqrtf(row_sum<kThreads>(squares, shared) / static_cast<float>(a.dim) + a.eps);
-  for_each([&](int64_t c, const float(&v)[kVector]) {
+  Vector weights[kHeld], biases[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t c = (thread + i * kThreads) * kVector;
+    if (c < a.dim && weight) weights[i] = some_of<kVector>(weight + c);
+    if (c < a.dim && bias) biases[i] = some_of<kVector>(bias + c);
+  }
+  for_each([&](int64_t c, const float(&v)[kVector], int i) {
     float y[kVector], w[kVector] = {}, b[kVector] = {};
-    if (weight) load(w, weight + c);
-    if (bias) load(b, bias + c);
+    if (weight) widen(w, i < kHeld ? weights[i] : some_of<kVector>(weight + c));
+    if (bias) widen(b, i < kHeld ? biases[i] : some_of<kVector>(bias + c));
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       y[k] = (v[k] - mean) * scale;
@@ -124,20 +146,23 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kRowsPerBlock * kWarp : kT
 
 template <class T, int kVector>
 int launch_norm(const NormArgs& a, Stream stream) {
-  const auto rows = static_cast<unsigned>(a.num_rows);
-  if (a.dim <= kHeld * kWarp * kVector)
-    return launch(norm_kernel<T, kVector, kWarp>, dim3((rows + kRowsPerBlock - 1) / kRowsPerBlock),
-                  kRowsPerBlock * kWarp, stream, a);
-  if (a.dim <= kHeld * 256 * kVector) return launch(norm_kernel<T, kVector, 256>, dim3(rows), 256, stream, a);
-  return launch(norm_kernel<T, kVector, 512>, dim3(rows), 512, stream, a);
+  const auto launch_with = [&](auto kernel, unsigned blocks, int threads) {
+    return launch(kernel, dim3(blocks), threads, stream, a);
+  };
+  const int64_t vectors = (a.dim + kVector - 1) / kVector;
+  if (vectors <= kHeld * kWarp)
+    return launch_with(norm_kernel<T, kVector, kWarp>, (a.num_rows + kRowsPerBlock - 1) / kRowsPerBlock, kBlock<kWarp>);
+  if (vectors <= kHeld * 256) return launch_with(norm_kernel<T, kVector, 256>, a.num_rows, 256);
+  if (vectors <= kHeld * 512) return launch_with(norm_kernel<T, kVector, 512>, a.num_rows, 512);
+  return launch_with(norm_kernel<T, kVector, 1024>, a.num_rows, 1024);
 }
 
 }  // namespace
 
 int norm(Stream stream, const NormCall& c) {
-  const NormArgs a{c.out,     c.total,   c.x,       c.residual,       c.weight,
-                   c.bias,    c.num_lines, c.inner, c.out_outer,      c.out_inner,
-                   c.x_outer, c.x_inner, c.residual_outer, c.residual_inner, c.dim,
+  const auto num_rows = static_cast<uint32_t>(c.num_lines), inner = static_cast<uint32_t>(c.inner);
+  const NormArgs a{c.out,       c.total,   c.x,       c.residual,       c.weight,         c.bias, num_rows, inner,
+                   c.out_outer, c.out_inner, c.x_outer, c.x_inner, c.residual_outer, c.residual_inner, c.dim,
                    static_cast<float>(c.eps), static_cast<int>(c.mode)};
   return with_float(c.dtype, [&](auto type) {
     using T = decltype(type);

@@ -1,9 +1,9 @@
 // Attention of prompts over a paged KV cache, for sm_90a: warp-group matrix instructions, copies by tensor maps.
 //
 // A tile has 128 rows: the query heads of one kv head times some neighbouring tokens of one sequence. Blocks stay and
-// take tiles in turns. Two warp groups compute 64 rows of a tile each, taking turns in issuing products, so that one's
-// softmax runs beside the other's products; of a third, a warp copies queries and keys and another values to shared
-// memory, ahead of the products, across tiles of rows.
+// take the next tile when they are free. Two warp groups compute 64 rows of a tile each, taking turns in issuing
+// products, so that one's softmax runs beside the other's products; of a third, one warp takes the tiles, one copies
+// queries and keys and one values to shared memory, ahead of the products, across tiles of rows.
 // A row's keys are summed from the first to the last, a tile of 128 keys at a time, and tiles that it does not see
 // leave it as it is: its bits are the same in any tile and batch.
 //
@@ -12,28 +12,40 @@
 //
 // Legend: H query heads, G per kv head, D head dim, B keys per block; lane = (g = lane / 4, t = lane % 4).
 #include "cuda/prefill.h"
+#include "cuda/vector.h"
 
 namespace fuseline::cuda {
 namespace prefill {
 
-// Starts the copies of a tile of keys or values by a warp, a box by each lane; blocks that no row sees are left out.
+// The boxes of a tile of keys that hold any of [first, end), and the cache block of this lane's box: a warp copies the
+// tile, a box of 64 columns by each lane.
 template <int kDim>
-FL_DEVICE void copy_tile(typename Shared<kDim>::Tile& to, const TensorMap& from, const PrefillArgs& a, const Work& w,
-                         int tile, BulkBarrier& barrier) {
-  constexpr int kChunks = Shared<kDim>::kChunks;
-  const int lane = threadIdx.x % kWarp, base = tile * kTileKeys, size = 1 << a.box_shift;
-  const int low = w.first > base ? (w.first - base) >> a.box_shift : 0;
-  const int high = ((w.end - base < kTileKeys ? w.end - base : kTileKeys) + size - 1) >> a.box_shift;
-  if (lane == 0) arrive_expecting(barrier, (high - low) * kChunks * size * kLine);
-  sync_warp();
-  const int32_t* table = a.block_table + w.seq * a.table_stride;
-#pragma unroll 1
-  for (int copy = low * kChunks + lane; copy < high * kChunks; copy += kWarp) {
-    const int box = copy / kChunks, chunk = copy % kChunks, key = base + (box << a.box_shift);
-    copy_box(to.at[chunk] + (box << a.box_shift) * kLine, from, 64 * chunk, key & ((1 << a.block_shift) - 1), w.kv_head,
-             table[key >> a.block_shift], barrier);
+struct Boxes {
+  static constexpr int kChunks = Shared<kDim>::kChunks;
+  int base, low, high, block;
+
+  FL_DEVICE int box() const { return threadIdx.x % kWarp / kChunks; }
+
+  FL_DEVICE static Boxes of(const PrefillArgs& a, const Work& w, int tile) {
+    Boxes b{tile * kTileKeys, 0, 0, 0};
+    const int most = w.end - b.base < kTileKeys ? w.end - b.base : kTileKeys;
+    b.low = w.first > b.base ? (w.first - b.base) >> a.box_shift : 0;
+    b.high = (most + (1 << a.box_shift) - 1) >> a.box_shift;
+    if (b.box() >= b.low && b.box() < b.high)
+      b.block = a.block_table[w.seq * a.table_stride + ((b.base + (b.box() << a.box_shift)) >> a.block_shift)];
+    return b;
   }
-}
+
+  FL_DEVICE void copy(typename Shared<kDim>::Tile& to, const TensorMap& from, const PrefillArgs& a, const Work& w,
+                      BulkBarrier& barrier) const {
+    const int lane = threadIdx.x % kWarp, chunk = lane % kChunks, row = box() << a.box_shift;
+    if (lane == 0) arrive_expecting(barrier, ((high - low) << a.box_shift) * kChunks * kLine);
+    sync_warp();
+    if (box() >= low && box() < high)
+      copy_box(to.at[chunk] + row * kLine, from, 64 * chunk, (base + row) & ((1 << a.block_shift) - 1), w.kv_head,
+               block, barrier);
+  }
+};
 
 template <int kDim>
 FL_DEVICE void clear_rows(typename Shared<kDim>::Tile& tile, int from, int to) {
@@ -56,11 +68,14 @@ FL_DEVICE void copy_queries(const PrefillArgs& a, const Work& w, Shared<kDim>& s
 template <int kDim>
 FL_DEVICE void copy_keys(const PrefillArgs& a, Shared<kDim>& shared) {
   int turn = 0, round = 0;
-  for_each_tile(a, [&](const Work& w) {
+  for_each_tile(shared, [&](const Work& w) {
+    auto boxes = Boxes<kDim>::of(a, w, w.first_tile);
+#pragma unroll 1
     for (int n = 0; n < w.num_tiles; ++n, ++turn) {
       const int stage = turn % kStages;
       wait_for(shared.free_keys[stage], turn / kStages % 2 ^ 1);
-      copy_tile<kDim>(shared.keys[stage], a.k, a, w, w.first_tile + n, shared.full_keys[stage]);
+      boxes.copy(shared.keys[stage], a.k, a, w, shared.full_keys[stage]);
+      if (n + 1 < w.num_tiles) boxes = Boxes<kDim>::of(a, w, w.first_tile + n + 1);
       if (n > 0) continue;
       wait_for(shared.free_queries, round++ % 2 ^ 1);  // behind the first keys, which have room sooner
       copy_queries<kDim>(a, w, shared);
@@ -72,16 +87,17 @@ FL_DEVICE void copy_keys(const PrefillArgs& a, Shared<kDim>& shared) {
 template <int kDim>
 FL_DEVICE void copy_values(const PrefillArgs& a, Shared<kDim>& shared) {
   int turn = 0, num_cut = 0;
-  for_each_tile(a, [&](const Work& w) {
+  for_each_tile(shared, [&](const Work& w) {
+    auto boxes = Boxes<kDim>::of(a, w, w.first_tile);
+#pragma unroll 1
     for (int n = 0; n < w.num_tiles; ++n, ++turn) {
       const int stage = turn % kStages, base = (w.first_tile + n) * kTileKeys;
+      const bool is_cut = base < w.first || base + kTileKeys > w.end;
       auto& tile = shared.values[stage];
       wait_for(shared.free_values[stage], turn / kStages % 2 ^ 1);
-      if (base >= w.first && base + kTileKeys <= w.end) {
-        copy_tile<kDim>(tile, a.v, a, w, w.first_tile + n, shared.full_values[stage]);
-        continue;
-      }
-      copy_tile<kDim>(tile, a.v, a, w, w.first_tile + n, shared.cut_values);
+      boxes.copy(tile, a.v, a, w, is_cut ? shared.cut_values : shared.full_values[stage]);
+      if (n + 1 < w.num_tiles) boxes = Boxes<kDim>::of(a, w, w.first_tile + n + 1);
+      if (!is_cut) continue;
       wait_for(shared.cut_values, num_cut++ % 2);
       clear_rows<kDim>(tile, 0, w.first - base);
       clear_rows<kDim>(tile, w.end - base, kTileKeys);
@@ -175,6 +191,18 @@ struct Rows {
 // Number of the barrier of a warp group's turn to issue products.
 FL_DEVICE int turn_of(int part) { return 1 + part; }
 
+// The lanes of a quad hold word t of four units of 16 bytes; returns the whole unit t.
+FL_DEVICE uint4 join_unit(const uint32_t (&words)[4]) {
+  const bool is_odd = threadIdx.x % 2, is_high = threadIdx.x % 4 / 2;
+  const uint32_t first = shuffle_xor(is_odd ? words[0] : words[1], 1);
+  const uint32_t second = shuffle_xor(is_odd ? words[2] : words[3], 1);
+  const uint2 low = is_odd ? uint2{first, words[1]} : uint2{words[0], first};
+  const uint2 high = is_odd ? uint2{second, words[3]} : uint2{words[2], second};
+  const uint2 mine = is_high ? high : low, other = is_high ? low : high;
+  const uint2 theirs{shuffle_xor(other.x, 2), shuffle_xor(other.y, 2)};
+  return is_high ? uint4{theirs.x, theirs.y, mine.x, mine.y} : uint4{mine.x, mine.y, theirs.x, theirs.y};
+}
+
 template <class T, int kDim>
 FL_DEVICE void write_rows(const PrefillArgs& a, const Work& w, int row, Rows<T, kDim>& rows) {
 #pragma unroll
@@ -184,7 +212,6 @@ FL_DEVICE void write_rows(const PrefillArgs& a, const Work& w, int row, Rows<T, 
     sum += shuffle_xor(sum, 2);
     const int token = (row + 8 * r) / a.group;
     const int64_t head = w.kv_head * a.group + (row + 8 * r) % a.group;
-    if (token >= w.num_tokens) continue;
     if (a.sinks) {
       const float sink = to_float(static_cast<const T*>(a.sinks)[head]) * kLog2e, top = rows.top[r] * a.scale;
       const float most = fmaxf(top, sink);
@@ -192,11 +219,16 @@ FL_DEVICE void write_rows(const PrefillArgs& a, const Work& w, int row, Rows<T, 
       sum = fmaf(sum, factor, exp2f(sink - most));
     }
     factor /= sum == 0.0f ? 1.0f : sum;
-    T* to = static_cast<T*>(a.out) + (w.begin + token) * a.out_token + head * a.out_head + 2 * (threadIdx.x % 4);
+    T* to = static_cast<T*>(a.out) + (w.begin + token) * a.out_token + head * a.out_head + 8 * (threadIdx.x % 4);
 #pragma unroll
-    for (int j = 0; j < kDim / 8; ++j)
-      *reinterpret_cast<uint32_t*>(to + 8 * j) =
-          pack_two(rows.o[4 * j + 2 * r] * factor, rows.o[4 * j + 2 * r + 1] * factor, T{});
+    for (int j = 0; j < kDim / 8; j += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        words[k] = pack_two(rows.o[4 * (j + k) + 2 * r] * factor, rows.o[4 * (j + k) + 2 * r + 1] * factor, T{});
+      const uint4 unit = join_unit(words);
+      if (token < w.num_tokens) *reinterpret_cast<uint4*>(to + 8 * j) = unit;
+    }
   }
 }
 
@@ -279,7 +311,7 @@ FL_DEVICE void compute(const PrefillArgs& a, int part, Shared<kDim>& shared) {
   const int row = 64 * part + threadIdx.x % kGroup / kWarp * 16 + threadIdx.x % kWarp / 4;
   Computing<T, kDim> c{a, shared, part, row, 0, 0, {}};
   if (part == 1) c.pass_turn();
-  for_each_tile(a, [&](const Work& w) {
+  for_each_tile(shared, [&](const Work& w) {
     c.rows.clear();
     if (w.num_tiles > 0) c.attend(w);
     write_rows(a, w, row, c.rows);
@@ -291,6 +323,8 @@ template <class T, int kDim>
 FL_DEVICE void run_block(const PrefillArgs& a) {
   Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>(dynamic_shared());
   if (threadIdx.x == 0) {
+    init(shared.full_work, 1);
+    init(shared.free_work, kReaders);
     init(shared.full_queries, 1);
     init(shared.cut_values, 1);
     init(shared.free_queries, kComputingWarps);
@@ -309,6 +343,7 @@ FL_DEVICE void run_block(const PrefillArgs& a) {
     const int warp = shuffle(static_cast<int>(threadIdx.x % kGroup / kWarp), 0);
     if (warp == 0) copy_keys<kDim>(a, shared);
     if (warp == 1) copy_values<kDim>(a, shared);
+    if (warp == 2) give_work(a, shared);
   } else {
     more_registers<224>();
     compute<T, kDim>(a, part, shared);
@@ -341,6 +376,7 @@ int prefill_attention(Stream stream, const PrefillAttentionCall& c) {
   a.seq_lens = static_cast<const int32_t*>(c.seq_lens);
   a.query_start = static_cast<const int32_t*>(c.query_start);
   a.sinks = c.sinks;
+  a.num_taken = static_cast<int*>(c.num_taken);
   a.num_seqs = static_cast<int>(c.num_seqs);
   a.kv_heads = static_cast<int>(c.num_kv_heads);
   a.group = static_cast<int>(c.num_heads / c.num_kv_heads);
@@ -360,6 +396,9 @@ int prefill_attention(Stream stream, const PrefillAttentionCall& c) {
   if (const int error = describe_cache(a.v, c, c.v_cache, {c.v_token, c.v_head, c.v_block}, box)) return error;
   const int64_t most = (c.num_tokens / a.tokens + c.num_seqs) * c.num_kv_heads;
   const dim3 grid(static_cast<unsigned>(most < num_processors() ? most : num_processors()));
+  if (most <= grid.x) a.num_taken = nullptr;
+  if (!is_aligned(16, 2, {c.out}, c.out_token, c.out_head) || (most > grid.x && !a.num_taken)) return kBadArgument;
+  if (const int error = a.num_taken ? clear(stream, a.num_taken, sizeof(int)) : 0) return error;
   return with_half(c.dtype, [&](auto type) {
     using T = decltype(type);
     switch (c.dim) {

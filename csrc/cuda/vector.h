@@ -10,11 +10,21 @@ constexpr int kWide = 16 / sizeof(T);
 template <class T, int kCount>
 struct alignas(kCount * sizeof(T)) Some { T at[kCount]; };
 
+// As they lie in memory, in fewer registers than as floats.
 template <int kCount, class T>
-FL_DEVICE void load(float (&to)[kCount], const T* from) {
-  const auto some = *reinterpret_cast<const Some<T, kCount>*>(from);
+FL_DEVICE Some<T, kCount> some_of(const T* from) {
+  return *reinterpret_cast<const Some<T, kCount>*>(from);
+}
+
+template <int kCount, class T>
+FL_DEVICE void widen(float (&to)[kCount], const Some<T, kCount>& some) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) to[k] = to_float(some.at[k]);
+}
+
+template <int kCount, class T>
+FL_DEVICE void load(float (&to)[kCount], const T* from) {
+  widen(to, some_of<kCount>(from));
 }
 
 template <int kCount, class T>

@@ -16,14 +16,14 @@ namespace emulated {
 
 using fuseline::cuda::BulkBarrier;
 
-inline void check_bulk(const void* to, const void* from, int num_bytes) {
+inline void begin_copy(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | num_bytes) % 16 || num_bytes <= 0)
     fail("a bulk copy off its alignment");
-}
-
-inline void touch(const void* from, int num_bytes) {
   static_cast<void>(static_cast<const volatile char*>(from)[0]);
   static_cast<void>(static_cast<const volatile char*>(from)[num_bytes - 1]);
+  std::memset(to, 0xff, num_bytes);
+  block().num_idle = 0;
+  block().bulk_copies.push_back({to, from, static_cast<size_t>(num_bytes), &barrier});
 }
 
 // Begins the next phase if the present one is complete.
@@ -65,20 +65,8 @@ inline void wait_for(BulkBarrier& barrier, int parity) {
     else emulated::yield_fiber();
   }
 }
-inline void copy_bulk(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
-  emulated::check_bulk(to, from, num_bytes);
-  emulated::touch(from, num_bytes);
-  std::memset(to, 0xff, num_bytes);
-  emulated::block().num_idle = 0;
-  emulated::block().bulk_copies.push_back({to, from, static_cast<size_t>(num_bytes), &barrier});
-}
 inline void copy_bulk_once(void* to, const void* from, int num_bytes, BulkBarrier& barrier) {
-  copy_bulk(to, from, num_bytes, barrier);
-}
-// Of inaccessible memory (the early-launch race check) it is allowed.
-inline void prefetch_bulk(const void* from, int num_bytes) {
-  emulated::check_bulk(nullptr, from, num_bytes);
-  if (!emulated::block().is_race_check) emulated::touch(from, num_bytes);
+  emulated::begin_copy(to, from, num_bytes, barrier);
 }
 
 }  // namespace fuseline::cuda

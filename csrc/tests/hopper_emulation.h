@@ -203,7 +203,7 @@ inline void copy_box(void* to, const TensorMap& map, int x, int y, int z, int w,
       }
       const uint32_t address = shared_address(to) + line * 128 + unit * 16;
       char* place = dynamic_shared() + ((address ^ (address >> 7 & 7) << 4) - emulated::kSharedBase);
-      copy_bulk(place, is_there ? from : zeros, 16, barrier);
+      emulated::begin_copy(place, is_there ? from : zeros, 16, barrier);
     }
   }
 }

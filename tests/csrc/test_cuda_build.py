@@ -14,11 +14,10 @@ from cuda_emulator import toolkit
 NVCC = toolkit.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 SHARED_LIMIT = 48 << 10  # bytes of a block that asks for none
-REGISTERS = {"few_rows_kernel": 80, "stream_rows_kernel": 128, "norm_kernel": 80, "act_mul_kernel": 64,
+REGISTERS = {"few_rows_kernel": 80, "norm_kernel": 80, "act_mul_kernel": 64,
              "rope_kernel": 40, "merge_kernel": 128, "bulk_decode_kernel": 248, "decode_kernel": 224,
              "prefill_kernel": 168, "probe_kernel": 32}  # fmt: skip
-"""Most registers of a thread: three blocks of few_rows_kernel, whose ring fills a third of an sm_80's SM, fit it, and
-two of stream_rows_kernel."""
+"""Most registers of a thread: three blocks of few_rows_kernel, whose ring fills a third of an sm_80's SM, fit it."""
 FOUR_BLOCKS = 64
 """From sm_90 on its ring fills a quarter."""
 ENTRY = re.compile(
@@ -30,9 +29,8 @@ SERIALIZED = re.compile(r"\(C75\d\d\)")
 """What ptxas says of warp-group products that wait for each other, and of register counts that it ignores."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?(?P<opcode>[A-Z][\w.]*)", re.MULTILINE)
-MEMORY = ("LDG", "STG", "LD.", "ST.", "ATOM", "RED", "CCTL")
+MEMORY = ("LDG", "STG", "LD.", "ST.", "ATOM", "RED", "CCTL", "UBLKCP")
 PREFETCH = "CCTL.E.PF2"  # to the L2 cache
-BULK_COPY = "UBLKCP"
 WAIT, TRIGGER = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
 
 
@@ -77,9 +75,6 @@ def assert_early_only_weights(found: dict[str, list[str]], arch: str) -> None:
         assert TRIGGER in opcodes and opcodes.count(WAIT) == 1, name
         early = {op for op in opcodes[: opcodes.index(WAIT)] if op.startswith(MEMORY)} - {PREFETCH, "LDGDEPBAR"}
         assert all(op.startswith("LDGSTS.") for op in early) and bool(early) == ("few_rows_kernel" in name), name
-        copies = any(op.startswith(BULK_COPY) for op in opcodes[: opcodes.index(WAIT)])
-        assert copies == ("stream_rows_kernel" in name), name
-        assert not copies or {"LDS.128", "LD.E.128"} <= set(opcodes), name
 
 
 def test_a_source_that_does_not_compile_is_said_in_words(tmp_path) -> None:

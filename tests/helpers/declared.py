@@ -15,11 +15,6 @@ def declared(maker: str) -> dict[str, Implementation]:
     return found
 
 
-def labelled(start: str) -> dict[str, Implementation]:
-    """By label, the kernels whose labels begin so."""
-    return {one.label: one for each in implementations("cuda").values() for one in each if one.label.startswith(start)}
-
-
 def without_library() -> dict[str, list[Implementation]]:
     """Kernels that need nothing but Triton and torch, by label: one run, declared for some arguments each."""
     found: dict[str, list[Implementation]] = {}

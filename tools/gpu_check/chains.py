@@ -15,7 +15,7 @@ from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap
 from fuseline.compile.tuning.clock import Clock
 from fuseline.compile.tuning.limits import Limits
 from gpu_check.kernels import Case, Made, Sizes, measure_cases
-from gpu_check.overlap import FEW_ROWS, STREAMED, Chain, Products
+from gpu_check.overlap import FEW_ROWS, Chain, Products
 from gpu_check.table import Table
 
 
@@ -23,17 +23,7 @@ def _torch_linear(lib: CudaLibrary, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _streamed(**options: object) -> Products:
-    streamed = (STREAMED.linear, STREAMED.linear_act_mul)
-    return Products(*(functools.partial(product, **options) for product in streamed))
-
-
-KINDS = {
-    "torch": Products(_torch_linear, cuda_linear.linear_then_act_mul),
-    "few rows": FEW_ROWS,
-    "streamed": STREAMED,
-    **{f"streamed {tuning.label}": _streamed(**tuning.options) for tuning in cuda_linear.TUNINGS},
-}
+KINDS = {"torch": Products(_torch_linear, cuda_linear.linear_then_act_mul), "few rows": FEW_ROWS}
 
 
 def measure_chains(
@@ -54,7 +44,7 @@ def measure_chains(
 
 def _cases(chain: Chain, x: Tensor, lib: CudaLibrary, api: GraphApi, num_rows: int) -> Iterator[Case]:
     for kind, products in KINDS.items():
-        for overlap in (Overlap.NONE, Overlap.WEIGHTS, Overlap.ALIKE):
+        for overlap in (Overlap.NONE, Overlap.WEIGHTS):
             run = functools.partial(chain.run, lib.overlapping(overlap), products=products)
             name = f"layers of {num_rows} rows, {kind}, overlap {overlap.name.lower()}"
             yield Case(name, _captured(api, run, x), moved=chain.weight_bytes, goal="88 %")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +36,6 @@ class Products:
 
 
 FEW_ROWS = Products(cuda_linear.linear, cuda_linear.linear_act_mul)
-STREAMED = Products(cuda_linear.stream_linear, cuda_linear.stream_linear_act_mul)
 
 
 @dataclass(frozen=True)
@@ -113,23 +111,21 @@ def check_overlap(
     wrong = 0
     for num_rows in (1, 16):
         chain, x = Chain(sizes, make, num_rows), make(num_rows, sizes.hidden)
-        for kind, products in (("", FEW_ROWS), (" streamed", STREAMED)):
-            differs = torch.zeros(2, dtype=torch.int64, device=make.device)
-            run = partial(chain.run, products=products)
-            api.warm_up(lambda: run(serial, x))  # noqa: B023  run before the next round
-            replays = [api.capture(lambda y, lib=lib: run(lib, y), x) for lib in (serial, early)]  # noqa: B023
-            seconds = [clock(replay) for replay, _ in replays]
-            for _ in range(num_replays):
-                x.normal_()
-                found = [_bits(replay, result) for replay, result in replays]
-                launched = run(early, x).view(torch.int16)
-                for way, bits in enumerate((found[1], launched)):
-                    differs[way] += (bits != found[0]).any()
-            wrong += int(differs.sum())
-            name = f"chain of {num_rows} rows{kind}"
-            table.add(f"{name}, early launches: results that differ", f"{differs.tolist()} of {num_replays}", "", "0")
-            table.add(f"{name}, one after the other", microseconds(seconds[0]))
-            table.add(f"{name}, early", microseconds(seconds[1]), f"{100 * seconds[1] / seconds[0]:.0f} % of it")
+        differs = torch.zeros(2, dtype=torch.int64, device=make.device)
+        api.warm_up(lambda: chain.run(serial, x))  # noqa: B023  run before the next round
+        replays = [api.capture(lambda y, lib=lib: chain.run(lib, y), x) for lib in (serial, early)]  # noqa: B023
+        seconds = [clock(replay) for replay, _ in replays]
+        for _ in range(num_replays):
+            x.normal_()
+            found = [_bits(replay, result) for replay, result in replays]
+            launched = chain.run(early, x).view(torch.int16)
+            for way, bits in enumerate((found[1], launched)):
+                differs[way] += (bits != found[0]).any()
+        wrong += int(differs.sum())
+        name = f"chain of {num_rows} rows"
+        table.add(f"{name}, early launches: results that differ", f"{differs.tolist()} of {num_replays}", "", "0")
+        table.add(f"{name}, one after the other", microseconds(seconds[0]))
+        table.add(f"{name}, early", microseconds(seconds[1]), f"{100 * seconds[1] / seconds[0]:.0f} % of it")
     return wrong
 
 

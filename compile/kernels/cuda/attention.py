@@ -116,14 +116,15 @@ def prefill_attention(
     q = _aligned(q)
     (_, out_token, out_head, _), (_, q_head, q_token, _) = out.stride(), q.stride()
     (k_block, k_head, k_token, _), (v_block, v_head, v_token, _) = k_cache.stride(), v_cache.stride()
+    num_taken = torch.empty(1, dtype=torch.int32, device=q.device)
     lib.call(
         "prefill_attention", q, out=out, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
-        seq_lens=seq_lens, query_start=query_start, sinks=sinks, num_tokens=num_tokens, num_seqs=seq_lens.shape[0],
-        num_heads=num_heads, num_kv_heads=k_cache.shape[1], dim=dim, num_blocks=k_cache.shape[0],
-        out_token=out_token, out_head=out_head, q_head=q_head, q_token=q_token, k_block=k_block, k_head=k_head,
-        k_token=k_token, v_block=v_block, v_head=v_head, v_token=v_token, table_stride=block_table.stride(0),
-        block_shift=k_cache.shape[2].bit_length() - 1, window=window if window > 0 else NO_WINDOW, scale=scale,
-        dtype=DTYPES[q.dtype],
+        seq_lens=seq_lens, query_start=query_start, sinks=sinks, num_taken=num_taken, num_tokens=num_tokens,
+        num_seqs=seq_lens.shape[0], num_heads=num_heads, num_kv_heads=k_cache.shape[1], dim=dim,
+        num_blocks=k_cache.shape[0], out_token=out_token, out_head=out_head, q_head=q_head, q_token=q_token,
+        k_block=k_block, k_head=k_head, k_token=k_token, v_block=v_block, v_head=v_head, v_token=v_token,
+        table_stride=block_table.stride(0), block_shift=k_cache.shape[2].bit_length() - 1,
+        window=window if window > 0 else NO_WINDOW, scale=scale, dtype=DTYPES[q.dtype],
     )  # fmt: skip
 
 

@@ -42,8 +42,6 @@ class Overlap(IntEnum):
     """Those that touch no memory before that one has ended: never wrong."""
     WEIGHTS = 2
     """Also those that read a weight sooner: right if nothing on the device writes it, neither kernel nor copy."""
-    ALIKE = 3
-    """The last, and all kernels ask for the same split of L1 cache and shared memory."""
 
 
 class _Entry(ctypes.Structure):

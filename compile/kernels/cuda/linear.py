@@ -1,11 +1,9 @@
-"""Matrix products of few rows by csrc/cuda/linear.cu, or stream_linear.cu; of more rows they are torch's.
+"""Matrix products of few rows by csrc/cuda/linear.cu; of more rows they are torch's.
 
 `run` takes the library and the op's arguments; what its kernel does not take of them goes on to torch's.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,32 +11,12 @@ from torch import Tensor
 
 from fuseline.compile.kernels.cuda.activation import act_mul
 from fuseline.compile.kernels.cuda.library import DTYPES, CudaLibrary, has_one_dtype, native
-from fuseline.compile.kernels.registry import FIRST, LAST, TORCH, Implementation, Tuning
+from fuseline.compile.kernels.registry import FIRST, TORCH, Implementation
 
 HALF = (torch.bfloat16, torch.float16)
 FEW_ROWS = 16
 WIDE = 8192
 """Outputs of a linear from which on cuBLASLt takes 4 to 14 % less time than our kernel of few rows (H200)."""
-
-STREAMS = ("sm_90", "sm_100", "sm_103")
-"""Architectures with bulk copies and enough shared memory for stream_linear.cu."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How stream_linear.cu is launched; no field changes a bit of the results."""
-
-    slabs: int = 1
-    """Sixteens of weight rows that a block reads at once: 1 or 2."""
-    prefetched: int = 8
-    """Steps (512 inputs of those rows, 16 KiB) that a block prefetches while the kernels ahead still run."""
-    waves: int = 1
-    """Blocks a multiprocessor."""
-    lead: int = 4
-    """Steps before a block's last one at which the next kernels may begin."""
-
-
-LAUNCH = Launch()
 
 
 def linear(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,30 +39,6 @@ def linear_act_mul(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | N
     return out
 
 
-def stream_linear(
-    lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, launch: Launch = LAUNCH
-) -> Tensor:
-    """`linear` by persistent blocks that read weights while the kernels ahead still run."""
-    rows = _few_rows(x, weight)
-    if rows is None:
-        return F.linear(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    _launch_linear(lib, "stream_linear", out, rows, weight, bias, **vars(launch))
-    return out
-
-
-def stream_linear_act_mul(
-    lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None, act: int, *, launch: Launch = LAUNCH
-) -> Tensor:
-    """`linear_act_mul` in the same way."""
-    rows = _few_rows(x, weight)
-    if rows is None:
-        return linear_then_act_mul(lib, x, weight, bias, act)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
-    _launch_linear(lib, "stream_linear_act_mul", out, rows, weight, bias, act=act, **vars(launch))
-    return out
-
-
 def linear_then_act_mul(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
     """The same of any number of rows, in two launches."""
     gate, up = F.linear(x, weight, bias).chunk(2, -1)
@@ -102,11 +56,11 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def _launch_linear(
-    lib: CudaLibrary, name: str, out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, **more: int
+    lib: CudaLibrary, name: str, out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, **act: int
 ) -> None:
     lib.call(
         name, out, out=out, x=rows, weight=weight, bias=bias, x_stride=rows.stride(0), weight_stride=weight.stride(0),
-        num_rows=rows.shape[0], num_out=out.shape[-1], num_in=rows.shape[1], dtype=DTYPES[out.dtype], **more,
+        num_rows=rows.shape[0], num_out=out.shape[-1], num_in=rows.shape[1], dtype=DTYPES[out.dtype], **act,
     )  # fmt: skip
 
 
@@ -123,19 +77,11 @@ def _linear_by_torch(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor |
     return F.linear(x, weight, bias)
 
 
-TUNINGS = (
-    Tuning("0p", {"launch": Launch(prefetched=0)}), Tuning("12l", {"launch": Launch(lead=12)}),
-    Tuning("2w", {"launch": Launch(waves=2, prefetched=0)}), Tuning("4w", {"launch": Launch(waves=4, prefetched=0)}),
-    Tuning("32r", {"launch": Launch(slabs=2, prefetched=4, lead=2)}),
-)  # fmt: skip
 FEW = {"reads_early": "weight", "max_rows": FEW_ROWS}
-STREAMED = {**FEW, "order": LAST, "isas": STREAMS, "tunings": TUNINGS}
 IMPLEMENTATIONS = (
     native("linear", _linear_by_torch, _multiplies_wide, label="torch.linear", order=FIRST),
     Implementation("linear", "torch.linear", "cuda", F.linear, order=TORCH),
     native("linear", linear, _multiplies, **FEW),
-    native("linear", stream_linear, _multiplies, label="cuda.stream_linear", **STREAMED),
     native("linear_act_mul", linear_then_act_mul, has_one_dtype, label="torch.linear, cuda.act_mul"),
     native("linear_act_mul", linear_act_mul, _multiplies, **FEW),
-    native("linear_act_mul", stream_linear_act_mul, _multiplies, label="cuda.stream_linear_act_mul", **STREAMED),
 )

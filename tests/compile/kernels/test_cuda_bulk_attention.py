@@ -89,7 +89,7 @@ def test_gpus_that_have_bulk_copies_use_it(isa, is_offered, monkeypatch):
     default, other = ("bulk", "decode") if is_offered else ("decode", "bulk")
     labels = {phase: [one.label for one in found if phase in one.phases] for phase in (DECODE, PREFILL)}
     assert labels[DECODE][0] == f"cuda.{default}_attention"
-    assert labels[PREFILL][0] == f"cuda.{default}_attention, triton.paged_attention"
+    assert f"cuda.{default}_attention, triton.paged_attention" in labels[PREFILL]
     assert all(label.startswith(f"cuda.{default}_attention, ") for label in labels[PREFILL])
     assert (f"cuda.{other}_attention" in labels[DECODE]) == is_offered
     assert ("cuda.bulk_attention 4r" in labels[DECODE]) == is_offered

@@ -52,7 +52,7 @@ void sum_ring(const Args a) {
       if (a.what != 1) wait_for(empty[s], round ^ 1);
       if (lane == 0) {
         arrive_expecting(full[s], a.what == 2 ? 256 : 128);
-        copy_bulk(stages[s], a.in + 32 * item + (a.what == 3), 128, full[s]);
+        copy_bulk_once(stages[s], a.in + 32 * item + (a.what == 3), 128, full[s]);
       }
     } else {
       if (a.what == 6) sum += stages[s][lane];

@@ -122,16 +122,19 @@ def test_queries_of_any_layout():
         assert torch.equal(out[0], want)
 
 
-@pytest.mark.parametrize(("isa", "is_offered"), [("sm_80", False), ("sm_90", True), ("sm_100", False)])
-def test_hopper_is_offered_it_behind_the_default(isa, is_offered, monkeypatch):
+@pytest.mark.parametrize(("isa", "label"), [
+    ("sm_80", attention.MIXED), ("sm_90", attention.OURS), ("sm_100", attention.BULK_MIXED),
+])  # fmt: skip
+def test_hopper_is_given_it_and_offered_tritons(isa, label, monkeypatch):
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
     half = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     ints = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 256), (1,), (2,))]
     args = (half(1, 32, 90, 128), *(half(300, 8, 16, 128) for _ in "kv"), *ints, None, 0, 0.1, 0.0)
     target = replace(GPU, isa=isa)
     found = [one for one in Kernels(target, {}).candidates(OpCall(OP.target, args, target)) if PREFILL in one.phases]
-    assert found[0].label == (attention.MIXED if isa == "sm_80" else attention.BULK_MIXED)
-    assert (attention.OURS in {one.label for one in found}) == is_offered
+    labels = {one.label for one in found}
+    assert found[0].label == label and (attention.OURS in labels) == (isa == "sm_90")
+    assert isa != "sm_90" or attention.BULK_MIXED in labels
 
 
 def test_what_the_kernel_does_not_take():
