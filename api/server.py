@@ -150,6 +150,8 @@ class _Server:
             server = self._uvicorn_server(app)
             self._announce(app, ready)
             self._on_phase("application")
+            if ready.wants_vocabulary:
+                self._spawn(self._client.send_vocabulary())
             await self._serve(server)
         finally:
             for task in self._tasks:

@@ -125,7 +125,7 @@ class EngineClient:
         mailbox = _Mailbox()
         num_unfinished = request.params.n
         if isinstance(request.params, SamplingParams) and request.params.has_masks:
-            await self._send_vocabulary()
+            await self.send_vocabulary()
         self._send(request)
         self._mailboxes[request.request_id] = mailbox
         try:
@@ -138,7 +138,8 @@ class EngineClient:
             if num_unfinished and self.is_alive:
                 self._send(AbortRequests(request_ids=(request.request_id,)))
 
-    async def _send_vocabulary(self) -> None:
+    async def send_vocabulary(self) -> None:
+        """Once for each engine, before the first request that has masks."""
         if self.vocabulary is not None and not self._has_vocabulary:
             vocabulary = await asyncio.to_thread(self.vocabulary)
             if not self._has_vocabulary:

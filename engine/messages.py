@@ -429,6 +429,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     table: tuple[tuple[str, str], ...] = ()
     num_host_blocks: int = 0
     """Blocks of host memory to swap to."""
+    wants_vocabulary: bool = False
+    """The vocabulary is to be sent before a request needs it: its machine prepares for grammars then."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -35,6 +35,7 @@ from fuseline.engine.messages import (
     Vocabulary,
     WakeUp,
 )
+from fuseline.engine.run.device import Device
 from fuseline.engine.run.runner import Model, SwappingModel
 from fuseline.engine.run.warm_up import warm_up
 from fuseline.engine.sleep import TAGS, Sleeper
@@ -77,7 +78,7 @@ class EngineService:
         )  # fmt: skip
         self._sleeper = Sleeper(self.engine.runner, self._build, self._open)
         self._open(model)  # last: from now on a thread may capture
-        send(_ready(config, self.engine, self.size, self.host_blocks, self.device.name))
+        send(_ready(config, self.engine, self.size, self.host_blocks, self.device))
 
     def run(self, inbox: Inbox) -> None:
         """Serve until told to shut down. Without work it blocks on the inbox."""
@@ -196,7 +197,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _ready(
-    config: EngineConfig, engine: Engine, size: CacheSize, host_blocks: Sequence[int], device: str
+    config: EngineConfig, engine: Engine, size: CacheSize, host_blocks: Sequence[int], device: Device
 ) -> EngineReady:
     info = engine.runner.model.info
     kv_dtype = info.cache_specs[0].dtype if info.cache_specs else info.dtype
@@ -210,6 +211,7 @@ def _ready(
         kv_cache_dtype=kv_dtype,
         eos_token_ids=info.eos_token_ids,
         architecture=info.architecture,
-        table=(("device", device), *quantized, *size.table),
+        table=(("device", device.name), *quantized, *size.table),
         num_host_blocks=max(host_blocks, default=0),
+        wants_vocabulary=device.is_asynchronous,
     )

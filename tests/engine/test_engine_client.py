@@ -20,7 +20,9 @@ from fake_model import KILL_TOKEN, build_broken, build_fake, build_lost_gpu, bui
 
 from fuseline.engine.client import EngineClient, EngineDeadError, EngineStartError
 from fuseline.engine.config import EngineConfig
+from fuseline.engine.messages import Vocabulary
 from fuseline.engine.run.device import HostDevice
+from fuseline.engine.run.grammar.compiler import GrammarCompiler
 from fuseline.engine.run.sampler_reference import reference_device
 
 MODES = pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])
@@ -90,6 +92,29 @@ async def test_progress_from_a_thread_beside_serving(in_process: bool) -> None:
             served += 1
         assert [done for phase, done, _ in seen if phase == "capturing graphs"] == list(range(NUM_GRAPHS + 1))
         assert served > 1
+    finally:
+        await client.shutdown(5)
+
+
+class Gpu(HostDevice):
+    is_asynchronous = True
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+async def test_a_gpu_is_sent_the_vocabulary_before_a_request_needs_it(monkeypatch, is_gpu: bool) -> None:
+    """It starts a process for grammars then; once, however often it is sent."""
+    started = []
+    monkeypatch.setattr(GrammarCompiler, "start", lambda self, spec: started.append(spec))
+    device = (Gpu if is_gpu else HostDevice)(reference_device().ops)
+    client = EngineClient(fake_config(), True, build_fake, lambda config: device)
+    ready = await client.start()
+    try:
+        assert ready.wants_vocabulary == is_gpu
+        client.vocabulary = lambda: Vocabulary(tokens=(b"a", b"b"), eos_token_ids=(0,), vocab_size=2)
+        for _ in range(2):
+            await client.send_vocabulary()
+        assert await collect(client, make_request("r", prompt=(4, 4))) == {0: greedy((4, 4), 8)}
+        assert len(started) == is_gpu
     finally:
         await client.shutdown(5)
 
