@@ -33,6 +33,7 @@ class RandomModel:
             if any(hasattr(module, "_apply_gate") for module in self._model.modules()):
                 self._model.set_experts_implementation("eager")  # the default one wants widths of 16 bytes
             randomize(self._model)
+        self.vocab_size: int = self._model.config.get_text_config().vocab_size
         self._values = {name: value.detach() for name, value in self._model.state_dict().items()}
 
     @torch.no_grad()

@@ -138,12 +138,24 @@ def linear_codes(
     return F.linear(x32, weight, None if bias is None else bias.to(wide(x))).to(x.dtype)
 
 
+def embedding_codes_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """The embedding of a vocabulary in int8 with groups of 128."""
+    num_in, group = shape.hidden_size, 128
+    num_panels = shape.vocab_size // PANEL
+    words = torch.zeros(num_panels, num_words(num_in, 8), PANEL, dtype=torch.int32, device=make.device)
+    scales = make.fill(num_panels, -(-num_in // group), PANEL)
+    for tokens in make.tokens:
+        args = (make.ids(num_panels * PANEL, 1, tokens), words, scales, None, num_in, group, KINDS["int8"])
+        yield Workload(f"{tokens} x {num_in}", args, num_bytes=tokens * num_in)
+
+
 @op(
     fake=lambda ids, codes, scales, zeros, num_in, group, kind: scales.new_empty(*ids.shape, num_in),
     inputs=lambda make: [
         (make.ids(33, 1, 6), *random_weight(make, kind, 32, 33, 72, kind == "int4"), 72, 32, KINDS[kind])
         for kind in ("int8", "int4")
     ],
+    workloads=embedding_codes_workloads,
     weights=("codes", "scales", "zeros"),
     sums=False,
     by_reference=True,

@@ -87,10 +87,11 @@ def test_a_candidate_that_cannot_be_captured_leaves_the_others_to_be_measured(cu
     monkeypatch.setattr(timers, "DeviceClock", lambda *_, **__: lambda replay: replay() or 1.0)
     timer, calls = DeviceTimer("cpu"), []
 
-    def waiting(x: torch.Tensor) -> None:
+    def waiting(x: torch.Tensor) -> torch.Tensor:
         calls.append(x)
         if cuda.capturing:
             torch.cuda.default_stream().synchronize()
+        return x + 1
 
     arguments = Arguments([(torch.ones(2),)])
     with pytest.raises(RuntimeError, match="not permitted"):

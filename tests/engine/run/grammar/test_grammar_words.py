@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import xgrammar as xg
 
-from fuseline.engine.messages import GrammarSpec
+from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.run.grammar.backends.registry import Backends
 from fuseline.engine.run.grammar.worker import Failed, _answer
 
 BAD = [
@@ -18,13 +18,13 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def info() -> xg.TokenizerInfo:
-    tokens = [bytes([k]) for k in range(256)]
-    return xg.TokenizerInfo(tokens, vocab_type=xg.VocabType.RAW, vocab_size=256, stop_token_ids=[0])
+def backends() -> Backends:
+    tokens = tuple(bytes([k]) for k in range(256))
+    return Backends(Vocabulary(tokens=tokens, eos_token_ids=(0,), vocab_size=256))
 
 
 @pytest.mark.parametrize(("kind", "text", "words"), BAD)
-def test_words(kind: str, text: str, words: str, info: xg.TokenizerInfo) -> None:
-    found = _answer(GrammarSpec(kind=kind, text=text), info)
+def test_words(kind: str, text: str, words: str, backends: Backends) -> None:
+    found = _answer(GrammarSpec(kind=kind, text=text), backends, 256)
     assert isinstance(found, Failed) and words in found.message
     assert not any(inner in found.message for inner in ("Check failed", ".cc", ".h:", "std::", "is false"))
