@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +34,20 @@ class RandomModel:
             if any(hasattr(module, "_apply_gate") for module in self._model.modules()):
                 self._model.set_experts_implementation("eager")  # the default one wants widths of 16 bytes
             randomize(self._model)
-        self.vocab_size: int = self._model.config.get_text_config().vocab_size
         self._values = {name: value.detach() for name, value in self._model.state_dict().items()}
 
     @torch.no_grad()
     def logits(self, token_ids: Tensor) -> Tensor:
         """[T] token ids of one sequence -> [T, V] logits, all tokens computed at once and without a cache."""
         return self._model(input_ids=token_ids[None], use_cache=False).logits[0].float()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.get_text_config().vocab_size
+
+    def save(self, folder: Path) -> None:
+        """As a checkpoint."""
+        self._model.save_pretrained(folder)
 
     def find(self, name: str) -> LazyTensor | None:
         """The parameter or stored buffer `name`."""
