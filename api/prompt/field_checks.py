@@ -45,6 +45,13 @@ def refuse_fields(request: BaseModel, refused: Mapping[str, str], where: str = "
             raise bad_request(f"{path} is not supported: {why}", path, "unsupported_value")
 
 
+def check_callers(tool: BaseModel, where: str) -> None:
+    """Raises ApiError 400 for a tool, at `where`, that the model itself may not call."""
+    if tool.allowed_callers is not None and "direct" not in tool.allowed_callers:
+        words = f'{where}.allowed_callers: "direct" must be among them, as nobody else calls here'
+        raise bad_request(words, f"{where}.allowed_callers", "unsupported_value")
+
+
 def check_request(request: GenerateRequest, config: ServerConfig) -> None:
     """Raises ApiError 400 for fields that do not go together, or that this server cannot heed."""
     refuse_fields(request, {**REFUSED, **{name: f"this server knows only {NEUTRAL[name][0]!r}" for name in ONLY}})

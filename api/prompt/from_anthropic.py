@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fuseline.api.errors import bad_request
-from fuseline.api.prompt.field_checks import refuse_fields
+from fuseline.api.prompt.field_checks import check_callers, refuse_fields
 from fuseline.api.prompt.parse import validate, validate_part
 from fuseline.api.protocol.anthropic import (
     AnthropicMessage,
@@ -174,9 +174,7 @@ def _tool(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise bad_request(words, f"{where}.type", "unsupported_value")
     tool = validate_part(given, ClientTool, where)
     refuse_fields(tool, TOOL_REFUSED, where)
-    if tool.allowed_callers is not None and "direct" not in tool.allowed_callers:
-        words = f'{where}.allowed_callers: "direct" must be among them, as nobody else calls here'
-        raise bad_request(words, f"{where}.allowed_callers", "unsupported_value")
+    check_callers(tool, where)
     function = {
         "name": tool.name, "description": tool.description, "parameters": tool.input_schema, "strict": tool.strict,
     }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.chat import read_arguments
-from fuseline.api.prompt.field_checks import refuse_fields
+from fuseline.api.prompt.field_checks import check_callers, refuse_fields
 from fuseline.api.prompt.parse import validate, validate_part
 from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.protocol.responses import (
@@ -181,9 +181,7 @@ def _tool(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise bad_request(words, f"{where}.type", "unsupported_value")
     tool = validate_part(given, FunctionTool, where)
     refuse_fields(tool, TOOL_REFUSED, where)
-    if tool.allowed_callers is not None and "direct" not in tool.allowed_callers:
-        words = f'{where}.allowed_callers: "direct" must be among them, as nobody else calls here'
-        raise bad_request(words, f"{where}.allowed_callers", "unsupported_value")
+    check_callers(tool, where)
     function = {name: getattr(tool, name) for name in ("name", "description", "parameters", "strict")}
     return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
 
