@@ -13,6 +13,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import CPU, Target
 
 MAX_HEADER = 100 << 20
+"""Bytes of a safetensors file's header, at most."""
 SOURCES = Path(fuseline.compile.__file__).parent
 WITHOUT_EFFECT = {
     "model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0, "wait_compiled": False,

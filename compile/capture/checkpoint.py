@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fuseline.compile.cache.keys import MAX_HEADER
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.quantization.published import Published
 
-MAX_HEADER = 100 << 20
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -116,16 +117,10 @@ def _arguments() -> argparse.Namespace:
 def why_no_gpu() -> str:
     """Why nothing can be checked on this machine; empty if it can."""
     try:
-        import torch
+        # By its file: before the stage `build` there is no package.
+        return runpy.run_path(str(ROOT / "compile" / "target.py"))["missing_for_cuda"]()
     except ImportError:
         return "torch is not installed"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return "no GPU, or no driver for it"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than sm_80"
-    return ""
 
 
 def run(stage: Stage, args: argparse.Namespace, seconds: int) -> str:

@@ -68,6 +68,15 @@ def feed_kernel(token_ids, sources, sampled, num_tokens, SIZE: tl.constexpr):
     tl.store(token_ids + t, tl.load(sampled + source, mask=source >= 0, other=0), mask=source >= 0)
 
 
+@triton.jit
+def copy_line(to_line, line, width, is_real, SIZE: tl.constexpr):
+    """Copies a sequence's line of a block table; of one that pads the batch nothing is written."""
+    for first in range(0, width, SIZE):
+        column = first + tl.arange(0, SIZE)
+        there = (column < width) & is_real
+        tl.store(to_line + column, tl.load(line + column, mask=there, other=0), mask=there)
+
+
 @triton.jit(
     do_not_specialize=[
         "num_rows", "width", "to_slots_stride_g", "slots_stride_g", "to_tables_stride_g", "to_tables_stride_s",
@@ -90,11 +99,7 @@ def pad_kernel(
         slot = tl.load(slots + g * slots_stride_g + r, mask=is_real, other=-1)
         tl.store(to_slots + g * to_slots_stride_g + r, slot)
         line = tables + g * tables_stride_g + r * tables_stride_s
-        to_line = to_tables + g * to_tables_stride_g + r * to_tables_stride_s
-        for first in range(0, width, SIZE):
-            column = first + tl.arange(0, SIZE)
-            there = (column < width) & is_real
-            tl.store(to_line + column, tl.load(line + column, mask=there, other=0), mask=there)
+        copy_line(to_tables + g * to_tables_stride_g + r * to_tables_stride_s, line, width, is_real, SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_padded", "to_slots_stride_g", "slots_stride_g"])
@@ -133,8 +138,4 @@ def pad_sequences_kernel(
     tl.store(to_rows + s, tl.load(rows + s, mask=s < num_rows, other=0))
     for g in tl.static_range(G):
         line = tables + g * tables_stride_g + s * tables_stride_s
-        to_line = to_tables + g * to_tables_stride_g + s * to_tables_stride_s
-        for first in range(0, width, SIZE):
-            column = first + tl.arange(0, SIZE)
-            there = (column < width) & is_real
-            tl.store(to_line + column, tl.load(line + column, mask=there, other=0), mask=there)
+        copy_line(to_tables + g * to_tables_stride_g + s * to_tables_stride_s, line, width, is_real, SIZE)
