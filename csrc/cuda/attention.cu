@@ -109,28 +109,8 @@ __global__ void __launch_bounds__(256 / kDim * kWarp) decode_kernel(const Attent
             mma(scores[n], {q[c].x, 0, q[c].y, 0}, {k.x, k.y}, T{});
             mma(scores[n], {q[c].z, 0, q[c].w, 0}, {k.z, k.w}, T{});
           }
-        float top = kNone;
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float x = scores[n][j] * scale;
-            if (a.softcap > 0.0f) x = a.softcap * tanhf(x / a.softcap);
-            scores[n][j] = is_seen(base + 8 * n + 2 * t + j) ? x : kNone;
-            top = fmaxf(top, scores[n][j]);
-          }
-        top = fmaxf(top, shuffle_xor(top, 1));
-        top = fmaxf(fmaxf(top, shuffle_xor(top, 2)), state.max);
-        const float finite = top == kNone ? 0.0f : top, shrink = exp2f(state.max - finite);
-        state.max = top;
-        state.sum *= shrink;
         uint32_t p[2];
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const float x = exp2f(scores[n][0] - finite), y = exp2f(scores[n][1] - finite);
-          state.sum += x + y;
-          p[n] = pack<T>(x, y);
-        }
+        const float shrink = soften<T>(state, scale, a.softcap, base + 2 * t, scores, is_seen, p);
         const float shrinks[2] = {shuffle(shrink, 8 * t), shuffle(shrink, 8 * t + 4)};
 #pragma unroll
         for (int c = 0; c < kValueLoads; ++c) {

@@ -57,6 +57,35 @@ struct SoftmaxState {
   }
 };
 
+// Adds a tile's scores to a head's state, whose sum is this lane's share: the lane has those of keys `key` + 8 n + j.
+// Gives exp2(score - maximum) as operands p, and returns the factor that earlier sums shrink by.
+template <class T, class IsSeen>
+FL_DEVICE float soften(SoftmaxState& state, float scale, float softcap, int key, float (&scores)[2][4],
+                       const IsSeen& is_seen, uint32_t (&p)[2]) {
+  float top = kNone;
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float x = scores[n][j] * scale;
+      if (softcap > 0.0f) x = softcap * tanhf(x / softcap);
+      scores[n][j] = is_seen(key + 8 * n + j) ? x : kNone;
+      top = fmaxf(top, scores[n][j]);
+    }
+  top = fmaxf(top, shuffle_xor(top, 1));
+  top = fmaxf(fmaxf(top, shuffle_xor(top, 2)), state.max);
+  const float finite = top == kNone ? 0.0f : top, shrink = exp2f(state.max - finite);
+  state.max = top;
+  state.sum *= shrink;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float x = exp2f(scores[n][0] - finite), y = exp2f(scores[n][1] - finite);
+    state.sum += x + y;
+    p[n] = pack<T>(x, y);
+  }
+  return shrink;
+}
+
 // Merges another partial result, of one dim, into `state` and `value`.
 FL_DEVICE void fold(SoftmaxState& state, float& value, SoftmaxState other, float other_value) {
   const float2 weights = state.merge(other);
