@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fuseline.compile.config import Progress
+
 if TYPE_CHECKING:
     from fuseline.engine.config import EngineConfig
     from fuseline.engine.run.device import Device
     from fuseline.engine.run.runner import Model
 
-ProgressFn = Callable[[str, int, int], None]
-BuildModel = Callable[["EngineConfig", ProgressFn], "Model"]
+BuildModel = Callable[["EngineConfig", Progress], "Model"]
 """Must be importable by name: it is sent to the engine's process."""
 FindDevice = Callable[["EngineConfig"], "Device"]
 """Likewise. Called before the model is built."""
 
 
-def build_compiled_model(config: EngineConfig, progress: ProgressFn) -> Model:
+def build_compiled_model(config: EngineConfig, progress: Progress) -> Model:
     """The checkpoint of the configuration, compiled for the device of the configuration."""
     from fuseline.compile.compiler import compile_model
     from fuseline.compile.target import detect_target

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fuseline.compile.config import Progress
 from fuseline.compile.kernels.triton import sampling
 from fuseline.compile.residency.uploads import DeviceInputs, Layout, num_bytes, views
 from fuseline.compile.specs import ModelInfo
 from fuseline.compile.target import Target
 from fuseline.engine.memory.sizing import KVBudget, Memory, ProfiledMemory, kv_budget_on_gpu
-from fuseline.engine.run.device import Progress, SampleOps
+from fuseline.engine.run.device import SampleOps
 
 if TYPE_CHECKING:
     from fuseline.compile.backends.cuda.model import CudaModel

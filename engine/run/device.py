@@ -10,12 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fuseline.compile.config import Progress
 from fuseline.compile.residency.uploads import Layout
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.memory.free_memory import free_memory
 from fuseline.engine.memory.sizing import KVBudget, Memory, ProfiledMemory, kv_budget_on_host
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

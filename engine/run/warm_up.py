@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fuseline.compile.config import Progress
 from fuseline.compile.graph_inputs import StepInputs, make_step
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.sizing import ProfiledMemory
-from fuseline.engine.run.device import Device, Progress
+from fuseline.engine.run.device import Device
 from fuseline.engine.run.histories import History, history_bytes, history_memory
 from fuseline.engine.run.row_edits import RowEdit
 from fuseline.engine.run.runner import Model

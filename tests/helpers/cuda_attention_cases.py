@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 import cuda_emulator
 import torch
+from fake_gpu import GPU
 from triton_attention_cases import NAN, Batch
 
 from fuseline.compile.kernels.cuda import attention
+from fuseline.compile.kernels.registry import OpCall
+from fuseline.compile.ops.registry import registry
 
 LAUNCHES = {"threads": {}, "bulk": {"is_bulk": True, "run": 1}, "bulk runs": {"is_bulk": True, "run": attention.RUN}}
 """Kernels of decode attention, as decode_attention is told to launch them."""
@@ -58,3 +63,11 @@ class Prompts(Decode):
 
 def _cast(sinks, dtype):
     return None if sinks is None else sinks.to(dtype)
+
+
+def llama_call(num_tokens: int, isa: str) -> OpCall:
+    """A call of the op by a sequence of the 8B Llama, on a GPU of that architecture; tensors are on meta."""
+    half = partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    ints = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 256), (1,), (2,))]
+    args = (half(1, 32, num_tokens, 128), *(half(300, 8, 16, 128) for _ in "kv"), *ints, None, 0, 0.1, 0.0)
+    return OpCall(registry()["paged_attention"].target, args, replace(GPU, isa=isa))

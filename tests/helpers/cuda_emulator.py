@@ -52,6 +52,14 @@ def _compile(source: Path, target: Path) -> None:
     subprocess.run([*COMMAND, "-c", "-x", "c++", source, "-o", target], check=True)
 
 
+def build_program(text: str, folder: Path) -> Path:
+    """A program over the emulation's headers."""
+    source, program = folder / "program.cpp", folder / "program"
+    source.write_text(text)
+    subprocess.run([*COMMAND, source, "-o", program], check=True)
+    return program
+
+
 def run(function: Callable, *args: object, **more: object) -> object:
     """A function of compile/kernels/cuda by the emulator; tools/gpu_check puts the GPU's in its place.
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fuseline.compile.backends.cuda.executable import CudaExecutable
-from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
+from fuseline.compile.backends.cuda.captured import StepGraphs
 from fuseline.compile.backends.cuda.piecewise import MixedGraphs
 from fuseline.compile.backends.cuda.segments import map_tensors
 from fuseline.compile.backends.cuda.whole_mixed import WholeMixedGraphs
@@ -53,28 +52,13 @@ class DecodeInputs:
         sizes = {"T": size, "S": size, "S1": size + 1, "R": size}
         return graph_values(narrowed(self.padded | self._fixed, sizes), self._has_rope_switch)
 
-
-@dataclass(frozen=True)
-class DecodeGraph:
-    """A captured decode step; `results`, of P rows, are those of the last replay."""
-
-    replay: Replay
-    results: GraphOutput
+    def pad(self, size: int) -> None:
+        """Fills a step of `size` sequences with padding."""
+        pad_decode(self.padded, self.padded, size)
 
 
-@dataclass
-class DecodeGraphs:
+class DecodeGraphs(StepGraphs[DecodeInputs]):
     """Graphs of decode steps, by padded number of sequences."""
-
-    executable: CudaExecutable
-    caches: Mapping[str, Tensor]
-    sizes: tuple[int, ...]
-    make_inputs: Callable[[int], DecodeInputs]
-    api: GraphApi
-    captured: dict[int, DecodeGraph] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._inputs = self.make_inputs(max(self.sizes)) if self.sizes else None
 
     def run(self, step: Mapping[str, Tensor]) -> GraphOutput | None:
         """Results of S rows on the current stream; None if no captured graph fits the step.
@@ -89,18 +73,6 @@ class DecodeGraphs:
         graph = self.captured[size]
         graph.replay()
         return map_tensors(graph.results, lambda result: result[:, :num_seqs])
-
-    def capture(self, size: int, num_warmups: int) -> None:
-        for _ in range(num_warmups):
-            self.api.warm_up(lambda: self._try(size))
-        fixed = self._inputs.values(size)
-        replay, found = self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
-        self.captured[size] = DecodeGraph(replay, map_tensors(found, self.api.borrowed))
-
-    def _try(self, size: int) -> GraphOutput:
-        inputs = self.make_inputs(size)
-        pad_decode(inputs.padded, inputs.padded, size)  # compiles it before the first replay
-        return self.executable.run({**self.caches, **inputs.values(size)}, is_trial=True)
 
 
 @dataclass

@@ -8,13 +8,13 @@ padded with tokens that are stored nowhere and sequences without tokens, whose p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from fuseline.compile.backends.cuda.captured import StepGraphs
 from fuseline.compile.backends.cuda.executable import CudaExecutable
-from fuseline.compile.backends.cuda.graph_api import GraphApi, Replay
 from fuseline.compile.backends.cuda.segments import map_tensors
 from fuseline.compile.graph_inputs import GraphOutput, graph_values, narrowed, padding
 from fuseline.compile.kernels.triton.batch import pad_sequences, pad_tokens
@@ -48,35 +48,24 @@ class MixedInputs:
         sizes = {"T": size, "S": num_seqs, "S1": num_seqs + 1, "R": num_seqs}
         return graph_values(narrowed(self.tokens | self.sequences, sizes), self._has_rope_switch)
 
-    def fill(self, tokens: Mapping[str, Tensor], sequences: Mapping[str, Tensor], size: int) -> None:
+    def fill(self, step: Mapping[str, Tensor], size: int) -> None:
         """Takes a step over, padded to `size` tokens."""
-        pad_tokens(self.tokens, tokens, size)
-        pad_sequences(self.sequences, sequences, self.num_seqs(size))
+        pad_tokens(self.tokens, step, size)
+        pad_sequences(self.sequences, step, self.num_seqs(size))
 
-
-@dataclass(frozen=True)
-class MixedGraph:
-    """`results` are those of the last replay: of all rows or of all tokens, where the graph gives those."""
-
-    replay: Replay
-    results: GraphOutput
+    def pad(self, size: int) -> None:
+        """Fills a step of `size` tokens with padding."""
+        self.fill(self.tokens | self.sequences, size)
 
 
 @dataclass
-class WholeMixedGraphs:
-    """Graphs of whole steps, by padded number of tokens."""
-
-    executable: CudaExecutable
-    caches: Mapping[str, Tensor]
-    sizes: tuple[int, ...]
-    make_inputs: Callable[[int], MixedInputs]
-    api: GraphApi
-    captured: dict[int, MixedGraph] = field(default_factory=dict)
+class WholeMixedGraphs(StepGraphs[MixedInputs]):
+    """Graphs of whole steps, by padded number of tokens; results are of all rows or of all tokens."""
 
     def __post_init__(self) -> None:
         if not has_fixed_grids(self.executable):
             self.sizes = ()
-        self._inputs = self.make_inputs(max(self.sizes)) if self.sizes else None
+        super().__post_init__()
 
     def run(self, step: Mapping[str, Tensor]) -> GraphOutput | None:
         """Results on the current stream; None if no captured graph fits the step, by field of StepInputs."""
@@ -88,21 +77,9 @@ class WholeMixedGraphs:
         most = self._inputs.num_seqs(size)
         if max(step["seq_lens"].shape[0], num_rows) > most or step["block_tables"].shape[2] > self._inputs.width:
             return None
-        self._inputs.fill(step, step, size)
+        self._inputs.fill(step, size)
         graph.replay()
         return map_tensors(graph.results, lambda x: x[:, : num_rows if x.shape[1] == most else num_tokens])
-
-    def capture(self, size: int, num_warmups: int) -> None:
-        for _ in range(num_warmups):
-            self.api.warm_up(lambda: self._try(size))
-        fixed = self._inputs.values(size)
-        replay, found = self.api.capture(lambda: self.executable.run({**self.caches, **fixed}))
-        self.captured[size] = MixedGraph(replay, map_tensors(found, self.api.borrowed))
-
-    def _try(self, size: int) -> GraphOutput:
-        inputs = self.make_inputs(size)
-        inputs.fill(inputs.tokens, inputs.sequences, size)  # compiles it before the first replay
-        return self.executable.run({**self.caches, **inputs.values(size)}, is_trial=True)
 
 
 def has_fixed_grids(executable: CudaExecutable) -> bool:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import cuda_emulator
 import pytest
 import torch
 import triton_interpreter
-from cuda_attention_cases import LAUNCHES, Decode
-from fake_gpu import GPU
+from cuda_attention_cases import LAUNCHES, Decode, llama_call
 from fp8_cases import over_fp8
 from ops_cases import assert_agrees, cases
 from triton_attention_cases import SINKS
 
 from fuseline.compile.kernels.cuda import attention
 from fuseline.compile.kernels.cuda import library as cuda_library
-from fuseline.compile.kernels.registry import OpCall
 from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.ops.registry import registry
@@ -81,11 +78,8 @@ def test_caches_that_it_does_not_take():
 def test_gpus_that_have_bulk_copies_use_it(isa, is_offered, monkeypatch):
     """For steps of single tokens, and for such tokens among prompts, which then have the same bits."""
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
-    half = partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    ints = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 256), (1,), (2,))]
-    args = (half(1, 32, 1, 128), *(half(300, 8, 16, 128) for _ in "kv"), *ints, None, 0, 0.1, 0.0)
-    target = replace(GPU, isa=isa)
-    found = Kernels(target, {}).candidates(OpCall(OP.target, args, target))
+    call = llama_call(1, isa)
+    found = Kernels(call.target, {}).candidates(call)
     default, other = ("bulk", "decode") if is_offered else ("decode", "bulk")
     labels = {phase: [one.label for one in found if phase in one.phases] for phase in (DECODE, PREFILL)}
     assert labels[DECODE][0] == f"cuda.{default}_attention"

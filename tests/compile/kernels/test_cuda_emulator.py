@@ -77,10 +77,7 @@ int main(int, char** given) {
 
 @pytest.fixture(scope="module")
 def bulk_program(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bulk")
-    (folder / "bulk.cpp").write_text(BULK_PROGRAM)
-    subprocess.run([*cuda_emulator.COMMAND, folder / "bulk.cpp", "-o", folder / "bulk"], check=True)
-    return folder / "bulk"
+    return cuda_emulator.build_program(BULK_PROGRAM, tmp_path_factory.mktemp("bulk"))
 
 
 @pytest.mark.parametrize(("what", "code", "said"), [

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import cuda_emulator
 import pytest
 import torch
-from cuda_attention_cases import LAUNCHES, Decode, Prompts
-from fake_gpu import GPU
+from cuda_attention_cases import LAUNCHES, Decode, Prompts, llama_call
 from ops_cases import assert_agrees, assert_lies_as_fake
 from triton_attention_cases import SINKS
 
 from fuseline.compile.kernels.cuda import attention
 from fuseline.compile.kernels.cuda import library as cuda_library
-from fuseline.compile.kernels.registry import OpCall
 from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.ops.library import PREFILL
 from fuseline.compile.ops.registry import registry
@@ -127,11 +124,8 @@ def test_queries_of_any_layout():
 ])  # fmt: skip
 def test_hopper_is_given_it_and_offered_tritons(isa, label, monkeypatch):
     monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
-    half = partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    ints = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 256), (1,), (2,))]
-    args = (half(1, 32, 90, 128), *(half(300, 8, 16, 128) for _ in "kv"), *ints, None, 0, 0.1, 0.0)
-    target = replace(GPU, isa=isa)
-    found = [one for one in Kernels(target, {}).candidates(OpCall(OP.target, args, target)) if PREFILL in one.phases]
+    call = llama_call(90, isa)
+    found = [one for one in Kernels(call.target, {}).candidates(call) if PREFILL in one.phases]
     labels = {one.label for one in found}
     assert found[0].label == label and (attention.OURS in labels) == (isa == "sm_90")
     assert isa != "sm_90" or attention.BULK_MIXED in labels

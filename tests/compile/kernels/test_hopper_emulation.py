@@ -97,10 +97,7 @@ RIGHT, NUMBERS = (0, ""), (3, "")
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("products")
-    (folder / "products.cpp").write_text(PROGRAM)
-    subprocess.run([*cuda_emulator.COMMAND, folder / "products.cpp", "-o", folder / "products"], check=True)
-    return folder / "products"
+    return cuda_emulator.build_program(PROGRAM, tmp_path_factory.mktemp("products"))
 
 
 @pytest.mark.parametrize("is_across", (0, 1), ids=("along", "across"))
