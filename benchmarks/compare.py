@@ -36,6 +36,19 @@ START_SECONDS = 600
 CONTEXT = 4096
 BUSY = "1 stream, one core busy"
 IDLE_SECONDS = 10.0
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+EXTRAS = {
+    "logprobs": ("/v1/completions", {"logprobs": 5}),
+    "chat": ("/v1/chat/completions", {}),
+    "tools": ("/v1/chat/completions", {"tools": [WEATHER], "tool_choice": "auto"}),
+}
+"""Loads of 16 streams with further fields: endpoint and fields. `chat` is what `tools` is compared with."""
 Row = dict[tuple[str, str], list[float]]
 """(load, figure) -> one value per round."""
 
@@ -57,12 +70,16 @@ class Load:
 
 def make_load(name: str) -> Load:
     """A number of streams with 128 tokens in and 128 out. `busy`: one stream while another process spins on one core.
-    `prefix`: 16 streams that share a prefix of 1,500 tokens."""
+    `prefix`: 16 streams that share a prefix of 1,500 tokens. Names of EXTRAS: 16 streams with its fields."""
     common = ("--ignore-eos", "--disable-tqdm", "--timeout", "900")
     if name == "prefix":
         flags = ("--dataset", "shared-prefix", "--prefix-len", "1500", "--random-input-len", "32")
         flags += ("--num-warmups", "0", "--num-prompts", "16", "--random-output-len", "16", "--max-concurrency", "16")
         return Load("shared prefix", (*flags, *common))
+    if name in EXTRAS:
+        endpoint, fields = EXTRAS[name]
+        extra = ("--endpoint", endpoint, "--extra-body", json.dumps(fields))
+        return Load(f"16 streams, {name}", (*make_load("16").flags, *extra))
     streams, output_len = ("1", "32") if name == "busy" else (name, "128")
     lengths = ("--random-input-len", "128", "--random-output-len", output_len)
     counts = ("--num-prompts", str(max(3, int(streams))), "--max-concurrency", streams)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -26,6 +26,8 @@ class Target:
     model: str
     temperature: float = 0.0
     ignore_eos: bool = False
+    extra_body: Mapping[str, object] = field(default_factory=dict)
+    """Further fields of each request's body; they replace fields of the same name."""
 
     @property
     def is_chat(self) -> bool:
@@ -86,7 +88,7 @@ def request_body(target: Target, sample: Sample) -> dict[str, object]:
         body["messages"] = [{"role": "user", "content": sample.prompt}]
     else:
         body["prompt"] = sample.prompt
-    return body | ({"ignore_eos": True} if target.ignore_eos else {})
+    return body | ({"ignore_eos": True} if target.ignore_eos else {}) | dict(target.extra_body)
 
 
 async def ask(session: aiohttp.ClientSession, target: Target, sample: Sample) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import time
 from collections.abc import Coroutine, Sequence
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("--prefix-len", type=int, default=256, help="tokens all prompts of shared-prefix begin with")
     work.add_argument("--ignore-eos", action="store_true", help="always generate the full length")
     work.add_argument("--temperature", type=float, default=0.0)
+    work.add_argument("--extra-body", default="", metavar="JSON", help='further fields of requests: {"logprobs": 5}')
     work.add_argument("--seed", type=int, default=0)
     load = serve.add_argument_group("load")
     load.add_argument("--request-rate", type=float, default=math.inf, help="requests per second; default: all at once")
@@ -99,11 +101,23 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("save_result", "plot"):
         folder = Path(getattr(options, name)).parent
         rules[f"--{name.replace('_', '-')}: there is no directory {folder}"] = folder.is_dir()
+    _extra_body(options.extra_body)
     for message, is_met in rules.items():
         if not is_met:
             raise ConfigError(message)
     if options.plot:
         require_matplotlib()
+
+
+def _extra_body(text: str) -> dict[str, object]:
+    """The object that --extra-body gives. Raises ConfigError for anything else."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"--extra-body is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--extra-body must be a JSON object, not {type(value).__name__}")
+    return value
 
 
 def _run(main: Coroutine[Any, Any, int]) -> int:
@@ -120,7 +134,8 @@ async def bench_serve(options: argparse.Namespace) -> int:
     base_url = server_url(options.base_url, "--base-url")
     async with open_session(api_key, options.timeout) as session:
         model = options.model or await first_model(session, base_url)
-        target = Target(base_url, options.endpoint, model, options.temperature, options.ignore_eos)
+        extra_body = _extra_body(options.extra_body)
+        target = Target(base_url, options.endpoint, model, options.temperature, options.ignore_eos, extra_body)
         workload = WorkloadConfig(
             options.dataset, options.num_prompts + options.num_warmups, options.random_input_len,
             options.random_output_len, options.prefix_len, options.random_range_ratio, options.seed,
@@ -163,6 +178,7 @@ def _details(options: argparse.Namespace, model: str, outcomes: list[Outcome]) -
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency or None,
         "seed": options.seed,
+        "extra_body": _extra_body(options.extra_body),
         "input_lens": [outcome.input_len for outcome in outcomes],
         "output_lens": [outcome.output_len for outcome in outcomes],
         "ttfts": [outcome.ttft for outcome in outcomes],

@@ -193,6 +193,18 @@ def test_chat_endpoint(server: FakeServer, capsys) -> None:
     assert "2 done, 0 failed" in capsys.readouterr().out
 
 
+def test_further_fields_reach_each_request(server: FakeServer) -> None:
+    arguments = ["serve", "--base-url", server.url, "--num-prompts", "2", "--disable-tqdm"]
+    assert run_bench([*arguments, "--extra-body", '{"logprobs": 5, "temperature": 1.5}']) == 0
+    assert [(body["logprobs"], body["temperature"]) for body in server.bodies] == [(5, 1.5)] * 3
+
+
+@pytest.mark.parametrize("text, message", [("{", "is no JSON"), ("[1]", "must be a JSON object, not list")])
+def test_further_fields_that_are_no_object_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"--extra-body {message}"):
+        run_bench(["serve", "--num-prompts", "2", "--extra-body", text])
+
+
 def test_failures_are_counted_and_shown(server: FakeServer, capsys) -> None:
     server.fail_from = 2
     arguments = ["serve", "--base-url", server.url, "--num-prompts", "4", "--num-warmups", "1", "--disable-tqdm"]
