@@ -224,7 +224,7 @@ async def start_app(
     from fuseline.api.app import build_app
     from fuseline.engine.client import EngineClient
 
-    client = EngineClient(config.engine, in_process=not config.disable_frontend_multiprocessing)
+    client = EngineClient(config.engine, own_process=not config.disable_frontend_multiprocessing)
     try:
         ready = await client.start(progress)
     finally:

@@ -127,7 +127,7 @@ class _Server:
 
     def __init__(self, config: ServerConfig, listener: socket.socket, on_phase: OnPhase) -> None:
         self._config, self._listener, self._on_phase = config, listener, on_phase
-        self._client = EngineClient(config.engine, in_process=not config.disable_frontend_multiprocessing)
+        self._client = EngineClient(config.engine, own_process=not config.disable_frontend_multiprocessing)
         self._served: Served | None = None
         self._exit_status = 0
         self._stop = asyncio.Event()

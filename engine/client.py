@@ -56,17 +56,17 @@ class EngineClient:
     def __init__(
         self,
         config: EngineConfig,
-        in_process: bool = True,
+        own_process: bool = True,
         build_model: BuildModel = build_compiled_model,
         find_device: FindDevice = find_device,
     ) -> None:
-        """`in_process`: an own process for the engine; False runs it in a thread of this one."""
+        """`own_process`: whether the engine gets a process of its own; else it runs in a thread of this one."""
         self.ready: EngineReady | None = None
         self.is_alive = False
         self.on_step: list[Callable[[StepOutputs], None]] = []
         self.on_death: list[Callable[[], None]] = []
         self._setup = EngineSetup(config, build_model, find_device)
-        self._make_transport = ProcessTransport if in_process else ThreadTransport
+        self._make_transport = ProcessTransport if own_process else ThreadTransport
         self._transport: Transport | None = None
         self._mailboxes: dict[str, _Mailbox] = {}
         self._calls: dict[int, asyncio.Future[CallResult]] = {}
@@ -97,7 +97,11 @@ class EngineClient:
         self._has_vocabulary = False
         self._expander = StepExpander()
         self._starting = asyncio.get_running_loop().create_future()
-        self._transport = self._make_transport(self._setup, self._take, self._end)
+        try:
+            self._transport = self._make_transport(self._setup, self._take, self._end)
+        except Exception as error:  # no memory for a process, no room for its sockets' folder
+            self._starting = None
+            raise EngineStartError(f"the engine's process cannot be started: {error}") from error
         try:
             self.ready = await self._starting
         except (asyncio.CancelledError, EngineStartError):

@@ -58,7 +58,11 @@ class ProcessTransport:
         arguments = (self._folder, setup.config, setup.build_model, setup.find_device)
         spawn = multiprocessing.get_context("spawn")
         self.process = spawn.Process(target=run_engine_process, args=arguments, name="fuseline-engine", daemon=True)
-        self.process.start()
+        try:
+            self.process.start()
+        except BaseException:
+            self._release()
+            raise
         self._loop.add_reader(self.process.sentinel, self._process_ended)
         self._reading = self._loop.create_task(self._read())
 
@@ -87,12 +91,16 @@ class ProcessTransport:
         await asyncio.sleep(0.05)
         self._reading.cancel()
         self.process.join()
+        self._release()
+        self._ended.set()
+        self._on_end()
+
+    def _release(self) -> None:
+        """Closes the sockets: a context that is collected with open ones waits for them without end."""
         for socket in (self._requests, self._answers):
             socket.close(linger=0)
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._ended.set()
-        self._on_end()
 
     async def _read(self) -> None:
         decoder = answer_decoder()

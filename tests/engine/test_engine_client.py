@@ -17,6 +17,7 @@ import psutil
 import pytest
 from engine_client_cases import collect, greedy, make_request
 from fake_model import KILL_TOKEN, build_broken, build_fake, build_lost_gpu, build_slow_fake, fake_config
+from python_process import run_python
 
 from fuseline.engine.client import EngineClient, EngineDeadError, EngineStartError
 from fuseline.engine.config import EngineConfig
@@ -25,16 +26,16 @@ from fuseline.engine.run.device import HostDevice
 from fuseline.engine.run.grammar.compiler import GrammarCompiler
 from fuseline.engine.run.sampler_reference import reference_device
 
-MODES = pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])
+MODES = pytest.mark.parametrize("own_process", [True, False], ids=["process", "thread"])
 
 
-def make_client(in_process: bool, build=build_fake) -> EngineClient:
-    return EngineClient(fake_config(), in_process, build, reference_device)
+def make_client(own_process: bool, build=build_fake) -> EngineClient:
+    return EngineClient(fake_config(), own_process, build, reference_device)
 
 
 @contextlib.asynccontextmanager
-async def running(in_process: bool, build=build_fake):
-    client = make_client(in_process, build)
+async def running(own_process: bool, build=build_fake):
+    client = make_client(own_process, build)
     await client.start()
     try:
         yield client
@@ -51,8 +52,8 @@ async def until(condition) -> None:
 
 
 @MODES
-async def test_streams_of_several_requests(in_process: bool) -> None:
-    async with running(in_process) as client:
+async def test_streams_of_several_requests(own_process: bool) -> None:
+    async with running(own_process) as client:
         assert client.ready.vocab_size == 48 and client.ready.num_blocks == 64
         requests = [make_request(f"r{i}", prompt=(5, i + 1), n=1 + i % 2) for i in range(8)]
         results = await asyncio.gather(*(collect(client, request) for request in requests))
@@ -82,8 +83,8 @@ def find_capturing(config: EngineConfig) -> HostDevice:
 
 
 @MODES
-async def test_progress_from_a_thread_beside_serving(in_process: bool) -> None:
-    client, seen = EngineClient(fake_config(), in_process, build_fake, find_capturing), []
+async def test_progress_from_a_thread_beside_serving(own_process: bool) -> None:
+    client, seen = EngineClient(fake_config(), own_process, build_fake, find_capturing), []
     await client.start(lambda *progress: seen.append(progress))
     try:
         served = 0
@@ -106,7 +107,7 @@ async def test_a_gpu_is_sent_the_vocabulary_before_a_request_needs_it(monkeypatc
     started = []
     monkeypatch.setattr(GrammarCompiler, "start", lambda self, spec: started.append(spec))
     device = (Gpu if is_gpu else HostDevice)(reference_device().ops)
-    client = EngineClient(fake_config(), True, build_fake, lambda config: device)
+    client = EngineClient(fake_config(), False, build_fake, lambda config: device)
     ready = await client.start()
     try:
         assert ready.wants_vocabulary == is_gpu
@@ -120,19 +121,40 @@ async def test_a_gpu_is_sent_the_vocabulary_before_a_request_needs_it(monkeypatc
 
 
 @MODES
-async def test_progress_and_failed_start(in_process: bool) -> None:
-    client, seen = make_client(in_process), []
+async def test_progress_and_failed_start(own_process: bool) -> None:
+    client, seen = make_client(own_process), []
     await client.start(lambda *progress: seen.append(progress))
     assert seen == [("loading", 1, 2), ("loading", 2, 2)]
     await client.shutdown(5)
     with pytest.raises(EngineStartError) as error:
-        await make_client(in_process, build_broken).start()
+        await make_client(own_process, build_broken).start()
     assert str(error.value) == "no config.json in fake; give a checkpoint directory"
 
 
+PROGRAM = """
+import asyncio
+from fake_model import build_fake, fake_config
+from fuseline.engine.client import EngineClient, EngineStartError
+
+async def main():
+    client = EngineClient(fake_config(), True, build_fake, lambda config: None)  # nothing a process can be sent
+    try:
+        await client.start()
+    except EngineStartError as error:
+        print(error)
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_that_cannot_be_started_leaves_nothing_that_holds_the_program() -> None:
+    told = run_python(PROGRAM)
+    assert told.startswith("the engine's process cannot be started: Can't pickle local object")
+
+
 @MODES
-async def test_closing_a_stream_aborts(in_process: bool) -> None:
-    async with running(in_process, build_slow_fake) as client:
+async def test_closing_a_stream_aborts(own_process: bool) -> None:
+    async with running(own_process, build_slow_fake) as client:
         reasons = []
         client.on_step.append(lambda step: reasons.extend(o.finish_reason for o in step.outputs if o.finish_reason))
         stream = client.generate(make_request("r", max_tokens=60))
@@ -144,8 +166,8 @@ async def test_closing_a_stream_aborts(in_process: bool) -> None:
 
 
 @MODES
-async def test_abort_ends_the_stream(in_process: bool) -> None:
-    async with running(in_process, build_slow_fake) as client:
+async def test_abort_ends_the_stream(own_process: bool) -> None:
+    async with running(own_process, build_slow_fake) as client:
         outputs = []
         async for output in client.generate(make_request("r", n=2, temperature=1.0, seed=1, max_tokens=60)):
             outputs.append(output)
@@ -155,8 +177,8 @@ async def test_abort_ends_the_stream(in_process: bool) -> None:
 
 
 @MODES
-async def test_ids_in_use_and_bad_requests(in_process: bool) -> None:
-    async with running(in_process, build_slow_fake) as client:
+async def test_ids_in_use_and_bad_requests(own_process: bool) -> None:
+    async with running(own_process, build_slow_fake) as client:
         stream = client.generate(make_request("r", max_tokens=40))
         await anext(stream)
         with pytest.raises(ValueError, match="in use"):
@@ -169,8 +191,8 @@ async def test_ids_in_use_and_bad_requests(in_process: bool) -> None:
 
 
 @MODES
-async def test_sleep_and_wake_keep_running_requests(in_process: bool) -> None:
-    async with running(in_process, build_slow_fake) as client:
+async def test_sleep_and_wake_keep_running_requests(own_process: bool) -> None:
+    async with running(own_process, build_slow_fake) as client:
         for level in range(3):
             stream = client.generate(make_request(f"r{level}", max_tokens=20))
             tokens = list((await anext(stream)).token_ids)

@@ -114,9 +114,9 @@ def test_a_model_without_hidden_states_refuses() -> None:
     assert isinstance(output, PooledOutput) and output.is_bad_request and "no pooled vectors" in output.error
 
 
-@pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])
-async def test_a_vector_crosses_to_the_client(in_process: bool) -> None:
-    client = EngineClient(fake_config(), in_process, build_fake, reference_device)
+@pytest.mark.parametrize("own_process", [True, False], ids=["process", "thread"])
+async def test_a_vector_crosses_to_the_client(own_process: bool) -> None:
+    client = EngineClient(fake_config(), own_process, build_fake, reference_device)
     await client.start()
     try:
         request = EngineRequest(request_id="r", prompt_token_ids=(5, 6, 7), params=PoolingParams(pooling="mean"))

@@ -230,10 +230,10 @@ def test_histories_follow_who_is_preempted() -> None:
     assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("in_process", [True, False], ids=["process", "thread"])
+@pytest.mark.parametrize("own_process", [True, False], ids=["process", "thread"])
 @pytest.mark.parametrize("find_device", [reference_device, find_queue])
-async def test_a_whole_engine_with_steps_ahead(in_process: bool, find_device) -> None:
-    client = EngineClient(fake_config(async_scheduling=True), in_process, build_slow_fake, find_device)
+async def test_a_whole_engine_with_steps_ahead(own_process: bool, find_device) -> None:
+    client = EngineClient(fake_config(async_scheduling=True), own_process, build_slow_fake, find_device)
     await client.start()
     try:
         stream = client.generate(make_request("r", max_tokens=20))
