@@ -91,7 +91,7 @@ SHORT_NAMES = {
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "dtype": ("auto", "half", "float16", "bfloat16", "float", "float32"),
-    "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e5m2", "fp8_e4m3"),
+    "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e5m2", "fp8_e4m3", "int8"),
     "block_size": (8, 16, 32, 64, 128, 256),
     "scheduling_policy": ("fcfs", "priority"),
     "quantization": (*QUANTIZATIONS, "mxfp4", "int8", "int4"),
@@ -131,17 +131,15 @@ LATER_CHOICES: dict[str, dict[str, str]] = {
 }
 """field -> choice -> cure, for choices that exist by specification but not yet here."""
 
-GPU_CHOICES: dict[str, dict[str, str]] = {
-    "kv_cache_dtype": dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), "use float32, bfloat16, float16 or auto"),
-}
-"""field -> choice -> cure, for choices that a CPU does not have."""
+CPU_CHOICES: dict[str, dict[str, str]] = {"kv_cache_dtype": {"int8": "use fp8"}}
+"""field -> choice -> cure, for choices that a GPU does not have."""
 
 GPU_ONLY: dict[str, str] = {
     "max_seq_len_to_capture": "no device graphs are captured on a CPU",
     "swap_space": "on a CPU there is nothing to swap to",
     "preemption_mode": "on a CPU there is nothing to swap to",
     "cpu_offload_gb": "on a CPU the weights are in host memory already",
-    "calculate_kv_scales": "a cache of fp8 needs a GPU",
+    "calculate_kv_scales": "on a CPU a cache of fp8 takes the checkpoint's scales, and one of int8 scales each token",
 }
 """field -> why it does nothing on a CPU."""
 

@@ -40,8 +40,8 @@ def refuse_unavailable(given: Mapping[str, object]) -> None:
         flag = "--" + name.replace("_", "-")
         if cure := tables.LATER_CHOICES.get(name, {}).get(str(value)):
             raise ConfigError(f"{flag} {value}: not yet supported; {cure}")
-        if kind == "cpu" and (cure := tables.GPU_CHOICES.get(name, {}).get(str(value))):
-            raise ConfigError(f"{flag} {value} needs a GPU (--device cuda); on a CPU {cure}")
+        if kind != "cpu" and (cure := tables.CPU_CHOICES.get(name, {}).get(str(value))):
+            raise ConfigError(f"{flag} {value} needs a CPU (--device cpu); on a GPU {cure}")
         if name in tables.ROWS and not tables.ROWS[name].changes_nothing(value):
             _check_row(flag, tables.ROWS[name], value)
             refuse_combination(name, value, given)

@@ -45,8 +45,8 @@ class CompileConfig:
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto takes the checkpoint's, fp16 becoming bf16 on a CPU that cannot compute it."""
     kv_cache_dtype: str = "auto"
-    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16; on a GPU also fp8 (fp8_e4m3: three
-    bits of fraction, up to 448) and fp8_e5m2 (two, up to 57344)."""
+    """Element type of the KV cache: auto (the model's), float32, bfloat16, float16, fp8 (fp8_e4m3: three bits of
+    fraction, up to 448) and fp8_e5m2 (two, up to 57344); on a CPU also int8, with a scale for each token and head."""
     calculate_kv_scales: bool = False
     """Scale an fp8 cache by the first step's keys and values instead of by the checkpoint's scales (none there: 1)."""
     cpu_offload_gb: float = 0.0

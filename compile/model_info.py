@@ -71,7 +71,7 @@ def cache_tensors(
     of_layer = {layer: count for group, count in groups for layer in group.layers}
     return {
         cache_name(kind, spec.layer): (
-            (of_layer[spec.layer], spec.num_kv_heads, block_size, dim), getattr(torch, spec.dtype)
+            (of_layer[spec.layer], spec.num_kv_heads, block_size, spec.columns(dim)), getattr(torch, spec.dtype)
         )
         for spec in info.cache_specs
         for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
@@ -86,4 +86,5 @@ def copy_cache_blocks(caches: Mapping[str, Tensor], info: ModelInfo, pairs: Sequ
             device = caches[names[0]].device
             sources, targets = (torch.from_numpy(np.ascontiguousarray(side)).to(device) for side in found)
         for name in names:
-            caches[name].index_copy_(0, targets, caches[name].index_select(0, sources))
+            cache = caches[name].view(torch.uint8) if caches[name].itemsize == 1 else caches[name]
+            cache.index_copy_(0, targets, cache.index_select(0, sources))

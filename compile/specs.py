@@ -7,13 +7,20 @@ from dataclasses import dataclass, field
 
 FP8_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 """Element types of fp8 caches, by kv_cache_dtype."""
+SCALE_BYTES = 4
+"""Of the float32 that each token and head of an int8 cache has behind its numbers."""
+
+
+def is_coded(dtype: str) -> bool:
+    """Whether a cache of that element type holds codes, of a byte each."""
+    return dtype == "int8" or dtype in FP8_DTYPES.values()
 
 
 @dataclass(frozen=True)
 class CacheSpec:
     """KV memory one attention layer needs.
 
-    K is stored as [num_blocks, num_kv_heads, block_size, key_dim], V likewise with value_dim.
+    K is stored as [num_blocks, num_kv_heads, block_size, columns(key_dim)], V likewise with value_dim.
     """
 
     layer: int
@@ -26,11 +33,16 @@ class CacheSpec:
 
     @property
     def has_scales(self) -> bool:
+        """Whether one scale serves all keys of the layer, and one all values."""
         return self.dtype in FP8_DTYPES.values()
 
+    def columns(self, dim: int) -> int:
+        """Elements that `dim` numbers of a token and head take, with their scale."""
+        return dim + (SCALE_BYTES if self.dtype == "int8" else 0)
+
     def bytes_per_token(self) -> int:
-        size = 1 if self.has_scales else 4 if self.dtype == "float32" else 2
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * size
+        size = 1 if is_coded(self.dtype) else 4 if self.dtype == "float32" else 2
+        return self.num_kv_heads * (self.columns(self.key_dim) + self.columns(self.value_dim)) * size
 
 
 @dataclass(frozen=True)

@@ -82,34 +82,62 @@ def _coded(module: str, parts: Mapping[str, StoredTensor], method: Method) -> Co
 
 
 def layout_of(lazy: LazyTensor) -> Layout | None:
-    """The layout of a weight all of whose rows are stored as codes of one layout, in place; None for any other."""
+    """The layout of a weight all of whose rows are stored as codes of one layout, in place; None for any other.
+
+    A weight of experts may have its last dims transposed: it is stored as its kernels read it, rows by inputs.
+    """
+    turned = [lazy_tensor.transpose(lazy, -2, -1)] if len(lazy.shape) == 3 else []
+    return next(filter(None, map(_layout_of_rows, [lazy, *turned])), None)
+
+
+def _layout_of_rows(lazy: LazyTensor) -> Layout | None:
     layouts = {part.stored.published.layout if _has_whole_rows(part, lazy) else None for part in lazy.slices}
     return layouts.pop() if len(layouts) == 1 else None
 
 
 def _has_whole_rows(part: TensorSlice, lazy: LazyTensor) -> bool:
-    view = part.view
-    is_matrix = isinstance(part.stored, CodedTensor) and view.ndim == 2 and len(part.stored.published.shape) == 2
-    return is_matrix and view.shape[1] == lazy.shape[1] and view.stride() == (view.shape[1], 1)
+    view, num_in = part.view, lazy.shape[-1]
+    is_coded = isinstance(part.stored, CodedTensor) and part.stored.published.shape[-1] == num_in
+    return is_coded and view.shape[-1] == num_in and view.stride()[-2:] == (num_in, 1)
 
 
 def store_coded(form: Format, lazy: LazyTensor, dtype: torch.dtype, stored: Stored, reader: Reader) -> None:
-    """Fills a weight of codes [N, K], some rows at a time: codes as they are stored, plain values quantized.
+    """Fills a weight of codes [N, K] or [E, N, K], some rows at a time: codes as they are stored, plain ones quantized.
 
     `dtype`: what the model has plain values in. Raises LoadError if the weight has codes of another layout.
     """
-    is_coded = layout_of(lazy) == form.layout
-    step = max(1, (DECODED_CODES if is_coded else ENCODED_VALUES) // lazy.shape[1])
+    if len(lazy.shape) == 3:
+        for expert in range(lazy.shape[0]):
+            of_expert = {name: part[expert] for name, part in stored.items()}
+            store_coded(form, lazy_tensor.select(lazy, expert), dtype, of_expert, reader)
+    elif _layout_of_rows(lazy) == form.layout:
+        for part in lazy.slices:
+            _copy_codes(form, part, stored, reader)
+    else:
+        _quantize(form, lazy, dtype, stored, reader)
+
+
+def _copy_codes(form: Format, part: TensorSlice, stored: Stored, reader: Reader) -> None:
+    """Codes of rows of one stored weight [N, K], or of one of its experts."""
+    *_, num_out, num_in = part.stored.published.shape
+    expert, first = divmod(part.view.storage_offset() // num_in, num_out)
+    is_matrix = len(part.stored.published.shape) == 2
+    step = max(1, DECODED_CODES // num_in) if is_matrix else part.view.shape[0]
+    for begin in range(0, part.view.shape[0], step):
+        low, high = first + begin, first + min(begin + step, part.view.shape[0])
+        coded = reader.coded(part.stored, *((low, high) if is_matrix else (expert, expert + 1)))
+        form.put_coded(stored, coded if is_matrix else coded.select(0).narrow(low, high), part.start[0] + begin)
+
+
+def _quantize(form: Format, lazy: LazyTensor, dtype: torch.dtype, stored: Stored, reader: Reader) -> None:
     for part in lazy.slices:
-        if not is_coded and isinstance(part.stored, CodedTensor):
+        if isinstance(part.stored, CodedTensor):
             raise LoadError(f"{part.stored.name} is stored as {part.stored.published.layout}, not as {form.layout}")
-    if not is_coded:
-        for begin in range(0, lazy.shape[0], step):
-            rows = lazy_tensor.narrow(lazy, 0, begin, min(begin + step, lazy.shape[0]))
-            form.put_coded(stored, form.encode(reader.value(rows).to(dtype)), begin)
-        return
-    for part in lazy.slices:
-        first = part.view.storage_offset() // lazy.shape[1]
-        for begin in range(0, part.view.shape[0], step):
-            end = min(begin + step, part.view.shape[0])
-            form.put_coded(stored, reader.coded(part.stored, first + begin, first + end), part.start[0] + begin)
+    # Rows of a transposed weight are nowhere together: it is read whole.
+    is_turned = any(part.view.stride(1) > 1 for part in lazy.slices)
+    whole = reader.value(lazy).to(dtype) if is_turned else None
+    step = max(1, ENCODED_VALUES // lazy.shape[1])
+    for begin in range(0, lazy.shape[0], step):
+        end = min(begin + step, lazy.shape[0])
+        rows = reader.value(lazy_tensor.narrow(lazy, 0, begin, end)).to(dtype) if whole is None else whole[begin:end]
+        form.put_coded(stored, form.encode(rows), begin)

@@ -52,5 +52,5 @@ def _online_layouts(captured: CapturedModel, config: CompileConfig) -> dict[str,
     return {
         name: of_head if shape[0] == vocab else layout
         for name, (shape, _) in captured.parameters.items()
-        if len(shape) == 2
+        if len(shape) in (2, 3)
     }

@@ -103,3 +103,10 @@ def narrow(whole: LazyTensor, dim: int, begin: int, end: int) -> LazyTensor:
             start = part.start[:dim] + (low - begin,) + part.start[dim + 1 :]
             slices.append(replace(part, start=start, view=part.view.narrow(dim, low - at, high - low)))
     return LazyTensor(whole.shape[:dim] + (end - begin,) + whole.shape[dim + 1 :], tuple(slices))
+
+
+def select(whole: LazyTensor, index: int) -> LazyTensor:
+    """The part at one index of the first dim, without that dim."""
+    slices = narrow(whole, 0, index, index + 1).slices
+    parts = (replace(part, start=part.start[1:], view=part.view.squeeze(0)) for part in slices)
+    return LazyTensor(whole.shape[1:], tuple(parts))

@@ -1,7 +1,7 @@
 """Weights of codes of 4 or 8 bits, for all layouts of ops/coded.py: words, scales and zeros in panels of 16 outputs.
 
-`linear_codes` reads them, and `embedding_codes` where the scales have the model's dtype. The parts of a weight are made
-from a checkpoint's codes as they are, or of plain values by `encode`.
+`linear_codes` and `experts_codes` read them, and `embedding_codes` where the scales have the model's dtype. The parts
+of a weight are made from a checkpoint's codes as they are, or of plain values by `encode`.
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ def format_of(name: str) -> Format:
         name, functools.partial(_shapes, layout), layout=layout, put_coded=functools.partial(_put, layout),
         encode=functools.partial(encode, layout=layout), readers={
             OPS.linear.default: functools.partial(_linear, layout),
+            OPS.experts.default: _experts,
             aten.embedding.default: functools.partial(_embedding, layout),
         }, targets=("cpu",), multiples=(PANEL, max(layout.group, 8)),
     )  # fmt: skip
 
 
 def has_kernel(layout: Layout, shape: Shape) -> bool:
-    """Whether kernels take a weight of this layout and shape."""
-    return len(shape) == 2 and (layout.group == 0 or (layout.group % 8 == 0 and DEPTH % layout.group == 0))
+    """Whether kernels take a weight of this layout and shape: a matrix, or one for each expert without an order."""
+    fits = len(shape) == 2 or (len(shape) == 3 and not layout.has_order)
+    return fits and (layout.group == 0 or (layout.group % 8 == 0 and DEPTH % layout.group == 0))
 
 
 def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
-    num_out, num_in = shape
+    *lead, num_out, num_in = shape
     panels, scale = -(-num_out // PANEL), getattr(torch, layout.scale_dtype)
-    of_groups = (panels, layout.num_groups(num_in), PANEL), scale
-    shapes = {"codes": ((panels, num_words(num_in, layout.bits), PANEL), torch.int32), "scales": of_groups}
+    of_groups = (*lead, panels, layout.num_groups(num_in), PANEL), scale
+    shapes = {"codes": ((*lead, panels, num_words(num_in, layout.bits), PANEL), torch.int32), "scales": of_groups}
     shapes |= {"zeros": of_groups} if layout.has_zeros else {}
     return shapes | ({"order": ((num_in,), torch.int64)} if layout.has_order else {})
 
@@ -65,6 +67,20 @@ def _linear(layout: Layout, args: tuple, pack: Pack) -> Call:
     zeros, order = _optional(layout, rest)
     num_out = weight.meta["val"].shape[0]
     return OPS.linear_codes.default, (x, codes, scales, zeros, order, bias, num_out, *_numbers(layout))
+
+
+def _experts(args: tuple, pack: Pack) -> Call:
+    """gate_up and down may be of two layouts."""
+    x, ids, weights, gate_up, down, gate_up_bias, down_bias, act, transposed, alpha, limit = args
+    parts, numbers = [], []
+    for weight in (gate_up, down):
+        codes, scales, *rest = pack(weight, transposed)
+        layout = parse_layout(codes.meta["weight"].format)
+        parts += [codes, scales, _optional(layout, rest)[0]]
+        numbers += _numbers(layout)
+    num_hidden = down.meta["val"].shape[1 if transposed else 2]
+    rest = (gate_up_bias, down_bias, act, num_hidden, *numbers, alpha, limit)
+    return OPS.experts_codes.default, (x, ids, weights, *parts, *rest)
 
 
 def _embedding(layout: Layout, args: tuple, pack: Pack) -> Call | None:

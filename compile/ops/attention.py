@@ -22,6 +22,8 @@ from fuseline.compile.ops.library import (
     batch_invariant,
     op,
 )
+from fuseline.compile.ops.rope import from_int8
+from fuseline.compile.specs import SCALE_BYTES
 
 CONTEXT = 1024
 """Keys of a sequence where kernels are measured in steps of one token each."""
@@ -123,7 +125,7 @@ def describe_attention(names: Iterable[str], args: Iterable[object], weights: It
 
 
 @op(
-    fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]),
+    fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], value_dim(v_cache)),
     inputs=paged_attention_inputs,
     tolerance=6.0,
     workloads=paged_attention_workloads,
@@ -137,9 +139,10 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """q[1, H, T, D] of several sequences over caches [N, K, B, D|E] -> [1, T, H, E].
 
-    An fp8 cache stores values divided by k_scale[1] and v_scale[1] (float32; None: 1).
+    An fp8 cache stores values divided by k_scale[1] and v_scale[1] (float32; None: 1), an int8 cache those divided by a
+    scale behind each token's (write_cache).
     """
-    out = q.new_empty(1, q.shape[2], q.shape[1], v_cache.shape[3])
+    out = q.new_empty(1, q.shape[2], q.shape[1], value_dim(v_cache))
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for s, length in enumerate(lengths):
         begin, end = starts[s], starts[s + 1]
@@ -152,7 +155,14 @@ def paged_attention(
     return out
 
 
+def value_dim(v_cache: Tensor) -> int:
+    """Numbers of a token and head in a cache of values."""
+    return v_cache.shape[3] - (SCALE_BYTES if v_cache.dtype == torch.int8 else 0)
+
+
 def _values(stored: Tensor, scale: Tensor | None) -> Tensor:
+    if stored.dtype == torch.int8:
+        return from_int8(stored)
     return stored if scale is None else stored.float() * scale
 
 

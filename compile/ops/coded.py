@@ -98,6 +98,11 @@ class Coded:
         zeros = None if self.zeros is None else self.zeros[begin:end]
         return replace(self, codes=self.codes[begin:end], scales=self.scales[begin:end], zeros=zeros)
 
+    def select(self, index: int) -> Coded:
+        """One expert's."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=zeros)
+
 
 def code_values(codes: Tensor, kind: str) -> Tensor:
     """float32 values of codes of one of KINDS, any shape."""

@@ -14,3 +14,5 @@ ROUTE_SOFTMAX_TOPK, ROUTE_TOPK_SOFTMAX = 0, 1
 EXPERT_ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "glu_oss": 4}
 EXPERT_UNARY = {code: UNARY.get(name) for name, code in EXPERT_ACTS.items()}
 """Code of the gate's activation by that of the experts'; None for gpt-oss's own way to combine gate and up."""
+CACHES = {"int8": 0, "float8_e4m3fn": 1, "float8_e5m2": 2}
+"""What a KV cache of one byte a number holds, by the name of its dtype (CacheCode)."""

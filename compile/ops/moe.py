@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from fuseline.compile.ops.library import (
     op,
 )
 
+Product = Callable[[Tensor, int], Tensor]
+"""product(rows[n, in], expert) -> [n, out]."""
 EXPERT_WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 
@@ -56,24 +58,43 @@ def experts(
     down_bias: Tensor | None, act: int, transposed: bool, alpha: float, limit: float,
 ) -> Tensor:  # fmt: skip
     """x[T, D] through K experts each, weighted, summed. gate_up[E, 2I, D], down[E, D, I]; transposed: [E, in, out]."""
+
+    def product(rows: Tensor, matrix: Tensor) -> Tensor:
+        return rows @ (matrix if transposed else matrix.T)
+
+    return sum_of_experts(
+        x, ids, weights, (lambda rows, expert: product(rows, gate_up[expert]),
+                          lambda rows, expert: product(rows, down[expert])),
+        (gate_up_bias, down_bias), lambda hidden: gated(hidden, act, alpha, limit),
+    )  # fmt: skip
+
+
+def sum_of_experts(
+    x: Tensor, ids: Tensor, weights: Tensor, products: tuple[Product, Product],
+    biases: tuple[Tensor | None, Tensor | None], gate: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """The experts of any storage of weights: `products` are those with gate_up and down.
+
+    Rounds as Transformers does: after each product, each bias and the product with the routing weight.
+    """
     out = torch.zeros(x.shape[0], x.shape[1], dtype=x.dtype)
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        first, second = gate_up[expert], down[expert]
-        hidden = x[token] @ (first if transposed else first.T)
-        if gate_up_bias is not None:
-            hidden = hidden + gate_up_bias[expert]
-        hidden = _gate(hidden, act, alpha, limit) @ (second if transposed else second.T)
-        if down_bias is not None:
-            hidden = hidden + down_bias[expert]
+        hidden = _plus(products[0](x[token], expert), biases[0], expert)
+        hidden = _plus(products[1](gate(hidden), expert), biases[1], expert)
         out.index_add_(0, token, hidden * weights[token, slot, None].to(x.dtype))
     return out
+
+
+def _plus(hidden: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    return hidden if bias is None else hidden + bias[expert]
 
 
 experts_invariant = batch_invariant(experts)
 
 
-def _gate(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
+def gated(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:
+    """Hidden states [T, I] from [T, 2I], the gates and ups in halves or, for gpt-oss, in pairs."""
     if (unary := codes.EXPERT_UNARY[act]) is not None:
         gate, up = hidden.chunk(2, -1)
         return ACTIVATIONS[unary](gate) * up

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, StepSize, Workload, op, same_layout
-from fuseline.compile.specs import FP8_DTYPES
+from fuseline.compile.specs import FP8_DTYPES, SCALE_BYTES
 
 FP8 = tuple(getattr(torch, name) for name in dict.fromkeys(FP8_DTYPES.values()))
 """Dtypes of caches whose numbers are scaled."""
@@ -166,6 +166,7 @@ def write_cache(
     """Writes k, v [1, K, T, D] to slot = block * block_size + offset of caches [N, K, B, D]; slot -1 writes nothing.
 
     An fp8 cache stores values divided by k_scale[1] and v_scale[1] (float32; None: 1), saturated at its largest number.
+    An int8 cache stores each token and head divided by a scale of its own, which lies behind it in 4 elements.
     """
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]
@@ -174,10 +175,25 @@ def write_cache(
 
 
 def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    if dtype == torch.int8:
+        return to_int8(x.float())
     if dtype in FP8:
         largest = torch.finfo(dtype).max
         x = (x.float() if scale is None else x.float() / scale).clamp(-largest, largest)
     return x.to(dtype)
+
+
+def to_int8(x: Tensor) -> Tensor:
+    """float32 [..., D] -> int8 [..., D + 4], the scale of each row behind it: its largest magnitude is 127."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    codes = (x / torch.where(scale == 0, 1, scale)).round().to(torch.int8)
+    return torch.cat((codes, scale.view(torch.int8)), -1)
+
+
+def from_int8(stored: Tensor) -> Tensor:
+    """The inverse of to_int8."""
+    codes, scale = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return codes.float() * scale
 
 
 @op(

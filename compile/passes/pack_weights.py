@@ -4,6 +4,7 @@ linear(x, weight, bias)              -> linear_panels(x, weight as [ceil(N/16), 
 experts(..., gate_up, down)          -> experts_panels(...), transposed weights turned
 embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
 linear(x, weight of codes, bias)     -> linear_codes(...), the layout being the checkpoint's or that of --quantization
+experts(..., both weights of codes)  -> experts_codes(...)
 linear(x, computed weight, bias)     -> aten.linear, which torch computes
 """
 
@@ -36,15 +37,15 @@ def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     for target in (OPS.linear.default, OPS.experts.default):
         plain = next((form for form in forms if target in form.readers), None)
         for node in [n for n in graph.graph.nodes if n.target is target]:
-            codes = _form_of_codes(node, ctx)
-            kept |= {name: codes for name in _names_of_weights(node) if name in ctx.layouts}
+            of_codes = _forms_of_codes(node, ctx)
+            kept |= {name: of_codes.get(name) for name in _names_of_weights(node) if name in ctx.layouts}
             if plain and target is OPS.linear.default and not is_constant(node.args[1]):
                 edit.replace(node, aten.linear.default, node.args)
-            elif codes or plain:
-                matches += packer.replace(node, codes or plain)
+            elif of_codes or plain:
+                matches += packer.replace(node, of_codes, plain)
     for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default and is_constant(n.args[0])]:
         form = packer.format_of(node.args[0])
-        matches += form is not None and node.target in form.readers and packer.replace(node, form)
+        matches += form is not None and node.target in form.readers and packer.replace(node, {}, form)
     return PassResult(matches, (QuantizedSpec(_in_words(kept)),) if kept else ())
 
 
@@ -59,15 +60,25 @@ def _in_words(kept: Mapping[str, Format | None]) -> tuple[str, ...]:
     return tuple(f"{count} {words.get(name, 'as ' + name)}" for name, count in counts.most_common())
 
 
-def _form_of_codes(node: fx.Node, ctx: PassContext) -> Format | None:
-    """The format of a linear's weight, if that is made of codes of one layout, for which the target has a kernel."""
-    weight = node.args[1]
-    if node.target is not OPS.linear.default or not is_constant(weight):
+def _forms_of_codes(node: fx.Node, ctx: PassContext) -> dict[str, Format]:
+    """The format of each weight by name, if all of the call's weights are codes for which the target has a kernel."""
+    weights = [node.args[1]] if node.target is OPS.linear.default else list(node.args[3:5])
+    is_transposed = node.target is OPS.experts.default and node.args[8]
+    forms = [_form_of(weight, is_transposed, ctx) for weight in weights]
+    if not all(form and node.target in form.readers for form in forms):
+        return {}
+    return {name: form for weight, form in zip(weights, forms, strict=True) for name in edit.source_of(weight).names}
+
+
+def _form_of(weight: fx.Node, is_transposed: bool, ctx: PassContext) -> Format | None:
+    """The format of a weight that is made of codes of one layout, for which the target has a kernel."""
+    if not is_constant(weight):
         return None
     layouts = {ctx.layouts.get(name) for name in edit.source_of(weight).names}
     name = layouts.pop() if len(layouts) == 1 else None
     form = format_named(name) if name and name != MIXED else None
-    is_ours = form and ctx.target.kind in form.targets and has_kernel(form.layout, tuple(weight.meta["val"].shape))
+    value: Tensor = weight.meta["val"].mT if is_transposed else weight.meta["val"]
+    is_ours = form and ctx.target.kind in form.targets and has_kernel(form.layout, tuple(value.shape))
     return form if is_ours else None
 
 
@@ -80,11 +91,14 @@ class _Packer:
         """The format in which a linear has packed the weight."""
         return self._packed.get(edit.source_of(weight).names, (None, ()))[0]
 
-    def replace(self, node: fx.Node, form: Format) -> bool:
-        def pack(weight: fx.Node, transposed: bool = False) -> tuple[fx.Node, ...]:
-            return self._pack(weight, form, bool(transposed))
+    def replace(self, node: fx.Node, of_codes: Mapping[str, Format], plain: Format | None) -> bool:
+        """Packs the weights in their formats, by the name of their first parameter; `plain` is that of others."""
 
-        call = form.readers[node.target](node.args, pack)
+        def pack(weight: fx.Node, transposed: bool = False) -> tuple[fx.Node, ...]:
+            return self._pack(weight, of_codes.get(edit.source_of(weight).names[0], plain), bool(transposed))
+
+        reader = next(iter(of_codes.values()), plain).readers[node.target]
+        call = reader(node.args, pack)
         return call is not None and edit.replace(node, *call)
 
     def _pack(self, weight: fx.Node, form: Format, transposed: bool) -> tuple[fx.Node, ...]:

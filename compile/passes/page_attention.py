@@ -6,7 +6,8 @@
     out = paged_attention(q, k_cache_L, v_cache_L, block_table_G, seq_lens, query_start, sinks, ...)
 
 Layers with the same window share one group G of block tables. Caches and batch metadata are graph inputs. fp8 caches
-have scales, constants k_scale_L and v_scale_L [1] read by both ops; their values are set when weights are loaded.
+have scales, constants k_scale_L and v_scale_L [1] read by both ops; their values are set when weights are loaded. int8
+caches have a scale behind each token's numbers.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch import Tensor, fx
 from fuseline.compile.graph.edit import constant, insert_call, meta_int, placeholder, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph_inputs import cache_name, group_placeholder
-from fuseline.compile.specs import FP8_DTYPES, CacheGroup, CacheSpec, scale_names
+from fuseline.compile.specs import FP8_DTYPES, CacheGroup, CacheSpec, is_coded, scale_names
 
 OPS = torch.ops.fuseline
+WORD = 4
+"""Numbers that the CPU's kernels store together (csrc/cpu/kernels/cache_codes.h)."""
 
 
 def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -41,13 +44,17 @@ def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
     if not causal:
         raise ValueError(f"layer {layer}: attention that is not causal cannot be paged")
     key, value = k.meta["val"], v.meta["val"]
-    return CacheSpec(layer, key.shape[1], key.shape[3], value.shape[3], _dtype(key.dtype, ctx), window)
+    spec = CacheSpec(layer, key.shape[1], key.shape[3], value.shape[3], _dtype(key.dtype, ctx), window)
+    if ctx.target.kind == "cpu" and is_coded(spec.dtype) and (spec.key_dim % WORD or spec.value_dim % WORD):
+        raise ValueError(f"layer {layer}: a cache of {ctx.config.kv_cache_dtype} needs heads of a multiple of {WORD} "
+                         f"numbers, but they have {spec.key_dim} and {spec.value_dim}")  # fmt: skip
+    return spec
 
 
 def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
     asked = ctx.config.kv_cache_dtype
-    if asked in FP8_DTYPES and ctx.target.kind != "cuda":
-        raise ValueError(f"a cache of {asked} needs a GPU")
+    if asked == "int8" and ctx.target.kind != "cpu":
+        raise ValueError("a cache of int8 needs a CPU; take fp8")
     if asked in FP8_DTYPES:
         return FP8_DTYPES[asked]
     return str(of_model).removeprefix("torch.") if asked == "auto" else asked
@@ -62,9 +69,8 @@ def _rewrite(
     graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int, block_size: int, scales: list[fx.Node]
 ) -> None:
     q, k, v, sinks, layer, scale, window, softcap, _ = node.args
-    dtype = getattr(torch, spec.dtype)
     caches = [
-        placeholder(graph, cache_name(kind, layer), _cache(spec, block_size, dim, dtype))
+        placeholder(graph, cache_name(kind, layer), _cache(spec, block_size, dim))
         for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
     ]
     slots = placeholder(graph, group_placeholder("slot_mapping", group), meta_int(2))
@@ -77,5 +83,6 @@ def _rewrite(
     take_over([node], [paged])
 
 
-def _cache(spec: CacheSpec, block_size: int, dim: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(2, spec.num_kv_heads, block_size, dim, dtype=dtype, device="meta")
+def _cache(spec: CacheSpec, block_size: int, dim: int) -> Tensor:
+    shape = 2, spec.num_kv_heads, block_size, spec.columns(dim)
+    return torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")

@@ -25,6 +25,9 @@ DType to_dtype(const OpSchema& op, const TensorArg& arg, ScalarType type) {
     case ScalarType::Long: return DType::i64;
     case ScalarType::Int: return DType::i32;
     case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2:
     case ScalarType::Bool: return DType::u8;
     default: throw std::invalid_argument(op.name + ": argument " + arg.name + " has a dtype no kernel takes");
   }

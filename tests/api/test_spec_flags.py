@@ -108,8 +108,7 @@ ROWS: dict[str, list[Good | Bad]] = {
                       Bad("--config-format x", 2, "choose")],
     "dtype": [Good("", "auto"), Good("--dtype half", "float16"), Good("--dtype float", "float32"),
               *choice("--dtype", "float16", "bfloat16", "float32")],
-    "kv_cache_dtype": [Good("", "auto"), *(Bad(f"--kv-cache-dtype {one}", 1, "needs a GPU")
-                                           for one in ("fp8", "fp8_e5m2", "fp8_e4m3"))],
+    "kv_cache_dtype": [Good("", "auto"), *choice("--kv-cache-dtype", "fp8", "fp8_e5m2", "fp8_e4m3", "int8")],
     "max_model_len": [Good("", 4096), Good("--max-model-len auto", 4096), Good("--max-model-len -1", 4096),
                       Good("--max-model-len 2k", 2000), Good("--max-model-len 2K", 2048),
                       Bad("--max-model-len 8k", 1, "above the model's limit of 4096"),

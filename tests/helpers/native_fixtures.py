@@ -45,21 +45,28 @@ def pack(*weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tens
 
 def key_panels(cache: torch.Tensor) -> torch.Tensor:
     """A cache [N, K, B, D] of plain keys in the layout of the native kernels (csrc/cpu/kernels/keys.h)."""
-    out = torch.empty_like(cache)
-    out.view(-1)[key_places(cache)] = cache.contiguous().view(-1)
+    out, given = torch.empty_like(cache), cache.contiguous()
+    as_bytes(out)[key_places(cache)] = as_bytes(given)
     return out
 
 
 def plain_keys(cache: torch.Tensor) -> torch.Tensor:
-    return cache.view(-1)[key_places(cache)].view(cache.shape)
+    return as_bytes(cache)[key_places(cache)].view(cache.dtype).view(cache.shape)
+
+
+def as_bytes(cache: torch.Tensor) -> torch.Tensor:
+    """One of codes as plain bytes, which torch can index; all flat."""
+    return cache.view(torch.uint8).view(-1) if cache.itemsize == 1 else cache.view(-1)
 
 
 def key_places(cache: torch.Tensor) -> torch.Tensor:
-    """Where number i of a plain cache lies, block for block [B / W][D][W], bf16 in pairs of D."""
+    """Where number i of a plain cache lies, block for block [B / W][D][W], bf16 in pairs of D, bytes in fours."""
     num_blocks, block_size, dim = cache.shape[:2].numel(), *cache.shape[2:]
     lanes = 16 if block_size % 16 == 0 else block_size
     key, d = torch.arange(block_size)[:, None], torch.arange(dim)[None]
     is_pair = (d | 1) < dim if cache.dtype == torch.bfloat16 else torch.zeros_like(d, dtype=torch.bool)
     in_panel = torch.where(is_pair, (d & ~1) * lanes + 2 * (key % lanes) + (d & 1), d * lanes + key % lanes)
+    if cache.itemsize == 1:
+        in_panel = (d & ~3) * lanes + 4 * (key % lanes) + (d & 3)
     in_block = (key - key % lanes) * dim + in_panel
     return (torch.arange(num_blocks)[:, None] * block_size * dim + in_block.flatten()).flatten()

@@ -21,10 +21,12 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import call_node, tensors_of
 from fuseline.compile.graph.region import Region
 from fuseline.compile.graph_inputs import GraphOutput, group_placeholder, is_cache, meta_input
+from fuseline.compile.ops.codes import CACHES
 
 DTYPES = {
     torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",
     torch.uint8: "u8", torch.bool: "u8",
+    **{getattr(torch, name): "u8" for name in CACHES},
 }  # fmt: skip
 
 

@@ -44,10 +44,11 @@ def single_call(op: Op, args: Sequence[object]) -> SingleCall:
             return arg
         node = graph.placeholder(f"x{len(values)}")
         values[node] = arg
+        node.meta["val"] = arg.to("meta")
         return node
 
     node = graph.call_function(op.target, tuple(map(node_of, args)))
-    native = plan_call(node, lambda other: values[other].to("meta"))
+    native = plan_call(node, lambda other: other.meta["val"])
     if native is None:
         raise ValueError(f"no kernel for {op.name}")
     results = op.target(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))

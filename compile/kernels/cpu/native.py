@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor, fx
+
 from fuseline.compile.kernels.plan_call import native
+from fuseline.compile.ops.codes import CACHES
+from fuseline.compile.ops.library import named_arguments
 from fuseline.compile.ops.registry import registry
 
 SAME_NAME = (
     "act_mul", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "route_topk", "gather_rows",
-    "embedding_panels", "embedding_codes", "linear_codes",
+    "embedding_panels", "embedding_codes", "linear_codes", "experts_codes",
 )  # fmt: skip
 OVER_CACHES = ("rope_cache", "write_cache", "paged_attention")
 
 
-def without_scales(op: str) -> Callable[..., bool]:
-    """Takes calls of the op that scale no cache: fp8 is for GPUs."""
-    first = registry()[op].arguments.index("k_scale")
-    return lambda *args: all(arg is None for arg in args[first:])
+def over_cache(op: str, is_coded: bool) -> Callable[..., bool]:
+    """Takes calls of the op whose caches hold codes, or those whose caches hold floats."""
+    at = registry()[op].arguments.index("k_cache")
+    return lambda *args: (dtype_name(args[at]) in CACHES) == is_coded
+
+
+def cache_code(node: fx.Node) -> int:
+    return CACHES[dtype_name(named_arguments(node)["k_cache"].meta["val"])]
+
+
+def dtype_name(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 IMPLEMENTATIONS = (
     *(native(op) for op in SAME_NAME),
-    *(native(op, supports=without_scales(op)) for op in OVER_CACHES),
+    *(native(op, supports=over_cache(op, False)) for op in OVER_CACHES),
+    *(native(op, f"{op}_codes", over_cache(op, True), code=cache_code) for op in OVER_CACHES),
     native("experts_panels", "experts"),
     native("linear_panels", "linear", choices=lambda node: node.meta.get("choices", 0)),
     native("aten.embedding", "embedding", ids=lambda node: node.args[1]),

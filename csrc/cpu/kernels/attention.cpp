@@ -4,7 +4,7 @@
 // to absolute positions. The softmax is online within a segment; segments are merged in ascending order. A row's result
 // therefore depends on its own query and keys alone, not on other rows, chunking or which thread ran which segment.
 #include "cpu/parallel.h"
-#include "tiles.h"
+#include "coded_tiles.h"
 
 namespace fuseline::FL_ISA {
 namespace {
@@ -96,14 +96,22 @@ void fill(float* x, int64_t lo, int64_t hi, float value) {
   for (int64_t i = lo; i < hi; ++i) x[i] = value;
 }
 
+// Scales of the keys and values of a tile; absent but for int8.
+struct KeyScales {
+  const float *keys, *values;
+};
+
 // Turns a row of scores into probabilities relative to its new maximum, 0 for keys outside [lo, hi); rescales sums.
+// Probabilities are multiplied by the scales of values.
 template <class Path>
-void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* sum, float& max, float& weight) {
+void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, const KeyScales& scales, float* sum, float& max,
+                 float& weight) {
   if (lo >= hi) return fill(s, 0, kKeys, 0.0f);
   constexpr int kVecs = kKeys / kLanes;
   vf x[kVecs], top = set1(-kInfinity), total = set1(0.0f);
   for (int v = 0; v < kVecs; ++v) {
     x[v] = load(s + v * kLanes) * job.scale;
+    if (scales.keys) x[v] *= load(scales.keys + v * kLanes);
     if (job.softcap > 0) x[v] = job.softcap * vtanh(x[v] / job.softcap);
   }
   bool is_full = lo <= 0 && hi >= kKeys;
@@ -124,6 +132,7 @@ void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, float* 
     x[v] = vexp_down(x[v] - new_max);
     if (!is_full) x[v] = select(is_seen[v], x[v], zero());
     total += x[v];
+    if (scales.values) x[v] *= load(scales.values + v * kLanes);
   }
   Path::store_probabilities(x, s);
   if (max == new_max) {   // exp(0) is exactly 1
@@ -145,6 +154,11 @@ struct TaskScratch {
   T* keys;
   const Task* next;   // the thread's next task, if known; prefetched
   Places<T>* places;  // double buffer: the current tile and the one being prefetched
+  DecodedTile<T> decoded;   // of a cache of codes
+
+  KeyScales scales(const Attention& job) const {
+    return job.code == kCacheInt8 ? KeyScales{decoded.key_scales, decoded.value_scales} : KeyScales{};
+  }
 };
 
 int64_t queries_size(const Attention& job) { return (job.key_dim + kKeys - 1) / kKeys * kMaxRows * kRowSize; }
@@ -152,12 +166,13 @@ int64_t queries_size(const Attention& job) { return (job.key_dim + kKeys - 1) / 
 // Carves one task's scratch; `extra` more floats begin at `end`.
 template <class Path, class T>
 TaskScratch<Path, T> task_scratch(const Attention& job, const Task* next, Places<T>* places, int64_t extra, float** end) {
-  int64_t values = kKeys * job.padded_dim, keys = kKeys * job.key_dim;
+  int64_t values = kKeys * job.padded_dim, keys = job.is_coded() ? decoded_size(job) : kKeys * job.key_dim;
   float* p = chunk_floats(queries_size(job) + kMaxRows * kRowSize + values + keys + extra);
   float* scores = p + queries_size(job);
   float* first = scores + kMaxRows * kRowSize;
   *end = first + values + keys;
-  return {reinterpret_cast<typename Path::Word*>(p), scores, first, reinterpret_cast<T*>(first + values), next, places};
+  return {reinterpret_cast<typename Path::Word*>(p), scores, first, reinterpret_cast<T*>(first + values), next, places,
+          decoded_tile<T>(job, first + values)};
 }
 
 // scores [rows][kRowSize] = queries x panels.
@@ -200,21 +215,14 @@ void sum_tile(const Attention& job, int64_t rows, int64_t first, const Places<T>
   }
 }
 
-// Processes keys [lo, hi) of the tile at `base`.
+// Scores, softmax and sum of values of keys [lo, hi) of the tile at `base`, whose addresses are in `tile`.
 template <class Path, class T>
-void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi,
-              const TaskScratch<Path, T>& s, Partial p) {
-  int turn = s.places[1].is_at(task, lo, hi);
-  Places<T>&tile = s.places[turn], &next = s.places[1 - turn];
-  if (!tile.is_at(task, lo, hi)) find_tile(job, task, lo, hi, tile);
-  if (key_lanes(job.block_size) != kPanel) {
-    for (int i = 0; i < kTilePanels; ++i) tile.panels[i] = s.keys + i * kPanel * job.key_dim;
-    copy_panels(job, task, lo, hi, s.keys);
-  }
+void compute_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, const Places<T>& tile,
+                  const Places<T>* next, const TaskScratch<Path, T>& s, Partial p) {
   int64_t rows = task.rows(), first_lane = (lo - base) / kPanel * kPanel;
-  bool has_next = find_next_tile(job, task, s.next, hi, next);
-  if (!has_next) next.lo = next.hi = 0;
-  Fetch<T> fetch(job, next, hi - lo, rows + 1);   // sum_tile prefetches the first values
+  Places<T> none;
+  none.lo = none.hi = 0;
+  Fetch<T> fetch(job, next ? *next : none, hi - lo, rows + 1);   // sum_tile prefetches the first values
   fetch();
   int num_panels = static_cast<int>((hi - base - first_lane + kPanel - 1) / kPanel);
   score_tile(job, rows, tile, num_panels, s, s.scores + first_lane);
@@ -222,9 +230,30 @@ void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, 
     int64_t position = task.position_of(r), first = first_key(job, position);
     int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
     fetch();
-    softmax_row<Path>(job, s.scores + r * kRowSize, begin, end, p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
+    softmax_row<Path>(job, s.scores + r * kRowSize, begin, end, s.scales(job), p.sum + r * job.padded_dim, p.max[r],
+                      p.weight[r]);
   }
-  sum_tile(job, rows, lo - base, tile, has_next ? next : tile, static_cast<int>(hi - lo), s, p.sum);
+  sum_tile(job, rows, lo - base, tile, next ? *next : tile, static_cast<int>(hi - lo), s, p.sum);
+}
+
+// Processes keys [lo, hi) of the tile at `base`.
+template <class Path, class T>
+void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi,
+              const TaskScratch<Path, T>& s, Partial p) {
+  if (job.is_coded()) {
+    decode_tile(job, task, base, lo, hi, s.decoded, s.places[0]);
+    return compute_tile<Path, T>(job, task, base, lo, hi, s.places[0], nullptr, s, p);
+  }
+  int turn = s.places[1].is_at(task, lo, hi);
+  Places<T>&tile = s.places[turn], &next = s.places[1 - turn];
+  if (!tile.is_at(task, lo, hi)) find_tile(job, task, lo, hi, tile);
+  if (key_lanes(job.block_size) != kPanel) {
+    for (int i = 0; i < kTilePanels; ++i) tile.panels[i] = s.keys + i * kPanel * job.key_dim;
+    copy_panels(job, task, lo, hi, s.keys);
+  }
+  bool has_next = find_next_tile(job, task, s.next, hi, next);
+  if (!has_next) next.lo = next.hi = 0;
+  compute_tile<Path, T>(job, task, base, lo, hi, tile, has_next ? &next : nullptr, s, p);
 }
 
 // Processes the keys of [segment, segment + 1) * kSegment that any row of the task sees; s.queries must be packed.
@@ -274,7 +303,7 @@ void write_rows(const Attention& job, const Task& task, Partial total) {
   with_float(job.out.dtype, [&](auto t) {
     for (int64_t r = 0; r < task.rows(); ++r) {
       float *x = total.sum + r * job.padded_dim, weight = total.weight[r];
-      float scale = weight == 0.0f ? 0.0f : 1.0f / weight;
+      float scale = weight == 0.0f ? 0.0f : job.value_unit / weight;
       for (int64_t e = 0; e < job.padded_dim; e += kLanes) store(x + e, load(x + e) * scale);
       auto* out = static_cast<decltype(t)*>(job.out.data) + (task.token + r / task.num_heads) * job.out.strides[1] +
                   (task.head + r % task.num_heads) * job.out.strides[2];
@@ -374,21 +403,37 @@ void run_all(Attention& job) {
   });
 }
 
+Attention attention_job(const Tensor* t, int64_t window, const double* f) {
+  Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], window, static_cast<float>(f[0]),
+                static_cast<float>(f[1])};
+  job.num_seqs = job.seq_lens.sizes[0];
+  job.group = job.q.sizes[1] / job.k_cache.sizes[1];
+  job.block_size = job.k_cache.sizes[2];
+  job.key_dim = job.q.sizes[3];
+  job.value_dim = job.out.sizes[3];
+  return job;
+}
+
 }  // namespace
 
 // t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?; i: window (0: none); f: scale,
 // softcap (0: none). keys.h gives the layout of keys. Keys from seq_lens on, and blocks before the window, are not read.
 void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
-  Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], i[0], static_cast<float>(f[0]),
-                static_cast<float>(f[1])};
-  job.num_seqs = job.seq_lens.sizes[0];
-  job.group = job.q.sizes[1] / job.k_cache.sizes[1];
-  job.block_size = job.k_cache.sizes[2];
-  job.key_dim = job.k_cache.sizes[3];
-  job.value_dim = job.v_cache.sizes[3];
+  Attention job = attention_job(t, i[0], f);
   if constexpr (kHasDot)
     if (job.k_cache.dtype == DType::bf16 && job.q.dtype == DType::bf16) return run_all<Bf16DotPath, bf16>(job);
   with_float(job.k_cache.dtype, [&](auto p) { run_all<Fp32Path, decltype(p)>(job); });
+}
+
+// The same over caches of codes (cache_codes.h): t: then k_scale?, v_scale?; i: window, code (CacheCode).
+void paged_attention_codes(const Tensor* t, const int64_t* i, const double* f) {
+  Attention job = attention_job(t, i[0], f);
+  job.code = i[1];
+  job.scale *= cache_unit(job.code) * (t[8].present() ? float_at(t[8], 0) : 1.0f);
+  job.value_unit = cache_unit(job.code) * (t[9].present() ? float_at(t[9], 0) : 1.0f);
+  if constexpr (kHasDot)
+    if (job.q.dtype == DType::bf16) return run_all<Bf16DotPath, bf16>(job);
+  run_all<Fp32Path, float>(job);
 }
 
 }  // namespace fuseline::FL_ISA

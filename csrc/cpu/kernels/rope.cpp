@@ -2,7 +2,7 @@
 // Legend: H heads, K kv heads, T tokens, D key size, E value size, R rotary dim (first R of D), C table columns.
 #include "cpu/rows.h"
 #include "fuseline/codes.h"
-#include "keys.h"
+#include "cache_codes.h"
 
 namespace fuseline::FL_ISA {
 namespace {
@@ -94,6 +94,38 @@ void store_values(const Tensor& cache, const Tensor& v, int64_t slot, int64_t to
     __builtin_memcpy(value_row<T>(cache, slot, h), head_row<T>(v, h, token), v.sizes[3] * sizeof(T));
 }
 
+// A cache of codes, and what numbers are divided by where tokens have no scales of their own.
+struct CodedCache {
+  const Tensor& cache;
+  int64_t code;
+  float scale;
+  int64_t row_bytes() const { return cache.sizes[3]; }
+  int64_t num_codes() const { return row_bytes() - scale_bytes(code); }
+};
+
+CodedCache coded_cache(const Tensor& cache, const Tensor& scale, int64_t code) {
+  return {cache, code, scale.present() ? float_at(scale, 0) : 1.0f};
+}
+
+// `codes` has room for a row.
+template <class T>
+void store_coded_key(const CodedCache& c, const T* key, int64_t slot, int64_t head, uint8_t* codes) {
+  uint8_t* block = cache_block<uint8_t>(c.cache, slot, head);
+  float scale = encode_row(c.code, key, c.num_codes(), c.scale, codes);
+  if (scale_bytes(c.code)) __builtin_memcpy(codes + c.num_codes(), &scale, sizeof scale);
+  for (int64_t w = 0; w < c.row_bytes() / 4; ++w)
+    __builtin_memcpy(block + key_word(c.cache.sizes[2], c.row_bytes(), slot % c.cache.sizes[2], w), codes + 4 * w, 4);
+}
+
+template <class T>
+void store_coded_values(const CodedCache& c, const Tensor& v, int64_t slot, int64_t token) {
+  for (int64_t h = 0; h < v.sizes[1]; ++h) {
+    uint8_t* row = value_row<uint8_t>(c.cache, slot, h);
+    float scale = encode_row(c.code, head_row<T>(v, h, token), c.num_codes(), c.scale, row);
+    if (scale_bytes(c.code)) __builtin_memcpy(row + c.num_codes(), &scale, sizeof scale);
+  }
+}
+
 // Calls body(T{}, token) for each token of x.
 template <class F>
 void for_tokens(const Tensor& x, const F& body) {
@@ -118,6 +150,39 @@ void write_cache(const Tensor* t, const int64_t*, const double*) {
     if (!has_slot(t[0], slot)) return;
     for (int64_t h = 0; h < t[2].sizes[1]; ++h) store_key(t[0], head_row<T>(t[2], h, token), slot, h);
     store_values<T>(t[1], t[3], slot, token);
+  });
+}
+
+// t: k_cache!, v_cache!, k, v, slots, k_scale?, v_scale?; i: code (CacheCode).
+void write_cache_codes(const Tensor* t, const int64_t* i, const double*) {
+  const CodedCache keys = coded_cache(t[0], t[5], i[0]), values = coded_cache(t[1], t[6], i[0]);
+  for_tokens(t[2], [&](auto type, int64_t token) {
+    using T = decltype(type);
+    const int64_t slot = index_at(t[4], token);
+    if (!has_slot(t[0], slot)) return;
+    auto* codes = static_cast<uint8_t*>(scratch(Scratch::kChunk, keys.row_bytes()));
+    for (int64_t h = 0; h < t[2].sizes[1]; ++h) store_coded_key(keys, head_row<T>(t[2], h, token), slot, h, codes);
+    store_coded_values<T>(values, t[3], slot, token);
+  });
+}
+
+// t: q_out!, k_cache!, v_cache!, q, k, v, cos, sin, rows, slots, k_scale?, v_scale?; i: rotary_dim, layout, code.
+void rope_cache_codes(const Tensor* t, const int64_t* i, const double*) {
+  const Tensor &q_out = t[0], &q = t[3], &k = t[4], &v = t[5], &slots = t[9];
+  const CodedCache keys = coded_cache(t[1], t[10], i[2]), values = coded_cache(t[2], t[11], i[2]);
+  const Rotation by{&t[6], &t[7], &t[8], i[0], i[1]};
+  for_tokens(q, [&](auto type, int64_t token) {
+    using T = decltype(type);
+    rotate_token<T>(q_out, q, by, token);
+    const int64_t slot = index_at(slots, token);
+    if (!has_slot(t[1], slot)) return;
+    T* rotated = static_cast<T*>(scratch(Scratch::kChunk, k.sizes[3] * sizeof(T) + keys.row_bytes()));
+    auto* codes = reinterpret_cast<uint8_t*>(rotated + k.sizes[3]);
+    for (int64_t h = 0; h < k.sizes[1]; ++h) {
+      rotate_head(rotated, head_row<T>(k, h, token), k.sizes[3], by, token);
+      store_coded_key(keys, rotated, slot, h, codes);
+    }
+    store_coded_values<T>(values, v, slot, token);
   });
 }
 

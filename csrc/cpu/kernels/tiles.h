@@ -19,7 +19,10 @@ struct Attention {
   float scale, softcap;
   int64_t num_seqs = 0, group = 0, block_size = 0, key_dim = 0, value_dim = 0, padded_dim = 0;
   int64_t heads_per_task = 0, tokens_per_task = 0;
+  int64_t code = -1;          // CacheCode of caches of codes (cache_codes.h)
+  float value_unit = 1.0f;    // of the values that are summed
 
+  bool is_coded() const { return code >= 0; }
   int64_t parts() const { return (group + heads_per_task - 1) / heads_per_task; }
   int64_t tasks_of(int64_t tokens) const {
     return k_cache.sizes[1] * parts() * ((tokens + tokens_per_task - 1) / tokens_per_task);

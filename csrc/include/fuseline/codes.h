@@ -28,6 +28,9 @@ enum ExpertAct { kExpertSilu = 0, kExpertGelu = 1, kExpertGeluTanh = 2, kExpertR
 // What the codes of a weight stand for.
 enum CodeKind { kCodeInt8 = 0, kCodeFp8 = 1, kCodeInt4 = 2, kCodeNf4 = 3, kCodeFp4 = 4, kCodeE2m1 = 5 };
 
+// What a KV cache of one byte a number holds.
+enum CacheCode { kCacheInt8 = 0, kCacheE4m3 = 1, kCacheE5m2 = 2 };
+
 enum LogprobsMode { kRawLogprobs = 0, kProcessedLogprobs = 1, kRawLogits = 2, kProcessedLogits = 3 };
 
 }  // namespace fuseline

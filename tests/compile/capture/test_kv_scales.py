@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_target_cases import build, decode_step
 from fake_gpu import GPU, FakeGraphs, no_host_sync
+from native_fixtures import plain_keys
 from ops_cases import assert_close
 from pass_cases import case
 from pass_serve_cases import K, Q, V, rope_case, turned_alike
@@ -25,6 +26,7 @@ from fuseline.compile.ops.registry import registry
 from fuseline.compile.ops.rope import FP8
 from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.page_attention import page_attention
+from fuseline.compile.target import CPU
 
 BY_FLAG = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 OPS = torch.ops.fuseline
@@ -129,6 +131,21 @@ def test_scales_of_the_checkpoint_are_used(flag: str, tmp_path, caplog) -> None:
         assert torch.equal(coded.float(), (wide.float() / scale).to(BY_FLAG[flag]).float()) and coded.float().any()
     asked = compile_model(CompileConfig(model=str(path), kv_cache_dtype=flag, calculate_kv_scales=True), GPU)
     assert set(scales_of(asked).values()) == {1.0}, "they are to be computed"
+
+
+def test_a_cpu_uses_the_scales_of_the_checkpoint(tmp_path) -> None:
+    path = with_scales(tmp_path, {"model.layers.0.self_attn.k_scale": torch.tensor(0.25),
+                                  "model.layers.0.self_attn.v_scale": torch.tensor([0.5])})  # fmt: skip
+    coded, plain = (compile_model(CompileConfig(model=str(path), kv_cache_dtype=flag, skip_model_check=True), CPU)
+                    for flag in ("fp8", "auto"))  # fmt: skip
+    for built in (coded, plain):
+        built.allocate_caches([4])
+        built.run(PROMPT)
+    for kind, scale in (("k", 0.25), ("v", 0.5)):
+        wide, found = (model._caches[f"{kind}_cache_0"] for model in (plain, coded))
+        wide, found = (plain_keys(wide), plain_keys(found)) if kind == "k" else (wide, found)
+        assert torch.equal(found.float(), (wide.float() / scale).to(torch.float8_e4m3fn).float())
+        assert found.float().any()
 
 
 @pytest.mark.parametrize(("level", "flag", "top"), [(0, "fp8", 224.0), (1, "fp8", 224.0), (1, "fp8_e5m2", 28672.0)])

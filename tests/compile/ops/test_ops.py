@@ -58,6 +58,9 @@ def test_codes_are_those_of_the_kernels():
     experts = {plain(key): value for key, value in codes.EXPERT_ACTS.items()}
     assert {key.removeprefix("expert"): value for key, value in enums["ExpertAct"].items()} == experts
     assert {key.removeprefix("code"): value for key, value in enums["CodeKind"].items()} == KINDS
+    caches = {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
+    found = {caches[key.removeprefix("cache")]: value for key, value in enums["CacheCode"].items()}
+    assert found == codes.CACHES
     modes = enums["NormMode"] | enums["RopeLayout"]
     assert {key: constants[key] for key in modes} == modes
     assert (codes.ROUTE_SOFTMAX_TOPK, codes.ROUTE_TOPK_SOFTMAX) == tuple(enums["RouteOrder"].values())

@@ -35,14 +35,18 @@ LINEARS = (
     "gptq gptq-zeros gptq-v2 gptq-act-order gptq-8bit awq fp8 fp8-blocks w4a16 w4a16-zeros w8a16 w8a8 ct-fp8 nf4 "
     "nf4-nested fp4 bnb-int8"
 ).split()
-EXPERTS = {
-    "mixtral": ("gptq", ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")),
-    "gpt_oss": ("mxfp4", (".gate_up_proj", ".down_proj")),
-}
+MODULES = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+EXPERTS = [
+    ("mixtral", "gptq", MODULES, "float32"), ("mixtral", "awq", MODULES, "float32"),
+    ("mixtral", "w4a16", MODULES, "bfloat16"), ("qwen3_moe", "ct-fp8", MODULES, "bfloat16"),
+    ("deepseek_v3", "fp8-blocks", MODULES, "float32"),
+    ("gpt_oss", "mxfp4", (".gate_up_proj", ".down_proj"), "bfloat16"),
+]  # fmt: skip
+"""(family, case, endings of the quantized weights, the model's dtype)."""
 
 
 def test_every_case_is_tested() -> None:
-    assert {*LINEARS, *(name for name, _ in EXPERTS.values())} == set(cases())
+    assert {*LINEARS, *(name for _, name, *_ in EXPERTS)} == set(cases())
 
 
 def assert_tokens_are_those_of_transformers(folder: Path, **settings: object) -> CpuModel:
@@ -70,12 +74,25 @@ def test_weights_are_those_of_the_package_and_tokens_those_of_transformers(name:
     assert model.info.quantized == (f"21 as {case.layout}",)
 
 
-@pytest.mark.parametrize("family", EXPERTS)
-def test_experts_are_read(family: str, tmp_path: Path) -> None:
-    name, ends = EXPERTS[family]
-    quantized.checkpoint(cases()[name], tmp_path, family, ends=ends)
+@pytest.mark.parametrize(("family", "name", "ends", "dtype"), EXPERTS)
+def test_experts_stay_codes(family: str, name: str, ends: tuple, dtype: str, tmp_path: Path) -> None:
+    """One tensor an expert or one for all, gates and ups joined or in turn, with biases or without."""
+    case = cases()[name]
+    quantized.checkpoint(case, tmp_path, family, dtype, ends)
     model = assert_tokens_are_those_of_transformers(tmp_path)
-    assert "6 dequantized as they are loaded" in model.info.quantized
+    num_layers = 2 if family == "deepseek_v3" else 3
+    assert calls(model, "experts_codes") == num_layers and "experts_panels" not in model.report.stage_ops["lower"]
+    assert len(model.info.quantized) == 1 and model.info.quantized[0].endswith(f" as {case.layout}")
+    plain = sum(weight.nbytes for name, weight in load_file(tmp_path / "plain" / "model.safetensors").items())
+    assert model.info.weight_bytes < plain
+
+
+@pytest.mark.parametrize("name", ["gptq-act-order"])
+def test_experts_that_no_kernel_takes_are_dequantized(name: str, tmp_path: Path) -> None:
+    """An order of inputs for each expert."""
+    quantized.checkpoint(cases()[name], tmp_path, "mixtral", ends=MODULES[1:])
+    model = assert_tokens_are_those_of_transformers(tmp_path)
+    assert calls(model, "experts_panels") == 3 and model.info.quantized == ("6 dequantized as they are loaded",)
 
 
 def test_a_model_of_half_precision(tmp_path: Path) -> None:
@@ -193,6 +210,27 @@ def test_plain_weights_are_quantized_as_they_are_loaded(name: str, share: float,
     model = compile_model(config, detect_target())
     assert calls(model, "linear_codes") == 13 and calls(model, "embedding_codes") == 1
     assert model.info.weight_bytes < size * share
+    want = [zoo.continue_greedily(reference, prompt, 12)[0] for prompt in PROMPTS]
+    assert greedy(model, PROMPTS, 12) == want
+
+
+@pytest.mark.parametrize(("family", "name"), [("mixtral", "int8"), ("gpt_oss", "int4"), ("qwen3_moe", "fp8")])
+def test_plain_experts_are_quantized_as_they_are_loaded(family: str, name: str, tmp_path: Path) -> None:
+    """Also those that the checkpoint has transposed."""
+    plain = zoo.checkpoint(family)
+    reference = zoo.load(plain)
+    layout, of_head = (parse_layout(one) for one in online_layouts(CompileConfig("", quantization=name), "float32"))
+    with torch.no_grad():
+        for module, weight in reference.named_parameters():
+            if weight.ndim == 2 and "embed" not in module:
+                form = of_head if module.startswith("lm_head") else layout
+                weight.copy_(dequantize(encode(weight, form), form))
+            for matrix in weight if weight.ndim == 3 else ():
+                rows = matrix.mT if family == "gpt_oss" else matrix
+                rows.copy_(dequantize(encode(rows, layout), layout))
+    config = CompileConfig(str(plain), cache_dir=str(tmp_path), skip_model_check=True, quantization=name)
+    model = compile_model(config, detect_target())
+    assert calls(model, "experts_codes") == 3
     want = [zoo.continue_greedily(reference, prompt, 12)[0] for prompt in PROMPTS]
     assert greedy(model, PROMPTS, 12) == want
 

@@ -1,0 +1,72 @@
+// Experts whose weights are codes of 4 or 8 bits (codes.h), multiplied as linear_codes does.
+#include "codes_product.h"
+#include "experts.h"
+
+namespace fuseline::FL_ISA {
+namespace {
+
+struct CodedExperts {
+  const Tensor &codes, &scales, &zeros;   // [E][P][W][16], [E][P][G][16]
+  int64_t size, num_k, group, kind;       // size: outputs; kind: CodeKind
+  DType dtype;                            // of x
+  bool is_dot() const { return kHasDot && dtype == DType::bf16; }
+  int64_t num_out() const { return size; }
+  int64_t depth_blocks() const { return (num_k + kDepth - 1) / kDepth; }
+  int64_t row_floats() const { return is_dot() ? Packing<true>::step(1) : Packing<false>::step(1); }
+  int64_t num_sums() const { return zeros.present() ? scales.sizes[2] : 0; }
+  int64_t packed_floats(int64_t rows) const {
+    return (rows * (depth_blocks() * row_floats() + num_sums()) + 15) / 16 * 16;
+  }
+
+  // The parts of one expert.
+  static Tensor part(const Tensor& t, int64_t expert) {
+    if (!t.present()) return t;
+    auto* data = static_cast<char*>(t.data) + expert * t.strides[0] * item_size(t.dtype);
+    return {data, t.dtype, 3, {t.sizes[1], t.sizes[2], t.sizes[3]}, {t.strides[1], t.strides[2], t.strides[3]}};
+  }
+  CodedWeight matrix(int64_t expert) const {
+    return {part(codes, expert), part(scales, expert), part(zeros, expert), num_k, group};
+  }
+  // `rows` packed rows from `first` on; sums of groups lie behind all packed rows.
+  template <bool DOT>
+  CodedRows<DOT> rows_at(const float* packed, int64_t num_rows, int64_t first, int64_t rows) const {
+    using A = typename Packing<DOT>::A;
+    auto* words = reinterpret_cast<A*>(const_cast<float*>(packed));
+    auto* sums = const_cast<float*>(packed) + num_rows * depth_blocks() * row_floats();
+    return {rows, num_rows, words + first * Packing<DOT>::kRow, sums + first * num_sums()};
+  }
+  template <class T>
+  void pack(const T* row, float* packed, int64_t num_rows, int64_t r) const {
+    if constexpr (kHasDot && __is_same(T, bf16))
+      pack_codes_row(matrix(0), rows_at<true>(packed, num_rows, 0, num_rows), row, r);
+    else
+      pack_codes_row(matrix(0), rows_at<false>(packed, num_rows, 0, num_rows), row, r);
+  }
+  void multiply(const Item& item, const float* packed, int64_t num_rows, int64_t panel, int num_panels, float* wide,
+                float* c, int64_t ldc) const {
+    CodedWeight weight = matrix(item.expert);
+    with_kind(kind, dtype, [&](const auto& kind) {
+      if constexpr (kHasDot)
+        if (is_dot())
+          return multiply_panels(weight, kind, rows_at<true>(packed, num_rows, item.row, item.num_rows), panel,
+                                 num_panels, wide, c, ldc);
+      multiply_panels(weight, kind, rows_at<false>(packed, num_rows, item.row, item.num_rows), panel, num_panels, wide,
+                      c, ldc);
+    });
+  }
+};
+
+}  // namespace
+
+// t: out!, x, ids, weights, gate_up, gate_up_scales, gate_up_zeros?, down, down_scales, down_zeros?, gate_up_bias?,
+// down_bias?; i: act (ExpertAct), num_hidden I, then group and kind of gate_up and of down; f: alpha, limit.
+void experts_codes(const Tensor* t, const int64_t* i, const double* f) {
+  int64_t dim = t[1].sizes[1];
+  DType dtype = t[1].dtype;
+  run_experts<CodedExperts>({t[0], t[1], t[2], t[3], t[10], t[11],
+                             {t[4], t[5], t[6], 2 * i[1], dim, i[2], i[3], dtype},
+                             {t[7], t[8], t[9], dim, i[1], i[4], i[5], dtype},
+                             t[4].sizes[0], i[0], i[1], static_cast<float>(f[0]), static_cast<float>(f[1])});
+}
+
+}  // namespace fuseline::FL_ISA
