@@ -12,12 +12,9 @@ from pathlib import Path
 
 from fuseline.api.parsers import formats, reasoning
 from fuseline.api.parsers.registry import HARMONY_REASONING, HARMONY_TOOLS, TEMPLATE
-from fuseline.api.prompt.call_grammar import call_grammar
-from fuseline.api.prompt.tools import Tool
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "TOOLS.md"
 BEGIN, END = "<!-- tables: tools/make_tool_docs.py -->\n", "<!-- end -->\n"
-ANY = Tool("f", None)
 
 
 def make_text(text: str) -> str:
@@ -28,12 +25,12 @@ def make_text(text: str) -> str:
 
 
 def tables() -> str:
-    rows = [(form.names, _begin(form), "yes" if call_grammar(form, [ANY]) else "no") for form in formats.FORMATS]
+    rows = [(form.names, _begin(form)) for form in formats.FORMATS]
     rows += [
-        (HARMONY_TOOLS, _code("<|channel|>commentary to=functions.NAME"), "yes"),
-        ((TEMPLATE,), "as the template says", "as its format"),
+        (HARMONY_TOOLS, _code("<|channel|>commentary to=functions.NAME")),
+        ((TEMPLATE,), "as the template says"),
     ]
-    head = ["| `--tool-call-parser` | calls begin with | `strict` |", "|---|---|---|"]
+    head = ["| `--tool-call-parser` | calls begin with |", "|---|---|"]
     lines = [*head, *(_row(*row) for row in rows), ""]
     rows = [(form.names, " ".join(map(_code, (*form.begins, *form.ends)))) for form in reasoning.FORMATS]
     rows.append((HARMONY_REASONING, _code("<|channel|>analysis")))

@@ -13,7 +13,7 @@ from fuseline.api.parsers.calls import CallSink, hex_id, nine_letters, written_i
 from fuseline.api.parsers.gemma import Gemma
 from fuseline.api.parsers.mistral import read_mistral
 from fuseline.api.parsers.pythonic import Pythonic
-from fuseline.api.parsers.shapes import Headed, Read, Tagged, read_calls
+from fuseline.api.parsers.shapes import MAX_NAME, Headed, Read, Tagged, read_call, read_calls
 from fuseline.api.parsers.source import CutShort, NotACall, Reading, Source, markers
 
 IDS = {"hex": hex_id, "nine": nine_letters, "written": written_id}
@@ -52,6 +52,11 @@ class ToolFormat:
         """All texts that must reach the parser, special tokens or not."""
         own = getattr(self.read, "own_markers", ())
         return tuple(dict.fromkeys((*self.opens, *self.groups, *self.ends, *own)))
+
+    def takes_name(self, name: str) -> bool:
+        """Whether the parser reads calls of a function of that name."""
+        takes = getattr(self.read, "takes_name", None)
+        return len(name) <= MAX_NAME and (takes is None or takes(name))
 
 
 def read_output(source: Source, sink: CallSink, form: ToolFormat) -> Reading[None]:
@@ -142,7 +147,7 @@ FORMATS = (
         frame=_framed("<|tool_call|>[", OBJECT, "]"),
     ),
     ToolFormat(
-        ("granite-20b-fc",), read_calls, opens=("<function_call>",), frame=_framed("<function_call> ", OBJECT, "")
+        ("granite-20b-fc",), read_call, opens=("<function_call>",), frame=_framed("<function_call> ", OBJECT, "")
     ),
     ToolFormat(
         ("internlm",), read_calls, opens=("<|action_start|><|plugin|>",), ends=("<|action_end|>",), is_single=True,

@@ -23,6 +23,9 @@ class Gemma:
     def own_markers(self) -> tuple[str, ...]:
         return (self.quote,)
 
+    def takes_name(self, name: str) -> bool:
+        return name == name.strip() and "{" not in name
+
     def __call__(self, source: Source, sink: CallSink) -> Reading[None]:
         yield from source.need_after_blanks()
         yield from source.expect("call:")

@@ -25,6 +25,9 @@ class Pythonic:
 
     is_list: bool = True
 
+    def takes_name(self, name: str) -> bool:
+        return bool(NAME.fullmatch(name)) and (name[0].isalpha() or name[0] == "_")
+
     def __call__(self, source: Source, sink: CallSink) -> Reading[None]:
         letter = yield from source.need_after_blanks()
         is_list = self.is_list or letter == "["

@@ -43,6 +43,12 @@ def read_calls(source: Source, sink: CallSink) -> Reading[None]:
         raise NotACall
 
 
+def read_call(source: Source, sink: CallSink) -> Reading[None]:
+    """One object with a name and arguments. Raises NotACall."""
+    yield from source.need_after_blanks()
+    yield from _read_object(source, sink)
+
+
 def _read_object(source: Source, sink: CallSink) -> Reading[None]:
     yield from source.expect("{")
     name, has_arguments = "", False
@@ -97,6 +103,9 @@ class Headed:
     has_number: bool = False
     """The name is followed by a colon and a number, and the whole header is the call's id."""
 
+    def takes_name(self, name: str) -> bool:
+        return name == name.strip() and not any(mark in name for mark in (*self.ends, self.name_after) if mark)
+
     def __call__(self, source: Source, sink: CallSink) -> Reading[None]:
         header, _ = yield from source.short_until(markers(*self.ends), MAX_NAME)
         header = header.strip()
@@ -125,6 +134,9 @@ class Tagged:
     def own_markers(self) -> Sequence[str]:
         texts = (*self.name_ends, self.key_opens, self.key_ends, self.value_opens, self.value_ends, self.closes)
         return tuple(text for text in dict.fromkeys(texts) if text.strip())
+
+    def takes_name(self, name: str) -> bool:
+        return name == name.strip() and not any(mark in name for mark in self.name_ends)
 
     def __call__(self, source: Source, sink: CallSink) -> Reading[None]:
         name, end = yield from source.short_until(markers(*self.name_ends), MAX_NAME)

@@ -10,10 +10,11 @@ from msgspec.structs import replace
 
 from fuseline.api.parsers.formats import ToolFormat
 from fuseline.api.parsers.reasoning import ReasoningFormat
-from fuseline.api.prompt.call_grammar import BLANK, call_grammar, text_until
+from fuseline.api.prompt.call_grammar import call_grammar
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tools import Tool
-from fuseline.api.structured.ebnf import Rules, char_set, choice, complement, literal, of_chars, sequence
+from fuseline.api.structured.ebnf import Rules, char_set, choice, complement, literal, of_chars, sequence, text_until
+from fuseline.api.structured.notation import BLANK
 from fuseline.engine.messages import GrammarSpec
 
 Format = dict[str, Any]
@@ -21,16 +22,14 @@ Format = dict[str, Any]
 ANY_TEXT: Format = {"type": "any_text"}
 
 
-def strict_format(form: ToolFormat, tools: Sequence[Tool]) -> Format | None:
-    """Free text with calls in it; None where the format's calls cannot be held. Raises ApiError 400."""
+def strict_format(form: ToolFormat, tools: Sequence[Tool]) -> Format:
+    """Free text with calls in it. Raises ApiError 400."""
     calls = call_grammar(form, tools)
-    if calls is None:
-        return None
     dispatch = _dispatch(form, calls)
     if not form.bare:
         return dispatch
-    begins = [_sequence(_grammar(BLANK), {"type": "grammar", "grammar": calls})]
-    begins += [_sequence(_grammar(sequence(BLANK, literal(mark))), *_call(calls)) for mark in form.opens]
+    begins = [_sequence(_grammar(BLANK), _call(calls))]
+    begins += [_sequence(_grammar(sequence(BLANK, literal(mark))), _call(calls)) for mark in form.opens]
     rest = [] if form.is_first else [dispatch]
     free = _sequence(_grammar(_no_begin(form)), dispatch)
     short = _grammar(sequence(BLANK, choice(literal(prefix) for prefix in _prefixes(form))))
@@ -42,13 +41,11 @@ def call_or_answer(form: ToolFormat, tools: Sequence[Tool], answer: GrammarSpec)
     calls = call_grammar(form, tools)
     groups = f"({choice(map(literal, form.groups))} {BLANK})*" if form.groups else ""
     found = [format_of(answer)]
-    behind = [] if calls is None or form.is_first else [_dispatch(form, calls)]
+    behind = [] if form.is_first else [_dispatch(form, calls)]
     for mark in form.opens:
-        found.append(_sequence(_grammar(sequence(BLANK, groups, literal(mark))), *_call(calls), *behind))
-    if form.bare and calls is not None:
-        found.append(_sequence(*_call(calls), *behind))
-    elif form.bare == "[":
-        found.append(_sequence(_grammar(f'{BLANK} "[" {BLANK} [A-Za-z_]'), ANY_TEXT))
+        found.append(_sequence(_grammar(sequence(BLANK, groups, literal(mark))), _call(calls), *behind))
+    if form.bare:
+        found.append(_sequence(_call(calls), *behind))
     return _either(found)
 
 
@@ -92,11 +89,12 @@ def spelled_marks(marks: Iterable[str], tokenizer: TextTokenizer) -> list[tuple[
 
 
 def _dispatch(form: ToolFormat, calls: str) -> Format:
-    return {"type": "dispatch", "rules": [[mark, {"type": "grammar", "grammar": calls}] for mark in form.opens]}
+    """Text in which a mark begins a call."""
+    return {"type": "dispatch", "rules": [[mark, _call(calls)] for mark in form.opens]} if form.opens else ANY_TEXT
 
 
-def _call(calls: str | None) -> list[Format]:
-    return [ANY_TEXT] if calls is None else [{"type": "grammar", "grammar": calls}]
+def _call(calls: str) -> Format:
+    return {"type": "grammar", "grammar": calls}
 
 
 def _grammar(expression: str) -> Format:

@@ -8,53 +8,63 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from fuseline.api.errors import bad_request
 from fuseline.api.parsers.formats import ToolFormat
-from fuseline.api.parsers.mistral import read_mistral
+from fuseline.api.parsers.gemma import Gemma
+from fuseline.api.parsers.mistral import NAME, read_mistral
+from fuseline.api.parsers.pythonic import Pythonic
 from fuseline.api.parsers.shapes import Tagged
-from fuseline.api.parsers.values import types_of
+from fuseline.api.prompt.tagged_grammar import tagged_call
 from fuseline.api.prompt.tools import ANY_OBJECT, Tool, arguments_schema
-from fuseline.api.structured.ebnf import (
-    EVERY_CHAR,
-    Rules,
-    char_set,
-    choice,
-    complement,
-    intersection,
-    literal,
-    of_chars,
-    repeat,
-    sequence,
-)
-from fuseline.api.structured.formats import FORMATS
-from fuseline.api.structured.keywords import ANNOTATIONS
-from fuseline.api.structured.regex import RegexGrammar
+from fuseline.api.structured.ebnf import Rules, choice, literal, sequence
+from fuseline.api.structured.notation import BLANK, JSON, PYTHON_CALL, Notation, marked
 from fuseline.api.structured.schema import SchemaGrammar
 
-BLANK = r"[ \n]{0,3}"
-"""Between the parts of a call."""
-PLAIN_STRING = ANNOTATIONS | set("type enum const pattern format minLength maxLength".split())
 
-
-def call_grammar(form: ToolFormat, tools: Sequence[Tool]) -> str | None:
-    """Text of the grammar of what follows a mark of `form.opens`, or its bare begin; None for formats whose arguments
-    no grammar is made for. Raises ApiError 400 that names `tools`.
+def call_grammar(form: ToolFormat, tools: Sequence[Tool]) -> str:
+    """Text of the grammar of what follows a mark of `form.opens`, or its bare begin. Raises ApiError 400 that names
+    `tools`.
     """
     rules = Rules()
+    for tool in tools:
+        if not form.takes_name(tool.name):
+            raise bad_request(f"tools: {tool.name!r} cannot be called in the format of this model", "tools")
     if isinstance(form.read, Tagged):
-        calls = [_tagged(rules, form.read, tool) for tool in tools]
-        return rules.text(choice(calls))
-    if not form.frame[0]:
-        return None
+        return rules.text(choice(tagged_call(rules, form.read, tool) for tool in tools))
+    if isinstance(form.read, Pythonic):
+        return rules.text(_pythonic(rules, form, tools))
+    if isinstance(form.read, Gemma):
+        return rules.text(_gemma(rules, form, tools))
     return rules.text(_framed(rules, form, tools))
 
 
-def arguments_expression(rules: Rules, tool: Tool) -> str:
-    """JSON of a tool's arguments."""
-    schema = arguments_schema(tool) if tool.is_strict else ANY_OBJECT
-    return SchemaGrammar(schema, rules, "tools").expression()
+def arguments_expression(rules: Rules, tool: Tool, notation: Notation = JSON, is_held: bool = False) -> str:
+    """A tool's arguments as an object, held to their schema if the tool is strict, or with `is_held`."""
+    schema = arguments_schema(tool) if is_held or tool.is_strict else ANY_OBJECT
+    return SchemaGrammar(schema, rules, "tools", notation=notation).arguments()
+
+
+def _pythonic(rules: Rules, form: ToolFormat, tools: Sequence[Tool]) -> str:
+    """Calls with keyword arguments: in a list, or one a line."""
+    call = _either(rules, tools, PYTHON_CALL)
+    if form.read.is_list:
+        calls = sequence('"["', BLANK, call, f'({BLANK} "," {BLANK} {call})*', BLANK, '"]"')
+    else:
+        calls = sequence(call, rf'({BLANK} "\n" {BLANK} {call})*')
+    end = sequence(BLANK, choice(map(literal, form.ends))) if form.ends else ""
+    return sequence(BLANK, calls, f"({end})?" if end and form.bare else end)
+
+
+def _gemma(rules: Rules, form: ToolFormat, tools: Sequence[Tool]) -> str:
+    call = _either(rules, tools, marked(form.read.quote))
+    return sequence(BLANK, literal("call:"), call, BLANK, choice(map(literal, form.ends)))
+
+
+def _either(rules: Rules, tools: Sequence[Tool], notation: Notation) -> str:
+    """A tool's name and its arguments."""
+    calls = (sequence(literal(tool.name), arguments_expression(rules, tool, notation)) for tool in tools)
+    return rules.add(choice(calls), "call")
 
 
 def _framed(rules: Rules, form: ToolFormat, tools: Sequence[Tool]) -> str:
@@ -80,7 +90,8 @@ def _framed(rules: Rules, form: ToolFormat, tools: Sequence[Tool]) -> str:
         found = sequence(BLANK, call, close)
     if form.read is not read_mistral:
         return found
-    newer = [sequence(literal(tool.name), '"[ARGS]"?', arguments_expression(rules, tool)) for tool in tools]
+    plain = [tool for tool in tools if NAME.fullmatch(tool.name)]
+    newer = [sequence(literal(tool.name), '"[ARGS]"?', arguments_expression(rules, tool)) for tool in plain]
     return choice([found, *newer])
 
 
@@ -95,73 +106,3 @@ def _text(text: str) -> str:
     """Text of a frame: any blanks where it ends with one, and any number where it has 0."""
     parts = [part for part in re.split(r"( $|0)", text) if part]
     return sequence(*(BLANK if part == " " else "[0-9]{1,3}" if part == "0" else literal(part) for part in parts))
-
-
-def _tagged(rules: Rules, shape: Tagged, tool: Tool) -> str:
-    """A name, then arguments between tags."""
-    name_end = choice([literal(end) for end in shape.name_ends if end not in (shape.key_opens, shape.closes)])
-    head = sequence(literal(tool.name), f"({name_end})?" if shape.key_opens in shape.name_ends else name_end)
-    if not tool.is_strict:
-        return sequence(head, rules.add(text_until(rules, shape.closes), "free"))
-    schema = arguments_schema(tool)
-    properties, required = schema.get("properties", {}), schema.get("required", ())
-    if any(name not in properties for name in required) or "$ref" in schema:
-        raise _refuse(tool, "the format of this model needs the properties of the arguments")
-    parts = []
-    for name in properties:
-        part = sequence(BLANK, literal(f"{shape.key_opens}{name}{shape.key_ends}"), _value(rules, shape, tool, name))
-        parts.append(part if name in required else repeat(part, 0, 1))
-    return sequence(head, *parts, BLANK, literal(shape.closes))
-
-
-def _value(rules: Rules, shape: Tagged, tool: Tool, name: str) -> str:
-    opens = sequence(BLANK, literal(shape.value_opens)) if shape.value_opens else ""
-    schema = arguments_schema(tool)
-    value = schema["properties"][name]
-    if "string" not in types_of(schema, name):
-        made = SchemaGrammar({**_definitions(schema), **value} if isinstance(value, dict) else value, rules, "tools")
-        return sequence(opens, BLANK, made.expression(), BLANK, literal(shape.value_ends))
-    if not isinstance(value, dict) or not PLAIN_STRING >= set(value) or value.get("type", "string") != "string":
-        raise _refuse(tool, f"{name}: the format of this model takes a string of one plain schema there")
-    line = r'"\n"?'
-    text = _string(rules, value)
-    if text is None:
-        return sequence(opens, rules.add(text_until(rules, shape.value_ends), "text"))
-    return sequence(opens, line, text, line, literal(shape.value_ends))
-
-
-def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
-    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-
-
-def _string(rules: Rules, value: dict[str, Any]) -> str | None:
-    """A string without quotes; None for one of any text."""
-    values = [value["const"]] if "const" in value else value.get("enum")
-    if values is not None:
-        return choice(literal(str(text)) for text in values)
-    pattern = value.get("pattern") or FORMATS.get(value.get("format", ""))
-    if pattern is not None:
-        return RegexGrammar(rules, "tools").expression(pattern)
-    if "minLength" in value or "maxLength" in value:
-        letter = char_set(intersection(EVERY_CHAR, complement(of_chars("<\n"))))
-        return rules.repeat(letter, value.get("minLength", 0), value.get("maxLength"))
-    return None
-
-
-def text_until(rules: Rules, end: str) -> str:
-    """Any text up to the first `end`, and `end`. The first character of `end` comes in it once."""
-    first, others = end[0], char_set(complement(of_chars(end[0])))
-    states = [rules.reserve("until") for _ in end]
-    rules.define(states[0], f"{others} {states[0]} | {literal(first)} {states[1]}")
-    for index in range(1, len(end)):
-        rest = char_set(complement(of_chars({first, end[index]})))
-        after = f" {states[index + 1]}" if index + 1 < len(end) else ""
-        rules.define(
-            states[index],
-            f"{literal(end[index])}{after} | {literal(first)} {states[1]} | {rest} {states[0]}",
-        )
-    return states[0]
-
-
-def _refuse(tool: Tool, reason: str) -> Exception:
-    return bad_request(f"tools: {tool.name}: strict is not possible: {reason}", "tools", "unsupported_value")

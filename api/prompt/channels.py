@@ -6,14 +6,15 @@ The prompt ends within a header (<|start|>assistant), and reasoning may come fir
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from msgspec import structs
 
+from fuseline.api.errors import bad_request
+from fuseline.api.parsers.pythonic import NAME
 from fuseline.api.prompt.auto_grammar import Format, can_be_part, format_of, tag_spec
-from fuseline.api.prompt.call_grammar import arguments_expression, text_until
+from fuseline.api.prompt.call_grammar import arguments_expression
 from fuseline.api.prompt.tools import Tool, ToolUse
-from fuseline.api.structured.ebnf import Rules, choice, literal, sequence
+from fuseline.api.structured.ebnf import Rules, choice, literal, sequence, text_until
 from fuseline.engine.messages import GrammarSpec
 
 ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
@@ -51,20 +52,23 @@ def _behind_analysis(answers: list[Format]) -> Format:
 def _calls(tools: Sequence[Tool], is_held: bool = True) -> Format:
     """A call in its channel. With `is_held` the arguments of all tools are held to their schemas, not of strict ones
     alone."""
-    held = [replace(tool, is_strict=True) if is_held else tool for tool in tools]
     rules = Rules()
     header = choice([literal("<|channel|>commentary " + RECIPIENT), literal(f" {RECIPIENT}")])
-    return {"type": "grammar", "grammar": rules.text(sequence(header, _after_recipient(rules, held)))}
+    return {"type": "grammar", "grammar": rules.text(sequence(header, _after_recipient(rules, tools, is_held)))}
 
 
 def _call(rules: Rules, tools: Sequence[Tool]) -> str:
     return rules.text(_after_recipient(rules, tools))
 
 
-def _after_recipient(rules: Rules, tools: Sequence[Tool]) -> str:
+def _after_recipient(rules: Rules, tools: Sequence[Tool], is_held: bool = False) -> str:
     """The rest of a header, whose parts models write in two orders, and the arguments."""
+    for tool in tools:
+        if not NAME.fullmatch(tool.name):
+            raise bad_request(f"tools: {tool.name!r} cannot be called in the format of this model", "tools")
     kind = '" "? ("<|channel|>commentary" " "?)? ("<|constrain|>"? "json")? "<|message|>"'
-    return choice(sequence(literal(tool.name), kind, arguments_expression(rules, tool)) for tool in tools)
+    made = [(literal(tool.name), arguments_expression(rules, tool, is_held=is_held)) for tool in tools]
+    return choice(sequence(name, kind, arguments) for name, arguments in made)
 
 
 def _text(text: str) -> Format:

@@ -56,7 +56,7 @@ def structured_spec(
     """
     rules = Rules()
     calls = [
-        sequence(_marker(tag.begin), SchemaGrammar(_schema_of(tag), rules, param).expression(), _marker(tag.end))
+        sequence(_marker(tag.begin), SchemaGrammar(_schema_of(tag), rules, param).arguments(), _marker(tag.end))
         for tag in tags
     ]
     call = rules.add(choice(calls), "call")

@@ -21,11 +21,13 @@ from fuseline.api.prompt.auto_grammar import (
     strict_format,
     tag_spec,
 )
+from fuseline.api.prompt.call_grammar import arguments_expression
 from fuseline.api.prompt.channels import ANALYSIS, END, FINAL, NEXT, channel_spec
 from fuseline.api.prompt.encode import TextTokenizer
-from fuseline.api.prompt.grammar import TaggedSchema, json_spec, structured_spec
+from fuseline.api.prompt.grammar import TaggedSchema, structured_spec
 from fuseline.api.prompt.tools import ToolUse, arguments_schema
 from fuseline.api.protocol.chat import ChatRequest
+from fuseline.api.structured.ebnf import Rules
 from fuseline.engine.messages import GrammarSpec, SamplingParams, ThinkingBudget
 
 ASKED = ("enable_thinking", "thinking")
@@ -109,12 +111,9 @@ def _auto_spec(use: ToolUse, asked: GrammarSpec | None, has_format: bool, answer
     form, is_strict = answers.formats.tools, use.is_limited or any(tool.is_strict for tool in use.tools)
     if use.choice != "auto" or not isinstance(form, ToolFormat):
         return None
-    if asked is not None:
-        made = call_or_answer(form, use.tools, asked) if has_format and can_be_part(asked) else None
-    else:
-        made = strict_format(form, use.tools) if is_strict else None
-    if made is None:
+    if not (is_strict if asked is None else has_format and can_be_part(asked)):
         return None
+    made = strict_format(form, use.tools) if asked is None else call_or_answer(form, use.tools, asked)
     spec = tag_spec(made, spelled_marks(form.marks, answers.tokenizer), is_free=asked is None)
     return replace(spec, is_slow=asked is not None and asked.is_slow)
 
@@ -137,7 +136,8 @@ def tool_spec(use: ToolUse) -> GrammarSpec | None:
     Raises ApiError 400 that names `tools`.
     """
     if use.choice == "named":
-        return json_spec(arguments_schema(use.tools[0]), param="tools")
+        rules = Rules()
+        return GrammarSpec(kind="ebnf", text=rules.text(arguments_expression(rules, use.tools[0], is_held=True)))
     if use.choice != "required":
         return None
     tags = [

@@ -117,6 +117,21 @@ def repeat(expression: str, fewest: int, most: int | None) -> str:
     return f"({expression}){mark}"
 
 
+def text_until(rules: Rules, end: str) -> str:
+    """Any text up to the first `end`, and `end`. The first character of `end` comes in it once."""
+    first, others = end[0], char_set(complement(of_chars(end[0])))
+    states = [rules.reserve("until") for _ in end]
+    rules.define(states[0], f"{others} {states[0]} | {literal(first)} {states[1]}")
+    for index in range(1, len(end)):
+        rest = char_set(complement(of_chars({first, end[index]})))
+        after = f" {states[index + 1]}" if index + 1 < len(end) else ""
+        rules.define(
+            states[index],
+            f"{literal(end[index])}{after} | {literal(first)} {states[1]} | {rest} {states[0]}",
+        )
+    return states[0]
+
+
 def normalized(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Ascending and apart."""
     found: list[tuple[int, int]] = []

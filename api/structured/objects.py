@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fuseline.api.structured.ebnf import char_set, choice, complement, intersection, of_chars, sequence
-from fuseline.api.structured.json_text import QUOTE, RAW_CHARS, constant
+from fuseline.api.structured.ebnf import Ranges, char_set, choice, complement, intersection, literal, of_chars, sequence
 from fuseline.api.structured.merge import Conflict, merge
+from fuseline.api.structured.notation import LETTERS, WORD
 
 if TYPE_CHECKING:
     from fuseline.api.structured.schema import SchemaGrammar
@@ -36,7 +37,12 @@ class ObjectGrammar:
         if (len(properties) + 1) * ((high or low) + 1 if has_bounds else 2) > MAX_STATES:
             raise grammar.refuse("maxProperties", "is too large for an object with so many properties")
         chain = _Chain(grammar, properties, required, pair, (low, high) if has_bounds else None)
-        return f'"{{" {grammar.blank} {sequence(chain.start(), grammar.blank)} "}}"'
+        opens, closes = grammar.notation.opens, grammar.notation.closes
+        return f'"{opens}" {grammar.blank} {sequence(chain.start(), grammar.blank)} "{closes}"'
+
+    def any_key(self) -> str:
+        """The name of any property."""
+        return self._other_key(set())
 
     def _properties(self, schema: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
         """Properties that may be there, and the names of those that must be."""
@@ -56,6 +62,10 @@ class ObjectGrammar:
                 raise refuse("required", f"{name!r} can have no value")
         if "propertyNames" in schema and properties:
             raise refuse("propertyNames", "is not supported beside named properties")
+        if self._grammar.notation.keys != "strings":
+            for keyword in ("propertyNames", "patternProperties"):
+                if keyword in schema:
+                    raise refuse(keyword, "is not supported in the format of this model")
         return {name: value for name, value in properties.items() if value is not False}, set(required)
 
     def _other_pair(self, schema: dict[str, Any], names: set[str]) -> str | None:
@@ -69,12 +79,15 @@ class ObjectGrammar:
             other = "properties" not in schema or None
         if other in (None, False):
             return None
+        if grammar.notation.keys == "identifiers" and (names or other is not True):
+            reason = "the format of this model takes arguments that are named"
+            raise grammar.refuse("additionalProperties", reason)
         key_schema = schema.get("propertyNames", True)
         if key_schema is True:
             key = self._other_key({name for name in {*names, *schema.get("properties", {})}})
         else:
             key = grammar.value(self._string_schema(key_schema))
-        return f'{key} ":" {grammar.blank} {grammar.value(other)}'
+        return f'{key} "{grammar.notation.colon}" {grammar.blank} {grammar.inner.value(other)}'
 
     def _pattern_pair(self, schema: dict[str, Any], patterns: Any, other: Any) -> str | None:
         refuse = self._grammar.refuse
@@ -88,7 +101,7 @@ class ObjectGrammar:
         if value is False:
             return None
         key = self._grammar.value({"type": "string", "pattern": pattern})
-        return f'{key} ":" {self._grammar.blank} {self._grammar.value(value)}'
+        return f'{key} "{self._grammar.notation.colon}" {self._grammar.blank} {self._grammar.inner.value(value)}'
 
     def _string_schema(self, key_schema: Any) -> Any:
         try:
@@ -97,29 +110,43 @@ class ObjectGrammar:
             raise self._grammar.refuse("propertyNames", "must allow strings") from conflict
 
     def _other_key(self, names: set[str]) -> str:
-        """A string that is none of the names, written without escapes unless there are no names."""
-        rules = self._grammar.rules
+        """A key that is none of the names, written without escapes unless there are no names."""
+        rules, form = self._grammar.rules, self._grammar.notation.strings[0]
+        if self._grammar.notation.keys != "strings":
+            return self._not_in(names | {""}, _Key(LETTERS, WORD, "{0,63}", ""))
         if not names:
             return self._grammar.any_string()
-        return rules.add(sequence(QUOTE, self._not_in(names)), "key")
+        rest = self._not_in(names, _Key(form.raw, form.raw, "*", form.end))
+        return rules.add(sequence(literal(form.begin), rest), "key")
 
-    def _not_in(self, names: set[str]) -> str:
-        """The rest of a string and its quote, which is none of `names`."""
+    def _not_in(self, names: set[str], key: _Key) -> str:
+        """The rest of a key, and its end, which is none of `names`."""
         rules = self._grammar.rules
-        rest = f"{char_set(RAW_CHARS)}* {QUOTE}"
+        rest = sequence(f"{char_set(key.chars)}{key.count}", literal(key.end) if key.end else "")
         if not names:
             return rules.add(rest, "rest")
         by_char: dict[str, set[str]] = {}
         for name in names - {""}:
             by_char.setdefault(name[0], set()).add(name[1:])
-        others = intersection(RAW_CHARS, complement(of_chars(sorted(by_char))))
-        parts = [] if "" in names else [QUOTE]
+        others = intersection(key.first, complement(of_chars(sorted(by_char))))
+        parts = [] if "" in names else [literal(key.end)]
         parts.append(f"{char_set(others)} {rest}")
+        behind = replace(key, first=key.chars)
         for char in sorted(by_char):
             code = ord(char)
-            if any(low <= code <= high for low, high in RAW_CHARS):
-                parts.append(f"{char_set(((code, code),))} {self._not_in(by_char[char])}")
+            if any(low <= code <= high for low, high in key.first):
+                parts.append(f"{char_set(((code, code),))} {self._not_in(by_char[char], behind)}")
         return rules.add(choice(parts), "key")
+
+
+@dataclass(frozen=True)
+class _Key:
+    """How a key that no schema names may look: its first character, the others and their count, its end."""
+
+    first: Ranges
+    chars: Ranges
+    count: str
+    end: str
 
 
 class _Chain:
@@ -166,11 +193,18 @@ class _Chain:
         after, without = self._rules[index + 1].get(self._next(count)), self._rules[index + 1].get(count)
         parts = []
         if after is not None:
-            value = self._grammar.value(self._properties[name])
-            parts.append(sequence(comma, constant(name), '":"', self._grammar.blank, value, after))
+            value = self._grammar.inner.value(self._properties[name])
+            parts.append(sequence(comma, self._key(name), self._grammar.blank, value, after))
         if name not in self._required and without is not None:
             parts.append(without)
         return self._grammar.rules.add(choice(parts), "o") if parts else None
+
+    def _key(self, name: str) -> str:
+        notation = self._grammar.notation
+        found = notation.key(name)
+        if found is None:
+            raise self._grammar.refuse("properties", f"{name[:50]!r} cannot be written in the format of this model")
+        return sequence(found, f'"{notation.colon}"')
 
     def _end(self, count: int, comma: str) -> str | None:
         low, high = self._bounds or (0, None)

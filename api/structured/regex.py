@@ -23,7 +23,7 @@ from fuseline.api.structured.ebnf import (
     of_chars,
     sequence,
 )
-from fuseline.api.structured.json_text import JSON_ESCAPES, RAW_CHARS, quoted_char
+from fuseline.api.structured.notation import Quoted
 
 DIGITS: Ranges = ((48, 57),)
 WORD: Ranges = ((48, 57), (65, 90), (95, 95), (97, 122))
@@ -65,12 +65,12 @@ ENDS = {codes.AT_END, codes.AT_END_STRING}
 
 
 class RegexGrammar:
-    """`param` names the field in errors; `in_json`: the text stands in a JSON string, whose escapes it takes."""
+    """`param` names the field in errors; `within`: the string in which the text stands, whose escapes it takes."""
 
-    def __init__(self, rules: Rules, param: str, in_json: bool = False) -> None:
+    def __init__(self, rules: Rules, param: str, within: Quoted | None = None) -> None:
         self._rules = rules
         self._param = param
-        self._in_json = in_json
+        self._within = within
         self._dot = ANY
 
     def expression(self, pattern: str) -> str:
@@ -150,10 +150,9 @@ class RegexGrammar:
         found = intersection(ranges, EVERY_CHAR)
         if not found:
             raise self._refuse("the regex has a set without any character")
-        if not self._in_json:
+        if self._within is None:
             return char_set(found)
-        raw = intersection(found, RAW_CHARS)
-        escapes = [literal for char, literal in JSON_ESCAPES.items() if any(a <= ord(char) <= b for a, b in found)]
-        if not raw and not escapes:
-            escapes = [quoted_char(code) for low, high in found for code in range(low, high + 1)]
-        return choice([*([char_set(raw)] if raw else []), *escapes])
+        made = self._within.characters(found)
+        if made is None:
+            raise self._refuse("the regex has a character that the format of this model cannot write")
+        return made

@@ -14,12 +14,13 @@ from urllib.parse import unquote
 from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.structured import numbers
 from fuseline.api.structured.disjoint import Disjoint
-from fuseline.api.structured.ebnf import Rules, choice, repeat, sequence
+from fuseline.api.structured.ebnf import Rules, char_set, choice, repeat, sequence
 from fuseline.api.structured.formats import FORMATS, INTEGER_FORMATS, NO_LIMIT
 from fuseline.api.structured.interned import Interned
-from fuseline.api.structured.json_text import QUOTE, RAW, WHITESPACE, any_string, constant
+from fuseline.api.structured.json_text import WHITESPACE
 from fuseline.api.structured.keywords import TYPES, check_keywords, implied_types, without_annotations
 from fuseline.api.structured.merge import Conflict, merge
+from fuseline.api.structured.notation import JSON, Notation, Quoted
 from fuseline.api.structured.objects import ObjectGrammar
 from fuseline.api.structured.regex import RegexGrammar
 
@@ -29,9 +30,11 @@ Schema = dict[str, Any] | bool
 
 
 class SchemaGrammar:
-    """The grammar of one schema. `whitespace`: expression between JSON's tokens. Errors name `param` and keyword."""
+    """The grammar of one schema. `whitespace`: expression between tokens. Errors name `param` and keyword."""
 
-    def __init__(self, root: Schema, rules: Rules, param: str, whitespace: str = WHITESPACE) -> None:
+    def __init__(
+        self, root: Schema, rules: Rules, param: str, whitespace: str = WHITESPACE, notation: Notation = JSON
+    ) -> None:
         self.rules = rules
         self.param = param
         self.blank = rules.add(whitespace, "blank")
@@ -42,11 +45,20 @@ class SchemaGrammar:
         self._disjoint = Disjoint(self.resolved, self.interned)
         self._any: str | None = None
         self._any_text: str | None = None
+        self.notation = notation
+        within = notation.inner
+        self.inner = self if within is None else SchemaGrammar(root, rules, param, whitespace, within)
+        """The grammar of values within this one's objects."""
         self._objects = ObjectGrammar(self)
 
     def expression(self) -> str:
         """Raises ApiError 400."""
         return self.value(self._root)
+
+    def arguments(self) -> str:
+        """The values that are objects, as the arguments of a call are. Raises ApiError 400."""
+        is_object = isinstance(self._root, dict) and self._root.get("type") == "object"
+        return self.value(self._root if is_object else {"allOf": [self._root, {"type": "object"}]})
 
     def refuse(self, keyword: str, reason: str) -> ApiError:
         return bad_request(f"{self.param}: {keyword}: {reason}", self.param, "unsupported_value")
@@ -183,7 +195,13 @@ class SchemaGrammar:
             values = [value for value in values if any(TYPES[kind](value) for kind in allowed)]
         if not values:
             raise self.refuse("enum", "no value has the type of the schema")
-        return choice(constant(value) for value in values)
+        return choice(self.constant(value) for value in values)
+
+    def constant(self, value: Any) -> str:
+        found = self.notation.constant(value)
+        if found is None:
+            raise self.refuse("enum", f"{str(value)[:50]!r} cannot be written in the format of this model")
+        return found
 
     def _types(self, schema: dict[str, Any]) -> list[str]:
         given = schema.get("type", implied_types(schema))
@@ -194,9 +212,9 @@ class SchemaGrammar:
 
     def _typed(self, kind: str, schema: dict[str, Any]) -> str:
         if kind == "null":
-            return '"null"'
+            return self.constant(None)
         if kind == "boolean":
-            return '("true" | "false")'
+            return choice([self.constant(True), self.constant(False)])
         if kind in ("integer", "number"):
             return self._number(kind, schema)
         if kind == "string":
@@ -207,11 +225,11 @@ class SchemaGrammar:
         if self._any is None:
             name = self._any = self.rules.reserve("any")
             blank = self.blank
-            string = self.any_string()
-            pair = f'{string} ":" {blank} {name}'
+            words = " | ".join(map(self.constant, (True, False, None)))
+            pair = f'{self._objects.any_key()} "{self.notation.colon}" {blank} {name}'
             more, more_pairs = f'("," {blank} {name})*', f'("," {blank} {pair})*'
             self.rules.define(name, (
-                f'{string} | {numbers.NUMBER} | "true" | "false" | "null"'
+                f'{self.any_string()} | {numbers.NUMBER} | {words}'
                 f' | "[" {blank} ({name} {more} {blank})? "]" | "{{" {blank} ({pair} {more_pairs} {blank})? "}}"'
             ))  # fmt: skip
         return self._any
@@ -268,7 +286,7 @@ class SchemaGrammar:
 
     def any_string(self) -> str:
         if self._any_text is None:
-            self._any_text = any_string(self.rules)
+            self._any_text = choice(form.any_string(self.rules) for form in self.notation.strings)
         return self._any_text
 
     def _string(self, schema: dict[str, Any]) -> str:
@@ -282,19 +300,25 @@ class SchemaGrammar:
         if pattern is None and name is None:
             if (low, high) == (0, None):
                 return self.any_string()
-            return self.rules.add(sequence(QUOTE, self.rules.repeat(RAW, low, high), QUOTE), "string")
+            return choice(
+                self.rules.add(form.around(self.rules.repeat(char_set(form.raw), low, high)), "string")
+                for form in self.notation.strings
+            )
         if pattern is not None and name is not None:
             raise self.refuse("format", "is not supported together with pattern")
         if name is not None and name not in FORMATS:
             raise self.refuse("format", f"{name!r} is not among the formats that are enforced: {', '.join(FORMATS)}")
         if pattern is not None and not isinstance(pattern, str):
             raise self.refuse("pattern", "must be a string")
-        regex = RegexGrammar(self.rules, self.param, in_json=True)
-        fewest, most = regex.widths(pattern or FORMATS[name])
+        fewest, most = RegexGrammar(self.rules, self.param).widths(pattern or FORMATS[name])
         if fewest < low or (high is not None and most > high):
             keyword = "minLength" if fewest < low else "maxLength"
             raise self.refuse(keyword, "is not supported together with a pattern or format that does not imply it")
-        return self.rules.add(sequence(QUOTE, regex.expression(pattern or FORMATS[name]), QUOTE), "string")
+        return choice(self._matching(form, pattern or FORMATS[name]) for form in self.notation.strings)
+
+    def _matching(self, form: Quoted, pattern: str) -> str:
+        body = RegexGrammar(self.rules, self.param, form).expression(pattern)
+        return self.rules.add(form.around(body), "string")
 
     def _array(self, schema: dict[str, Any]) -> str:
         low, high = self.count(schema, "minItems", 0), self.count(schema, "maxItems", None)

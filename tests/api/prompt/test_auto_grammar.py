@@ -19,11 +19,10 @@ from fuseline.api.parsers.reasoning import reasoning_formats
 from fuseline.api.prompt.auto_grammar import call_or_answer, strict_format, tag_spec
 from fuseline.api.prompt.channels import channel_spec
 from fuseline.api.prompt.grammar import json_spec
+from fuseline.api.prompt.tool_grammar import tool_spec
 from fuseline.api.prompt.tools import Tool, ToolUse
 
 FORMS = tool_formats()
-HELD = [name for name in WRITERS if strict_format(FORMS[name], [Tool("f", None)]) is not None]
-FREE = ("pythonic", "llama4_pythonic", "olmo3", "lfm2", "gemma4", "functiongemma")
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 RICH = {
     "type": "object",
@@ -58,11 +57,7 @@ def tools(calls: list[Call]) -> list[Tool]:
     return [Tool(name, schema, is_strict=True) for name, schema in schemas(calls).items()]
 
 
-def test_the_formats_that_are_held() -> None:
-    assert set(HELD) == set(WRITERS) - set(FREE)
-
-
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", WRITERS)
 def test_what_models_write_is_taken(name: str) -> None:
     for title, calls in CALLS.items():
         if title in ("three alike", "numbers"):
@@ -72,7 +67,7 @@ def test_what_models_write_is_taken(name: str) -> None:
         assert takes(form, WRITERS[name](calls)), title
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", WRITERS)
 def test_text_is_free(name: str) -> None:
     """Before, between and behind calls, and where there is none; a bare begin is a call in formats that say so."""
     form = strict_format(FORMS[name], [Tool("f", CITY, True)])
@@ -84,7 +79,7 @@ def test_text_is_free(name: str) -> None:
         assert takes(form, "Let me see.\n" + output + "\nDone. " + output)
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", WRITERS)
 def test_arguments_that_are_not_valid_are_not_taken(name: str) -> None:
     strict, other = Tool("f", CITY, True), Tool("g", CITY)
     form = strict_format(FORMS[name], [strict, other])
@@ -100,7 +95,7 @@ def begin_of_call(name: str) -> str:
     return (*FORMS[name].opens, "")[0] if not FORMS[name].bare else ""
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", WRITERS)
 def test_each_call_that_is_let_through_is_valid(name: str) -> None:
     """Random answers from the mark on, read by the format's own parser."""
     form = strict_format(FORMS[name], [Tool("f", RICH, True), Tool("long.name_2", CITY, True)])
@@ -116,7 +111,108 @@ def test_each_call_that_is_let_through_is_valid(name: str) -> None:
     assert num_calls >= 8
 
 
-CLOSERS = ('"', "}", "]", "</parameter>", "</arg_value>", "</steptml:parameter>")
+WORD = {"type": "string"}
+
+def fields(*required: str, properties: dict, **more: object) -> dict:
+    return {"type": "object", "properties": properties, "required": list(required), **more}
+
+
+AB = {"a": WORD, "b": WORD}
+INNER = fields("b", properties={"b": {"type": "string", "maxLength": 4}}, additionalProperties={"type": "boolean"})
+ITSELF = {"anyOf": [{"$ref": "#"}, {"type": "null"}]}
+HARD = {
+    "one of two": fields(properties=AB, anyOf=[{"required": ["a"]}, {"required": ["b"]}]),
+    "counted": fields(properties={**AB, "c": {"type": "null"}}, minProperties=2),
+    "marks": fields("a", properties={"a": {"enum": ["</parameter>", '<|"|>', "it's", "\n x"]}}),
+    "mixed": fields("a", properties={"a": {"enum": ["x", 1, None, True]}}),
+    "text or number": fields(properties={"a": {"type": ["string", "integer"], "maxLength": 2}}),
+    "two bounds": fields("a", properties={"a": {"type": "string", "pattern": "[a-z<>/&]{3,40}", "maxLength": 40}}),
+    "odd names": fields("a-b", properties={"a-b": WORD, "x>y": WORD, "": WORD, "}": {"type": "null"}}),
+    "or nothing": {**fields("a", properties={"a": {"type": "integer"}}), "type": ["object", "null", "string"]},
+    "itself": fields("n", properties={"n": {"type": "integer"}, "next": ITSELF}),
+    "reference": {"$ref": "#/$defs/x", "$defs": {"x": CITY}},
+    "others": fields(properties={"a": WORD}, additionalProperties={"type": "integer"}),
+    "deep": fields("a", properties={"a": INNER}),
+    "constants": fields("a", properties={"a": {"enum": [{"k": [True, None, "it's"]}, [1.5, "x"]]}}),
+}
+"""Schemas that a format either holds or refuses by name."""
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_hard_schemas_are_held_or_refused(name: str) -> None:
+    is_json = bool(FORMS[name].frame[0])
+    for title, schema in HARD.items():
+        try:
+            form = strict_format(FORMS[name], [Tool("f", schema, True)])
+        except ApiError as refused:
+            assert refused.status == 400 and refused.param == "tools" and not is_json, title
+            continue
+        settings = ParseSettings(tools={"f": schema}, choice="auto", format=FORMS[name])
+        for seed in range(2):
+            text = random_call(form, begin_of_call(name) or FORMS[name].bare[0], seed)
+            found = parse([text], settings)
+            assert found.calls and not found.content, (title, text)
+            for _, arguments in found.calls:
+                Draft202012Validator(schema).validate(json.loads(arguments))
+                assert isinstance(json.loads(arguments), dict)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_text_that_ends_a_value_never_stands_in_one(name: str) -> None:
+    """What the grammar takes is what the parser finds: marks within strings and lists of strings."""
+    form, schema = FORMS[name], {
+        "type": "object", "properties": {"a": {"type": "array", "items": WORD}, "b": WORD}, "required": ["a"],
+    }  # fmt: skip
+    held = strict_format(form, [Tool("f", schema, True)])
+    settings = ParseSettings(tools={"f": schema}, choice="auto", format=form)
+    num_taken = 0
+    for mark in (*form.marks, "plain", "</", "<", "'\"'"):
+        for arguments in ({"a": [mark]}, {"a": [f"x{mark}", mark]}, {"a": [], "b": f"x{mark}y"}):
+            text = WRITERS[name]([("f", arguments)])
+            if takes(held, text):
+                num_taken += 1
+                assert [(called, json.loads(given)) for called, given in parse([text], settings).calls] == [
+                    ("f", arguments)
+                ]
+    assert num_taken >= 3
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_nothing_behind_a_call_is_another_one(name: str) -> None:
+    """Without its mark what follows a call is free text, so no parser may take it for a call."""
+    form, write = strict_format(FORMS[name], [Tool("f", CITY, True)]), WRITERS[name]
+    settings = ParseSettings(tools={"f": CITY}, choice="auto", format=FORMS[name])
+    good, bad = (write([("f", arguments)]) for arguments in ({"city": "x"}, {"city": "x", "no": 1}))
+    for mark in FORMS[name].marks:
+        bad = bad.replace(mark, "")
+    for text in (good + between + bad for between in ("", " ", "\n", ", ", "; ")):
+        if takes(form, text):
+            assert [json.loads(arguments) for _, arguments in parse([text], settings).calls] == [{"city": "x"}], text
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_names_that_a_format_cannot_write_are_refused(name: str) -> None:
+    for called in ("f", "é", "a b", "1f", "x{y", "x>y", 'q"r', " f", "a.b-c", "f\ng", "x(y"):
+        try:
+            form = strict_format(FORMS[name], [Tool(called, CITY, True)])
+        except ApiError as refused:
+            assert refused.param == "tools" and called != "f"
+            continue
+        text = random_call(form, begin_of_call(name) or FORMS[name].bare[0], 1)
+        settings = ParseSettings(tools={called: CITY}, choice="auto", format=FORMS[name])
+        assert parse([text], settings).calls[0][0] == called, text
+
+
+def test_forced_arguments_are_an_object() -> None:
+    """Also by a schema that takes other values: a list of calls has no other arguments."""
+    either = {"type": ["object", "null"], "properties": {"a": {"type": "null"}}, "required": ["a"]}
+    for choice, wrap in (("required", '[{"name": "f", "parameters": %s}]'), ("named", "%s")):
+        spec = tool_spec(ToolUse(choice, (Tool("f", either),)))
+        form = {"type": "grammar", "grammar": spec.text}
+        assert takes(form, wrap % '{"a": null}') and not takes(form, wrap % "null") and not takes(form, wrap % "{}")
+
+
+CLOSERS = ('"', "}", "]", ")", "'", '<|"|>', "<escape>", "</parameter>", "</arg_value>", "</steptml:parameter>")
 
 
 def random_call(form: dict, begin: str, seed: int) -> str:
@@ -145,8 +241,7 @@ def test_a_call_or_an_answer_by_the_schema(name: str) -> None:
     assert takes(form, '{"sum": 3}') and takes(form, WRITERS[name]([("f", {"city": "Paris"})]))
     for text in ("", "Hello.", '{"sum": "3"}', '{"sum": 3} and text', "Let me see. " + WRITERS[name]([("f", {})])):
         assert not takes(form, text), text
-    if name in HELD:
-        assert not takes(form, WRITERS[name]([("f", {"city": 3 if name not in ("qwen3_coder",) else "x", "no": 1})]))
+    assert not takes(form, WRITERS[name]([("f", {"city": 3 if name not in ("qwen3_coder",) else "x", "no": 1})]))
 
 
 @pytest.mark.parametrize("name", ["qwen3_coder", "glm45", "minimax_m2", "step3"])

@@ -132,7 +132,6 @@ def test_which_grammar_an_answer_has() -> None:
     strict, loose = ToolUse("auto", (Tool("f", CITY, True),)), ToolUse("auto", (Tool("f", CITY),))
     own, no_thoughts = SamplingParams(grammar=json_spec(CITY)), Thinking()
     assert held(SamplingParams(), loose, no_thoughts, "hermes") is None
-    assert held(SamplingParams(), strict, no_thoughts, "pythonic") is None
     free = held(SamplingParams(), strict, no_thoughts, "hermes")
     assert free.is_free and free.kind == "structural_tag"
     either = held(own, loose, no_thoughts, "hermes", has_format=True)
