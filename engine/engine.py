@@ -22,7 +22,7 @@ from fuseline.engine.run.runner import ForkingModel, Model, PreparedBatch, Runne
 from fuseline.engine.run.sampling import NOT_FINITE, OK, PROCESSOR_FAILED, Launched, Sampled, StepResult
 from fuseline.engine.run.speculate.drafting import Drafter, Drafting, kept_positions
 from fuseline.engine.schedule.scheduler import Limits, scheduler_class
-from fuseline.engine.schedule.stages import InOrder, choose_stage_order
+from fuseline.engine.schedule.stages import choose_stage_order
 from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
 from fuseline.engine.state.sequence import Sequence
@@ -64,8 +64,7 @@ class Engine:
         self.max_model_len = config.compile.max_model_len or info.max_model_len
         self.num_blocks = tuple(num_blocks)
         self._order = choose_stage_order(device.is_asynchronous, config.scheduler.async_scheduling)
-        # Drafts are proposed when all tokens are known: not by those who schedule ahead, unless all steps have drafts.
-        can_jump = not info.state_specs and (drafter is not None or isinstance(self._order, InOrder))
+        can_jump = not info.state_specs
         num_drafts = max(drafter.num_tokens if drafter else 0, ForcedTokens.num_tokens if can_jump else 0)
         limits = Limits.resolve(config.scheduler, self.max_model_len, num_drafts, info.max_logits)
         windows, num_seqs, block_size = [g.window for g in info.cache_groups], limits.num_seqs, config.cache.block_size
@@ -102,13 +101,16 @@ class Engine:
         report = self.requests.take_report()
         return report.message(make_stats(self.scheduler, report, self.drafting, self.sleep_level))
 
+    def waits_for_tokens(self) -> bool:
+        return self.forced is not None and self.drafting is None and self.forced.is_due()
+
     def schedule(self) -> ScheduledBatch:
         if self.drafting:
             self.drafting.propose()
         is_held = bool(self.rows.has_grammar.any()) and self.slow_masks.hold()
         if self.forced:
             # Steps without a grammar cost nothing more than those of an engine that knows none.
-            self.rows.with_drafts = self.drafting is not None or bool(self.rows.has_grammar.any())
+            self.rows.with_drafts = self.drafting is not None or self.forced.is_possible()
             self.forced.propose()
         scheduled = self.scheduler.schedule()
         self._waits_for_masks = is_held and not scheduled.num_tokens

@@ -31,6 +31,9 @@ class Running(Protocol[ResultT_co]):
 class Stages(Protocol[BatchT, ResultT]):
     """The stages of a step. All but `compute` belong to the engine's thread."""
 
+    def waits_for_tokens(self) -> bool:
+        """Whether the next step is scheduled when the one that runs has been reported, in any order of stages."""
+
     def schedule(self) -> ScheduledBatch:
         """Decide what the step computes; nothing when its `num_tokens` is 0."""
 
@@ -130,6 +133,8 @@ class Overlapped(_Behind):
         self._worker = ThreadPoolExecutor(1, "fuseline-model")
 
     def step(self, stages: Stages) -> None:
+        if stages.waits_for_tokens():
+            self.drain(stages)
         batch = _prepare_next(stages)
         last = self._finish(stages)
         if batch is not None:
@@ -159,6 +164,8 @@ class LaunchedAhead(_Behind):
     """
 
     def step(self, stages: Stages) -> None:
+        if stages.waits_for_tokens():
+            self.drain(stages)
         batch = _prepare_next(stages)
         if batch is None or batch.reads_tokens:
             last = self._finish(stages)

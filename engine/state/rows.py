@@ -66,6 +66,7 @@ class RequestRows:
         self.has_lists = np.zeros(num_rows, bool)
         self.has_edits = np.zeros(num_rows, bool)  # run/row_edits.py has work for it
         self.has_grammar = np.zeros(num_rows, bool)
+        self.may_force = np.zeros(num_rows, bool)  # its grammar leaves often one token only
         self.is_beam = np.zeros(num_rows, bool)  # the next token is known when all beams of the request have theirs
         self.num_beams = 0  # rows that are beams
         self.is_held = np.zeros(num_rows, bool)  # out of steps until its mask is made
@@ -102,7 +103,7 @@ class RequestRows:
         if seq.num_pending:
             self.evicted[row, int(self.generation[row])] = seq
         self.sequences[row] = None
-        self.has_grammar[row] = self.reads_tokens[row] = self.is_held[row] = False
+        self.has_grammar[row] = self.may_force[row] = self.reads_tokens[row] = self.is_held[row] = False
         self.generation[row] += 1
         self.num_pooled -= seq.is_pooled
         self.num_embedded -= seq.embeds is not None
@@ -152,7 +153,7 @@ class RequestRows:
         row = seq.row
         self.end[row] = self.num_wanted[row] = seq.prompt_len
         self.wants_tokens[row] = self.wants_scores[row] = self.is_fast[row] = False
-        self.has_grammar[row] = False
+        self.has_grammar[row] = self.may_force[row] = False
 
     def _load_endings(self, seq: Sequence, params: SamplingParams) -> None:
         row = seq.row
@@ -182,6 +183,7 @@ class RequestRows:
         penalties = (params.repetition_penalty != 1, params.frequency_penalty != 0, params.presence_penalty != 0)
         self.has_history[row] = any(penalties)
         self.has_grammar[row] = params.has_masks
+        self.may_force[row] = params.grammar is not None and not params.grammar.is_free
         self.is_beam[row] = params.beams is not None
         self.num_beams += params.beams is not None
         reads = bool(seq.processors) or params.has_masks

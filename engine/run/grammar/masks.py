@@ -110,10 +110,27 @@ class ForcedTokens:
         self._masks, self._rows = masks, rows
         self._rope_threshold = rope_threshold
 
+    def is_due(self) -> bool:
+        """Whether a step that is scheduled ahead of the tokens before it had better wait for them: some of these are
+        drafts, or enough sequences have a grammar that may force tokens.
+        """
+        rows = self._rows
+        if rows.num_drafts.any():
+            return True
+        num_forced = np.count_nonzero(rows.may_force)
+        return num_forced > 0 and num_forced >= MIN_GAIN * np.count_nonzero(rows.num_tokens)
+
+    def is_possible(self) -> bool:
+        """Whether the next step may bring drafts: there are grammars, and all tokens before it are known."""
+        rows = self._rows
+        return bool(rows.has_grammar.any() and (rows.num_known >= rows.num_tokens).all())
+
     def propose(self) -> None:
         """For sequences that have nothing else to compute but their last token, if the step gains by it."""
         rows = self._rows
-        if not rows.has_grammar.any():
+        if not rows.with_drafts:
+            rows.num_drafts[:] = 0
+        if not (rows.with_drafts and rows.has_grammar.any()):
             return
         num_remaining = rows.num_remaining()
         is_ready = rows.has_grammar & (num_remaining == 1) & (rows.num_known > rows.prompt_len)
