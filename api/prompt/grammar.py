@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.backends import choose_backend
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.api.structured.ebnf import BLOCK, MAX_BYTES, Rules, choice, literal, repeat, sequence, too_large
+from fuseline.api.structured.ebnf import BLOCK, MAX_BYTES, Rules, choice, literal, one_of, repeat, sequence, too_large
 from fuseline.api.structured.json_text import NO_WHITESPACE, WHITESPACE
 from fuseline.api.structured.portable import portable_patterns, portable_regex, quoted_regex
 from fuseline.api.structured.regex import RegexGrammar
@@ -198,7 +198,8 @@ def _regex(value: Any, param: str, whitespace: str) -> GrammarSpec:
 
 
 def _choice(value: Any, param: str, whitespace: str) -> GrammarSpec:
-    return GrammarSpec(kind="ebnf", text=Rules().text(choice(literal(item) for item in _choices(value, param))))
+    rules = Rules()
+    return GrammarSpec(kind="ebnf", text=rules.text(one_of(rules, _choices(value, param))))
 
 
 def _choices(value: Any, param: str) -> list[str]:

@@ -6,6 +6,7 @@ An expression is text that may stand in brackets anywhere in a rule.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os.path import commonprefix
 
 from fuseline.api.errors import ApiError, bad_request
 
@@ -19,6 +20,10 @@ MAX_BYTES = 2**20
 BLOCK = 32
 """Repetitions that are counted one by one. xgrammar computes the masks within a longer count token by token of the
 vocabulary, in each step anew; blocks of blocks have masks that are computed once."""
+FEW_TEXTS = 64
+"""Texts that are written side by side."""
+MAX_DEPTH = 64
+"""Of the tree of more texts."""
 _UTF8_BORDERS = (0x80, 0x800, 0x1000, 0xD000, 0xE000, 0x10000, 0x40000, 0x100000)
 """Where the first byte of a character, or what may follow it, changes: no range of a set goes across."""
 
@@ -100,6 +105,30 @@ def char_set(ranges: Ranges) -> str:
 def choice(expressions: Iterable[str]) -> str:
     found = list(dict.fromkeys(expressions))
     return found[0] if len(found) == 1 else f"({' | '.join(found)})"
+
+
+def one_of(rules: Rules, texts: Iterable[str]) -> str:
+    """One of the texts. Many share their beginnings in rules: a mask is then made in microseconds, not in tens of
+    milliseconds for 20,000 of them.
+    """
+    found = list(dict.fromkeys(texts))
+    return _tree(rules, found, MAX_DEPTH) if len(found) > FEW_TEXTS else choice(map(literal, found))
+
+
+def _tree(rules: Rules, texts: list[str], depth: int) -> str:
+    if not depth:
+        return choice(map(literal, texts))
+    by_char: dict[str, list[str]] = {}
+    for text in texts:
+        by_char.setdefault(text[:1], []).append(text)
+    return choice(_branch(rules, branch, depth - 1) for branch in by_char.values())
+
+
+def _branch(rules: Rules, texts: list[str], depth: int) -> str:
+    """One of the texts, which have their first character in common."""
+    begin = commonprefix(texts)
+    rest = [text[len(begin) :] for text in texts]
+    return literal(begin) if rest == [""] else sequence(literal(begin), rules.add(_tree(rules, rest, depth), "tree"))
 
 
 def sequence(*expressions: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from fuseline.api.structured.ebnf import (
     intersection,
     literal,
     of_chars,
+    one_of,
     sequence,
     text_until,
 )
@@ -78,19 +80,15 @@ class Quoted:
                 parts = [literal(self.escaped(chr(code))) for code in codes]
         return choice(parts) if parts else None
 
-    def constant(self, value: str) -> str | None:
-        """The string of this value; None where it cannot be written."""
-        text = self.text(value)
-        if text is None or not self.is_line:
-            return text and literal(text)
-        return self.around(literal(value) if value else "")
-
     def text(self, value: str) -> str | None:
+        """A string of this value, of a line without what is around it; None where it cannot be written."""
         if self.has_escapes:
             return self.begin + "".join(map(self.escaped, value)) + self.end
         is_whole = (value + self.end).find(self.end) == len(value)
         keeps_lines = not self.is_line or value == value.strip("\n")
-        return self.begin + value + self.end if is_whole and keeps_lines else None
+        if not (is_whole and keeps_lines):
+            return None
+        return value if self.is_line else self.begin + value + self.end
 
     def escaped(self, char: str) -> str:
         if any(low <= ord(char) <= high for low, high in self.raw):
@@ -124,21 +122,21 @@ class Notation:
     inner: Notation | None = None
     """The notation of values within objects, if it is another one."""
 
-    def constant(self, value: Any) -> str | None:
-        """None for what cannot be written."""
-        if isinstance(value, str):
-            made = [form.constant(value) for form in self.strings]
-        else:
-            made = [text and literal(text) for form in self.strings for text in [self._text(value, form)]]
-        found = [text for text in made if text is not None]
-        return choice(found) if found else None
+    def texts(self, value: Any) -> list[str]:
+        """Ways to write a value; none where it cannot be written."""
+        return [text for form in self.strings for text in [self._text(value, form)] if text is not None]
 
-    def key(self, name: str) -> str | None:
-        """None for a key that cannot be written."""
+    def constants(self, rules: Rules, texts: Iterable[str]) -> str:
+        """One of what `texts` has given."""
+        found = one_of(rules, texts)
+        return self.strings[0].around(found) if self.strings[0].is_line else found
+
+    def keys_of(self, name: str) -> list[str]:
+        """Ways to write a key."""
         if self.keys == "strings":
-            return self.constant(name)
+            return self.texts(name)
         text = self._key_text(name, self.strings[0])
-        return None if text is None else literal(text)
+        return [] if text is None else [text]
 
     def _text(self, value: Any, form: Quoted) -> str | None:
         if isinstance(value, bool) or value is None:

@@ -201,10 +201,10 @@ class _Chain:
 
     def _key(self, name: str) -> str:
         notation = self._grammar.notation
-        found = notation.key(name)
-        if found is None:
+        texts = notation.keys_of(name)
+        if not texts:
             raise self._grammar.refuse("properties", f"{name[:50]!r} cannot be written in the format of this model")
-        return sequence(found, f'"{notation.colon}"')
+        return sequence(choice(map(literal, texts)), f'"{notation.colon}"')
 
     def _end(self, count: int, comma: str) -> str | None:
         low, high = self._bounds or (0, None)

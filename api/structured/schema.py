@@ -7,6 +7,7 @@ the schema, and only those, unless additionalProperties (or the lack of properti
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
@@ -195,13 +196,14 @@ class SchemaGrammar:
             values = [value for value in values if any(TYPES[kind](value) for kind in allowed)]
         if not values:
             raise self.refuse("enum", "no value has the type of the schema")
-        return choice(self.constant(value) for value in values)
+        return self.constants(values)
 
-    def constant(self, value: Any) -> str:
-        found = self.notation.constant(value)
-        if found is None:
-            raise self.refuse("enum", f"{str(value)[:50]!r} cannot be written in the format of this model")
-        return found
+    def constants(self, values: Iterable[Any]) -> str:
+        """One of the values."""
+        found = [(value, self.notation.texts(value)) for value in values]
+        if bad := [value for value, texts in found if not texts]:
+            raise self.refuse("enum", f"{str(bad[0])[:50]!r} cannot be written in the format of this model")
+        return self.notation.constants(self.rules, [text for _, texts in found for text in texts])
 
     def _types(self, schema: dict[str, Any]) -> list[str]:
         given = schema.get("type", implied_types(schema))
@@ -212,9 +214,9 @@ class SchemaGrammar:
 
     def _typed(self, kind: str, schema: dict[str, Any]) -> str:
         if kind == "null":
-            return self.constant(None)
+            return self.constants([None])
         if kind == "boolean":
-            return choice([self.constant(True), self.constant(False)])
+            return self.constants([True, False])
         if kind in ("integer", "number"):
             return self._number(kind, schema)
         if kind == "string":
@@ -225,7 +227,7 @@ class SchemaGrammar:
         if self._any is None:
             name = self._any = self.rules.reserve("any")
             blank = self.blank
-            words = " | ".join(map(self.constant, (True, False, None)))
+            words = self.constants([True, False, None])
             pair = f'{self._objects.any_key()} "{self.notation.colon}" {blank} {name}'
             more, more_pairs = f'("," {blank} {name})*', f'("," {blank} {pair})*'
             self.rules.define(name, (
