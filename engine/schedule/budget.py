@@ -22,6 +22,8 @@ class StepBudget:
     counts: np.ndarray  # [R] int64, tokens to compute by row, drafts included
     num_drafts: np.ndarray  # [R] int64
     started: list[Sequence] = field(default_factory=list)
+    num_turns: int = 0
+    """Of those that start, prompts of a body behind its first one."""
     has_preempted: bool = False
 
     def add(self, seq: Sequence, count: int, num_drafts: int = 0) -> None:
@@ -30,6 +32,13 @@ class StepBudget:
         self.num_drafts[seq.row] = num_drafts
         self.tokens_left -= count
         self.spare_rows -= self._num_extra_rows(seq)
+
+    def start(self, seq: Sequence, count: int) -> None:
+        """As `add`, for a sequence that has got a row."""
+        self.spare_rows -= 1
+        self.add(seq, count)
+        self.started.append(seq)
+        self.num_turns += seq.request.turn > 0
 
     def add_rows(self, rows: np.ndarray) -> None:
         """Compute one token of each row."""
@@ -43,6 +52,7 @@ class StepBudget:
         self.counts[seq.row] = self.num_drafts[seq.row] = 0
         if seq in self.started:
             self.started.remove(seq)
+            self.num_turns -= seq.request.turn > 0
 
     def _num_extra_rows(self, seq: Sequence) -> int:
         """Logits rows of a sequence beyond its own one."""

@@ -17,6 +17,10 @@ from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
 from fuseline.engine.state.sequence import Sequence
 
+MOST_TURNS = 64
+"""Prompts of bodies, behind their first ones, that start in a step: who comes during a step of hundreds of short ones
+would wait for all of them."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -221,7 +225,7 @@ class Scheduler:
             if seq.num_pending:
                 passed_over.append(self.waiting.pop())
                 continue
-            if not self._has_row(seq, budget):
+            if (seq.request.turn and budget.num_turns >= MOST_TURNS) or not self._has_row(seq, budget):
                 break
             if self.rope_switch and seq.variant == 0 and seq.num_tokens > self.rope_switch.threshold:
                 # It lost its row while a step kept several of its drafts.
@@ -284,9 +288,7 @@ class Scheduler:
         self.rows.load(seq, begin)
         self.kv.load_table(seq)
         self.kv.grow(seq, num_tokens)
-        budget.spare_rows -= 1
-        budget.add(seq, count)
-        budget.started.append(seq)
+        budget.start(seq, count)
         self._count_hit(seq, begin)
         if self.kv.swap and seq.num_preemptions:
             self.host_queries += begin if was_swapped else seq.num_tokens - 1

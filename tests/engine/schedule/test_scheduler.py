@@ -6,6 +6,8 @@ import pytest
 from engine_walk_cases import Walk, expected_tokens, make_engine
 from scheduler_cases import finish_order
 
+from fuseline.engine.schedule.scheduler import MOST_TURNS
+
 PROMPT = list(range(1, 15))
 
 
@@ -47,6 +49,20 @@ def test_a_batch_gives_a_row_to_what_comes_later(policy: str) -> None:
     assert first_step_of(walk, "r3") <= 2 and len(walk.tokens("r0")) > before
     assert walk.engine.scheduler.num_preemptions == 1
     assert finish_order(walk)[-2:] == ["r1", "r2"]
+    walk.check_all((0,))
+
+
+def test_few_prompts_of_a_batch_start_in_a_step() -> None:
+    """Whatever there is room for: who comes meanwhile waits for one such step. All are served."""
+    walk = Walk(make_engine(num_blocks=400, max_num_seqs=200, max_num_batched_tokens=400))
+    for turn in range(150):
+        walk.submit([3, turn % 40], max_tokens=2, turn=turn)
+    walk.step()
+    assert walk.counts == [2 * (1 + MOST_TURNS)]
+    walk.submit(PROMPT, max_tokens=1)
+    walk.step()
+    assert walk.reason("r150") == "length" and len(walk.engine.requests.live) > 10
+    walk.finish()
     walk.check_all((0,))
 
 
