@@ -48,6 +48,9 @@ class Items:
         self.all: list[Item] = []
         self.done: Done | None = None
         self.num_tokens = 0
+        self.logprobs: list[PositionLogprobs] = []
+        """Of the tokens of the newest text, those that had none of their own before it among them."""
+        self._early: list[PositionLogprobs] = []
 
     @property
     def kept(self) -> list[Item]:
@@ -67,13 +70,15 @@ class Items:
         self.num_tokens += len(event.token_ids)
         text = event.arguments if isinstance(event, ToolCallDelta) else event.text
         if not text:
+            self._early += event.logprobs
             return
+        self.logprobs, self._early = self._early + event.logprobs, []
         if not self._goes_on(event):
             yield from self._end()
             self.all.append(_new_item(event))
             yield "begin", self.all[-1], ""
         self.all[-1].parts.append(text)
-        self.all[-1].logprobs += event.logprobs
+        self.all[-1].logprobs += self.logprobs
         yield "more", self.all[-1], text
 
     def _goes_on(self, event: Event) -> bool:

@@ -42,7 +42,7 @@ class ResponsesWriter(ItemsWriter):
                 chunks.append(self._chunk(kind, response=self._response("in_progress")))
         for event in events:
             for step, item, text in self._items.take(event):
-                chunks += self._step(step, item, text, event)
+                chunks += self._step(step, item, text)
         return chunks
 
     def last_chunks(self) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ class ResponsesWriter(ItemsWriter):
         self._number += 1
         return {"type": kind, "sequence_number": self._number - 1, **fields}
 
-    def _step(self, step: str, item: Item, text: str, event: Event) -> list[dict[str, Any]]:
+    def _step(self, step: str, item: Item, text: str) -> list[dict[str, Any]]:
         at = {"output_index": len(self._items.all) - 1, "item_id": self._id(item)}
         part = {**at, "content_index": 0}
         if step == "begin":
@@ -71,7 +71,7 @@ class ResponsesWriter(ItemsWriter):
                 return [self._chunk("response.function_call_arguments.delta", **at, delta=text)]
             if item.kind == "reasoning":
                 return [self._chunk("response.reasoning_text.delta", **part, delta=text)]
-            logprobs = self._logprobs(event.logprobs)
+            logprobs = self._logprobs(self._items.logprobs)
             return [self._chunk("response.output_text.delta", **part, delta=text, logprobs=logprobs)]
         return [*self._ended(item, at, part), self._chunk(
             "response.output_item.done", output_index=at["output_index"], item=self._item(item, True)
