@@ -60,7 +60,7 @@ def run_batch_file(arguments: Sequence[str]) -> int:
 def read_lines(path: Path) -> list[Line]:
     """Raises ConfigError for a file that cannot be read; a bad line becomes an error of its own."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--input-file {path} cannot be read: {reason}") from error
@@ -112,12 +112,18 @@ def _output(line: Line, answer: tuple[int, dict[str, Any]] | None) -> dict[str, 
     return found | {"response": {"status_code": status, "request_id": request_id, "body": body}}
 
 
+def _written(answer: dict[str, Any]) -> str:
+    """JSON in one line; half a surrogate pair, which JSON can name and UTF-8 cannot hold, stays an escape."""
+    text = json.dumps(answer, ensure_ascii=False)
+    return text if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text) else json.dumps(answer)
+
+
 def write_lines(path: Path, answers: Sequence[dict[str, Any]]) -> None:
     """All of them or none. Raises ConfigError."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            file.writelines(_written(answer) + "\n" for answer in answers)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

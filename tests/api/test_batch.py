@@ -72,3 +72,14 @@ def test_files_that_cannot_be_used(tmp_path: Path, capsys) -> None:
         assert captured.startswith("fuseline: error: ") and words in captured and captured.count("\n") == 1
     with pytest.raises(SystemExit, match="2"):
         main(["run-batch"])
+
+
+def test_text_that_utf_8_cannot_hold_loses_no_answer(tmp_path: Path) -> None:
+    """Half a surrogate pair in an id or an error, and a mark at the file's beginning."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = ('{"custom_id": "\\ud800", "url": "/v1/x", "body": {}}', '{"custom_id": "é", "url": "\\udc00", "body": {}}')
+    source.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    assert main(["run-batch", "-i", str(source), "-o", str(target)]) == 0
+    answers = [json.loads(text) for text in target.read_text(encoding="utf-8").splitlines()]
+    assert [answer["custom_id"] for answer in answers] == ["\ud800", "é"]
+    assert all("url must be one of" in answer["error"]["message"] for answer in answers)
