@@ -72,9 +72,10 @@ inline void product_block(const float* a, int64_t num_rows, const T* b, int64_t 
   }
 }
 
-// Up to this many rows are limited by memory, which is fastest as one stream: one panel at a time. With more rows, the
-// bf16-dot path reads two panels at once and prefetches the next ones.
+// Up to this many rows are limited by memory, and by the latency of the chain of an output: several panels at a time are
+// read over all of k. With more rows, the bf16-dot path reads two panels at once and prefetches the next ones.
 constexpr int kStreamRows = 6;
+constexpr int kStreamPanels = 4;
 constexpr int kGroupPanels = 2;
 
 // Few rows: reads panels in place, `group` at a time over all of k.
@@ -99,11 +100,12 @@ template <class T>
 inline void product(const float* packed, int64_t step, int64_t num_rows, int64_t num_k, const T* panels, int num_panels,
                     float* wide, float* c, int64_t ldc, int group = 0) {
   int64_t panel_step = num_k * kPanel;
-  if (group == 0 && num_rows <= kStreamRows) group = 1;
-  if (num_rows <= kTileRows && (group == 1 || group == 2)) {
+  if (group == 0 && num_rows <= kStreamRows) group = kStreamPanels;
+  if (num_rows <= kTileRows && group > 0) {
     int rows = static_cast<int>(num_rows);
     if (group == 1) return product_stream<1>(packed, step, rows, num_k, panels, num_panels, c, ldc);
-    return product_stream<2>(packed, step, rows, num_k, panels, num_panels, c, ldc);
+    if (group == 2) return product_stream<2>(packed, step, rows, num_k, panels, num_panels, c, ldc);
+    return product_stream<4>(packed, step, rows, num_k, panels, num_panels, c, ldc);
   }
   for (int64_t k = 0; k < num_k; k += kDepth, packed += step) {
     int depth = static_cast<int>(num_k - k < kDepth ? num_k - k : kDepth);
@@ -144,7 +146,7 @@ inline void dot_stream(const uint32_t* packed, int64_t step, int64_t num_rows, i
 // product() for rows packed by pack_dot_row; panels are always read in place.
 inline void dot_product(const uint32_t* packed, int64_t step, int64_t num_rows, int64_t num_k, const bf16* panels,
                         int num_panels, float* c, int64_t ldc, int group = 0) {
-  if (group == 0) group = num_rows <= kStreamRows ? 1 : kGroupPanels;
+  if (group == 0) group = num_rows <= kStreamRows ? kStreamPanels : kGroupPanels;
   if (group == 1) return dot_stream<1>(packed, step, num_rows, num_k, panels, num_panels, c, ldc);
   if (group == 2) return dot_stream<2>(packed, step, num_rows, num_k, panels, num_panels, c, ldc);
   dot_stream<4>(packed, step, num_rows, num_k, panels, num_panels, c, ldc);
