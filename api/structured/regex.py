@@ -6,6 +6,7 @@ Character classes are subsets on which Python and ECMA 262 agree: `\\d` and `\\w
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.structured.ebnf import (
     EVERY_CHAR,
+    FEW_TEXTS,
     Ranges,
     Rules,
     char_set,
@@ -21,6 +23,7 @@ from fuseline.api.structured.ebnf import (
     intersection,
     normalized,
     of_chars,
+    one_of,
     sequence,
 )
 from fuseline.api.structured.notation import Quoted
@@ -114,6 +117,8 @@ class RegexGrammar:
         if code == codes.IN:
             return self._set(self._class(value))
         if code == codes.BRANCH:
+            if texts := self._texts(value[1]):
+                return one_of(self._rules, texts)
             return choice(self._items(list(branch), is_first, is_last) for branch in value[1])
         if code == codes.SUBPATTERN:
             _, added, removed, inner = value
@@ -128,6 +133,14 @@ class RegexGrammar:
             return ""
         what = WORDS.get(code, "an anchor or word border within the text")
         raise self._refuse(f"the regex has {what}, which a grammar cannot follow")
+
+    def _texts(self, branches: Sequence[Any]) -> list[str]:
+        """What many alternatives say that are all plain text, as it is written; none for others."""
+        if len(branches) <= FEW_TEXTS or any(code != codes.LITERAL for branch in branches for code, _ in branch):
+            return []
+        texts = ["".join(chr(value) for _, value in branch) for branch in branches]
+        is_same = self._within is None or all(self._within.escaped(char) == char for char in set("".join(texts)))
+        return texts if is_same else []
 
     def _class(self, items: list[tuple[Any, Any]]) -> Ranges:
         is_negated = items[0][0] == codes.NEGATE

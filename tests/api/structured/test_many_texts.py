@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import time
 from functools import cache
 
@@ -46,19 +48,33 @@ def test_one_of_takes_the_texts_and_no_others(name: str) -> None:
             assert takes(grammar, other) == (other in texts), other
 
 
-@pytest.mark.parametrize("field", ["guided_choice", "guided_json"])
+@pytest.mark.parametrize("field", ["guided_choice", "guided_json", "guided_regex"])
 def test_masks_of_20000_texts_take_no_time(field: str) -> None:
     words = [f"word {k}" for k in range(20_000)]
-    value = words if field == "guided_choice" else {"enum": words}
+    value = words if field == "guided_choice" else {"enum": words} if field == "guided_json" else f"({'|'.join(words)})"
     spec = request_spec(ChatRequest.model_validate({"messages": [], field: value}))
     found, mask = xg.GrammarMatcher(compiler().compile_grammar(spec.text)), xg.allocate_token_bitmask(1, END + 1)
     seconds = []
-    for byte in (b"word 12345" if field == "guided_choice" else b'"word 12345"'):
+    for byte in (b'"word 12345"' if field == "guided_json" else b"word 12345"):
         started = time.thread_time()
         found.fill_next_token_bitmask(mask)
         assert found.accept_token(byte)
         seconds.append(time.thread_time() - started)
     assert max(seconds) < 0.01, "side by side they take 30 ms and more"
+
+
+def test_a_regex_of_many_texts_takes_them_and_no_others() -> None:
+    """Also within a JSON string, and where some are no plain text."""
+    texts = [f"é{k}" for k in range(90)]
+    for more, extra in (('a"b', 'a"b'), ("x+", "xx")):
+        pattern = "|".join((*texts, more))
+        plain = compiler().compile_grammar(request_spec(ChatRequest.model_validate(
+            {"messages": [], "guided_regex": pattern}
+        )).text)  # fmt: skip
+        quoted = compiler().compile_grammar(json_spec({"type": "string", "pattern": pattern}).text)
+        for text in ("é0", "é89", extra, "é90", "é", "y"):
+            is_taken = re.fullmatch(pattern, text) is not None
+            assert takes(plain, text) == is_taken and takes(quoted, json.dumps(text, ensure_ascii=False)) == is_taken
 
 
 def test_what_a_schema_of_many_constants_holds() -> None:
