@@ -99,10 +99,10 @@ def optimize(
 def _layouts(captured: CapturedModel, config: CompileConfig, target: Target) -> Mapping[str, str]:
     """Layouts of quantized weights, by parameter. Raises CaptureError, LoadError."""
     packs = config.level > 0 and "pack_weights" not in config.disabled_passes
-    if quantizes_plain(config) and (target.kind != "cpu" or not packs):
+    if quantizes_plain(config) and not packs:
         raise CaptureError(
-            f"--quantization {config.quantization} quantizes plain weights on a CPU only, from -O1 on and with the "
-            "pass pack_weights; leave it out"
+            f"--quantization {config.quantization} quantizes plain weights from -O1 on only, with the pass "
+            "pack_weights; leave it out"
         )
     return layouts_of(captured, config) if packs else {}
 

@@ -27,6 +27,8 @@ DECODED_CODES = 4 << 20
 """Codes, of a byte each, that are decoded at a time."""
 ENCODED_VALUES = 1 << 16
 """Values that are quantized at a time: what is computed of them stays in the cache."""
+ENCODED_ON_GPU = 1 << 24
+"""The same on a GPU, which has enough to do with as many."""
 SMALL = 1 << 20
 """Bytes of the largest tensor that is read to find out how a weight is stored."""
 
@@ -135,9 +137,10 @@ def _quantize(form: Format, lazy: LazyTensor, dtype: torch.dtype, stored: Stored
             raise LoadError(f"{part.stored.name} is stored as {part.stored.published.layout}, not as {form.layout}")
     # Rows of a transposed weight are nowhere together: it is read whole.
     is_turned = any(part.view.stride(1) > 1 for part in lazy.slices)
-    whole = reader.value(lazy).to(dtype) if is_turned else None
-    step = max(1, ENCODED_VALUES // lazy.shape[1])
+    device = stored["codes"].device
+    whole = reader.value(lazy) if is_turned else None
+    step = max(1, (ENCODED_VALUES if device.type == "cpu" else ENCODED_ON_GPU) // lazy.shape[1])
     for begin in range(0, lazy.shape[0], step):
         end = min(begin + step, lazy.shape[0])
-        rows = reader.value(lazy_tensor.narrow(lazy, 0, begin, end)).to(dtype) if whole is None else whole[begin:end]
-        form.put_coded(stored, form.encode(rows), begin)
+        rows = reader.value(lazy_tensor.narrow(lazy, 0, begin, end)) if whole is None else whole[begin:end]
+        form.put_coded(stored, form.encode(rows.to(device, dtype)), begin)

@@ -6,8 +6,8 @@ import functools
 
 from fuseline.compile import formats
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.formats.codes import format_of
-from fuseline.compile.formats.format import Format
+from fuseline.compile.formats import code_rows, codes
+from fuseline.compile.formats.format import Format, Shape
 from fuseline.compile.ops.registry import modules_of
 from fuseline.compile.target import Target
 
@@ -23,8 +23,17 @@ def registry() -> dict[str, Format]:
 
 
 def format_named(name: str) -> Format:
-    """A format of a file, or that of a layout of codes."""
-    return registry().get(name) or format_of(name)
+    """A format of a file, or one of a layout of codes."""
+    if name.startswith(code_rows.PREFIX):
+        return code_rows.format_of(name.removeprefix(code_rows.PREFIX))
+    return registry().get(name) or codes.format_of(name)
+
+
+def format_of_codes(layout: str, shape: Shape, target: Target) -> Format | None:
+    """The format in which a target's kernels read a weight of that layout; None where they do not."""
+    of_target = {"cpu": codes, "cuda": code_rows}[target.kind]
+    form = of_target.format_of(layout)
+    return form if of_target.has_kernel(form.layout, shape) else None
 
 
 def formats_for(config: CompileConfig, target: Target) -> tuple[Format, ...]:

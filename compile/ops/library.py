@@ -108,8 +108,11 @@ class Op:
     tolerance: float = 2.0
     """Allowed difference between kernel and reference in float32, relative and absolute, in rounding steps at 1.
 
-    In half precision at most one step: both round at the same places, where a float32 difference can flip one rounding.
+    In half precision at most `half_tolerance`.
     """
+    half_tolerance: float = 1.0
+    """The same in half precision: both round at the same places, where a float32 difference can flip one rounding. More
+    than 1 where some kernels round what they multiply."""
     weights: tuple[str, ...] = ()
     """Arguments that are parameters of the model. Kernels are only measured where they are constants of the graph."""
     is_product: bool = False

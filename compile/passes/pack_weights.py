@@ -6,6 +6,8 @@ embedding(weight) of a packed weight -> embedding_panels: tied weights stay one 
 linear(x, weight of codes, bias)     -> linear_codes(...), the layout being the checkpoint's or that of --quantization
 experts(..., both weights of codes)  -> experts_codes(...)
 linear(x, computed weight, bias)     -> aten.linear, which torch computes
+
+On a GPU plain weights stay as they are, and codes are read by linear_code_rows(...) and embedding_code_rows(...).
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.formats.codes import has_kernel
 from fuseline.compile.formats.format import Format
-from fuseline.compile.formats.registry import format_named, formats_for
+from fuseline.compile.formats.registry import format_of_codes, formats_for
 from fuseline.compile.graph import edit
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
@@ -55,7 +56,7 @@ def _names_of_weights(node: fx.Node) -> list[str]:
 
 def _in_words(kept: Mapping[str, Format | None]) -> tuple[str, ...]:
     """From the format of each quantized weight, None for those that are dequantized."""
-    counts = Counter(form.name if form else "" for form in kept.values())
+    counts = Counter(str(form.layout) if form else "" for form in kept.values())
     words = {"": "dequantized as they are loaded"}
     return tuple(f"{count} {words.get(name, 'as ' + name)}" for name, count in counts.most_common())
 
@@ -76,10 +77,10 @@ def _form_of(weight: fx.Node, is_transposed: bool, ctx: PassContext) -> Format |
         return None
     layouts = {ctx.layouts.get(name) for name in edit.source_of(weight).names}
     name = layouts.pop() if len(layouts) == 1 else None
-    form = format_named(name) if name and name != MIXED else None
+    if not name or name == MIXED:
+        return None
     value: Tensor = weight.meta["val"].mT if is_transposed else weight.meta["val"]
-    is_ours = form and ctx.target.kind in form.targets and has_kernel(form.layout, tuple(value.shape))
-    return form if is_ours else None
+    return format_of_codes(name, tuple(value.shape), ctx.target)
 
 
 class _Packer:

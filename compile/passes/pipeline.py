@@ -54,7 +54,7 @@ COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, fuse
 """The same for a GPU: its kernels read plain rows, so that nothing is packed unless another format is configured, and
 its sampling reads logits of any dtype."""
 
-INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, make_batch_invariant)))
+INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, make_batch_invariant)))
 """Linears with one order of summation instead of the fastest ones."""
 
 REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (find_linear,)))

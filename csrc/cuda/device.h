@@ -135,6 +135,22 @@ FL_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b
 FL_DEVICE uint32_t first_bytes(uint32_t four) { return __byte_perm(four, 0, 0x1404); }
 FL_DEVICE uint32_t last_bytes(uint32_t four) { return __byte_perm(four, 0, 0x3424); }
 
+// Bytes of (b, a), a's lowest first, picked by four selectors of four bits; from 8 on a byte's sign is repeated instead.
+FL_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selectors) {
+  uint32_t to;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(to) : "r"(a), "r"(b), "r"(selectors));
+  return to;
+}
+
+// Subtracts both numbers of a register.
+FL_DEVICE __half2 as_two(uint32_t two, Half) { return *reinterpret_cast<const __half2*>(&two); }
+FL_DEVICE __nv_bfloat162 as_two(uint32_t two, Bf16) { return *reinterpret_cast<const __nv_bfloat162*>(&two); }
+template <class T>
+FL_DEVICE uint32_t minus(uint32_t a, uint32_t b, T) {
+  const auto difference = __hsub2(as_two(a, T{}), as_two(b, T{}));
+  return *reinterpret_cast<const uint32_t*>(&difference);
+}
+
 // Multiplies both numbers of a register by a number their type represents exactly.
 FL_DEVICE __half2 both(float x, Half) { return __float2half2_rn(x); }
 FL_DEVICE __nv_bfloat162 both(float x, Bf16) { return __float2bfloat162_rn(x); }

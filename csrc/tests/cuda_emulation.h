@@ -272,6 +272,26 @@ inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xff
 
 inline uint32_t first_bytes(uint32_t four) { return (four & 0xff) << 8 | (four & 0xff00) << 16; }
 inline uint32_t last_bytes(uint32_t four) { return first_bytes(four >> 16); }
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selectors) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t to = 0;
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t selector = selectors >> (4 * k) & 15, byte = bytes >> (8 * (selector & 7)) & 0xff;
+    to |= (selector < 8 ? byte : byte & 0x80 ? 0xff : 0) << (8 * k);
+  }
+  return to;
+}
+template <class T>
+uint32_t minus(uint32_t a, uint32_t b, T) {
+  uint32_t to = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const T x{static_cast<uint16_t>(a >> shift)}, y{static_cast<uint16_t>(b >> shift)};
+    T difference;
+    from_float(to_float(x) - to_float(y), difference);
+    to |= static_cast<uint32_t>(difference.bits) << shift;
+  }
+  return to;
+}
 template <class T>
 uint32_t times(uint32_t two, float factor, T) {
   T low{static_cast<uint16_t>(two)}, high{static_cast<uint16_t>(two >> 16)};

@@ -26,9 +26,9 @@ def outputs(result: object) -> list[Tensor]:
     return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
 
 
-def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_close(found: Tensor, expected: Tensor, tolerance: float, half_tolerance: float = 1.0) -> None:
     assert found.dtype == expected.dtype
-    steps = tolerance if expected.dtype == torch.float32 else min(tolerance, 1.0)
+    steps = tolerance if expected.dtype == torch.float32 else min(tolerance, half_tolerance)
     step = steps * torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
     torch.testing.assert_close(found, expected, rtol=step, atol=step)
 
@@ -39,7 +39,7 @@ def assert_agrees(op: Op, args: tuple, run: Callable) -> None:
     expected, found = outputs(op.reference(*theirs)), outputs(run(*ours))
     assert len(found) == len(expected)
     for one, truth in zip(found, expected, strict=True):
-        assert_close(one, truth, op.tolerance)
+        assert_close(one, truth, op.tolerance, op.half_tolerance)
     for mine, its in zip(ours, theirs, strict=True):
         if isinstance(mine, Tensor):
             assert torch.equal(as_bytes(mine), as_bytes(its)), "what is written in place, or nothing"

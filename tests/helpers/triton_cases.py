@@ -28,6 +28,7 @@ from fuseline.compile.kernels.triton import (
     attention,
     batch,
     blocks,
+    code_linear,
     experts,
     linear,
     matmul,
@@ -39,6 +40,9 @@ from fuseline.compile.kernels.triton import (
 )
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import ACTIVATIONS
+from fuseline.compile.ops.code_rows import row_words
+from fuseline.compile.ops.coded import KINDS
+from fuseline.compile.ops.linear_codes import EIGHT_BITS
 
 FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 INTS = (torch.int32, torch.int64)
@@ -190,6 +194,37 @@ def few_rows(dtype: torch.dtype, sizes: str) -> dict[str, object]:
 @case(matmul.matmul, dtype=FLOATS, sizes=SIZES)
 def product(dtype: torch.dtype, sizes: str) -> dict[str, object]:
     return few_rows(dtype, sizes)
+
+
+CODES = {"kind": tuple(KINDS[name] for name in ("int8", "fp8", "int4"))}
+
+
+def coded(dtype: torch.dtype, kind: int, group: int, sizes: str) -> dict[str, object]:
+    """A weight of codes."""
+    num_out, num_in = (40, 200) if sizes == "some" else (1, 1)
+    scales = meta(-(-num_in // group) if group else 1, 48, dtype=dtype)
+    words = meta(num_out, row_words(num_in, 8 if kind in EIGHT_BITS else 4), dtype=torch.int32)
+    return {"codes": words, "scales": scales, "zeros": scales, "table": meta(16), "group": group, "kind": kind}
+
+
+@case(code_linear.linear_code_rows, dtype=FLOATS, sizes=SIZES, group=(0, 32, 128), **CODES)
+def code_rows(dtype: torch.dtype, sizes: str, group: int, kind: int) -> dict[str, object]:
+    weight = coded(dtype, kind, group, sizes)
+    num_out, num_in = (40, 200) if sizes == "some" else (1, 1)
+    x, order = meta(20 if sizes == "some" else 1, num_in, dtype=dtype), meta(num_in, dtype=torch.int64)
+    return weight | {"x": x, "order": order, "bias": meta(num_out, dtype=dtype)}
+
+
+@case(code_linear.embedding_code_rows, dtype=FLOATS, sizes=SIZES, group=(0, 32), **CODES)
+def embedding(dtype: torch.dtype, sizes: str, group: int, kind: int) -> dict[str, object]:
+    ids = meta(3 if sizes == "some" else 1, dtype=torch.int64)
+    return coded(dtype, kind, group, sizes) | {"ids": ids, "num_in": 200 if sizes == "some" else 1}
+
+
+@case(code_linear.decode, dtype=FLOATS, sizes=SIZES, group=(0, 32), **CODES)
+def decoded(dtype: torch.dtype, sizes: str, group: int, kind: int) -> dict[str, object]:
+    out = meta(*((8, 200) if sizes == "some" else (1, 1)), dtype=dtype)
+    return coded(dtype, kind, group, sizes) | {"out": out, "begin": 0}
 
 
 @case(linear.linear_act_mul, dtype=FLOATS, act=tuple(ACTIVATIONS), sizes=SIZES)

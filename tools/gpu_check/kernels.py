@@ -26,6 +26,8 @@ from gpu_check.table import Table, microseconds, share_of
 TABLE = "block_table_0"
 BALANCED = 128
 """Rows up to which reading the weights of a product is reckoned to take longer than multiplying."""
+FEW_ROWS = 16
+"""The same of quantized weights, whose bytes are fewer."""
 SILU = codes.UNARY["silu"]
 
 
@@ -73,7 +75,7 @@ def measure_kernels(sizes: Sizes, target: Target, clock: Clock, limits: Limits, 
     make = Made(sizes, target.device)
     # Default candidates first; the other launches of our kernels take longest and matter least.
     chosen = [*_attention(sizes, target), *_linears(sizes, make, target), *_experts(sizes, make, target)]
-    chosen += _invariant(sizes, make)
+    chosen += [*_coded(sizes, target), *_invariant(sizes, make)]
     chosen.sort(key=lambda case: case.is_tuning)
     measure_cases(chain(_lines(sizes, target), _sampling(sizes, make), chosen), clock, limits, table)
 
@@ -210,6 +212,19 @@ def _linears(s: Sizes, make: Made, target: Target) -> Iterator[Case]:
         is_read = rows <= BALANCED
         needed = {"moved": weight.nbytes} if is_read else {"operations": 2 * rows * weight.numel()}
         yield from cases_of(name, candidates(op, args, kernels), args, goal="85 %" if is_read else "", **needed)
+
+
+def _coded(s: Sizes, target: Target) -> Iterator[Case]:
+    """The largest linear of a layer with quantized weights, of each layout that its op declares."""
+    make = Make(torch.bfloat16, torch.Generator().manual_seed(0), s.product_rows, target.device)
+    shape = ModelShape(s.hidden, s.inner, s.heads, s.kv_heads, s.head_dim, s.vocab, s.num_experts)
+    kernels = Kernels(target)
+    for name in ("linear_code_rows",):
+        for work in registry()[name].workloads(make, shape):
+            stored = sum(part.nbytes for part in work.args[1:] if isinstance(part, Tensor))
+            rows = work.args[0].shape[1]
+            needed = {"moved": stored} if rows <= FEW_ROWS else {"operations": work.flops}
+            yield from cases_of(f"{name}, {work.label}", candidates(name, work.args, kernels), work.args, **needed)
 
 
 def _experts(s: Sizes, make: Made, target: Target) -> Iterator[Case]:

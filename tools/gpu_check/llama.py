@@ -51,12 +51,14 @@ class Runner:
     """A model and its caches; each sequence owns consecutive blocks."""
 
     def __init__(
-        self, folder: Path, target: Target, load: Load, shape: dict = LLAMA_8B, is_tuned: bool = False
+        self, folder: Path, target: Target, load: Load, shape: dict = LLAMA_8B, is_tuned: bool = False,
+        quantization: str | None = None,
     ) -> None:  # fmt: skip
         (folder / "config.json").write_text(json.dumps(shape))
         config = CompileConfig(
-            str(folder), max_num_batched_tokens=max(load.prompts), max_num_seqs=load.max_seqs, dtype="bfloat16"
-        )
+            str(folder), max_num_batched_tokens=max(load.prompts), max_num_seqs=load.max_seqs, dtype="bfloat16",
+            quantization=quantization,
+        )  # fmt: skip
         captured, result = optimize(config, target)
         weights = random_weights(captured, result, target.device)
         if is_tuned:
@@ -90,6 +92,11 @@ class Runner:
             sizes = [captured.parameters[name][0][0] for name in names]
             found |= dict(zip(names, weights[str(node.target)].split(sizes), strict=True))
         return found
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """By get_attr target."""
+        return self._loaded[3]
 
     @property
     def kernels(self) -> Counter[str]:
@@ -157,7 +164,8 @@ class Runner:
 
 
 def random_weights(captured, result, device: str) -> dict[str, Tensor]:
-    """Weights by get_attr target: the graph's values where it has them, else normal random ones made on the device."""
+    """Weights by get_attr target: the graph's values where it has them, else random ones made on the device: normal, or
+    codes, none of which is a NaN, with scales that make them as large."""
     numbers = captured.constants | result.constants
     weights: dict[str, Tensor] = {}
     for node in captured.graph.graph.nodes:
@@ -165,7 +173,14 @@ def random_weights(captured, result, device: str) -> dict[str, Tensor]:
             continue
         like, value = node.meta["val"], numbers.get(node.meta.get("fqn"))
         made = torch.empty(tuple(like.shape), dtype=like.dtype, device=device)
-        weights[str(node.target)] = made.copy_(value) if value is not None else made.normal_(std=0.02)
+        part = node.meta["weight"].part if "weight" in node.meta else ""
+        if value is not None:
+            made.copy_(value)
+        elif part == "codes":
+            made.random_().bitwise_and_(0x37373737)
+        else:
+            made.fill_(2.0**-10) if part == "scales" else made.normal_(std=0.02)
+        weights[str(node.target)] = made
     return weights
 
 

@@ -51,8 +51,11 @@ class Waits:
         return timed
 
 
-def measure_serving(runner: Runner, device: Device, batch: Batch, table: Table) -> None:
-    """Offline throughput; for decode steps their time, the host's share, and the GPU's idle time between them."""
+def measure_serving(runner: Runner, device: Device, batch: Batch, table: Table, of: str = "") -> None:
+    """Offline throughput; for decode steps their time, the host's share, and the GPU's idle time between them.
+
+    Names of rows begin with `of`.
+    """
     waits = Waits(device)
     make_engine(runner, waits, batch, "warm").drain_all()
     engine = make_engine(runner, waits, batch, "timed")
@@ -60,14 +63,14 @@ def measure_serving(runner: Runner, device: Device, batch: Batch, table: Table) 
     steps = engine.drain_all()
     seconds = time.perf_counter() - started
     rate = batch.num_seqs * batch.generated / seconds
-    name = f"engine, {batch.num_seqs} x {batch.prompt} in, {batch.generated} out"
+    name = f"{of}engine, {batch.num_seqs} x {batch.prompt} in, {batch.generated} out"
     table.add(name, f"{rate:.0f} token/s", "", "18k token/s")
     decode = [step for step in steps if step.num_prompt_tokens == 0][1:-1]
     step = sum(s.seconds for s in decode) / len(decode)
     host = sum(s.seconds - s.waited for s in decode) / len(decode)
     busy, _ = runner.decode(batch.num_seqs, batch.prompt + batch.generated // 2, len(decode))
-    table.add("engine, a decode step", f"{step * 1e3:.2f} ms", f"host {host * 1e6:.0f} us")
-    table.add("engine, GPU idle between decode steps", f"{100 * max(0.0, 1 - busy / step):.1f} %", "", "3 %")
+    table.add(f"{of}engine, a decode step", f"{step * 1e3:.2f} ms", f"host {host * 1e6:.0f} us")
+    table.add(f"{of}engine, GPU idle between decode steps", f"{100 * max(0.0, 1 - busy / step):.1f} %", "", "3 %")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Tests the CUDA target on this machine's GPU, then measures it: one command, one table, at most eight minutes.
 
     python3 tools/gpu_check [--wheels DIR] [--prebuilt DIR] [--seconds 480] [--out table.md]
-    python3 tools/gpu_check --only build,serve      some stages of build, tests, models, serve, measure, tune
+    python3 tools/gpu_check --only build,serve      some of build, tests, models, serve, measure, quantized, tune
 
 Tests that failed last time run first. Failures are recorded as they occur, so those of a stage that is cut are known.
 
@@ -31,7 +31,7 @@ WORK = ROOT / "build" / "gpu_check"
 TESTS = (
     "test_triton_ops.py", "test_triton_attention.py", "test_triton_sampling.py", "test_cuda_kernels.py",
     "test_cuda_attention.py", "test_cuda_bulk_attention.py", "test_cuda_prefill.py", "test_cuda_target.py",
-    "test_piecewise.py", "test_batch_invariance.py",
+    "test_piecewise.py", "test_batch_invariance.py", "test_code_rows.py",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class Stage:
 
 STAGES = (
     Stage("build", 130, 60), Stage("tests", 200, 90), Stage("models", 120, 75), Stage("serve", 150, 80),
-    Stage("measure", 180, 90), Stage("tune", 180, 30),
+    Stage("measure", 180, 90), Stage("quantized", 100, 40), Stage("tune", 180, 30),
 )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile 
     stride = rows.stride(0) if rows.shape[0] > 1 else num_in
     tile = tile or default_tile(num_out, x.element_size())
     num_tiles = triton.cdiv(rows.shape[0], tile.rows) * triton.cdiv(num_out, tile.columns)
-    matmul_kernel[(min(num_tiles, _num_programs(x.device)),)](
+    matmul_kernel[(min(num_tiles, num_programs(x.device)),)](
         out, rows, weight, bias, rows.shape[0], stride, *weight.stride(), N=num_out, K=num_in, GROUP=GROUP,
         **tile.constants(),
     )  # fmt: skip
@@ -53,7 +53,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile 
 
 
 @cache
-def _num_programs(device: torch.device) -> int:
+def num_programs(device: torch.device) -> int:
     """Two a processor: one loads while the other multiplies."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED
 

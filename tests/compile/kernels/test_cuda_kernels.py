@@ -33,7 +33,7 @@ from fuseline.compile.ops.rope import FP8
 __all__ = ["triton_interpreter"]
 BY_NAME = declared("cuda")
 HALF = (torch.bfloat16, torch.float16)
-ALIKE = {"linear", "linear_act_mul", "paged_attention"}
+ALIKE = {"linear", "linear_act_mul", "linear_code_rows", "paged_attention"}
 """Ops of which only half precision is taken."""
 
 

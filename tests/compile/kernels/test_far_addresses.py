@@ -21,11 +21,25 @@ from triton_attention_cases import Batch
 
 from fuseline.compile.kernels.cuda import activation as cuda_activation
 from fuseline.compile.kernels.cuda import linear as cuda_linear
+from fuseline.compile.kernels.cuda import linear_codes as cuda_codes
 from fuseline.compile.kernels.cuda import norm as cuda_norm
 from fuseline.compile.kernels.cuda import rope as cuda_rope
-from fuseline.compile.kernels.triton import activation, experts, linear, matmul, norm, rope, route, rows, sampling
+from fuseline.compile.kernels.triton import (
+    activation,
+    code_linear,
+    experts,
+    linear,
+    matmul,
+    norm,
+    rope,
+    route,
+    rows,
+    sampling,
+)
 from fuseline.compile.kernels.triton.blocks import copy_blocks
 from fuseline.compile.ops import codes
+from fuseline.compile.ops.code_rows import code_parts
+from fuseline.compile.ops.coded import KINDS
 from fuseline.compile.ops.library import Make
 
 __all__ = ["triton_interpreter"]
@@ -143,6 +157,16 @@ def heads(x: Tensor) -> Tensor:
 
 TABLE, NTH = line(16), torch.arange(LINES)
 SCALE = line()[0]
+
+
+def coded(kind: str) -> tuple[Tensor, tuple]:
+    """(words, other arguments behind them) of a weight of codes with LINES outputs."""
+    words, *parts = code_parts(make(), kind, 64, LINES, 64)
+    return words, (*parts, None, None, 64, KINDS[kind])
+
+
+INT4, OF_INT4 = coded("int4")
+INT8, OF_INT8 = coded("int8")
 CUDA = {
     "rms_norm": (cuda_norm.add_rms_norm, line(), lambda x: (x, x, SCALE, 1e-5, 0)),
     "layer_norm": (cuda_norm.add_layer_norm, line(), lambda x: (x, x, SCALE, SCALE, 1e-5)),
@@ -151,6 +175,8 @@ CUDA = {
     "linear of rows": (cuda_linear.linear, line()[:16], lambda x: (x, line())),
     "linear": (cuda_linear.linear, line(), lambda x: (line()[:2], x)),
     "linear_act_mul": (cuda_linear.linear_act_mul, line(), lambda x: (line()[:2], x, None, SILU)),
+    "codes": (cuda_codes.linear_code_rows, INT4, lambda w: (line()[:2], w, *OF_INT4)),
+    "codes of rows": (cuda_codes.linear_code_rows, line()[:16], lambda x: (x, INT8, *OF_INT8)),
 }
 TRITON = {
     "rms_norm": (norm.add_rms_norm, line(), lambda x: (x, x, SCALE, 1e-5, 0)),
@@ -164,6 +190,13 @@ TRITON = {
     "linear_act_mul": (linear.linear_act_mul, line(), lambda x: (line()[:2], x, None, SILU)),
     "matmul of rows": (matmul.matmul, line(), lambda x: (x, line())),
     "matmul": (matmul.matmul, line(), lambda x: (line(), x)),
+    "codes of rows": (code_linear.linear_code_rows, line(), lambda x: (x, INT4, *OF_INT4)),
+    "codes of 4 bits": (code_linear.linear_code_rows, INT4, lambda w: (line(), w, *OF_INT4)),
+    "codes of 8 bits": (code_linear.linear_code_rows, INT8, lambda w: (line(), w, *OF_INT8)),
+    "decoded codes": (code_linear.linear_decoded, INT8, lambda w: (line(), w, *OF_INT8)),
+    "embedding": (
+        code_linear.embedding_code_rows, INT4, lambda w: (NTH, w, *OF_INT4[:3], 64, 64, KINDS["int4"])
+    ),
 }  # fmt: skip
 MIX = torch.stack([torch.tensor([0, LINES - 1]), torch.tensor([9, 17])]), torch.tensor([[0.5, 0.2], [0.3, 0.6]])
 FIRST, SECOND = make().normal(LINES, 96, 64, scale=0.2), make().normal(LINES, 64, 48, scale=0.2)

@@ -13,8 +13,20 @@ import torch
 import triton_interpreter
 from triton_interpreter import assert_fits, compile_launches
 
-from fuseline.compile.kernels.triton import activation, attention, experts, linear, matmul, norm, rope, sampling
+from fuseline.compile.kernels.triton import (
+    activation,
+    attention,
+    code_linear,
+    experts,
+    linear,
+    matmul,
+    norm,
+    rope,
+    sampling,
+)
 from fuseline.compile.ops import codes
+from fuseline.compile.ops.code_rows import row_words
+from fuseline.compile.ops.coded import KINDS
 from fuseline.compile.ops.rope import FP8
 
 __all__ = ["triton_interpreter"]
@@ -76,6 +88,23 @@ def pick(rows: int, vocab: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
+def coded(kind: str, group: int, num_out: int, num_in: int) -> tuple:
+    """Arguments of an op from a weight of codes on."""
+    words = meta(num_out, row_words(num_in, 8 if kind in ("int8", "fp8") else 4), dtype=torch.int32)
+    scales = meta(num_in // group if group else 1, num_out)
+    return words, scales, None, meta(16, dtype=torch.float32) if kind == "nf4" else None
+
+
+def multiply_codes(arch: int) -> None:
+    """As int4 with groups of 32 and 128, int8 of 128, fp8 a row and nf4 of 64 are in a model of 8B."""
+    kinds = ("int4", 32), ("int4", 128), ("int8", 128), ("fp8", 0), ("nf4", 64)
+    for kind, group in kinds[: None if arch == 90 else 1]:
+        parts = coded(kind, group, 28672, 4096)
+        for rows in (1, 256):
+            code_linear.linear_code_rows(meta(rows, 4096), *parts, None, None, group, KINDS[kind])
+        code_linear.decode(meta(4096, 4096), *parts, 0, group, KINDS[kind])
+
+
 def launches(arch: int) -> None:
     for name, layer in LAYERS.items():
         if arch == 90 or name in ("llama_8b", "deepseek", "gemma"):
@@ -84,6 +113,7 @@ def launches(arch: int) -> None:
     for tokens in (1, 8192):
         mix(256, 2048, 7168, 8, tokens)
         mix(32, 2880, 2880, 4, tokens, "glu_oss")
+    multiply_codes(arch)
     matmul.matmul(meta(4096, 4096), meta(6144, 4096))
     linear.linear(meta(16, 4096), meta(128256, 4096))
     linear.linear_act_mul(meta(1, 4096), meta(28672, 4096), None, SILU)
@@ -116,9 +146,14 @@ def test_nothing_is_spilled_and_all_fits(entries):
     assert not spilled
 
 
+def many(entries: list[dict]) -> list[dict]:
+    found = of(entries, "prefill_kernel", "matmul_kernel") + of(entries, "gate_up_kernel", "down_kernel", ROWS=128)
+    return found + of(entries, "codes_kernel", ROWS=64)
+
+
 def test_rows_that_are_many_are_multiplied_by_warp_groups(entries):
     """But for those over fp8, which were wrong on a GPU."""
-    for e in of(entries, "prefill_kernel", "matmul_kernel") + of(entries, "gate_up_kernel", "down_kernel", ROWS=128):
+    for e in many(entries):
         is_coded = e["types"].get("k_cache", "*bf16") != "*bf16"
         assert (e["code"]["wgmma"] > 0, e["code"]["mma"] > 0) == (not is_coded, is_coded), e
 

@@ -20,6 +20,7 @@ DENSE = {"attention"}  # as captured; a pass replaces it before a kernel is chos
 # For a CPU passes replace the first two and make none of the others.
 CUDA_ONLY = {
     "linear", "experts", "linear_act_mul", "linear_invariant", "experts_invariant", "paged_attention_invariant",
+    "linear_code_rows", "linear_code_rows_invariant", "embedding_code_rows",
 }  # fmt: skip
 NATIVE = [op for name, op in sorted(registry().items()) if name in implementations("cpu")]
 
