@@ -109,9 +109,8 @@ def store_coded(form: Format, lazy: LazyTensor, dtype: torch.dtype, stored: Stor
     `dtype`: what the model has plain values in. Raises LoadError if the weight has codes of another layout.
     """
     if len(lazy.shape) == 3:
-        for expert in range(lazy.shape[0]):
-            of_expert = {name: part[expert] for name, part in stored.items()}
-            store_coded(form, lazy_tensor.select(lazy, expert), dtype, of_expert, reader)
+        for expert, matrix in enumerate(lazy_tensor.unbind(lazy)):
+            store_coded(form, matrix, dtype, {name: part[expert] for name, part in stored.items()}, reader)
     elif _layout_of_rows(lazy) == form.layout:
         for part in lazy.slices:
             _copy_codes(form, part, stored, reader)

@@ -105,8 +105,10 @@ def narrow(whole: LazyTensor, dim: int, begin: int, end: int) -> LazyTensor:
     return LazyTensor(whole.shape[:dim] + (end - begin,) + whole.shape[dim + 1 :], tuple(slices))
 
 
-def select(whole: LazyTensor, index: int) -> LazyTensor:
-    """The part at one index of the first dim, without that dim."""
-    slices = narrow(whole, 0, index, index + 1).slices
-    parts = (replace(part, start=part.start[1:], view=part.view.squeeze(0)) for part in slices)
-    return LazyTensor(whole.shape[1:], tuple(parts))
+def unbind(whole: LazyTensor) -> list[LazyTensor]:
+    """torch.unbind along the first dim."""
+    slices: list[list[TensorSlice]] = [[] for _ in range(whole.shape[0])]
+    for part in whole.slices:
+        for at in range(part.view.shape[0]):
+            slices[part.start[0] + at].append(replace(part, start=part.start[1:], view=part.view[at]))
+    return [LazyTensor(whole.shape[1:], tuple(parts)) for parts in slices]

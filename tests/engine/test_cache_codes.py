@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from engine_walk_cases import Walk
+from paged_driver import greedy
 from zoo import checkpoint, make_prompts, truth
 
 from fuseline.compile.compiler import compile_model
@@ -70,3 +71,10 @@ def test_beams_are_forked_in_blocks_of_codes(model) -> None:
 
     found = beams(32)
     assert found[0] == truth(PATH, PROMPTS[2:3], 6)[0] and found == beams(3)
+
+
+@pytest.mark.parametrize(("flag", "level"), [("int8", 0), ("fp8", 0), ("int8", 3)])
+def test_reference_ops_and_plans_of_decode_steps_have_such_caches(flag: str, level: int) -> None:
+    config = CompileConfig(model=str(PATH), kv_cache_dtype=flag, level=level, skip_model_check=True)
+    model = compile_model(config, detect_target(1))
+    assert greedy(model, PROMPTS[:2], 6) == truth(PATH, PROMPTS[:2], 6)

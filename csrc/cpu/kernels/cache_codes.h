@@ -23,6 +23,18 @@ struct Fp8Wide {
   }
 };
 
+#if defined(__AVX512BW__)
+FL_INLINE __m512i bf16_of(const Fp8Wide&, __m512i h) {
+  __m512i magnitude = _mm512_srli_epi16(_mm512_and_si512(h, _mm512_set1_epi16(0x7f00)), 3);
+  __m512i normal = _mm512_add_epi16(magnitude, _mm512_set1_epi16(112 << 7));
+  __m512i subnormals = _mm512_set1_epi64(0x3840380037800000);   // m / 4 * 2^-14
+  __mmask32 is_small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(0x80));
+  __m512i found = _mm512_mask_permutexvar_epi16(normal, is_small, _mm512_srli_epi16(magnitude, 5), subnormals);
+  return _mm512_ternarylogic_epi32(found, h, _mm512_set1_epi16(-0x8000), 0xf8);   // found | (h & sign)
+}
+FL_INLINE vu pair_of(const Fp8Wide& kind, vu word, int j) { return (vu)bf16_of(kind, upper_bytes(word, j)); }
+#endif
+
 template <class F>
 FL_INLINE void with_cache_kind(int64_t code, const F& body) {
   if (code == kCacheInt8) return body(Int8{});
@@ -94,11 +106,27 @@ FL_INLINE vu load_bytes(const uint8_t* p, int64_t count) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// Values of 2 kLanes codes, as bf16.
+template <class Kind>
+FL_INLINE vu bf16_values(const Kind& kind, const uint8_t* row) {
+  return (vu)bf16_of(kind, _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)row)), 8));
+}
+FL_INLINE vu bf16_values(const Int8& kind, const uint8_t* row) {
+  return narrow_pairs(kind.value(load_bytes(row, kLanes), 0), kind.value(load_bytes(row + kLanes, kLanes), 0));
+}
+#endif
+
 // out[n] = values of codes; bf16 holds them exactly.
 template <class T, class Kind>
 FL_INLINE void decode_row(const Kind& kind, const uint8_t* row, int64_t n, T* out) {
-  for_columns(n, [&](int64_t c, int64_t count) {
-    store_some(out + c, kind.value(load_bytes(row + c, count), 0), count);
+  int64_t done = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (kIsPaired<T>)
+    for (; done + 2 * kLanes <= n; done += 2 * kLanes) store_words(out + done, bf16_values(kind, row + done));
+#endif
+  for_columns(n - done, [&](int64_t c, int64_t count) {
+    store_some(out + done + c, kind.value(load_bytes(row + done + c, count), 0), count);
   });
 }
 

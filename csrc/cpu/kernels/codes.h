@@ -85,17 +85,21 @@ FL_INLINE vu pair_of(const Kind& kind, vu word, int j) {
   return ((vu)kind.value(word, 2 * j) >> 16) | ((vu)kind.value(word, 2 * j + 1) & 0xffff0000u);
 }
 #if defined(__AVX512BW__)
-// Halves with a byte on top become sign, exponent and fraction of a bf16; subnormals are looked up.
-FL_INLINE vu pair_of(const Fp8&, vu word, int j) {
+// Halves with bytes 2j and 2j + 1 on top.
+FL_INLINE __m512i upper_bytes(vu word, int j) {
   __m512i places = _mm512_set4_epi32(0x0d800c80, 0x09800880, 0x05800480, 0x01800080);
-  __m512i h = _mm512_shuffle_epi8((__m512i)word, _mm512_add_epi32(places, _mm512_set1_epi32(0x02000200 * j)));
+  return _mm512_shuffle_epi8((__m512i)word, _mm512_add_epi32(places, _mm512_set1_epi32(0x02000200 * j)));
+}
+// Halves with a byte on top become sign, exponent and fraction of a bf16; subnormals are looked up.
+FL_INLINE __m512i bf16_of(const Fp8&, __m512i h) {
   __m512i magnitude = _mm512_srli_epi16(_mm512_and_si512(h, _mm512_set1_epi16(0x7f00)), 4);
   __m512i normal = _mm512_add_epi16(magnitude, _mm512_set1_epi16(120 << 7));
   __m512i subnormals = _mm512_set4_epi32(0x3c603c40, 0x3c203c00, 0x3bc03b80, 0x3b000000);   // m / 8 * 2^-6
   __mmask32 is_small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(0x80));
   __m512i found = _mm512_mask_permutexvar_epi16(normal, is_small, _mm512_srli_epi16(magnitude, 4), subnormals);
-  return (vu)_mm512_ternarylogic_epi32(found, h, _mm512_set1_epi16(-0x8000), 0xf8);   // found | (h & sign)
+  return _mm512_ternarylogic_epi32(found, h, _mm512_set1_epi16(-0x8000), 0xf8);   // found | (h & sign)
 }
+FL_INLINE vu pair_of(const Fp8& kind, vu word, int j) { return (vu)bf16_of(kind, upper_bytes(word, j)); }
 FL_INLINE vu pair_of(const Nibbles& kind, vu word, int j) {
   return (vu)_mm512_permutexvar_epi16((__m512i)(word >> (4 * j)), (__m512i)kind.pairs);
 }
