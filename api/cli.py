@@ -1,4 +1,4 @@
-"""`fuseline`: serve, run, bench, cache, explain, version. Exit status 0: done, 2: usage, 1: it failed."""
+"""`fuseline`: serve, run, bench, cache, explain, quantize, version. Exit status 0: done, 2: usage, 1: it failed."""
 
 from __future__ import annotations
 
@@ -141,6 +141,12 @@ def cache(arguments: Sequence[str]) -> int:
     return run_cache(arguments)
 
 
+def quantize(arguments: Sequence[str]) -> int:
+    from fuseline.api.quantize import run_quantize
+
+    return run_quantize(arguments)
+
+
 def version(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser(prog="fuseline version").parse_args(arguments)
     print(fuseline.__version__)
@@ -149,5 +155,6 @@ def version(arguments: Sequence[str]) -> int:
 
 HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": serve, "run": run, "chat": chat, "complete": complete, "run-batch": run_batch, "bench": bench,
-    "cache": cache, "explain": explain, "collect-env": collect_env, "completion": completion, "version": version,
+    "cache": cache, "explain": explain, "quantize": quantize, "collect-env": collect_env, "completion": completion,
+    "version": version,
 }  # fmt: skip

@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": "measure: `serve` any OpenAI-compatible server, `offline` an engine, `startup` a start, `kernels`",
     "cache": "list or clear what is kept for the next start",
     "explain": "show how a model is captured, transformed and lowered",
+    "quantize": "write a checkpoint of fewer bits, and show what it loses",
     "collect-env": "print what a report of a fault should tell of this machine",
     "completion": "print the completion script of a shell: bash, zsh, tcsh, fish",
     "version": "print the version",

@@ -94,7 +94,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e5m2", "fp8_e4m3", "int8"),
     "block_size": (8, 16, 32, 64, 128, 256),
     "scheduling_policy": ("fcfs", "priority"),
-    "quantization": (*QUANTIZATIONS, "mxfp4", "int8", "int4"),
+    "quantization": (*QUANTIZATIONS, "mxfp4", "modelopt_fp4", "auto-round", "inc", "int8", "int4"),
     "load_format": tuple(
         "auto pt safetensors npcache dummy tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split()
     ),
@@ -112,9 +112,9 @@ SECRETS = frozenset({"api_key", "hf_token"})
 
 LATER_CHOICES: dict[str, dict[str, str]] = {
     "quantization": dict.fromkeys(
-        "aqlm deepspeedfp ptpc_fp8 modelopt marlin gguf gptq_marlin_24 qqq hqq experts_int8 quark".split(),
-        "use awq, bitsandbytes, compressed-tensors, fbgemm_fp8, fp8, gptq or mxfp4 for a checkpoint of that method, or "
-        "int8, int4 or fp8 to quantize plain weights as they are loaded",
+        ("gguf",),
+        "leave it out for a checkpoint that is quantized otherwise, or use int8, int4 or fp8 to quantize plain weights "
+        "as they are loaded",
     ),
     "load_format": dict.fromkeys(
         "npcache tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split(),

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from fuseline.api.config import ConfigError
 
 Given = Mapping[str, object]
-DEVICE_OF = {"tpu_int8": "a TPU", "neuron_quant": "a Neuron device"}
+DEVICE_OF = {"neuron_quant": "a Neuron device"}
 TRACED = ("model", "worker", "all")
 KV_ROLES = ("kv_producer", "kv_consumer", "kv_both")
 KV_CONNECTORS = (

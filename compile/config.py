@@ -88,7 +88,8 @@ class CompileConfig:
     """Glob of files of the checkpoint that are not read; may be repeated."""
     quantization: str | None = None
     """Method of the checkpoint's quantized weights; by default what its config.json says. Plain weights can be
-    quantized as they are loaded: int8, int4 or fp8 (QUANTIZATION.md)."""
+    quantized as they are loaded: int8, int4, fp8, bitsandbytes, ptpc_fp8, tpu_int8, experts_int8 or deepspeedfp
+    (QUANTIZATION.md)."""
     load_format: str = "auto"
     """auto, safetensors, pt or dummy (random weights from `seed`)."""
     seed: int = 0

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Protocol
 
 from fuseline.compile.capture.errors import CaptureError, LoadError
+from fuseline.compile.quantization.methods import in_words
 from fuseline.engine.build import BuildModel, FindDevice
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.engine import Engine
@@ -202,6 +203,8 @@ def _ready(
     info = engine.runner.model.info
     kv_dtype = info.cache_specs[0].dtype if info.cache_specs else info.dtype
     quantized = (("quantized", ", ".join(info.quantized)),) if info.quantized else ()
+    if method := in_words(config.compile):
+        quantized = (("quantization", method), *quantized)
     return EngineReady(
         vocab_size=info.vocab_size,
         max_model_len=engine.max_model_len,

@@ -53,6 +53,7 @@ def dry(monkeypatch, tmp_path) -> Callable[[list[str]], None]:
     monkeypatch.setattr("fuseline.api.run.converse", stop)
     monkeypatch.setattr("fuseline.api.remote.Remote.stream_completion", stop)
     monkeypatch.setattr("fuseline.api.cli_cache.clear", stop)
+    monkeypatch.setattr("fuseline.compile.checkpoint_writer.plan.make_plan", stop)
     monkeypatch.setenv("FUSELINE_CACHE_ROOT", str(tmp_path))
     (tmp_path / "flags.yaml").write_text("")
 
@@ -183,7 +184,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Say `--tool-call-parser nothing`.", "`--enable-lora`", "    fuseline serve MODEL --quantization aqlm",
+        "Say `--tool-call-parser nothing`.", "`--enable-lora`", "    fuseline serve MODEL --quantization gguf",
         "```\nfuseline serve MODEL \\\n  --tensor-parallel-size 2\n```", "`fuseline serve --no-such-flag`",
         "    fuseline serve MODEL --max-num-seqs 0", "    fuseline bench serve --dataset nothing", "`make nothing`",
         "    python benchmarks/nothing.py", "    python benchmarks/load.py 135m --nothing",
@@ -205,3 +206,10 @@ def test_make_newest_names_tests() -> None:
     """SERVER_TESTS names files and folders that exist, those of the API among them."""
     named = re.search(r"^SERVER_TESTS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     assert "tests/api" in named and all((ROOT / path).exists() for path in named)
+
+
+def test_every_method_of_quantization_has_a_row() -> None:
+    text = (ROOT / "docs" / "QUANTIZATION.md").read_text().partition("## Methods")[2]
+    names = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    named = set(re.findall(r"[\w-]+", " ".join(names)))
+    assert {*tables.CHOICES["quantization"]} <= named

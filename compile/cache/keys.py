@@ -39,9 +39,12 @@ def _headers_of_quantized(config: CompileConfig) -> str:
     """SHA-256 of what a quantized checkpoint stores: its graph names the layout of each weight. Else empty."""
     folder = Path(config.model)
     try:
-        if b"config_groups" not in (own := (folder / "config.json").read_bytes()) and b"quant_method" not in own:
+        own = (folder / "config.json").read_bytes()
+        beside = b"".join(path.read_bytes() for path in sorted(folder.glob("*quant*_config.json")))
+        if b"config_groups" not in own and b"quant_method" not in own and not beside and not config.quantization:
             return ""
-        return hashlib.sha256(b"".join(map(_header, sorted(folder.glob("*.safetensors"))))).hexdigest()
+        headers = map(_header, sorted(folder.glob("*.safetensors")))
+        return hashlib.sha256(b"".join((beside, *headers))).hexdigest()
     except OSError:
         return ""
 

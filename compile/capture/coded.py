@@ -68,16 +68,16 @@ def _coded(module: str, parts: Mapping[str, StoredTensor], method: Method) -> Co
         with Reader() as reader:
             return reader.value(whole(parts[suffix]))
 
+    first = next(iter(parts.values()))
     try:
         published = method.find(module, {suffix: part.meta for suffix, part in parts.items()}, value)
+    except QuantizationError as error:
+        raise LoadError(f"{first.path}: {error}") from error
     except (KeyError, IndexError, ValueError, TypeError, json.JSONDecodeError) as error:
-        if isinstance(error, QuantizationError):
-            raise
         raise LoadError(f"{module}: its tensors {', '.join(sorted(parts))} are not those of {method.name} "
-                        f"({type(error).__name__} {error})") from error  # fmt: skip
+                        f"({type(error).__name__} {error}) in {first.path}") from error  # fmt: skip
     if published is None:
         return None
-    first = next(iter(parts.values()))
     meta = torch.empty(published.shape, dtype=torch.float32, device="meta")
     meta = meta.mT if published.is_transposed else meta
     return CodedTensor(module + method.weight, first.path, first.begin, meta, published, parts)

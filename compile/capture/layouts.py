@@ -12,7 +12,7 @@ from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.weights import resolve
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops.coded import MIXED
-from fuseline.compile.quantization.methods import method_of, online_layouts
+from fuseline.compile.quantization.methods import is_router, method_of, online_layouts
 from fuseline.compile.quantization.published import QuantizationError
 
 
@@ -45,12 +45,11 @@ def _layout_in(lazy: LazyTensor) -> str:
 
 def _online_layouts(captured: CapturedModel, config: CompileConfig) -> dict[str, str]:
     dtype = str(captured.dtype).removeprefix("torch.")
-    layout, of_head = online_layouts(config, dtype)
-    if not layout:
-        return {}
+    online = online_layouts(config, dtype)
     vocab = captured.facts.vocab_size
-    return {
-        name: of_head if shape[0] == vocab else layout
+    found = {
+        name: online.experts if len(shape) == 3 else online.head if shape[0] == vocab else online.linears
         for name, (shape, _) in captured.parameters.items()
-        if len(shape) in (2, 3)
+        if len(shape) in (2, 3) and not is_router(name)
     }
+    return {name: layout for name, layout in found.items() if layout}

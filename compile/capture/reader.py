@@ -68,6 +68,8 @@ class Reader(ExitStack):
             raise LoadError(f"{stored.name} in {stored.path}: its tensors do not fit together")
         if not coded.scales.float().isfinite().all():
             raise LoadError(f"{stored.name} in {stored.path} has a scale that is not finite: get the file again")
+        if layout.kind == "values" and not coded.codes.isfinite().all():
+            raise LoadError(f"{stored.name} in {stored.path} has values that are not finite: get the file again")
         return coded
 
     def _decoded(self, part: TensorSlice, view: Tensor) -> Tensor:

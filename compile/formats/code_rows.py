@@ -38,7 +38,8 @@ def format_of(name: str) -> Format:
 def has_kernel(layout: Layout, shape: Shape) -> bool:
     """Whether kernels take a weight of this layout and shape: groups of a power of two."""
     group = layout.group
-    return len(shape) == 2 and (group == 0 or (group >= 8 and group & (group - 1) == 0))
+    is_even = group == 0 or (group >= 8 and group & (group - 1) == 0)
+    return len(shape) == 2 and is_even and layout.code_kind in KINDS
 
 
 def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:

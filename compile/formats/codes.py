@@ -40,7 +40,8 @@ def format_of(name: str) -> Format:
 def has_kernel(layout: Layout, shape: Shape) -> bool:
     """Whether kernels take a weight of this layout and shape: a matrix, or one for each expert without an order."""
     fits = len(shape) == 2 or (len(shape) == 3 and not layout.has_order)
-    return fits and (layout.group == 0 or (layout.group % 8 == 0 and DEPTH % layout.group == 0))
+    is_even = layout.group == 0 or (layout.group % 8 == 0 and DEPTH % layout.group == 0)
+    return fits and is_even and layout.code_kind in KINDS
 
 
 def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:

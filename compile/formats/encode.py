@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuseline.compile.ops.coded import CODE_TYPES, Coded, Layout
+from fuseline.compile.ops.coded import CODE_TYPES, TABLES, Coded, Layout
 
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 SHRINKS = (1.0, 0.9)
@@ -14,11 +14,13 @@ SHRINKS = (1.0, 0.9)
 
 
 def encode(weight: Tensor, layout: Layout) -> Coded:
-    """[N, K] of any float dtype; int8, int4 and fp8, without zeros."""
+    """[N, K] of any float dtype; int8, int4, fp8 and tables, without zeros."""
     num_in, group = weight.shape[1], layout.group or weight.shape[1]
     parts = F.pad(weight.float(), (0, -num_in % group)).unflatten(1, (-1, group))
     scale_dtype, kind = getattr(torch, layout.scale_dtype), layout.kind
     scales = _scales(parts, kind, scale_dtype)
+    if kind == "lut4":
+        return Coded(_nearest(parts / scales.float(), layout.table).flatten(1)[:, :num_in], scales.squeeze(-1))
     if kind == "int4":
         scales = _best_scales(parts, scale_dtype)
     codes = _codes(parts, scales, kind).flatten(1)[:, :num_in]
@@ -27,7 +29,14 @@ def encode(weight: Tensor, layout: Layout) -> Coded:
 
 
 def _scales(parts: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    return (parts.abs().amax(-1, keepdim=True) / LARGEST[kind]).to(dtype)
+    return (parts.abs().amax(-1, keepdim=True) / LARGEST.get(kind, 1.0)).to(dtype)
+
+
+def _nearest(values: Tensor, table: str) -> Tensor:
+    """uint8 codes of the entries of a table that are nearest to values in -1 .. 1, or NaN for those of no size."""
+    entries, codes = torch.tensor(TABLES[table]).sort()
+    found = torch.bucketize(values.nan_to_num(), (entries[1:] + entries[:-1]) / 2)
+    return codes[found].to(torch.uint8)
 
 
 def _best_scales(parts: Tensor, dtype: torch.dtype) -> Tensor:

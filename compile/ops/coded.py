@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-CODE_TYPES = {"int4": torch.uint8, "lut4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""Element type of codes, by kind. Codes of 4 bits are 0 .. 15, those of int4 stand for code - 8."""
+CODE_TYPES = {
+    "int4": torch.uint8, "lut4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn, "values": torch.float32,
+}  # fmt: skip
+"""Element type of codes, by kind. Codes of 4 bits are 0 .. 15, those of int4 stand for code - 8. The codes of `values`
+are the dequantized weight: of methods whose codes no kernel reads."""
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -42,7 +45,7 @@ class Layout:
     """How a weight of few bits is stored; its name is `str` of it, such as int4/128/float16/zeros."""
 
     kind: str
-    """int8, int4, lut4 or fp8."""
+    """int8, int4, lut4, fp8 or values."""
     group: int = 0
     """Inputs that share a scale; 0: all of a row."""
     scale_dtype: str = "float16"

@@ -1,12 +1,16 @@
-"""GPTQ checkpoints (AutoGPTQ, GPTQModel): 4 or 8 bits, a scale a group, any order of the inputs (act-order).
+"""GPTQ checkpoints (AutoGPTQ, GPTQModel): 2, 3, 4 or 8 bits, a scale a group, any order of the inputs (act-order).
 
     qweight[K * bits / 32, N] int32: codes in order of k      scales[G, N]
     qzeros[G, N * bits / 32] int32: zeros, in format "gptq" less one; of "gptq_v2" as they are
     g_idx[K]: the group of each input
+
+`dynamic` of a config gives modules settings of their own: by a pattern, "-:" before it for those that stay plain.
+Codes of 2 and 3 bits are kept as codes of 4.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.ops.coded import Coded, Layout
-from fuseline.compile.quantization.bits import unpack
+from fuseline.compile.quantization.bits import centered, kind_of, unpack
 from fuseline.compile.quantization.published import (
     Method,
     Published,
@@ -27,14 +31,26 @@ from fuseline.compile.quantization.published import (
 )
 
 SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
+BITS = (2, 3, 4, 8)
 
 
 def read(config: Mapping[str, Any]) -> Method:
-    bits = one_of(config.get("bits"), (4, 8), "gptq: bits")
+    whole, dynamic = _settings(config), config.get("dynamic") or {}
+    own = [(pattern.removeprefix("+:"), _settings({**config, **changes})) for pattern, changes in dynamic.items()
+           if not pattern.startswith("-:")]  # fmt: skip
+
+    def find(module: str, tensors: Tensors, value: Read) -> Published | None:
+        settings = next((settings for pattern, settings in own if re.match(pattern, module)), whole)
+        return settings.find(module, tensors, value)
+
+    return Method("gptq", SUFFIXES, find)
+
+
+def _settings(config: Mapping[str, Any]) -> _Settings:
+    bits = one_of(config.get("bits"), BITS, "gptq: bits")
     form = one_of(config.get("checkpoint_format", "gptq"), ("gptq", "gptq_v2"), "gptq: checkpoint_format")
     group = max(config.get("group_size", -1), 0)
-    settings = _Settings(bits, group, form == "gptq", bool(config.get("sym")), bool(config.get("desc_act")) and group)
-    return Method("gptq", SUFFIXES, settings.find)
+    return _Settings(bits, group, form == "gptq", bool(config.get("sym")), bool(config.get("desc_act") and group))
 
 
 @dataclass(frozen=True)
@@ -50,16 +66,14 @@ class _Settings:
             return None
         words, num_out = tensors[".qweight"].shape
         dtype = dtype_name(tensors[".scales"])
-        layout = Layout(f"int{self.bits}", self.group, dtype, not self.is_symmetric, has_order=bool(self.has_order))
+        layout = Layout(kind_of(self.bits), self.group, dtype, not self.is_symmetric, has_order=self.has_order)
         return Published(layout, (num_out, words * 32 // self.bits), self.decode)
 
     def decode(self, tensors: Tensors) -> Coded:
-        half, codes = 1 << (self.bits - 1), unpack(tensors[".qweight"].T, self.bits)
+        codes = unpack(tensors[".qweight"].T, self.bits)
         order = self._order(tensors[".g_idx"].long()) if ".g_idx" in tensors else None
-        codes = codes if order is None else codes[:, order]
-        if self.bits == 8:
-            codes = (codes.to(torch.int16) - half).to(torch.int8)
-        scales = tensors[".scales"].T
+        codes = centered(codes if order is None else codes[:, order], self.bits)
+        scales, half = tensors[".scales"].T, 1 << (self.bits - 1)
         zeros = self._zeros(tensors[".qzeros"]) - half
         if not self.is_symmetric:
             return Coded(codes, scales, zeros.T.to(scales.dtype), order)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from fuseline.compile.ops.coded import Coded, Layout
 from fuseline.compile.quantization.bits import unpack_nibbles
+from fuseline.compile.quantization.float4 import powers
 from fuseline.compile.quantization.published import Method, Published, Read, Tensors
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -32,5 +31,4 @@ def _find(module: str, tensors: Tensors, value: Read) -> Published | None:
 
 
 def _decode(tensors: Tensors) -> Coded:
-    exponents = tensors[SCALES].to(torch.int32) - 127
-    return Coded(unpack_nibbles(tensors[BLOCKS]).flatten(-2), torch.ldexp(torch.ones(()), exponents))
+    return Coded(unpack_nibbles(tensors[BLOCKS]).flatten(-2), powers(tensors[SCALES]))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fuseline.compile.ops.coded import Coded, Layout
@@ -14,6 +15,10 @@ Tensors = Mapping[str, Tensor]
 """Published tensors of one weight, by suffix."""
 Read = Callable[[str], Tensor]
 """The values of a published tensor, by suffix; only for small ones."""
+
+
+PLAIN = Layout("values", 0, "float32")
+"""Of weights whose codes no kernel reads: they are dequantized as they are loaded."""
 
 
 class QuantizationError(ValueError):
@@ -62,3 +67,15 @@ def one_of(value: object, allowed: tuple, what: str) -> object:
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def as_values(values: Tensor) -> Coded:
+    """A dequantized weight [N, K], for PLAIN."""
+    return Coded(values.float(), torch.ones(len(values), 1))
+
+
+def check_shape(tensors: Tensors, suffix: str, shape: tuple[int, ...], module: str) -> None:
+    """Raises QuantizationError if a tensor has another shape than what those beside it make it."""
+    if tuple(tensors[suffix].shape) != shape:
+        found = list(tensors[suffix].shape)
+        raise QuantizationError(f"{module}{suffix} has shape {found}, but the others make it {list(shape)}")

@@ -220,13 +220,13 @@ ROWS: dict[str, list[Good | Bad]] = {
                                     *only_json("--tokenizer-pool-extra-config")],
     # 20.6
     "quantization": [
-        Good("-q None", None), Bad("-q x", 2, "aqlm"), Bad("-q tpu_int8", 1, "needs a TPU"),
+        Good("-q None", None), Bad("-q x", 2, "aqlm"),
         Bad("-q neuron_quant", 1, "needs a Neuron device"),
         *(Good(f"--quantization {one}", one) for one in (
             "awq awq_marlin fp8 fbgemm_fp8 gptq_marlin gptq compressed-tensors bitsandbytes ipex moe_wna16 mxfp4 int8 "
-            "int4").split()),
-        *(Bad(f"--quantization {one}", 1, NOT_YET) for one in (
-            "aqlm deepspeedfp ptpc_fp8 modelopt marlin gguf gptq_marlin_24 qqq hqq experts_int8 quark").split())],
+            "int4 aqlm deepspeedfp ptpc_fp8 modelopt modelopt_fp4 marlin gptq_marlin_24 qqq hqq experts_int8 quark "
+            "tpu_int8 auto-round inc").split()),
+        Bad("--quantization gguf", 1, NOT_YET)],
     # 20.7
     **{name: [Good("", False), Good(f"--no-{name.replace('_', '-')}", False),
               Bad(f"--{name.replace('_', '-')}", 1, NOT_YET)]

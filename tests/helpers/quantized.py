@@ -29,10 +29,14 @@ class Case(NamedTuple):
     write: Write
     layout: str
     """Layout that the weights are read into."""
+    ends: tuple[str, ...] = ("_proj.weight",)
+    """Of the names of the weights that are quantized."""
+    writes_tokens: bool = True
+    """Whether the tokens are compared, too: of one case a layout and method."""
 
 
 def checkpoint(
-    case: Case, folder: Path, family: str = "llama", dtype: str = "float32", ends: Iterable[str] = ("_proj.weight",)
+    case: Case, folder: Path, family: str = "llama", dtype: str = "float32", ends: Iterable[str] = ()
 ) -> tuple[Path, dict[str, Tensor]]:
     """(directory, dequantized weights by name): the model of the zoo with those of its weights quantized.
 
@@ -43,7 +47,7 @@ def checkpoint(
         shutil.copytree(zoo.checkpoint(family, dtype), copy)
     state = load_file(path / "model.safetensors")
     known, values = dict(state), {}
-    for name in [name for name in state if name.endswith(tuple(ends))]:
+    for name in [name for name in state if name.endswith(tuple(ends) or case.ends)]:
         tensors, values[name] = case.write(state.pop(name).float())
         module = name.removesuffix(".weight")
         state |= {module + suffix: tensor.contiguous() for suffix, tensor in tensors.items()}
@@ -93,6 +97,15 @@ def words(codes: Tensor, bits: int, order: Iterable[int] | None = None) -> Tenso
     return torch.tensor(signed, dtype=torch.int32).reshape(*codes.shape[:-1], -1)
 
 
+def stream(codes: Tensor, bits: int) -> Tensor:
+    """[n, K] -> [n, K * bits / 32] int32: a row of bits, code after code, from the first word's lowest on."""
+    rows = []
+    for row in codes.tolist():
+        number = sum(code << (bits * k) for k, code in enumerate(row))
+        rows.append([(number >> (32 * w)) & 0xFFFFFFFF for w in range(codes.shape[1] * bits // 32)])
+    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
+
+
 def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor, index: Tensor) -> Tensor:
     return (codes - zeros[:, index]).float() * scales[:, index].float()
 
@@ -104,9 +117,10 @@ def gptq(bits: int = 4, symmetric: bool = True, act_order: bool = False, less: i
         if act_order:
             index = index[torch.randperm(num_in, generator=torch.Generator().manual_seed(num_in))]
         codes, scales, zeros = integers(weight, bits, symmetric, GROUP, index)
+        pack = stream if 32 % bits else words
         stored = {
-            ".qweight": words(codes, bits).T, ".scales": scales.T, ".g_idx": index.int(),
-            ".qzeros": words((zeros.T - less) % (1 << bits), bits),
+            ".qweight": pack(codes, bits).T, ".scales": scales.T, ".g_idx": index.int(),
+            ".qzeros": pack((zeros.T - less) % (1 << bits), bits),
         }  # fmt: skip
         return stored, dequantized(codes, scales, zeros, index)
 
@@ -159,8 +173,43 @@ def compressed(bits: int, kind: str, strategy: str, form: str, symmetric: bool =
         "ignore": ["lm_head"],
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
     }  # fmt: skip
-    layout = f"{'fp' if kind == 'float' else 'int'}{bits}/{group or 'row'}/float32{'' if symmetric else '/zeros'}"
-    return Case(config, write, layout)
+    name = "fp8" if kind == "float" else "int4" if bits <= 4 else "int8"
+    layout = f"{name}/{group or 'row'}/float32{'' if symmetric else '/zeros'}"
+    return Case(config, write, layout, writes_tokens=bits in (4, 8))
+
+
+def micro(form: str, bits: int, layout: str) -> Case:
+    """Floats of 4, 6 or 8 bits with exponents, or fp8 and a float for all, as scales; dequantized in float32."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    is_nv = form.startswith("nv")
+    group, kind = (16, torch.float8_e4m3fn) if is_nv else (32, torch.uint8)
+    args = QuantizationArgs(num_bits=bits, type="float", strategy="tensor_group" if is_nv else "group",
+                            group_size=group, symmetric=True, scale_dtype=kind)  # fmt: skip
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.load_from_registry(form)
+
+    def write(weight: Tensor) -> Written:
+        parts = weight.unflatten(1, (-1, group))
+        whole = generate_gparam(weight.min(), weight.max()) if is_nv else None
+        scale, _ = calculate_qparams(parts.amin(-1), parts.amax(-1), args, whole)
+        given = {"weight": weight, "weight_scale": scale} | ({"weight_global_scale": whole} if is_nv else {})
+        stored = compressor.compress(given, scheme)
+        shape = len(weight), weight.shape[1], torch.float32
+        unpack = {4: unpack_fp4_from_uint8, 6: unpack_fp6_from_uint8}.get(bits)
+        codes = unpack(stored["weight_packed"], *shape) if unpack else stored["weight"].float()
+        plain = dequantize(codes, scale.float(), args=args, global_scale=whole, dtype=torch.float32)
+        return {f".{name}": tensor for name, tensor in stored.items()}, plain
+
+    groups = {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}}
+    config = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+              "config_groups": groups}  # fmt: skip
+    return Case(config, write, layout, writes_tokens=False)
 
 
 def bitsandbytes(kind: str, nested: bool = False) -> Case:
@@ -214,7 +263,13 @@ def cases() -> dict[str, Case]:
         "w4a16-zeros": compressed(4, "int", "group", "pack-quantized", symmetric=False),
         "w8a16": compressed(8, "int", "channel", "pack-quantized"),
         "w8a8": compressed(8, "int", "channel", "int-quantized"),
+        "w3a16": compressed(3, "int", "group", "pack-quantized"),
+        "w5a16-zeros": compressed(5, "int", "group", "pack-quantized", symmetric=False),
         "ct-fp8": compressed(8, "float", "channel", "float-quantized"),
+        "ct-nvfp4": micro("nvfp4-pack-quantized", 4, "lut4/16/float32/e2m1"),
+        "ct-mxfp4": micro("mxfp4-pack-quantized", 4, "lut4/32/float32/e2m1"),
+        "ct-mxfp6": micro("mxfp6-pack-quantized", 6, "values/row/float32"),
+        "ct-mxfp8": micro("mxfp8-quantized", 8, "fp8/32/float32"),
         "nf4": bitsandbytes("nf4"), "nf4-nested": bitsandbytes("nf4", nested=True), "fp4": bitsandbytes("fp4"),
         "bnb-int8": bitsandbytes("int8"),
         "mxfp4": Case({"quant_method": "mxfp4"}, mxfp4, "lut4/32/float32/e2m1"),

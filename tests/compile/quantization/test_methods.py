@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import quantized
+import quantized_packers
 import torch
 import zoo
 from paged_driver import greedy
@@ -23,17 +24,23 @@ from fuseline.compile.capture.errors import CaptureError, LoadError
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats import code_rows, codes
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.ops.coded import dequantize, parse_layout
-from fuseline.compile.quantization.methods import method_of, online_layouts
+from fuseline.compile.quantization.methods import in_words, is_router, method_of, online_layouts
+from fuseline.compile.quantization.published import PLAIN, QuantizationError
 from fuseline.compile.target import CPU, Target, detect_target
 
 PROMPTS = zoo.make_prompts([3, 11])
 UP = "model.layers.1.mlp.up_proj"
-cases = functools.cache(quantized.cases)
+cases = functools.cache(lambda: quantized.cases() | quantized_packers.cases())
 LINEARS = (
-    "gptq gptq-zeros gptq-v2 gptq-act-order gptq-8bit awq fp8 fp8-blocks w4a16 w4a16-zeros w8a16 w8a8 ct-fp8 nf4 "
-    "nf4-nested fp4 bnb-int8"
+    "gptq gptq-zeros gptq-v2 gptq-act-order gptq-8bit gptq-2bit gptq-3bit auto-round auto-round-v2 awq marlin "
+    "marlin-24 marlin-24-8bit ct-marlin-24 qqq qqq-groups hqq hqq-axis0 hqq-8bit hqq-3bit hqq-2bit hqq-1bit aqlm-2x8 "
+    "aqlm-1x16 fp8 fp8-blocks w4a16 w4a16-zeros w8a16 w8a8 w3a16 w5a16-zeros ct-fp8 ct-nvfp4 ct-mxfp4 ct-mxfp6 "
+    "ct-mxfp8 quark-int4 quark-uint4 quark-int8 quark-int8-groups quark-uint8-tensor quark-int4-channel quark-fp8 "
+    "quark-fp4 modelopt-fp8 modelopt-fp8-blocks nvfp4 nf4 nf4-nested fp4 bnb-int8 deepspeedfp-6 deepspeedfp-8 "
+    "deepspeedfp-12"
 ).split()
 MODULES = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 EXPERTS = [
@@ -68,10 +75,16 @@ def test_weights_are_those_of_the_package_and_tokens_those_of_transformers(name:
             one = stored[weight]
             assert isinstance(one, CodedTensor) and str(one.published.layout) == case.layout
             torch.testing.assert_close(reader.value(lazy_tensor.whole(one)), values, rtol=2e-6, atol=1e-7)
+    if not case.writes_tokens:
+        return
     model = assert_tokens_are_those_of_transformers(tmp_path)
-    expected = 21 if "order" in name else 12
+    if case.layout.startswith("values"):
+        assert calls(model, "linear_codes") == 0
+        assert model.info.quantized == ("21 dequantized as they are loaded",)
+        return
+    expected = 21 if "order" in name else 3 * len(case.ends) if len(case.ends) > 1 else 12
     assert calls(model, "linear_codes") == expected, "all but the logits'; joined where they can be"
-    assert model.info.quantized == (f"21 as {case.layout}",)
+    assert model.info.quantized == (f"{len(plain)} as {case.layout}",)
 
 
 @pytest.mark.parametrize(("family", "name", "ends", "dtype"), EXPERTS)
@@ -147,14 +160,14 @@ def calls(model: CpuModel, op: str) -> int:
 
 
 @pytest.mark.parametrize(("asked", "config", "message"), [
-    ("awq", None, "--quantization awq: config.json has no quantization_config, so its weights are plain; fp8, int4"),
+    ("awq", None, "--quantization awq: config.json has no quantization_config, so its weights are plain; bitsandb"),
     ("awq", "gptq", "--quantization awq: the checkpoint's weights are quantized by gptq; leave the flag out"),
     ("int8", "gptq", "--quantization int8: the checkpoint's weights are quantized by gptq; leave the flag out"),
     (None, {"quant_method": "none_such"}, "its weights are quantized by none_such, which is not supported; supported"),
-    (None, {"quant_method": "gptq", "bits": 5}, "gptq: bits 5 is not supported: it must be 4 or 8"),
+    (None, {"quant_method": "gptq", "bits": 5}, "gptq: bits 5 is not supported: it must be 2 or 3 or 4 or 8"),
     (None, {"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq: version 'gemv' is not supported"),
-    (None, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {"a": {}}},
-     "compressed-tensors: format 'nvfp4-pack-quantized' is not supported: it must be pack-quantized or"),
+    (None, {"quant_method": "compressed-tensors", "format": "sparse-bitmask", "config_groups": {"a": {}}},
+     "compressed-tensors: format 'sparse-bitmask' is not supported: it must be pack-quantized or"),
     (None, [1], "quantization_config is no object"),
 ], ids=str)  # fmt: skip
 def test_what_is_not_supported_is_refused_in_one_line(asked, config, message: str, tmp_path: Path) -> None:
@@ -172,6 +185,110 @@ def test_a_name_of_a_kernel_stands_for_the_method(asked: str, tmp_path: Path) ->
     assert method_of(CompileConfig(str(tmp_path), quantization=asked)).name == "gptq"
 
 
+@pytest.mark.parametrize(("asked", "dtype", "config", "message"), [
+    (None, "float32", "gptq", "--dtype float32: weights of gptq_marlin are computed with in float16 or bfloat16"),
+    ("gptq", "bfloat16", "gptq", "--dtype bfloat16: weights of gptq are computed with in float16; leave the flag out"),
+    ("awq_marlin", "bfloat16", "awq", ""), (None, "bfloat16", "marlin", "--dtype bfloat16: weights of marlin"),
+    (None, "float32", "nf4", ""), ("int4", "float32", None, ""), ("fp8", "float32", None, "--dtype float32: weights"),
+], ids=str)  # fmt: skip
+def test_a_dtype_that_a_method_has_not_is_refused(asked, dtype, config, message: str, tmp_path: Path) -> None:
+    values = {"quantization_config": cases()[config].config} if config else {}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    settings = CompileConfig(str(tmp_path), quantization=asked, dtype=dtype)
+    if not message:
+        method_of(settings)
+        return
+    with pytest.raises(QuantizationError, match=re.escape(message)):
+        method_of(settings)
+
+
+@pytest.mark.parametrize(("file", "asked", "config", "name"), [
+    ("hf_quant_config.json", None, {"quantization": {"quant_algo": "FP8"}}, "modelopt"),
+    ("quantize_config.json", "gptq", {"bits": 4, "group_size": 32, "sym": True}, "gptq"),
+    ("quantize_config.json", "gptq", {"bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "marlin"),
+    ("quant_config.json", "awq", {"w_bit": 4, "q_group_size": 32, "version": "GEMM"}, "awq"),
+    ("quant_config.json", "deepspeedfp", {"bits": 6, "group_size": 64}, "deepspeedfp"),
+])  # fmt: skip
+def test_a_config_beside_config_json_is_read(file: str, asked, config: dict, name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps(config))
+    settings = CompileConfig(str(tmp_path), quantization=asked)
+    assert method_of(settings).name == name
+    assert in_words(settings) == (name if asked in (None, name) else f"{name}, for --quantization {asked}")
+
+
+@pytest.mark.parametrize(("own", "config", "layouts"), [
+    ("gptq", {"dynamic": {r"+:.*\.1\.mlp\.up": {"bits": 8}, r"-:.*\.2\.": {}}}, {f"{UP}.weight": "int8/32/float16"}),
+    ("auto-round", {"extra_config": {UP: {"bits": 8}, "model.layers.2.mlp.up_proj": {"bits": 16}}},
+     {f"{UP}.weight": "int8/32/float16"}),
+    ("quark-int4", {"layer_quant_config": {"*.1.*up_proj": {"weight": {"dtype": "int8", "qscheme": "per_group"}}}},
+     {f"{UP}.weight": "int8/32/float32/zeros"}),
+])  # fmt: skip
+def test_modules_may_have_settings_of_their_own(own: str, config: dict, layouts: dict, tmp_path: Path) -> None:
+    """Those of the config are int4; of a layer all weights but one are plain."""
+    case = cases()[own]
+    other = {"gptq": quantized.gptq(8), "auto-round": quantized.gptq(8)}.get(own) or quantized_packers.quark(
+        "int8", "per_group")  # fmt: skip
+    path, plain = quantized.checkpoint(case, tmp_path, ends=("layers.0.mlp.up_proj.weight",))
+    state = load_file(path / "model.safetensors")
+    tensors, values = other(state.pop(f"{UP}.weight").float())
+    save_file(state | {UP + suffix: tensor.contiguous() for suffix, tensor in tensors.items()},
+              path / "model.safetensors", {"format": "pt"})  # fmt: skip
+    quantized.edit_config(path, quantization_config=case.config | config)
+    stored = open_stored(CompileConfig(str(path)))
+    coded = {name: one for name, one in stored.items() if isinstance(one, CodedTensor)}
+    want = layouts | dict.fromkeys(plain, case.layout)
+    assert {name: str(one.published.layout) for name, one in coded.items()} == want
+    with Reader() as reader:
+        found = reader.value(lazy_tensor.whole(coded[f"{UP}.weight"]))
+    torch.testing.assert_close(found, values, rtol=2e-6, atol=1e-7)
+
+
+def test_groups_of_a_config_may_have_formats_of_their_own(tmp_path: Path) -> None:
+    """compressed-tensors of int4, of int8 and of fp8 in one checkpoint, and weights that stay plain."""
+    names = {"w4a16": "up_proj.weight", "w8a8": "q_proj.weight", "ct-fp8": "down_proj.weight"}
+    path, plain = quantized.checkpoint(cases()["w4a16"], tmp_path, ends=(names["w4a16"],))
+    state, groups = load_file(path / "model.safetensors"), {}
+    known = load_file(tmp_path / "plain" / "model.safetensors")
+    for case, end in names.items():
+        config = cases()[case].config
+        groups[case] = config["config_groups"]["group_0"] | {"targets": [f"re:.*{end[:6]}"], "format": config["format"]}
+        for name in [name for name in state if name.endswith(end)]:
+            tensors, values = cases()[case].write(state.pop(name))
+            state |= {name.removesuffix(".weight") + suffix: tensor.contiguous() for suffix, tensor in tensors.items()}
+            known[name] = values.contiguous()
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    save_file(known, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    quantized.edit_config(path, quantization_config=cases()["w4a16"].config | {
+        "format": "mixed-precision", "config_groups": groups})  # fmt: skip
+    model = assert_tokens_are_those_of_transformers(tmp_path)
+    assert set(model.info.quantized) == {"3 as int4/32/float32", "3 as int8/row/float32", "3 as fp8/row/float32"}
+
+
+@pytest.mark.parametrize(("name", "config", "message"), [
+    ("hqq", {"quant_config": {"weight_quant_params": {"nbits": 5}}}, "hqq: nbits 5 is not supported: it must be 1 or"),
+    ("qqq", {"wbits": 8}, "qqq: wbits 8 is not supported"),
+    ("nvfp4", {"quant_algo": "W4A16_AWQ"}, "modelopt: quant_algo 'W4A16_AWQ' is not supported: it must be FP8 or"),
+    ("nvfp4", {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.b": {"quant_algo": "X"}}},
+     "quant_algo of a.b 'X'"),
+    ("quark-int8", {"global_quant_config": {"weight": {"dtype": "mx9"}}},
+     "quark: global_quant_config: dtype of weights 'mx9' is not supported"),
+    ("quark-int8", {"layer_quant_config": {"*.k": {"weight": [{}]}}}, "layer_quant_config of *.k: weights of several"),
+    ("auto-round", {"packing_format": "mlx"}, "auto-round: packing_format 'mlx' is not supported"),
+    ("auto-round", {"data_type": "mx_fp"}, "auto-round: data_type 'mx_fp' is not supported"),
+    ("deepspeedfp-6", {"bits": 7}, "deepspeedfp: bits 7 is not supported: it must be 6 or 8 or 12"),
+    ("marlin-24", {"bits": 2}, "gptq_marlin_24: bits 2 is not supported"),
+    ("gptq", {"dynamic": {"x": {"bits": 6}}}, "gptq: bits 6 is not supported"),
+    ("w4a16", {"sparsity_config": {"format": "sparse-24-bitmask"}},
+     "compressed-tensors: format of sparsity_config 'sparse-24-bitmask' is not supported"),
+], ids=str)  # fmt: skip
+def test_unknown_schemes_are_named(name: str, config: dict, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": cases()[name].config | config}))
+    with pytest.raises(QuantizationError, match=re.escape(message)) as caught:
+        method_of(CompileConfig(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("name", "change", "message"), [
     ("gptq", lambda s: s.pop(f"{UP}.scales"), f"{UP}: its tensors .g_idx, .qweight, .qzeros are not those of gptq"),
     ("gptq", lambda s: s[f"{UP}.scales"].fill_(torch.nan), f"{UP}.weight in .*safetensors has a scale that is not f"),
@@ -180,6 +297,20 @@ def test_a_name_of_a_kernel_stands_for_the_method(asked: str, tmp_path: Path) ->
     ("w4a16", lambda s: s[f"{UP}.weight_shape"].fill_(7), f"{UP}.weight in .* has shape .7, 7., but config.json"),
     ("ct-fp8", lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight is fp8 without a weight_scale"),
     ("w8a8", lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight is int8 without a weight_scale"),
+    ("marlin", lambda s: s.update({f"{UP}.s": s[f"{UP}.s"][:1].clone()}), f"{UP}: its scales have shape .1, 96., but"),
+    ("qqq", lambda s: s[f"{UP}.s_channel"].fill_(torch.inf), f"{UP}.weight in .*safetensors has a scale that is not"),
+    ("hqq", lambda s: s[f"{UP}.nbits"].fill_(7), f"safetensors: {UP}.nbits 7 is not supported: it must be 1 or 2"),
+    ("hqq", lambda s: s[f"{UP}.quant_scale"].fill_(1), f"{UP}.quant_scale is set: scales and zeros that are quantized"),
+    ("hqq", lambda s: s.update({f"{UP}.zero": s[f"{UP}.zero"][:5].clone()}), f"{UP}: 192 scales and 5 zeros do not"),
+    ("aqlm-2x8", lambda s: s[f"{UP}.codebooks"].fill_(torch.nan), f"{UP}.weight in .* has values that are not f"),
+    ("aqlm-2x8", lambda s: s.update({f"{UP}.codebooks": s[f"{UP}.codebooks"][:1].clone()}), f"{UP}.codebooks has sha"),
+    ("nvfp4", lambda s: s.pop(f"{UP}.weight_scale_2"), f"safetensors: {UP}.weight_scale has no .weight_scale_2"),
+    ("nvfp4", lambda s: s.update({f"{UP}.pre_quant_scale": torch.ones(64)}), f"{UP}.pre_quant_scale: weights whose"),
+    ("quark-int4", lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight is int32 without a weight_scale"),
+    ("quark-int8", lambda s: s.update({f"{UP}.weight_scale": torch.ones(7)}), f"{UP}.weight_scale has shape .7., whi"),
+    ("ct-nvfp4", lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight_packed has no weight_scale"),
+    ("marlin-24", lambda s: s.update({f"{UP[:-7]}down_proj.B_meta": torch.zeros(1, 2, dtype=torch.int16)}),
+     "down_proj.B_meta has shape .1, 2., which does not fit 64"),
 ])  # fmt: skip
 def test_damaged_tensors_are_refused_by_name(name: str, change, message: str, tmp_path: Path) -> None:
     path, _ = quantized.checkpoint(cases()[name], tmp_path)
@@ -194,40 +325,45 @@ def test_damaged_tensors_are_refused_by_name(name: str, change, message: str, tm
 # Plain weights, quantized as they are loaded.
 
 
-@pytest.mark.parametrize(("name", "share"), [("int8", 0.36), ("fp8", 0.36), ("int4", 0.26)])
+@pytest.mark.parametrize(("name", "share"), [
+    ("int8", 0.36), ("fp8", 0.36), ("int4", 0.26), ("ptpc_fp8", 0.42), ("tpu_int8", 0.42), ("bitsandbytes", 0.31),
+])  # fmt: skip
 def test_plain_weights_are_quantized_as_they_are_loaded(name: str, share: float, tmp_path: Path) -> None:
     """The logits' weight too, and with it a tied embedding. `share`: of the plain weights' bytes."""
     plain = zoo.checkpoint("gemma2")
     reference = zoo.load(plain)
     size = sum(weight.nbytes for weight in {id(weight): weight for weight in reference.parameters()}.values())
-    layout, of_head = (parse_layout(one) for one in online_layouts(CompileConfig("", quantization=name), "float32"))
+    layout, _, of_head = online_layouts(CompileConfig("", quantization=name), "float32")
     with torch.no_grad():
         for module in reference.modules():
-            if isinstance(module, torch.nn.Linear):
-                form = of_head if module is reference.lm_head else layout
+            if isinstance(module, torch.nn.Linear) and (of_head or module is not reference.lm_head):
+                form = parse_layout(of_head if module is reference.lm_head else layout)
                 module.weight.copy_(dequantize(encode(module.weight, form), form))
     config = CompileConfig(str(plain), cache_dir=str(tmp_path), skip_model_check=True, quantization=name)
     model = compile_model(config, detect_target())
-    assert calls(model, "linear_codes") == 13 and calls(model, "embedding_codes") == 1
+    assert calls(model, "linear_codes") == 12 + bool(of_head) and calls(model, "embedding_codes") == bool(of_head)
     assert model.info.weight_bytes < size * share
     want = [zoo.continue_greedily(reference, prompt, 12)[0] for prompt in PROMPTS]
     assert greedy(model, PROMPTS, 12) == want
 
 
-@pytest.mark.parametrize(("family", "name"), [("mixtral", "int8"), ("gpt_oss", "int4"), ("qwen3_moe", "fp8")])
+@pytest.mark.parametrize(("family", "name"), [
+    ("mixtral", "int8"), ("gpt_oss", "int4"), ("qwen3_moe", "fp8"), ("mixtral", "experts_int8"),
+])  # fmt: skip
 def test_plain_experts_are_quantized_as_they_are_loaded(family: str, name: str, tmp_path: Path) -> None:
-    """Also those that the checkpoint has transposed."""
+    """Also those that the checkpoint has transposed. Routers stay plain."""
     plain = zoo.checkpoint(family)
     reference = zoo.load(plain)
-    layout, of_head = (parse_layout(one) for one in online_layouts(CompileConfig("", quantization=name), "float32"))
+    linears, experts, of_head = online_layouts(CompileConfig("", quantization=name), "float32")
     with torch.no_grad():
         for module, weight in reference.named_parameters():
-            if weight.ndim == 2 and "embed" not in module:
-                form = of_head if module.startswith("lm_head") else layout
+            layout = of_head if module.startswith("lm_head") else linears
+            if layout and weight.ndim == 2 and "embed" not in module and not is_router(module):
+                form = parse_layout(layout)
                 weight.copy_(dequantize(encode(weight, form), form))
             for matrix in weight if weight.ndim == 3 else ():
-                rows = matrix.mT if family == "gpt_oss" else matrix
-                rows.copy_(dequantize(encode(rows, layout), layout))
+                rows, form = matrix.mT if family == "gpt_oss" else matrix, parse_layout(experts)
+                rows.copy_(dequantize(encode(rows, form), form))
     config = CompileConfig(str(plain), cache_dir=str(tmp_path), skip_model_check=True, quantization=name)
     model = compile_model(config, detect_target())
     assert calls(model, "experts_codes") == 3
@@ -249,3 +385,18 @@ def test_codes_are_near_the_weights_that_they_are_made_of(name: str, error: floa
         scales = parts.abs().amax(-1, keepdim=True) / 7
         plain = ((parts / scales).round() * scales).flatten(1)
         assert (found - weight)[:, :512].norm() < 0.95 * (plain - weight[:, :512]).norm()
+
+
+def test_no_kernel_takes_dequantized_values() -> None:
+    assert not codes.has_kernel(PLAIN, (64, 64)) and not code_rows.has_kernel(PLAIN, (64, 64))
+
+
+def test_nf4_of_plain_weights_is_that_of_bitsandbytes() -> None:
+    from bitsandbytes import functional
+
+    layout = parse_layout("lut4/64/float32/nf4")
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    weight[3, :64] = 0
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    want = functional.dequantize_4bit(packed, state)
+    torch.testing.assert_close(dequantize(encode(weight, layout), layout), want, rtol=2e-6, atol=1e-7)

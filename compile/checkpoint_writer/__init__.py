@@ -1,0 +1,1 @@
+"""Writing quantized checkpoints, and what they lose: `fuseline quantize`."""
