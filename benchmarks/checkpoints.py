@@ -12,7 +12,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Mamba2Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3_5TextConfig,
+)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -45,6 +52,18 @@ def shapes() -> dict[str, PreTrainedConfig]:
                 rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=8192,
             ),
+        ),
+        # Mamba2-370M
+        "mamba2-370m": Mamba2Config(
+            hidden_size=1024, num_hidden_layers=48, num_heads=32, head_dim=64, n_groups=1, state_size=128,
+            vocab_size=50288, tie_word_embeddings=True,
+        ),
+        # Qwen3.5-0.8B, its text model
+        "qwen3.5-0.8b": Qwen3_5TextConfig(
+            hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8,
+            num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16,
+            linear_key_head_dim=128, linear_value_head_dim=128, vocab_size=248320, max_position_embeddings=32768,
+            tie_word_embeddings=True,
         ),
     }  # fmt: skip
 

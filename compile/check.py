@@ -38,6 +38,9 @@ MAX_ROWS = CHUNK * len(LENGTHS)
 """Tokens of a step, and of each its logits; a plan has room for the logits of as many tokens as sequences."""
 MAX_ERROR = 2e-3
 """Largest difference of a row of logits, relative to the row's standard deviation. Rounding gives about 1e-5."""
+SPREADING = 10
+"""So many times as much as rounding alone changes the logits is still rounding: layers that normalize small differences
+(of recurrent states) spread it to 1e-2."""
 MAX_PARAMETERS = 50_000_000
 """Largest number of parameters of a copy that keeps the model's sizes."""
 SETTINGS = {
@@ -58,6 +61,8 @@ class Runnable(Protocol):
     info: ModelInfo
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None: ...
+
+    def allocate_states(self, num_slots: int) -> None: ...
 
     def run(self, inputs: StepInputs) -> StepOutput: ...
 
@@ -136,13 +141,15 @@ def _compared(small: PreTrainedConfig, whole: CapturedModel, config: CompileConf
             f"{name}: its serving graph fails ({one_line(error)}); --skip-model-check tries it all the same"
         ) from error
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        wrong = _first_wrong(ours, theirs)
+        wrong = first_wrong(ours, theirs)
+        if wrong is not None:
+            wrong = first_wrong(ours, theirs, allowed_error(reference, sequences[number], theirs))
         if wrong is not None:
             raise CaptureError(
                 f"{name} would answer wrongly: a small copy of it gives other logits than Transformers from token "
                 f"{wrong + 1} on, {_cause(number, wrong, takes_positions)}; {SKIP}"
             )
-    error = max(float(_errors(ours, theirs).max()) for ours, theirs in zip(found, expected, strict=True))
+    error = max(float(row_errors(ours, theirs).max()) for ours, theirs in zip(found, expected, strict=True))
     return error, f"; not covered: {', '.join(missing)}" if missing else ""
 
 
@@ -174,15 +181,20 @@ def _sequences(captured: CapturedModel) -> list[Tensor]:
     return [torch.randint(min(8, vocab // 2), vocab, (min(n, most),), generator=generator) for n in LENGTHS]
 
 
-def _errors(found: Tensor, expected: Tensor) -> Tensor:
+def row_errors(found: Tensor, expected: Tensor) -> Tensor:
     """[T] the largest difference of each token's logits, relative to their standard deviation."""
     return (found - expected).abs().amax(-1) / expected.std(-1).clamp_min(1e-6)
 
 
-def _first_wrong(found: Tensor, expected: Tensor) -> int | None:
+def first_wrong(found: Tensor, expected: Tensor, allowed: float = MAX_ERROR) -> int | None:
     """The first token whose logits are wrong."""
-    wrong = (~(_errors(found, expected) <= MAX_ERROR)).nonzero().flatten().tolist()
+    wrong = (~(row_errors(found, expected) <= allowed)).nonzero().flatten().tolist()
     return wrong[0] if wrong else None
+
+
+def allowed_error(reference: RandomModel, tokens: Tensor, expected: Tensor) -> float:
+    """Largest error that rounding explains, `expected` being the reference's logits of these tokens."""
+    return max(MAX_ERROR, SPREADING * float(row_errors(reference.nudged_logits(tokens), expected).max()))
 
 
 def _cause(number: int, wrong: int, takes_positions: bool) -> str:
@@ -202,6 +214,8 @@ class _Served:
 
     tokens: Tensor
     blocks: list[int]
+    slot: int
+    """Of its recurrent states."""
     num_computed: int = 0
 
     def next_tokens(self) -> range:
@@ -212,11 +226,19 @@ class _Served:
 
 
 def serve(model: Runnable, sequences: Sequence[Tensor], block_size: int) -> list[Tensor]:
-    """The logits [T, V] of each sequence, all in one batch; sequence k joins at step k. Blocks are interleaved."""
+    """The logits [T, V] of each sequence, all in one batch; sequence k joins at step k.
+
+    Blocks are interleaved; a slot of recurrent states has been another sequence's.
+    """
     count = len(sequences)
     blocks_each = -(-max(len(tokens) for tokens in sequences) // block_size)
-    states = [_Served(t, list(range(1 + k, 1 + count * blocks_each, count))) for k, t in enumerate(sequences)]
+    states = [_Served(t, list(range(1 + k, 1 + count * blocks_each, count)), k) for k, t in enumerate(sequences)]
     model.allocate_caches([count * blocks_each + 1] * len(model.info.cache_groups))
+    if model.info.state_specs:
+        model.allocate_states(count)
+        model.run(_inputs(model.info, states[::-1], block_size))
+        for state in states:
+            state.slot = count - 1 - state.slot
     rows: list[list[Tensor]] = [[] for _ in sequences]
     step = 0
     while any(len(state.next_tokens()) for state in states):
@@ -234,11 +256,13 @@ def serve(model: Runnable, sequences: Sequence[Tensor], block_size: int) -> list
 def _inputs(info: ModelInfo, batch: Sequence[_Served], block_size: int) -> StepInputs:
     """One step, with the logits of all its tokens."""
     steps = [state.next_tokens() for state in batch]
-    tables = torch.tensor([[state.blocks for state in batch]] * len(info.cache_groups))
+    tables = torch.tensor([state.blocks for state in batch]).expand(len(info.cache_groups), -1, -1)
     token_ids = torch.cat([state.tokens[step.start : step.stop] for state, step in zip(batch, steps, strict=True)])
     rows = torch.arange(len(token_ids))
     counts, lengths = [len(step) for step in steps], [step.stop for step in steps]
     inputs = make_step(counts, lengths, tables, block_size, token_ids, rows)
+    if info.state_specs:
+        inputs.state_slots = torch.tensor([state.slot for state in batch])
     switch = info.rope_switch
     if switch is None:
         return inputs

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 PASSES = (
     "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
-    "join_linears", "fuse_add_norm", "page_attention", "keep_last_logits", "fuse_rope_cache", "pack_weights",
-    "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant", "feed_embeds", "tap_hidden",
+    "join_linears", "fuse_add_norm", "page_attention", "page_state", "keep_last_logits", "fuse_rope_cache",
+    "pack_weights", "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant", "feed_embeds",
+    "tap_hidden",
 )  # fmt: skip
 """Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last,
 then those that a setting asks for."""
-NEEDED_PASSES = frozenset({"page_attention"})
+NEEDED_PASSES = frozenset({"page_attention", "page_state"})
 """Without these there is nothing to serve: the caches are theirs."""
 MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """Up to some hundred tokens a step reads weights for as long as launching it takes, and padding costs next to nothing;

@@ -1,7 +1,8 @@
 """Inputs and output of one step: names, shapes, padding and construction (DESIGN contract 6).
 
 Legend: T tokens in the step, S sequences in the step, R rows with logits, G cache groups,
-M blocks in the longest table of the step, N blocks of a cache, E positions with given embeddings, D features.
+M blocks in the longest table of the step, N blocks of a cache, L slots of recurrent states, E positions with given
+embeddings, D features.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class InputSpec:
     is_grouped: bool = False
     is_batched: bool = False
     """Whether the placeholder has a leading dim of 1."""
+    is_of_states: bool = False
+    """Whether only graphs with recurrent states have it; steps of such graphs are not padded."""
 
 
 INPUTS = (
@@ -40,6 +43,7 @@ INPUTS = (
     InputSpec("logits_rows", "logits_rows", ("R",), torch.int64),
     InputSpec("slot_mapping", "slots", ("T",), torch.int64, padding=-1, is_grouped=True),
     InputSpec("block_tables", "block_table", ("S", "M"), torch.int32, is_grouped=True),
+    InputSpec("state_slots", "state_slots", ("S",), torch.int64, is_of_states=True),
     InputSpec("embed_rows", "embed_rows", ("E",), torch.int64),
     InputSpec("embeds", "embeds", ("E", "D"), torch.float32),
 )
@@ -70,7 +74,7 @@ class StepInputs:
     embeds: Tensor | None = None  # [E, D] float32
 
     def fields(self) -> dict[str, Tensor]:
-        """The tensors of INPUTS by field name; without embeddings if none are given."""
+        """The tensors of INPUTS by field name; without slots of states or embeddings if none are given."""
         found = {spec.field: getattr(self, spec.field) for spec in INPUTS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -116,6 +120,15 @@ def is_cache(placeholder: str) -> bool:
     return placeholder.startswith(("k_cache_", "v_cache_"))
 
 
+def state_name(number: int) -> str:
+    """Placeholder of a recurrent state."""
+    return f"recurrent_state_{number}"
+
+
+def is_state(placeholder: str) -> bool:
+    return placeholder.startswith("recurrent_state_")
+
+
 def group_placeholder(field: str, group: int) -> str:
     """Placeholder of a grouped field for cache group `group`."""
     return f"{BY_FIELD[field].placeholder}_{group}"
@@ -156,7 +169,7 @@ def padding(sizes: Mapping[str, int], num_groups: int, device: str = "cpu") -> d
             (num_groups,) * spec.is_grouped + tuple(sizes[symbol] for symbol in spec.shape),
             spec.padding, dtype=spec.dtype, device=device,
         )
-        for spec in INPUTS if set(spec.shape) <= set(sizes)
+        for spec in INPUTS if set(spec.shape) <= set(sizes) and not spec.is_of_states
     }  # fmt: skip
 
 
@@ -180,6 +193,8 @@ def meta_input(placeholder: str, like: Tensor, block_size: int, sizes: Mapping[s
     """A meta tensor of the placeholder's shape; `like` is its traced value, `sizes` the value of each symbol."""
     if is_cache(placeholder):
         shape = (sizes["N"], like.shape[1], block_size, like.shape[3])
+    elif is_state(placeholder):
+        shape = (sizes["L"], *like.shape[1:])
     else:
         spec = BY_PLACEHOLDER.get(placeholder) or BY_PLACEHOLDER[placeholder.rpartition("_")[0]]
         sizes = {**sizes, "D": like.shape[-1]}

@@ -13,8 +13,8 @@ from torch import Tensor
 from fuseline.compile.capture.captured import ModelFacts
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph_inputs import cache_name
-from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, ModelInfo, QuantizedSpec, TapSpec
+from fuseline.compile.graph_inputs import cache_name, state_name
+from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, ModelInfo, QuantizedSpec, StateSpec, TapSpec
 
 DEFAULT_LIMIT = 2048
 
@@ -41,6 +41,7 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
         rope_switch=captured.rope_switch,
         cache_specs=tuple(spec for spec in specs if isinstance(spec, CacheSpec)),
         cache_groups=tuple(spec for spec in specs if isinstance(spec, CacheGroup)),
+        state_specs=tuple(spec for spec in specs if isinstance(spec, StateSpec)),
         embed_dim=next((spec.embed_dim for spec in specs if isinstance(spec, FeedSpec)), 0),
         quantized=next((spec.weights for spec in specs if isinstance(spec, QuantizedSpec)), ()),
         hidden_dim=next((spec.hidden_dim for spec in specs if isinstance(spec, TapSpec)), 0),
@@ -76,6 +77,11 @@ def cache_tensors(
         for spec in info.cache_specs
         for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
     }  # fmt: skip
+
+
+def state_tensors(info: ModelInfo, num_slots: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the recurrent states by placeholder name."""
+    return {state_name(s.number): ((num_slots, *s.shape), getattr(torch, s.dtype)) for s in info.state_specs}
 
 
 def copy_cache_blocks(caches: Mapping[str, Tensor], info: ModelInfo, pairs: Sequence[np.ndarray]) -> None:

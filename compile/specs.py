@@ -47,9 +47,10 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Recurrent state that one layer keeps for a sequence; its size does not depend on the sequence's length."""
+    """Recurrent state that one op keeps for a sequence; its size does not depend on the sequence's length."""
 
-    layer: int
+    number: int
+    """In the order of the graph: a layer may have several."""
     shape: tuple[int, ...]
     dtype: str
 

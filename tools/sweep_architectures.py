@@ -33,7 +33,7 @@ from fuseline.compile.capture.hf_model import build_on_meta
 from fuseline.compile.capture.reference import RandomModel
 from fuseline.compile.capture.repeat import num_distinct_layers
 from fuseline.compile.capture.small_config import small_config
-from fuseline.compile.check import MAX_ERROR, serve
+from fuseline.compile.check import MAX_ERROR, allowed_error, row_errors, serve
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
@@ -73,9 +73,11 @@ def try_model(model_type: str, folder: Path, level: int) -> tuple[str, str]:
         return "refused", str(error)
     except Exception as error:
         return "crash", f"{type(error).__name__}: {error}"
-    errors = [((a - b).abs().amax(-1) / b.std(-1)).max() for a, b in zip(found, expected, strict=True)]
-    worst = float(max(errors))
-    if not worst <= MAX_ERROR:
+    errors = [float(row_errors(a, b).max()) for a, b in zip(found, expected, strict=True)]
+    worst = max(errors)
+    if not worst <= MAX_ERROR and not all(
+        error <= allowed_error(reference, *pair) for error, *pair in zip(errors, sequences, expected, strict=True)
+    ):
         return "WRONG", f"error {worst:.2g}; {model.verdict}"
     return ("equal" if model.verdict.startswith("checked") else "unchecked"), f"error {worst:.0e}; {model.verdict}"
 

@@ -21,7 +21,7 @@ class EagerExecutable:
         self._inputs = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Sets inputs that persist for all later runs: the caches."""
+        """Sets inputs that persist for all later runs: caches and states."""
         self._bound |= tensors
 
     def run(self, values: Mapping[str, Tensor]) -> GraphOutput:

@@ -21,10 +21,10 @@ from fuseline.compile.capture.unneeded import without_unneeded
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, decode_fixed, encode, module_of
 from fuseline.compile.graph.runner import PassReport, PipelineResult
-from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, QuantizedSpec, RopeSwitchSpec, TapSpec
+from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, QuantizedSpec, RopeSwitchSpec, StateSpec, TapSpec
 from fuseline.compile.target import CPU, Target
 
-SPECS = {spec.__name__: spec for spec in (CacheSpec, CacheGroup, FeedSpec, QuantizedSpec, TapSpec)}
+SPECS = {spec.__name__: spec for spec in (CacheSpec, CacheGroup, FeedSpec, QuantizedSpec, StateSpec, TapSpec)}
 Value = TypeVar("Value")
 Check = Callable[[CapturedModel], str]
 """Gives the verdict on a captured model; raises CaptureError for one that must not be served."""

@@ -11,12 +11,21 @@ from transformers import PreTrainedConfig
 
 from fuseline.compile.capture.captured import DTYPES, EXAMPLE_TOKENS, MAX_TOKENS, MIN_TOKENS, CapturedModel, facts_of
 from fuseline.compile.capture.errors import CaptureError, one_line, told_as
-from fuseline.compile.capture.hf_model import NOT_HOOKED, build_on_meta, load_config
+from fuseline.compile.capture.hf_model import (
+    ATTENDING,
+    NOT_HOOKED,
+    NOT_RECURRENT,
+    RECURRENT,
+    build_on_meta,
+    load_config,
+)
 from fuseline.compile.capture.hf_patches import patch_model
+from fuseline.compile.capture.hf_recurrences import recurrences_as_ops
 from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_layers, only_chosen, repeat_layers
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.edit import map_arguments
 from fuseline.compile.graph.graph_json import module_of
+from fuseline.compile.ops.registry import op_of
 
 
 class _Wrapped(nn.Module):
@@ -60,6 +69,7 @@ def capture_config(hf_config: PreTrainedConfig, dtype: torch.dtype, config: Comp
     captured.rope_switch = rope_switch
     captured.num_distinct_layers = num_distinct_layers(model)
     _check_attention(captured, hf_config)
+    _check_recurrences(captured, hf_config)
     return captured
 
 
@@ -113,7 +123,7 @@ def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]
     tokens = torch.zeros((1, EXAMPLE_TOKENS), dtype=torch.long, device="meta")
     dynamic = {1: torch.export.Dim("T", min=MIN_TOKENS, max=MAX_TOKENS)}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), recurrences_as_ops(model):
             program = torch.export.export(
                 _Wrapped(model), (tokens, tokens.clone()), dynamic_shapes=(dynamic, dynamic), strict=False
             )
@@ -178,18 +188,23 @@ def _retarget(node: fx.Node) -> fx.Node:
 
 
 def _real_buffers(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    """Values of the buffers, made by the model's own initialization as from_pretrained does."""
-    values: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        owned = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-        wanted = {name for name in owned if f"{path}.{name}".lstrip(".") in names}
-        if not wanted:
-            continue
-        module._buffers.update({name: torch.empty_like(buffer, device="cpu") for name, buffer in owned.items()})
-        model._init_weights(module)
-        module._buffers.update(getattr(module, "fuseline_buffers", {}))
-        values.update({f"{path}.{name}".lstrip("."): module._buffers[name] for name in wanted})
-        module._buffers.update(owned)
+    """Values of the buffers, made by the model's own initialization as from_pretrained does.
+
+    A buffer is initialized with its module or with one around that (Falcon-H1's mup_vector), inner modules first.
+    """
+    names = names & {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    modules, owned = dict(model.named_modules()), {}
+    for path in {name.rpartition(".")[0] for name in names}:
+        owned[path] = dict(modules[path]._buffers)
+        real = {k: torch.empty_like(b, device="cpu") for k, b in owned[path].items() if b is not None}
+        modules[path]._buffers.update(real)
+    around = {".".join(parts[:end]) for parts in (path.split(".") for path in owned) for end in range(len(parts) + 1)}
+    for path in sorted(around, key=lambda path: path.count(".") + bool(path), reverse=True):
+        model._init_weights(modules[path])
+        modules[path]._buffers.update(getattr(modules[path], "fuseline_buffers", {}))
+    values = {name: modules[name.rpartition(".")[0]]._buffers[name.rpartition(".")[2]] for name in names}
+    for path, before in owned.items():
+        modules[path]._buffers.update(before)
     return values
 
 
@@ -208,10 +223,26 @@ def num_decoder_layers(hf_config: PreTrainedConfig) -> int:
     return getattr(text, "decoder_layers", None) or text.num_hidden_layers
 
 
+def _layer_types(hf_config: PreTrainedConfig) -> list[str]:
+    """The type of each layer; where the config does not tell, all attend."""
+    num_layers = num_decoder_layers(hf_config)
+    types = list(getattr(hf_config.get_text_config(), "layer_types", None) or ())[:num_layers]
+    return types if len(types) == num_layers else ["full_attention"] * num_layers
+
+
+def _check_recurrences(captured: CapturedModel, hf_config: PreTrainedConfig) -> None:
+    """All layers that have a recurrence compute it by an op that keeps a state."""
+    found = sum(1 for node in captured.graph.graph.nodes if (op := op_of(node.target)) and op.state)
+    expected = sum(kind in RECURRENT for kind in _layer_types(hf_config))
+    if found < expected:
+        raise CaptureError(f"{hf_config.model_type}: in {expected - found} of {expected} layers {NOT_RECURRENT}")
+
+
 def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> None:
     """All layers attend through the op, to earlier tokens only, and with the window that the config gives them."""
     found = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.attention.default]
-    text, name, num_layers = hf_config.get_text_config(), hf_config.model_type, num_decoder_layers(hf_config)
+    text, name = hf_config.get_text_config(), hf_config.model_type
+    num_layers = sum(kind in ATTENDING for kind in _layer_types(hf_config))
     if len(found) < num_layers:
         raise CaptureError(f"{name}: in {num_layers - len(found)} of {num_layers} layers {NOT_HOOKED}")
     if len(found) > num_layers:
@@ -219,6 +250,8 @@ def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> No
             f"{name} attends {len(found)} times in {num_layers} layers (to itself twice, or to what an encoder gives), "
             "and only models that attend once a layer are served"
         )
+    if not found:
+        return
     *_, windows, _, causal = zip(*(node.args for node in found), strict=True)
     if not all(causal):
         raise CaptureError(f"{name} attends to later tokens too; only models that generate text are served")

@@ -25,7 +25,10 @@ NOT_HOOKED = (
     "its attention does not go through Transformers' attention interface and would be computed without a KV cache, "
     "so this model is refused"
 )
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+NOT_RECURRENT = "its recurrence is none that is known and would be computed without a state, so this model is refused"
+ATTENDING = {"full_attention", "sliding_attention", "hybrid"}
+RECURRENT = {"linear_attention", "mamba", "conv", "hybrid"}
+LAYER_TYPES = ATTENDING | RECURRENT | {"mlp", "moe"}
 NOT_ATTENTION = {"position_ids", "cache_position"}
 EXPERT_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
                       "ReLU": "relu"}  # fmt: skip
@@ -145,7 +148,9 @@ def attention_forward(
 
 
 def experts_forward(self, hidden_states, top_k_index, top_k_weights):
-    """ExpertsInterface: one `fuseline::experts` op."""
+    """ExpertsInterface: one `fuseline::experts` op. Raises CaptureError for experts of another kind."""
+    if not self.has_gate:
+        raise CaptureError(f"{type(self).__name__} have no gate, which is not supported")
     custom_gate = type(self)._apply_gate.__name__ != "_default_apply_gate"
     act = "glu_oss" if custom_gate else EXPERT_ACTIVATIONS[type(self.act_fn).__name__]
     return torch.ops.fuseline.experts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ GAIN = 1.6
 """Standard deviation of a product of a random matrix and values of deviation 1: enough for attention with peaks."""
 SPREAD = 0.25
 """Standard deviation of biases, and of norms' weights around 1."""
+NUDGE = 2.0**-22
+"""Relative change of a weight: about what rounding does to a float32 sum."""
 
 
 class RandomModel:
@@ -40,6 +43,27 @@ class RandomModel:
     def logits(self, token_ids: Tensor) -> Tensor:
         """[T] token ids of one sequence -> [T, V] logits, all tokens computed at once and without a cache."""
         return self._model(input_ids=token_ids[None], use_cache=False).logits[0].float()
+
+    @torch.no_grad()
+    def nudged_logits(self, token_ids: Tensor) -> Tensor:
+        """`logits` with every weight off by rounding: the difference tells how far rounding spreads in this model."""
+        kept = {name: parameter.clone() for name, parameter in self._model.named_parameters()}
+        generator = torch.Generator().manual_seed(0)
+        try:
+            for parameter in self._model.parameters():
+                parameter.mul_(1 + NUDGE * torch.randn(parameter.shape, generator=generator))
+            return self.logits(token_ids)
+        finally:
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(kept[name])
+
+    @torch.no_grad()
+    def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """Greedy tokens behind a prompt, with Transformers' own cache."""
+        found = self._model.generate(
+            torch.tensor([list(prompt)]), do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens
+        )
+        return found[0, len(prompt) :].tolist()
 
     @property
     def vocab_size(self) -> int:

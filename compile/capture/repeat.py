@@ -10,13 +10,14 @@ their layers) gives None, and the whole model is exported.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import fx, nn
+from transformers import PreTrainedConfig
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 FEW_LAYERS = 6
@@ -110,16 +111,20 @@ def only_chosen(model: nn.Module, layers: Layers) -> Iterator[None]:
     parent_path, _, name = layers.path.rpartition(".")
     parent, text = model.get_submodule(parent_path), model.config.get_text_config()
     whole, types = getattr(parent, name), getattr(text, "layer_types", None)
-    setattr(parent, name, nn.ModuleList([whole[number] for number in layers.chosen]))
-    text.num_hidden_layers = len(layers.chosen)
-    if types:
-        text.layer_types = [types[number] for number in layers.chosen]
     try:
+        setattr(parent, name, nn.ModuleList([whole[number] for number in layers.chosen]))
+        text.num_hidden_layers = len(layers.chosen)
+        _set_types(text, types and [types[number] for number in layers.chosen])
         yield
     finally:
         setattr(parent, name, whole)
         text.num_hidden_layers = len(whole)
-        if types:
+        _set_types(text, types)
+
+
+def _set_types(text: PreTrainedConfig, types: list[str] | None) -> None:
+    if types:
+        with suppress(AttributeError):  # some configs compute them: no setter
             text.layer_types = types
 
 

@@ -32,9 +32,9 @@ RULES: tuple[tuple[str, str], ...] = (
                r"|index_block_size|chunk_length$|relative_max_distance"),
     ("experts", r"num_(local_)?experts$|n_routed_experts$|moe_num_primary_experts$"),
     ("head_dim", r"head_?dim$|d_head$|dim_head$|head_size$|kv_channels$|rotary_dim$|pre_attn_scalar$|mrope_section$"),
-    ("heads", r"heads?$|query_groups$|num_attention_heads_per_layer$"),
+    ("heads", r"heads?$|query_groups$|n_groups$|num_attention_heads_per_layer$"),
     ("factors", r"^(short|long)_factor$"),
-    ("width", r"hidden_size|intermediate_size|d_model$|n_embd$|n_inner$|ffn|_dim$|^dim_ff$|^dff$|_rank$|_width$"
+    ("width", r"hidden_size|intermediate_size|d_model$|n_embd$|n_inner$|ffn|_dim$|^dim_ff$|^dff$|_rank$|_width$|d_ssm$"
               r"|emb_dim|embedding_size|feed_forward_size|dim_model_base"),
 )  # fmt: skip
 """Kind of a setting by its name; the first match applies."""

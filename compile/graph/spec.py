@@ -2,7 +2,7 @@
 
     always                    every value has a meta value, every constant a source
     until attention is paged  each captured attention layer occurs once
-    after serve               each attention layer writes, then reads its own cache
+    after serve               each attention layer writes, then reads its own cache; each recurrence has a state
     after lower               every op of ours has a kernel, every other op is torch's
 """
 
@@ -58,6 +58,9 @@ def _incomplete(graph: fx.GraphModule) -> Iterable[str]:
 def _unpaged(graph: fx.GraphModule, layers: list[int]) -> Iterable[str]:
     if unpaged := attention_layers(graph):
         yield f"attention of layers {unpaged} is not paged"
+    for node, op in ((node, op_of(node.target)) for node in graph.graph.nodes):
+        if op and op.state:
+            yield f"{node.name} has no state"
     written: set[str] = set()
     read: list[str] = []
     for node, op in ((node, op_of(node.target)) for node in graph.graph.nodes):

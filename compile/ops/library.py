@@ -126,6 +126,9 @@ class Op:
     invariant: str = ""
     """The op whose kernels sum a row in one order whatever the batch; empty where this op's kernels do."""
     calls: CallShape = field(default_factory=CallShape)
+    state: Callable[..., tuple[tuple[int, ...], torch.dtype]] | None = None
+    """Shape and dtype of the state that a recurrence keeps for a sequence, from a call's arguments; NAME_slots is the
+    op that computes several sequences, whose states are in slots. None for any other op."""
     written: Callable[..., tuple[Tensor, Tensor]] | None = None
     """(keys, values) that a call writes to its caches, from its arguments; None for an op that writes none."""
 

@@ -2,6 +2,7 @@
 
 aten.linear(x, weight, bias)                             -> linear(x, weight, bias)
 addmm(bias, x, weight) of a constant weight [in, out]    -> linear(x, weight^T, bias)     GPT-2's Conv1D
+matmul(weight, transpose(x, 1, 2)) of a constant weight  -> transpose(linear(x, weight), 1, 2)    Mamba
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant, replace
+from fuseline.compile.graph.edit import constant, insert_call, replace, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
 from fuseline.compile.specs import WeightSource
@@ -26,8 +27,23 @@ def find_linear(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             args = (*node.args, None)[:3]
         elif node.target is aten.addmm.default and not node.kwargs:
             args = _conv1d_args(graph, node)
+        elif node.target is aten.matmul.default:
+            matches += _from_left(node)
         matches += args is not None and replace(node, OPS.linear.default, args)
     return PassResult(matches)
+
+
+def _from_left(node: fx.Node) -> bool:
+    """Rewrites a product whose weight stands on the left."""
+    weight, x = node.args
+    if not is_constant(weight) or weight.meta["val"].dim() != 2 or x.target is not aten.transpose.int:
+        return False
+    source, value = x.args[0], node.meta["val"]
+    if sorted(dim % 3 for dim in x.args[1:]) != [1, 2] or value.dim() != 3:
+        return False
+    product = insert_call(node, OPS.linear.default, (source, weight, None), node, value.mT.contiguous())
+    take_over([node], [insert_call(node, aten.transpose.int, (product, 1, 2), node, product.meta["val"].mT)])
+    return True
 
 
 def _conv1d_args(graph: fx.GraphModule, node: fx.Node) -> tuple | None:

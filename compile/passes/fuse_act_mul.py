@@ -23,6 +23,8 @@ def fuse_act_mul(node: fx.Node) -> bool:
     found = match(PATTERN, node)
     if found is None or not is_alike(found["gate"], found["up"]) or len(found["act"].users) > 1:
         return False
+    if any(found[name].meta["val"].stride(-1) != 1 for name in ("gate", "up")):  # kernels read rows
+        return False
     args = (found["gate"], found["up"], codes.UNARY[_name(found["act"])])
     return replace(node, torch.ops.fuseline.act_mul.default, args)
 

@@ -26,12 +26,13 @@ from fuseline.compile.passes.keep_last_logits import keep_last_logits
 from fuseline.compile.passes.make_batch_invariant import make_batch_invariant
 from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
+from fuseline.compile.passes.page_state import page_state
 from fuseline.compile.passes.plan_decode import plan_decode
 from fuseline.compile.passes.stream_weights import stream_weights
 from fuseline.compile.passes.tap_hidden import tap_hidden
 from fuseline.compile.passes.widen_logits import widen_logits
 
-SERVE = (page_attention, keep_last_logits)
+SERVE = (page_attention, page_state, keep_last_logits)
 
 REFERENCE: Stages = (("serve", SERVE),)
 """Level 0: the passes that serving requires, on reference ops."""

@@ -229,6 +229,11 @@ constexpr DTypeRule kDTypeRules[] = {
     {"paged_attention_codes", "v_cache", bit(DType::u8)},
     {"*", "k_scale", bit(DType::f32)},
     {"*", "v_scale", bit(DType::f32)},
+    {"causal_conv_slots", "weight", kFloats},
+    {"causal_conv_slots", "bias", kFloats},
+    {"gated_delta_slots", "state", bit(DType::f32)},
+    {"ssd_scan_slots", "state", bit(DType::f32)},
+    {"selective_scan_slots", "state", bit(DType::f32)},
     {"*", "cos", kFloats},
     {"*", "sin", kFloats},
     {"*", "rows", kIndices},
@@ -254,6 +259,9 @@ constexpr DTypeRule kDTypeRules[] = {
     {"sample", "bias_values", bit(DType::f32)},
     {"sample", "bitmask", bit(DType::i32)},
     {"sample", "*", kIndices},
+    {"gated_delta_slots", "*", kFloats},
+    {"ssd_scan_slots", "*", kFloats},
+    {"selective_scan_slots", "*", kFloats},
 };
 
 unsigned allowed_dtypes(const OpSchema& op, const TensorArg& arg) {

@@ -37,6 +37,7 @@ class KVManager:
         self._epoch = 0
         self._windowed = [(index, group) for index, group in enumerate(self.groups) if group.window]
         self._forks: list[list[tuple[int, int]]] = [[] for _ in self.groups]
+        self._forked_states: list[tuple[int, int]] = []
         self.in_flight: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
         self.tables = np.zeros((len(self.groups), max_num_seqs, -(-max_model_len // block_size)), np.int32)
@@ -149,11 +150,17 @@ class KVManager:
 
     def fork(self, parent: Sequence, child: Sequence, num_computed: int) -> bool:
         """Give `child` the KV of the parent's first `num_computed` tokens: full blocks are shared, the last one is
-        copied before the next step computes. False when a block is lacking, and for a model with recurrent states.
+        copied before the next step computes, and so is the recurrent state, which is that of all tokens that the parent
+        has computed. False when a block or a slot is lacking.
         """
         full, is_partial = divmod(num_computed, self.block_size)
-        if self.states or (is_partial and any(not group.pool.num_free for group in self.groups)):
+        if is_partial and any(not group.pool.num_free for group in self.groups):
             return False
+        if self.states and not self.states.num_free:
+            return False
+        if self.states:
+            child.state_slot = self.states.allocate()
+            self._forked_states.append((parent.state_slot, child.state_slot))
         child.blocks = []
         for index, (group, blocks) in enumerate(zip(self.groups, parent.blocks, strict=True)):
             for block in blocks[:full]:
@@ -173,6 +180,11 @@ class KVManager:
             return ()
         taken, self._forks = self._forks, [[] for _ in self.groups]
         return tuple(np.array(pairs, np.int64).reshape(-1, 2).T for pairs in taken)
+
+    def take_forked_states(self) -> np.ndarray | None:
+        """[2, F]: slots to copy, and those to copy them to; None without any since the last call."""
+        taken, self._forked_states = self._forked_states, []
+        return np.array(taken, np.int64).T if taken else None
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
         """Make the blocks of the first `num_tokens` tokens findable: they are known, and computed by a started step."""

@@ -59,6 +59,9 @@ class StatefulModel(Model, Protocol):
 
     def allocate_states(self, num_slots: int) -> None: ...
 
+    def copy_states(self, pairs: np.ndarray) -> None:
+        """[2, F] int64: slots, and those that become copies of them before what is run next."""
+
 
 @runtime_checkable
 class SleepingModel(Model, Protocol):
@@ -161,6 +164,8 @@ class Runner:
     def run(self, prepared: PreparedBatch) -> Launched:
         if prepared.scheduled.forks:
             self.model.copy_blocks(prepared.scheduled.forks)
+        if prepared.scheduled.forked_states is not None:
+            self.model.copy_states(prepared.scheduled.forked_states)
         if prepared.scheduled.copies:
             self.model.swap(prepared.scheduled.copies)
         prepared.inputs.sampled = self._sampled

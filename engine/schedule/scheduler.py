@@ -121,8 +121,10 @@ class Scheduler:
                 self._delay.started()
         batch = make_batch(budget, self.rows, self.kv.swap)
         # An empty batch is not computed: its copies wait for the next one.
-        forks = self.kv.take_forks() if batch.num_tokens else ()
-        return replace(batch, forks=forks) if forks else batch
+        if not batch.num_tokens:
+            return batch
+        forks, states = self.kv.take_forks(), self.kv.take_forked_states()
+        return replace(batch, forks=forks, forked_states=states) if forks or states is not None else batch
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Let `child`, whose last token alone is not computed for its parent, run with that one's KV. False where there
@@ -146,6 +148,7 @@ class Scheduler:
         if self.kv.swap:
             self.kv.swap.copies.clear()
         self.kv.take_forks()
+        self.kv.take_forked_states()
 
     def _is_delay_over(self) -> bool:
         return self._delay is None or self._delay.is_over(self.waiting, bool(self.running))

@@ -67,7 +67,7 @@ def test_each_pass_can_be_left_out(family: str, name: str, expected) -> None:
 def test_all_passes_that_can_be_left_out_together() -> None:
     path = checkpoint("llama")
     model = build(path, 1, disabled_passes=tuple(OFF))
-    assert [report.name for report in model.report.reports] == ["page_attention"]
+    assert [report.name for report in model.report.reports] == ["page_attention", "page_state"]
     assert greedy(model, PROMPTS, NUM_TOKENS) == greedy(build(path, 1), PROMPTS, NUM_TOKENS)
 
 

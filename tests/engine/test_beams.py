@@ -15,13 +15,15 @@ PROMPT = tuple(range(1, 14))
 EOS = (3, 11, 20, 28)
 
 
-def reference(prompt: tuple[int, ...], width: int, num_steps: int, windows: tuple[int, ...]) -> list[list[int]]:
+def reference(
+    prompt: tuple[int, ...], width: int, num_steps: int, windows: tuple[int, ...], with_state: bool = False
+) -> list[list[int]]:
     """Tokens of the best hypotheses, without a penalty for length; an EOS is not among the tokens."""
     live, done = [([], 0.0)], []
     for _ in range(num_steps):
         found = []
         for tokens, logprob in live:
-            logits = torch.from_numpy(next_logits([*prompt, *tokens], windows))
+            logits = torch.from_numpy(next_logits([*prompt, *tokens], windows, None, with_state))
             best = torch.log_softmax(logits, 0).topk(2 * width)
             for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 (done if token in EOS else found).append((tokens + [token], logprob + value))
@@ -44,11 +46,15 @@ def stream(name: str, steps: int) -> EngineRequest:
     )
 
 
-def engine_of(windows: tuple[int, ...] = (0,), is_queue: bool = False, blocks: int = 64, **settings: object) -> Engine:
-    model = FakeModel(windows)
+def engine_of(
+    windows: tuple[int, ...] = (0,), is_queue: bool = False, blocks: int = 64, states: int = 0, **settings: object
+) -> Engine:
+    model = FakeModel(windows, with_state=states > 0)
     model.allocate_caches([blocks + 1] * len(windows))
+    model.allocate_states(states)
     device = FakeQueue() if is_queue else reference_device(None)
-    return Engine(fake_config(**{"max_num_seqs": 8, **settings}), model, [blocks] * len(windows), device)
+    config = fake_config(**{"max_num_seqs": 8, **settings})
+    return Engine(config, model, [blocks] * len(windows), device, num_states=states)
 
 
 def run(engine: Engine, *requests: EngineRequest) -> dict[str, list[TokenOutput]]:
@@ -74,18 +80,19 @@ SETTINGS: dict[str, dict[str, object]] = {
     "few rows": {"max_num_seqs": 3}, "one row": {"max_num_seqs": 1}, "few blocks": {"blocks": 13},
     "few blocks, asynchronous": {"blocks": 13, "is_queue": True}, "no cache": {"enable_prefix_caching": False},
     "few tokens": {"max_num_batched_tokens": 8}, "window": {"windows": (6,)}, "groups": {"windows": (0, 7)},
-    "groups, few blocks": {"windows": (0, 7), "blocks": 14},
+    "groups, few blocks": {"windows": (0, 7), "blocks": 14}, "states": {"states": 8}, "few states": {"states": 3},
+    "states, asynchronous": {"states": 8, "is_queue": True}, "only states": {"states": 6, "windows": ()},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_hypotheses_are_those_of_the_rules(settings: dict[str, object]) -> None:
-    windows = settings.get("windows", (0,))
+    windows, with_state = settings.get("windows", (0,)), "states" in settings
     for width, steps in itertools.product((1, 3, 5), (1, 9)):
         engine = engine_of(**settings)
         found = run(engine, stream("s", 12), beams("a", width, steps), beams("b", 2, steps, PROMPT[::-1]))
-        assert tokens(found["a"]) == reference(PROMPT, width, steps, windows)
-        assert tokens(found["b"]) == reference(PROMPT[::-1], 2, steps, windows)
+        assert tokens(found["a"]) == reference(PROMPT, width, steps, windows, with_state)
+        assert tokens(found["b"]) == reference(PROMPT[::-1], 2, steps, windows, with_state)
         assert engine.kv.usage == 0 and not engine.scheduler.running and not engine.requests.live
 
 
@@ -98,6 +105,16 @@ def test_forks_share_full_blocks_and_copy_one() -> None:
         most = max(most, engine.kv.groups[0].pool.num_used)
     alone = -(-(len(PROMPT) + 20) // engine.kv.block_size)
     assert most < 8 * alone / 2
+
+
+def test_forks_copy_the_state() -> None:
+    """Beams that go on in a slot of their own compute no prompt again."""
+    engine = engine_of(states=8)
+    engine.add(beams("a", 4, 20))
+    computed = 0
+    while engine.has_work:
+        computed += engine.step().stats.num_prompt_tokens
+    assert computed == len(PROMPT)
 
 
 def test_an_abort_frees_all_of_a_group() -> None:

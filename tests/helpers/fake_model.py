@@ -121,6 +121,10 @@ class FakeModel:
                 else:
                     cache[on_device] = host[on_host]
 
+    def copy_states(self, pairs: np.ndarray) -> None:
+        for source, target in pairs.T.tolist():
+            self.states[target] = self.states[source]
+
     def copy_blocks(self, pairs: Sequence[np.ndarray]) -> None:
         for cache, (sources, targets) in zip(self.caches, pairs, strict=True):
             blocks = cache.reshape(-1, self.block_size, 3)

@@ -20,6 +20,7 @@ class Sequence_:
     num_prompt: int
     blocks: list[int]
     starts_at: int
+    slot: int = 0
     num_computed: int = 0
     variant: int = 0
 
@@ -30,8 +31,11 @@ def greedy(model: CpuModel, prompts: Sequence[Sequence[int]], num_tokens: int, c
     free = list(range(1, blocks_each * len(prompts) + 1))
     random.Random(0).shuffle(free)
     model.allocate_caches([len(free) + 1] * len(model.info.cache_groups))
+    if model.info.state_specs:
+        model.allocate_states(len(prompts))
     sequences = [
-        Sequence_(list(p), len(p), [free.pop() for _ in range(blocks_each)], k) for k, p in enumerate(prompts)
+        Sequence_(list(p), len(p), [free.pop() for _ in range(blocks_each)], k, len(prompts) - 1 - k)
+        for k, p in enumerate(prompts)
     ]
     step = 0
     while active := [s for s in sequences if len(s.tokens) - s.num_prompt < num_tokens]:
@@ -61,8 +65,9 @@ def _run_step(model: CpuModel, batch: list[Sequence_], chunk: int) -> None:
         rope_rows=torch.tensor(rope_rows),
         query_start=torch.tensor(starts, dtype=torch.int32),
         seq_lens=torch.tensor([s.num_computed for s in batch], dtype=torch.int32),
-        slot_mapping=torch.tensor([slots] * num_groups),
-        block_tables=torch.tensor([[s.blocks for s in batch]] * num_groups, dtype=torch.int32),
+        slot_mapping=torch.tensor(slots).expand(num_groups, -1),
+        block_tables=torch.tensor([s.blocks for s in batch], dtype=torch.int32).expand(num_groups, -1, -1),
+        state_slots=torch.tensor([s.slot for s in batch]) if model.info.state_specs else None,
         logits_rows=torch.tensor(starts[1:]) - 1,
     )
     for sequence, row in zip(batch, model.run(inputs).logits, strict=True):

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fuseline.compile.backends.cpu_plan.plan import PlanExecutable
@@ -17,7 +18,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.runner import PipelineResult
 from fuseline.compile.graph_inputs import StepInputs, StepOutput, graph_values, no_embeds
 from fuseline.compile.memory import Pages
-from fuseline.compile.model_info import cache_tensors, copy_cache_blocks, describe
+from fuseline.compile.model_info import cache_tensors, copy_cache_blocks, describe, state_tensors
 
 Executable = EagerExecutable | PlanExecutable | StepPlans
 
@@ -68,14 +69,27 @@ class CpuModel:
 
     def allocate_caches(self, num_blocks: Sequence[int]) -> None:
         """Allocates `num_blocks` blocks per cache group."""
+        self._allocate(cache_tensors(self.info, num_blocks, self._block_size))
+
+    def allocate_states(self, num_slots: int) -> None:
+        """Allocates recurrent states for so many sequences."""
+        self._allocate(state_tensors(self.info, num_slots))
+
+    def _allocate(self, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         pages = Pages()
-        for name, (shape, dtype) in cache_tensors(self.info, num_blocks, self._block_size).items():
+        for name, (shape, dtype) in tensors.items():
             self._caches[name] = pages.zeros(shape, dtype)
         self._executable.bind(self._caches)
 
     def copy_blocks(self, pairs: Sequence[np.ndarray]) -> None:
         """Copies blocks of the caches before the next step, as `copy_cache_blocks` has them."""
         copy_cache_blocks(self._caches, self.info, pairs)
+
+    def copy_states(self, pairs: np.ndarray) -> None:
+        """Copies recurrent states before the next step; `pairs` [2, N] int64: sources and targets."""
+        sources, targets = (torch.from_numpy(np.ascontiguousarray(side)) for side in pairs)
+        for name in state_tensors(self.info, 0):
+            self._caches[name].index_copy_(0, targets, self._caches[name].index_select(0, sources))
 
     def run(self, inputs: StepInputs) -> StepOutput:
         """Computes one step. Tokens named by `sources` must already be sampled: a CPU runs steps synchronously."""

@@ -20,7 +20,7 @@ from fuseline.compile.backends.eager import EagerExecutable
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import call_node, tensors_of
 from fuseline.compile.graph.region import Region
-from fuseline.compile.graph_inputs import GraphOutput, group_placeholder, is_cache, meta_input
+from fuseline.compile.graph_inputs import GraphOutput, group_placeholder, is_cache, is_state, meta_input
 from fuseline.compile.ops.codes import CACHES
 
 DTYPES = {
@@ -78,13 +78,15 @@ class PlanExecutable:
         return sum(isinstance(step, Region) for step in self._segments)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Sets inputs that persist for all later runs: the caches."""
+        """Sets inputs that persist for all later runs: caches and states."""
         self._lasting |= tensors
         for name, tensor in tensors.items():
             if name in self._slots:
                 self._plan.set_slot(self._slots[name], tensor.data_ptr())
         self._changing = [(name, slot) for name, slot in self._slots.items() if name not in self._lasting]
-        self._num_blocks = next((v.shape[0] for k, v in self._lasting.items() if is_cache(k)), 0)
+        self._num_blocks, self._num_slots = (
+            next((v.shape[0] for k, v in self._lasting.items() if is_kept(k)), 0) for is_kept in (is_cache, is_state)
+        )
 
     def run(self, values: Mapping[str, Tensor]) -> GraphOutput:
         """Returns the graph's results, valid until the next run. `values`: all inputs that are not bound."""
@@ -106,11 +108,11 @@ class PlanExecutable:
 
     def _symbols(self, values: Mapping[str, Tensor]) -> list[int]:
         """Values of SYMBOLS for one step."""
-        sequences = values["seq_lens"].shape[0]
+        sequences, table = values["seq_lens"].shape[0], values.get(group_placeholder("block_tables", 0))
         return [
             values["token_ids"].shape[1], sequences, sequences + 1, values["logits_rows"].shape[0],
-            values[group_placeholder("block_tables", 0)].shape[1], self._num_blocks,
-            values["embed_rows"].shape[0] if "embed_rows" in values else 0,
+            0 if table is None else table.shape[1], self._num_blocks,
+            values["embed_rows"].shape[0] if "embed_rows" in values else 0, self._num_slots,
         ]  # fmt: skip
 
     def _add(self, step: Call | Region) -> None:
@@ -195,7 +197,7 @@ def _in_bytes(offset: Size, item_bytes: int, begin: int) -> Size:
 def limits_of(config: CompileConfig) -> dict[str, int]:
     """Largest value of each symbol; caches and block tables are not in the arena."""
     tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
-    return {"T": tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1, "E": tokens}
+    return {"T": tokens, "S": seqs, "S1": seqs + 1, "R": seqs, "M": 1, "N": 1, "E": tokens, "L": 1}
 
 
 def meta_inputs(graph: fx.GraphModule, block_size: int, same: Mapping[str, str] | None = None) -> MakeInputs:

@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 STEPS = {
     "T": 536870923, "S": 537870929, "S1": 538870961, "R": 539870963, "M": 540870991, "N": 541871017, "E": 542871019,
+    "L": 543871007,
 }  # fmt: skip
 """T tokens, S sequences, S1 = S + 1, R logits rows, M columns of the block table, N blocks of a cache, E given
-embeddings: SECOND - FIRST, distinct primes."""
-FIRST = {"T": 1000003, "S": 1000033, "S1": 1000037, "R": 1000039, "M": 1000081, "N": 1000099, "E": 1000117}
+embeddings, L slots of recurrent states: SECOND - FIRST, distinct primes."""
+FIRST = {"T": 1000003, "S": 1000033, "S1": 1000037, "R": 1000039, "M": 1000081, "N": 1000099, "E": 1000117,
+         "L": 1000121}  # fmt: skip
 SECOND = {name: FIRST[name] + step for name, step in STEPS.items()}
 SYMBOLS = tuple(STEPS)
 MAX_FACTOR = 1 << 28

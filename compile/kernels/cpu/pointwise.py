@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,8 @@ from fuseline.compile.ops import codes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = ("aten.clone", "aten.contiguous", "prims.convert_element_type")
-UNARY = ("neg", "silu", "relu", "tanh", "sigmoid", "exp", "cos", "sin", "rsqrt", "sqrt", "reciprocal")
+UNARY = ("neg", "silu", "relu", "tanh", "sigmoid", "exp", "cos", "sin", "rsqrt", "sqrt", "reciprocal",
+         "square")  # fmt: skip
 BINARY = ("add", "sub", "mul", "div")
 COMMUTATIVE = ("add", "mul")
 
@@ -63,6 +65,21 @@ def power(node: fx.Node) -> PlanCall:
     return PlanCall("binary_scalar", (node.args[0],), (codes.BINARY["pow"],), (float(node.args[1]),))
 
 
+def softplus(node: fx.Node) -> PlanCall:
+    beta, threshold = (*node.args[1:], *(1.0, 20.0)[len(node.args) - 1 :])
+    return PlanCall("unary", (node.args[0],), (codes.UNARY["softplus"],), (float(beta), float(threshold)))
+
+
+def is_bounded(x: Tensor, low: object = None, high: object = None) -> bool:
+    return is_float(x) and all(bound is None or isinstance(bound, (int, float)) for bound in (low, high))
+
+
+def clamp(node: fx.Node) -> PlanCall:
+    low, high = (*node.args[1:], None, None)[:2]
+    bounds = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    return PlanCall("unary", (node.args[0],), (codes.UNARY["clamp"],), bounds)
+
+
 def copy(node: fx.Node) -> PlanCall:
     return PlanCall("copy", (node.args[0],))
 
@@ -73,6 +90,8 @@ IMPLEMENTATIONS = (
     gelu("gelu", "none"),
     unary("aten.pow.Tensor_Scalar", "square", lambda x, exponent: is_float(x) and exponent == 2),
     Implementation("aten.pow.Tensor_Scalar", "binary_scalar", "cpu", call=power, supports=is_float),
+    Implementation("aten.softplus", "unary", "cpu", call=softplus, supports=is_float),
+    Implementation("aten.clamp", "unary", "cpu", call=clamp, supports=is_bounded),
     *(implementation for name in BINARY for implementation in binary(name)),
     *(Implementation(op, "copy", "cpu", call=copy) for op in COPIES),
 )

@@ -11,8 +11,9 @@ import zoo
 from torch import SymInt, fx
 from transformers import AutoModelForCausalLM
 
+from fuseline.compile.capture import hf_recurrences
 from fuseline.compile.capture.errors import CaptureError
-from fuseline.compile.capture.export import CapturedModel, capture_model, resolve_dtype
+from fuseline.compile.capture.export import CapturedModel, capture_config, capture_model, resolve_dtype
 from fuseline.compile.capture.hf_model import load_config
 from fuseline.compile.config import CompileConfig
 
@@ -108,8 +109,6 @@ REFUSED = {
     "bart": (transformers.BartConfig(d_model=64), "bart is an encoder-decoder model"),
     "bert": (transformers.BertConfig(**SMALL), "bert attends to later tokens too"),
     "clip": (transformers.CLIPConfig(), "Transformers has no model of type clip that generates text"),
-    "mamba": (transformers.MambaConfig(), "mamba has layers of type linear_attention, which are not supported"),
-    "qwen3_next": (transformers.Qwen3NextConfig(), "qwen3_next has layers of type linear_attention"),
     "llama4": (transformers.Llama4TextConfig(), "llama4_text has layers of type chunked_attention"),
     "activation": (transformers.LlamaConfig(**SMALL, hidden_act="nope"), "llama cannot be built: KeyError 'nope'"),
 }  # fmt: skip
@@ -122,6 +121,15 @@ def test_models_that_are_refused(tmp_path, name):
     with pytest.raises(CaptureError, match=f"^{message}") as caught:
         capture_model(CompileConfig(model=str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_recurrence_that_is_not_known_is_refused(monkeypatch):
+    """A convolution is captured without complaint, and would begin anew in every step."""
+    monkeypatch.setattr(hf_recurrences, "BY_NAME", {})
+    layers = dict(layer_types=["conv", "full_attention", "conv"], num_hidden_layers=3)
+    config = transformers.Lfm2Config(**SMALL | layers)
+    with pytest.raises(CaptureError, match="^lfm2: in 2 of 2 layers its recurrence is none that is known"):
+        capture_config(config, torch.float32, CompileConfig(model=""))
 
 
 @pytest.mark.parametrize(
