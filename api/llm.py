@@ -20,6 +20,7 @@ from fuseline.api.llm_values import (
     RequestOutput,
     Sampling,
     as_list,
+    conversations,
     per_prompt,
     prompt_fields,
     request_fields,
@@ -94,9 +95,9 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several. Fields of /v1/chat/completions; one output a conversation."""
-        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        many = conversations(messages)
         settings = per_prompt(sampling_params, len(many))
-        bodies = [{**fields, "messages": list(turns)} for turns, fields in zip(many, settings, strict=True)]
+        bodies = [{**fields, "messages": turns} for turns, fields in zip(many, settings, strict=True)]
         answers = self._call(self._post_all("/v1/chat/completions", bodies, use_tqdm))
         return [request_output(None, answer) for answer in answers]
 
@@ -177,7 +178,10 @@ class LLM:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run on the engine's loop and wait; Ctrl-C cancels it there."""
+        """Run on the engine's loop and wait; Ctrl-C cancels it there. Raises RuntimeError once it is closed."""
+        if self._loop.is_closed():
+            coroutine.close()
+            raise RuntimeError("this LLM is closed: make a new one")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

@@ -24,7 +24,9 @@ class RequestFailed(ValueError):
 
 
 async def post(app: App, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The parsed answer of a POST. Raises RequestFailed for any status but 200."""
+    """The parsed answer of a POST. Raises RequestFailed for any status but 200, and for a stream."""
+    if body.get("stream"):
+        raise RequestFailed(400, "stream: answers come whole here; use stream_chat or stream_deltas")
     return json.loads(b"".join([chunk async for chunk in _chunks(app, path, body)]))
 
 

@@ -38,9 +38,12 @@ def beam_fields(params: Sampling) -> dict[str, Any]:
         raise ValueError(f"a beam search has no {unknown[0]!r} (settings: {', '.join(sorted(known))})")
     if "beam_width" not in given or "max_tokens" not in given:
         raise ValueError("a beam search needs beam_width and max_tokens")
+    width = given["beam_width"]
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"beam_width must be an integer, 1 or more, not {width!r}")
     chosen = {name: given[name] for name in FIELDS if name in given}
     return {
-        "temperature": 0.0, **chosen, "n": given["beam_width"], "use_beam_search": True, "echo": True, "logprobs": 0,
+        "temperature": 0.0, **chosen, "n": width, "use_beam_search": True, "echo": True, "logprobs": 0,
         "include_stop_str_in_output": True,
     }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -43,10 +43,25 @@ class RequestOutput:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A text, a mapping or a list of token ids is one prompt; anything else is many."""
-    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    is_one = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
-    return [prompts] if is_one else list(prompts)
+    """A text, a mapping or a list of token ids is one prompt; anything else is many. Raises ValueError for what is
+    neither."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    found = _listed(prompts, "prompts")
+    return [found] if found and isinstance(found[0], Integral) else found
+
+
+def conversations(messages: Any) -> list[list[Any]]:
+    """One conversation, or several, as a list of them. Raises ValueError for what is neither."""
+    found = _listed(messages, "messages")
+    return [found] if found and isinstance(found[0], Mapping) else [_listed(turns, "messages") for turns in found]
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    if isinstance(values, str | bytes | bytearray | Mapping) or not isinstance(values, Iterable):
+        kinds = {"prompts": "texts, token ids or mappings", "messages": "messages", "a prompt": "token ids"}[name]
+        raise ValueError(f"{name}: must be a list of {kinds}, not {type(values).__name__}")
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def prompt_fields(prompt: Prompt) -> dict[str, Any]:
@@ -66,7 +81,7 @@ def plain(prompt: str | Sequence[int]) -> str | list[int]:
     """A text, or token ids as a list. Raises ValueError."""
     if isinstance(prompt, str):
         return prompt
-    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    ids = _listed(prompt, "a prompt")
     if not all(isinstance(token, Integral) for token in ids):
         raise ValueError("token ids must be whole numbers in one dimension")
     return [int(token) for token in ids]
@@ -81,13 +96,19 @@ def per_prompt(sampling: Sampling | Sequence[Sampling] | None, num: int) -> list
 
 
 def request_fields(sampling: Sampling | None) -> dict[str, Any]:
-    """Request fields of a mapping, dataclass, msgspec struct or object with attributes; None is unset."""
+    """Request fields of a mapping, dataclass, msgspec struct or object with attributes; None is unset.
+
+    Raises ValueError for anything else.
+    """
     if sampling is None:
         return {}
     if isinstance(sampling, Mapping):
         found = dict(sampling)
     elif isinstance(sampling, msgspec.Struct):
         found = msgspec.structs.asdict(sampling)
+    elif not hasattr(sampling, "__dict__") and not dataclasses.is_dataclass(sampling):
+        kind = type(sampling).__name__
+        raise ValueError(f"sampling settings must be a mapping or an object with attributes, not {kind}")
     else:
         found = dataclasses.asdict(sampling) if dataclasses.is_dataclass(sampling) else dict(vars(sampling))
     return {name: value for name, value in found.items() if value is not None and not name.startswith("_")}

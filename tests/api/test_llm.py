@@ -211,6 +211,44 @@ def test_errors_carry_the_servers_words(llm: LLM, app: FakeApp) -> None:
     assert llm.generate("fine")[0].outputs[0].text == "FINE"
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llm: llm.generate(None), "prompts: must be a list of texts, token ids or mappings, not NoneType"),
+        (lambda llm: llm.generate(b"text"), "prompts: must be a list .* not bytes"),
+        (lambda llm: llm.generate(7), "prompts: .* not int"),
+        (lambda llm: llm.generate([None]), "a prompt: must be a list of token ids, not NoneType"),
+        (lambda llm: llm.generate([1.5]), "a prompt: .* not float"),
+        (lambda llm: llm.generate([b"text"]), "a prompt: .* not bytes"),
+        (lambda llm: llm.generate("a", {"stream": True}), "stream: answers come whole"),
+        (lambda llm: llm.generate("a", [{"stream": True}]), "stream: answers come whole"),
+        (lambda llm: llm.generate("a", "greedy"), "sampling settings must be .* not str"),
+        (lambda llm: llm.generate("a", 3), "sampling settings must be .* not int"),
+        (lambda llm: llm.chat(None), "messages: must be a list of messages, not NoneType"),
+        (lambda llm: llm.chat("Hi"), "messages: .* not str"),
+        (lambda llm: llm.chat(["Hi"]), "messages: .* not str"),
+        (lambda llm: llm.chat([{"role": "user", "content": "a"}], {"stream": True}), "stream: answers come whole"),
+        (lambda llm: llm.beam_search("a", {"beam_width": 0, "max_tokens": 1}), "beam_width must be .* not 0"),
+        (lambda llm: llm.beam_search("a", {"beam_width": 1.5, "max_tokens": 1}), "beam_width must be"),
+        (lambda llm: llm.encode(None), "prompts: "),
+    ],
+)
+def test_values_of_wrong_kinds_are_named(llm: LLM, app: FakeApp, call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(llm)
+    assert not app.bodies
+
+
+def test_a_stream_in_a_batch_is_refused_alone(llm: LLM) -> None:
+    path, chat = "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}
+    (streamed, error), (status, _) = llm.run_batch([(path, {**chat, "stream": True}), (path, chat)])
+    assert (streamed, status) == (400, 200) and error["error"]["message"].startswith("stream: ")
+
+
+def test_prompts_of_a_generator(llm: LLM) -> None:
+    assert [output.outputs[0].text for output in llm.generate(text for text in ("a", "b"))] == ["A", "B"]
+
+
 def test_one_bad_prompt_ends_the_others(llm: LLM, app: FakeApp) -> None:
     with pytest.raises(ValueError, match="no such thing"):
         llm.generate(["slow", "bad"])
@@ -223,6 +261,12 @@ def test_close_stops_once(app: FakeApp, tmp_path) -> None:
     llm.close()
     llm.close()
     assert app.num_stops == 1
+
+
+def test_a_closed_one_says_so(app: FakeApp, llm: LLM) -> None:
+    llm.close()
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        llm.generate("a")
 
 
 def test_failed_start_leaves_no_thread(monkeypatch, tmp_path) -> None:
