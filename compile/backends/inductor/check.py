@@ -14,8 +14,9 @@ from torch import Tensor
 from fuseline.compile.backends.cpu_plan.sizes import SYMBOLS, evaluate, from_json
 from fuseline.compile.tuning.clock import times_in_turns
 
-STEPS = {(1, 1, 2, 1, 16, 32, 0): 16, (16, 16, 17, 16, 16, 32, 0): 4, (256, 2, 3, 2, 16, 32, 0): 1}
+STEPS = {(1, 1, 2, 1, 16, 32, 0, 4): 16, (16, 16, 17, 16, 16, 32, 0, 16): 4, (256, 2, 3, 2, 16, 32, 0, 4): 1}
 """Values of SYMBOLS for the tested steps, and their weights: decode steps are frequent."""
+assert all(len(step) == len(SYMBOLS) for step in STEPS)
 ROUNDING_STEPS = {torch.float32: 12.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Allowed deviation from torch, relative and absolute to the largest number: tolerance of ops in ops/library.py."""
 TIMING_SECONDS, MAX_ROUNDS = 0.2, 200
