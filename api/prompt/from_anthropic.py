@@ -50,8 +50,8 @@ SPEAKERS = {"tool_use": "assistant", "thinking": "assistant", "tool_result": "us
 """Type of a block -> the role whose messages may hold it."""
 
 
-def chat_of_messages(body: CountTokensRequest, has_reasoning: bool = False) -> ChatRequest:
-    """`has_reasoning`: the server knows which text is reasoning, and can bound it. Raises ApiError 400."""
+def chat_of_messages(body: CountTokensRequest) -> ChatRequest:
+    """Raises ApiError 400."""
     _refuse(body)
     messages = [{"role": "system", "content": _texts(body.system, "system")}] if body.system else []
     for k, message in enumerate(body.messages):
@@ -65,7 +65,7 @@ def chat_of_messages(body: CountTokensRequest, has_reasoning: bool = False) -> C
         "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
         "chat_template_kwargs": _thinking(body.thinking),
         "include_reasoning": False if body.thinking and body.thinking.display == "omitted" else None,
-        "thinking_token_budget": body.thinking.budget_tokens if body.thinking and has_reasoning else None,
+        "thinking_token_budget": body.thinking.budget_tokens if body.thinking else None,
         "continue_final_message": True if _is_begun(messages) else None,
         "response_format": _format(output.format if output else None),
         "reasoning_effort": output.effort if output else None,

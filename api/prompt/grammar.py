@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.backends import choose_backend
 from fuseline.api.protocol.common import GenerateRequest
+from fuseline.api.structured.counts import check_grammar_counts, check_regex_counts, check_schema_counts
 from fuseline.api.structured.ebnf import BLOCK, MAX_BYTES, Rules, choice, literal, one_of, repeat, sequence, too_large
 from fuseline.api.structured.json_text import NO_WHITESPACE, WHITESPACE
 from fuseline.api.structured.portable import portable_patterns, portable_regex, quoted_regex
@@ -26,7 +27,7 @@ OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_fallback", "
 PLAIN_WHITESPACE = "[ ]?"
 """Between JSON's tokens where packages of other backends compile a schema."""
 LARK_RULE = re.compile(r"^\s*[!?]?[a-zA-Z_]\w*(\.-?\d+)?\s*:(?!:=)", re.MULTILINE)
-LONG_COUNT = re.compile(r"(?<=[{,~.])\s*(\d{2,9})(?=\s*(?:[,}\n.]|$))")
+LONG_COUNT = re.compile(r"(?<=[{,~.])\s*(\d{2,10})(?=\s*(?:[,}\n.]|$))")
 """Counts of repetitions, {m,n} of both and ~ m..n of Lark."""
 GBNF_RULE = re.compile(r"^\s*[a-zA-Z_][\w-]*\s*::=", re.MULTILINE)
 
@@ -167,6 +168,7 @@ def _package_spec(name: str, kind: str, value: Any, param: str, whitespace: str 
         return replace(_grammar(value, param, ""), backend=name)
     if kind in ("json", "json_object"):
         schema = {"type": "object"} if kind == "json_object" else _schema(value, param)
+        check_schema_counts(schema, param)
         schema = portable_patterns(schema, is_whole=name == "outlines")
         text = json.dumps({"schema": schema, "whitespace": PLAIN_WHITESPACE if whitespace is None else whitespace})
         if len(text) > MAX_BYTES:
@@ -174,7 +176,8 @@ def _package_spec(name: str, kind: str, value: Any, param: str, whitespace: str 
         return GrammarSpec(kind="json_schema", text=text, backend=name)
     if kind == "choice":
         return GrammarSpec(kind="regex", text="|".join(map(quoted_regex, _choices(value, param))), backend=name)
-    return GrammarSpec(kind="regex", text=portable_regex(_text(value, param)), backend=name)
+    check_regex_counts(_text(value, param), param)
+    return GrammarSpec(kind="regex", text=portable_regex(value), backend=name)
 
 
 def _schema(value: Any, param: str) -> Schema:
@@ -212,8 +215,10 @@ def _grammar(value: Any, param: str, whitespace: str) -> GrammarSpec:
     text = _text(value, param)
     is_slow = _has_long_count(text)
     if GBNF_RULE.search(text):
+        check_grammar_counts(text, param, is_lark=False)
         return GrammarSpec(kind="ebnf", text=text, is_slow=is_slow)
     if LARK_RULE.search(text):
+        check_grammar_counts(text, param, is_lark=True)
         return GrammarSpec(kind="lark", text=text, is_slow=is_slow)
     raise bad_request(f"{param} has no rule (root ::= ... of GBNF, start: ... of Lark)", param)
 

@@ -171,7 +171,7 @@ class Preparer:
 
     def _messages(self, body: MessagesRequest) -> Prepared:
         with renamed_fields(from_anthropic.RENAMED):
-            return self._chat(from_anthropic.chat_of_messages(body, has_reasoning=bool(self._config.reasoning_parser)))
+            return self._chat(from_anthropic.chat_of_messages(body))
 
     def _count_tokens(self, body: CountTokensRequest) -> Written:
         with renamed_fields(from_anthropic.RENAMED):

@@ -12,6 +12,7 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from fuseline.api.errors import ApiError, bad_request
+from fuseline.api.structured.counts import check_regex_counts
 from fuseline.api.structured.ebnf import (
     EVERY_CHAR,
     FEW_TEXTS,
@@ -88,6 +89,7 @@ class RegexGrammar:
         return low, high
 
     def _parse(self, pattern: str) -> Any:
+        check_regex_counts(pattern, self._param)
         try:
             parsed = parser.parse(re.sub(r"\(\?<(?=[A-Za-z_])", "(?P<", pattern))
         except (re.error, OverflowError, RecursionError, ValueError) as error:

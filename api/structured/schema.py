@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.structured import numbers
+from fuseline.api.structured.counts import read_count
 from fuseline.api.structured.disjoint import Disjoint
 from fuseline.api.structured.ebnf import Rules, char_set, choice, repeat, sequence
 from fuseline.api.structured.formats import FORMATS, INTEGER_FORMATS, NO_LIMIT
@@ -281,10 +282,7 @@ class SchemaGrammar:
         return numbers.Bound(Decimal(repr(value)), is_strict)
 
     def count(self, schema: dict[str, Any], keyword: str, default: int | None) -> int | None:
-        value = schema.get(keyword, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise self.refuse(keyword, "must be an integer, 0 or more")
-        return value
+        return read_count(schema, keyword, default, self.refuse)
 
     def any_string(self) -> str:
         if self._any_text is None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from fuseline.api.errors import ApiError, bad_request
+from fuseline.api.structured.counts import check_grammar_counts
 from fuseline.api.structured.ebnf import Rules
 from fuseline.api.structured.regex import RegexGrammar
 from fuseline.api.structured.schema import SchemaGrammar
@@ -56,6 +57,8 @@ def _replaced(value: Any, param: str, depth: int) -> Any:
         rules = Rules()
         root = RegexGrammar(rules, param).expression(value["pattern"])
         return {"type": "grammar", "grammar": rules.text(root)}
+    if value.get("type") == "grammar" and isinstance(value.get("grammar"), str):
+        check_grammar_counts(value["grammar"], param, is_lark=False)
     return {key: _replaced(item, param, depth + 1) for key, item in value.items()}
 
 

@@ -392,6 +392,17 @@ def test_a_budget_needs_a_reasoning_parser(plain: Api) -> None:
     assert plain.post(CHAT, {"model": "demo", **THINKS, "thinking_token_budget": -1}).status_code == 200
 
 
+def test_the_budget_of_messages_needs_a_reasoning_parser(plain: Api) -> None:
+    body = {"model": "demo", "messages": THINKS["messages"], "max_tokens": 8}
+    response = plain.post("/v1/messages", {**body, "thinking": {"type": "enabled", "budget_tokens": 2000}})
+    message = response.json()["error"]["message"]
+    assert response.status_code == 400 and "thinking.budget_tokens" in message and "--reasoning-parser" in message
+    for thinking in ({"type": "disabled"}, {"type": "adaptive"}):
+        assert plain.post("/v1/messages", {**body, "thinking": thinking}).status_code == 200
+    counted = plain.post("/v1/messages/count_tokens", {**body, "thinking": {"type": "enabled", "budget_tokens": 2000}})
+    assert counted.status_code == 200
+
+
 def test_the_budget_of_messages(tooled: Api) -> None:
     body = {"messages": THINKS["messages"], "max_tokens": 80, "temperature": 0}
     free, held = (
