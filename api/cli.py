@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main_parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items())
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fuseline",
         usage="fuseline COMMAND [options]",
@@ -117,6 +118,12 @@ def run_batch(arguments: Sequence[str]) -> int:
     return run_batch_file(arguments)
 
 
+def save_sharded_state(arguments: Sequence[str]) -> int:
+    from fuseline.api.save_shards import run_save_shards
+
+    return run_save_shards(arguments)
+
+
 def collect_env(arguments: Sequence[str]) -> int:
     from fuseline.api.collect_env import run_collect_env
 
@@ -154,7 +161,7 @@ def version(arguments: Sequence[str]) -> int:
 
 
 HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "run": run, "chat": chat, "complete": complete, "run-batch": run_batch, "bench": bench,
-    "cache": cache, "explain": explain, "quantize": quantize, "collect-env": collect_env, "completion": completion,
-    "version": version,
+    "serve": serve, "run": run, "chat": chat, "complete": complete, "run-batch": run_batch,
+    "save-sharded-state": save_sharded_state, "bench": bench, "cache": cache, "explain": explain,
+    "quantize": quantize, "collect-env": collect_env, "completion": completion, "version": version,
 }  # fmt: skip

@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "chat with a running server in the terminal",
     "complete": "complete texts with a running server",
     "run-batch": "answer the requests of an OpenAI batch file",
+    "save-sharded-state": "write a checkpoint for --load-format sharded_state",
     "bench": "measure: `serve` any OpenAI-compatible server, `offline` an engine, `startup` a start, `kernels`",
     "cache": "list or clear what is kept for the next start",
     "explain": "show how a model is captured, transformed and lowered",

@@ -7,9 +7,9 @@ from fuseline.api.flag_rows import ROWS as SETTLED
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
-        "model served_model_name task download_dir revision code_revision tokenizer tokenizer_revision "
-        "skip_tokenizer_init trust_remote_code load_format quantization ignore_patterns hf_overrides rope_scaling "
-        "rope_theta dtype "
+        "model hf_config_path served_model_name task download_dir revision code_revision tokenizer tokenizer_revision "
+        "skip_tokenizer_init trust_remote_code config_format load_format model_loader_extra_config quantization "
+        "ignore_patterns hf_overrides rope_scaling rope_theta dtype "
         "max_model_len disable_sliding_window generation_config override_generation_config device seed"
     ).split(),
     "compiler": (
@@ -49,14 +49,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ).split(),
     "logging": (
         "enable_log_requests disable_log_requests max_log_len enable_log_outputs log_error_stack disable_log_stats "
-        "disable_uvicorn_access_log disable_access_log_for_endpoints"
+        "disable_uvicorn_access_log disable_access_log_for_endpoints otlp_traces_endpoint collect_detailed_traces"
     ).split(),
 }
 """Help groups in order; every field that is a flag is in exactly one (a test checks it)."""
 
 NOT_FLAGS = frozenset((
     "engine compile cache scheduler graphs grammars level recorded weight_format gives_hidden takes_embeds dev_mode "
-    "logging_level logging_config_path fits_context"
+    "logging_level logging_config_path otlp_protocol fits_context"
 ).split())
 """Fields without a flag: nested configs, what -O decides, what the environment sets, what has one value a target, what
 no endpoint uses."""
@@ -94,6 +94,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e5m2", "fp8_e4m3", "int8"),
     "block_size": (8, 16, 32, 64, 128, 256),
     "scheduling_policy": ("fcfs", "priority"),
+    "config_format": ("auto", "hf", "mistral"),
     "quantization": (*QUANTIZATIONS, "mxfp4", "modelopt_fp4", "auto-round", "inc", "int8", "int4"),
     "load_format": tuple(
         "auto pt safetensors npcache dummy tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split()
@@ -116,14 +117,10 @@ LATER_CHOICES: dict[str, dict[str, str]] = {
         "leave it out for a checkpoint that is quantized otherwise, or use int8, int4 or fp8 to quantize plain weights "
         "as they are loaded",
     ),
-    "load_format": dict.fromkeys(
-        "npcache tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split(),
-        "use auto, safetensors, pt or dummy",
-    ),
+    "load_format": {"gguf": "give the checkpoint as safetensors"},
     "task": dict.fromkeys("embedding embed classify score reward transcription".split(), "use generate or auto"),
     "runner": dict.fromkeys(("pooling", "draft"), "use generate or auto"),
     "convert": dict.fromkeys(("embed", "classify", "reward"), "use none or auto"),
-    "config_format": {"mistral": "give a checkpoint with config.json"},
     "tokenizer_mode": {
         "mistral": "mistral_common is not installed; use auto",
         "custom": "no tokenizer class is registered; use auto",

@@ -10,11 +10,12 @@ from fuseline.api.batch import BATCH_GROUPS
 from fuseline.api.cli_parser import COMMANDS, command_parser
 from fuseline.api.config import ConfigError
 from fuseline.api.run import RUN_GROUPS
+from fuseline.api.save_shards import SHARD_GROUPS
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 GROUPS: dict[str, Sequence[str]] = {
     "serve": list(tables.GROUPS), "run": RUN_GROUPS, "explain": tables.ENGINE_GROUPS,
-    "run-batch": BATCH_GROUPS,
+    "run-batch": BATCH_GROUPS, "save-sharded-state": SHARD_GROUPS,
 }  # fmt: skip
 """Commands that take a model, with the groups of their flags."""
 

@@ -229,6 +229,11 @@ class ServerConfig:
     """No access lines of the HTTP server."""
     disable_access_log_for_endpoints: str = ""
     """Paths without access lines, separated by commas, for instance /health,/metrics."""
+    otlp_traces_endpoint: str = ""
+    """Where to send a span for each request, OTLP over gRPC (http://localhost:4317), or over HTTP with
+    OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf (http://localhost:4318/v1/traces). Needs fuseline[tracing]."""
+    otlp_protocol: str = "grpc"
+    """grpc or http/protobuf; set by OTEL_EXPORTER_OTLP_TRACES_PROTOCOL."""
     logging_level: str = "INFO"
     """Level of our own log; set by FUSELINE_LOGGING_LEVEL."""
     logging_config_path: str = ""
@@ -255,7 +260,9 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class Environment:
-    """Variables FUSELINE_<NAME> (alias VLLM_<NAME>), empty when unset. A flag wins over its variable."""
+    """Variables FUSELINE_<NAME> (alias VLLM_<NAME>), empty when unset; those of OpenTelemetry have its names. A flag
+    wins over its variable.
+    """
 
     api_key: str = ""
     """Key clients must send; --api-key wins."""
@@ -273,13 +280,21 @@ class Environment:
     """JSON file for logging.config.dictConfig."""
     cache_root: str = ""
     """Directory of compile caches; default ~/.cache/fuseline."""
+    otel_exporter_otlp_traces_protocol: str = ""
+    """grpc or http/protobuf, for --otlp-traces-endpoint; default grpc."""
+
+
+def variables_of(name: str) -> tuple[str, ...]:
+    """Variables that set a field of Environment; the first wins."""
+    bare = name.upper()
+    return (bare,) if bare.startswith("OTEL_") else (f"FUSELINE_{bare}", f"VLLM_{bare}")
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """The one place where the server reads environment variables."""
     source = os.environ if variables is None else variables
     names = Environment.__dataclass_fields__
-    read = {name: source.get(f"FUSELINE_{name.upper()}") or source.get(f"VLLM_{name.upper()}") or "" for name in names}
+    read = {name: next(filter(None, map(source.get, variables_of(name))), "") for name in names}
     return Environment(**read)
 
 

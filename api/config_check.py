@@ -14,6 +14,7 @@ from fuseline.api.config import ConfigError, ServerConfig
 from fuseline.api.config_refusals import refuse_combination
 from fuseline.api.flag_rows import Row
 from fuseline.api.prompt.backends import check_installed
+from fuseline.api.tracing import why_not
 from fuseline.compile.target import DeviceError, likely_kind
 
 MINIMA: dict[str, float] = {
@@ -207,11 +208,18 @@ def _parsers(config: ServerConfig) -> None:
         raise ConfigError(f"--reasoning-parser {config.reasoning_parser}: choose from {', '.join(names)}")
 
 
+def _tracing(config: ServerConfig) -> None:
+    endpoint = config.otlp_traces_endpoint
+    if endpoint and (reason := why_not(endpoint, config.otlp_protocol)):
+        raise ConfigError(f"--otlp-traces-endpoint {endpoint}: {reason}")
+
+
 def _logging(config: ServerConfig) -> None:
     if config.logging_level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         raise ConfigError(f"FUSELINE_LOGGING_LEVEL={config.logging_level}: DEBUG, INFO, WARNING, ERROR or CRITICAL")
 
 
 RULES: tuple[Callable[[ServerConfig], None], ...] = (
-    _minima, _ranges, _grammar_backend, _token_budget, _partial_prefills, _files, _template, _parsers, _logging,
+    _minima, _ranges, _grammar_backend, _token_budget, _partial_prefills, _files, _template, _parsers, _tracing,
+    _logging,
 )  # fmt: skip

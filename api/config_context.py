@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fuseline.api.config import ConfigError
 from fuseline.compile.overrides import CONTEXT_KEYS, merged
+from fuseline.compile.stored_config import ConfigFileError, read_stored_config
 
 MODEL_KEY = "model_max_length"
 """In config.json (Command-R) it wins over the others."""
@@ -42,18 +43,20 @@ class Context:
 
 
 def find_context(
-    checkpoint: str, overrides: Mapping[str, object], rope_scaling: Mapping[str, object] | None = None,
-    tokenizer: str = "",
+    folder: str, overrides: Mapping[str, object], rope_scaling: Mapping[str, object] | None = None,
+    tokenizer: str = "", config_format: str = "auto",
 ) -> Context:  # fmt: skip
-    """`rope_scaling` replaces the checkpoint's. Raises ConfigError for files that cannot be read."""
-    whole = merged(read_config_json(checkpoint), overrides)
+    """`folder` holds config.json, and the tokenizer's files unless `tokenizer` does; `rope_scaling` replaces the
+    checkpoint's. Raises ConfigError for files that cannot be read.
+    """
+    whole = merged(read_config_json(folder, config_format), overrides)
     part = next((name for name in TEXT_PARTS if isinstance(whole.get(name), Mapping)), "")
     config = {**whole, **whole[part]} if part else whole
     window = next((int(n) for key in WINDOW_KEYS if (n := _number(config.get(key)))), 0)
     window = 0 if config.get("use_sliding_window") is False else window
     own = _stated(config)
     if own is None:
-        return Context(_unstated(str(config.get("model_type", "")), tokenizer or checkpoint), "", window)
+        return Context(_unstated(str(config.get("model_type", "")), tokenizer or folder), "", window)
     key, length = own
     scaling = rope_scaling or config.get("rope_parameters") or config.get("rope_scaling")
     if not rope_scaling and config.get("model_type") in SCALED_MODELS:
@@ -106,15 +109,12 @@ def _number(value: object) -> float | None:
     return float(value) if is_number and math.isfinite(value) and value > 0 else None
 
 
-def read_config_json(checkpoint: str) -> dict:
+def read_config_json(checkpoint: str, config_format: str = "auto") -> dict:
     """Raises ConfigError."""
-    path = Path(checkpoint) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{checkpoint} has no config.json; give a Transformers checkpoint")
-    content = read_json_file(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is no JSON object; give a Transformers checkpoint")
-    return content
+    try:
+        return read_stored_config(checkpoint, config_format)
+    except ConfigFileError as error:
+        raise ConfigError(str(error)) from error
 
 
 def read_json_file(path: Path) -> dict:

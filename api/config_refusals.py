@@ -6,9 +6,9 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 
 from fuseline.api.config import ConfigError
+from fuseline.compile.load_format import missing_package, wrong_extra
 
 Given = Mapping[str, object]
 DEVICE_OF = {"neuron_quant": "a Neuron device"}
@@ -18,7 +18,6 @@ KV_CONNECTORS = (
     "SharedStorageConnector", "LMCacheConnectorV1", "NixlConnector", "P2pNcclConnector", "MultiConnector",
     "OffloadingConnector", "PyNcclConnector", "MooncakeConnector",
 )  # fmt: skip
-LOADER_KEYS = {"enable_multithread_load": bool, "num_threads": int}
 
 
 def refuse_combination(name: str, value: object, given: Given) -> None:
@@ -78,12 +77,6 @@ def _kv_transfer(value: object, given: Given) -> str:
     return ""
 
 
-def _traces(value: object, given: Given) -> str:
-    if find_spec("opentelemetry") and find_spec("opentelemetry.sdk"):
-        return ""
-    return "OpenTelemetry is not installed (pip install opentelemetry-sdk opentelemetry-exporter-otlp)"
-
-
 def _detailed_traces(value: object, given: Given) -> str:
     if wrong := [part for part in str(value).split(",") if part.strip() not in TRACED]:
         return f"there is no module {wrong[0]!r} (modules: {', '.join(TRACED)})"
@@ -114,12 +107,13 @@ def _scheduler(value: object, given: Given) -> str:
 
 
 def _loader(value: object, given: Given) -> str:
-    for key, content in dict(value).items():
-        if key not in LOADER_KEYS:
-            return f"there is no key {key!r} for --load-format {given.get('load_format', 'auto')}"
-        if type(content) is not LOADER_KEYS[key]:
-            return f"{key} must be of type {LOADER_KEYS[key].__name__}"
-    return ""
+    return wrong_extra(str(given.get("load_format", "auto")), dict(value))
+
+
+def _load_format(value: object, given: Given) -> str:
+    if value == "bitsandbytes" and given.get("quantization") != "bitsandbytes":
+        return "needs --quantization bitsandbytes"
+    return missing_package(str(value))
 
 
 def _version(value: object, given: Given) -> str:
@@ -155,11 +149,11 @@ RULES: dict[str, Callable[[object, Given], str]] = {
     "enable_prompt_adapter": _prompt_adapter,
     "max_cpu_loras": _cpu_loras,
     "kv_transfer_config": _kv_transfer,
-    "otlp_traces_endpoint": _traces,
     "collect_detailed_traces": _detailed_traces,
     "scheduler_cls": _scheduler,
     "worker_cls": _importable,
     "model_loader_extra_config": _loader,
+    "load_format": _load_format,
     "show_hidden_metrics_for_version": _version,
     "allowed_local_media_path": _folder,
     "tokenizer_pool_type": _pool_type,

@@ -38,6 +38,7 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     model, folder = str(given.get("model") or "demo"), str(given.get("download_dir", ""))
     revision = str(given.get("revision", ""))
     checkpoint = find_checkpoint(model, folder, revision)
+    given["hf_config_path"] = _config_folder(given, folder)
     given |= level_values(levels, given) | {"graphs": graph_config(levels, given)}
     tokenizer = str(given.get("tokenizer") or "")
     if tokenizer or given.get("tokenizer_revision"):
@@ -56,6 +57,15 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     config = ServerConfig(**own)
     check(config)
     return config
+
+
+def _config_folder(given: Mapping[str, object], download_dir: str) -> str:
+    """Directory of --hf-config-path; empty without the flag. Raises ConfigError."""
+    path = str(given.get("hf_config_path", ""))
+    try:
+        return find_checkpoint(path, download_dir) if path else ""
+    except ConfigError as error:
+        raise ConfigError(f"--hf-config-path: {error}") from error
 
 
 def _recorded(name: str, asked: Mapping[str, object], default: object) -> object:
@@ -148,6 +158,8 @@ def _with_environment(given: dict[str, object], environment: Environment) -> dic
         found["logging_level"] = environment.logging_level.upper()
     if environment.logging_config_path:
         found["logging_config_path"] = environment.logging_config_path
+    if environment.otel_exporter_otlp_traces_protocol:
+        found["otlp_protocol"] = environment.otel_exporter_otlp_traces_protocol
     if environment.cpu_kvcache_space and "num_gpu_blocks_override" not in given:
         found["kv_cache_memory_bytes"] = _gib(environment.cpu_kvcache_space)
     return {**found, **given}
@@ -163,7 +175,9 @@ def _gib(text: str) -> int:
 def _context_values(checkpoint: str, given: dict[str, object], environment: Environment) -> dict[str, object]:
     """The context length, checked against the model's, and the token budget that depends on it."""
     overrides, scaling = dict(given.get("hf_overrides", ())), dict(given.get("rope_scaling", ()))
-    context = find_context(checkpoint, overrides, scaling, str(given.get("tokenizer", "")))
+    config_dir = str(given["hf_config_path"] or checkpoint)
+    context = find_context(config_dir, overrides, scaling, str(given.get("tokenizer", "") or checkpoint),
+                           str(given.get("config_format", "auto")))  # fmt: skip
     limit = context.limit
     if given.get("disable_sliding_window") and context.window:
         limit = min(limit or context.window, context.window)

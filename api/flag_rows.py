@@ -67,8 +67,6 @@ DEVICES, POOLING = "several devices", "embeddings and pooling"
 IGNORED: dict[str, Row] = {
     **ignored("every model is the captured Transformers model", "str", {"model_impl": "auto"},
         choices=("auto", "fuseline", "vllm", "transformers")),
-    **ignored("config.json is the format of all checkpoints here", "str", {"config_format": "auto"},
-        choices=("auto", "hf", "mistral")),
     **ignored("tokenizers of Transformers are fast ones, with the same ids", "str", {"tokenizer_mode": "auto"},
         choices=("auto", "hf", "slow", "mistral", "custom")),
     **ignored("the model generates text", "str", {"runner": "auto"}, choices=("auto", "generate", "pooling", "draft"),
@@ -131,7 +129,6 @@ IGNORED: dict[str, Row] = {
     **ignored("the model takes text only", "str", {"mm_processor_cache_type": "lru", "mm_encoder_tp_mode": "weights",
         "mm_encoder_attn_backend": None}),
     **ignored("nothing is compiled for a size of its own", "str", "override_attention_dtype"),
-    **ignored("the loader has no extras", "json", "model_loader_extra_config"),
 }  # fmt: skip
 
 UNIMPLEMENTED: dict[str, Row] = {
@@ -153,7 +150,6 @@ UNIMPLEMENTED: dict[str, Row] = {
     **unimplemented(POOLING, "str", "io_processor_plugin"),
     **unimplemented("prompt embeddings", "bool", "enable_prompt_embeds"),
     **unimplemented("routed experts in answers", "bool", "enable_return_routed_experts"),
-    **unimplemented("other checkpoint formats", "str", "hf_config_path"),
     **unimplemented("passing the KV cache on", "json", "kv_transfer_config kv_events_config ec_transfer_config "
         "weight_transfer_config"),
     **unimplemented("passing the KV cache on", "float", "kv_offloading_size", minimum=0),
@@ -179,7 +175,6 @@ UNIMPLEMENTED: dict[str, Row] = {
     **unimplemented(SPECULATION, "bool-value", {"disable_logprobs_during_spec_decoding": True}),
     **unimplemented(SPECULATION, "bool", "speculative_disable_mqa_scorer"),
     **unimplemented(SPECULATION, "json", "speculative_config"),
-    **unimplemented("tracing", "str", "otlp_traces_endpoint collect_detailed_traces"),
     **unimplemented("profiling", "json", "profiler_config"),
     **unimplemented("gRPC", "bool", "grpc"),
     **unimplemented(POOLING, "bool", "enable_flash_late_interaction"),

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -27,6 +28,8 @@ from fuseline.api.llm_values import (
     request_output,
 )
 from fuseline.api.progress import StartupProgress
+from fuseline.api.save_shards import MAX_FILE_SIZE, save_shards
+from fuseline.compile.load_format import SHARD_PATTERN
 from fuseline.engine.messages import EngineReady
 
 T = TypeVar("T")
@@ -136,6 +139,10 @@ class LLM:
             return await asyncio.gather(*(one(path, body) for path, body in requests))
 
         return self._call(run_all())
+
+    def save_sharded_state(self, path: str, pattern: str = SHARD_PATTERN, max_size: int = MAX_FILE_SIZE) -> None:
+        """Write the checkpoint for --load-format sharded_state, as the command of that name. Raises ConfigError."""
+        save_shards(self.config, Path(path), pattern, max_size)
 
     def close(self) -> None:
         """Stop the engine; further calls fail. Idempotent."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from fuseline.engine.config import CacheConfig
-from fuseline.engine.messages import AWAKE, EngineReady, StepOutputs, StepStats, TokenOutput
+from fuseline.engine.messages import AWAKE, EngineReady, StepOutputs, StepStats, StepTimes, TokenOutput
 
 LOG = logging.getLogger("fuseline.stats")
 LOG_SECONDS = 10.0
@@ -19,6 +19,7 @@ TPOT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8096)
 PREEMPTIONS = (0, 1, 2, 5, 10, 20, 50)
+STEP_TIMES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 60000)
 LIFETIMES = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 SLEEP_STATES = {AWAKE: "awake", 0: "paused", 1: "weights_offloaded", 2: "discard_all"}
 """Sleep level -> value of the label sleep_state."""
@@ -41,8 +42,15 @@ class Metrics:
     """All series of one server; fed by engine steps and finished requests."""
 
     def __init__(
-        self, prefix: str, model_name: str, ready: EngineReady, cache: CacheConfig, registry: CollectorRegistry
+        self,
+        prefix: str,
+        model_name: str,
+        ready: EngineReady,
+        cache: CacheConfig,
+        registry: CollectorRegistry,
+        traced: Set[str] = frozenset(),
     ) -> None:
+        """`traced`: modules whose times the engine tells, model and worker."""
         self._registry = registry
         self._prefix, self._model = prefix, model_name
         self._seen = StepStats()
@@ -53,6 +61,7 @@ class Metrics:
         self._make_cache_series(ready, cache)
         self._make_speculation_series()
         self._make_request_series(ready.max_model_len)
+        self._make_step_series(traced)
 
     def _series(self, kind: type, name: str, text: str, labels: Sequence[str] = (), **options):
         made = kind(self._prefix + name, text, ("model_name", *labels), registry=self._registry, **options)
@@ -145,6 +154,15 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(self._model, reason)
 
+    def _make_step_series(self, traced: Set[str]) -> None:
+        self._forward = self._execute = None
+        if "model" in traced:
+            text = "Time in the model's forward passes"
+            self._forward = self._series(Histogram, "model_forward_time_milliseconds", text, buckets=STEP_TIMES)
+        if "worker" in traced:
+            text = "Time in steps: forward passes and sampling"
+            self._execute = self._series(Histogram, "model_execute_time_milliseconds", text, buckets=STEP_TIMES)
+
     def on_step(self, step: StepOutputs) -> None:
         stats, seen = step.stats, self._seen
         self._show_queue(stats)
@@ -205,6 +223,9 @@ class Metrics:
         self._n.observe(finished.n)
         now = time.time()
         self._e2e.observe(now - finished.arrival)
+        for histogram, seconds in ((self._forward, finished.times.forward), (self._execute, finished.times.execute)):
+            if histogram is not None and seconds is not None:
+                histogram.observe(1000 * seconds)
         if finished.queue_seconds is None:
             return  # it never left the queue
         scheduled = finished.arrival + finished.queue_seconds
@@ -250,8 +271,17 @@ class FinishedRequest:
         self.num_preemptions = 0
         self.queue_seconds: float | None = None
         self.first_token: float | None = None
+        self.times = StepTimes()
+        """Seconds in steps, where they are measured."""
         self.last: dict[int, float] = {}
         self.reasons: list[str] = []
+
+    def take_times(self, times: StepTimes) -> None:
+        """Those of a choice that has ended: the choices of a request run beside each other."""
+        if times.forward is not None:
+            self.times = StepTimes(max(times.forward, self.times.forward or 0.0), self.times.execute)
+        if times.execute is not None:
+            self.times = StepTimes(self.times.forward, max(times.execute, self.times.execute or 0.0))
 
     @property
     def num_generated(self) -> int:

@@ -40,6 +40,7 @@ from fuseline.api.prompt.template import ChatTemplate
 from fuseline.api.prompt.vocabulary import make_vocabulary
 from fuseline.api.protocol.common import GenerationDefaults
 from fuseline.api.stored_responses import ResponseStore
+from fuseline.api.tracing import Tracer, open_tracer
 from fuseline.engine.client import EngineClient
 from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
 
@@ -77,10 +78,13 @@ class Served:
     admission: Admission
     parsing: Parsing
     stored: ResponseStore
+    tracer: Tracer | None = None
+    """None without --otlp-traces-endpoint."""
     turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     num_requests: int = 0
+    has_told_of_tracing: bool = False
 
     @property
     def name(self) -> str:
@@ -148,7 +152,13 @@ class Served:
             turns=self.turns, num_shown=answer.n if answer.n < params.n else 0,
             parse=parse, kept_ids=self.parsing.kept_ids if parse else frozenset(),
         )  # fmt: skip
-        watch = RequestWatch(engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len)
+        on_end = None
+        if self.tracer is not None:
+            name = label if len(prepared.prompts) == 1 else f"{label}-{index}"
+            on_end = partial(self.tracer.write, engine_request, name, prepared.trace_headers)
+        watch = RequestWatch(
+            engine_request, label, self.metrics, config.enable_log_outputs, config.max_log_len, on_end
+        )  # fmt: skip
         if answer.beams:
             return BeamSearch(engine_request, self.tokenizer, options, answer.beams, watch)
         return Generation(engine_request, self.tokenizer, options, watch)
@@ -162,6 +172,15 @@ class Served:
         elif not config.disable_log_requests:
             LOG.info("%s: prompt of %d tokens, %s", label, num_tokens, _brief(_without_texts(params)))
 
+    def trace_headers(self, headers: dict[str, str]) -> dict[str, str]:
+        """The headers, where spans are written; else none, and one line of the log says so."""
+        if self.tracer is not None:
+            return headers
+        if not self.has_told_of_tracing:
+            self.has_told_of_tracing = True
+            LOG.warning("a request came with trace headers, but no spans are written: see --otlp-traces-endpoint")
+        return {}
+
     def start_processes(self) -> None:
         """Start a process that prepares requests, before the first one."""
         if self.pools is not None:
@@ -171,6 +190,8 @@ class Served:
         """End the processes that prepare requests."""
         for pool in self.pools or ():
             pool.close()
+        if self.tracer is not None:
+            self.tracer.close()
 
 
 def _brief(params: SamplingParams) -> str:
@@ -207,7 +228,8 @@ def build_served(
     log_content_format(config, preparer.renderer.template)
     metrics, registry = None, CollectorRegistry()
     if not config.engine.disable_log_stats:
-        metrics = Metrics(config.metrics_prefix, config.served_model_name[0], ready, config.engine.cache, registry)
+        names, engine = (config.metrics_prefix, config.served_model_name[0]), config.engine
+        metrics = Metrics(*names, ready, engine.cache, registry, engine.traced)
         client.on_step.append(metrics.on_step)
     pools = None
     if config.prompt_workers:
@@ -218,7 +240,7 @@ def build_served(
     admission = Admission(config)
     return Served(
         config, client, ready, tokenizer, preparer, pools, bodies, registry, HttpMetrics(registry), metrics, admission,
-        parsing, stored,
+        parsing, stored, open_tracer(config),
     )  # fmt: skip
 
 
@@ -236,7 +258,7 @@ def log_content_format(config: ServerConfig, template: ChatTemplate | None) -> N
 
 def generation_defaults(config: ServerConfig) -> dict[str, Any]:
     """Sampling defaults: overrides over the generation config that --generation-config names."""
-    folder = {"": None, "none": None, "vllm": None, "auto": config.engine.compile.model}.get(
+    folder = {"": None, "none": None, "vllm": None, "auto": config.engine.compile.config_dir}.get(
         config.generation_config, config.generation_config
     )
     stored = read_json(Path(folder) / "generation_config.json") if folder else {}

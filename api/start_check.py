@@ -18,7 +18,7 @@ from fuseline.api.prompt.template_check import check_template
 from fuseline.api.served import generation_defaults, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "tekken*", "*.tiktoken")
-WEIGHT_FILES = ("*.safetensors*", "*.bin", "*.bin.index.json")
+WEIGHT_FILES = ("*.safetensors*", "*.bin", "*.bin.index.json", "*.pt", "*.tensors")
 MAX_SOCKET_PATH = 107
 """Bytes of a Unix socket's path, on Linux."""
 
@@ -89,9 +89,9 @@ def _try_socket_path(path: Path) -> None:
 
 def _try_model(config: ServerConfig) -> None:
     """config.json as Transformers reads it, and the headers of the weights."""
-    from fuseline.compile.capture.checkpoint import open_checkpoint
     from fuseline.compile.capture.errors import CaptureError, LoadError
     from fuseline.compile.capture.hf_model import check_architecture, load_config
+    from fuseline.compile.capture.load_formats import try_weights
 
     settings = config.engine.compile
     folder = Path(settings.model)
@@ -100,7 +100,7 @@ def _try_model(config: ServerConfig) -> None:
         # How the weights are stored is told by files that may still be on their way.
         check_architecture(load_config(settings if has_weights else replace(settings, quantization=None)))
         if settings.load_format != "dummy" and has_weights:
-            open_checkpoint(folder, settings.load_format, settings.ignore_patterns)
+            try_weights(settings)
     except LoadError as error:
         flag = "" if settings.load_format == "auto" else f"--load-format {settings.load_format}: "
         raise ConfigError(f"{flag}{error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -34,7 +34,7 @@ from fuseline.compile.model_info import model_limit
 from fuseline.compile.passes.pipeline import stages
 from fuseline.compile.quantization.methods import quantizes_plain
 from fuseline.compile.residency.offload import Offload, choose_offloaded, without_offloaded
-from fuseline.compile.specs import CacheSpec, WeightSource
+from fuseline.compile.specs import CacheGroup, CacheSpec, WeightSource
 from fuseline.compile.target import CPU, Target
 from fuseline.compile.tuning.kernels import tune_kernels
 from fuseline.compile.tuning.linears import TUNE_LEVEL, tune_linears
@@ -43,19 +43,32 @@ if TYPE_CHECKING:
     from fuseline.compile.backends.cuda.model import CudaModel
 
 GIB = 1 << 30
+Admit = Callable[[Sequence[CacheGroup], int], None]
 Executable = CpuExecutable | CudaExecutable
 
 
+def admit_all(groups: Sequence[CacheGroup], max_model_len: int) -> None:
+    """An `admit` that refuses no model."""
+
+
 def compile_model(
-    config: CompileConfig, target: Target, progress: Progress = silent, graphs: GraphConfig | None = None
+    config: CompileConfig,
+    target: Target,
+    progress: Progress = silent,
+    graphs: GraphConfig | None = None,
+    admit: Admit = admit_all,
 ) -> CpuModel | CudaModel:
-    """Raises CaptureError or LoadError, one line each. `graphs` selects the steps that a GPU captures."""
+    """Raises CaptureError or LoadError, one line each, and what `admit` raises. `graphs` selects the steps that a GPU
+    captures; `admit` is told the model's cache groups and context length before any weight is loaded.
+    """
     config = _with_dtype_of(config, target)
     _C.set_num_threads(target.num_threads)
     torch.set_num_threads(target.num_threads)
     progress("capturing", 0, 1)
     captured, result = load_optimized(config, target) or optimize(config, target, keep=True, progress=progress)
     progress("capturing", 1, 1)
+    groups = [spec for spec in result.specs if isinstance(spec, CacheGroup)]
+    admit(groups, model_limit(config, captured.facts))
     requests = weight_requests(captured.graph, result)
     offload = _offload(captured.graph, config, target)
     with told_as(LoadError, f"the weights of {config.model} cannot be loaded"):

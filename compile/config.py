@@ -39,6 +39,9 @@ class CompileConfig:
 
     model: str
     """Directory of the checkpoint (config.json, safetensors)."""
+    hf_config_path: str = ""
+    """Directory, or hub id of a cached snapshot, whose config.json and generation_config.json count in place of the
+    model's."""
     level: int = 1
     """0: the captured graph with reference ops, eager. 1: passes, our kernels and the plan. 2: ops without a
     kernel compiled by inductor, in the background. 3: a plan of its own for steps that
@@ -92,13 +95,26 @@ class CompileConfig:
     quantized as they are loaded: int8, int4, fp8, bitsandbytes, ptpc_fp8, tpu_int8, experts_int8 or deepspeedfp
     (QUANTIZATION.md)."""
     load_format: str = "auto"
-    """auto, safetensors, pt or dummy (random weights from `seed`)."""
+    """Files of the weights: auto (safetensors, else torch.save's, else Mistral's), safetensors, pt (.bin, .pt), npcache
+    (those, kept as numpy's files beside them for the next start), sharded_state (written by the command
+    save-sharded-state), mistral (consolidated.safetensors, params.json), tensorizer, runai_streamer, bitsandbytes, or
+    dummy (random weights from `seed`)."""
+    model_loader_extra_config: tuple[tuple[str, object], ...] = ()
+    """JSON for a load format: tensorizer_uri, tensorizer_dir and verify_hash (tensorizer), concurrency and memory_limit
+    (runai_streamer), pattern (sharded_state)."""
+    config_format: str = "auto"
+    """File of the model's settings: hf (config.json), mistral (params.json), or auto, the first that there is."""
     seed: int = 0
     """Seed of dummy weights."""
     trust_remote_code: bool = False
     """Allow Python code that lies in the checkpoint directory."""
     skip_model_check: bool = False
     """Serve a model without comparing a small copy of it (random weights) with Transformers when it is captured."""
+
+    @property
+    def config_dir(self) -> str:
+        """Directory of config.json."""
+        return self.hf_config_path or self.model
 
 
 @dataclass(frozen=True)

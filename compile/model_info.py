@@ -33,7 +33,7 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
         num_layers=facts.num_layers,
         max_model_len=model_limit(config, facts),
         dtype=str(captured.dtype).removeprefix("torch."),
-        eos_token_ids=eos_ids(config.model, facts),
+        eos_token_ids=eos_ids(config.config_dir, facts),
         weight_bytes=sum({t.data_ptr(): t.nbytes for t in weights.values()}.values()),
         arena_bytes=getattr(executable, "arena_bytes", 0),
         host_weight_bytes=getattr(executable, "host_weight_bytes", 0),
@@ -48,9 +48,9 @@ def describe(config: CompileConfig, captured, result, weights, executable) -> Mo
     )
 
 
-def eos_ids(model: str, facts: ModelFacts) -> tuple[int, ...]:
+def eos_ids(folder: str, facts: ModelFacts) -> tuple[int, ...]:
     """EOS ids of generation_config.json, else of config.json. Raises LoadError for a broken file."""
-    path = Path(model) / "generation_config.json"
+    path = Path(folder) / "generation_config.json"
     try:
         values = json.loads(path.read_text()) if path.is_file() else {}
     except (ValueError, OSError) as error:

@@ -115,7 +115,7 @@ class Beams:
             TokenOutput(
                 request_id=seq.request.request_id, index=index, token_ids=beam.tokens,
                 logprobs=() if num_shown is None else tuple(_cut(score, num_shown) for score in beam.scores),
-                finish_reason="stop" if beam.is_done else "length",
+                finish_reason="stop" if beam.is_done else "length", times=seq.times,
             )  # fmt: skip
             for index, beam in enumerate(group.search.best())
         ]

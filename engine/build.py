@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fuseline.compile.config import Progress
@@ -22,9 +23,10 @@ def build_compiled_model(config: EngineConfig, progress: Progress) -> Model:
     """The checkpoint of the configuration, compiled for the device of the configuration."""
     from fuseline.compile.compiler import compile_model
     from fuseline.compile.target import detect_target
+    from fuseline.engine.memory.sizing import check_override
 
     target = detect_target(config.compile.cpu_threads, config.device)
-    return compile_model(config.compile, target, progress, config.graphs)
+    return compile_model(config.compile, target, progress, config.graphs, partial(check_override, config))
 
 
 def find_device(config: EngineConfig) -> Device:

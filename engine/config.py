@@ -92,5 +92,14 @@ class EngineConfig:
     """Kind of log-probabilities to report: before (raw) or after (processed) penalties, masks and temperature."""
     seed: int = 0
     """Seed of dummy weights and of requests without their own."""
+    collect_detailed_traces: str = ""
+    """Times of a request's steps, for its span and the metrics: model (forward passes), worker (steps as a whole) or
+    all, separated by commas. On a GPU each step waits for the last one then. Needs --otlp-traces-endpoint."""
     disable_log_stats: bool = False
     """No periodic statistics in the log and no engine metrics."""
+
+    @property
+    def traced(self) -> frozenset[str]:
+        """Modules of --collect-detailed-traces: model, worker."""
+        asked = {part.strip() for part in self.collect_detailed_traces.split(",")} - {""}
+        return frozenset({"model", "worker"} if "all" in asked else asked)

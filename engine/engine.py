@@ -11,7 +11,7 @@ import numpy as np
 from fuseline.engine.beams import Beams
 from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.kv_manager import KVManager
-from fuseline.engine.messages import AWAKE, EngineRequest, StepOutputs
+from fuseline.engine.messages import AWAKE, EngineRequest, StepOutputs, StepTimes
 from fuseline.engine.outputs import Ending, new_tokens, on_fast_path, pooled_output, store_prompt_scores
 from fuseline.engine.requests import Requests
 from fuseline.engine.run.device import Device
@@ -73,7 +73,7 @@ class Engine:
             windows, num_blocks, block_size, num_seqs, self.max_model_len, num_host_blocks, num_states
         )  # fmt: skip
         self.scheduler = scheduler_class(config.scheduler.scheduler_cls)(limits, self.rows, self.kv, info.rope_switch)
-        self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens, config.logprobs_mode)
+        self.runner = Runner(model, device, self.rows, self.kv, limits.num_tokens, config)
         self.grammars = GrammarCompiler(config.grammars, info.vocab_size)
         self.slow_masks = SlowMasks(self.rows)
         self._waits_for_masks = False  # nothing else can be computed
@@ -144,6 +144,8 @@ class Engine:
 
     def store(self, batch: PreparedBatch, result: StepResult) -> None:
         scheduled, sampled = batch.scheduled, result.sampled
+        if batch.times is not None:
+            self._note_times(scheduled, batch.times)
         self._waits_for_masks = False
         if sampled is None:
             return
@@ -228,6 +230,13 @@ class Engine:
             if seq.queue_seconds is None:
                 arrival = seq.request.arrival_time
                 seq.queue_seconds = max(0.0, time.time() - arrival) if arrival else 0.0
+
+    def _note_times(self, scheduled: ScheduledBatch, times: StepTimes) -> None:
+        """Add what a step took to its sequences, but for those that have lost their row meanwhile."""
+        stays = self.rows.generation[scheduled.rows] == scheduled.generation
+        for row in np.unique(scheduled.rows[stays]).tolist():
+            seq = self.rows.sequences[row]
+            seq.times = (seq.times or StepTimes()).plus(times)
 
     def _settle_drafts(self, batch: PreparedBatch, stays: np.ndarray) -> None:
         """Take back what was computed for drafts that are not kept, and commit the blocks of kept ones."""

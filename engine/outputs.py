@@ -152,6 +152,7 @@ def make_outputs(seq: Sequence, new: NewTokens) -> Iterator[Output]:
         num_cached_tokens=seq.num_cached if is_first else 0,
         queue_seconds=seq.queue_seconds if is_first else None,
         num_preemptions=seq.num_preemptions if ending else 0,
+        times=seq.times if ending else None,
         finish_reason=ending.reason if ending else None,
         stop_token_id=ending.stop_token_id if ending else None,
         error=ending.error if ending else "",

@@ -51,6 +51,7 @@ def dry(monkeypatch, tmp_path) -> Callable[[list[str]], None]:
     monkeypatch.setattr(bench, "require_matplotlib", lambda: None)
     monkeypatch.setattr(report, "explain", stop)
     monkeypatch.setattr("fuseline.api.run.converse", stop)
+    monkeypatch.setattr("fuseline.api.save_shards.save_shards", stop)
     monkeypatch.setattr("fuseline.api.remote.Remote.stream_completion", stop)
     monkeypatch.setattr("fuseline.api.cli_cache.clear", stop)
     monkeypatch.setattr("fuseline.compile.checkpoint_writer.plan.make_plan", stop)

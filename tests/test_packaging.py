@@ -75,8 +75,9 @@ def reached(requirements: list[Requirement]) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("api", ["plot", "completion", "guidance"]), ("engine", ["guidance", "outlines", "lm-format-enforcer"]),
-     ("compile", []), ("csrc/pkg", []), ("benchmarks", ["bench"]),
+    [("api", ["plot", "completion", "guidance", "tracing", "sentencepiece"]),
+     ("engine", ["guidance", "outlines", "lm-format-enforcer"]),
+     ("compile", ["tensorizer", "runai_streamer"]), ("csrc/pkg", []), ("benchmarks", ["bench"]),
      ("tools", ["bench", "test"]), ("tests", ["bench", "test"])],
 )  # fmt: skip
 def test_what_is_imported_is_declared(folder: str, extras: list[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fuseline.api import cli_tables as tables
 from fuseline.api.cli_flags import METAVARS, Flag, config_flags, field_docs, help_line
-from fuseline.api.config import Environment
+from fuseline.api.config import Environment, variables_of
 from fuseline.api.config_levels import KEYS
 from fuseline.api.flag_rows import ALIASES, Fate
 
@@ -78,7 +78,7 @@ def _aliases() -> str:
 
 
 def _environment() -> str:
-    rows = [(f"`FUSELINE_{name.upper()}`", text) for name, text in field_docs(Environment).items()]
+    rows = [(f"`{variables_of(name)[0]}`", text) for name, text in field_docs(Environment).items()]
     return _table("Environment variables (also with the prefix VLLM_)", ("variable", "meaning"), rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -20,13 +21,20 @@ class RequestWatch:
     """A context around the request; leaving it before all choices have ended counts the rest as aborted or failed."""
 
     def __init__(
-        self, request: EngineRequest, label: str, metrics: Metrics | None, logs_text: bool, max_log_len: int | None
+        self,
+        request: EngineRequest,
+        label: str,
+        metrics: Metrics | None,
+        logs_text: bool,
+        max_log_len: int | None,
+        on_end: Callable[[FinishedRequest], None] | None = None,
     ) -> None:
+        """`on_end` is told when the request has ended, in whatever way."""
         params = request.params
         self._kept = FinishedRequest(len(request.prompt_token_ids), params.n, params.max_tokens, request.arrival_time)
         self._label, self._metrics = label, metrics
         self._texts: dict[int, str] | None = {} if logs_text else None
-        self._max_log_len = max_log_len
+        self._max_log_len, self._on_end = max_log_len, on_end
 
     def __enter__(self) -> Self:
         return self
@@ -43,6 +51,8 @@ class RequestWatch:
                 LOG.info("%s aborted", self._label)
         if self._metrics:
             self._metrics.take_finished(kept)
+        if self._on_end:
+            self._on_end(kept)
 
     def see_output(self, output: TokenOutput) -> None:
         kept = self._kept
@@ -50,6 +60,8 @@ class RequestWatch:
             kept.queue_seconds = output.queue_seconds
         kept.num_cached = kept.num_cached or output.num_cached_tokens
         kept.num_preemptions += output.num_preemptions
+        if output.times is not None:
+            kept.take_times(output.times)
 
     def see(self, event: Event) -> None:
         kept = self._kept

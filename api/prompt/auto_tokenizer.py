@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from fuseline.api.prompt.other_tokenizers import load_other
 from fuseline.api.prompt.tokenizer_files import TokenizerFiles
 
 
@@ -44,6 +45,8 @@ def load(folder: str, trust_remote_code: bool) -> Any:
 
     logging.set_verbosity_error()
     has_file = (Path(folder) / "tokenizer.json").is_file()
+    if not has_file and (found := load_other(Path(folder))):
+        return found
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         if hasattr(found, "backend_tokenizer"):

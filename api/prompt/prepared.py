@@ -87,6 +87,8 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """The prompt as the log shows it, where it was rendered and not cut."""
     unknown: tuple[str, ...] = ()
     """Names of fields that were ignored."""
+    trace_headers: dict[str, str] = {}
+    """W3C Trace Context of the request."""
 
     @property
     def num_sequences(self) -> int:

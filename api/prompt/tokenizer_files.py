@@ -91,4 +91,5 @@ def _key(folder: Path, trust_remote_code: bool) -> str:
 
 def _files(folder: Path) -> Iterable[Path]:
     found = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
-    return sorted(path for path in found if path.suffix in SUFFIXES and path.is_file())
+    wanted = (path for path in found if path.suffix in SUFFIXES or path.name.startswith("tokenizer.model."))
+    return sorted(path for path in wanted if path.is_file())

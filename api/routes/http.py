@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from msgspec.structs import replace
 from starlette.requests import ClientDisconnect, Request
 
 from fuseline.api.errors import ApiError, bad_request
@@ -15,6 +16,7 @@ from fuseline.api.output.response import json_response, raw_response, until_disc
 from fuseline.api.prompt.bodies import Held
 from fuseline.api.prompt.prepared import Prepared, Written
 from fuseline.api.protocol.common import MAX_NAME
+from fuseline.api.tracing import find_trace_headers
 
 if TYPE_CHECKING:
     from fuseline.api.admission import Places
@@ -49,6 +51,8 @@ async def prepare(
             places.take(1)
         reply = await _unless_gone(request, served.prepare(kind, pieces))
     _warn_unknown(request, reply.unknown)
+    if isinstance(reply, Prepared) and (headers := find_trace_headers(request.headers)):
+        return replace(reply, trace_headers=served.trace_headers(headers))
     return reply
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 import fuseline.compile
 from fuseline import _C
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.stored_config import config_path
 from fuseline.compile.target import CPU, Target
 
 MAX_HEADER = 100 << 20
 """Bytes of a safetensors file's header, at most."""
 SOURCES = Path(fuseline.compile.__file__).parent
 WITHOUT_EFFECT = {
-    "model": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0, "wait_compiled": False,
-    "cpu_offload_gb": 0.0, "calculate_kv_scales": False, "ignore_patterns": (),
+    "model": "", "hf_config_path": "", "cache_dir": "", "load_format": "auto", "seed": 0, "cpu_threads": 0,
+    "model_loader_extra_config": (), "wait_compiled": False, "cpu_offload_gb": 0.0, "calculate_kv_scales": False,
+    "ignore_patterns": (),
 }  # fmt: skip
 """Settings that do not change a graph."""
 
@@ -37,9 +39,9 @@ def optimized_key(config: CompileConfig, target: Target = CPU) -> str | None:
 
 def _headers_of_quantized(config: CompileConfig) -> str:
     """SHA-256 of what a quantized checkpoint stores: its graph names the layout of each weight. Else empty."""
-    folder = Path(config.model)
+    folder, own_path = Path(config.model), config_path(config.config_dir, config.config_format)
     try:
-        own = (folder / "config.json").read_bytes()
+        own = own_path.read_bytes()
         beside = b"".join(path.read_bytes() for path in sorted(folder.glob("*quant*_config.json")))
         if b"config_groups" not in own and b"quant_method" not in own and not beside and not config.quantization:
             return ""
@@ -65,10 +67,10 @@ def _versions() -> bytes:
 
 
 def _key(config: CompileConfig, settings: object, sources: list[Path]) -> str | None:
-    folder = Path(config.model)
+    folder = Path(config.config_dir)
     code = sorted(folder.glob("*.py")) if config.trust_remote_code else []
     try:
-        own = (folder / "config.json").read_bytes()
+        own = config_path(folder, config.config_format).read_bytes()
     except OSError:
         return None
     parts = [own, repr(settings).encode(), _versions()]

@@ -7,9 +7,10 @@ of torch.save.
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.cache.keys import MAX_HEADER
-from fuseline.compile.capture.errors import LoadError
+from fuseline.compile.capture.errors import LoadError, one_line
 from fuseline.compile.quantization.published import Published
 
 DTYPES = {
@@ -26,6 +27,18 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+FILES = {
+    "safetensors": ("model.safetensors", "*.safetensors"),
+    "pt": ("pytorch_model.bin", "*.bin", "*.pt"),
+}
+"""Usual name of a model's weights, and globs for those with other names."""
+OTHERS = re.compile(r"(consolidated|adapter|training_args|optimizer|scheduler|scaler|rng_state)")
+"""Begin of the names of files that are none of a model's weights."""
+SHARD = re.compile(r"(?P<name>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.\w+")
+
+
+Fill = Callable[[Path, memoryview, int], None]
+"""Reads bytes of a file into memory, from a byte on. Raises LoadError."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,17 @@ class StoredTensor:
     """Byte of the file where its storage begins."""
     meta: Tensor
     """Meta tensor: shape, dtype, and strides and offset within the storage."""
+    fill: Fill | None = field(default=None, kw_only=True, compare=False)
+    """Reads bytes of the file in the system's place."""
+
+
+@dataclass(frozen=True)
+class PairedRows(StoredTensor):
+    """Rows of heads, stored in pairs (0, 1), (2, 3), ... that rotate together. The model has the first of each pair in
+    the first half of a head, in the order of the pairs, and the second in the second half.
+    """
+
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -57,15 +81,36 @@ def open_checkpoint(folder: Path, load_format: str, ignored: Sequence[str] = ())
 
     load_format: auto, safetensors or pt. Raises LoadError.
     """
-    kinds = {"safetensors": ("model.safetensors", read_safetensors), "pt": ("pytorch_model.bin", read_torch_file)}
-    wanted = list(kinds) if load_format == "auto" else [load_format]
-    for kind in wanted:
-        name, read = kinds[kind]
-        files = [path for path in find_files(folder, name) if not _is_ignored(path.relative_to(folder), ignored)]
+    kinds = {"safetensors": read_safetensors, "pt": read_torch_file}
+    for kind in kinds if load_format == "auto" else [load_format]:
+        files = [path for path in _files_of(folder, kind) if not _is_ignored(path.relative_to(folder), ignored)]
         if files:
-            return {stored.name: stored for path in files for stored in read(path)}
-    names = " or ".join(kinds[kind][0] for kind in wanted)
-    raise LoadError(f"{folder} holds no weights: no {names}, nor a sharded one with its index")
+            return {stored.name: stored for path in files for stored in kinds[kind](path)}
+    if load_format == "auto" and find_files(folder, "consolidated.safetensors"):
+        from fuseline.compile.capture.mistral_weights import open_mistral  # it makes tensors of the classes above
+
+        return open_mistral(folder)
+    names = [name for kind, names in FILES.items() if load_format in ("auto", kind) for name in names[:1]]
+    raise LoadError(f"{folder} holds no weights: no {' or '.join(names)}, nor a sharded one with its index")
+
+
+def _files_of(folder: Path, kind: str) -> list[Path]:
+    """The files that hold a model's weights; where they have no usual name, all of the kind. Raises LoadError."""
+    if found := next(filter(None, (find_files(folder, name) for name in FILES[kind][:1])), []):
+        return found
+    rest = sorted(path for glob in FILES[kind][1:] for path in folder.glob(glob) if not OTHERS.match(path.name))
+    for path in rest:
+        _check_shard(path)
+    return rest
+
+
+def _check_shard(path: Path) -> None:
+    """Raises LoadError if another file of the same weights is missing."""
+    if match := SHARD.fullmatch(path.name):
+        for index in range(1, int(match["count"]) + 1):
+            other = path.with_name(f"{match['name']}-{index:0{len(match['index'])}}-of-{match['count']}{path.suffix}")
+            if not other.is_file():
+                raise LoadError(f"{other} is missing: get the checkpoint again")
 
 
 def _is_ignored(path: Path, patterns: Sequence[str]) -> bool:
@@ -111,13 +156,15 @@ def read_safetensors(path: Path) -> Iterable[StoredTensor]:
 
 def stored(path: Path, name: str, entry: dict, data: int, size: int) -> StoredTensor:
     """One entry of a safetensors header, checked against the size of the file."""
-    begin, end = entry["data_offsets"]
-    dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    dtype = DTYPES.get(entry["dtype"])
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise LoadError(f"{name} in {path} has a damaged entry in the header: get the file again")
     if dtype is None:
         raise LoadError(f"{name} in {path} has element type {entry['dtype']}, which is not supported")
     if end - begin != prod(shape) * dtype.itemsize:
         raise LoadError(f"{name} in {path} has {end - begin} bytes, not those of {shape}: get the file again")
-    if begin < 0 or data + end > size:
+    if data + end > size:
         raise LoadError(f"{name} in {path} ends at byte {data + end}, the file at {size}: it is cut off, get it again")
     return StoredTensor(name, path, data + begin, torch.empty(shape, dtype=dtype, device="meta"))
 
@@ -130,7 +177,7 @@ def read_torch_file(path: Path) -> Iterable[StoredTensor]:
         with FakeTensorMode():
             state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # pickle and zip errors of many types; all mean the same to the user
-        raise LoadError(f"{path} is not a file of tensors: {str(error).splitlines()[0]}") from error
+        raise LoadError(f"{path} is not a file of tensors: {one_line(error)}") from error
     return [located(path, name, value) for name, value in state.items() if isinstance(value, Tensor)]
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
 from fuseline.compile.capture import lazy_tensor
-from fuseline.compile.capture.checkpoint import CodedTensor, StoredTensor, open_checkpoint
+from fuseline.compile.capture.checkpoint import CodedTensor, StoredTensor
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice, whole
+from fuseline.compile.capture.load_formats import open_weights
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.formats.format import Format, Stored
@@ -35,7 +35,7 @@ SMALL = 1 << 20
 
 def open_stored(config: CompileConfig) -> dict[str, StoredTensor]:
     """Every stored tensor of the checkpoint by name; the tensors of a quantized weight are one. Raises LoadError."""
-    stored = open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns)
+    stored = open_weights(config)
     try:
         method = method_of(config)
         return with_coded(stored, method) if method else stored

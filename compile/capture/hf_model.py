@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
 from fuseline.compile.quantization.methods import method_of
 from fuseline.compile.quantization.published import QuantizationError
+from fuseline.compile.stored_config import ConfigFileError, config_path, read_stored_config
 
 NAME = "fuseline"
 NOT_HOOKED = (
@@ -36,12 +35,13 @@ EXPERT_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation"
 
 def load_config(config: CompileConfig) -> PreTrainedConfig:
     """config.json with the overrides and the rope settings merged in. Raises CaptureError."""
-    path = Path(config.model) / "config.json"
-    if not path.is_file():
-        raise CaptureError(f"{config.model} has no config.json: give the directory of a Transformers checkpoint")
+    path = config_path(config.config_dir, config.config_format)
+    try:
+        stored = read_stored_config(config.config_dir, config.config_format)
+    except ConfigFileError as error:
+        raise CaptureError(str(error)) from error
     try:
         method_of(config)
-        stored = json.loads(path.read_text())
         found = with_overrides(read_config(config, stored), stored, dict(config.hf_overrides))
         found = with_rope(found, config)
     except CaptureError:
@@ -51,7 +51,7 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
     except Exception as error:  # configs check themselves in many ways
         if "trust_remote_code" in str(error):
             raise CaptureError(
-                f"{config.model} needs the Python code it brings: trust it with --trust-remote-code"
+                f"{config.config_dir} needs the Python code it brings: trust it with --trust-remote-code"
             ) from error
         raise CaptureError(f"{path}: {one_line(error)}") from error
     check_config(found)

@@ -12,14 +12,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.overrides import merged, whole_lengths, with_fewer_layers
+from fuseline.compile.stored_config import CONFIG, config_path
 
 
 def read_config(config: CompileConfig, stored: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of a checkpoint whose config.json holds `stored`. Raises any exception of the config's own checks."""
     whole, kind = whole_lengths(stored), stored.get("model_type")
-    if repr(whole) != repr(dict(stored)) and kind in CONFIG_MAPPING:
+    is_made = config_path(config.config_dir, config.config_format).name != CONFIG
+    if (is_made or repr(whole) != repr(dict(stored))) and kind in CONFIG_MAPPING:
         return CONFIG_MAPPING[kind].from_dict(whole)
-    return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    return AutoConfig.from_pretrained(config.config_dir, trust_remote_code=config.trust_remote_code)
 
 
 def with_overrides(

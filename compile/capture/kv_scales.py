@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 from torch import Tensor
 
-from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
+from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.lazy_tensor import whole
+from fuseline.compile.capture.load_formats import open_weights
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.specs import scale_names
@@ -25,7 +25,7 @@ def stored_scales(config: CompileConfig, layers: Collection[int]) -> dict[str, T
     """[1] float32 by the names of the graph's constants. Layers without scales in the checkpoint are left out."""
     if config.load_format == "dummy":
         return {}
-    found = find_scales(open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns), layers)
+    found = find_scales(open_weights(config), layers)
     with Reader() as reader:
         values = {name: reader.value(whole(stored)).float().amax().reshape(1) for name, stored in found.items()}
     good = {name: value for name, value in values.items() if value.isfinite() and value > 0}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fuseline.compile.capture.checkpoint import StoredTensor
+from fuseline.compile.capture.checkpoint import PairedRows, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,20 @@ class LazyTensor:
 
 
 def whole(stored: StoredTensor) -> LazyTensor:
+    if isinstance(stored, PairedRows):
+        return _in_halves(stored)
     return LazyTensor(tuple(stored.meta.shape), (TensorSlice((0,) * stored.meta.ndim, stored.meta, stored),))
+
+
+def _in_halves(stored: PairedRows) -> LazyTensor:
+    """Half a head's rows are every second row of it."""
+    meta, half = stored.meta, stored.head_dim // 2
+    slices = []
+    for at in range(0, meta.shape[0], half):
+        head, is_second = divmod(at // half, 2)
+        view = meta[head * stored.head_dim + is_second : (head + 1) * stored.head_dim : 2]
+        slices.append(TensorSlice((at, *(0,) * (meta.ndim - 1)), view, stored))
+    return LazyTensor(tuple(meta.shape), tuple(slices))
 
 
 def computed(value: Tensor) -> LazyTensor:

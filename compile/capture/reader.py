@@ -90,6 +90,11 @@ class Reader(ExitStack):
         return raw.view(view.dtype).as_strided(view.shape, view.stride())
 
     def _fill(self, part: TensorSlice, target: memoryview, at: int) -> None:
+        if part.stored.fill is not None:
+            try:
+                return part.stored.fill(part.stored.path, target, at)
+            except LoadError as error:
+                raise LoadError(f"{part.stored.name}: {error}") from error
         file = self._open(part.stored.path)
         try:
             while target:

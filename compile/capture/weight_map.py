@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fuseline.compile.capture.checkpoint import StoredTensor
+from fuseline.compile.capture.checkpoint import PairedRows, StoredTensor
 from fuseline.compile.capture.lazy_tensor import LazyTensor, TensorSlice
 from fuseline.compile.capture.reader import span_of
 
@@ -26,10 +26,15 @@ Found = dict[str, LazyTensor | None]
 def fingerprint(stored: Mapping[str, StoredTensor]) -> str:
     """Return the fingerprint of everything that the map depends on besides the model."""
     rows = sorted(
-        (name, tuple(t.meta.shape), t.meta.stride(), t.meta.storage_offset(), str(t.meta.dtype))
+        (name, tuple(t.meta.shape), t.meta.stride(), t.meta.storage_offset(), str(t.meta.dtype), _order_of(t))
         for name, t in stored.items()
     )
     return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _order_of(stored: StoredTensor) -> int:
+    """Rows of the heads whose rows lie in pairs; 0 for rows in the model's own order."""
+    return stored.head_dim if isinstance(stored, PairedRows) else 0
 
 
 def write_map(found: Found) -> bytes | None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
+from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import build_on_meta, load_config
+from fuseline.compile.capture.load_formats import open_weights
 from fuseline.compile.capture.weight_names import resolve
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops.coded import Layout
@@ -54,7 +55,7 @@ def make_plan(config: CompileConfig, target: str, ignore: Sequence[str] = (HEAD,
     except QuantizationError as error:
         raise CaptureError(str(error)) from error
     model = build_on_meta(load_config(config), torch.bfloat16, config.trust_remote_code)
-    stored = open_checkpoint(Path(config.model), config.load_format, config.ignore_patterns)
+    stored = open_weights(config)
     direct, _ = resolve(stored, model)
     linears = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
     of_linears = {name: direct.get(f"{name}.weight") for name in linears}

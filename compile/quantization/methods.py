@@ -27,6 +27,7 @@ from fuseline.compile.quantization import (
     quark,
 )
 from fuseline.compile.quantization.published import Method, QuantizationError, Reader
+from fuseline.compile.stored_config import ConfigFileError, config_path, read_stored_config
 
 READERS: dict[str, Reader] = {
     "aqlm": aqlm.read,
@@ -91,15 +92,15 @@ ROUTER = re.compile(r"\.(gate|router|router\.\w+|shared_expert_gate)\.weight$")
 
 def quantization_config(config: CompileConfig) -> Mapping[str, Any]:
     """The checkpoint's quantization_config, empty for one of plain weights. Raises QuantizationError."""
-    folder = Path(config.model)
-    values = merged(_json(folder / "config.json"), dict(config.hf_overrides))
+    path = config_path(config.config_dir, config.config_format)
+    values = merged(_stored(config), dict(config.hf_overrides))
     text = values.get("text_config")
     inner = text if isinstance(text, Mapping) else {}
     found = values.get("quantization_config") or values.get("compression_config") or inner.get("quantization_config")
     if found is None:
-        return _beside(folder, config.quantization or "")
+        return _beside(Path(config.model), config.quantization or "")
     if not isinstance(found, Mapping):
-        raise QuantizationError(f"{folder / 'config.json'}: quantization_config is no object")
+        raise QuantizationError(f"{path}: quantization_config is no object")
     return found
 
 
@@ -186,8 +187,16 @@ def _check_dtype(name: str, dtype: str) -> None:
                                 "leave the flag out")  # fmt: skip
 
 
+def _stored(config: CompileConfig) -> dict[str, Any]:
+    """The checkpoint's settings; empty where there are none that can be read: capture says so."""
+    try:
+        return read_stored_config(config.config_dir, config.config_format)
+    except ConfigFileError:
+        return {}
+
+
 def _json(path: Path) -> dict[str, Any]:
-    """An object; empty where there is no such file or no JSON: capture says so."""
+    """An object; empty where there is no such file or no JSON."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError):

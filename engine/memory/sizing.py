@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fuseline.compile.specs import ModelInfo
-from fuseline.engine.config import CacheConfig, SchedulerConfig
+from fuseline.compile.specs import CacheGroup, ModelInfo
+from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
 GIB = 1 << 30
 
@@ -82,6 +83,16 @@ def kv_budget_on_gpu(info: ModelInfo, share: float, before: Memory, now: Memory,
     return KVBudget(max(0, min(left, now.free - needed)), now.free - needed, rows)
 
 
+def check_override(config: EngineConfig, groups: Sequence[CacheGroup], max_model_len: int) -> None:
+    """Whether --num-gpu-blocks-override holds one sequence, which no weight is needed for. Raises SizingError."""
+    cache, count = config.cache, config.cache.num_gpu_blocks_override
+    if count is None or cache.fits_context:
+        return
+    needed = max((_blocks_of(group, cache, config.scheduler, max_model_len) for group in groups), default=0)
+    if count < needed:
+        raise SizingError(_too_few(needed, count, max_model_len))
+
+
 def size_cache(
     info: ModelInfo, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int, budget: KVBudget
 ) -> CacheSize:
@@ -144,12 +155,18 @@ def _size_states(
 def _group(info: ModelInfo, index: int, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int) -> _Group:
     group = info.cache_groups[index]
     specs = {spec.layer: spec for spec in info.cache_specs}
-    length = -(-max_model_len // cache.block_size)
-    if group.window:
-        seen = group.window - 1 + min(scheduler.max_num_batched_tokens, max_model_len)
-        length = min(length, -(-seen // cache.block_size) + 1)
+    length = _blocks_of(group, cache, scheduler, max_model_len)
     block_bytes = cache.block_size * sum(specs[layer].bytes_per_token() for layer in group.layers)
     return _Group(block_bytes, length, length * scheduler.max_num_seqs)
+
+
+def _blocks_of(group: CacheGroup, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int) -> int:
+    """Blocks that one sequence of the full length needs."""
+    length = -(-max_model_len // cache.block_size)
+    if not group.window:
+        return length
+    seen = group.window - 1 + min(scheduler.max_num_batched_tokens, max_model_len)
+    return min(length, -(-seen // cache.block_size) + 1)
 
 
 def _largest_count(groups: list[_Group], budget: int) -> int:
@@ -166,14 +183,18 @@ def _too_small(groups: list[_Group], count: int, budget: int, cache: CacheConfig
     need_blocks = max(group.min_blocks for group in groups)
     need = sum((group.min_blocks + 1) * group.block_bytes for group in groups)
     if cache.num_gpu_blocks_override is not None:
-        return (
-            f"one sequence of {max_model_len} tokens needs {need_blocks} KV blocks but --num-gpu-blocks-override is "
-            f"{count}; raise it or lower --max-model-len"
-        )
+        return _too_few(need_blocks, count, max_model_len)
     return (
         f"one sequence of {max_model_len} tokens needs {_gib(need)} of KV cache but {_gib(budget)} is available "
         f"({count} blocks of {cache.block_size} tokens); lower --max-model-len or --max-num-batched-tokens, or raise "
         "--gpu-memory-utilization or --kv-cache-memory-bytes"
+    )
+
+
+def _too_few(needed: int, count: int, max_model_len: int) -> str:
+    return (
+        f"one sequence of {max_model_len} tokens needs {needed} KV blocks but --num-gpu-blocks-override is {count}; "
+        "raise it or lower --max-model-len"
     )
 
 

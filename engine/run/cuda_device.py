@@ -51,6 +51,9 @@ class CudaDevice:
     def memory(self) -> Memory:
         return Memory(*torch.cuda.mem_get_info(self._device))
 
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._device)
+
     def kv_budget(self, info: ModelInfo, share: float, before: Memory, steps: ProfiledMemory) -> KVBudget:
         return kv_budget_on_gpu(info, share, before, self.memory(), steps)
 

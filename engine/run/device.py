@@ -47,6 +47,9 @@ class Device(Protocol):
 
     def memory(self) -> Memory: ...
 
+    def synchronize(self) -> None:
+        """Wait for all that was launched."""
+
     def kv_budget(self, info: ModelInfo, share: float, before: Memory, steps: ProfiledMemory) -> KVBudget:
         """Memory for the KV cache now that the model is loaded; `before` is the memory of a time when it was not.
 
@@ -93,6 +96,9 @@ class HostDevice:
 
     def memory(self) -> Memory:
         return Memory(free_memory(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+    def synchronize(self) -> None:
+        """All is done already."""
 
     def kv_budget(self, info: ModelInfo, share: float, before: Memory, steps: ProfiledMemory) -> KVBudget:
         return kv_budget_on_host(info, share, before, self.memory())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from collections.abc import Set
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +13,9 @@ import torch
 
 from fuseline.compile.graph_inputs import BlockCopy, StepInputs, StepOutput
 from fuseline.compile.specs import ModelInfo
+from fuseline.engine.config import EngineConfig
 from fuseline.engine.memory.kv_manager import KVManager
+from fuseline.engine.messages import StepTimes
 from fuseline.engine.run.device import Device
 from fuseline.engine.run.histories import Histories
 from fuseline.engine.run.inputs import InputBuilder
@@ -94,6 +98,8 @@ class PreparedBatch:
     """The host must know the tokens of the step before to launch this one."""
     kept: np.ndarray | None = None
     """[N] bool, positions whose token is kept, once drafts are verified; None: all."""
+    times: StepTimes | None = None
+    """What it took, once it has run, if steps are timed."""
     evicted: dict[int, Sequence] = field(default_factory=dict)
     """Sampling sequences that have lost their row while the batch ran, by position."""
 
@@ -102,7 +108,7 @@ class Runner:
     """`prepare`, `fill`, `run`; the last may be called from another thread, beside a `prepare` of the next step."""
 
     def __init__(
-        self, model: Model, device: Device, rows: RequestRows, kv: KVManager, max_num_tokens: int, logprobs_mode: str
+        self, model: Model, device: Device, rows: RequestRows, kv: KVManager, max_num_tokens: int, config: EngineConfig
     ) -> None:
         self.model = model
         self.device = device
@@ -111,7 +117,8 @@ class Runner:
         # Two: the inputs of the next step are built while the last one still reads its own.
         self._builders = [InputBuilder(rows, kv, max_num_tokens, switch) for _ in range(2)]
         histories = Histories(rows, device) if device.is_asynchronous else None
-        self.sampler = Sampler(rows, model.info.vocab_size, logprobs_mode, histories)
+        self.sampler = Sampler(rows, model.info.vocab_size, config.logprobs_mode, histories)
+        self._traced = config.traced
         self.pooler = Pooler(rows, device, model.info.hidden_dim)
         self._sampling_rows = np.zeros(0, np.int64)  # of the step filled last
         self._sampled: torch.Tensor | None = None  # tokens of the step launched last, on the device
@@ -162,6 +169,7 @@ class Runner:
         return num_known < batch.lengths
 
     def run(self, prepared: PreparedBatch) -> Launched:
+        clock = _StepClock(self.device, self._traced)
         if prepared.scheduled.forks:
             self.model.copy_blocks(prepared.scheduled.forks)
         if prepared.scheduled.forked_states is not None:
@@ -170,12 +178,36 @@ class Runner:
             self.model.swap(prepared.scheduled.copies)
         prepared.inputs.sampled = self._sampled
         output, pooled = self.model.run(prepared.inputs), None
+        forward = clock.read()
         if prepared.pooling:
             num_others = prepared.arguments.num_rows + len(prepared.arguments.targets)
             pooled = self.pooler.launch(output.hidden[num_others:], prepared.pooling)
         launched = launch_sampling(self.device, output.logits, prepared.arguments, self._sampled, pooled)
         self._sampled = launched.tokens
+        prepared.times = clock.times(forward)
         return launched
+
+
+class _StepClock:
+    """Seconds since the begin of a step. A device that is only told what to do is waited for."""
+
+    def __init__(self, device: Device, traced: Set[str]) -> None:
+        self._device, self._traced = device, traced
+        self._begin = perf_counter()
+
+    def read(self) -> float:
+        """0 where nothing is timed, without any wait."""
+        if not self._traced:
+            return 0.0
+        self._device.synchronize()
+        return perf_counter() - self._begin
+
+    def times(self, forward: float) -> StepTimes | None:
+        """At the end of a step whose forward pass has taken `forward` seconds."""
+        if not self._traced:
+            return None
+        execute = self.read() if "worker" in self._traced else None
+        return StepTimes(forward if "model" in self._traced else None, execute)
 
 
 def _scored_rows(batch: ScheduledBatch, state: RequestRows) -> tuple[list[tuple[Sequence, range]], np.ndarray]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fuseline.engine.messages import EngineRequest, PoolingParams, SamplingParams
+from fuseline.engine.messages import EngineRequest, PoolingParams, SamplingParams, StepTimes
 from fuseline.engine.state.block_keys import EmbedsDigest, root_key
 from fuseline.engine.state.prompt_scores import PromptScores
 
@@ -100,6 +100,8 @@ class Sequence:
     num_preemptions: int = 0
     queue_seconds: float | None = None
     """From its request's arrival to its first step; None while it waits for that."""
+    times: StepTimes | None = None
+    """Sums over its steps, if they are timed."""
     num_cached: int = 0
     prompt_scores: PromptScores | None = None
     """Filled while the prompt is computed; None when not wanted or already sent."""
@@ -241,6 +243,7 @@ def forked(parent: Sequence, generated: Seq[int], handle: int) -> Sequence:
         embeds=EmbedsDigest(parent.request.embeds) if parent.request.embeds else None,
         was_looked_up=True,
         queue_seconds=parent.queue_seconds,
+        times=parent.times,
     )
 
 

@@ -100,11 +100,12 @@ ROWS: dict[str, list[Good | Bad]] = {
     "allowed_local_media_path": later("--allowed-local-media-path MODEL", None,
                                       Bad("--allowed-local-media-path /no/such", 1, "no such directory")),
     "download_dir": [Good("--download-dir /hub", "/hub")],
-    "load_format": [*(Good(f"--load-format {one}", one) for one in ("auto", "pt", "safetensors", "dummy")),
-                    *(Bad(f"--load-format {one}", 1, NOT_YET) for one in
-                      "npcache tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split()),
-                    Bad("--load-format zip", 2, "choose")],
-    "config_format": [Good("--config-format hf", "hf"), Bad("--config-format mistral", 1, "config.json"),
+    "load_format": [*(Good(f"--load-format {one}", one) for one in (
+                        "auto pt safetensors dummy npcache tensorizer sharded_state mistral runai_streamer".split())),
+                    Good("--load-format bitsandbytes -q bitsandbytes", "bitsandbytes"),
+                    Bad("--load-format bitsandbytes", 1, "needs --quantization bitsandbytes"),
+                    Bad("--load-format gguf", 1, NOT_YET), Bad("--load-format zip", 2, "choose")],
+    "config_format": [Good("--config-format hf", "hf"), Bad("--config-format mistral", 1, "no params.json"),
                       Bad("--config-format x", 2, "choose")],
     "dtype": [Good("", "auto"), Good("--dtype half", "float16"), Good("--dtype float", "float32"),
               *choice("--dtype", "float16", "bfloat16", "float32")],
@@ -267,8 +268,10 @@ ROWS: dict[str, list[Good | Bad]] = {
     # 20.9
     "show_hidden_metrics_for_version": [Good("--show-hidden-metrics-for-version 0.7", "0.7"),
                                         Bad("--show-hidden-metrics-for-version x", 1, "is no version")],
-    "otlp_traces_endpoint": [Bad("--otlp-traces-endpoint http://127.0.0.1:1", 1, "--otlp-traces-endpoint")],
-    "collect_detailed_traces": [Bad("--collect-detailed-traces all", 1, "needs --otlp-traces-endpoint"),
+    "otlp_traces_endpoint": [Good("", ""), Good("--otlp-traces-endpoint http://127.0.0.1:1", "http://127.0.0.1:1")],
+    "collect_detailed_traces": [Good("--collect-detailed-traces model,worker --otlp-traces-endpoint http://a:1",
+                                     "model,worker"),
+                                Bad("--collect-detailed-traces all", 1, "needs --otlp-traces-endpoint"),
                                 Bad("--collect-detailed-traces heart", 1, "no module 'heart'")],
 }  # fmt: skip
 """By the name of the flag. Flags of tools, reasoning and structured output are tested with those."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from array import array
 from pathlib import Path
 
 import pytest
+import zoo
 from fake_model import FakeModel
 from served_fake import served_fake
 
-from fuseline.engine.config import CacheConfig, SchedulerConfig
+from fuseline.compile.capture.errors import LoadError
+from fuseline.compile.config import CompileConfig
+from fuseline.engine.build import build_compiled_model
+from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.memory.block_pool import BlockPool
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.free_memory import free_memory
@@ -210,3 +215,20 @@ def test_free_memory_of_a_v1_group_seen_from_inside(tmp_path: Path) -> None:
         },
     )
     assert free_memory(root) == 1200
+
+
+@pytest.mark.parametrize(("family", "needed"), [("llama", 16), ("mistral", 2), ("gemma2", 16)])
+def test_too_few_blocks_are_refused_before_weights_are_looked_for(family: str, needed: int, tmp_path: Path) -> None:
+    """There are none. A model all of whose layers have a window needs as many as that and a step."""
+    shutil.copy(zoo.checkpoint(family) / "config.json", tmp_path)
+    compiling = CompileConfig(str(tmp_path), cache_dir=str(tmp_path / "cache"), skip_model_check=True)
+    steps = SchedulerConfig(max_num_batched_tokens=8)
+
+    def build(**settings: object) -> None:
+        build_compiled_model(EngineConfig(compiling, CacheConfig(**settings), steps), lambda *_: None)
+
+    with pytest.raises(SizingError, match=f"needs {needed} KV blocks but --num-gpu-blocks-override is {needed - 1}"):
+        build(num_gpu_blocks_override=needed - 1)
+    for settings in ({"num_gpu_blocks_override": needed}, {"num_gpu_blocks_override": 1, "fits_context": True}, {}):
+        with pytest.raises(LoadError, match="holds no weights"):
+            build(**settings)
