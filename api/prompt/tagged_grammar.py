@@ -9,7 +9,7 @@ from fuseline.api.parsers.shapes import Tagged
 from fuseline.api.parsers.values import types_of
 from fuseline.api.prompt.tools import Tool, arguments_schema
 from fuseline.api.structured.ebnf import Rules, choice, literal, repeat, sequence, text_until
-from fuseline.api.structured.keywords import ANNOTATIONS
+from fuseline.api.structured.keywords import ANNOTATIONS, check_kinds
 from fuseline.api.structured.notation import BLANK, json_within, lines_before
 from fuseline.api.structured.schema import SchemaGrammar
 
@@ -35,12 +35,11 @@ def tagged_call(rules: Rules, shape: Tagged, tool: Tool) -> str:
 
 def _properties(tool: Tool, schema: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The properties that a call may have, and those that it must have."""
+    check_kinds(schema, lambda keyword, reason: _refuse(tool, f"{keyword}: {reason}"), set())
     other = next((key for key in schema if key not in OF_OBJECT and not key.startswith("x-")), None)
     if other or schema.get("type") != "object":
         raise _refuse(tool, f"the format of this model takes an object with properties, and no {other or 'other type'}")
     properties, required = schema.get("properties", {}), schema.get("required", [])
-    if not isinstance(properties, dict) or not isinstance(required, list):
-        raise _refuse(tool, "properties must be an object and required a list")
     if any(name not in properties for name in required):
         raise _refuse(tool, "the format of this model needs the properties of the arguments")
     return properties, required

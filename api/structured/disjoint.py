@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,12 @@ def _values(schema: dict[str, Any]) -> set[str] | None:
     found = [schema["const"]] if "const" in schema else schema.get("enum")
     if not isinstance(found, list):
         return None
-    return {json.dumps(float(value) if TYPES["number"](value) else value, sort_keys=True) for value in found}
+    return {json.dumps(_one_spelling(value), sort_keys=True) for value in found}
+
+
+def _one_spelling(value: Any) -> Any:
+    """A number as a float, as far as there are any so large."""
+    return float(value) if TYPES["number"](value) and abs(value) <= sys.float_info.max else value
 
 
 def _kinds(schema: dict[str, Any]) -> set[str]:

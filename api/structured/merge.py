@@ -25,8 +25,7 @@ def merge(first: Schema, second: Schema) -> Schema:
     """False where no value can be valid. Raises Conflict."""
     if first is False or second is False:
         return False
-    first = {} if first is True else first
-    second = {} if second is True else second
+    first, second = _set_fields(first), _set_fields(second)
     found = {**first, **second}
     if not _merge_objects(first, second, found):
         return False
@@ -38,6 +37,15 @@ def merge(first: Schema, second: Schema) -> Schema:
             return False
         found[keyword] = value
     return _filtered(found)
+
+
+def _set_fields(schema: Schema) -> dict[str, Any]:
+    """The keywords that say something: null is no value of any but `const`."""
+    if schema is True:
+        return {}
+    if None not in schema.values():
+        return schema
+    return {key: value for key, value in schema.items() if value is not None or key == "const"}
 
 
 def _both(keyword: str, a: Any, b: Any) -> Any:

@@ -20,7 +20,7 @@ from fuseline.api.structured.ebnf import Rules, char_set, choice, repeat, sequen
 from fuseline.api.structured.formats import FORMATS, INTEGER_FORMATS, NO_LIMIT
 from fuseline.api.structured.interned import Interned
 from fuseline.api.structured.json_text import WHITESPACE
-from fuseline.api.structured.keywords import TYPES, check_keywords, implied_types, without_annotations
+from fuseline.api.structured.keywords import TYPES, check_keywords, check_kinds, implied_types, without_annotations
 from fuseline.api.structured.merge import Conflict, merge
 from fuseline.api.structured.notation import JSON, Notation, Quoted
 from fuseline.api.structured.objects import ObjectGrammar
@@ -43,6 +43,7 @@ class SchemaGrammar:
         self._root = root
         self.interned = Interned()
         self._made: dict[int, str] = {}
+        self._checked: set[int] = set()
         self._resolved: dict[int, dict[str, Any]] = {}
         self._disjoint = Disjoint(self.resolved, self.interned)
         self._any: str | None = None
@@ -55,10 +56,12 @@ class SchemaGrammar:
 
     def expression(self) -> str:
         """Raises ApiError 400."""
+        check_kinds(self._root, self.refuse, self._checked)
         return self.value(self._root)
 
     def arguments(self) -> str:
         """The values that are objects, as the arguments of a call are. Raises ApiError 400."""
+        check_kinds(self._root, self.refuse, self._checked)
         is_object = isinstance(self._root, dict) and self._root.get("type") == "object"
         return self.value(self._root if is_object else {"allOf": [self._root, {"type": "object"}]})
 
@@ -145,6 +148,7 @@ class SchemaGrammar:
                 raise self.refuse("$ref", f"{reference!r} is not in the schema")
         if not isinstance(found, dict | bool):
             raise self.refuse("$ref", f"{reference!r} is no schema")
+        check_kinds(found, self.refuse, self._checked)
         return found
 
     def _list(self, schema: dict[str, Any], keyword: str) -> list[Schema]:
