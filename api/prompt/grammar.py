@@ -116,6 +116,7 @@ def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
         unknown = sorted(set(outputs) - {*KINDS, *OPTIONS, "backend"})
         if unknown:
             raise bad_request(f"structured_outputs: {unknown[0]!r} is not known", "structured_outputs")
+        _check_options(outputs)
         named = [(f"structured_outputs.{kind}", kind, outputs[kind]) for kind in KINDS if outputs.get(kind) is not None]
         named = [item for item in named if item[1:] != ("json_object", False)]
         if not named:
@@ -140,6 +141,14 @@ def _asked(request: GenerateRequest) -> list[tuple[str, str, Any]]:
         f"unknown response_format.type {form.type!r} (text, json_object, json_schema or structural_tag)",
         "response_format.type",
     )  # fmt: skip
+
+
+def _check_options(outputs: dict[str, Any]) -> None:
+    for name in ("json_object", *OPTIONS, "backend"):
+        is_text, value = name in ("whitespace_pattern", "backend"), outputs.get(name)
+        if value is not None and not isinstance(value, str if is_text else bool):
+            words = "a string" if is_text else "true or false"
+            raise bad_request(f"structured_outputs.{name} must be {words}", f"structured_outputs.{name}")
 
 
 def _whitespace(request: GenerateRequest) -> tuple[str, str | None]:

@@ -7,8 +7,9 @@ import pytest
 from fuseline.api.errors import ApiError
 from fuseline.api.parsers.formats import tool_formats
 from fuseline.api.prompt.call_grammar import call_grammar
-from fuseline.api.prompt.grammar import json_spec
+from fuseline.api.prompt.grammar import json_spec, request_spec
 from fuseline.api.prompt.tools import Tool
+from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.structured.keywords import ENFORCED
 
 WRONG = (5, -1, 1.5, True, None, "x", [], [5], [[]], [{}], {}, {"a": 5}, {"a": []}, [None], {"type": 5}, 10**400)
@@ -49,3 +50,14 @@ def test_so_are_those_of_strict_tools(name: str) -> None:
                 except ApiError as refused:
                     is_named = refused.param == "tools" or "has more than" in refused.message
                     assert refused.status == 400 and is_named, (keyword, value)
+
+
+@pytest.mark.parametrize(
+    "name", ["backend", "whitespace_pattern", "disable_any_whitespace", "disable_fallback", "json_object"]
+)
+@pytest.mark.parametrize("value", [5, {}, ["xgrammar"], {"a": 1}])
+def test_options_of_structured_outputs_of_the_wrong_kind_are_named(name: str, value: object) -> None:
+    body = {"messages": [], "structured_outputs": {"json": {}, name: value}}
+    with pytest.raises(ApiError, match=f"structured_outputs.{name} must be") as refused:
+        request_spec(ChatRequest.model_validate(body))
+    assert refused.value.param == f"structured_outputs.{name}"
