@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from msgspec import structs
 
 from fuseline.api.errors import bad_request
-from fuseline.api.parsers.pythonic import NAME
 from fuseline.api.prompt.auto_grammar import Format, can_be_part, format_of, tag_spec
 from fuseline.api.prompt.call_grammar import arguments_expression
 from fuseline.api.prompt.tools import Tool, ToolUse
@@ -64,7 +63,7 @@ def _call(rules: Rules, tools: Sequence[Tool]) -> str:
 def _after_recipient(rules: Rules, tools: Sequence[Tool], is_held: bool = False) -> str:
     """The rest of a header, whose parts models write in two orders, and the arguments."""
     for tool in tools:
-        if not NAME.fullmatch(tool.name):
+        if set(tool.name) & set("< \t\r\n"):
             raise bad_request(f"tools: {tool.name!r} cannot be called in the format of this model", "tools")
     kind = '" "? ("<|channel|>commentary" " "?)? ("<|constrain|>"? "json")? "<|message|>"'
     made = [(literal(tool.name), arguments_expression(rules, tool, is_held=is_held)) for tool in tools]

@@ -275,6 +275,17 @@ def test_forced_calls_of_harmony_stand_in_their_channel(choice: str) -> None:
         assert not takes(form, text), text
 
 
+def test_names_that_a_header_of_harmony_cannot_hold_are_refused() -> None:
+    for called in ("a b", "x<y", "f\n"):
+        with pytest.raises(ApiError, match="cannot be called") as refused:
+            channel_spec(ToolUse("required", (Tool(called, CITY),)), None, False, [])
+        assert refused.value.param == "tools"
+    form = json.loads(channel_spec(ToolUse("required", (Tool("server/f:é", CITY),)), None, False, []).text)["format"]
+    text = CALL.replace("functions.f", "functions.server/f:é")
+    settings = ParseSettings(choice="required", **{**HARMONY_SETTINGS, "tools": {"server/f:é": CITY}})
+    assert takes(form, text) and parse([text], settings).calls == [("server/f:é", '{"city": "Paris"}')]
+
+
 def test_answers_of_harmony_by_a_grammar_stand_in_the_final_channel() -> None:
     answer, final = (
         json_spec({"type": "object", "properties": {"n": {"type": "integer"}}}),
