@@ -6,8 +6,10 @@ read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -78,23 +80,35 @@ def _coded(module: str, parts: Mapping[str, StoredTensor], method: Method) -> Co
                         f"({type(error).__name__} {error}) in {first.path}") from error  # fmt: skip
     if published is None:
         return None
+    if published.layout.has_order:
+        index = next((suffix for suffix in parts if suffix.endswith("g_idx")), "")
+        published = replace(published, order=_digest(value(index)) if index else module)
     meta = torch.empty(published.shape, dtype=torch.float32, device="meta")
     meta = meta.mT if published.is_transposed else meta
     return CodedTensor(module + method.weight, first.path, first.begin, meta, published, parts)
 
 
+def _digest(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
 def layout_of(lazy: LazyTensor) -> Layout | None:
     """The layout of a weight all of whose rows are stored as codes of one layout, in place; None for any other.
 
-    A weight of experts may have its last dims transposed: it is stored as its kernels read it, rows by inputs.
+    Rows of a matrix must have their inputs in one order. A weight of experts may have its last dims transposed: it is
+    stored as its kernels read it, rows by inputs.
     """
     turned = [lazy_tensor.transpose(lazy, -2, -1)] if len(lazy.shape) == 3 else []
     return next(filter(None, map(_layout_of_rows, [lazy, *turned])), None)
 
 
 def _layout_of_rows(lazy: LazyTensor) -> Layout | None:
-    layouts = {part.stored.published.layout if _has_whole_rows(part, lazy) else None for part in lazy.slices}
-    return layouts.pop() if len(layouts) == 1 else None
+    if not all(_has_whole_rows(part, lazy) for part in lazy.slices):
+        return None
+    layouts = {part.stored.published.layout for part in lazy.slices}
+    matrices = {part.start[:-2] for part in lazy.slices}
+    orders = {(part.start[:-2], part.stored.published.order) for part in lazy.slices}
+    return layouts.pop() if len(layouts) == 1 and len(orders) == len(matrices) else None
 
 
 def _has_whole_rows(part: TensorSlice, lazy: LazyTensor) -> bool:

@@ -39,6 +39,8 @@ class Published:
     Tensors that are not named are read whole."""
     is_transposed: bool = False
     """The model has it as [..., K, N]."""
+    order: str = ""
+    """What weights have in common whose inputs are stored in the same order; empty for the model's own."""
 
 
 @dataclass(frozen=True)

@@ -110,12 +110,17 @@ def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor, index: Tensor) -> 
     return (codes - zeros[:, index]).float() * scales[:, index].float()
 
 
-def gptq(bits: int = 4, symmetric: bool = True, act_order: bool = False, less: int = 1) -> Write:
+def gptq(
+    bits: int = 4, symmetric: bool = True, act_order: bool = False, less: int = 1, is_shared: bool = True
+) -> Write:
+    """`is_shared`: weights of as many inputs have one order, as those of the same inputs do; else each its own."""
+
     def write(weight: Tensor) -> Written:
         num_in = weight.shape[1]
         index = torch.arange(num_in) // GROUP
         if act_order:
-            index = index[torch.randperm(num_in, generator=torch.Generator().manual_seed(num_in))]
+            seed = num_in if is_shared else int(weight.abs().sum() * 1000)
+            index = index[torch.randperm(num_in, generator=torch.Generator().manual_seed(seed))]
         codes, scales, zeros = integers(weight, bits, symmetric, GROUP, index)
         pack = stream if 32 % bits else words
         stored = {

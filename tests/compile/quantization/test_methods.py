@@ -19,7 +19,7 @@ from fuseline.compile import compiler
 from fuseline.compile.backends.cpu_plan.model import CpuModel
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.checkpoint import CodedTensor
-from fuseline.compile.capture.coded import open_stored
+from fuseline.compile.capture.coded import layout_of, open_stored
 from fuseline.compile.capture.errors import CaptureError, LoadError
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.compiler import compile_model, optimize
@@ -143,6 +143,22 @@ def test_plain_weights_stay_plain_where_nothing_reads_codes(target: Target, sett
     config = CompileConfig(str(zoo.checkpoint("llama")), skip_model_check=True, quantization="int8", **settings)
     with pytest.raises(CaptureError, match="--quantization int8 quantizes plain weights from -O1 on only"):
         optimize(config, target)
+
+
+def joined_layout(path: Path) -> str:
+    """The layout of a query's and a value's weights, one after the other."""
+    stored = open_stored(CompileConfig(str(path)))
+    names = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qv"]
+    return str(layout_of(lazy_tensor.concatenate([lazy_tensor.whole(stored[name]) for name in names], 0)))
+
+
+@pytest.mark.parametrize(("is_shared", "layout"), [(True, "int4/32/float16/order"), (False, "None")])
+def test_rows_of_one_matrix_need_one_order_of_inputs(is_shared: bool, layout: str, tmp_path: Path) -> None:
+    """Where Transformers joins weights as it loads them. Others than of one order are dequantized."""
+    config = cases()["gptq-act-order"].config
+    path, _ = quantized.checkpoint(quantized.Case(config, quantized.gptq(act_order=True, is_shared=is_shared), ""),
+                                   tmp_path)  # fmt: skip
+    assert joined_layout(path) == layout
 
 
 def test_a_tied_embedding_of_codes_is_one_copy(tmp_path: Path) -> None:
