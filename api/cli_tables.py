@@ -9,7 +9,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
         "model hf_config_path served_model_name task download_dir revision code_revision tokenizer tokenizer_revision "
         "skip_tokenizer_init trust_remote_code config_format load_format model_loader_extra_config quantization "
-        "ignore_patterns hf_overrides rope_scaling rope_theta dtype "
+        "activation_dtype ignore_patterns hf_overrides rope_scaling rope_theta dtype "
         "max_model_len disable_sliding_window generation_config override_generation_config device seed"
     ).split(),
     "compiler": (
@@ -96,6 +96,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "scheduling_policy": ("fcfs", "priority"),
     "config_format": ("auto", "hf", "mistral"),
     "quantization": (*QUANTIZATIONS, "mxfp4", "modelopt_fp4", "auto-round", "inc", "int8", "int4"),
+    "activation_dtype": ("auto", "fp8"),
     "load_format": tuple(
         "auto pt safetensors npcache dummy tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split()
     ),

@@ -117,6 +117,9 @@ def _layouts(captured: CapturedModel, config: CompileConfig, target: Target) -> 
             f"--quantization {config.quantization} quantizes plain weights from -O1 on only, with the pass "
             "pack_weights; leave it out"
         )
+    if config.activation_dtype != "auto" and (target.kind != "cuda" or not packs):
+        raise CaptureError(f"--activation-dtype {config.activation_dtype} is for a GPU, from -O1 on and with the pass "
+                           "pack_weights; leave it out")  # fmt: skip
     return layouts_of(captured, config) if packs else {}
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 PASSES = (
     "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
     "join_linears", "fuse_add_norm", "page_attention", "page_state", "keep_last_logits", "fuse_rope_cache",
-    "pack_weights", "widen_logits", "cut_regions", "fuse_linear_act", "make_batch_invariant", "feed_embeds",
-    "tap_hidden",
+    "pack_weights", "widen_logits", "cut_regions", "quantize_inputs", "fuse_norm_quant", "fuse_linear_act",
+    "make_batch_invariant", "feed_embeds", "tap_hidden",
 )  # fmt: skip
 """Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last,
 then those that a setting asks for."""
@@ -94,6 +94,9 @@ class CompileConfig:
     """Method of the checkpoint's quantized weights; by default what its config.json says. Plain weights can be
     quantized as they are loaded: int8, int4, fp8, bitsandbytes, ptpc_fp8, tpu_int8, experts_int8 or deepspeedfp
     (QUANTIZATION.md)."""
+    activation_dtype: str = "auto"
+    """Element type of the inputs of linears with fp8 weights on a GPU that multiplies fp8: fp8 quantizes each token's
+    as they are multiplied (QUANTIZATION.md); auto leaves them in the model's dtype."""
     load_format: str = "auto"
     """Files of the weights: auto (safetensors, else torch.save's, else Mistral's), safetensors, pt (.bin, .pt), npcache
     (those, kept as numpy's files beside them for the next start), sharded_state (written by the command

@@ -34,7 +34,7 @@ def _scales(parts: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 
 def _nearest(values: Tensor, table: str) -> Tensor:
     """uint8 codes of the entries of a table that are nearest to values in -1 .. 1, or NaN for those of no size."""
-    entries, codes = torch.tensor(TABLES[table]).sort()
+    entries, codes = torch.tensor(TABLES[table], device=values.device).sort()
     found = torch.bucketize(values.nan_to_num(), (entries[1:] + entries[:-1]) / 2)
     return codes[found].to(torch.uint8)
 

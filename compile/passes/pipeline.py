@@ -20,6 +20,7 @@ from fuseline.compile.passes.find_rope import find_rope
 from fuseline.compile.passes.fuse_act_mul import fuse_act_mul
 from fuseline.compile.passes.fuse_add_norm import fuse_add_norm
 from fuseline.compile.passes.fuse_linear_act import fuse_linear_act
+from fuseline.compile.passes.fuse_norm_quant import fuse_norm_quant
 from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
@@ -28,6 +29,7 @@ from fuseline.compile.passes.pack_weights import pack_weights
 from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.passes.page_state import page_state
 from fuseline.compile.passes.plan_decode import plan_decode
+from fuseline.compile.passes.quantize_inputs import quantize_inputs
 from fuseline.compile.passes.stream_weights import stream_weights
 from fuseline.compile.passes.tap_hidden import tap_hidden
 from fuseline.compile.passes.widen_logits import widen_logits
@@ -51,11 +53,14 @@ SHARED: Stages = (
 COMPILED: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, widen_logits)))
 """Level 1 and up."""
 
-COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, fuse_linear_act)))
+FP8_INPUTS = (quantize_inputs, fuse_norm_quant)
+"""Behind pack_weights, for a GPU."""
+
+COMPILED_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, *FP8_INPUTS, fuse_linear_act)))
 """The same for a GPU: its kernels read plain rows, so that nothing is packed unless another format is configured, and
 its sampling reads logits of any dtype."""
 
-INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, make_batch_invariant)))
+INVARIANT_CUDA: Stages = (*SHARED, ("lower", (fuse_rope_cache, pack_weights, *FP8_INPUTS, make_batch_invariant)))
 """Linears with one order of summation instead of the fastest ones."""
 
 REFERENCE_CUDA: Stages = (*REFERENCE, ("lower", (find_linear,)))

@@ -30,6 +30,7 @@ from fuseline.compile.kernels.triton import (
     blocks,
     code_linear,
     experts,
+    fp8,
     linear,
     matmul,
     norm,
@@ -55,6 +56,8 @@ class Case:
     launch: Callable
     arguments: Callable[..., dict[str, object]]
     axes: dict[str, Sequence]
+    least: int = 80
+    """First arch that has its types."""
 
     @property
     def optional(self) -> list[str]:
@@ -71,6 +74,8 @@ class Case:
     def whole(self, arch: int) -> Iterator[dict[str, object]]:
         """All combinations of what may be None, of flags, and of the kinds of caches."""
         axes = self.choices(arch)
+        if arch < self.least:
+            return
         for name in NUMBERS:
             axes |= {name: axes[name][:1]} if name in axes else {}
         if "cache" in axes:
@@ -101,9 +106,9 @@ NUMBERS = ("dtype", "ints", "sizes", "to", "table")
 CASES: list[Case] = []
 
 
-def case(launch: Callable, **axes: Sequence) -> Callable:
+def case(launch: Callable, least: int = 80, **axes: Sequence) -> Callable:
     def add(arguments: Callable[..., dict[str, object]]) -> Callable:
-        CASES.append(Case(launch, arguments, axes))
+        CASES.append(Case(launch, arguments, axes, least))
         return arguments
 
     return add
@@ -225,6 +230,31 @@ def embedding(dtype: torch.dtype, sizes: str, group: int, kind: int) -> dict[str
 def decoded(dtype: torch.dtype, sizes: str, group: int, kind: int) -> dict[str, object]:
     out = meta(*((8, 200) if sizes == "some" else (1, 1)), dtype=dtype)
     return coded(dtype, kind, group, sizes) | {"out": out, "begin": 0}
+
+
+@case(fp8.linear_fp8, least=89, group=(0, 128), to=(torch.bfloat16, torch.float32), sizes=SIZES)
+def by_fp8(group: int, to: torch.dtype, sizes: str) -> dict[str, object]:
+    rows, num_out, num_in = (20, 40, 208) if sizes == "some" else (1, 1, 16)
+    return {
+        "x": meta(rows, num_in, dtype=E4M3), "x_scales": meta(rows, 1), "bias": meta(num_out, dtype=to),
+        "codes": meta(num_out, num_in // 4, dtype=torch.int32), "scales": meta(2 if group else 1, 48), "group": group,
+        "dtype": to,
+    }  # fmt: skip
+
+
+@case(fp8.quantize_fp8, dtype=FLOATS, sizes=SIZES)
+def quantize(dtype: torch.dtype, sizes: str) -> dict[str, object]:
+    return {"x": lines(dtype, sizes)}
+
+
+@case(fp8.rms_norm_fp8, dtype=FLOATS, mode=(0, 1, 2), sizes=SIZES)
+def rms_norm_fp8(dtype: torch.dtype, mode: int, sizes: str) -> dict[str, object]:
+    return rms_norm(dtype, mode, sizes)
+
+
+@case(fp8.add_rms_norm_fp8, dtype=FLOATS, mode=(0, 1, 2), sizes=SIZES)
+def add_rms_norm_fp8(dtype: torch.dtype, mode: int, sizes: str) -> dict[str, object]:
+    return add_rms_norm(dtype, mode, sizes)
 
 
 @case(linear.linear_act_mul, dtype=FLOATS, act=tuple(ACTIVATIONS), sizes=SIZES)

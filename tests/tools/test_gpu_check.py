@@ -244,7 +244,8 @@ def test_every_kernel_is_measured(tool) -> None:
                  "attention, decode 2 x 32", "attention, decode 1 x 16", "prompt of 32", "greedy", "top_k",
                  "linear of 130 rows, 64 -> 96, torch.linear", "linear of 1 rows, 64 -> 96, triton.linear",
                  "linear of 1 rows, 48 -> 64", "linear_act_mul of 1 rows, 64 -> 96, triton",
-                 "linear_code_rows, int4 1 x 64 -> 96, triton", "experts, 16 tokens x 2 of 4, triton.experts 64x128",
+                 "linear_code_rows, int4 1 x 64 -> 96, triton", "linear_fp8, 1 x 64 -> 96, triton",
+                 "experts, 16 tokens x 2 of 4, triton.experts 64x128",
                  "linear, 64 x 48 -> 64, invariant", "decode 2 x 32, invariant"):  # fmt: skip
         assert name in names
     is_tuning = [", triton.linear " in row[0] for row in found.rows]
@@ -305,12 +306,11 @@ def test_a_model_is_measured(tool, tmp_path) -> None:
     assert names == ["engine, 2 x 6 in, 5 out", "engine, a decode step", "engine, GPU idle between decode steps"]
 
 
-@pytest.mark.parametrize("name", ("int4", "fp8"))
-def test_a_quantized_model_is_measured(tool, tmp_path, name: str) -> None:
+def test_a_quantized_model_is_measured(tool, tmp_path) -> None:
     _, llama, serving, tables = tool
     from gpu_check import quantized
 
-    load, found = llama.small(llama.Load()), tables.Table()
+    name, load, found = "int4", llama.small(llama.Load()), tables.Table()
     load = replace(load, batches=(1,), graphs=GraphConfig((1,), mixed_sizes=()))
     runner = llama.Runner(tmp_path, GPU, load, llama.LLAMA_8B | SHAPE, quantization=name)
     assert all(weight.dtype == torch.int32 for key, weight in runner.weights.items() if key.endswith("codes"))

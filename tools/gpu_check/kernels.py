@@ -219,7 +219,7 @@ def _coded(s: Sizes, target: Target) -> Iterator[Case]:
     make = Make(torch.bfloat16, torch.Generator().manual_seed(0), s.product_rows, target.device)
     shape = ModelShape(s.hidden, s.inner, s.heads, s.kv_heads, s.head_dim, s.vocab, s.num_experts)
     kernels = Kernels(target)
-    for name in ("linear_code_rows",):
+    for name in ("linear_code_rows", "linear_fp8"):
         for work in registry()[name].workloads(make, shape):
             stored = sum(part.nbytes for part in work.args[1:] if isinstance(part, Tensor))
             rows = work.args[0].shape[1]

@@ -52,12 +52,13 @@ class Runner:
 
     def __init__(
         self, folder: Path, target: Target, load: Load, shape: dict = LLAMA_8B, is_tuned: bool = False,
-        quantization: str | None = None,
+        **settings: str,
     ) -> None:  # fmt: skip
+        """`settings`: more fields of the CompileConfig."""
         (folder / "config.json").write_text(json.dumps(shape))
         config = CompileConfig(
             str(folder), max_num_batched_tokens=max(load.prompts), max_num_seqs=load.max_seqs, dtype="bfloat16",
-            quantization=quantization,
+            **settings,
         )  # fmt: skip
         captured, result = optimize(config, target)
         weights = random_weights(captured, result, target.device)

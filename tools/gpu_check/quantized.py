@@ -24,7 +24,10 @@ from gpu_check.llama import Load, Runner
 from gpu_check.serving import Batch, measure_serving
 from gpu_check.table import Table, run_part, share_of
 
-NAMES = ("int4", "fp8", "int8")
+SETTINGS = {
+    "int4": {"quantization": "int4"}, "fp8": {"quantization": "fp8"},
+    "fp8 by fp8": {"quantization": "fp8", "activation_dtype": "fp8"}, "int8": {"quantization": "int8"},
+}  # fmt: skip
 GOALS = {("int4", 1): "2.5 x bf16", ("fp8", 1): "1.7 x bf16"}
 
 
@@ -35,14 +38,14 @@ def main(out: Path, marks: Path) -> int:
     load = Load((1, 16, 256), prompts=(2048,), graphs=GraphConfig((1, 16, 256), mixed_sizes=()))
 
     def measure(name: str, folder: Path) -> None:
-        runner = Runner(folder, target, load, quantization=name)
+        runner = Runner(folder, target, load, **SETTINGS[name])
         measure_steps(runner, name, load, limits, table)
         measure_serving(runner, CudaDevice(target), Batch(max_tokens=max(load.prompts)), table, f"{name}: ")
         runner.model.stop_capture()
 
     done = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in NAMES:
+        for name in SETTINGS:
             done.append(run_part(f"{name} weights", partial(measure, name, Path(folder)), table, marks))
             torch.cuda.empty_cache()
     return 0 if all(done) else 1

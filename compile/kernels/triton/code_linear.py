@@ -93,7 +93,7 @@ def decode(
     num_rows, num_in = out.shape
     words = _elements(codes, kind)
     grid = (triton.cdiv(num_rows, 32), triton.cdiv(num_in, 128))
-    decode_kernel[grid](
+    unpack_kernel[grid](
         out, words, scales, zeros, table, begin, num_rows, words.stride(0), scales.stride(0), K=num_in,
         G=scales.shape[0], GROUP=group, KIND=kind, ROWS=32, DEPTH=128,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def codes_kernel(
 
 
 @triton.jit(do_not_specialize=["begin", "num_rows"])
-def decode_kernel(
+def unpack_kernel(
     out, codes, scales, zeros, table, begin, num_rows, code_stride, scale_stride, K: tl.constexpr, G: tl.constexpr,
     GROUP: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip

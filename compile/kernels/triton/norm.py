@@ -89,19 +89,26 @@ def norm_kernel(
         other = tl.load(residual + place_of(line, inner, y_outer, y_inner) + column, mask=there, other=0.0)
         wide = rounded(wide + other.to(tl.float32), total.dtype.element_ty)
         tl.store(total + at, wide.to(total.dtype.element_ty), mask=there)
+    wide = normalized(wide, weight, bias, column, eps, out.dtype.element_ty, D, MODE)
+    tl.store(out + at, wide.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def normalized(wide, weight, bias, column, eps, dtype: tl.constexpr, D: tl.constexpr, MODE: tl.constexpr):
+    """Rows of float32, of which columns from D on are 0, over their size, times the weight; rounded within to dtype."""
     if MODE == LAYER:
         wide = tl.where(column < D, wide - (line_sums(wide) / D)[:, None], 0.0)
     wide = wide * tl.rsqrt(line_sums(wide * wide) / D + eps)[:, None]
     if weight is not None:
         scale = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         if MODE == CAST_THEN_SCALE:
-            wide = rounded(wide, out.dtype.element_ty)
+            wide = rounded(wide, dtype)
         if MODE == ONE_PLUS:
             scale = scale + 1.0
         wide = wide * scale
     if bias is not None:
         wide = wide + tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
-    tl.store(out + at, wide.to(out.dtype.element_ty), mask=there)
+    return wide
 
 
 IMPLEMENTATIONS = tuple(
