@@ -103,7 +103,7 @@ def make_checkpoint(shape: str, folder: Path, dtype: torch.dtype = torch.bfloat1
     make_tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE,
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": getattr(config, "max_position_embeddings", 32768),
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     model.save_pretrained(folder)
