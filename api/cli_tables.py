@@ -96,7 +96,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "scheduling_policy": ("fcfs", "priority"),
     "config_format": ("auto", "hf", "mistral"),
     "quantization": (*QUANTIZATIONS, "mxfp4", "modelopt_fp4", "auto-round", "inc", "int8", "int4"),
-    "activation_dtype": ("auto", "fp8"),
+    "activation_dtype": ("auto", "int8", "fp8"),
     "load_format": tuple(
         "auto pt safetensors npcache dummy tensorizer sharded_state gguf bitsandbytes mistral runai_streamer".split()
     ),

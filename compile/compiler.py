@@ -22,7 +22,7 @@ from fuseline.compile.capture.artifact import load_optimized, load_or_capture, s
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.errors import CaptureError, LoadError, told_as
 from fuseline.compile.capture.kv_scales import stored_scales
-from fuseline.compile.capture.layouts import layouts_of
+from fuseline.compile.capture.layouts import layouts_of, with_plain_inputs
 from fuseline.compile.capture.sinks import DeviceSink, HostSink, Sink
 from fuseline.compile.capture.weights import WeightFinder, load_weights
 from fuseline.compile.check import check_model
@@ -117,10 +117,13 @@ def _layouts(captured: CapturedModel, config: CompileConfig, target: Target) -> 
             f"--quantization {config.quantization} quantizes plain weights from -O1 on only, with the pass "
             "pack_weights; leave it out"
         )
-    if config.activation_dtype != "auto" and (target.kind != "cuda" or not packs):
-        raise CaptureError(f"--activation-dtype {config.activation_dtype} is for a GPU, from -O1 on and with the pass "
-                           "pack_weights; leave it out")  # fmt: skip
-    return layouts_of(captured, config) if packs else {}
+    needed = {"int8": "cpu", "fp8": "cuda"}.get(config.activation_dtype, target.kind)
+    if config.activation_dtype != "auto" and (target.kind != needed or not packs):
+        device = {"cpu": "CPU", "cuda": "GPU"}[needed]
+        raise CaptureError(f"--activation-dtype {config.activation_dtype} is for a {device}, from -O1 on and with the "
+                           "pass pack_weights; leave it out")  # fmt: skip
+    found = layouts_of(captured, config) if packs else {}
+    return found if target.kind == "cpu" else {name: with_plain_inputs(layout) for name, layout in found.items()}
 
 
 def _with_dtype_of(config: CompileConfig, target: Target) -> CompileConfig:

@@ -95,8 +95,9 @@ class CompileConfig:
     quantized as they are loaded: int8, int4, fp8, bitsandbytes, ptpc_fp8, tpu_int8, experts_int8 or deepspeedfp
     (QUANTIZATION.md)."""
     activation_dtype: str = "auto"
-    """Element type of the inputs of linears with fp8 weights on a GPU that multiplies fp8: fp8 quantizes each token's
-    as they are multiplied (QUANTIZATION.md); auto leaves them in the model's dtype."""
+    """Element type of the inputs of linears with quantized weights: int8 (weights of int8 or int4, on a CPU) or fp8
+    (of fp8, on a GPU that multiplies fp8) quantizes each token's as they are multiplied (QUANTIZATION.md has the
+    error); auto does so where the checkpoint publishes int8, on a CPU."""
     load_format: str = "auto"
     """Files of the weights: auto (safetensors, else torch.save's, else Mistral's), safetensors, pt (.bin, .pt), npcache
     (those, kept as numpy's files beside them for the next start), sharded_state (written by the command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.checkpoint import CodedTensor
@@ -11,7 +12,7 @@ from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.weights import resolve
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.ops.coded import MIXED
+from fuseline.compile.ops.coded import BY_TOKEN, MIXED, parse_layout
 from fuseline.compile.quantization.methods import is_router, method_of, online_layouts
 from fuseline.compile.quantization.published import QuantizationError
 
@@ -23,7 +24,30 @@ def layouts_of(captured: CapturedModel, config: CompileConfig) -> Mapping[str, s
     except QuantizationError as error:
         raise CaptureError(str(error)) from error
     found = _stored_layouts(captured, config) if method else _online_layouts(captured, config)
+    if config.activation_dtype == "int8":
+        found = _with_int8_inputs(found)
+    is_matrix = {name: len(shape) == 2 for name, (shape, _) in captured.parameters.items()}
+    found = {name: layout if is_matrix[name] else with_plain_inputs(layout) for name, layout in found.items()}
     return found | {name: found[first] for name, first in captured.tied.items() if first in found}
+
+
+def _with_int8_inputs(layouts: Mapping[str, str]) -> dict[str, str]:
+    """Adds it to the layouts of integers. Raises CaptureError if there are none."""
+    known = {name: parse_layout(name) for name in {*layouts.values()} - {MIXED}}
+    asked = {
+        name: str(layout if layout.activations or not layout.is_integer else replace(layout, activations=BY_TOKEN))
+        for name, layout in known.items()
+    }
+    if not any(layout.is_integer for layout in known.values()):
+        stored = f"stored as {', '.join(sorted(known))}" if known else "plain"
+        raise CaptureError(f"--activation-dtype int8 needs weights of int8 or int4, and these are {stored}: give a "
+                           "checkpoint of such, or --quantization int8 or int4 for plain weights")  # fmt: skip
+    return {name: asked.get(layout, layout) for name, layout in layouts.items()}
+
+
+def with_plain_inputs(layout: str) -> str:
+    """The layout of weights whose inputs stay as they are: of experts, and of all on a GPU."""
+    return layout if layout == MIXED else str(replace(parse_layout(layout), activations=""))
 
 
 def _stored_layouts(captured: CapturedModel, config: CompileConfig) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Weights of codes of 4 or 8 bits, for all layouts of ops/coded.py: words, scales and zeros in panels of 16 outputs.
 
-`linear_codes` and `experts_codes` read them, and `embedding_codes` where the scales have the model's dtype. The parts
-of a weight are made from a checkpoint's codes as they are, or of plain values by `encode`.
+`linear_codes` and `experts_codes` read them, `linear_codes_int8` where inputs are quantized too, and `embedding_codes`
+where the scales have the model's dtype. The parts of a weight are made from a checkpoint's codes as they are, or of
+plain values by `encode`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.formats.format import Call, Format, Pack, Shape, Stored
 from fuseline.compile.formats.panels import pack_lanes
-from fuseline.compile.ops.coded import KINDS, Coded, Layout, parse_layout
+from fuseline.compile.ops.coded import KINDS, STATIC, Coded, Layout, parse_layout
 from fuseline.compile.ops.linear_codes import PANEL, num_words, to_words
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
 DEPTH = 512
 """Inputs that kernels multiply at a time (kDepth of product.h): groups must divide it."""
+MAX_EXACT = 1 << 16
+"""Inputs whose products of int8 numbers an int32 holds the sum of."""
 
 
 @functools.cache
@@ -39,6 +42,8 @@ def format_of(name: str) -> Format:
 
 def has_kernel(layout: Layout, shape: Shape) -> bool:
     """Whether kernels take a weight of this layout and shape: a matrix, or one for each expert without an order."""
+    if layout.activations and (not layout.is_integer or shape[-1] > MAX_EXACT):
+        return False
     fits = len(shape) == 2 or (len(shape) == 3 and not layout.has_order)
     is_even = layout.group == 0 or (layout.group % 8 == 0 and DEPTH % layout.group == 0)
     return fits and is_even and layout.code_kind in KINDS
@@ -50,7 +55,8 @@ def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple
     of_groups = (*lead, panels, layout.num_groups(num_in), PANEL), scale
     shapes = {"codes": ((*lead, panels, num_words(num_in, layout.bits), PANEL), torch.int32), "scales": of_groups}
     shapes |= {"zeros": of_groups} if layout.has_zeros else {}
-    return shapes | ({"order": ((num_in,), torch.int64)} if layout.has_order else {})
+    shapes |= {"order": ((num_in,), torch.int64)} if layout.has_order else {}
+    return shapes | ({"input_scale": ((1,), torch.float32)} if layout.activations == STATIC and not lead else {})
 
 
 def _put(layout: Layout, stored: Stored, coded: Coded, row: int) -> None:
@@ -60,14 +66,18 @@ def _put(layout: Layout, stored: Stored, coded: Coded, row: int) -> None:
         pack_lanes(stored["zeros"], coded.zeros, row)
     if coded.order is not None:
         stored["order"].copy_(coded.order)
+    if coded.input_scale is not None and "input_scale" in stored:
+        stored["input_scale"].copy_(coded.input_scale)
 
 
 def _linear(layout: Layout, args: tuple, pack: Pack) -> Call:
     x, weight, bias = args
-    codes, scales, *rest = pack(weight)
-    zeros, order = _optional(layout, rest)
-    num_out = weight.meta["val"].shape[0]
-    return OPS.linear_codes.default, (x, codes, scales, zeros, order, bias, num_out, *_numbers(layout))
+    parts = _parts(layout, weight, pack)
+    stored = x, *(parts.get(part) for part in ("codes", "scales", "zeros", "order")), bias
+    numbers = weight.meta["val"].shape[0], *_numbers(layout)
+    if layout.activations:
+        return OPS.linear_codes_int8.default, (*stored, parts.get("input_scale"), *numbers)
+    return OPS.linear_codes.default, (*stored, *numbers)
 
 
 def _experts(args: tuple, pack: Pack) -> Call:
@@ -77,7 +87,7 @@ def _experts(args: tuple, pack: Pack) -> Call:
     for weight in (gate_up, down):
         codes, scales, *rest = pack(weight, transposed)
         layout = parse_layout(codes.meta["weight"].format)
-        parts += [codes, scales, _optional(layout, rest)[0]]
+        parts += [codes, scales, rest[0] if layout.has_zeros else None]
         numbers += _numbers(layout)
     num_hidden = down.meta["val"].shape[1 if transposed else 2]
     rest = (gate_up_bias, down_bias, act, num_hidden, *numbers, alpha, limit)
@@ -89,14 +99,15 @@ def _embedding(layout: Layout, args: tuple, pack: Pack) -> Call | None:
     value: Tensor = weight.meta["val"]
     if layout.has_order or str(value.dtype) != f"torch.{layout.scale_dtype}":
         return None
-    codes, scales, *rest = pack(weight)
-    zeros, _ = _optional(layout, rest)
-    return OPS.embedding_codes.default, (ids, codes, scales, zeros, value.shape[1], *_numbers(layout))
+    parts = _parts(layout, weight, pack)
+    stored = (parts.get(part) for part in ("codes", "scales", "zeros"))
+    return OPS.embedding_codes.default, (ids, *stored, value.shape[1], *_numbers(layout))
 
 
-def _optional(layout: Layout, rest: list) -> tuple:
-    """(zeros, order) of the parts after the scales."""
-    return (rest[0] if layout.has_zeros else None), (rest[-1] if layout.has_order else None)
+def _parts(layout: Layout, weight: fx.Node, pack: Pack) -> dict[str, fx.Node]:
+    """Constants of the weight by part."""
+    value: Tensor = weight.meta["val"]
+    return dict(zip(_shapes(layout, tuple(value.shape), value.dtype), pack(weight), strict=True))
 
 
 def _numbers(layout: Layout) -> tuple[int, int]:

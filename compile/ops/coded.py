@@ -8,7 +8,7 @@ block of outputs, is repeated for each output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ TABLES = {"nf4": NF4, "fp4": FP4, "e2m1": E2M1}
 KINDS = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "fp4": 4, "e2m1": 5}
 """What codes stand for, as kernels are told (CodeKind in codes.h)."""
 
-
+BY_TOKEN, STATIC = ACTIVATIONS = ("a8", "a8static")
+"""Inputs as int8: each token's by its largest magnitude, or all by a published scale."""
 MIXED = "mixed"
 """In place of a layout's name: of weights whose codes can only be dequantized."""
 
@@ -54,16 +55,30 @@ class Layout:
     """Values of a lut4's codes: a key of TABLES."""
     has_order: bool = False
     """Inputs are stored in an order of the weight's own, so that those of a group are neighbours."""
+    activations: str = field(default="", compare=False)
+    """How inputs are quantized as they are multiplied: one of ACTIVATIONS; empty: not at all. How a weight is stored
+    does not depend on it."""
 
     def __str__(self) -> str:
         words = [self.kind, str(self.group or "row"), self.scale_dtype, self.table]
         words += [word for word, is_set in (("zeros", self.has_zeros), ("order", self.has_order)) if is_set]
+        words.append(self.activations)
         return "/".join(filter(None, words))
 
     @property
     def code_kind(self) -> str:
         """A key of KINDS."""
         return self.table or self.kind
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers, whose products with those of inputs can be summed exactly."""
+        return self.kind.startswith("int")
+
+    @property
+    def can_join(self) -> bool:
+        """Whether outputs of several weights can be stored as one: each may have inputs of its own."""
+        return not self.has_order and self.activations != STATIC
 
     @property
     def bits(self) -> int:
@@ -77,7 +92,10 @@ def parse_layout(name: str) -> Layout:
     """The inverse of str. Raises ValueError."""
     kind, group, dtype, *words = name.split("/")
     table = next((word for word in words if word in TABLES), "")
-    layout = Layout(kind, 0 if group == "row" else int(group), dtype, "zeros" in words, table, "order" in words)
+    activations = next((word for word in words if word in ACTIVATIONS), "")
+    layout = Layout(
+        kind, 0 if group == "row" else int(group), dtype, "zeros" in words, table, "order" in words, activations
+    )
     if kind not in CODE_TYPES or str(layout) != name:
         raise ValueError(f"{name} is no layout of weights")
     return layout
@@ -95,6 +113,8 @@ class Coded:
     """[N, G] in the units of the codes' values."""
     order: Tensor | None = None
     """[K]: column j of the codes is input order[j]."""
+    input_scale: Tensor | None = None
+    """[1] of inputs that are quantized by a published scale."""
 
     def narrow(self, begin: int, end: int) -> Coded:
         """Outputs (or experts) [begin, end)."""

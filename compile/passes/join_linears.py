@@ -6,7 +6,7 @@
     q, k, v = split(linear(x, [wq; wk; wv], [bq; 0; 0]))
 
 A shared input is not enough: other readers of x (a router, a parallel branch) stay separate, and so do weights that are
-stored in different layouts, or each with an order of inputs of its own.
+stored in different layouts, or each with an order or a scale of inputs of its own.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def join_linears(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
         if node.target is OPS.linear.default and _is_plain(node):
             consumer = _consumer(node)
             layout = ctx.layouts.get(node.args[1].meta["fqn"], "")
-            if consumer is not None and not _has_order(layout):
+            if consumer is not None and _can_join(layout):
                 groups[node.args[0], consumer, layout].append(node)
     matches = sum(_join(graph, group) for group in groups.values() if len(group) > 1)
     return PassResult(matches)
 
 
-def _has_order(layout: str) -> bool:
-    return layout not in ("", MIXED) and parse_layout(layout).has_order
+def _can_join(layout: str) -> bool:
+    return layout in ("", MIXED) or parse_layout(layout).can_join
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -23,6 +23,7 @@ import torch
 from fuseline.compile.ops.coded import Coded, Layout
 from fuseline.compile.quantization import float4, fp8, marlin
 from fuseline.compile.quantization.bits import centered, kind_of, unpack
+from fuseline.compile.quantization.int8_inputs import with_inputs
 from fuseline.compile.quantization.published import (
     PLAIN,
     Method,
@@ -58,8 +59,14 @@ def read(config: Mapping[str, Any]) -> Method:
            "compressed-tensors: quantization_status")  # fmt: skip
     sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
     one_of(sparsity, ("dense",), "compressed-tensors: format of sparsity_config")
-    schemes = [_scheme(group, config) for group in (config.get("config_groups") or {}).values()]
-    return Method("compressed-tensors", SUFFIXES, _Reader(schemes).find)
+    groups = [*(config.get("config_groups") or {}).values()]
+    reader = _Reader([_scheme(group, config) for group in groups])
+
+    def find(module: str, tensors: Tensors, value: Read) -> Published | None:
+        published = reader.find(module, tensors, value)
+        return published and with_inputs(published, groups, module, tensors)
+
+    return Method("compressed-tensors", SUFFIXES, find)
 
 
 def _scheme(group: object, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,8 +15,8 @@ Tensors = Mapping[str, Tensor]
 """Published tensors of one weight, by suffix."""
 Read = Callable[[str], Tensor]
 """The values of a published tensor, by suffix; only for small ones."""
-
-
+Decode = Callable[[Tensors], Coded]
+"""From a weight's tensors, read as its `cuts` say."""
 PLAIN = Layout("values", 0, "float32")
 """Of weights whose codes no kernel reads: they are dequantized as they are loaded."""
 
@@ -32,8 +32,7 @@ class Published:
     layout: Layout
     shape: tuple[int, ...]
     """[N, K]; experts with a leading dim."""
-    decode: Callable[[Tensors], Coded]
-    """From the tensors, read as `cuts` says."""
+    decode: Decode
     cuts: Mapping[str, int] = field(default_factory=dict)
     """Tensors whose first dim is that of the weight, by suffix: rows of the weight that share one of the tensor's.
     Tensors that are not named are read whole."""

@@ -13,6 +13,8 @@ MOVED_BYTES = 1 << 30
 """Bytes read or copied, far more than any cache holds."""
 CPU_SIZE = 2048
 """Rows, columns and depth of the product measured on a CPU."""
+BF16_DOT = ("avx512bf16", "amx")
+"""Instruction sets whose kernels have a dot product of bf16."""
 
 
 @dataclass(frozen=True)
@@ -48,5 +50,5 @@ def matrix_rate(clock: Clock, device: str = "cpu", dtype: torch.dtype = torch.fl
     """
     is_cpu = device == "cpu"
     a, b = (torch.randn(size, size, device=device).to(torch.float32 if is_cpu else dtype) for _ in range(2))
-    is_double = is_cpu and dtype == torch.bfloat16 and _C.cpu_isa().endswith("bf16")
+    is_double = is_cpu and dtype == torch.bfloat16 and _C.cpu_isa() in BF16_DOT
     return (2 if is_double else 1) * 2 * size**3 / clock(lambda: a @ b)

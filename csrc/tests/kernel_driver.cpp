@@ -168,6 +168,29 @@ void run_linear(DType d) {
     }
 }
 
+// Weights of codes whose inputs fill no word, group or tile.
+void run_codes(DType d, DType other) {
+  for (int64_t num_k : {1, 75, 300})
+    for (int64_t group : {0, 32, 128})
+      for (int64_t kind = kCodeInt8; kind <= kCodeE2m1; ++kind)
+        for (int64_t rows : {0, 1, 15, 40}) {
+          const int64_t num_out = 45 + num_k % 2, groups = group ? (num_k + group - 1) / group : 1;
+          const int64_t words = kind > kCodeFp8 ? (num_k + 7) / 8 : (num_k + 3) / 4;
+          const auto codes = [&] { return make(DType::i32, {panels_of(num_out), words, 16}, int64_t{1} << 32); };
+          const auto scales = [&] { return make(other, {panels_of(num_out), groups, 16}); };
+          const auto zeros = [&] { return rows == 1 ? absent() : scales(); };
+          const auto order = [&] { return rows == 15 ? make(DType::i64, {num_k}, num_k) : absent(); };
+          call("linear_codes",
+               pack(make(d, {rows, num_out}), make(d, {rows, num_k}), codes(), scales(), zeros(), order(), absent()),
+               {num_out, group, kind});
+          if (kind != kCodeInt8 && kind != kCodeInt4) continue;
+          call("linear_codes_int8",
+               pack(make(d, {rows, num_out}), make(d, {rows, num_k}), codes(), scales(), zeros(), order(),
+                    make(other, {num_out}), rows == 40 ? make(DType::f32, {1}) : absent()),
+               {num_out, group, kind});
+        }
+}
+
 // Sequences whose last `counts` of `lengths` tokens are queries. Blocks are taken from the end of the cache, so that
 // the last one ends where the allocation does.
 struct Sequences {
@@ -311,6 +334,7 @@ void run_sampling(DType index) {
 void run_products(DType d) {
   run_linear(d);
   for (DType other : kFloatTypes) {
+    run_codes(d, other);
     run_attentions(d, other);
     run_experts(d, other);
   }

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_fixtures import FLOATS, isa, ops, with_threads
+from native_fixtures import FLOATS, integer_isa, isa, ops, with_threads
+from ops_cases import assert_kernels_agree
 
+from fuseline import _C
 from fuseline.compile.ops.coded import KINDS
 from fuseline.compile.ops.library import Make
 from fuseline.compile.ops.linear_codes import linear_codes, random_weight, to_panels, to_words
+from fuseline.compile.ops.registry import registry
 
-__all__ = ["isa"]
+__all__ = ["integer_isa", "isa"]
 NUM_IN, NUM_OUT = 1090, 333
 KIND_GROUPS = [("int8", 128, True), ("int8", 0, False), ("fp8", 0, True), ("int4", 32, True), ("nf4", 64, False)]
 
@@ -74,3 +77,54 @@ def test_ids_outside_a_weight_read_as_zeros(isa):
     out = torch.full((3, NUM_IN), float("nan"), dtype=torch.float16)
     ops.embedding_codes(out, torch.tensor([0, -1, 1 << 40]), codes, scales, None, NUM_IN, 128, KINDS["int8"])
     assert out[0].abs().sum() > 0 and (out[1:] == 0).all()
+
+
+# Rows quantized to int8.
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_int8_kernel_agrees_with_its_reference(integer_isa, dtype):
+    assert_kernels_agree(registry()["linear_codes_int8"], dtype)
+
+
+def run_int8(x: torch.Tensor, parts: tuple, group: int, kind: str, x_scale: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.full((*x.shape[:-1], NUM_OUT), float("nan"), dtype=torch.float32)
+    ops.linear_codes_int8(out, x, *parts, None, None, x_scale, NUM_OUT, group, KINDS[kind])
+    return out
+
+
+INT8_GROUPS = [("int8", 128), ("int8", 0), ("int8", 8), ("int4", 32), ("int4", 64)]
+
+
+@pytest.mark.parametrize(("kind", "group"), INT8_GROUPS)
+def test_an_int8_row_does_not_depend_on_its_batch_or_on_threads(integer_isa, kind, group):
+    x = torch.randn(300, NUM_IN, generator=torch.Generator().manual_seed(1))
+    parts = weight_of(kind, group, has_zeros=group == 128)
+    whole = run_int8(x, parts, group, kind)
+    for begin, end in [(0, 1), (7, 9), (20, 24), (100, 115), (30, 60), (60, 300)]:
+        part = with_threads(1 + begin % 2, lambda b=begin, e=end: run_int8(x[b:e], parts, group, kind))
+        assert torch.equal(part, whole[begin:end]), (begin, end)
+
+
+def test_sums_of_integers_are_the_same_on_every_instruction_set():
+    """Of one group, so that nothing but integers is added; extremes, which saturating instructions would clip."""
+    x = torch.tensor([127.5, -127.5]).repeat(40, 300)
+    codes = torch.tensor([-128, -128, 127, -128]).repeat(NUM_OUT, 150).to(torch.int8)
+    parts = to_panels(to_words(codes, 8)), torch.ones(-(-NUM_OUT // 16), 1, 16), None
+    want = torch.stack((x.clamp(-128, 127).round()[0] @ codes[0].float(),) * NUM_OUT).expand(40, -1)
+    before = _C.cpu_isa()
+    for isa_name in _C.available_isas():
+        _C.set_cpu_isa(isa_name)
+        assert torch.equal(run_int8(x, parts, 0, "int8"), want), isa_name
+        assert torch.equal(run_int8(x[:1], parts, 0, "int8"), want[:1]), isa_name
+    _C.set_cpu_isa(before)
+
+
+@pytest.mark.parametrize("x_scale", (None, torch.tensor([0.02])), ids=("by_row", "fixed"))
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+def test_a_row_that_is_not_finite_stays_so_and_zeros_stay_zero(integer_isa, kind, x_scale):
+    x, parts = torch.randn(5, NUM_IN), weight_of(kind, 32, False)
+    x[0, 3], x[1, 5], x[2] = torch.nan, torch.inf, 0
+    out = run_int8(x, parts, 32, kind, x_scale)
+    assert not out[:2].isfinite().any() and (out[2] == 0).all()
+    assert torch.equal(out[3:], run_int8(x[3:], parts, 32, kind, x_scale))

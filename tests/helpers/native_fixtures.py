@@ -11,10 +11,21 @@ from fuseline import _C
 
 ops = torch.ops.fuseline_cpu
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGER_ISAS = ("avxvnni", "avx512vnni", "amx")
+"""Differ from others only in `linear_codes_int8` (csrc/cpu/isa/isa.cpp)."""
+
+
+@pytest.fixture(params=[isa for isa in _C.available_isas() if isa not in INTEGER_ISAS])
+def isa(request) -> Iterator[str]:
+    yield from switched_to(request)
 
 
 @pytest.fixture(params=_C.available_isas())
-def isa(request) -> Iterator[str]:
+def integer_isa(request) -> Iterator[str]:
+    yield from switched_to(request)
+
+
+def switched_to(request) -> Iterator[str]:
     before, threads = _C.cpu_isa(), _C.num_threads()
     _C.set_cpu_isa(request.param)
     _C.set_num_threads(1)

@@ -154,15 +154,22 @@ def fp8(weight: Tensor, block: int = 0) -> Written:
 # Formats of packages that run here.
 
 
-def compressed(bits: int, kind: str, strategy: str, form: str, symmetric: bool = True) -> Case:
-    """compressed-tensors writes and reads the tensors."""
+INPUT_SCALE = 0.03
+
+
+def compressed(
+    bits: int, kind: str, strategy: str, form: str, symmetric: bool = True, inputs: dict[str, Any] | None = None
+) -> Case:  # fmt: skip
+    """compressed-tensors writes and reads the tensors. `inputs`: further settings of activations of int8."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
     group = GROUP if strategy == "group" else None
     args = QuantizationArgs(num_bits=bits, type=kind, strategy=strategy, group_size=group, symmetric=symmetric)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    input_args = QuantizationArgs(num_bits=8, **inputs) if inputs else None
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=input_args)
+    is_static = inputs is not None and not inputs["dynamic"]
     compressor = BaseCompressor.load_from_registry(form)
 
     def write(weight: Tensor) -> Written:
@@ -171,15 +178,18 @@ def compressed(bits: int, kind: str, strategy: str, form: str, symmetric: bool =
         state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
         stored = compressor.compress(state, scheme)
         plain = compressor.decompress(dict(stored), scheme)["weight"]
+        stored |= {"input_scale": torch.tensor([INPUT_SCALE])} if is_static else {}
         return {f".{name}": tensor for name, tensor in stored.items()}, plain.float()
 
     config = {
         "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
+        "config_groups": {"group_0": scheme.model_dump(mode="json")},
     }  # fmt: skip
     name = "fp8" if kind == "float" else "int4" if bits <= 4 else "int8"
     layout = f"{name}/{group or 'row'}/float32{'' if symmetric else '/zeros'}"
+    if inputs and inputs.get("symmetric", True):
+        layout += "/a8static" if is_static else "/a8"
     return Case(config, write, layout, writes_tokens=bits in (4, 8))
 
 
@@ -217,6 +227,25 @@ def micro(form: str, bits: int, layout: str) -> Case:
     return Case(config, write, layout, writes_tokens=False)
 
 
+def quantize_inputs(model: torch.nn.Module, case: Case) -> None:
+    """Makes the linears of layers quantize their inputs, as compressed-tensors does."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
+
+    args = QuantizationArgs(**case.config["config_groups"]["group_0"]["input_activations"])
+
+    def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        scale, zero = torch.tensor([INPUT_SCALE]), None
+        if args.dynamic:
+            scale, zero = compute_dynamic_scales_and_zp(inputs[0], args, module)
+        return (fake_quantize(inputs[0], scale, zero, args),)
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(hook)
+
+
 def bitsandbytes(kind: str, nested: bool = False) -> Case:
     def write(weight: Tensor) -> Written:
         from bitsandbytes import functional
@@ -251,6 +280,7 @@ def cases() -> dict[str, Case]:
     """One for each way to publish weights."""
     gptq_config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
     uneven = gptq_config | {"sym": False}
+    by_token, static = {"strategy": "token", "dynamic": True}, {"strategy": "tensor", "dynamic": False}
     fp8_config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     return {
         "gptq": Case(gptq_config, gptq(), "int4/32/float16"),
@@ -270,6 +300,10 @@ def cases() -> dict[str, Case]:
         "w8a8": compressed(8, "int", "channel", "int-quantized"),
         "w3a16": compressed(3, "int", "group", "pack-quantized"),
         "w5a16-zeros": compressed(5, "int", "group", "pack-quantized", symmetric=False),
+        "w8a8-token": compressed(8, "int", "channel", "int-quantized", inputs=by_token),
+        "w8a8-static": compressed(8, "int", "channel", "int-quantized", inputs=static),
+        "w8a8-uneven": compressed(8, "int", "channel", "int-quantized", inputs=by_token | {"symmetric": False}),
+        "w4a8": compressed(4, "int", "group", "pack-quantized", inputs=by_token),
         "ct-fp8": compressed(8, "float", "channel", "float-quantized"),
         "ct-nvfp4": micro("nvfp4-pack-quantized", 4, "lut4/16/float32/e2m1"),
         "ct-mxfp4": micro("mxfp4-pack-quantized", 4, "lut4/32/float32/e2m1"),

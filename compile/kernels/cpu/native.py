@@ -13,8 +13,8 @@ from fuseline.compile.ops.registry import registry
 
 SAME_NAME = (
     "act_mul", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "route_topk", "gather_rows",
-    "embedding_panels", "embedding_codes", "linear_codes", "experts_codes", "causal_conv_slots", "gated_delta_slots",
-    "ssd_scan_slots", "selective_scan_slots",
+    "embedding_panels", "embedding_codes", "linear_codes", "linear_codes_int8", "experts_codes", "causal_conv_slots",
+    "gated_delta_slots", "ssd_scan_slots", "selective_scan_slots",
 )  # fmt: skip
 OVER_CACHES = ("rope_cache", "write_cache", "paged_attention")
 

@@ -4,6 +4,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fuseline {
 
 #define FL_DECLARE(isa) \
@@ -16,26 +21,63 @@ FL_DECLARE(avx512bf16)
 #endif
 #undef FL_DECLARE
 
+#define FL_DECLARE(isa) \
+  namespace isa { void linear_codes_int8(const Tensor* t, const int64_t* i, const double* f); }
+#if defined(__x86_64__)
+FL_DECLARE(avxvnni)
+FL_DECLARE(avx512vnni)
+FL_DECLARE(amx)
+#endif
+#undef FL_DECLARE
+
 namespace {
 
 struct Isa {
   const char* name;
-  const OpFn* table;
+  std::vector<OpFn> table;
   bool is_supported;
 };
 
+std::vector<OpFn> table_of(const OpFn* kernels) { return {kernels, kernels + kNumOps}; }
+
+// An instruction set that has exact products of integers of its own.
+std::vector<OpFn> table_of(const OpFn* kernels, OpFn linear_codes_int8) {
+  std::vector<OpFn> table = table_of(kernels);
+  table[kOp_linear_codes_int8] = linear_codes_int8;
+  return table;
+}
+
+#if defined(__x86_64__)
+// Linux gives a process the registers of AMX when it asks for them.
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
-    std::vector<Isa> found = {{"baseline", baseline::kTable, true}};
+    std::vector<Isa> found = {{"baseline", table_of(baseline::kTable), true}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    found.push_back({"avx2", avx2::kTable, has_avx2});
-    found.push_back({"avx512", avx512::kTable, has_avx512});
-    found.push_back({"avx512bf16", avx512bf16::kTable, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+    const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+    const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
+    found.push_back({"avx2", table_of(avx2::kTable), has_avx2});
+    found.push_back({"avxvnni", table_of(avx2::kTable, avxvnni::linear_codes_int8),
+                     has_avx2 && __builtin_cpu_supports("avxvnni")});
+    found.push_back({"avx512", table_of(avx512::kTable), has_avx512});
+    found.push_back({"avx512vnni", table_of(avx512::kTable, avx512vnni::linear_codes_int8), has_vnni});
+    found.push_back({"avx512bf16", table_of(avx512bf16::kTable), has_bf16});
+    found.push_back({"amx", table_of(avx512bf16::kTable, amx::linear_codes_int8), has_bf16 && has_tiles()});
 #endif
     return found;
   }();
@@ -53,7 +95,7 @@ std::string join(const std::vector<std::string>& names) {
 
 }  // namespace
 
-const OpFn* op_table() { return current.load(std::memory_order_relaxed)->table; }
+const OpFn* op_table() { return current.load(std::memory_order_relaxed)->table.data(); }
 
 std::string cpu_isa() { return current.load()->name; }
 

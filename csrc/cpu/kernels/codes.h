@@ -119,6 +119,19 @@ struct InPlace {
     if constexpr (DOT) return pair_of(kind, word, j);
     else return kind.value(word, j);
   }
+  template <class Y>
+  FL_INLINE void keep(int, int64_t, int, Y) const {}
+};
+
+// The same for the first rows of several tiles: operands are kept for the others, as Decoded reads them.
+template <class Kind, bool DOT>
+struct Decoding : InPlace<Kind, DOT> {
+  uint32_t* decoded;
+  int64_t decoded_step;
+  template <class Y>
+  FL_INLINE void keep(int p, int64_t i, int v, Y y) const {
+    store_words(decoded + p * decoded_step + i * kPanel + v * kLanes, (vu)y);
+  }
 };
 
 // Operands that were decoded before, [panel][k][16] fp32 or [panel][k / 2][16] words of two bf16.
@@ -135,9 +148,11 @@ struct Decoded {
     if constexpr (DOT) return word;
     else return (vf)word;
   }
+  template <class Y>
+  FL_INLINE void keep(int, int64_t, int, Y) const {}
 };
 
-constexpr int64_t kAhead = 512;   // words prefetched while a panel is decoded
+constexpr int64_t kAhead = 512;   // words that are prefetched while others are decoded
 
 // Decodes num_k inputs, a multiple of kCodes, of a panel.
 template <bool DOT, class Kind>

@@ -2,7 +2,7 @@
 //
 // weight[n][k] = (value(code) - zero) * scale. The values of a group are multiplied and summed in one fp32 chain over
 // ascending k; a group's sum, less zero * (sum of x), is scaled and added to those before it. So one order holds for
-// any number of rows: few rows read the codes in place, more rows decode a block of panels once.
+// any number of rows: few rows read the codes in place, of more rows the first keep what they decode for the others.
 #pragma once
 #include "chunks.h"
 #include "codes.h"
@@ -90,7 +90,10 @@ FL_INLINE void codes_tile(const CodedWeight& weight, const CodedRows<DOT>& block
 #pragma GCC unroll 8
       for (int j = 0; j < Source::kOperands; ++j) {
         decltype(b.operand(words[0], 0)) y[kVecs];
-        for (int v = 0; v < kVecs; ++v) y[v] = b.operand(words[v], j);
+        for (int v = 0; v < kVecs; ++v) {
+          y[v] = b.operand(words[v], j);
+          b.keep(p0 + v / kPanelVecs, i * Source::kOperands + j, v % kPanelVecs, y[v]);
+        }
         for (int r = 0; r < ROWS; ++r) {
           auto all = x[r * kRow + j] - decltype(y[0] + y[0]){};
           for (int v = 0; v < kVecs; ++v) {
@@ -134,11 +137,13 @@ template <int ROWS, bool DOT, class Source>
   for (; p < num_panels; ++p) codes_tile<ROWS, 1>(weight, block, r0, b, p, panel + p, k0, num_k, c + p * kPanel, ldc);
 }
 
-template <int ROWS, bool DOT, class Source>
+// Rows from LEAST to ROWS.
+template <int ROWS, int LEAST = 1, bool DOT, class Source>
 FL_INLINE void codes_rows(int rows, const CodedWeight& weight, const CodedRows<DOT>& block, int64_t r0, const Source& b,
                           int num_panels, int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
   if (rows == ROWS) return codes_strip<ROWS>(weight, block, r0, b, num_panels, panel, k0, num_k, c, ldc);
-  if constexpr (ROWS > 1) codes_rows<ROWS - 1>(rows, weight, block, r0, b, num_panels, panel, k0, num_k, c, ldc);
+  if constexpr (ROWS > LEAST)
+    codes_rows<ROWS - 1, LEAST>(rows, weight, block, r0, b, num_panels, panel, k0, num_k, c, ldc);
 }
 
 // c[rows][ldc] of panels from `panel` on. `wide` has room for kMaxPanels decoded panels.
@@ -165,13 +170,16 @@ void multiply_panels(const CodedWeight& weight, const Kind& kind, const CodedRow
   constexpr int64_t kDecoded = kDepth / Packing<DOT>::kInputs * kPanel;
   int64_t num_tiles = (block.rows + kTileRows - 1) / kTileRows;
   for (int64_t k0 = 0; k0 < weight.num_k; k0 += kDepth) {
-    for (int p = 0; p < num_panels; ++p)
-      decode_panel<DOT>(kind, weight.words(panel + p) + k0 / kCodes * kPanel, depth(k0), decoded + p * kDecoded);
+    Decoding<Kind, DOT> codes{{kind, weight.words(panel) + k0 / kCodes * kPanel, weight.panel_words(), kAhead},
+                              decoded, kDecoded};
     Decoded<DOT> source{decoded, kDecoded, Kind::kUnit};
     for (int64_t t = 0; t < num_tiles; ++t) {
       int64_t r = block.rows * t / num_tiles, rows = block.rows * (t + 1) / num_tiles - r;
-      codes_rows<kTileRows>(static_cast<int>(rows), weight, block, r, source, num_panels, panel, k0, depth(k0),
-                            c + r * ldc, ldc);
+      auto multiply = [&](const auto& from) {
+        codes_rows<kTileRows, kTileRows / 2>(static_cast<int>(rows), weight, block, r, from, num_panels, panel, k0,
+                                             depth(k0), c + r * ldc, ldc);
+      };
+      t == 0 ? multiply(codes) : multiply(source);
     }
   }
 }

@@ -4,7 +4,7 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 16 * kTileRows;   // rows that share a decoded block
+constexpr int64_t kBlockRows = 32 * kTileRows;   // rows that share a decoded block
 
 struct LinearCodes {
   const Tensor &out, &x, &order, &bias;

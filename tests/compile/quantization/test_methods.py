@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.formats import code_rows, codes
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.ops.coded import dequantize, parse_layout
+from fuseline.compile.ops.linear_codes_int8 import quantize_rows
 from fuseline.compile.quantization.methods import in_words, is_router, method_of, online_layouts
 from fuseline.compile.quantization.published import PLAIN, QuantizationError
+from fuseline.compile.specs import QuantizedSpec
 from fuseline.compile.target import CPU, Target, detect_target
 
 PROMPTS = zoo.make_prompts([3, 11])
@@ -37,11 +40,12 @@ cases = functools.cache(lambda: quantized.cases() | quantized_packers.cases())
 LINEARS = (
     "gptq gptq-zeros gptq-v2 gptq-act-order gptq-8bit gptq-2bit gptq-3bit auto-round auto-round-v2 awq marlin "
     "marlin-24 marlin-24-8bit ct-marlin-24 qqq qqq-groups hqq hqq-axis0 hqq-8bit hqq-3bit hqq-2bit hqq-1bit aqlm-2x8 "
-    "aqlm-1x16 fp8 fp8-blocks w4a16 w4a16-zeros w8a16 w8a8 w3a16 w5a16-zeros ct-fp8 ct-nvfp4 ct-mxfp4 ct-mxfp6 "
-    "ct-mxfp8 quark-int4 quark-uint4 quark-int8 quark-int8-groups quark-uint8-tensor quark-int4-channel quark-fp8 "
-    "quark-fp4 modelopt-fp8 modelopt-fp8-blocks nvfp4 nf4 nf4-nested fp4 bnb-int8 deepspeedfp-6 deepspeedfp-8 "
-    "deepspeedfp-12"
+    "aqlm-1x16 fp8 fp8-blocks w4a16 w4a16-zeros w8a16 w8a8 w8a8-uneven w3a16 w5a16-zeros ct-fp8 ct-nvfp4 ct-mxfp4 "
+    "ct-mxfp6 ct-mxfp8 quark-int4 quark-uint4 quark-int8 quark-int8-groups quark-uint8-tensor quark-int4-channel "
+    "quark-fp8 quark-fp4 modelopt-fp8 modelopt-fp8-blocks nvfp4 nf4 nf4-nested fp4 bnb-int8 deepspeedfp-6 "
+    "deepspeedfp-8 deepspeedfp-12"
 ).split()
+INT8_INPUTS = "w8a8-token w8a8-static w4a8".split()
 MODULES = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 EXPERTS = [
     ("mixtral", "gptq", MODULES, "float32"), ("mixtral", "awq", MODULES, "float32"),
@@ -53,12 +57,16 @@ EXPERTS = [
 
 
 def test_every_case_is_tested() -> None:
-    assert {*LINEARS, *(name for _, name, *_ in EXPERTS)} == set(cases())
+    assert {*LINEARS, *INT8_INPUTS, *(name for _, name, *_ in EXPERTS)} == set(cases())
 
 
-def assert_tokens_are_those_of_transformers(folder: Path, **settings: object) -> CpuModel:
+def assert_tokens_are_those_of_transformers(
+    folder: Path, prepare: Callable[[torch.nn.Module], None] | None = None, **settings: object
+) -> CpuModel:  # fmt: skip
     config = CompileConfig(str(folder / "model"), cache_dir=str(folder), skip_model_check=True, **settings)
     reference = zoo.load(folder / "plain")
+    if prepare:
+        prepare(reference)
     want = [zoo.continue_greedily(reference, prompt, 12)[0] for prompt in PROMPTS]
     model = compile_model(config, detect_target())
     assert greedy(model, PROMPTS, 12) == want
@@ -85,6 +93,37 @@ def test_weights_are_those_of_the_package_and_tokens_those_of_transformers(name:
     expected = 21 if "order" in name else 3 * len(case.ends) if len(case.ends) > 1 else 12
     assert calls(model, "linear_codes") == expected, "all but the logits'; joined where they can be"
     assert model.info.quantized == (f"{len(plain)} as {case.layout}",)
+
+
+@pytest.mark.parametrize("name", INT8_INPUTS)
+def test_inputs_are_quantized_as_published(name: str, tmp_path: Path) -> None:
+    case = cases()[name]
+    quantized.checkpoint(case, tmp_path)
+    model = assert_tokens_are_those_of_transformers(tmp_path, lambda plain: quantized.quantize_inputs(plain, case))
+    assert calls(model, "linear_codes_int8") == (21 if "static" in name else 12)
+    assert model.info.quantized == (f"21 as {case.layout}",)
+
+
+def test_inputs_stay_plain_on_a_gpu(tmp_path: Path) -> None:
+    """Static ones do not keep weights from being joined there."""
+    path, _ = quantized.checkpoint(cases()["w8a8-static"], tmp_path)
+    _, result = optimize(CompileConfig(str(path), skip_model_check=True), Target("cuda", "sm_90", 1))
+    (kept,) = (spec.weights for spec in result.specs if isinstance(spec, QuantizedSpec))
+    assert len(kept) == 1 and kept[0].startswith("21 as ") and kept[0].endswith("int8/row/float32")
+
+
+@pytest.mark.parametrize("largest", (0.0, 1.0, 127.5, 3e38))
+def test_rows_are_quantized_as_the_package_does(largest: float) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
+
+    args = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+    x = torch.cat((torch.arange(-255, 256) / 255, torch.randn(513).clamp(-1, 1))).repeat(2, 1)[None] * largest
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Module())
+    codes, scales = quantize_rows(x)
+    assert torch.equal(codes, quantize(x, scale, zero, args))
+    assert torch.equal(scales, scale) or largest == 0
 
 
 @pytest.mark.parametrize(("family", "name", "ends", "dtype"), EXPERTS)
@@ -335,6 +374,7 @@ def test_unknown_schemes_are_named(name: str, config: dict, message: str, tmp_pa
     ("ct-nvfp4", lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight_packed has no weight_scale"),
     ("marlin-24", lambda s: s.update({f"{UP[:-7]}down_proj.B_meta": torch.zeros(1, 2, dtype=torch.int16)}),
      "down_proj.B_meta has shape .1, 2., which does not fit 64"),
+    ("w8a8-static", lambda s: s[f"{UP}.input_scale"].zero_(), "input_scale is .0.0.: it must be above 0 and finite"),
 ])  # fmt: skip
 def test_damaged_tensors_are_refused_by_name(name: str, change, message: str, tmp_path: Path) -> None:
     path, _ = quantized.checkpoint(cases()[name], tmp_path)
@@ -344,6 +384,53 @@ def test_damaged_tensors_are_refused_by_name(name: str, change, message: str, tm
     with pytest.raises(LoadError, match=message) as caught:
         compile_model(CompileConfig(str(path), cache_dir=str(tmp_path), skip_model_check=True), detect_target())
     assert "\n" not in str(caught.value)
+
+
+# Inputs of any integer weights, quantized by a flag.
+
+
+@pytest.mark.parametrize("name", ("gptq-zeros", "w8a16"))
+def test_a_flag_quantizes_inputs(name: str, tmp_path: Path) -> None:
+    """Of codes as published: only what reads them changes."""
+    quantized.checkpoint(cases()[name], tmp_path)
+    tokens = cases()["w4a8"]
+    model = assert_tokens_are_those_of_transformers(
+        tmp_path, lambda plain: quantized.quantize_inputs(plain, tokens), activation_dtype="int8"
+    )
+    assert calls(model, "linear_codes_int8") == 12
+    assert model.info.quantized == (f"21 as {cases()[name].layout}/a8",)
+
+
+@pytest.mark.parametrize(("asked", "quantization", "message"), [
+    (None, None, "--activation-dtype int8 needs weights of int8 or int4, and these are plain: give a checkpoint"),
+    ("fp8", None, "--activation-dtype int8 needs weights of int8 or int4, and these are stored as fp8/row/float32"),
+    (None, "nf4", "--activation-dtype int8 needs weights of int8 or int4, and these are stored as lut4/32/float32/nf4"),
+])  # fmt: skip
+def test_inputs_stay_plain_where_no_weight_is_of_integers(asked, quantization, message: str, tmp_path: Path) -> None:
+    path = quantized.checkpoint(cases()[quantization], tmp_path)[0] if quantization else zoo.checkpoint("llama")
+    with pytest.raises(CaptureError, match=re.escape(message)) as caught:
+        optimize(CompileConfig(str(path), skip_model_check=True, quantization=asked, activation_dtype="int8"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("target", "settings"), [
+    (CPU, {"level": 0}), (CPU, {"disabled_passes": ("pack_weights",)}), (Target("cuda", "sm_90", 1), {}),
+], ids=str)  # fmt: skip
+def test_inputs_are_quantized_on_a_cpu_only(target: Target, settings: dict, tmp_path: Path) -> None:
+    path, _ = quantized.checkpoint(cases()["w8a16"], tmp_path)
+    with pytest.raises(CaptureError, match="--activation-dtype int8 is for a CPU, from -O1 on and with the pass"):
+        optimize(CompileConfig(str(path), skip_model_check=True, activation_dtype="int8", **settings), target)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.0105), ("int4", 0.084)])
+def test_the_error_of_int8_inputs(kind: str, error: float) -> None:
+    """Relative, of products of normal numbers with weights quantized as they are loaded: nearly that of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 576, generator=generator), torch.randn(256, 576, generator=generator)
+    layout = parse_layout(online_layouts(CompileConfig("", quantization=kind), "bfloat16")[0])
+    codes, scale = quantize_rows(x)
+    found = codes * scale @ dequantize(encode(weight, layout), layout).T
+    assert (found - x @ weight.T).norm() / (x @ weight.T).norm() < error
 
 
 # Plain weights, quantized as they are loaded.
