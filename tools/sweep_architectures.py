@@ -65,7 +65,7 @@ def try_model(model_type: str, folder: Path, level: int) -> tuple[str, str]:
     except Exception as error:
         return "none", f"{type(error).__name__}: {error}"
     sizes = {"max_num_batched_tokens": MAX_ROWS, "max_num_seqs": MAX_ROWS}
-    config = CompileConfig(str(folder), level, cache_dir=str(folder), **sizes)
+    config = CompileConfig(str(folder), level=level, cache_dir=str(folder), **sizes)
     try:
         model = compile_model(config, detect_target())
         found = serve(model, sequences, config.block_size)
