@@ -113,12 +113,6 @@ REPEATABLE = frozenset({"api_key", "middleware", "ignore_patterns"})
 SECRETS = frozenset({"api_key", "hf_token"})
 
 LATER_CHOICES: dict[str, dict[str, str]] = {
-    "quantization": dict.fromkeys(
-        ("gguf",),
-        "leave it out for a checkpoint that is quantized otherwise, or use int8, int4 or fp8 to quantize plain weights "
-        "as they are loaded",
-    ),
-    "load_format": {"gguf": "give the checkpoint as safetensors"},
     "task": dict.fromkeys("embedding embed classify score reward transcription".split(), "use generate or auto"),
     "runner": dict.fromkeys(("pooling", "draft"), "use generate or auto"),
     "convert": dict.fromkeys(("embed", "classify", "reward"), "use none or auto"),

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 import fuseline
+from fuseline.compile.gguf.folder import find_gguf, unpacked
+from fuseline.compile.gguf.header import GgufError
+from fuseline.compile.target import default_cache_dir
 from fuseline.engine.config import EngineConfig
 
 JsonObject = tuple[tuple[str, object], ...]
@@ -34,7 +37,7 @@ class ServerConfig:
     engine: EngineConfig
 
     model: str = "demo"
-    """Checkpoint directory or hub id of a cached snapshot; the positional MODEL wins. demo is the bundled model."""
+    """Checkpoint directory, GGUF file or hub id of a cached snapshot; the positional MODEL wins. demo is bundled."""
     served_model_name: tuple[str, ...] = ()
     """Names clients may use; the first is used in responses and metrics. Default: the model as given."""
     tokenizer: str = ""
@@ -321,19 +324,32 @@ def demo_dir() -> Path:
     return Path(fuseline.__file__).parent / "demo"
 
 
-def find_checkpoint(model: str, download_dir: str = "", revision: str = "") -> str:
+def find_checkpoint(model: str, download_dir: str = "", revision: str = "", cache_dir: str = "") -> str:
     """Directory of a checkpoint: a path, `demo`, or the snapshot of a hub id in `download_dir` (empty: the hub's own).
 
-    `revision` is that of a hub id. Raises ConfigError.
+    `revision` is that of a hub id. A model in GGUF files gets a directory in `cache_dir`. Raises ConfigError.
     """
     path = demo_dir() if model == "demo" and not Path("demo").is_dir() else Path(model).expanduser()
-    if os.path.isfile(path):
-        raise ConfigError(f"{model} is a file; give the directory of a checkpoint (single-file formats come later)")
     if model == "demo" and not path.is_dir():
         raise ConfigError("the bundled demo model is not in this installation; give a checkpoint directory")
-    if not os.path.isdir(path):
+    if not os.path.exists(path):
         path = _cached_snapshot(model, download_dir, revision)
+    if gguf := _unpacked_gguf(path, cache_dir):
+        return str(gguf)
+    if os.path.isfile(path):
+        raise ConfigError(f"{model} is a file; give the directory of a checkpoint, or a file that ends in .gguf")
     return str(path.resolve())
+
+
+def _unpacked_gguf(path: Path, cache_dir: str) -> Path | None:
+    """None for a path that is no GGUF file and no directory of them. Raises ConfigError."""
+    if path.suffix != ".gguf" and ((path / "config.json").is_file() or not path.is_dir()):
+        return None
+    try:
+        found = find_gguf(path)
+        return unpacked(found, Path(cache_dir or default_cache_dir())) if found else None
+    except GgufError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _cached_snapshot(model: str, download_dir: str, revision: str) -> Path:

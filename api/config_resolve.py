@@ -37,13 +37,15 @@ def resolve(values: Mapping[str, object], environment: Environment | None = None
     levels = explicit_levels(_items(given.get("compilation_config", ()), "level"))
     model, folder = str(given.get("model") or "demo"), str(given.get("download_dir", ""))
     revision = str(given.get("revision", ""))
-    checkpoint = find_checkpoint(model, folder, revision)
+    cache = str(given.get("cache_dir", ""))
+    checkpoint = find_checkpoint(model, folder, revision, cache)
     given["hf_config_path"] = _config_folder(given, folder)
     given |= level_values(levels, given) | {"graphs": graph_config(levels, given)}
     tokenizer = str(given.get("tokenizer") or "")
     if tokenizer or given.get("tokenizer_revision"):
         default = revision if tokenizer in ("", model) else ""
-        given["tokenizer"] = find_checkpoint(tokenizer or model, folder, str(given.get("tokenizer_revision", default)))
+        wanted = str(given.get("tokenizer_revision", default))
+        given["tokenizer"] = find_checkpoint(tokenizer or model, folder, wanted, cache)
     given |= _prefill_values(given) | _context_values(checkpoint, given, environment)
     if backend := dict(given.get("structured_outputs_config", ())).get("backend"):
         given["guided_decoding_backend"] = str(backend)

@@ -16,9 +16,10 @@ from fuseline.api.prompt.chat import template_text
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.template_check import check_template
 from fuseline.api.served import generation_defaults, load_tokenizer
+from fuseline.compile.gguf.table import TABLE
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "tekken*", "*.tiktoken")
-WEIGHT_FILES = ("*.safetensors*", "*.bin", "*.bin.index.json", "*.pt", "*.tensors")
+WEIGHT_FILES = ("*.safetensors*", "*.bin", "*.bin.index.json", "*.pt", "*.tensors", TABLE)
 MAX_SOCKET_PATH = 107
 """Bytes of a Unix socket's path, on Linux."""
 

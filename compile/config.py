@@ -38,7 +38,7 @@ class CompileConfig:
     """
 
     model: str
-    """Directory of the checkpoint (config.json, safetensors)."""
+    """Directory of the checkpoint (config.json, safetensors); of GGUF files the one that gguf/folder.py makes."""
     hf_config_path: str = ""
     """Directory, or hub id of a cached snapshot, whose config.json and generation_config.json count in place of the
     model's."""
@@ -101,8 +101,8 @@ class CompileConfig:
     load_format: str = "auto"
     """Files of the weights: auto (safetensors, else torch.save's, else Mistral's), safetensors, pt (.bin, .pt), npcache
     (those, kept as numpy's files beside them for the next start), sharded_state (written by the command
-    save-sharded-state), mistral (consolidated.safetensors, params.json), tensorizer, runai_streamer, bitsandbytes, or
-    dummy (random weights from `seed`)."""
+    save-sharded-state), mistral (consolidated.safetensors, params.json), tensorizer, runai_streamer, bitsandbytes, gguf
+    (also taken for a file that ends in .gguf), or dummy (random weights from `seed`)."""
     model_loader_extra_config: tuple[tuple[str, object], ...] = ()
     """JSON for a load format: tensorizer_uri, tensorizer_dir and verify_hash (tensorizer), concurrency and memory_limit
     (runai_streamer), pattern (sharded_state)."""

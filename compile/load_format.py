@@ -30,6 +30,7 @@ LOAD_FORMATS: Mapping[str, LoadFormat] = MappingProxyType({
     "dummy": LoadFormat(),
     "mistral": LoadFormat(THREADS),
     "bitsandbytes": LoadFormat(THREADS),
+    "gguf": LoadFormat(THREADS),
     "sharded_state": LoadFormat({"pattern": str}),
     "tensorizer": LoadFormat({"tensorizer_uri": str, "tensorizer_dir": str, "verify_hash": bool}, "tensorizer"),
     "runai_streamer": LoadFormat({"concurrency": int, "memory_limit": int}, "runai_model_streamer"),

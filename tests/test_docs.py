@@ -19,7 +19,7 @@ from fuseline.compile import report, target
 
 DEMO = str(ROOT / "csrc" / "pkg" / "demo")
 COMMANDS = all_commands()
-PLACEHOLDERS = {"MODEL": DEMO, "135m": DEMO, "0.5b": DEMO, "NAME": "join_linears", "N": "1"}
+PLACEHOLDERS = {"MODEL": DEMO, "file.gguf": DEMO, "135m": DEMO, "0.5b": DEMO, "NAME": "join_linears", "N": "1"}
 KEEPS_VALUE = ("--shapes",)
 """Flags whose value is no checkpoint, though it is spelled like the name of one."""
 

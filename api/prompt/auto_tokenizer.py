@@ -13,8 +13,10 @@ from typing import Any
 
 import msgspec
 
+from fuseline.api.prompt.gguf_tokenizer import gguf_tokenizer
 from fuseline.api.prompt.other_tokenizers import load_other
 from fuseline.api.prompt.tokenizer_files import TokenizerFiles
+from fuseline.compile.gguf.table import is_unpacked
 
 
 def main() -> int:
@@ -44,6 +46,8 @@ def load(folder: str, trust_remote_code: bool) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if is_unpacked(Path(folder)):
+        return gguf_tokenizer(Path(folder))
     has_file = (Path(folder) / "tokenizer.json").is_file()
     if not has_file and (found := load_other(Path(folder))):
         return found

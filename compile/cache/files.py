@@ -28,8 +28,9 @@ KINDS = {
     "templates": "chat template that has been tried",
     "tokenizers": "tokenizer, resolved from its files",
     "triton": "kernel compiled by Triton",
+    "gguf": "settings of a model in GGUF files",
 }
-FOLDERS = ("triton",)
+FOLDERS = ("triton", "gguf")
 """Kinds whose entries are folders."""
 MAX_BYTES = 4 << 30
 """Limit of all files together; least recently used ones are deleted first."""

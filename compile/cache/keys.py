@@ -42,7 +42,8 @@ def _headers_of_quantized(config: CompileConfig) -> str:
     folder, own_path = Path(config.model), config_path(config.config_dir, config.config_format)
     try:
         own = own_path.read_bytes()
-        beside = b"".join(path.read_bytes() for path in sorted(folder.glob("*quant*_config.json")))
+        others = [*folder.glob("*quant*_config.json"), *folder.glob("gguf.json")]
+        beside = b"".join(path.read_bytes() for path in sorted(others))
         if b"config_groups" not in own and b"quant_method" not in own and not beside and not config.quantization:
             return ""
         headers = map(_header, sorted(folder.glob("*.safetensors")))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fuseline.compile.cache.keys import MAX_HEADER
 from fuseline.compile.capture.errors import LoadError, one_line
+from fuseline.compile.gguf.table import is_unpacked
 from fuseline.compile.quantization.published import Published
 
 DTYPES = {
@@ -75,12 +76,22 @@ class CodedTensor(StoredTensor):
     parts: Mapping[str, StoredTensor]
     """By suffix."""
 
+    @property
+    def told(self) -> str:
+        """The name, and that of the file's tensor where it is another."""
+        only = next(iter(self.parts.values())).name if len(self.parts) == 1 else self.name
+        return self.name if only in self.name else f"{only} ({self.name})"
+
 
 def open_checkpoint(folder: Path, load_format: str, ignored: Sequence[str] = ()) -> dict[str, StoredTensor]:
     """Every stored tensor by its name in the file, but for files that a glob of `ignored` matches.
 
-    load_format: auto, safetensors or pt. Raises LoadError.
+    load_format: auto, safetensors, pt or gguf. Raises LoadError.
     """
+    if is_unpacked(folder):
+        return _open_gguf(folder, load_format)
+    if load_format == "gguf":
+        raise LoadError(f"{folder} is a checkpoint of Transformers: give a file that ends in .gguf")
     kinds = {"safetensors": read_safetensors, "pt": read_torch_file}
     for kind in kinds if load_format == "auto" else [load_format]:
         files = [path for path in _files_of(folder, kind) if not _is_ignored(path.relative_to(folder), ignored)]
@@ -111,6 +122,14 @@ def _check_shard(path: Path) -> None:
             other = path.with_name(f"{match['name']}-{index:0{len(match['index'])}}-of-{match['count']}{path.suffix}")
             if not other.is_file():
                 raise LoadError(f"{other} is missing: get the checkpoint again")
+
+
+def _open_gguf(folder: Path, load_format: str) -> dict[str, StoredTensor]:
+    from fuseline.compile.capture.gguf_tensors import open_unpacked  # it makes tensors of the classes above
+
+    if load_format not in ("auto", "gguf"):
+        raise LoadError(f"the model's weights are in GGUF files, not in those of {load_format}")
+    return open_unpacked(folder)
 
 
 def _is_ignored(path: Path, patterns: Sequence[str]) -> bool:

@@ -92,6 +92,10 @@ def _digest(values: torch.Tensor) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
+def is_quantized(part: TensorSlice) -> bool:
+    return isinstance(part.stored, CodedTensor) and not part.stored.published.is_plain
+
+
 def layout_of(lazy: LazyTensor) -> Layout | None:
     """The layout of a weight all of whose rows are stored as codes of one layout, in place; None for any other.
 
@@ -146,7 +150,7 @@ def _copy_codes(form: Format, part: TensorSlice, stored: Stored, reader: Reader)
 
 def _quantize(form: Format, lazy: LazyTensor, dtype: torch.dtype, stored: Stored, reader: Reader) -> None:
     for part in lazy.slices:
-        if isinstance(part.stored, CodedTensor):
+        if is_quantized(part):
             raise LoadError(f"{part.stored.name} is stored as {part.stored.published.layout}, not as {form.layout}")
     # Rows of a transposed weight are nowhere together: it is read whole.
     is_turned = any(part.view.stride(1) > 1 for part in lazy.slices)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fuseline.compile.capture.captured import CapturedModel
 from fuseline.compile.capture.checkpoint import CodedTensor
-from fuseline.compile.capture.coded import layout_of, open_stored
+from fuseline.compile.capture.coded import is_quantized, layout_of, open_stored
 from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.weights import resolve
@@ -51,6 +51,8 @@ def with_plain_inputs(layout: str) -> str:
 
 
 def _stored_layouts(captured: CapturedModel, config: CompileConfig) -> dict[str, str]:
+    if config.load_format == "dummy":
+        return {}  # random weights are plain
     stored = open_stored(config)
     if not any(isinstance(tensor, CodedTensor) for tensor in stored.values()):
         return {}
@@ -61,7 +63,7 @@ def _stored_layouts(captured: CapturedModel, config: CompileConfig) -> dict[str,
 
 def _layout_in(lazy: LazyTensor) -> str:
     """Name of the layout; MIXED for codes that are not a weight of one layout as it is, empty for plain values."""
-    if not any(isinstance(part.stored, CodedTensor) for part in lazy.slices):
+    if not any(is_quantized(part) for part in lazy.slices):
         return ""
     layout = layout_of(lazy)
     return str(layout) if layout else MIXED

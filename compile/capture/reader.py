@@ -46,30 +46,24 @@ class Reader(ExitStack):
                 write_box(out, block, start)
         return out
 
-    def coded(self, stored: CodedTensor, begin: int, end: int) -> Coded:
-        """Rows (or experts) [begin, end) of a quantized weight as codes and scales."""
+    def coded(self, stored: CodedTensor, begin: int, end: int) -> Coded | Tensor:
+        """Rows (or experts) [begin, end) of a weight as codes and scales, or values where it has no layout."""
         if stored.published.cuts:
             return self._decode(stored, begin, end)
         if self._whole is None or self._whole[0] is not stored:
             self._whole = stored, self._decode(stored, 0, stored.published.shape[0])
-        return self._whole[1].narrow(begin, end)
+        return rows_of(self._whole[1], begin, end)
 
-    def _decode(self, stored: CodedTensor, begin: int, end: int) -> Coded:
+    def _decode(self, stored: CodedTensor, begin: int, end: int) -> Coded | Tensor:
         published, cuts = stored.published, stored.published.cuts
         first = begin // lcm(*cuts.values()) * lcm(*cuts.values())
         tensors = {}
         for suffix, part in stored.parts.items():
             lazy, rows = lazy_tensor.whole(part), cuts.get(suffix)
             tensors[suffix] = self.value(lazy_tensor.narrow(lazy, 0, first // rows, -(-end // rows)) if rows else lazy)
-        with told_as(LoadError, f"{stored.name} in {stored.path} cannot be decoded"):
-            coded = published.decode(tensors).narrow(begin - first, end - first)
-        shape, layout = (end - begin, *published.shape[1:]), published.layout
-        if coded.codes.shape != shape or coded.scales.shape != (*shape[:-1], layout.num_groups(shape[-1])):
-            raise LoadError(f"{stored.name} in {stored.path}: its tensors do not fit together")
-        if not coded.scales.float().isfinite().all():
-            raise LoadError(f"{stored.name} in {stored.path} has a scale that is not finite: get the file again")
-        if layout.kind == "values" and not coded.codes.isfinite().all():
-            raise LoadError(f"{stored.name} in {stored.path} has values that are not finite: get the file again")
+        with told_as(LoadError, f"{stored.told} in {stored.path} cannot be decoded"):
+            coded = rows_of(published.decode(tensors), begin - first, end - first)
+        check_decoded(stored, coded, (end - begin, *published.shape[1:]))
         return coded
 
     def _decoded(self, part: TensorSlice, view: Tensor) -> Tensor:
@@ -77,7 +71,8 @@ class Reader(ExitStack):
         stored, at = part.stored, view.storage_offset()
         row = prod(stored.published.shape[1:])
         begin, end = at // row, (at + span_of(view) - 1) // row + 1
-        values = dequantize(self.coded(stored, begin, end), stored.published.layout)
+        coded = self.coded(stored, begin, end)
+        values = coded if isinstance(coded, Tensor) else dequantize(coded, stored.published.layout)
         return values.flatten().as_strided(view.shape, view.stride(), at - begin * row)
 
     def _read(self, part: TensorSlice, view: Tensor) -> Tensor:
@@ -115,6 +110,27 @@ class Reader(ExitStack):
                 raise LoadError(f"{path} cannot be opened: {error.strerror}") from error
             self.callback(os.close, self._files[path])
         return self._files[path]
+
+
+def rows_of(coded: Coded | Tensor, begin: int, end: int) -> Coded | Tensor:
+    """Outputs (or experts) [begin, end)."""
+    return coded[begin:end] if isinstance(coded, Tensor) else coded.narrow(begin, end)
+
+
+def check_decoded(stored: CodedTensor, coded: Coded | Tensor, shape: tuple[int, ...]) -> None:
+    """Raises LoadError for codes or values of another shape, or numbers that are not finite."""
+    layout, name = stored.published.layout, f"{stored.told} in {stored.path}"
+    if isinstance(coded, Tensor):
+        floats, what, fits = (coded,), "value", coded.shape == shape
+    else:
+        floats, what = (coded.scales, coded.zeros), "scale"
+        fits = coded.codes.shape == shape and coded.scales.shape == (*shape[:-1], layout.num_groups(shape[-1]))
+    if not fits:
+        raise LoadError(f"{name}: its tensors do not fit together")
+    if not all(part is None or part.float().isfinite().all() for part in floats):
+        raise LoadError(f"{name} has a {what} that is not finite: get the file again")
+    if layout is not None and layout.kind == "values" and not coded.codes.isfinite().all():
+        raise LoadError(f"{name} has values that are not finite: get the file again")
 
 
 def write_box(target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from fuseline.compile.cache.keys import cache_key, optimized_key
 from fuseline.compile.cache.store import cache_path, read_cached, write_cached
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.captured import DTYPES, CapturedModel
-from fuseline.compile.capture.checkpoint import StoredTensor
+from fuseline.compile.capture.checkpoint import CodedTensor, StoredTensor
 from fuseline.compile.capture.coded import open_stored, store_coded
 from fuseline.compile.capture.dummy import DummyWeights
 from fuseline.compile.capture.errors import LoadError
@@ -30,6 +31,7 @@ from fuseline.compile.capture.weight_map import Found, RememberedWeights, finger
 from fuseline.compile.config import CompileConfig, Progress, silent
 from fuseline.compile.formats.format import Format, Put, Stored
 from fuseline.compile.formats.registry import format_named
+from fuseline.compile.gguf.table import is_unpacked, source_of
 from fuseline.compile.specs import WeightSource
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -90,7 +92,8 @@ class CheckpointWeights:
 
     def __init__(self, captured: CapturedModel, config: CompileConfig) -> None:
         """Raises LoadError for a damaged checkpoint, or if parameters that the model ties have different values."""
-        self._config, self.origin = config, config.model
+        folder = Path(config.model)
+        self._config, self.origin = config, str(source_of(folder)) if is_unpacked(folder) else config.model
         self._stored = open_stored(config)
         self._alike = alike(captured.tied)
         key = cache_key(config)
@@ -243,8 +246,9 @@ def _part(
         raise LoadError(f"{name} is not in the weights of {weights.origin}: the checkpoint is not complete")
     file = next((str(part.stored.path) for part in lazy.slices if part.stored), weights.origin)
     if lazy.shape != shape:
+        told = next((part.stored.told for part in lazy.slices if isinstance(part.stored, CodedTensor)), name)
         raise LoadError(
-            f"{name} in {file} has shape {list(lazy.shape)}, "
+            f"{told} in {file} has shape {list(lazy.shape)}, "
             f"but config.json makes it {list(shape)}: they do not belong together"
         )
     if dtype.is_floating_point and any(part.view.dtype in INTEGERS for part in lazy.slices):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.formats.format import Call, Format, Pack, Shape, Stored
 from fuseline.compile.ops.code_rows import ALIGNED, row_words, to_rows
-from fuseline.compile.ops.coded import KINDS, TABLES, Coded, Layout, parse_layout
+from fuseline.compile.ops.coded import COUNTING_UP, KINDS, TABLES, Coded, Layout, parse_layout
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -36,10 +36,10 @@ def format_of(name: str) -> Format:
 
 
 def has_kernel(layout: Layout, shape: Shape) -> bool:
-    """Whether kernels take a weight of this layout and shape: groups of a power of two."""
+    """Whether kernels take a weight of this layout and shape: groups of a power of two, zeros in units of codes."""
     group = layout.group
     is_even = group == 0 or (group >= 8 and group & (group - 1) == 0)
-    return len(shape) == 2 and is_even and layout.code_kind in KINDS
+    return len(shape) == 2 and is_even and layout.code_kind in KINDS and layout.kind not in COUNTING_UP
 
 
 def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:

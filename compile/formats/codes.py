@@ -1,8 +1,7 @@
 """Weights of codes of 4 or 8 bits, for all layouts of ops/coded.py: words, scales and zeros in panels of 16 outputs.
 
-`linear_codes` and `experts_codes` read them, `linear_codes_int8` where inputs are quantized too, and `embedding_codes`
-where the scales have the model's dtype. The parts of a weight are made from a checkpoint's codes as they are, or of
-plain values by `encode`.
+`linear_codes` and `experts_codes` read them, `linear_codes_int8` where inputs are quantized too, and `embedding_codes`.
+The parts of a weight are made from a checkpoint's codes as they are, or of plain values by `encode`.
 """
 
 from __future__ import annotations
@@ -97,11 +96,11 @@ def _experts(args: tuple, pack: Pack) -> Call:
 def _embedding(layout: Layout, args: tuple, pack: Pack) -> Call | None:
     weight, ids = args[:2]
     value: Tensor = weight.meta["val"]
-    if layout.has_order or str(value.dtype) != f"torch.{layout.scale_dtype}":
+    if layout.has_order:
         return None
     parts = _parts(layout, weight, pack)
     stored = (parts.get(part) for part in ("codes", "scales", "zeros"))
-    return OPS.embedding_codes.default, (ids, *stored, value.shape[1], *_numbers(layout))
+    return OPS.embedding_codes.default, (ids, *stored, value.shape[1], *_numbers(layout), value.dtype)
 
 
 def _parts(layout: Layout, weight: fx.Node, pack: Pack) -> dict[str, fx.Node]:

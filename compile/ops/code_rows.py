@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuseline.compile.ops.coded import CODE_TYPES, KINDS, TABLES, scaled
+from fuseline.compile.ops.coded import CODE_TYPES, COUNTING_UP, KINDS, TABLES, scaled
 from fuseline.compile.ops.library import Make, ModelShape, Workload, batch_invariant, op
 from fuseline.compile.ops.linear_codes import (
     EIGHT_BITS,
@@ -71,8 +71,10 @@ def values_of(words: Tensor, kind: int, table: Tensor | None, like: Tensor) -> T
 
 
 def code_rows_inputs(make: Make) -> Iterator[tuple]:
-    """Those of `linear_codes`, in rows."""
+    """Those of `linear_codes`, in rows; without kinds that no kernel for GPUs takes."""
     for x, codes, scales, zeros, order, bias, num_out, group, kind in linear_codes_inputs(make):
+        if NAMES[kind] in COUNTING_UP:
+            continue
         yield x, *_in_rows(codes, scales, zeros, num_out, x.shape[-1], kind), order, bias, group, kind
 
 
@@ -122,7 +124,8 @@ def linear_code_rows(
     """
     x32 = x.to(wide(x)) if order is None else x.to(wide(x))[..., order]
     values = values_of(codes, kind, table, x)[:, : x.shape[-1]]
-    weight = scaled(values, *(None if part is None else part[:, : len(codes)].T for part in (scales, zeros)), group)
+    of_groups = (None if part is None else part[:, : len(codes)].T for part in (scales, zeros))
+    weight = scaled(values, *of_groups, group, NAMES[kind])
     return F.linear(x32, weight, None if bias is None else bias.to(wide(x))).to(x.dtype)
 
 
@@ -159,4 +162,4 @@ def embedding_code_rows(
     """The rows `ids` of a weight of codes -> [..., K], in the dtype of the scales."""
     values = values_of(codes[ids], kind, table, scales)[..., :num_in]
     of_groups = (None if part is None else part.T[ids] for part in (scales, zeros))
-    return scaled(values, *of_groups, group).to(scales.dtype)
+    return scaled(values, *of_groups, group, NAMES[kind]).to(scales.dtype)

@@ -1,6 +1,7 @@
 """Weights of few bits in the form that all readers and kernels agree on: codes, and a scale for each group of inputs.
 
     weight[n, k] = (value(codes[n, k]) - zeros[n, g]) * scales[n, g],   g = k / group
+    weight[n, k] = codes[n, k] * scales[n, g] + zeros[n, g]             of uint4 and uint8
 
 Legend: N outputs, K inputs, G = ceil(K / group) groups; experts have a leading dim. A scale of a whole tensor, or of a
 block of outputs, is repeated for each output.
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 CODE_TYPES = {
-    "int4": torch.uint8, "lut4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn, "values": torch.float32,
+    "int4": torch.uint8, "lut4": torch.uint8, "uint4": torch.uint8, "int8": torch.int8, "uint8": torch.int8,
+    "fp8": torch.float8_e4m3fn, "values": torch.float32,
 }  # fmt: skip
-"""Element type of codes, by kind. Codes of 4 bits are 0 .. 15, those of int4 stand for code - 8. The codes of `values`
-are the dequantized weight: of methods whose codes no kernel reads."""
+"""Element type of codes, by kind. Codes of 4 bits are 0 .. 15, those of int4 stand for code - 8, of uint8 0 .. 127. The
+codes of `values` are the dequantized weight: of methods whose codes no kernel reads."""
+COUNTING_UP = ("uint4", "uint8")
+"""Kinds whose codes count up from the least value of their group: a float, which is stored in the place of its zero."""
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -31,8 +35,12 @@ FP4 = (
     -1.0, -0.3333333333, -0.5, -0.1666666667, -0.25,
 )  # fmt: skip
 """The fp4 of bitsandbytes."""
-TABLES = {"nf4": NF4, "fp4": FP4, "e2m1": E2M1}
-KINDS = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "fp4": 4, "e2m1": 5}
+IQ4NL = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
+"""The iq4_nl and iq4_xs of llama.cpp."""
+TABLES = {"nf4": NF4, "fp4": FP4, "e2m1": E2M1, "iq4nl": IQ4NL}
+KINDS = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "fp4": 4, "e2m1": 5, "iq4nl": 6, "uint4": 7, "uint8": 8}
 """What codes stand for, as kernels are told (CodeKind in codes.h)."""
 
 BY_TOKEN, STATIC = ACTIVATIONS = ("a8", "a8static")
@@ -46,7 +54,7 @@ class Layout:
     """How a weight of few bits is stored; its name is `str` of it, such as int4/128/float16/zeros."""
 
     kind: str
-    """int8, int4, lut4, fp8 or values."""
+    """A key of CODE_TYPES."""
     group: int = 0
     """Inputs that share a scale; 0: all of a row."""
     scale_dtype: str = "float16"
@@ -110,7 +118,7 @@ class Coded:
     scales: Tensor
     """[N, G] as published."""
     zeros: Tensor | None = None
-    """[N, G] in the units of the codes' values."""
+    """[N, G] in the units of the codes' values; of kinds COUNTING_UP in those of the weight."""
     order: Tensor | None = None
     """[K]: column j of the codes is input order[j]."""
     input_scale: Tensor | None = None
@@ -130,18 +138,21 @@ class Coded:
 def code_values(codes: Tensor, kind: str) -> Tensor:
     """float32 values of codes of one of KINDS, any shape."""
     if kind in TABLES:
-        return torch.tensor(TABLES[kind])[codes.long()]
+        return torch.tensor(TABLES[kind], dtype=torch.float32)[codes.long()]
     return codes.float() - (8 if kind == "int4" else 0)
 
 
 def dequantize(coded: Coded, layout: Layout) -> Tensor:
     """float32 [N, K], inputs in the model's order. The reference of every kernel."""
-    values = scaled(code_values(coded.codes, layout.code_kind), coded.scales, coded.zeros, layout.group)
+    kind = layout.code_kind
+    values = scaled(code_values(coded.codes, kind), coded.scales, coded.zeros, layout.group, kind)
     return values if coded.order is None else torch.empty_like(values).index_copy_(-1, coded.order, values)
 
 
-def scaled(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
-    """(values[N, K] - zeros) * scales, in the dtype of the values."""
+def scaled(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int, kind: str) -> Tensor:
+    """Values [N, K] of codes of one of KINDS as a weight, in their dtype."""
+    if kind in COUNTING_UP and zeros is not None:
+        return values * _spread(scales, values, group) + _spread(zeros, values, group)
     if zeros is not None:
         values = values - _spread(zeros, values, group)
     return values * _spread(scales, values, group)

@@ -104,7 +104,7 @@ def linear_fp8(
     `group`: inputs that share one of scales [G, N'], a multiple of 128; 0: all of a row.
     """
     values = values_of(codes, KINDS["fp8"], None, x_scales)[:, : x.shape[-1]]
-    weight = scaled(values, scales[:, : len(codes)].T, None, group)
+    weight = scaled(values, scales[:, : len(codes)].T, None, group, "fp8")
     y = F.linear(x.float(), weight) * x_scales
     return (y if bias is None else y + bias.float()).to(dtype)
 

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuseline.compile.ops.coded import CODE_TYPES, KINDS, TABLES, code_values, scaled
+from fuseline.compile.ops.coded import CODE_TYPES, COUNTING_UP, KINDS, TABLES, code_values, scaled
 from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 
 PANEL = 16
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 NAMES = {code: name for name, code in KINDS.items()}
-EIGHT_BITS = (KINDS["int8"], KINDS["fp8"])
+EIGHT_BITS = (KINDS["int8"], KINDS["fp8"], KINDS["uint8"])
 
 
 def num_words(num_in: int, bits: int) -> int:
@@ -82,6 +82,9 @@ def linear_codes_inputs(make: Make) -> Iterator[tuple]:
         ("int4", 64, 30, 96, 640, True, False), ("nf4", 64, 1, 32, 128, False, False),
         ("nf4", 64, 17, 33, 640, False, False), ("fp4", 64, 3, 16, 128, False, False),
         ("e2m1", 32, 4, 48, 96, False, False), ("e2m1", 32, 21, 16, 544, False, False),
+        ("iq4nl", 32, 2, 33, 96, False, False), ("uint4", 32, 1, 33, 96, True, True),
+        ("uint4", 16, 20, 48, 544, True, False), ("uint8", 32, 3, 33, 96, True, False),
+        ("uint8", 0, 18, 16, 75, True, True),
     ):  # fmt: skip
         codes, scales, zeros = random_weight(make, kind, group, num_out, num_in, has_zeros)
         order = make.order(num_in) if kind == "int4" and group == 32 else None
@@ -93,13 +96,16 @@ def linear_codes_inputs(make: Make) -> Iterator[tuple]:
 def random_weight(make: Make, kind: str, group: int, num_out: int, num_in: int, has_zeros: bool) -> tuple:
     """(codes, scales, zeros) in panels; products with a normal x are about 1."""
     bits = 8 if KINDS[kind] in EIGHT_BITS else 4
-    codes = make.ids(1 << bits, num_out, num_in).to(torch.uint8).cpu()
+    codes = make.ids(32 if kind == "uint8" else 1 << bits, num_out, num_in).to(torch.uint8).cpu()
     if kind == "fp8":
         codes = torch.where(codes & 127 == 127, codes - 1, codes)
-    size = {"int8": 74.0, "fp8": 150.0, "int4": 4.6}.get(kind, 2.5 if kind == "e2m1" else 0.5) * num_in**0.5
+    spread = {"int8": 74.0, "fp8": 150.0, "int4": 4.6, "e2m1": 2.5, "iq4nl": 67.0, "uint4": 4.6, "uint8": 9.2}
+    size = spread.get(kind, 0.5) * num_in**0.5
     groups = -(-num_in // group) if group else 1
     scales = (1 + make.normal(num_out, groups).abs()) / size
     zeros = make.ids(5, num_out, groups).to(scales.dtype) - 2 if has_zeros else None
+    if kind in COUNTING_UP:
+        zeros = -scales * ((16 if kind == "uint4" else 32) / 2 + zeros)
     words = to_panels(to_words(codes, bits)).to(make.device)
     return words, to_panels(scales), None if zeros is None else to_panels(zeros)
 
@@ -134,7 +140,8 @@ def linear_codes(
     """
     x32 = x.to(wide(x)) if order is None else x.to(wide(x))[..., order]
     values = values_of(from_panels(codes, num_out), kind, x)[:, : x.shape[-1]]
-    weight = scaled(values, from_panels(scales, num_out), None if zeros is None else from_panels(zeros, num_out), group)
+    zeros = None if zeros is None else from_panels(zeros, num_out)
+    weight = scaled(values, from_panels(scales, num_out), zeros, group, NAMES[kind])
     return F.linear(x32, weight, None if bias is None else bias.to(wide(x))).to(x.dtype)
 
 
@@ -145,15 +152,17 @@ def embedding_codes_workloads(make: Make, shape: ModelShape) -> Iterator[Workloa
     words = torch.zeros(num_panels, num_words(num_in, 8), PANEL, dtype=torch.int32, device=make.device)
     scales = make.fill(num_panels, -(-num_in // group), PANEL)
     for tokens in make.tokens:
-        args = (make.ids(num_panels * PANEL, 1, tokens), words, scales, None, num_in, group, KINDS["int8"])
+        args = make.ids(num_panels * PANEL, 1, tokens), words, scales, None, num_in, group, KINDS["int8"], scales.dtype
         yield Workload(f"{tokens} x {num_in}", args, num_bytes=tokens * num_in)
 
 
 @op(
-    fake=lambda ids, codes, scales, zeros, num_in, group, kind: scales.new_empty(*ids.shape, num_in),
+    fake=lambda ids, codes, scales, zeros, num_in, group, kind, dtype: scales.new_empty(
+        *ids.shape, num_in, dtype=dtype
+    ),
     inputs=lambda make: [
-        (make.ids(33, 1, 6), *random_weight(make, kind, 32, 33, 72, kind == "int4"), 72, 32, KINDS[kind])
-        for kind in ("int8", "int4")
+        (make.ids(33, 1, 6), *random_weight(make, kind, 32, 33, 72, has_zeros), 72, 32, KINDS[kind], make.dtype)
+        for kind, has_zeros in (("int8", False), ("int4", True), ("iq4nl", False), ("uint4", True), ("uint8", True))
     ],
     workloads=embedding_codes_workloads,
     weights=("codes", "scales", "zeros"),
@@ -161,9 +170,11 @@ def embedding_codes_workloads(make: Make, shape: ModelShape) -> Iterator[Workloa
     by_reference=True,
 )
 def embedding_codes(
-    ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, num_in: int, group: int, kind: int
+    ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, num_in: int, group: int, kind: int,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The rows `ids` of a weight of codes -> [..., K], in the dtype of the scales."""
+    """The rows `ids` of a weight of codes -> [..., K] of `dtype`."""
     panel, lane = ids // PANEL, ids % PANEL
     rows = [None if part is None else part[panel, :, lane] for part in (codes, scales, zeros)]
-    return scaled(values_of(rows[0], kind, scales)[..., :num_in], rows[1], rows[2], group).to(scales.dtype)
+    values = values_of(rows[0], kind, scales.new_empty(0, dtype=dtype))[..., :num_in]
+    return scaled(values, rows[1], rows[2], group, NAMES[kind]).to(dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fuseline.compile.ops.coded import KINDS, scaled
 from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 from fuseline.compile.ops.linear_codes import (
+    NAMES,
     from_panels,
     linear_codes_workloads,
     random_weight,
@@ -77,6 +78,7 @@ def linear_codes_int8(
     """
     inputs, row_scales = quantize_rows(x if order is None else x[..., order], x_scale)
     values = values_of(from_panels(codes, num_out), kind, x)[:, : x.shape[-1]].to(wide(x))
-    weight = scaled(values, from_panels(scales, num_out), None if zeros is None else from_panels(zeros, num_out), group)
+    zeros = None if zeros is None else from_panels(zeros, num_out)
+    weight = scaled(values, from_panels(scales, num_out), zeros, group, NAMES[kind])
     out = F.linear(inputs.to(wide(x)), weight) * row_scales.to(wide(x))
     return (out if bias is None else out + bias.to(wide(x))).to(x.dtype)

@@ -5,6 +5,7 @@ experts(..., gate_up, down)          -> experts_panels(...), transposed weights 
 embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
 linear(x, weight of codes, bias)     -> linear_codes(...), the layout being the checkpoint's or that of --quantization
 experts(..., both weights of codes)  -> experts_codes(...)
+embedding(weight of codes)           -> embedding_codes(...), if the checkpoint has it in codes or a linear does
 linear(x, computed weight, bias)     -> aten.linear, which torch computes
 
 On a GPU plain weights stay as they are, and codes are read by linear_code_rows(...) and embedding_code_rows(...).
@@ -25,6 +26,7 @@ from fuseline.compile.graph import edit
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
 from fuseline.compile.ops.coded import MIXED
+from fuseline.compile.quantization.methods import ONLINE
 from fuseline.compile.specs import QuantizedSpec
 
 aten = torch.ops.aten
@@ -45,8 +47,12 @@ def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             elif of_codes or plain:
                 matches += packer.replace(node, of_codes, plain)
     for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default and is_constant(n.args[0])]:
-        form = packer.format_of(node.args[0])
-        matches += form is not None and node.target in form.readers and packer.replace(node, {}, form)
+        is_online = ctx.config.quantization in ONLINE  # embeddings stay plain, but for tied ones
+        form = packer.format_of(node.args[0]) or (None if is_online else _form_of(node.args[0], False, ctx))
+        names = [name for name in _names_of_weights(node) if name in ctx.layouts and name not in kept]
+        is_read = form is not None and node.target in form.readers and packer.replace(node, {}, form)
+        kept |= {} if is_online else dict.fromkeys(names, form if is_read else None)
+        matches += is_read
     return PassResult(matches, (QuantizedSpec(_in_words(kept)),) if kept else ())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.gguf.table import is_unpacked
 from fuseline.compile.overrides import merged
 from fuseline.compile.quantization import (
     aqlm,
@@ -38,6 +39,7 @@ READERS: dict[str, Reader] = {
     "deepspeedfp": deepspeedfp.read,
     "fbgemm_fp8": fp8.read,
     "fp8": fp8.read,
+    "gguf": lambda config: Method("gguf", (), lambda *_: None),  # its files say of each tensor how it is stored
     "gptq": gptq.read,
     "gptq_marlin_24": marlin.read_24,
     "hqq": hqq.read,
@@ -80,7 +82,7 @@ OF_PLAIN: dict[str, Reader] = {"deepspeedfp": deepspeedfp.read}
 HALF = ("float16",)
 HALVES = ("float16", "bfloat16")
 DTYPES = dict.fromkeys(("aqlm", "awq", "gptq", "gptq_marlin_24", "marlin", "qqq"), HALF) | dict.fromkeys(
-    ("bitsandbytes", "int8", "int4"), (*HALVES, "float32")
+    ("bitsandbytes", "gguf", "int8", "int4"), (*HALVES, "float32")
 )
 """What --dtype may be, by the name of the method or kernel; HALVES for all others."""
 KERNEL_OF = {"awq": "awq_marlin", "gptq": "gptq_marlin"}
@@ -106,6 +108,8 @@ def quantization_config(config: CompileConfig) -> Mapping[str, Any]:
 
 def _beside(folder: Path, asked: str) -> Mapping[str, Any]:
     """What files beside a config.json say that has no quantization_config."""
+    if is_unpacked(folder):  # --hf-config-path names another one
+        return _json(folder / "config.json").get("quantization_config") or {}
     if found := _json(folder / "hf_quant_config.json"):
         return {"quant_method": "modelopt", **found}
     if asked not in READERS and asked not in SAME_AS:
@@ -121,7 +125,7 @@ def method_of(config: CompileConfig) -> Method | None:
         _check_dtype(asked, config.dtype)
         return OF_PLAIN[asked]({})
     if not found:
-        _check_plain(asked)
+        _check_plain(config)
         _check_dtype(asked, config.dtype)
         return None
     name = _method_name(found)
@@ -173,8 +177,10 @@ def _canonical(name: str) -> str:
     return name if name in READERS else SAME_AS.get(name, (name,))[0]
 
 
-def _check_plain(asked: str) -> None:
-    if asked and asked not in ONLINE:
+def _check_plain(config: CompileConfig) -> None:
+    asked = config.quantization
+    is_gguf = asked == "gguf" and is_unpacked(Path(config.model))
+    if asked and asked not in ONLINE and not is_gguf:
         raise QuantizationError(f"--quantization {asked}: config.json has no quantization_config, so its weights are "
                                 f"plain; {', '.join(sorted({*ONLINE, *OF_PLAIN}))} quantize them as they are loaded")
 

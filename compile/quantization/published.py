@@ -15,7 +15,7 @@ Tensors = Mapping[str, Tensor]
 """Published tensors of one weight, by suffix."""
 Read = Callable[[str], Tensor]
 """The values of a published tensor, by suffix; only for small ones."""
-Decode = Callable[[Tensors], Coded]
+Decode = Callable[[Tensors], Coded | Tensor]
 """From a weight's tensors, read as its `cuts` say."""
 PLAIN = Layout("values", 0, "float32")
 """Of weights whose codes no kernel reads: they are dequantized as they are loaded."""
@@ -29,7 +29,8 @@ class QuantizationError(ValueError):
 class Published:
     """One weight of a checkpoint."""
 
-    layout: Layout
+    layout: Layout | None
+    """None: `decode` gives values [N, ...] in float32."""
     shape: tuple[int, ...]
     """[N, K]; experts with a leading dim."""
     decode: Decode
@@ -40,6 +41,8 @@ class Published:
     """The model has it as [..., K, N]."""
     order: str = ""
     """What weights have in common whose inputs are stored in the same order; empty for the model's own."""
+    is_plain: bool = False
+    """Not quantized: values are stored as floats, though not as the model has them."""
 
 
 @dataclass(frozen=True)

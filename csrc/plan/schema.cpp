@@ -197,6 +197,8 @@ constexpr DTypeRule kDTypeRules[] = {
     {"binary_scalar", "*", kAny},
     {"linear", "*", kFloats},
     {"embedding_codes", "codes", bit(DType::i32)},
+    {"embedding_codes", "ids", kIndices},
+    {"embedding_codes", "*", kFloats},
     {"linear_codes", "codes", bit(DType::i32)},
     {"linear_codes", "order", bit(DType::i64)},
     {"linear_codes", "*", kFloats},

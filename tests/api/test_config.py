@@ -234,7 +234,7 @@ def test_prompts_take_whole_steps_on_a_gpu(model: str, monkeypatch) -> None:
 
 def test_lookup_of_models(tmp_path: Path, monkeypatch) -> None:
     assert find_checkpoint(str(tmp_path)) == str(tmp_path)
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.bin"
     file.touch()
     for bad, words in [("no/such-model", "hub id"), (str(file), "is a file"), (str(tmp_path / "no"), "neither")]:
         with pytest.raises(ConfigError, match=words):

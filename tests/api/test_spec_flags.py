@@ -101,10 +101,11 @@ ROWS: dict[str, list[Good | Bad]] = {
                                       Bad("--allowed-local-media-path /no/such", 1, "no such directory")),
     "download_dir": [Good("--download-dir /hub", "/hub")],
     "load_format": [*(Good(f"--load-format {one}", one) for one in (
-                        "auto pt safetensors dummy npcache tensorizer sharded_state mistral runai_streamer".split())),
+                        "auto pt safetensors dummy npcache tensorizer sharded_state mistral runai_streamer "
+                        "gguf").split()),
                     Good("--load-format bitsandbytes -q bitsandbytes", "bitsandbytes"),
                     Bad("--load-format bitsandbytes", 1, "needs --quantization bitsandbytes"),
-                    Bad("--load-format gguf", 1, NOT_YET), Bad("--load-format zip", 2, "choose")],
+                    Bad("--load-format zip", 2, "choose")],
     "config_format": [Good("--config-format hf", "hf"), Bad("--config-format mistral", 1, "no params.json"),
                       Bad("--config-format x", 2, "choose")],
     "dtype": [Good("", "auto"), Good("--dtype half", "float16"), Good("--dtype float", "float32"),
@@ -226,8 +227,7 @@ ROWS: dict[str, list[Good | Bad]] = {
         *(Good(f"--quantization {one}", one) for one in (
             "awq awq_marlin fp8 fbgemm_fp8 gptq_marlin gptq compressed-tensors bitsandbytes ipex moe_wna16 mxfp4 int8 "
             "int4 aqlm deepspeedfp ptpc_fp8 modelopt modelopt_fp4 marlin gptq_marlin_24 qqq hqq experts_int8 quark "
-            "tpu_int8 auto-round inc").split()),
-        Bad("--quantization gguf", 1, NOT_YET)],
+            "tpu_int8 auto-round inc gguf").split())],
     # 20.7
     **{name: [Good("", False), Good(f"--no-{name.replace('_', '-')}", False),
               Bad(f"--{name.replace('_', '-')}", 1, NOT_YET)]

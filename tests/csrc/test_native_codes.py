@@ -15,7 +15,11 @@ from fuseline.compile.ops.registry import registry
 
 __all__ = ["integer_isa", "isa"]
 NUM_IN, NUM_OUT = 1090, 333
-KIND_GROUPS = [("int8", 128, True), ("int8", 0, False), ("fp8", 0, True), ("int4", 32, True), ("nf4", 64, False)]
+KIND_GROUPS = [
+    ("int8", 128, True), ("int8", 0, False), ("fp8", 0, True), ("int4", 32, True), ("nf4", 64, False),
+    ("uint4", 32, True), ("uint8", 16, True),
+]  # fmt: skip
+EIGHT_BITS = ("int8", "fp8", "uint8")
 
 
 def weight_of(kind: str, group: int, has_zeros: bool, num_in: int = NUM_IN) -> tuple:
@@ -44,7 +48,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(isa, kind, group, has_
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_has_its_value(isa, kind):
     """Each of 256 or 16 codes times 1, alone in its group."""
-    bits = 8 if kind in ("int8", "fp8") else 4
+    bits = 8 if kind in EIGHT_BITS else 4
     codes = torch.arange(1 << bits).repeat(16 * 8 // (1 << bits) + 1)[: 16 * 8].reshape(16, 8).to(torch.uint8)
     for first in range(0, 256, 128):
         block = codes + (first if bits == 8 else 0)
@@ -53,7 +57,7 @@ def test_every_code_has_its_value(isa, kind):
 
 
 def check_values(kind: str, codes: torch.Tensor) -> None:
-    bits, num_out = (8 if kind in ("int8", "fp8") else 4), len(codes)
+    bits, num_out = (8 if kind in EIGHT_BITS else 4), len(codes)
     parts = to_panels(to_words(codes, bits)), torch.ones(1, 1, 16), None
     for dtype in FLOATS:
         x = torch.eye(8).to(dtype)

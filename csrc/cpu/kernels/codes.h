@@ -9,8 +9,8 @@
 namespace fuseline::FL_ISA {
 namespace {
 
-// Values of codes of 4 bits: of int4, the nf4 and fp4 of bitsandbytes, and e2m1 of the OCP.
-alignas(64) constexpr float kTables[4][16] = {
+// Values of codes of 4 bits: of int4, the nf4 and fp4 of bitsandbytes, e2m1 of the OCP, iq4nl of llama.cpp, and uint4.
+alignas(64) constexpr float kTables[6][16] = {
     {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
     {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
@@ -18,7 +18,13 @@ alignas(64) constexpr float kTables[4][16] = {
     {0.0f, 0.0052083333f, 0.6666666667f, 1.0f, 0.3333333333f, 0.5f, 0.1666666667f, 0.25f, -0.0f, -0.0052083333f,
      -0.6666666667f, -1.0f, -0.3333333333f, -0.5f, -0.1666666667f, -0.25f},
     {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f},
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
 };
+
+// Whether codes count up from the least value of their group, a float that is stored in the place of its zero:
+// weight = code * scale + zero. Of others, weight = (value - zero) * scale.
+FL_INLINE bool counts_up(int64_t kind) { return kind == kCodeUint4 || kind == kCodeUint8; }
 
 // --- values of the codes in words ---
 
@@ -171,7 +177,7 @@ inline void decode_panel(const Kind& kind, const uint32_t* words, int64_t num_k,
 // Calls body(kind) with what the codes of a weight stand for; `dtype`: what tables are rounded to.
 template <class F>
 void with_kind(int64_t code, DType dtype, const F& body) {
-  if (code == kCodeInt8) return body(Int8{});
+  if (code == kCodeInt8 || code == kCodeUint8) return body(Int8{});
   if (code == kCodeFp8) return body(Fp8{});
   alignas(64) float table[16];
   with_float(dtype, [&](auto t) {

@@ -1,8 +1,9 @@
 // Rows x a weight of codes -> fp32: shared by linear_codes and experts_codes.
 //
-// weight[n][k] = (value(code) - zero) * scale. The values of a group are multiplied and summed in one fp32 chain over
-// ascending k; a group's sum, less zero * (sum of x), is scaled and added to those before it. So one order holds for
-// any number of rows: few rows read the codes in place, of more rows the first keep what they decode for the others.
+// weight[n][k] = (value(code) - zero) * scale, or code * scale + zero where codes count up. The values of a group are
+// multiplied and summed in one fp32 chain over ascending k; a group's sum, less zero * (sum of x), is scaled and added to
+// those before it; where codes count up, zero * (sum of x) is added last. So one order holds for any number of rows: few
+// rows read the codes in place, of more rows the first keep what they decode for the others.
 #pragma once
 #include "chunks.h"
 #include "codes.h"
@@ -16,6 +17,7 @@ constexpr int64_t kFewRows = kTileRows;          // rows for which codes are rea
 struct CodedWeight {
   Tensor codes, scales, zeros;
   int64_t num_k, group;
+  bool counts_up = false;
   int64_t num_panels() const { return codes.sizes[0]; }
   int64_t panel_words() const { return codes.sizes[1] * kPanel; }
   int64_t num_groups() const { return scales.sizes[1]; }
@@ -110,12 +112,15 @@ FL_INLINE void codes_tile(const CodedWeight& weight, const CodedRows<DOT>& block
       for (int v = 0; v < kPanelVecs; ++v) {
         vf scale = of_group(weight.scales, panel + p, group, v) * set1(b.unit()), zero{};
         bool has_zeros = weight.zeros.present();
-        if (has_zeros) zero = of_group(weight.zeros, panel + p, group, v) * set1(1.0f / b.unit());
+        if (has_zeros) zero = of_group(weight.zeros, panel + p, group, v);
+        if (!weight.counts_up) zero = zero * set1(1.0f / b.unit());
         for (int r = 0; r < ROWS; ++r) {
           vf sum = acc[r][p * kPanelVecs + v];
-          if (has_zeros) sum = fma(set1(-block.sums[(r0 + r) * weight.num_groups() + group]), zero, sum);
+          vf of_x = has_zeros ? set1(block.sums[(r0 + r) * weight.num_groups() + group]) : vf{};
+          if (has_zeros && !weight.counts_up) sum = fma(-of_x, zero, sum);
           float* to = c + r * ldc + p * kPanel + v * kLanes;
-          store(to, fma(scale, sum, is_first ? vf{} : load(to)));
+          vf total = fma(scale, sum, is_first ? vf{} : load(to));
+          store(to, weight.counts_up ? fma(of_x, zero, total) : total);
         }
       }
   }

@@ -7,7 +7,7 @@ namespace {
 // Values of one output [num_k], scaled, in fp32.
 template <class Kind>
 void dequantize_row(const Kind& kind, const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t row,
-                    int64_t num_k, int64_t group, float* out) {
+                    int64_t num_k, int64_t group, bool adds_zero, float* out) {
   int64_t num_words = codes.sizes[1], panel = row / kPanel, lane = row % kPanel;
   const uint32_t* words = static_cast<const uint32_t*>(codes.data) + panel * num_words * kPanel + lane;
   for (int64_t w = 0; w < num_words; w += kLanes) {
@@ -26,7 +26,7 @@ void dequantize_row(const Kind& kind, const Tensor& codes, const Tensor& scales,
   for (int64_t k = 0; k < num_k; k += length) {
     int64_t at = (panel * scales.sizes[1] + k / length) * kPanel + lane;
     float scale = float_at(scales, at), zero = zeros.present() ? float_at(zeros, at) : 0.0f;
-    for (int64_t i = k; i < k + length && i < num_k; ++i) out[i] = (out[i] - zero) * scale;
+    for (int64_t i = k; i < k + length && i < num_k; ++i) out[i] = adds_zero ? out[i] * scale + zero : (out[i] - zero) * scale;
   }
 }
 
@@ -36,13 +36,13 @@ void dequantize_row(const Kind& kind, const Tensor& codes, const Tensor& scales,
 void embedding_codes(const Tensor* t, const int64_t* i, const double*) {
   const Tensor &out = t[0], &ids = t[1], &codes = t[2];
   int64_t num_ids = num_rows(out), num_k = i[0];
-  with_kind(i[2], t[3].dtype, [&](const auto& kind) {
+  with_kind(i[2], out.dtype, [&](const auto& kind) {
     parallel_ranges(num_ids, row_grain(num_k), [&](int64_t begin, int64_t end) {
       float* values = chunk_floats(num_k);
       for (int64_t r = begin; r < end; ++r) {
         int64_t id = id_at(ids, r);
         bool is_known = id >= 0 && id < codes.sizes[0] * kPanel;
-        if (is_known) dequantize_row(kind, codes, t[3], t[4], id, num_k, i[1], values);
+        if (is_known) dequantize_row(kind, codes, t[3], t[4], id, num_k, i[1], counts_up(i[2]), values);
         for (int64_t k = 0; !is_known && k < num_k; ++k) values[k] = 0.0f;
         with_float(out.dtype, [&](auto o) { convert_row(values, num_k, row<decltype(o)>(out, r)); });
       }

@@ -25,7 +25,7 @@ struct CodedExperts {
     return {data, t.dtype, 3, {t.sizes[1], t.sizes[2], t.sizes[3]}, {t.strides[1], t.strides[2], t.strides[3]}};
   }
   CodedWeight matrix(int64_t expert) const {
-    return {part(codes, expert), part(scales, expert), part(zeros, expert), num_k, group};
+    return {part(codes, expert), part(scales, expert), part(zeros, expert), num_k, group, counts_up(kind)};
   }
   // `rows` packed rows from `first` on; sums of groups lie behind all packed rows.
   template <bool DOT>

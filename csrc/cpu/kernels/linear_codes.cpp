@@ -59,7 +59,7 @@ void multiply_kind(const LinearCodes& job, const Kind& kind) {
 
 // t: out!, x, codes, scales, zeros?, order?, bias?; i: num_out, group, kind.
 void linear_codes(const Tensor* t, const int64_t* i, const double*) {
-  LinearCodes job{t[0], t[1], t[5], t[6], {t[2], t[3], t[4], last_size(t[1]), i[1]}};
+  LinearCodes job{t[0], t[1], t[5], t[6], {t[2], t[3], t[4], last_size(t[1]), i[1], counts_up(i[2])}};
   with_kind(i[2], job.x.dtype, [&](const auto& kind) { multiply_kind(job, kind); });
 }
 

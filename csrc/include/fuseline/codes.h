@@ -26,7 +26,10 @@ enum RouteOrder { kSoftmaxThenTopk = 0, kTopkThenSoftmax = 1 };
 enum ExpertAct { kExpertSilu = 0, kExpertGelu = 1, kExpertGeluTanh = 2, kExpertRelu = 3, kGluOss = 4 };
 
 // What the codes of a weight stand for.
-enum CodeKind { kCodeInt8 = 0, kCodeFp8 = 1, kCodeInt4 = 2, kCodeNf4 = 3, kCodeFp4 = 4, kCodeE2m1 = 5 };
+enum CodeKind {
+  kCodeInt8 = 0, kCodeFp8 = 1, kCodeInt4 = 2, kCodeNf4 = 3, kCodeFp4 = 4, kCodeE2m1 = 5, kCodeIq4nl = 6,
+  kCodeUint4 = 7, kCodeUint8 = 8 /* to 127 */,   // of these, zeros hold the least value of a group
+};
 
 // What a KV cache of one byte a number holds.
 enum CacheCode { kCacheInt8 = 0, kCacheE4m3 = 1, kCacheE5m2 = 2 };

@@ -207,11 +207,12 @@ def test_a_tied_embedding_of_codes_is_one_copy(tmp_path: Path) -> None:
 
 
 def test_heads_and_embeddings_may_be_quantized(tmp_path: Path) -> None:
-    """An embedding of its own is dequantized: nothing multiplies it."""
+    """An embedding of its own stays codes, too."""
     ends = ("_proj.weight", "lm_head.weight", "embed_tokens.weight")
     quantized.checkpoint(cases()["gptq-8bit"], tmp_path, ends=ends)
     model = assert_tokens_are_those_of_transformers(tmp_path)
-    assert calls(model, "linear_codes") == 13 and model.info.quantized == ("22 as int8/32/float16",)
+    assert calls(model, "linear_codes") == 13 and model.info.quantized == ("23 as int8/32/float16",)
+    assert calls(model, "embedding_codes") == 1
 
 
 def calls(model: CpuModel, op: str) -> int:

@@ -1,0 +1,1 @@
+"""Files of llama.cpp (GGUF): what they hold, as a checkpoint of Transformers would hold it."""
