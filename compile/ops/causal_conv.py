@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import ACTIVATIONS
-from fuseline.compile.ops.library import Make, op, same_layout
-from fuseline.compile.ops.recurrent import over_slots, step_inputs
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op, same_layout
+from fuseline.compile.ops.recurrent import over_slots, step_inputs, step_workloads
 
 NO_ACT = -1
 
@@ -42,10 +42,20 @@ def causal_conv_inputs(make: Make) -> Iterator[tuple]:
             yield x, make.normal(5, width - 1, channels), weight, bias, *where, act
 
 
+def causal_conv_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """As in Mamba: twice the hidden size, four tokens."""
+    channels, width = 2 * shape.hidden_size, 4
+    for label, tokens, slots, where in step_workloads(make):
+        x, state = make.fill(1, tokens, channels).mT, make.fill(slots, width - 1, channels)
+        args = x, state, make.fill(channels, width), make.fill(channels), *where, codes.UNARY["silu"]
+        yield Workload(f"{label} x {channels} channels", args, 2 * tokens * channels * width)
+
+
 @op(
     writes=("state",),
     fake=lambda x, *_: same_layout(x),
     inputs=causal_conv_inputs,
+    workloads=causal_conv_workloads,
     tolerance=6.0,
     weights=("weight", "bias"),
 )

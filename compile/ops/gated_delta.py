@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fuseline.compile.ops.library import Make, op
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 from fuseline.compile.ops.recurrent import (
     FLOAT,
     PANEL,
@@ -18,6 +18,7 @@ from fuseline.compile.ops.recurrent import (
     num_panels,
     over_slots,
     step_inputs,
+    step_workloads,
     to_panels,
 )
 
@@ -71,9 +72,23 @@ def gated_delta_inputs(make: Make) -> Iterator[tuple]:
         yield q, k, v, decay, beta, state, *where, dim != 40
 
 
+def gated_delta_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    heads, dim = shape.num_heads, shape.head_dim
+    for label, tokens, slots, where in step_workloads(make):
+        q, k = (make.fill(1, tokens, shape.num_kv_heads, dim) for _ in range(2))
+        v, beta = make.fill(1, tokens, heads, dim), make.fill(1, tokens, heads)
+        state = to_panels(make.fill(slots, heads, dim, dim).float()).contiguous()
+        args = q, k, v, -make.fill(1, tokens, heads).float(), beta, state, *where, True
+        yield Workload(f"{label} x {heads} heads", args, 7 * tokens * heads * dim * dim)
+
+
 @op(
-    writes=("state",), fake=lambda q, k, v, *_: v.new_empty(v.shape), inputs=gated_delta_inputs, tolerance=60.0,
-)  # fmt: skip
+    writes=("state",),
+    fake=lambda q, k, v, *_: v.new_empty(v.shape),
+    inputs=gated_delta_inputs,
+    workloads=gated_delta_workloads,
+    tolerance=60.0,
+)
 def gated_delta_slots(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor, seq_lens: Tensor,
     query_start: Tensor, normalize: bool,

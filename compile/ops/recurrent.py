@@ -9,7 +9,7 @@ Legend: S sequences, L slots, R rows and V columns of a state, P panels of 16 co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from fuseline.compile.ops.library import Make
 
 PANEL = 16
 FLOAT = torch.float32
+MOST_SEQUENCES = 16
+"""Workloads of up to so many tokens are a token of each sequence, larger ones a prompt."""
 
 
 def num_panels(columns: int) -> int:
@@ -55,3 +57,12 @@ def step_inputs(make: Make, slots: int = 5) -> tuple[Tensor, Tensor, Tensor, int
     counts, lengths = torch.tensor([7, 3, 1, 1]), torch.tensor([7, 12, 1, 9])
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
     return make.order(slots)[:4], lengths.int(), starts.int(), int(counts.sum())
+
+
+def step_workloads(make: Make) -> Iterator[tuple[str, int, int, tuple[Tensor, Tensor, Tensor]]]:
+    """Steps that go on with their sequences -> (label, tokens, slots, (slots, lengths, starts))."""
+    for tokens in make.tokens:
+        sequences = tokens if tokens <= MOST_SEQUENCES else 1
+        starts = torch.arange(sequences + 1, dtype=torch.int32, device=make.device) * (tokens // sequences)
+        label = f"{sequences} x {tokens // sequences} tokens"
+        yield label, tokens, sequences + 1, (make.order(sequences + 1)[:sequences], starts[1:] + 1, starts)

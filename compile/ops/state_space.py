@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fuseline.compile.ops.library import Make, op, same_layout
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op, same_layout
 from fuseline.compile.ops.recurrent import (
     FLOAT,
     PANEL,
@@ -19,6 +19,7 @@ from fuseline.compile.ops.recurrent import (
     num_panels,
     over_slots,
     step_inputs,
+    step_workloads,
     to_panels,
 )
 
@@ -59,9 +60,24 @@ def ssd_scan_inputs(make: Make) -> Iterator[tuple]:
         yield x, dt, -make.normal(heads).float().abs(), b, c, d, state, *where
 
 
+def ssd_scan_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """One group of 128 states, as in Mamba 2."""
+    heads, dim, states = shape.num_heads, shape.head_dim, 128
+    for label, tokens, slots, where in step_workloads(make):
+        x, dt = make.fill(1, tokens, heads, dim), make.fill(1, tokens, heads)
+        b, c = (make.fill(1, tokens, 1, states) for _ in range(2))
+        state = to_panels(make.fill(slots, heads, states, dim).float()).contiguous()
+        args = x, dt, -make.fill(heads).float(), b, c, make.fill(heads), state, *where
+        yield Workload(f"{label} x {heads} heads", args, 5 * tokens * heads * dim * states)
+
+
 @op(
-    writes=("state",), fake=lambda x, *_: x.new_empty(x.shape, dtype=FLOAT), inputs=ssd_scan_inputs, tolerance=60.0,
-)  # fmt: skip
+    writes=("state",),
+    fake=lambda x, *_: x.new_empty(x.shape, dtype=FLOAT),
+    inputs=ssd_scan_inputs,
+    workloads=ssd_scan_workloads,
+    tolerance=60.0,
+)
 def ssd_scan_slots(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor, slots: Tensor,
     seq_lens: Tensor, query_start: Tensor,
@@ -114,7 +130,24 @@ def selective_scan_inputs(make: Make) -> Iterator[tuple]:
         yield x, dt, -make.normal(channels, states).float().abs(), b, c, d, state, *where
 
 
-@op(writes=("state",), fake=lambda x, *_: same_layout(x, FLOAT), inputs=selective_scan_inputs, tolerance=60.0)
+def selective_scan_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """Twice the hidden size and 16 states, as in Mamba."""
+    channels, states = 2 * shape.hidden_size, 16
+    for label, tokens, slots, where in step_workloads(make):
+        x, dt = (make.fill(1, tokens, channels).mT for _ in range(2))
+        b, c = (make.fill(1, tokens, states).mT for _ in range(2))
+        state = to_panels(make.fill(slots, states, channels).float()).contiguous()
+        args = x, dt, -make.fill(channels, states).float(), b, c, make.fill(channels).float(), state, *where
+        yield Workload(f"{label} x {channels} channels", args, 5 * tokens * channels * states)
+
+
+@op(
+    writes=("state",),
+    fake=lambda x, *_: same_layout(x, FLOAT),
+    inputs=selective_scan_inputs,
+    workloads=selective_scan_workloads,
+    tolerance=60.0,
+)
 def selective_scan_slots(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor, slots: Tensor,
     seq_lens: Tensor, query_start: Tensor,
