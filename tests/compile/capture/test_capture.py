@@ -135,9 +135,9 @@ def test_a_recurrence_that_is_not_known_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r".* has no config.json: give the directory of a Transformers checkpoint"),
-        ("{", r".*config.json: Expecting property name"),
-        ("[1]", r".*config.json: "),
+        (None, r".* has no config.json; give a Transformers checkpoint"),
+        ("{", r".*config.json cannot be read as JSON: Expecting property name"),
+        ("[1]", r".*config.json is no JSON object; give a Transformers checkpoint"),
         ("{}", r".*config.json: Unrecognized model"),
         (
             '{"model_type": "wonder"}',
@@ -148,7 +148,7 @@ def test_a_recurrence_that_is_not_known_is_refused(monkeypatch):
         ('{"model_type": "llama", "num_attention_heads": 0}', r".*config.json: .*by zero"),
         (
             '{"model_type": "llama", "quantization_config": {"quant_method": "none_such"}}',
-            "its weights are quantized by none_such, which is not supported; supported are awq, ",
+            "its weights are quantized by none_such, which is not supported; supported are aqlm, ",
         ),
     ],
 )
