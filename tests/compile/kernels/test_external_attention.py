@@ -209,7 +209,11 @@ def test_what_is_installed(monkeypatch, caplog):
     sys.modules["torch.nn.attention.varlen"].varlen_attn = fakes.varlen_attn
     with caplog.at_level(logging.WARNING):
         found = select.installed(gpu)
-    assert found == {"flash_attn_3": fakes.flash_attn_with_kvcache, "torch.varlen_attn": fakes.varlen_attn}
+    assert found == {
+        "flash_attn_3": fakes.flash_attn_with_kvcache,
+        "torch.varlen_attn": fakes.varlen_attn,
+        "torch._scaled_mm": torch._scaled_mm,
+    }
     assert "flash_attn.flash_attn_varlen_func is not used: it does not take block_table" in caplog.text
     assert "flashinfer is installed and not used: AttributeError" in caplog.text
     assert select.installed(GPU) == {}
