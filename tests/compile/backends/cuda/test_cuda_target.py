@@ -183,8 +183,6 @@ def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(
     half, whole = coded.info.cache_specs[0], rounded.info.cache_specs[0]
     assert half.bytes_per_token() * 2 == whole.bytes_per_token()
     assert coded._caches["k_cache_0"].dtype == fp8 and coded._caches["k_cache_0"].float().any()
-    with pytest.raises(ValueError, match=f"a cache of {flag} needs a GPU"):
-        optimize(CompileConfig(model=str(checkpoint(family, "bfloat16")), kv_cache_dtype=flag))
 
 
 def test_sizes_of_graphs() -> None:
