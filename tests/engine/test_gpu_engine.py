@@ -21,7 +21,7 @@ from fuseline.engine.service import EngineService
 
 FAMILY = "llama"
 NUM_TOKENS = 6
-PROMPTS = make_prompts((3, 9, 20, 14, 5, 17))
+PROMPTS = make_prompts((3, 15, 20, 14, 5, 17))
 GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS}
 ASKED = (
     GREEDY | {"logprobs": 2},
