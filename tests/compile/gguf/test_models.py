@@ -67,7 +67,7 @@ def assert_tokens_are_those_of_transformers(path: Path, prompts=PROMPTS, **setti
     (("Q4_K",), 4, {"uint4/32/float32/zeros"}),
     (("Q6_K", "Q4_K", "Q5_K"), 4, {"int8/16/float32", "uint4/32/float32/zeros", "uint8/32/float32/zeros"}),
     (("IQ4_XS", "Q3_K"), 4, {"lut4/32/float32/iq4nl", "int4/16/float32"}),
-], ids=str)  # fmt: skip
+], ids=["Q8_0", "Q4_0", "blocks of 32", "Q4_K", "K-quants", "IQ4_XS and Q3_K"])  # fmt: skip
 def test_every_type_of_blocks(types: tuple[str, ...], widths: int, layouts: set[str], tmp_path: Path) -> None:
     path = gguf_files.checkpoint(tmp_path, types=in_turn(*types), widths=widths)
     assert_weights_are_those_of_the_package(path)
