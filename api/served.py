@@ -42,7 +42,8 @@ from fuseline.api.protocol.common import GenerationDefaults
 from fuseline.api.stored_responses import ResponseStore
 from fuseline.api.tracing import Tracer, open_tracer
 from fuseline.engine.client import EngineClient
-from fuseline.engine.messages import EngineReady, EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineReady, EngineRequest
+from fuseline.engine.params import SamplingParams
 
 LOG = logging.getLogger("fuseline.requests")
 SMALL_BYTES = 8192

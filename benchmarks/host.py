@@ -28,7 +28,8 @@ from fuseline.compile.graph_inputs import StepOutput
 from fuseline.compile.specs import CacheGroup, CacheSpec, ModelInfo
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineRequest
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.process import ANSWERS, open_socket
 from fuseline.engine.run.device import HostDevice, SampleOps, native_ops
 

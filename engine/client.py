@@ -25,7 +25,6 @@ from fuseline.engine.messages import (
     PooledOutput,
     Progress,
     ResetPrefixCache,
-    SamplingParams,
     Sleep,
     SleepState,
     StepExpander,
@@ -34,6 +33,7 @@ from fuseline.engine.messages import (
     Vocabulary,
     WakeUp,
 )
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.transport import EngineSetup, ProcessTransport, ThreadTransport, Transport
 
 MAX_DEATHS = 3

@@ -10,14 +10,7 @@ from typing import overload
 
 import msgspec
 
-from fuseline.engine.params import (  # noqa: F401
-    BeamParams,
-    GrammarSpec,
-    LogitsProcessor,
-    PoolingParams,
-    SamplingParams,
-    ThinkingBudget,
-)
+from fuseline.engine.params import PoolingParams, SamplingParams
 
 _INT, _FLOAT = struct.Struct("=q"), struct.Struct("=f")
 

@@ -11,13 +11,13 @@ import numpy as np
 from fuseline.engine.messages import (
     Output,
     PooledOutput,
-    PoolingParams,
     PositionLogprobs,
     StepOutputs,
     StepStats,
     TokenDeltas,
     TokenOutput,
 )
+from fuseline.engine.params import PoolingParams
 from fuseline.engine.run.runner import PreparedBatch
 from fuseline.engine.run.sampling import OK, RowScores, Sampled
 from fuseline.engine.state.rows import RequestRows

@@ -10,8 +10,9 @@ from typing import Any
 
 from fuseline.compile.specs import ModelInfo
 from fuseline.engine.config import EngineConfig
-from fuseline.engine.messages import EngineRequest, Output, PooledOutput, PoolingParams, SamplingParams, TokenOutput
+from fuseline.engine.messages import EngineRequest, Output, PooledOutput, TokenOutput
 from fuseline.engine.outputs import Ending, NewTokens, Report, make_outputs
+from fuseline.engine.params import PoolingParams, SamplingParams
 from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
 from fuseline.engine.run.grammar.matcher import GrammarState

@@ -60,8 +60,8 @@ def test_engine_knows_no_http() -> None:
 
 ENGINE_FOLDERS = {"state": set(), "memory": {"state"}, "schedule": {"state", "memory"}, "run": {"state", "memory"}}
 """Folders of the engine that each may import from, itself apart; all may import files of the engine that have no folder
-below them: configuration and messages."""
-ENGINE_FILES = {"config", "messages"}
+below them: configuration, messages and the parameters of requests, which are parts of messages."""
+ENGINE_FILES = {"config", "messages", "params"}
 
 
 @pytest.mark.parametrize("folder", ENGINE_FOLDERS)

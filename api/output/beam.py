@@ -14,7 +14,8 @@ from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.prepared import BeamOptions
 from fuseline.engine.client import EngineClient
-from fuseline.engine.messages import BeamParams, EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineRequest
+from fuseline.engine.params import BeamParams, SamplingParams
 
 
 class BeamSearch:

@@ -15,7 +15,7 @@ from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tools import Tool
 from fuseline.api.structured.ebnf import Rules, char_set, choice, complement, literal, of_chars, sequence, text_until
 from fuseline.api.structured.notation import BLANK
-from fuseline.engine.messages import GrammarSpec
+from fuseline.engine.params import GrammarSpec
 
 Format = dict[str, Any]
 """A format of xgrammar's structural tags."""

@@ -14,7 +14,7 @@ from fuseline.api.prompt.auto_grammar import Format, can_be_part, format_of, tag
 from fuseline.api.prompt.call_grammar import arguments_expression
 from fuseline.api.prompt.tools import Tool, ToolUse
 from fuseline.api.structured.ebnf import Rules, choice, literal, sequence, text_until
-from fuseline.engine.messages import GrammarSpec
+from fuseline.engine.params import GrammarSpec
 
 ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
 END, NEXT = "<|end|>", "<|start|>assistant"

@@ -13,7 +13,7 @@ from fuseline.api.errors import bad_request
 from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.protocol.common import GenerateRequest
 from fuseline.api.protocol.completion import CompletionRequest
-from fuseline.engine.messages import LogitsProcessor
+from fuseline.engine.params import LogitsProcessor
 from fuseline.engine.run.logits_processors import find_callable
 
 REFUSED: dict[str, str] = {

@@ -20,7 +20,7 @@ from fuseline.api.structured.portable import portable_patterns, portable_regex, 
 from fuseline.api.structured.regex import RegexGrammar
 from fuseline.api.structured.schema import Schema, SchemaGrammar
 from fuseline.api.structured.tags import tag_grammar
-from fuseline.engine.messages import GrammarSpec
+from fuseline.engine.params import GrammarSpec
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_fallback", "disable_additional_properties")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from fuseline.engine.messages import SamplingParams
+from fuseline.engine.params import SamplingParams
 
 
 class BeamOptions(msgspec.Struct, frozen=True):

@@ -15,7 +15,8 @@ from fuseline.api.prompt.grammar import request_spec
 from fuseline.api.prompt.limits import MAX_NAMED, Limits
 from fuseline.api.prompt.vocabulary import special_ids, spelling
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.engine.messages import EngineReady, GrammarSpec, SamplingParams
+from fuseline.engine.messages import EngineReady
+from fuseline.engine.params import GrammarSpec, SamplingParams
 
 LOG = logging.getLogger("fuseline.requests")
 MAX_BIAS = 100.0

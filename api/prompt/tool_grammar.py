@@ -28,7 +28,7 @@ from fuseline.api.prompt.grammar import TaggedSchema, structured_spec
 from fuseline.api.prompt.tools import ToolUse, arguments_schema
 from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.structured.ebnf import Rules
-from fuseline.engine.messages import GrammarSpec, SamplingParams, ThinkingBudget
+from fuseline.engine.params import GrammarSpec, SamplingParams, ThinkingBudget
 
 ASKED = ("enable_thinking", "thinking")
 """Variables with which templates ask for reasoning."""

@@ -9,7 +9,8 @@ from itertools import islice
 
 from msgspec.structs import replace
 
-from fuseline.engine.messages import PositionLogprobs, SamplingParams
+from fuseline.engine.messages import PositionLogprobs
+from fuseline.engine.params import SamplingParams
 
 
 @dataclass(frozen=True)

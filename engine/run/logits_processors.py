@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fuseline.engine.messages import LogitsProcessor
+from fuseline.engine.params import LogitsProcessor
 
 if TYPE_CHECKING:  # the API looks names up without torch
     from torch import Tensor

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.engine.messages import SamplingParams
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.grammar.masks import GrammarMasks
 from fuseline.engine.run.histories import Histories, History
 from fuseline.engine.run.row_edits import RowEdit

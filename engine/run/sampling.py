@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from fuseline.compile.residency.uploads import Layout
-from fuseline.engine.messages import PositionLogprobs, SamplingParams
+from fuseline.engine.messages import PositionLogprobs
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.device import Device, Results
 from fuseline.engine.run.histories import History
 from fuseline.engine.run.row_edits import RowEdit, edit_rows, restore_scores

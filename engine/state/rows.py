@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from fuseline.engine.messages import PoolingParams, SamplingParams
+from fuseline.engine.params import PoolingParams, SamplingParams
 from fuseline.engine.state.sequence import Sequence
 
 MIN_TEMPERATURE = 0.01

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fuseline.engine.messages import EngineRequest, PoolingParams, SamplingParams, StepTimes
+from fuseline.engine.messages import EngineRequest, StepTimes
+from fuseline.engine.params import PoolingParams, SamplingParams
 from fuseline.engine.state.block_keys import EmbedsDigest, root_key
 from fuseline.engine.state.prompt_scores import PromptScores
 

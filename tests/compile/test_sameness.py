@@ -29,7 +29,8 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineRequest
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.device import HostDevice, native_ops
 
 NUM_REQUESTS, NUM_TOKENS, NUM_BLOCKS = 64, 10, 1024

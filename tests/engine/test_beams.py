@@ -9,7 +9,8 @@ import torch
 from fake_model import NAN_TOKEN, FakeModel, FakeQueue, fake_config, next_logits, reference_device
 
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import BeamParams, EngineRequest, SamplingParams, TokenOutput
+from fuseline.engine.messages import EngineRequest, TokenOutput
+from fuseline.engine.params import BeamParams, SamplingParams
 
 PROMPT = tuple(range(1, 14))
 EOS = (3, 11, 20, 28)

@@ -12,7 +12,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.target import detect_target
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import BeamParams
+from fuseline.engine.params import BeamParams
 from fuseline.engine.run.device import HostDevice, native_ops
 
 PROMPTS = make_prompts((3, 9, 20, 14, 5, 17))

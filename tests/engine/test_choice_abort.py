@@ -7,7 +7,8 @@ from engine_walk_cases import ORDERS, Walk, expected_tokens, make_engine
 from served_fake import served_fake, until
 
 from fuseline.api.output.events import Done, TextDelta
-from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineRequest
+from fuseline.engine.params import SamplingParams
 
 PROMPT = list(range(1, 15))
 EACH_ORDER = pytest.mark.parametrize("order", ORDERS)

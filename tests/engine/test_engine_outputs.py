@@ -8,7 +8,8 @@ import torch
 from engine_walk_cases import Walk, expected_tokens, make_engine
 from fake_model import NAN_TOKEN, next_logits
 
-from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineRequest
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.sampler import Sampler, banned_tokens
 from fuseline.engine.run.sampler_reference import reference_device
 from fuseline.engine.run.sampling import launch_sampling

@@ -7,7 +7,8 @@ import time
 from fake_model import next_logits
 
 from fuseline.engine.client import EngineClient
-from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineRequest
+from fuseline.engine.params import SamplingParams
 
 
 def make_request(name: str, prompt=(5, 6, 7), **params) -> EngineRequest:

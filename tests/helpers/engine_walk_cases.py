@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fuseline.compile.specs import RopeSwitchSpec
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, PoolingParams, SamplingParams, StepExpander, TokenOutput
+from fuseline.engine.messages import EngineRequest, StepExpander, TokenOutput
+from fuseline.engine.params import PoolingParams, SamplingParams
 from fuseline.engine.run.sampler_reference import _draw, reference_device
 
 ORDERS = ("in_order", "overlapped", "queued")

@@ -12,7 +12,8 @@ from fuseline.api.config import demo_dir
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tokenizer_files import read_tokenizer
 from fuseline.api.prompt.vocabulary import make_vocabulary
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.backends.registry import Backends
 

@@ -19,7 +19,8 @@ from fuseline.api.output.generation import Generation, TextOptions
 from fuseline.api.output.watch import RequestWatch
 from fuseline.engine.client import EngineClient
 from fuseline.engine.config import CacheConfig
-from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineRequest
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.sampler_reference import reference_device
 
 

@@ -28,7 +28,8 @@ from fuseline.compile.target import detect_target
 from fuseline.compile.tuning.clock import Clock, DeviceClock
 from fuseline.engine.build import build_compiled_model, find_device
 from fuseline.engine.config import EngineConfig, SchedulerConfig
-from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander
+from fuseline.engine.messages import EngineRequest, StepExpander
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.service import EngineService
 from gpu_check.failures import unless_done
 from gpu_check.kernels import Made, Sizes

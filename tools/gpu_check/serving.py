@@ -11,7 +11,8 @@ from torch import Tensor
 from fuseline.compile.config import CompileConfig
 from fuseline.engine.config import EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, SamplingParams
+from fuseline.engine.messages import EngineRequest
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.device import Device, Results
 from gpu_check.llama import Runner
 from gpu_check.table import Table

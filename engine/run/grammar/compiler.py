@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from fuseline.engine.config import GrammarConfig
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.backends.registry import Backends
 from fuseline.engine.run.grammar.worker import Answer, Failed, read_frame, write_frame

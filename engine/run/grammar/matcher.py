@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from fuseline.engine.messages import SamplingParams
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.backends.xgrammar import XGrammar
 

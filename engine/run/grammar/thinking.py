@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fuseline.engine.messages import ThinkingBudget, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import ThinkingBudget
 from fuseline.engine.state.sequence import TokenGrammar
 
 MOST_HELD = 3

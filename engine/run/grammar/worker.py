@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from fuseline.engine.memory.limit_memory import limit_memory
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.backends.registry import Backends
 from fuseline.engine.run.grammar.matcher import STALL_SECONDS

@@ -18,7 +18,8 @@ from fuseline.api.output.events import Done, Event, PromptInfo, TextDelta
 from fuseline.api.output.generation import TextOptions
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.prompt.prepared import BeamOptions
-from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams
+from fuseline.engine.messages import EngineRequest, PositionLogprobs
+from fuseline.engine.params import SamplingParams
 
 PROMPT = list(range(1, 15))
 

@@ -19,7 +19,8 @@ from fuseline.api.output.openai_completion import CompletionWriter, Shape
 from fuseline.api.output.stop import StopStrings
 from fuseline.api.prompt.encode import TextTokenizer
 from fuseline.api.prompt.tokenizer_files import TokenizerFiles
-from fuseline.engine.messages import EngineRequest, GrammarSpec, PositionLogprobs, SamplingParams, TokenOutput
+from fuseline.engine.messages import EngineRequest, PositionLogprobs, TokenOutput
+from fuseline.engine.params import GrammarSpec, SamplingParams
 
 
 def built(name: str) -> TextTokenizer:

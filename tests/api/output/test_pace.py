@@ -24,7 +24,8 @@ from fuseline.api.output.pace import SLICE_SECONDS, Turns
 from fuseline.api.output.response import Answer, raw_response
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.served import Served, load_tokenizer
-from fuseline.engine.messages import EngineRequest, PositionLogprobs, SamplingParams, TokenOutput
+from fuseline.engine.messages import EngineRequest, PositionLogprobs, TokenOutput
+from fuseline.engine.params import SamplingParams
 
 NUM_POSITIONS = 1000
 POSITION_SECONDS = 1e-4

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from fuseline.api.prompt.fim import find_fim
 from fuseline.api.prompt.prepare import Preparer
 from fuseline.api.prompt.prepared import BeamOptions, Prepared, Refused
-from fuseline.engine.messages import LogitsProcessor
+from fuseline.engine.params import LogitsProcessor
 
 KINDS = ("completion", "chat")
 

@@ -20,7 +20,7 @@ from fuseline.api.prompt.grammar import json_spec
 from fuseline.api.prompt.tokenizer_files import read_tokenizer
 from fuseline.api.prompt.tool_grammar import Answers, Thinking, reasoning_end, tool_spec, with_grammar
 from fuseline.api.prompt.tools import Tool, ToolUse
-from fuseline.engine.messages import SamplingParams
+from fuseline.engine.params import SamplingParams
 
 CITY = {
     "type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"],

@@ -11,7 +11,8 @@ from fake_model import FakeModel, fake_config
 
 from fuseline.compile.graph_inputs import StepOutput
 from fuseline.engine.engine import Engine
-from fuseline.engine.messages import EngineRequest, SamplingParams, StepExpander, TokenDeltas
+from fuseline.engine.messages import EngineRequest, StepExpander, TokenDeltas
+from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.device import HostDevice, SampleOps
 
 LONGEST = 4096

@@ -10,7 +10,8 @@ from engine_walk_cases import ORDERS, Walk, make_engine
 from fake_model import HIDDEN_SIZE, build_fake, fake_config, hidden_state
 
 from fuseline.engine.client import EngineClient
-from fuseline.engine.messages import EngineRequest, PooledOutput, PoolingParams
+from fuseline.engine.messages import EngineRequest, PooledOutput
+from fuseline.engine.params import PoolingParams
 from fuseline.engine.run.sampler_reference import reference_device
 
 PROMPT = list(range(1, 15))

@@ -10,7 +10,7 @@ import torch
 from engine_walk_cases import ORDERS, Walk, expected_tokens, make_engine
 from fake_model import NAN_TOKEN, VOCAB_SIZE, next_logits
 
-from fuseline.engine.messages import LogitsProcessor, SamplingParams
+from fuseline.engine.params import LogitsProcessor, SamplingParams
 from fuseline.engine.run.logits_processors import find_callable, for_sequence, make_processor
 
 PROMPT = list(range(1, 15))

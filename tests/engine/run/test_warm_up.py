@@ -16,7 +16,8 @@ from fuseline.compile.config import CompileConfig, GraphConfig
 from fuseline.compile.graph_inputs import StepOutput
 from fuseline.compile.residency.uploads import Layout
 from fuseline.engine.config import EngineConfig, SchedulerConfig
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.cuda_device import CudaResults
 from fuseline.engine.run.grammar.backends.xgrammar import XGrammarBackend
 from fuseline.engine.service import EngineService

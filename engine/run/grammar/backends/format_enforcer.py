@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.grammar.backends.interface import MOST_TAKEN_BACK, EndingMatcher
 
 BYTES_PER_CHAR = 2000

@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 
 
 class TokenMatcher(Protocol):

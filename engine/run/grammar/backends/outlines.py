@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.grammar.backends.interface import MOST_TAKEN_BACK, EndingMatcher
 
 if TYPE_CHECKING:

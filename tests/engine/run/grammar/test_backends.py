@@ -16,7 +16,7 @@ from fuseline.api.errors import ApiError
 from fuseline.api.prompt.backends import PACKAGES
 from fuseline.api.prompt.grammar import request_spec
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.engine.messages import GrammarSpec, SamplingParams
+from fuseline.engine.params import GrammarSpec, SamplingParams
 from fuseline.engine.run.grammar.backends.registry import MAKERS
 from fuseline.engine.run.grammar.matcher import GrammarState
 from fuseline.engine.run.grammar.worker import try_walk

@@ -11,7 +11,7 @@ import pytest
 from grammar_walk import compiled, demo_vocabulary
 
 from fuseline.engine.config import GrammarConfig
-from fuseline.engine.messages import GrammarSpec, SamplingParams
+from fuseline.engine.params import GrammarSpec, SamplingParams
 from fuseline.engine.run.grammar import matcher
 from fuseline.engine.run.grammar.compiler import GrammarCompiler, GrammarError
 from fuseline.engine.run.grammar.matcher import GrammarState

@@ -8,7 +8,8 @@ import pytest
 from engine_walk_cases import ORDERS, Walk, make_engine
 from fake_model import VOCAB_SIZE
 
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.grammar.backends.xgrammar import XGrammarBackend
 
 EOS = 0

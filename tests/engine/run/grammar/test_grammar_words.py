@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.grammar.backends.registry import Backends
 from fuseline.engine.run.grammar.worker import Failed, _answer
 

@@ -9,7 +9,8 @@ from engine_walk_cases import ORDERS, Walk, make_engine
 from fake_model import VOCAB_SIZE
 from overlap_cases import answers
 
-from fuseline.engine.messages import GrammarSpec, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec
 from fuseline.engine.run.grammar.backends.interface import Grammar
 from fuseline.engine.run.grammar.backends.xgrammar import XGrammarBackend
 from fuseline.engine.run.grammar.masks import ForcedTokens

@@ -13,7 +13,7 @@ from engine_walk_cases import ORDERS, Walk
 
 from fuseline.api.prompt.grammar import request_spec
 from fuseline.api.protocol.common import GenerateRequest
-from fuseline.engine.messages import ThinkingBudget
+from fuseline.engine.params import ThinkingBudget
 from fuseline.engine.run.grammar import masks, slow_masks
 from fuseline.engine.run.grammar.backends.xgrammar import XGrammar
 from fuseline.engine.run.grammar.worker import _answer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fuseline.engine.messages import GrammarSpec, SamplingParams, ThinkingBudget, Vocabulary
+from fuseline.engine.messages import Vocabulary
+from fuseline.engine.params import GrammarSpec, SamplingParams, ThinkingBudget
 from fuseline.engine.run.grammar.backends.xgrammar import XGrammarBackend
 from fuseline.engine.run.grammar.matcher import GrammarState
 from fuseline.engine.run.grammar.thinking import BudgetState
