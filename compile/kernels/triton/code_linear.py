@@ -18,8 +18,9 @@ from torch import Tensor
 from fuseline.compile.kernels.registry import TRITON, Implementation, tunings
 from fuseline.compile.kernels.triton.code_values import load_of_groups, load_weight
 from fuseline.compile.kernels.triton.matmul import GROUP as TILES_TOGETHER
-from fuseline.compile.kernels.triton.matmul import num_programs
+from fuseline.compile.kernels.triton.matmul import grid, rows_of
 from fuseline.compile.kernels.triton.tile import Tile
+from fuseline.compile.kernels.triton.tiles import grouped
 from fuseline.compile.ops.linear_codes import EIGHT_BITS
 
 FEW_ROWS = 16
@@ -43,14 +44,10 @@ def linear_code_rows(
     if out.numel() == 0:
         return out
     num_out, num_in = out.shape[-1], x.shape[-1]
-    rows = (x if order is None else x.index_select(-1, order)).reshape(-1, num_in)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    # The stride of a single row may be any number; a kernel compiled for another kind of number would hold up a step.
-    stride = rows.stride(0) if rows.shape[0] > 1 else num_in
+    rows, stride = rows_of(x if order is None else x.index_select(-1, order))
     tile = tile or (LOW if rows.shape[0] <= FEW_ROWS else HIGH)
     words = _elements(codes, kind)
-    num_tiles = triton.cdiv(rows.shape[0], tile.rows) * triton.cdiv(num_out, tile.columns)
-    codes_kernel[(min(num_tiles, num_programs(x.device)),)](
+    codes_kernel[grid(rows, num_out, tile)](
         out, rows, words, scales, zeros, table, bias, rows.shape[0], stride, words.stride(0), scales.stride(0),
         N=num_out, K=num_in, G=scales.shape[0], GROUP=group, KIND=kind, TOGETHER=TILES_TOGETHER, **tile.constants(),
     )  # fmt: skip
@@ -129,11 +126,9 @@ def codes_kernel(
     across = tl.cdiv(N, COLUMNS)
     down = tl.cdiv(num_rows, ROWS)
     for tile in range(tl.program_id(0), across * down, tl.num_programs(0)):
-        nth = tile // (TOGETHER * across) * TOGETHER
-        height = tl.minimum(down - nth, TOGETHER)
-        within = tile % (TOGETHER * across)
-        row = (nth + within % height) * ROWS + tl.arange(0, ROWS)
-        column = within // height * COLUMNS + tl.arange(0, COLUMNS)
+        of_rows, of_columns = grouped(tile, down, across, TOGETHER)
+        row = of_rows * ROWS + tl.arange(0, ROWS)
+        column = of_columns * COLUMNS + tl.arange(0, COLUMNS)
         is_row, is_column = row < num_rows, column < N
         a_line = x + row.to(tl.int64)[:, None] * x_stride
         line = column.to(tl.int64) * code_stride

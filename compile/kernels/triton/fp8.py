@@ -14,10 +14,11 @@ from torch import Tensor
 from fuseline.compile.kernels.registry import Implementation, tunings
 from fuseline.compile.kernels.triton.lines import Lines, lined, place_of, rounded
 from fuseline.compile.kernels.triton.matmul import GROUP as TILES_TOGETHER
-from fuseline.compile.kernels.triton.matmul import num_programs
+from fuseline.compile.kernels.triton.matmul import grid
 from fuseline.compile.kernels.triton.norm import WIDEST, normalized, supports
 from fuseline.compile.kernels.triton.rope_kernels import fp8_bits
 from fuseline.compile.kernels.triton.tile import Tile
+from fuseline.compile.kernels.triton.tiles import grouped
 from fuseline.compile.ops.fp8 import E4M3
 
 ISAS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
@@ -100,8 +101,7 @@ def linear_fp8(
         return out
     rows = x.reshape(-1, num_in)
     tile = tile or (LOW if rows.shape[0] <= FEW_ROWS else HIGH)
-    num_tiles = triton.cdiv(rows.shape[0], tile.rows) * triton.cdiv(num_out, tile.columns)
-    fp8_kernel[(min(num_tiles, num_programs(x.device)),)](
+    fp8_kernel[grid(rows, num_out, tile)](
         out, rows, x_scales, codes.view(E4M3), scales, bias, rows.shape[0], num_in, codes.stride(0) * 4,
         scales.stride(0), N=num_out, K=num_in, GROUP=group, TOGETHER=TILES_TOGETHER, **tile.constants(),
     )  # fmt: skip
@@ -125,11 +125,9 @@ def fp8_kernel(
     across = tl.cdiv(N, COLUMNS)
     down = tl.cdiv(num_rows, ROWS)
     for tile in range(tl.program_id(0), across * down, tl.num_programs(0)):
-        nth = tile // (TOGETHER * across) * TOGETHER
-        height = tl.minimum(down - nth, TOGETHER)
-        within = tile % (TOGETHER * across)
-        row = (nth + within % height) * ROWS + tl.arange(0, ROWS)
-        column = within // height * COLUMNS + tl.arange(0, COLUMNS)
+        of_rows, of_columns = grouped(tile, down, across, TOGETHER)
+        row = of_rows * ROWS + tl.arange(0, ROWS)
+        column = of_columns * COLUMNS + tl.arange(0, COLUMNS)
         is_row, is_column = row < num_rows, column < N
         a_line = x + row.to(tl.int64)[:, None] * x_stride
         w_line = codes + column.to(tl.int64)[None, :] * code_stride

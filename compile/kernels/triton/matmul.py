@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fuseline.compile.kernels.registry import LAST, Implementation, tunings
 from fuseline.compile.kernels.triton.tile import Tile
+from fuseline.compile.kernels.triton.tiles import grouped
 
 GROUP = 8  # tiles of rows that go over the outputs together
 INTERPRETED = 3  # programs where there is no GPU
@@ -39,17 +40,27 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile 
     out = x.new_empty(*x.shape[:-1], num_out)
     if out.numel() == 0:
         return out
-    rows = x.reshape(-1, num_in)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    # The stride of a single row may be any number; a kernel compiled for another kind of number would hold up a step.
-    stride = rows.stride(0) if rows.shape[0] > 1 else num_in
+    rows, stride = rows_of(x)
     tile = tile or default_tile(num_out, x.element_size())
-    num_tiles = triton.cdiv(rows.shape[0], tile.rows) * triton.cdiv(num_out, tile.columns)
-    matmul_kernel[(min(num_tiles, num_programs(x.device)),)](
+    matmul_kernel[grid(rows, num_out, tile)](
         out, rows, weight, bias, rows.shape[0], stride, *weight.stride(), N=num_out, K=num_in, GROUP=GROUP,
         **tile.constants(),
     )  # fmt: skip
     return out
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """x[..., K] as rows whose inputs are neighbours, and the stride of rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    # The stride of a single row may be any number; a kernel compiled for another kind of number would hold up a step.
+    return rows, rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+def grid(rows: Tensor, num_out: int, tile: Tile) -> tuple[int]:
+    """Programs for a product of rows [M, K] with N outputs, each of which takes every num_programs-th tile."""
+    num_tiles = triton.cdiv(rows.shape[0], tile.rows) * triton.cdiv(num_out, tile.columns)
+    return (min(num_tiles, num_programs(rows.device)),)
 
 
 @cache
@@ -67,11 +78,9 @@ def matmul_kernel(
     across = tl.cdiv(N, COLUMNS)
     down = tl.cdiv(num_rows, ROWS)
     for tile in range(tl.program_id(0), across * down, tl.num_programs(0)):
-        first = tile // (GROUP * across) * GROUP
-        height = tl.minimum(down - first, GROUP)
-        within = tile % (GROUP * across)
-        row = (first + within % height) * ROWS + tl.arange(0, ROWS)
-        column = within // height * COLUMNS + tl.arange(0, COLUMNS)
+        of_rows, of_columns = grouped(tile, down, across, GROUP)
+        row = of_rows * ROWS + tl.arange(0, ROWS)
+        column = of_columns * COLUMNS + tl.arange(0, COLUMNS)
         is_row, is_column = row < num_rows, column < N
         a_line = x + row.to(tl.int64)[:, None] * x_stride_m
         w_line = weight + column.to(tl.int64)[None, :] * stride_n

@@ -25,11 +25,16 @@ def owner_of_tile(starts, tile, num_owners, SIZE: tl.constexpr):
 
 @triton.jit
 def in_groups(SIZE: tl.constexpr):
-    """(tile, part) of this program of a grid [tiles, parts]. As programs start, SIZE tiles go over all parts together,
-    so that what they read of both is still in the second-level cache when a neighbour wants it."""
+    """(tile, part) of this program of a grid [tiles, parts], as `grouped` orders them."""
     tiles = tl.num_programs(0)
-    nth = tl.program_id(1) * tiles + tl.program_id(0)
-    of_group = SIZE * tl.num_programs(1)
+    return grouped(tl.program_id(1) * tiles + tl.program_id(0), tiles, tl.num_programs(1), SIZE)
+
+
+@triton.jit
+def grouped(nth, tiles, parts, SIZE: tl.constexpr):
+    """(tile, part) of the nth of tiles x parts. SIZE tiles go over all parts together, so that what is read of both is
+    still in the second-level cache when a neighbour wants it."""
+    of_group = SIZE * parts
     first = nth // of_group * SIZE
     height = tl.minimum(tiles - first, SIZE)
     within = nth % of_group
