@@ -41,6 +41,8 @@ MAX_ERROR = 2e-3
 SPREADING = 10
 """So many times as much as rounding alone changes the logits is still rounding: layers that normalize small differences
 (of recurrent states) spread it to 1e-2."""
+MOST_ERROR = 2e-2
+"""Largest error that counts as rounding however much a nudge changes: a graph that lacks something gives more."""
 MAX_PARAMETERS = 50_000_000
 """Largest number of parameters of a copy that keeps the model's sizes."""
 SETTINGS = {
@@ -194,7 +196,8 @@ def first_wrong(found: Tensor, expected: Tensor, allowed: float = MAX_ERROR) -> 
 
 def allowed_error(reference: RandomModel, tokens: Tensor, expected: Tensor) -> float:
     """Largest error that rounding explains, `expected` being the reference's logits of these tokens."""
-    return max(MAX_ERROR, SPREADING * float(row_errors(reference.nudged_logits(tokens), expected).max()))
+    spread = SPREADING * float(row_errors(reference.nudged_logits(tokens), expected).max())
+    return min(max(MAX_ERROR, spread), MOST_ERROR)
 
 
 def _cause(number: int, wrong: int, takes_positions: bool) -> str:

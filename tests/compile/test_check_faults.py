@@ -75,3 +75,15 @@ def test_ops_that_the_copy_lacks_are_told(llama, monkeypatch, caplog) -> None:
     monkeypatch.setattr(check, "_ops", first_has_more)
     assert optimize(llama)[0].verdict.endswith("; not covered: aten.cumsum.default")
     assert "does not cover aten.cumsum.default" in caplog.text
+
+
+@pytest.mark.parametrize("nudge, allowed", [(1e-6, check.MAX_ERROR), (1e-3, 1e-2), (1e-1, check.MOST_ERROR)])
+def test_what_rounding_explains_has_bounds(nudge: float, allowed: float) -> None:
+    """However sensitive a model is, a graph that lacks something is not passed as rounding."""
+    expected = torch.tensor([[-1.0, 0.0, 1.0]])  # of standard deviation 1
+
+    class Nudged:
+        def nudged_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+            return expected + torch.tensor([0.0, nudge, 0.0])
+
+    assert check.allowed_error(Nudged(), torch.tensor([0]), expected) == pytest.approx(allowed)
