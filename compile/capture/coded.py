@@ -80,7 +80,7 @@ def _coded(module: str, parts: Mapping[str, StoredTensor], method: Method) -> Co
                         f"({type(error).__name__} {error}) in {first.path}") from error  # fmt: skip
     if published is None:
         return None
-    if published.layout.has_order:
+    if published.layout and published.layout.has_order:
         index = next((suffix for suffix in parts if suffix.endswith("g_idx")), "")
         published = replace(published, order=_digest(value(index)) if index else module)
     meta = torch.empty(published.shape, dtype=torch.float32, device="meta")

@@ -39,7 +39,7 @@ def _with_int8_inputs(layouts: Mapping[str, str]) -> dict[str, str]:
         for name, layout in known.items()
     }
     if not any(layout.is_integer for layout in known.values()):
-        stored = f"stored as {', '.join(sorted(known))}" if known else "plain"
+        stored = f"stored as {', '.join(sorted(known))}" if known else "dequantized" if layouts else "plain"
         raise CaptureError(f"--activation-dtype int8 needs weights of int8 or int4, and these are {stored}: give a "
                            "checkpoint of such, or --quantization int8 or int4 for plain weights")  # fmt: skip
     return {name: asked.get(layout, layout) for name, layout in layouts.items()}

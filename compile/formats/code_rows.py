@@ -39,7 +39,7 @@ def has_kernel(layout: Layout, shape: Shape) -> bool:
     """Whether kernels take a weight of this layout and shape: groups of a power of two, zeros in units of codes."""
     group = layout.group
     is_even = group == 0 or (group >= 8 and group & (group - 1) == 0)
-    return len(shape) == 2 and is_even and layout.code_kind in KINDS and layout.kind not in COUNTING_UP
+    return len(shape) == 2 and is_even and layout.kind not in COUNTING_UP
 
 
 def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:

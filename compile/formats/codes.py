@@ -45,7 +45,7 @@ def has_kernel(layout: Layout, shape: Shape) -> bool:
         return False
     fits = len(shape) == 2 or (len(shape) == 3 and not layout.has_order)
     is_even = layout.group == 0 or (layout.group % 8 == 0 and DEPTH % layout.group == 0)
-    return fits and is_even and layout.code_kind in KINDS
+    return fits and is_even
 
 
 def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 CODE_TYPES = {
     "int4": torch.uint8, "lut4": torch.uint8, "uint4": torch.uint8, "int8": torch.int8, "uint8": torch.int8,
-    "fp8": torch.float8_e4m3fn, "values": torch.float32,
+    "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
-"""Element type of codes, by kind. Codes of 4 bits are 0 .. 15, those of int4 stand for code - 8, of uint8 0 .. 127. The
-codes of `values` are the dequantized weight: of methods whose codes no kernel reads."""
+"""Element type of codes, by kind. Codes of 4 bits are 0 .. 15, those of int4 stand for code - 8, of uint8 0 .. 127."""
 COUNTING_UP = ("uint4", "uint8")
 """Kinds whose codes count up from the least value of their group: a float, which is stored in the place of its zero."""
 NF4 = (

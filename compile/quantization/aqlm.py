@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fuseline.compile.ops.coded import Coded
-from fuseline.compile.quantization.published import PLAIN, Method, Published, Read, Tensors, as_values, check_shape
+from fuseline.compile.quantization.published import Method, Published, Read, Tensors, check_shape
 
 CODES, BOOKS, SCALES = ".codes", ".codebooks", ".scales"
 
@@ -28,13 +27,13 @@ def _find(module: str, tensors: Tensors, value: Read) -> Published | None:
     _, size, rows, columns = tensors[BOOKS].shape
     check_shape(tensors, BOOKS, (tensors[CODES].shape[2], size, rows, columns), module)
     check_shape(tensors, SCALES, (blocks, 1, 1, 1), module)
-    return Published(PLAIN, (blocks * rows, across * columns), _decode, {CODES: rows, SCALES: rows})
+    return Published(None, (blocks * rows, across * columns), _decode, {CODES: rows, SCALES: rows})
 
 
-def _decode(tensors: Tensors) -> Coded:
+def _decode(tensors: Tensors) -> Tensor:
     codes, books = tensors[CODES].long(), tensors[BOOKS].float()
     total: Tensor | float = 0.0
     for index, book in zip(codes.unbind(-1), books, strict=True):
         total = total + book[index % len(book)]
     values = total * tensors[SCALES].float()
-    return as_values(values.transpose(1, 2).flatten(0, 1).flatten(1))
+    return values.transpose(1, 2).flatten(0, 1).flatten(1)

@@ -19,19 +19,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fuseline.compile.ops.coded import Coded, Layout
 from fuseline.compile.quantization import float4, fp8, marlin
 from fuseline.compile.quantization.bits import centered, kind_of, unpack
 from fuseline.compile.quantization.int8_inputs import with_inputs
 from fuseline.compile.quantization.published import (
-    PLAIN,
     Method,
     Published,
     QuantizationError,
     Read,
     Tensors,
-    as_values,
     dtype_name,
     one_of,
 )
@@ -127,10 +126,10 @@ def _floats(module: str, tensors: Tensors) -> Published | None:
     is_six = GLOBAL not in tensors and width == groups * MICRO * 3 // 4
     if not is_six:
         return float4.find((PACKED, SCALES, GLOBAL), True, module, tensors)
-    return Published(PLAIN, (num_out, groups * MICRO), _decode_sixes, {PACKED: 1, SCALES: 1})
+    return Published(None, (num_out, groups * MICRO), _decode_sixes, {PACKED: 1, SCALES: 1})
 
 
-def _decode_sixes(tensors: Tensors) -> Coded:
+def _decode_sixes(tensors: Tensors) -> Tensor:
     """Floats of a sign, two bits of exponent and three of mantissa."""
     one, two, three = tensors[PACKED].unflatten(1, (-1, 3)).to(torch.int32).unbind(-1)
     words = (one | two << 8 | three << 16).unsqueeze(-1)
@@ -138,7 +137,7 @@ def _decode_sixes(tensors: Tensors) -> Coded:
     exponent, mantissa = codes >> 3 & 3, codes & 7
     values = torch.where(exponent == 0, mantissa / 8, torch.ldexp(1 + mantissa / 8, exponent - 1))
     values = torch.where(codes < 32, values, -values).flatten(1)
-    return as_values(values * float4.powers(tensors[SCALES]).repeat_interleave(MICRO, 1))
+    return values * float4.powers(tensors[SCALES]).repeat_interleave(MICRO, 1)
 
 
 def _layout(kind: str, num_in: int, tensors: Tensors) -> Layout:

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuseline.compile.ops.coded import Coded
-from fuseline.compile.quantization.published import PLAIN, Method, Published, Read, Tensors, as_values, one_of
+from fuseline.compile.quantization.published import Method, Published, Read, Tensors, one_of
 
 FORMS = {6: (3, 2, 28.0), 8: (4, 3, 480.0), 12: (7, 4, 510.0)}
 """(exponent bits, mantissa bits, range) by bits."""
@@ -33,12 +32,12 @@ def _find(bits: int, group: int, module: str, tensors: Tensors, value: Read) -> 
     weight = tensors[".weight"]
     if weight.ndim != 2 or not weight.is_floating_point() or NOT_LINEAR.search(module):
         return None
-    return Published(PLAIN, tuple(weight.shape), functools.partial(_decode, bits, group))
+    return Published(None, tuple(weight.shape), functools.partial(_decode, bits, group))
 
 
-def _decode(bits: int, group: int, tensors: Tensors) -> Coded:
+def _decode(bits: int, group: int, tensors: Tensors) -> Tensor:
     weight = tensors[".weight"]
-    return as_values(rounded(weight.float().flatten(), bits, group).view(weight.shape))
+    return rounded(weight.float().flatten(), bits, group).view(weight.shape)
 
 
 def rounded(values: Tensor, bits: int, group: int) -> Tensor:

@@ -21,13 +21,11 @@ from torch import Tensor
 from fuseline.compile.ops.coded import Coded, Layout
 from fuseline.compile.quantization.bits import kind_of
 from fuseline.compile.quantization.published import (
-    PLAIN,
     Method,
     Published,
     QuantizationError,
     Read,
     Tensors,
-    as_values,
     one_of,
 )
 
@@ -67,7 +65,7 @@ def _find(params: Mapping[str, Any], module: str, tensors: Tensors, value: Read)
                                 f"{num_out} x {num_in}")  # fmt: skip
     stored = _Stored(bits, axis, group, (num_out, num_in))
     if axis == 0 or num_in % group:
-        return Published(PLAIN, stored.shape, stored.values)
+        return Published(None, stored.shape, stored.values)
     layout = Layout(kind_of(bits), group if group < num_in else 0, "float32", has_zeros=True)
     return Published(layout, stored.shape, stored.decode)
 
@@ -87,10 +85,10 @@ class _Stored:
             return Coded((codes.to(torch.int16) - 128).to(torch.int8), scales, zeros - 128)
         return Coded(codes, scales, zeros - 8)
 
-    def values(self, tensors: Tensors) -> Coded:
+    def values(self, tensors: Tensors) -> Tensor:
         codes = self._codes(tensors[CODES]).float()
         values = (codes - tensors[ZEROS].float()) * tensors[SCALES].float()
-        return as_values(values.reshape(self.shape))
+        return values.reshape(self.shape)
 
     def _codes(self, words: Tensor) -> Tensor:
         """[rows, columns] uint8 as they were before packing."""

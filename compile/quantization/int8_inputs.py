@@ -18,7 +18,7 @@ def with_inputs(
     published: Published, groups: Sequence[Mapping[str, Any]], module: str, tensors: Tensors
 ) -> Published:  # fmt: skip
     """A weight of integers with how its inputs are quantized: as the group says whose targets name the module."""
-    if not published.layout.is_integer:
+    if published.layout is None or not published.layout.is_integer:
         return published
     activations = next((_activations(group, tensors) for group in groups if _names(group, module)), "")
     published = replace(published, layout=replace(published.layout, activations=activations))

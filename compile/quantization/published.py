@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fuseline.compile.ops.coded import Coded, Layout
@@ -17,8 +16,6 @@ Read = Callable[[str], Tensor]
 """The values of a published tensor, by suffix; only for small ones."""
 Decode = Callable[[Tensors], Coded | Tensor]
 """From a weight's tensors, read as its `cuts` say."""
-PLAIN = Layout("values", 0, "float32")
-"""Of weights whose codes no kernel reads: they are dequantized as they are loaded."""
 
 
 class QuantizationError(ValueError):
@@ -30,7 +27,7 @@ class Published:
     """One weight of a checkpoint."""
 
     layout: Layout | None
-    """None: `decode` gives values [N, ...] in float32."""
+    """None if no kernel reads its codes: `decode` then gives values [N, ...] in float32, as they are loaded."""
     shape: tuple[int, ...]
     """[N, K]; experts with a leading dim."""
     decode: Decode
@@ -71,11 +68,6 @@ def one_of(value: object, allowed: tuple, what: str) -> object:
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def as_values(values: Tensor) -> Coded:
-    """A dequantized weight [N, K], for PLAIN."""
-    return Coded(values.float(), torch.ones(len(values), 1))
 
 
 def check_shape(tensors: Tensors, suffix: str, shape: tuple[int, ...], module: str) -> None:

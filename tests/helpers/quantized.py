@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GROUP = 32
+VALUES = "None"
+"""In place of a layout: the weight is dequantized as it is loaded."""
 Written = tuple[dict[str, Tensor], Tensor]
 """(published tensors by suffix, dequantized weight)."""
 Write = Callable[[Tensor], Written]
@@ -307,7 +309,7 @@ def cases() -> dict[str, Case]:
         "ct-fp8": compressed(8, "float", "channel", "float-quantized"),
         "ct-nvfp4": micro("nvfp4-pack-quantized", 4, "lut4/16/float32/e2m1"),
         "ct-mxfp4": micro("mxfp4-pack-quantized", 4, "lut4/32/float32/e2m1"),
-        "ct-mxfp6": micro("mxfp6-pack-quantized", 6, "values/row/float32"),
+        "ct-mxfp6": micro("mxfp6-pack-quantized", 6, VALUES),
         "ct-mxfp8": micro("mxfp8-quantized", 8, "fp8/32/float32"),
         "nf4": bitsandbytes("nf4"), "nf4-nested": bitsandbytes("nf4", nested=True), "fp4": bitsandbytes("fp4"),
         "bnb-int8": bitsandbytes("int8"),

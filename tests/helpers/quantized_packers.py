@@ -7,7 +7,7 @@ quantized.py. They go from a weight to its tensors as the formats are defined, w
 from __future__ import annotations
 
 import torch
-from quantized import GROUP, Case, Write, Written, compressed, fp8, gptq, integers, words
+from quantized import GROUP, VALUES, Case, Write, Written, compressed, fp8, gptq, integers, words
 from torch import Tensor
 
 SIGNS_OF_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -312,13 +312,13 @@ def cases() -> dict[str, Case]:
         "qqq": Case({"quant_method": "qqq", "wbits": 4, "group_size": -1}, qqq(False), "int4/row/float32"),
         "qqq-groups": Case({"quant_method": "qqq", "wbits": 4, "group_size": GROUP}, qqq(True), "int8/row/float32"),
         "hqq": Case(of_hqq(4), hqq(4), zeros),
-        "hqq-axis0": Case(of_hqq(4, 0), hqq(4, 0), "values/row/float32"),
+        "hqq-axis0": Case(of_hqq(4, 0), hqq(4, 0), VALUES),
         "hqq-8bit": Case(of_hqq(8), hqq(8), f"int8/{GROUP}/float32/zeros", writes_tokens=False),
         "hqq-3bit": Case(of_hqq(3), hqq(3), zeros, writes_tokens=False),
         "hqq-2bit": Case(of_hqq(2), hqq(2), zeros, writes_tokens=False),
         "hqq-1bit": Case(of_hqq(1), hqq(1), zeros, writes_tokens=False),
-        "aqlm-2x8": Case(aqlm_config, aqlm(2, 8), "values/row/float32"),
-        "aqlm-1x16": Case(aqlm_config, aqlm(1, 12, rows=2), "values/row/float32", writes_tokens=False),
+        "aqlm-2x8": Case(aqlm_config, aqlm(2, 8), VALUES),
+        "aqlm-1x16": Case(aqlm_config, aqlm(1, 12, rows=2), VALUES, writes_tokens=False),
         "quark-int4": Case(of_quark("int4", "per_group"), quark("int4", "per_group"), zeros),
         "quark-uint4": Case(of_quark("uint4", "per_group"), quark("uint4", "per_group"), zeros, writes_tokens=False),
         "quark-int8": Case(of_quark("int8", "per_channel"), quark("int8", "per_channel"), "int8/row/float32/zeros"),
@@ -334,6 +334,6 @@ def cases() -> dict[str, Case]:
         "modelopt-fp8-blocks": Case(modelopt | {"quant_algo": "FP8_PB_WO", "weight_block_size": [GROUP, GROUP]},
                                     fp8_blocks_4d, f"fp8/{GROUP}/float32", writes_tokens=False),
         "nvfp4": Case(modelopt, nvfp4, "lut4/16/float32/e2m1"),
-        **{f"deepspeedfp-{bits}": Case(deepspeed_config | {"bits": bits}, deepspeed(bits), "values/row/float32",
+        **{f"deepspeedfp-{bits}": Case(deepspeed_config | {"bits": bits}, deepspeed(bits), VALUES,
                                        writes_tokens=bits == 6) for bits in (6, 8, 12)},
     }  # fmt: skip

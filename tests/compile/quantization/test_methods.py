@@ -25,12 +25,11 @@ from fuseline.compile.capture.errors import CaptureError, LoadError
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.compiler import compile_model, optimize
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.formats import code_rows, codes
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.ops.coded import dequantize, parse_layout
 from fuseline.compile.ops.linear_codes_int8 import quantize_rows
 from fuseline.compile.quantization.methods import in_words, is_router, method_of, online_layouts
-from fuseline.compile.quantization.published import PLAIN, QuantizationError
+from fuseline.compile.quantization.published import QuantizationError
 from fuseline.compile.specs import QuantizedSpec
 from fuseline.compile.target import CPU, Target, detect_target
 
@@ -86,7 +85,7 @@ def test_weights_are_those_of_the_package_and_tokens_those_of_transformers(name:
     if not case.writes_tokens:
         return
     model = assert_tokens_are_those_of_transformers(tmp_path)
-    if case.layout.startswith("values"):
+    if case.layout == quantized.VALUES:
         assert calls(model, "linear_codes") == 0
         assert model.info.quantized == ("21 dequantized as they are loaded",)
         return
@@ -366,7 +365,7 @@ def test_unknown_schemes_are_named(name: str, config: dict, message: str, tmp_pa
     ("hqq", lambda s: s[f"{UP}.nbits"].fill_(7), f"safetensors: {UP}.nbits 7 is not supported: it must be 1 or 2"),
     ("hqq", lambda s: s[f"{UP}.quant_scale"].fill_(1), f"{UP}.quant_scale is set: scales and zeros that are quantized"),
     ("hqq", lambda s: s.update({f"{UP}.zero": s[f"{UP}.zero"][:5].clone()}), f"{UP}: 192 scales and 5 zeros do not"),
-    ("aqlm-2x8", lambda s: s[f"{UP}.codebooks"].fill_(torch.nan), f"{UP}.weight in .* has values that are not f"),
+    ("aqlm-2x8", lambda s: s[f"{UP}.codebooks"].fill_(torch.nan), f"{UP}.weight in .* has a value that is not f"),
     ("aqlm-2x8", lambda s: s.update({f"{UP}.codebooks": s[f"{UP}.codebooks"][:1].clone()}), f"{UP}.codebooks has sha"),
     ("nvfp4", lambda s: s.pop(f"{UP}.weight_scale_2"), f"safetensors: {UP}.weight_scale has no .weight_scale_2"),
     ("nvfp4", lambda s: s.update({f"{UP}.pre_quant_scale": torch.ones(64)}), f"{UP}.pre_quant_scale: weights whose"),
@@ -499,8 +498,9 @@ def test_codes_are_near_the_weights_that_they_are_made_of(name: str, error: floa
         assert (found - weight)[:, :512].norm() < 0.95 * (plain - weight[:, :512]).norm()
 
 
-def test_no_kernel_takes_dequantized_values() -> None:
-    assert not codes.has_kernel(PLAIN, (64, 64)) and not code_rows.has_kernel(PLAIN, (64, 64))
+def test_dequantized_values_are_of_no_layout() -> None:
+    with pytest.raises(ValueError, match="is no layout of weights"):
+        parse_layout("values/row/float32")
 
 
 def test_nf4_of_plain_weights_is_that_of_bitsandbytes() -> None:
