@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from fuseline.api.config_resolve import resolve
 from fuseline.compile.load_format import SHARD_PATTERN, wrong_extra
 
 SHARD_GROUPS = ("model",)
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors", ".index.json")
 MAX_FILE_SIZE = 5 * 2**30
 
 
@@ -45,6 +43,7 @@ def save_shards(
     from fuseline.compile.capture.errors import LoadError
     from fuseline.compile.capture.load_formats import open_weights
     from fuseline.compile.capture.sharded_state import save_sharded_state
+    from fuseline.compile.checkpoint_writer.others import copy_others
 
     compiling, source = config.engine.compile, Path(config.engine.compile.model)
     if compiling.load_format in ("dummy", "gguf"):
@@ -58,19 +57,8 @@ def save_shards(
     try:
         output.mkdir(parents=True, exist_ok=True)
         files = save_sharded_state(open_weights(compiling), output, pattern, max_size)
-        _copy_others(Path(config.tokenizer_dir), output)
-        for folder in (source, Path(compiling.config_dir)):
-            _copy_others(folder, output)
+        for folder in (Path(config.tokenizer_dir), source, Path(compiling.config_dir)):
+            copy_others(folder, output)
     except (LoadError, OSError) as error:
         raise ConfigError(str(error)) from error
     return files
-
-
-def _copy_others(folder: Path, output: Path) -> None:
-    """All files at the top of a checkpoint but weights, and its templates."""
-    for path in folder.iterdir():
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(path, output / path.name)
-    templates = folder / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, output / templates.name, dirs_exist_ok=True)

@@ -19,6 +19,7 @@ from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.checkpoint import StoredTensor
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.reader import Reader
+from fuseline.compile.checkpoint_writer.others import copy_others
 from fuseline.compile.checkpoint_writer.plan import QuantizePlan
 from fuseline.compile.config import Progress, silent
 from fuseline.compile.formats.encode import encode
@@ -27,10 +28,6 @@ from fuseline.compile.ops.coded import Coded, Layout
 FILE_BYTES = 512 << 20
 ENCODED_VALUES = 4 << 20
 """Values that are quantized at a time."""
-WEIGHTS = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.index.json", ".*",
-)  # fmt: skip
-"""Files that are not copied."""
 FORMATS = {"int4": "pack-quantized", "int8": "pack-quantized", "fp8": "float-quantized"}
 
 
@@ -43,7 +40,8 @@ def write_quantized(plan: QuantizePlan, output: Path, progress: Progress = silen
     # A directory of half a checkpoint would look like a whole one.
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _copy_others(plan, partial)
+        copy_others(plan.folder, partial)
+        _write_config(plan, partial)
         num_bytes = _write_weights(plan, partial, progress)
         partial.chmod(0o755)
         partial.rename(output)
@@ -53,11 +51,8 @@ def write_quantized(plan: QuantizePlan, output: Path, progress: Progress = silen
     return num_bytes
 
 
-def _copy_others(plan: QuantizePlan, folder: Path) -> None:
-    """Tokenizer, templates, code; and config.json with what is quantized."""
-    for path in plan.folder.iterdir():
-        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
-            shutil.copyfile(path, folder / path.name)
+def _write_config(plan: QuantizePlan, folder: Path) -> None:
+    """config.json with what is quantized."""
     config = json.loads((plan.folder / "config.json").read_text())
     config["quantization_config"] = config_of(plan)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

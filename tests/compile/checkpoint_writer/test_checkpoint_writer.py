@@ -71,6 +71,19 @@ def test_transformers_and_fuseline_read_it(target: str, dtype: str, layouts: dic
         assert greedy(compile_model(config, detect_target()), PROMPTS, 12) == want
 
 
+def test_files_beside_the_weights_are_copied(tmp_path: Path) -> None:
+    """Chat templates in a directory of their own too; neither weights of other formats nor hidden files."""
+    source, path = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(zoo.checkpoint("llama"), source)
+    (source / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tools.jinja", "code.py", "old.bin", "pytorch_model.bin.index.json", ".git"):
+        (source / name).write_text("{}")
+    write_quantized(make_plan(CompileConfig(str(source)), "int8"), path)
+    names = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    own = {file.name for file in zoo.checkpoint("llama").iterdir()}
+    assert names == own | {"additional_chat_templates/tools.jinja", "code.py"}
+
+
 def test_experts_are_quantized_and_what_no_group_divides_has_a_scale_a_row(tmp_path: Path, monkeypatch) -> None:
     """Of 64 and 96 inputs groups of 64 divide the former: two groups of the config."""
     monkeypatch.setitem(plans.GROUPS, "int8", (64,))
