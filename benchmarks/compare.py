@@ -4,7 +4,11 @@ against it with one client (`fuseline bench serve`), and stops it. Prints median
     python benchmarks/compare.py --model DIR --gguf FILE --llama-bin DIR --vllm PATH --loads 1,16,prefix --rounds 3
 
 Peers that are not given are not run. `--offline` compares with `llama-bench` instead (prompt processing and one stream,
-no HTTP) and measures the read bandwidth and the fp32 matrix rate in the same run.
+no HTTP), also that of ik_llama.cpp, and measures the read bandwidth and the fp32 matrix rate in the same run. `--model`
+may be the GGUF file itself: then all read equal bits. Each `--variant` runs fuseline once more with other flags:
+
+    python benchmarks/compare.py --offline --model Q8_0.gguf --gguf Q8_0.gguf --llama-bin DIR --ik-bin DIR \
+        --threads 2 --variant "--activation-dtype int8"
 """
 
 from __future__ import annotations
@@ -23,9 +27,10 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -36,6 +41,7 @@ START_SECONDS = 600
 CONTEXT = 4096
 BUSY = "1 stream, one core busy"
 IDLE_SECONDS = 10.0
+OURS = "fuseline"
 WEATHER = {
     "type": "function",
     "function": {
@@ -90,7 +96,7 @@ def servers(options: argparse.Namespace, port: int) -> list[Server]:
     streams = str(max(16, *(int(load) for load in options.loads.split(",") if load.isdigit())))
     found = [
         Server(
-            "fuseline",
+            OURS,
             [str(BIN / "fuseline"), "serve", options.model, "--port", str(port), "--max-model-len", str(CONTEXT),
              "--max-num-seqs", streams, *options.flags.split()],
         )
@@ -227,7 +233,7 @@ def compare_servers(options: argparse.Namespace) -> dict[str, Row]:
             try:
                 serve_round(server, port, loads, results[server.name])
             except (SystemExit, subprocess.SubprocessError, OSError) as error:
-                if server.name == "fuseline":
+                if server.name == OURS:
                     raise
                 # A peer that fails to start or crashes must not lose the figures of the others.
                 print(f"{server.name}: {error}", file=sys.stderr, flush=True)
@@ -237,25 +243,39 @@ def compare_servers(options: argparse.Namespace) -> dict[str, Row]:
 def compare_offline(options: argparse.Namespace) -> dict[str, Row]:
     """Figures of `llama-bench` and `fuseline bench offline` from one run, for every number of threads."""
     results: dict[str, Row] = defaultdict(lambda: defaultdict(list))
+    cores = len(os.sched_getaffinity(0))
     for number in range(options.rounds):
-        for threads in range(1, len(os.sched_getaffinity(0)) + 1):
+        for threads in [options.threads] if options.threads else range(1, cores + 1):
             print(f"round {number + 1}: {threads} threads", file=sys.stderr, flush=True)
             machine, limits = results["machine"], limits_of(threads)
             machine[f"{threads} threads", "read GB/s"].append(limits.bandwidth / 1e9)
             machine[f"{threads} threads", "fp32 product GFLOP/s"].append(limits.matrix_rate / 1e9)
-            for name, speeds in (("fuseline", our_speeds), ("llama.cpp", llama_speeds)):
-                for figure, value in speeds(options, threads).items():
+            for name, speeds in engines(options):
+                for figure, value in speeds(threads).items():
                     results[name][f"{threads} threads", figure].append(value)
     return results
 
 
-def our_speeds(options: argparse.Namespace, threads: int) -> dict[str, float]:
+def engines(options: argparse.Namespace) -> list[tuple[str, Callable[[int], dict[str, float]]]]:
+    """Functions that measure token/s by a number of threads, by the name of their engine."""
+    found = [(OURS, partial(our_speeds, options, options.flags))]
+    for flags in options.variant:
+        found.append((f"{OURS} {flags}", partial(our_speeds, options, f"{options.flags} {flags}")))
+    if options.llama_bin:
+        found.append(("llama.cpp", partial(llama_speeds, options, options.llama_bin, ())))
+    if options.ik_bin:
+        # Its weights are stored again in the layout of its fastest kernels, as ours are.
+        found.append(("ik_llama.cpp", partial(llama_speeds, options, options.ik_bin, ("-rtr", "1"))))
+    return found
+
+
+def our_speeds(options: argparse.Namespace, flags: str, threads: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         command = [str(BIN / "fuseline"), "bench", "offline", options.model, "--input-lens", options.input_lens]
         command += ["--output-len", "64", "--cpu-threads", str(threads), "--max-model-len", str(CONTEXT)]
         subprocess.run(
-            [*command, *options.flags.split(), "--save-result", str(path)], check=True, stderr=subprocess.DEVNULL,
+            [*command, *flags.split(), "--save-result", str(path)], check=True, stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         speeds = json.loads(path.read_text())["speeds"]
@@ -263,8 +283,8 @@ def our_speeds(options: argparse.Namespace, threads: int) -> dict[str, float]:
     return {names[s["name"]].format(s["input_len"]): s["tokens_per_second"] for s in speeds}
 
 
-def llama_speeds(options: argparse.Namespace, threads: int) -> dict[str, float]:
-    command = [f"{options.llama_bin}/llama-bench", "-m", options.gguf, "-p", options.input_lens, "-n", "64"]
+def llama_speeds(options: argparse.Namespace, folder: str, flags: Sequence[str], threads: int) -> dict[str, float]:
+    command = [f"{folder}/llama-bench", "-m", options.gguf, "-p", options.input_lens, "-n", "64", *flags]
     text = subprocess.run(
         [*command, "-t", str(threads), "-r", "3", "-o", "json"], check=True, capture_output=True, text=True
     ).stdout
@@ -282,14 +302,13 @@ def free_port() -> int:
 
 def print_table(results: dict[str, Row]) -> None:
     names = [name for name in results if name != "machine"]
-    peers = [name for name in names if name != "fuseline"]
-    print("| load | figure | " + " | ".join([*names, *(f"fuseline / {peer}" for peer in peers)]) + " |")
-    print("|" + "---|" * (2 + len(names) + len(peers)))
-    for key in results["fuseline"]:
-        ours = statistics.median(results["fuseline"][key])
-        theirs = {name: statistics.median(results[name][key]) for name in peers if results[name].get(key)}
-        cells = [f"{ours:.1f}", *(f"{theirs[name]:.1f}" if name in theirs else "-" for name in peers)]
-        cells += [f"{ours / theirs[name]:.2f}" if theirs.get(name) else "-" for name in peers]
+    pairs = [(own, peer) for own in names if own.startswith(OURS) for peer in names if not peer.startswith(OURS)]
+    print("| load | figure | " + " | ".join([*names, *(f"{own} / {peer}" for own, peer in pairs)]) + " |")
+    print("|" + "---|" * (2 + len(names) + len(pairs)))
+    for key in results[OURS]:
+        found = {name: statistics.median(results[name][key]) for name in names if results[name].get(key)}
+        cells = [f"{found[name]:.1f}" if name in found else "-" for name in names]
+        cells += [f"{found[own] / found[peer]:.2f}" if found.get(peer) else "-" for own, peer in pairs]
         print(f"| {key[0]} | {key[1]} | " + " | ".join(cells) + " |")
     for key, values in results.get("machine", {}).items():
         print(f"{key[0]}: {key[1]} {statistics.median(values):.1f}")
@@ -306,6 +325,9 @@ def main() -> None:
     parser.add_argument("--loads", default="1,16,64,prefix")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--offline", action="store_true")
+    parser.add_argument("--ik-bin", default="", help="folder of ik_llama.cpp's llama-bench, of --offline")
+    parser.add_argument("--variant", action="append", default=[], help="further flags of fuseline, of --offline")
+    parser.add_argument("--threads", type=int, default=0, help="of --offline; 0: 1 to as many as there are cores")
     parser.add_argument("--input-lens", default="256,2048", help="of --offline")
     parser.add_argument("--out", default="", help="all values as JSON")
     options = parser.parse_args()
