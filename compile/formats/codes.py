@@ -7,6 +7,7 @@ The parts of a weight are made from a checkpoint's codes as they are, or of plai
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -40,12 +41,11 @@ def format_of(name: str) -> Format:
 
 
 def has_kernel(layout: Layout, shape: Shape) -> bool:
-    """Whether kernels take a weight of this layout and shape: a matrix, or one for each expert without an order."""
+    """Whether kernels take a weight of this layout and shape: a matrix, or one for each expert."""
     if layout.activations and (not layout.is_integer or shape[-1] > MAX_EXACT):
         return False
-    fits = len(shape) == 2 or (len(shape) == 3 and not layout.has_order)
     is_even = layout.group == 0 or (layout.group % 8 == 0 and DEPTH % layout.group == 0)
-    return fits and is_even
+    return len(shape) in (2, 3) and is_even
 
 
 def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
@@ -54,7 +54,7 @@ def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple
     of_groups = (*lead, panels, layout.num_groups(num_in), PANEL), scale
     shapes = {"codes": ((*lead, panels, num_words(num_in, layout.bits), PANEL), torch.int32), "scales": of_groups}
     shapes |= {"zeros": of_groups} if layout.has_zeros else {}
-    shapes |= {"order": ((num_in,), torch.int64)} if layout.has_order else {}
+    shapes |= {"order": ((*lead, num_in), torch.int64)} if layout.has_order else {}
     return shapes | ({"input_scale": ((1,), torch.float32)} if layout.activations == STATIC and not lead else {})
 
 
@@ -71,7 +71,7 @@ def _put(layout: Layout, stored: Stored, coded: Coded, row: int) -> None:
 
 def _linear(layout: Layout, args: tuple, pack: Pack) -> Call:
     x, weight, bias = args
-    parts = _parts(layout, weight, pack)
+    parts = _parts(layout, weight, pack(weight))
     stored = x, *(parts.get(part) for part in ("codes", "scales", "zeros", "order")), bias
     numbers = weight.meta["val"].shape[0], *_numbers(layout)
     if layout.activations:
@@ -84,9 +84,10 @@ def _experts(args: tuple, pack: Pack) -> Call:
     x, ids, weights, gate_up, down, gate_up_bias, down_bias, act, transposed, alpha, limit = args
     parts, numbers = [], []
     for weight in (gate_up, down):
-        codes, scales, *rest = pack(weight, transposed)
-        layout = parse_layout(codes.meta["weight"].format)
-        parts += [codes, scales, rest[0] if layout.has_zeros else None]
+        stored = pack(weight, transposed)
+        layout = parse_layout(stored[0].meta["weight"].format)
+        found = _parts(layout, weight, stored)
+        parts += [found.get(part) for part in ("codes", "scales", "zeros", "order")]
         numbers += _numbers(layout)
     num_hidden = down.meta["val"].shape[1 if transposed else 2]
     rest = (gate_up_bias, down_bias, act, num_hidden, *numbers, alpha, limit)
@@ -98,15 +99,15 @@ def _embedding(layout: Layout, args: tuple, pack: Pack) -> Call | None:
     value: Tensor = weight.meta["val"]
     if layout.has_order:
         return None
-    parts = _parts(layout, weight, pack)
+    parts = _parts(layout, weight, pack(weight))
     stored = (parts.get(part) for part in ("codes", "scales", "zeros"))
     return OPS.embedding_codes.default, (ids, *stored, value.shape[1], *_numbers(layout), value.dtype)
 
 
-def _parts(layout: Layout, weight: fx.Node, pack: Pack) -> dict[str, fx.Node]:
+def _parts(layout: Layout, weight: fx.Node, stored: Sequence[fx.Node]) -> dict[str, fx.Node]:
     """Constants of the weight by part."""
     value: Tensor = weight.meta["val"]
-    return dict(zip(_shapes(layout, tuple(value.shape), value.dtype), pack(weight), strict=True))
+    return dict(zip(_shapes(layout, tuple(value.shape), value.dtype), stored, strict=True))
 
 
 def _numbers(layout: Layout) -> tuple[int, int]:

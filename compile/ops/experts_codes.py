@@ -17,14 +17,16 @@ from fuseline.compile.ops.linear_codes import PANEL, linear_codes, num_words, ra
 from fuseline.compile.ops.moe import gated, sum_of_experts
 
 WEIGHTS = (
-    "gate_up", "gate_up_scales", "gate_up_zeros", "down", "down_scales", "down_zeros", "gate_up_bias", "down_bias",
+    "gate_up", "gate_up_scales", "gate_up_zeros", "gate_up_order", "down", "down_scales", "down_zeros", "down_order",
+    "gate_up_bias", "down_bias",
 )  # fmt: skip
 
 
 def random_experts(make: Make, kind: str, group: int, num_out: int, num_in: int, has_zeros: bool) -> tuple:
-    """(codes, scales, zeros) of 4 experts."""
+    """(codes, scales, zeros, order) of 4 experts; int4 with zeros has an order."""
     parts = zip(*(random_weight(make, kind, group, num_out, num_in, has_zeros) for _ in range(4)), strict=True)
-    return tuple(None if part[0] is None else torch.stack(part) for part in parts)
+    order = torch.stack([make.order(num_in) for _ in range(4)]) if kind == "int4" and has_zeros else None
+    return *(None if part[0] is None else torch.stack(part) for part in parts), order
 
 
 def experts_codes_inputs(make: Make) -> Iterator[tuple]:
@@ -52,7 +54,7 @@ def experts_codes_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]
 
     def weight(num_out: int, num_in: int) -> tuple:
         words = torch.zeros(num, num_out // PANEL, num_words(num_in, 4), PANEL, dtype=torch.int32, device=make.device)
-        return words, make.fill(num, num_out // PANEL, -(-num_in // group), PANEL), None
+        return words, make.fill(num, num_out // PANEL, -(-num_in // group), PANEL), None, None
 
     first, second, kind = weight(2 * width, d), weight(d, width), KINDS["int4"]
     for tokens in make.tokens:
@@ -74,20 +76,20 @@ def experts_codes_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]
 )
 def experts_codes(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scales: Tensor, gate_up_zeros: Tensor | None,
-    down: Tensor, down_scales: Tensor, down_zeros: Tensor | None, gate_up_bias: Tensor | None, down_bias: Tensor | None,
-    act: int, num_hidden: int, gate_up_group: int, gate_up_kind: int, down_group: int, down_kind: int, alpha: float,
-    limit: float,
+    gate_up_order: Tensor | None, down: Tensor, down_scales: Tensor, down_zeros: Tensor | None,
+    down_order: Tensor | None, gate_up_bias: Tensor | None, down_bias: Tensor | None, act: int, num_hidden: int,
+    gate_up_group: int, gate_up_kind: int, down_group: int, down_kind: int, alpha: float, limit: float,
 ) -> Tensor:  # fmt: skip
-    """`experts` with gate_up and down as codes[E, P, W, 16], scales and zeros[E, P, G, 16]; each product as
-    linear_codes computes it."""
+    """`experts` with gate_up and down as codes[E, P, W, 16], scales and zeros[E, P, G, 16], and the inputs' orders
+    [E, D] and [E, I]; each product as linear_codes computes it."""
 
     def first(rows: Tensor, expert: int) -> Tensor:
-        parts = _of_expert((gate_up, gate_up_scales, gate_up_zeros), expert)
-        return linear_codes(rows, *parts, None, None, 2 * num_hidden, gate_up_group, gate_up_kind)
+        parts = _of_expert((gate_up, gate_up_scales, gate_up_zeros, gate_up_order), expert)
+        return linear_codes(rows, *parts, None, 2 * num_hidden, gate_up_group, gate_up_kind)
 
     def second(rows: Tensor, expert: int) -> Tensor:
-        parts = _of_expert((down, down_scales, down_zeros), expert)
-        return linear_codes(rows, *parts, None, None, x.shape[-1], down_group, down_kind)
+        parts = _of_expert((down, down_scales, down_zeros, down_order), expert)
+        return linear_codes(rows, *parts, None, x.shape[-1], down_group, down_kind)
 
     biases = gate_up_bias, down_bias
     return sum_of_experts(x, ids, weights, (first, second), biases, lambda hidden: gated(hidden, act, alpha, limit))

@@ -215,6 +215,8 @@ constexpr DTypeRule kDTypeRules[] = {
     {"experts_codes", "gate_up", bit(DType::i32)},
     {"experts_codes", "down", bit(DType::i32)},
     {"experts_codes", "ids", bit(DType::i64)},
+    {"experts_codes", "gate_up_order", bit(DType::i64)},
+    {"experts_codes", "down_order", bit(DType::i64)},
     {"experts_codes", "weights", kFloats},
     {"experts_codes", "gate_up_scales", kFloats},
     {"experts_codes", "gate_up_zeros", kFloats},

@@ -11,7 +11,7 @@ struct PanelExperts {
   int64_t num_k() const { return panels.sizes[2]; }
   int64_t packed_floats(int64_t rows) const { return packed_size(rows, num_k()); }
   template <class T>
-  void pack(const T* row, float* packed, int64_t num_rows, int64_t r) const {
+  void pack(int64_t, const T* row, T*, float* packed, int64_t num_rows, int64_t r) const {
     pack_row(row, num_k(), packed, num_rows, r);
   }
   void multiply(const Item& item, const float* packed, int64_t num_rows, int64_t panel, int num_panels, float* wide,

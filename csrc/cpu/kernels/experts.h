@@ -7,7 +7,7 @@
 //
 // A Weight holds the matrices of all experts. It packs rows and multiplies them:
 //   num_out(), packed_floats(rows)                    outputs; size of packed rows
-//   pack(const T* row, packed, num_rows, r)           as row r of num_rows
+//   pack(expert, const T* row, T* spare, packed, num_rows, r)   as row r of num_rows; `spare` has room for a row
 //   multiply(item, packed, num_rows, panel, num_panels, wide, c, ldc)   c[item.num_rows][ldc], fp32
 #pragma once
 #include "cpu/parallel.h"
@@ -55,14 +55,16 @@ struct Projection {
 };
 
 template <class Weight>
+int64_t expert_of(const Experts<Weight>& job, const Block& b, int64_t pair) {
+  return int_at(job.ids, (b.token + pair / job.top_k()) * job.ids.strides[0] + pair % job.top_k() * job.ids.strides[1]);
+}
+
+template <class Weight>
 void sort_pairs(const Experts<Weight>& job, Block& b, int64_t* starts) {
   int64_t pairs = b.num_tokens * job.top_k();
-  auto expert_of = [&](int64_t p) {
-    return int_at(job.ids, (b.token + p / job.top_k()) * job.ids.strides[0] + p % job.top_k() * job.ids.strides[1]);
-  };
   for (int64_t e = 0; e <= job.num_experts; ++e) starts[e] = 0;
   for (int64_t p = 0; p < pairs; ++p) {
-    int64_t e = expert_of(p);
+    int64_t e = expert_of(job, b, p);
     if (e >= 0 && e < job.num_experts) ++starts[e + 1];
   }
   b.num_items = 0;
@@ -73,7 +75,7 @@ void sort_pairs(const Experts<Weight>& job, Block& b, int64_t* starts) {
   }
   b.num_rows = starts[job.num_experts];
   for (int64_t p = 0; p < pairs; ++p) {
-    int64_t e = expert_of(p);
+    int64_t e = expert_of(job, b, p);
     b.row_of[p] = e >= 0 && e < job.num_experts ? starts[e]++ : -1;
     if (b.row_of[p] >= 0) b.pair_of[b.row_of[p]] = p;
   }
@@ -84,7 +86,10 @@ void gather_rows(const Experts<Weight>& job, const Block& b) {
   parallel(b.num_rows, [&](int64_t r) {
     int64_t token = b.token + b.pair_of[r] / job.top_k();
     with_float(job.x.dtype, [&](auto t) {
-      job.gate_up.pack(static_cast<decltype(t)*>(job.x.data) + token * job.x.strides[0], b.x, b.num_rows, r);
+      using T = decltype(t);
+      const T* row = static_cast<const T*>(job.x.data) + token * job.x.strides[0];
+      T* spare = reinterpret_cast<T*>(chunk_floats(job.dim()));
+      job.gate_up.pack(expert_of(job, b, b.pair_of[r]), row, spare, b.x, b.num_rows, r);
     });
   });
 }
@@ -148,7 +153,7 @@ void activate_row(const Experts<Weight>& job, const Block& b, int64_t r) {
   const float* row = b.gate_up + r * 2 * job.num_hidden;
   bool interleaved = job.act == kGluOss;
   float gate[kDepth + kLanes], up[kDepth + kLanes];
-  T* hidden = reinterpret_cast<T*>(chunk_floats(job.num_hidden));
+  T* hidden = reinterpret_cast<T*>(chunk_floats(2 * job.num_hidden));
   for (int64_t k = 0; k < job.num_hidden; k += kDepth) {
     int64_t n = job.num_hidden - k < kDepth ? job.num_hidden - k : kDepth;
     for (int64_t j = 0; j < n; ++j) gate[j] = row[interleaved ? 2 * (k + j) : k + j];
@@ -157,7 +162,7 @@ void activate_row(const Experts<Weight>& job, const Block& b, int64_t r) {
     for (int64_t j = 0; j < n; j += kLanes) store(gate + j, gated<T>(job, load(gate + j), load(up + j)));
     convert_row(gate, n, hidden + k);
   }
-  job.down.pack(hidden, b.hidden, b.num_rows, r);
+  job.down.pack(expert_of(job, b, b.pair_of[r]), hidden, hidden + job.num_hidden, b.hidden, b.num_rows, r);
 }
 
 template <class Weight>

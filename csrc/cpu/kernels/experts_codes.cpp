@@ -6,7 +6,7 @@ namespace fuseline::FL_ISA {
 namespace {
 
 struct CodedExperts {
-  const Tensor &codes, &scales, &zeros;   // [E][P][W][16], [E][P][G][16]
+  const Tensor &codes, &scales, &zeros, &order;   // [E][P][W][16], [E][P][G][16], [E][K]
   int64_t size, num_k, group, kind;       // size: outputs; kind: CodeKind
   DType dtype;                            // of x
   bool is_dot() const { return kHasDot && dtype == DType::bf16; }
@@ -36,7 +36,11 @@ struct CodedExperts {
     return {rows, num_rows, words + first * Packing<DOT>::kRow, sums + first * num_sums()};
   }
   template <class T>
-  void pack(const T* row, float* packed, int64_t num_rows, int64_t r) const {
+  void pack(int64_t expert, const T* row, T* spare, float* packed, int64_t num_rows, int64_t r) const {
+    if (order.present()) {
+      for (int64_t k = 0; k < num_k; ++k) spare[k] = row[int_at(order, expert * order.strides[0] + k)];
+      row = spare;
+    }
     if constexpr (kHasDot && __is_same(T, bf16))
       pack_codes_row(matrix(0), rows_at<true>(packed, num_rows, 0, num_rows), row, r);
     else
@@ -58,14 +62,15 @@ struct CodedExperts {
 
 }  // namespace
 
-// t: out!, x, ids, weights, gate_up, gate_up_scales, gate_up_zeros?, down, down_scales, down_zeros?, gate_up_bias?,
-// down_bias?; i: act (ExpertAct), num_hidden I, then group and kind of gate_up and of down; f: alpha, limit.
+// t: out!, x, ids, weights, gate_up, gate_up_scales, gate_up_zeros?, gate_up_order?, down, down_scales, down_zeros?,
+// down_order?, gate_up_bias?, down_bias?; i: act (ExpertAct), num_hidden I, then group and kind of gate_up and of down;
+// f: alpha, limit.
 void experts_codes(const Tensor* t, const int64_t* i, const double* f) {
   int64_t dim = t[1].sizes[1];
   DType dtype = t[1].dtype;
-  run_experts<CodedExperts>({t[0], t[1], t[2], t[3], t[10], t[11],
-                             {t[4], t[5], t[6], 2 * i[1], dim, i[2], i[3], dtype},
-                             {t[7], t[8], t[9], dim, i[1], i[4], i[5], dtype},
+  run_experts<CodedExperts>({t[0], t[1], t[2], t[3], t[12], t[13],
+                             {t[4], t[5], t[6], t[7], 2 * i[1], dim, i[2], i[3], dtype},
+                             {t[8], t[9], t[10], t[11], dim, i[1], i[4], i[5], dtype},
                              t[4].sizes[0], i[0], i[1], static_cast<float>(f[0]), static_cast<float>(f[1])});
 }
 

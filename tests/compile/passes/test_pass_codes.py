@@ -56,7 +56,7 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize(("second", "expected"), [
     ("int4/8/float32/zeros", "experts_codes"),  # of another layout
-    (MIXED, "experts_panels"), ("int4/8/float32/order", "experts_panels"), ("", "experts_panels"),
+    (MIXED, "experts_panels"), ("int4/24/float32", "experts_panels"), ("", "experts_panels"),
 ], ids=str)  # fmt: skip
 def test_experts_are_codes_if_both_weights_are(second: str, expected: str) -> None:
     x, ids, weights = torch.randn(TOKENS, 16), torch.tensor([[0, 3]] * TOKENS), torch.ones(TOKENS, 2)
