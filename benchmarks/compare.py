@@ -84,7 +84,9 @@ def make_load(name: str) -> Load:
         return Load("shared prefix", (*flags, *common))
     if name in EXTRAS:
         endpoint, fields = EXTRAS[name]
-        extra = ("--endpoint", endpoint, "--extra-body", json.dumps(fields))
+        # Prompts of their own: those of another load would be found in the prefix cache.
+        seed = str(1 + list(EXTRAS).index(name))
+        extra = ("--endpoint", endpoint, "--extra-body", json.dumps(fields), "--seed", seed)
         return Load(f"16 streams, {name}", (*make_load("16").flags, *extra))
     streams, output_len = ("1", "32") if name == "busy" else (name, "128")
     lengths = ("--random-input-len", "128", "--random-output-len", output_len)

@@ -136,7 +136,8 @@ def linear_codes(
 ) -> Tensor:  # fmt: skip
     """x[..., K] times a weight of codes -> [..., N]; fp32, rounded once. `order`: input j of the weight is x[order[j]].
 
-    Within a group, codes' values are multiplied and summed; the sum is scaled. So values need not be rounded.
+    Within a group, codes' values are multiplied and summed; the sum is scaled. So values need not be rounded. Kernels
+    for processors with fast products of integers round inputs of half precision to 15 bits of their group's largest.
     """
     x32 = x.to(wide(x)) if order is None else x.to(wide(x))[..., order]
     values = values_of(from_panels(codes, num_out), kind, x)[:, : x.shape[-1]]

@@ -35,7 +35,7 @@ def run(x: torch.Tensor, parts: tuple, group: int, kind: str, order: torch.Tenso
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("kind", "group", "has_zeros"), KIND_GROUPS)
-def test_a_row_does_not_depend_on_its_batch_or_on_threads(isa, kind, group, has_zeros, dtype):
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(integer_isa, kind, group, has_zeros, dtype):
     x = torch.randn(300, NUM_IN, generator=torch.Generator().manual_seed(1)).to(dtype)
     parts, order = weight_of(kind, group, has_zeros), torch.randperm(NUM_IN)
     whole = run(x, parts, group, kind, order)
@@ -46,7 +46,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(isa, kind, group, has_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_code_has_its_value(isa, kind):
+def test_every_code_has_its_value(integer_isa, kind):
     """Each of 256 or 16 codes times 1, alone in its group."""
     bits = 8 if kind in EIGHT_BITS else 4
     codes = torch.arange(1 << bits).repeat(16 * 8 // (1 << bits) + 1)[: 16 * 8].reshape(16, 8).to(torch.uint8)
@@ -68,12 +68,71 @@ def check_values(kind: str, codes: torch.Tensor) -> None:
         assert torch.equal(out, rounded)
 
 
-def test_strided_rows_and_none(isa):
+def test_strided_rows_and_none(integer_isa):
     parts = weight_of("int8", 128, False)
     x = torch.randn(4, 5, 2 * NUM_IN)
     want = run(x[..., :NUM_IN].contiguous(), parts, 128, "int8")
     assert torch.equal(run(x[..., :NUM_IN], parts, 128, "int8"), want)
     assert run(x[:0, 0, :NUM_IN], parts, 128, "int8").shape == (0, NUM_OUT)
+
+
+# Inputs of half precision as integers of 15 bits by block, where the instruction set has fast products of integers.
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_kernel_agrees_with_its_reference(integer_isa, dtype):
+    assert_kernels_agree(registry()["linear_codes"], dtype)
+
+
+HALVES = (torch.bfloat16, torch.float16)
+INTEGER_GROUPS = [
+    ("int8", 128, True), ("int8", 0, False), ("int8", 512, False), ("int4", 8, False), ("uint4", 32, True),
+]  # fmt: skip
+
+
+def exact(x: torch.Tensor, parts: tuple, group: int, kind: str) -> torch.Tensor:
+    codes, *rest = parts
+    rest = (None if part is None else part.double() for part in rest)
+    return linear_codes(x.double(), codes, *rest, None, None, NUM_OUT, group, KINDS[kind])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("kind", "group", "has_zeros"), INTEGER_GROUPS)
+def test_inputs_within_a_factor_of_64_are_exact(integer_isa, kind, group, has_zeros, dtype):
+    """Their products are: what differs from float64 is the sum of float32, a few of its roundings."""
+    generator = torch.Generator().manual_seed(5)
+    steps = torch.randint(128, 256, (30, NUM_IN), generator=generator) / 128
+    x = steps * 2.0 ** torch.randint(-3, 3, (30, NUM_IN), generator=generator)
+    x = (x * torch.randint(0, 2, (30, NUM_IN), generator=generator).mul(2).sub(1)).to(dtype)
+    parts = weight_of(kind, group, has_zeros)
+    torch.testing.assert_close(run(x, parts, group, kind).double(), exact(x, parts, group, kind), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("kind", "group", "has_zeros"), INTEGER_GROUPS)
+def test_a_large_input_costs_its_block_alone_precision(integer_isa, kind, group, has_zeros, dtype):
+    x = torch.randn(16, NUM_IN, generator=torch.Generator().manual_seed(6)).to(dtype)
+    x[:, 70] = 3000.0
+    parts = weight_of(kind, group, has_zeros)
+    error = (run(x, parts, group, kind).double() - exact(x, parts, group, kind)).abs()
+    # Half a step of 15 bits for each input of a block of at most 128, and as many roundings of float32 as blocks.
+    weight = exact(torch.eye(NUM_IN), parts, group, kind).T.abs()
+    block = min(group or 128, 128)
+    most = x.double().abs().split(block, 1)
+    bound = sum(part.amax(1, keepdim=True) * w.sum(1) for part, w in zip(most, weight.split(block, 1), strict=True))
+    assert (error <= bound * 2.0**-14 + 1e-5 * (x.double().abs() @ weight.T)).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kind", ("int8", "int4", "uint4"))
+def test_a_row_of_halves_that_is_not_finite_stays_so_and_others_stay_finite(integer_isa, kind, dtype):
+    x, parts = torch.randn(40, NUM_IN).to(dtype), weight_of(kind, 32, kind == "uint4")
+    largest, least = min(1e20, torch.finfo(dtype).max), torch.finfo(dtype).smallest_normal
+    x[0, 3], x[1, 5], x[2], x[3], x[4, 9] = torch.nan, torch.inf, 0, least, largest
+    for rows in (x, x[:5]):
+        out = run(rows, parts, 32, kind)
+        assert not out[:2].isfinite().any() and (out[2] == 0).all() and out[3:].isfinite().all()
+        assert out[3].abs().max() < 1e-2
 
 
 def test_ids_outside_a_weight_read_as_zeros(isa):

@@ -22,10 +22,15 @@ FL_DECLARE(avx512bf16)
 #undef FL_DECLARE
 
 #define FL_DECLARE(isa) \
-  namespace isa { void linear_codes_int8(const Tensor* t, const int64_t* i, const double* f); }
+  namespace isa { \
+  void linear_codes_int8(const Tensor* t, const int64_t* i, const double* f); \
+  void linear_codes_integers(const Tensor* t, const int64_t* i, const double* f); \
+  void experts_codes_integers(const Tensor* t, const int64_t* i, const double* f); \
+  }
 #if defined(__x86_64__)
 FL_DECLARE(avxvnni)
 FL_DECLARE(avx512vnni)
+FL_DECLARE(avx512bf16)
 FL_DECLARE(amx)
 #endif
 #undef FL_DECLARE
@@ -40,9 +45,11 @@ struct Isa {
 
 std::vector<OpFn> table_of(const OpFn* kernels) { return {kernels, kernels + kNumOps}; }
 
-// An instruction set that has exact products of integers of its own.
-std::vector<OpFn> table_of(const OpFn* kernels, OpFn linear_codes_int8) {
+// Of an instruction set with fast products of integers.
+std::vector<OpFn> table_of(const OpFn* kernels, OpFn linear_codes, OpFn experts_codes, OpFn linear_codes_int8) {
   std::vector<OpFn> table = table_of(kernels);
+  table[kOp_experts_codes] = experts_codes;
+  table[kOp_linear_codes] = linear_codes;
   table[kOp_linear_codes_int8] = linear_codes_int8;
   return table;
 }
@@ -72,12 +79,14 @@ const std::vector<Isa>& isas() {
     const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
     const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
     found.push_back({"avx2", table_of(avx2::kTable), has_avx2});
-    found.push_back({"avxvnni", table_of(avx2::kTable, avxvnni::linear_codes_int8),
-                     has_avx2 && __builtin_cpu_supports("avxvnni")});
+#define FL_TABLE(isa, base) \
+  table_of(base::kTable, isa::linear_codes_integers, isa::experts_codes_integers, isa::linear_codes_int8)
+    found.push_back({"avxvnni", FL_TABLE(avxvnni, avx2), has_avx2 && __builtin_cpu_supports("avxvnni")});
     found.push_back({"avx512", table_of(avx512::kTable), has_avx512});
-    found.push_back({"avx512vnni", table_of(avx512::kTable, avx512vnni::linear_codes_int8), has_vnni});
-    found.push_back({"avx512bf16", table_of(avx512bf16::kTable), has_bf16});
-    found.push_back({"amx", table_of(avx512bf16::kTable, amx::linear_codes_int8), has_bf16 && has_tiles()});
+    found.push_back({"avx512vnni", FL_TABLE(avx512vnni, avx512), has_vnni});
+    found.push_back({"avx512bf16", FL_TABLE(avx512bf16, avx512bf16), has_bf16});
+    found.push_back({"amx", FL_TABLE(amx, avx512bf16), has_bf16 && has_tiles()});
+#undef FL_TABLE
 #endif
     return found;
   }();

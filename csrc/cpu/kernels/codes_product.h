@@ -26,6 +26,13 @@ struct CodedWeight {
   }
 };
 
+// The part of one expert of a tensor [E, ...] of four dims.
+inline Tensor of_expert(const Tensor& t, int64_t expert) {
+  if (!t.present()) return t;
+  auto* data = static_cast<char*>(t.data) + expert * t.strides[0] * item_size(t.dtype);
+  return {data, t.dtype, 3, {t.sizes[1], t.sizes[2], t.sizes[3]}, {t.strides[1], t.strides[2], t.strides[3]}};
+}
+
 // kLanes scales or zeros of a group.
 FL_INLINE vf of_group(const Tensor& t, int64_t panel, int64_t group, int v) {
   int64_t at = (panel * t.sizes[1] + group) * kPanel + v * kLanes;
@@ -67,17 +74,23 @@ struct CodedRows {
   }
 };
 
+// Whether a tile holds its totals beside the sums of a group, which saves loading and storing them for each group.
+constexpr bool holds_totals(int rows, int vecs) { return rows * vecs <= (kLanes == 16 ? 14 : kLanes == 8 ? 4 : 1); }
+
 // Adds groups of one depth block, inputs [k0, k0 + num_k), to c[ROWS][PANELS * 16]. Without groups, c is the chain
 // itself until the last block.
 template <int ROWS, int PANELS, bool DOT, class Source>
 FL_INLINE void codes_tile(const CodedWeight& weight, const CodedRows<DOT>& block, int64_t r0, const Source& b, int p0,
                           int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
   constexpr int kVecs = PANELS * kPanelVecs, kRow = Packing<DOT>::kRow, kInputs = Packing<DOT>::kInputs;
+  constexpr bool kHolds = holds_totals(ROWS, kVecs);
   const auto* a = block.at(k0 / kDepth, r0);
   const uint32_t* panels[PANELS];
   for (int p = 0; p < PANELS; ++p) panels[p] = b.at(p0 + p);
   bool is_whole = weight.group == 0, is_last = k0 + num_k >= weight.num_k;
   int length = is_whole ? num_k : static_cast<int>(weight.group);
+  vf totals[kHolds ? ROWS : 1][kHolds ? kVecs : 1];
+  load_tile(totals, c, ldc, kHolds && !is_whole && k0 > 0);
   for (int first = 0; first < num_k; first += length) {
     int end = first + length < num_k ? first + length : num_k;
     vf acc[ROWS][kVecs];
@@ -119,34 +132,41 @@ FL_INLINE void codes_tile(const CodedWeight& weight, const CodedRows<DOT>& block
           vf of_x = has_zeros ? set1(block.sums[(r0 + r) * weight.num_groups() + group]) : vf{};
           if (has_zeros && !weight.counts_up) sum = fma(-of_x, zero, sum);
           float* to = c + r * ldc + p * kPanel + v * kLanes;
-          vf total = fma(scale, sum, is_first ? vf{} : load(to));
-          store(to, weight.counts_up ? fma(of_x, zero, total) : total);
+          vf before{};
+          if (kHolds) before = totals[r][p * kPanelVecs + v];
+          else if (!is_first) before = load(to);
+          vf total = fma(scale, sum, before);
+          if (weight.counts_up) total = fma(of_x, zero, total);
+          if (kHolds) totals[r][p * kPanelVecs + v] = total;
+          else store(to, total);
         }
       }
   }
+  if (kHolds) store_tile(totals, c, ldc);
 }
 
-// Panels side by side, each with an operand and ROWS sums in registers.
+// Panels side by side, each with an operand and ROWS sums in registers: sums enough to hide the latency of a dot product.
+constexpr int kMostSide = kLanes == 16 ? 8 : kLanes == 8 ? 2 : 1;
 constexpr int codes_panels(int rows) {
-  if (kLanes == 16) return rows <= 2 ? 4 : 2;
+  if (kLanes == 16) return rows == 1 ? 8 : rows <= 6 ? 4 : 2;
   return kLanes == 8 && rows <= 2 ? 2 : 1;
 }
 
-template <int ROWS, bool DOT, class Source>
+template <int ROWS, bool DOT, int SIDE = codes_panels(ROWS), class Source>
 [[gnu::noinline]] void codes_strip(const CodedWeight& weight, const CodedRows<DOT>& block, int64_t r0, const Source& b,
-                                   int num_panels, int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
-  constexpr int kSide = codes_panels(ROWS);
-  int p = 0;
-  for (; p + kSide <= num_panels; p += kSide)
-    codes_tile<ROWS, kSide>(weight, block, r0, b, p, panel + p, k0, num_k, c + p * kPanel, ldc);
-  for (; p < num_panels; ++p) codes_tile<ROWS, 1>(weight, block, r0, b, p, panel + p, k0, num_k, c + p * kPanel, ldc);
+                                   int p, int num_panels, int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
+  for (; p + SIDE <= num_panels; p += SIDE)
+    codes_tile<ROWS, SIDE>(weight, block, r0, b, p, panel + p, k0, num_k, c + p * kPanel, ldc);
+  if constexpr (SIDE > 1)
+    if (p < num_panels)
+      codes_strip<ROWS, DOT, SIDE / 2>(weight, block, r0, b, p, num_panels, panel, k0, num_k, c, ldc);
 }
 
 // Rows from LEAST to ROWS.
 template <int ROWS, int LEAST = 1, bool DOT, class Source>
 FL_INLINE void codes_rows(int rows, const CodedWeight& weight, const CodedRows<DOT>& block, int64_t r0, const Source& b,
                           int num_panels, int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
-  if (rows == ROWS) return codes_strip<ROWS>(weight, block, r0, b, num_panels, panel, k0, num_k, c, ldc);
+  if (rows == ROWS) return codes_strip<ROWS>(weight, block, r0, b, 0, num_panels, panel, k0, num_k, c, ldc);
   if constexpr (ROWS > LEAST)
     codes_rows<ROWS - 1, LEAST>(rows, weight, block, r0, b, num_panels, panel, k0, num_k, c, ldc);
 }
@@ -161,11 +181,11 @@ void multiply_panels(const CodedWeight& weight, const Kind& kind, const CodedRow
     return static_cast<int>(left < kDepth ? (left + kCodes - 1) / kCodes * kCodes : kDepth);
   };
   if (block.rows <= kFewRows) {
-    for (int p = 0; p < num_panels; p += codes_panels(1))
+    for (int p = 0; p < num_panels; p += kMostSide)
       for (int64_t k0 = 0; k0 < weight.num_k; k0 += kDepth) {
-        int width = num_panels - p < codes_panels(1) ? num_panels - p : codes_panels(1);
+        int width = num_panels - p < kMostSide ? num_panels - p : kMostSide;
         InPlace<Kind, DOT> source{kind, weight.words(panel + p) + k0 / kCodes * kPanel, weight.panel_words(),
-                                  codes_panels(1) * weight.panel_words()};
+                                  kMostSide * weight.panel_words()};
         codes_rows<kFewRows>(static_cast<int>(block.rows), weight, block, 0, source, width, panel + p, k0, depth(k0),
                              c + p * kPanel, ldc);
       }
@@ -173,7 +193,10 @@ void multiply_panels(const CodedWeight& weight, const Kind& kind, const CodedRow
   }
   auto* decoded = reinterpret_cast<uint32_t*>(wide);
   constexpr int64_t kDecoded = kDepth / Packing<DOT>::kInputs * kPanel;
-  int64_t num_tiles = (block.rows + kTileRows - 1) / kTileRows;
+  // Of groups the sums of a tile are scaled often, so it has as many rows as let it hold its totals.
+  constexpr int kLeast = kLanes == 16 ? kTileRows / 4 : kTileRows / 2;
+  const int64_t most = weight.group > 0 && kLanes == 16 ? kTileRows / 2 : kTileRows;
+  int64_t num_tiles = (block.rows + most - 1) / most;
   for (int64_t k0 = 0; k0 < weight.num_k; k0 += kDepth) {
     Decoding<Kind, DOT> codes{{kind, weight.words(panel) + k0 / kCodes * kPanel, weight.panel_words(), kAhead},
                               decoded, kDecoded};
@@ -181,8 +204,8 @@ void multiply_panels(const CodedWeight& weight, const Kind& kind, const CodedRow
     for (int64_t t = 0; t < num_tiles; ++t) {
       int64_t r = block.rows * t / num_tiles, rows = block.rows * (t + 1) / num_tiles - r;
       auto multiply = [&](const auto& from) {
-        codes_rows<kTileRows, kTileRows / 2>(static_cast<int>(rows), weight, block, r, from, num_panels, panel, k0,
-                                             depth(k0), c + r * ldc, ldc);
+        codes_rows<kTileRows, kLeast>(static_cast<int>(rows), weight, block, r, from, num_panels, panel, k0, depth(k0),
+                                      c + r * ldc, ldc);
       };
       t == 0 ? multiply(codes) : multiply(source);
     }

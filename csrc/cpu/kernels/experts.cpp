@@ -10,8 +10,10 @@ struct PanelExperts {
   int64_t num_out() const { return size; }
   int64_t num_k() const { return panels.sizes[2]; }
   int64_t packed_floats(int64_t rows) const { return packed_size(rows, num_k()); }
+  int64_t spare_floats() const { return 0; }
+  int64_t wide_floats(int64_t) const { return kWideSize; }
   template <class T>
-  void pack(int64_t, const T* row, T*, float* packed, int64_t num_rows, int64_t r) const {
+  void pack(int64_t, const T* row, float*, float* packed, int64_t num_rows, int64_t r) const {
     pack_row(row, num_k(), packed, num_rows, r);
   }
   void multiply(const Item& item, const float* packed, int64_t num_rows, int64_t panel, int num_panels, float* wide,

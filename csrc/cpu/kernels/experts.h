@@ -7,7 +7,9 @@
 //
 // A Weight holds the matrices of all experts. It packs rows and multiplies them:
 //   num_out(), packed_floats(rows)                    outputs; size of packed rows
-//   pack(expert, const T* row, T* spare, packed, num_rows, r)   as row r of num_rows; `spare` has room for a row
+//   spare_floats()                                    room that pack() needs
+//   pack(expert, const T* row, float* spare, packed, num_rows, r)   as row r of num_rows
+//   wide_floats(rows)                                 room that multiply() needs
 //   multiply(item, packed, num_rows, panel, num_panels, wide, c, ldc)   c[item.num_rows][ldc], fp32
 #pragma once
 #include "cpu/parallel.h"
@@ -88,7 +90,7 @@ void gather_rows(const Experts<Weight>& job, const Block& b) {
     with_float(job.x.dtype, [&](auto t) {
       using T = decltype(t);
       const T* row = static_cast<const T*>(job.x.data) + token * job.x.strides[0];
-      T* spare = reinterpret_cast<T*>(chunk_floats(job.dim()));
+      float* spare = chunk_floats(job.gate_up.spare_floats());
       job.gate_up.pack(expert_of(job, b, b.pair_of[r]), row, spare, b.x, b.num_rows, r);
     });
   });
@@ -112,8 +114,9 @@ template <class Weight>
 void project_chunk(const Experts<Weight>& job, const Projection<Weight>& p, const Block& b, const Item& item,
                    int64_t panel, int num_panels) {
   int64_t width = int64_t{num_panels} * kPanel;
-  float* wide = chunk_floats(kWideSize + (item.num_rows + 1) * width);
-  float *bias = wide + kWideSize, *c = bias + width;
+  int64_t space = p.weight.wide_floats(item.num_rows);
+  float* wide = chunk_floats(space + (item.num_rows + 1) * width);
+  float *bias = wide + space, *c = bias + width;
   int64_t n0 = panel * kPanel, n = p.weight.num_out() - n0 < width ? p.weight.num_out() - n0 : width;
   p.weight.multiply(item, p.packed, b.num_rows, panel, num_panels, wide, c, width);
   if (p.bias.present())
@@ -153,7 +156,8 @@ void activate_row(const Experts<Weight>& job, const Block& b, int64_t r) {
   const float* row = b.gate_up + r * 2 * job.num_hidden;
   bool interleaved = job.act == kGluOss;
   float gate[kDepth + kLanes], up[kDepth + kLanes];
-  T* hidden = reinterpret_cast<T*>(chunk_floats(2 * job.num_hidden));
+  float* spare = chunk_floats(job.down.spare_floats() + job.num_hidden);
+  T* hidden = reinterpret_cast<T*>(spare + job.down.spare_floats());
   for (int64_t k = 0; k < job.num_hidden; k += kDepth) {
     int64_t n = job.num_hidden - k < kDepth ? job.num_hidden - k : kDepth;
     for (int64_t j = 0; j < n; ++j) gate[j] = row[interleaved ? 2 * (k + j) : k + j];
@@ -162,7 +166,7 @@ void activate_row(const Experts<Weight>& job, const Block& b, int64_t r) {
     for (int64_t j = 0; j < n; j += kLanes) store(gate + j, gated<T>(job, load(gate + j), load(up + j)));
     convert_row(gate, n, hidden + k);
   }
-  job.down.pack(expert_of(job, b, b.pair_of[r]), hidden, hidden + job.num_hidden, b.hidden, b.num_rows, r);
+  job.down.pack(expert_of(job, b, b.pair_of[r]), hidden, spare, b.hidden, b.num_rows, r);
 }
 
 template <class Weight>

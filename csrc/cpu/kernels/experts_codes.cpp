@@ -18,14 +18,10 @@ struct CodedExperts {
     return (rows * (depth_blocks() * row_floats() + num_sums()) + 15) / 16 * 16;
   }
 
-  // The parts of one expert.
-  static Tensor part(const Tensor& t, int64_t expert) {
-    if (!t.present()) return t;
-    auto* data = static_cast<char*>(t.data) + expert * t.strides[0] * item_size(t.dtype);
-    return {data, t.dtype, 3, {t.sizes[1], t.sizes[2], t.sizes[3]}, {t.strides[1], t.strides[2], t.strides[3]}};
-  }
+  int64_t spare_floats() const { return order.present() ? num_k : 0; }
+  int64_t wide_floats(int64_t) const { return kWideSize; }
   CodedWeight matrix(int64_t expert) const {
-    return {part(codes, expert), part(scales, expert), part(zeros, expert), num_k, group, counts_up(kind)};
+    return {of_expert(codes, expert), of_expert(scales, expert), of_expert(zeros, expert), num_k, group, counts_up(kind)};
   }
   // `rows` packed rows from `first` on; sums of groups lie behind all packed rows.
   template <bool DOT>
@@ -36,10 +32,11 @@ struct CodedExperts {
     return {rows, num_rows, words + first * Packing<DOT>::kRow, sums + first * num_sums()};
   }
   template <class T>
-  void pack(int64_t expert, const T* row, T* spare, float* packed, int64_t num_rows, int64_t r) const {
+  void pack(int64_t expert, const T* row, float* spare, float* packed, int64_t num_rows, int64_t r) const {
     if (order.present()) {
-      for (int64_t k = 0; k < num_k; ++k) spare[k] = row[int_at(order, expert * order.strides[0] + k)];
-      row = spare;
+      T* ordered = reinterpret_cast<T*>(spare);
+      for (int64_t k = 0; k < num_k; ++k) ordered[k] = row[int_at(order, expert * order.strides[0] + k)];
+      row = ordered;
     }
     if constexpr (kHasDot && __is_same(T, bf16))
       pack_codes_row(matrix(0), rows_at<true>(packed, num_rows, 0, num_rows), row, r);

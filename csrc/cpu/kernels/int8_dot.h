@@ -70,6 +70,22 @@ struct Int4Operands {
   FL_INLINE static vu operand(vu word, int j) { return (word >> (4 * j)) & (kIsBytes ? 0x0f0f0f0fu : 0x000f000fu); }
 };
 
+// Codes that count up from 0.
+struct Uint4Operands : Int4Operands {
+  static constexpr int kOffset = 0;
+};
+
+FL_INLINE bool is_integer(int64_t kind) {
+  return kind == kCodeInt8 || kind == kCodeUint8 || kind == kCodeInt4 || kind == kCodeUint4;
+}
+// Calls body with the operands of a kind of integers.
+template <class F>
+void with_operands(int64_t kind, const F& body) {
+  if (kind == kCodeInt4) return body(Int4Operands{});
+  if (kind == kCodeUint4) return body(Uint4Operands{});
+  body(Int8Operands{});
+}
+
 template <class Kind>
 FL_INLINE vi dot_codes(vi acc, vu weight, vu x) {
   return Kind::kIsBytes ? dot_bytes(acc, weight, x) : dot_halves(acc, weight, x);

@@ -1,8 +1,10 @@
-// Rows of int8 x a weight of int8 or int4 codes -> fp32.
+// Rows of integers x a weight of int8, int4, uint8 or uint4 codes -> fp32.
 //
-// A row is quantized by one scale: x = code * scale. Within a group codes are multiplied and summed exactly; a group's
-// sum, less zero * (sum of x's codes), is scaled and added in fp32 to those before it, and the total times the row's
-// scale. So neither the number of rows nor the instruction set changes the sum of a group.
+// PLANES 1: a row is quantized to int8 by one scale, x = code * scale. PLANES 2: inputs become numbers of 15 bits,
+// high * 256 + low, by a power of two for each block of inputs: bf16 of at least a 64th of their block's largest exactly.
+// Within a block codes are multiplied and summed exactly; a block's sum, less zero * (sum of x's codes), is scaled and
+// added in fp32 to those before it, with one plane the total times the row's scale. So neither the number of rows nor
+// the instruction set changes the sum of a block.
 #pragma once
 #include "codes_product.h"
 #include "int8_dot.h"
@@ -14,11 +16,13 @@ typedef int8_t int8x16 __attribute__((vector_size(16)));
 typedef int16_t int16x16 __attribute__((vector_size(32)));
 
 constexpr int64_t kPadded = 64;    // inputs of a row are padded to a multiple,
-constexpr int64_t kRowTile = 16;   // and there is room for a multiple of rows
+constexpr int64_t kRowTile = 16;   // and with one plane there is room for a multiple of rows
+constexpr int64_t kBlock = 128;    // most inputs of a block of PLANES 2
 
-// Quantized rows: operands [rows][step words], sums of codes [rows][G] by group, scales [rows].
-struct Int8Rows {
-  int64_t rows, step;
+// Quantized rows: operands [PLANES][rows][step words], sums of codes [rows][B] by block, scales [rows], or [rows][B].
+template <int PLANES>
+struct IntegerRows {
+  int64_t rows, step, plane, block, num_blocks;   // plane: words of one; block: inputs
   uint32_t* words;
   int32_t* sums;
   float* scales;
@@ -28,16 +32,34 @@ inline int64_t padded_inputs(int64_t num_k) { return (num_k + kPadded - 1) / kPa
 // Not a multiple of 1 KiB: rows of a tile would share cache sets.
 template <class Kind>
 inline int64_t int8_row_words(int64_t num_k) { return padded_inputs(num_k) / (Kind::kIsBytes ? 4 : 2) + 16; }
+// Inputs that share a scale of the weight, and one of the row if they are few.
+template <int PLANES>
+inline int64_t block_inputs(const CodedWeight& weight) {
+  int64_t group = weight.group ? weight.group : weight.num_k;
+  if (PLANES == 1 || (group <= kBlock && weight.group)) return group;
+  return kBlock;
+}
 
-// 127.5 steps from 0 to the largest magnitude, as compressed-tensors has them; NaN if an input is.
-inline float row_scale(const float* x, int64_t num_k) {
+// The bits of the largest magnitude; those of NaN if there is one. num_k is a multiple of 8.
+inline int32_t largest_bits(const float* x, int64_t num_k) {
   vi most{};
-  for (int64_t k = 0; k < num_k; k += kLanes) {
+  int64_t k = 0;
+  for (; k + kLanes <= num_k; k += kLanes) {
     vi magnitude = (vi)load(x + k) & 0x7fffffff;
     most = magnitude > most ? magnitude : most;
   }
   int32_t largest = 0;
   for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
+  for (; k < num_k; ++k) {
+    int32_t magnitude = bit_cast<int32_t>(x[k]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// 127.5 steps from 0 to the largest magnitude, as compressed-tensors has them; NaN if an input is.
+inline float row_scale(const float* x, int64_t num_k) {
+  int32_t largest = largest_bits(x, num_k);
   return largest == 0 ? 1.0f : bit_cast<float>(largest) / 127.5f;
 }
 
@@ -55,6 +77,26 @@ inline void quantize_row(const float* x, int64_t num_k, float scale, int8_t* cod
   }
 }
 
+// x[k] = (high * 256 + low) * scale to the nearest, |high * 256 + low| <= 2^14; returns the scale, NaN if an input is
+// not finite. Blocks of numbers too small for a scale are 0.
+inline float split_block(const float* x, int64_t num_k, int8_t* high, int8_t* low, int32_t& total) {
+  constexpr float kMagic = 12582912.0f;
+  int32_t exponent = largest_bits(x, num_k) >> 23;
+  total = 0;
+  if (exponent < 32 || exponent == 255) {
+    for (int64_t k = 0; k < num_k; ++k) high[k] = low[k] = 0;
+    return exponent == 255 ? bit_cast<float>(0x7fc00000) : 0.0f;
+  }
+  float inverse = bit_cast<float>((267 - exponent) << 23);   // the largest becomes 2^13 to 2^14
+  for (int64_t k = 0; k < num_k; ++k) {
+    int32_t code = bit_cast<int32_t>(x[k] * inverse + kMagic) - bit_cast<int32_t>(kMagic);
+    low[k] = static_cast<int8_t>(code);
+    high[k] = static_cast<int8_t>((code - low[k]) >> 8);
+    total += code;
+  }
+  return bit_cast<float>((exponent - 13) << 23);
+}
+
 // Codes as operands of the kind.
 template <class Kind>
 inline void store_operands(const int8_t* codes, int64_t num_k, uint32_t* words) {
@@ -70,61 +112,88 @@ inline void store_operands(const int8_t* codes, int64_t num_k, uint32_t* words) 
   }
 }
 
-// Quantizes x[K], padded with zeros to padded_inputs(K), as row r. `fixed`: the scale of
+// Quantizes x[K], padded with zeros to padded_inputs(K), as row r; `codes` has room for the planes. `fixed`: the scale of
 // a finite row, or 0 for its own.
 template <class Kind>
-void pack_int8_row(const CodedWeight& weight, const Int8Rows& block, const float* x, float fixed, int8_t* codes,
+void pack_integers(const CodedWeight& weight, const IntegerRows<1>& rows, const float* x, float fixed, int8_t* codes,
                    int64_t r) {
-  int64_t padded = padded_inputs(weight.num_k), group = weight.group ? weight.group : weight.num_k;
+  int64_t padded = padded_inputs(weight.num_k);
   float own = row_scale(x, padded), scale = fixed == 0.0f || own - own != 0.0f ? own : fixed;
   quantize_row(x, padded, scale, codes);
-  store_operands<Kind>(codes, padded, block.words + r * block.step);
-  for (int64_t g = 0; g < weight.num_groups(); ++g) {
-    int64_t end = (g + 1) * group < weight.num_k ? (g + 1) * group : weight.num_k;
+  store_operands<Kind>(codes, padded, rows.words + r * rows.step);
+  for (int64_t b = 0; b < rows.num_blocks; ++b) {
+    int64_t end = (b + 1) * rows.block < weight.num_k ? (b + 1) * rows.block : weight.num_k;
     int32_t sum = 0;
-    for (int64_t k = g * group; k < end; ++k) sum += codes[k];
-    block.sums[r * weight.num_groups() + g] = sum;
+    for (int64_t k = b * rows.block; k < end; ++k) sum += codes[k];
+    rows.sums[r * rows.num_blocks + b] = sum;
   }
-  block.scales[r] = scale;
+  rows.scales[r] = scale;
 }
 
-// Scales sums of a group of kLanes outputs.
-struct GroupScale {
-  vf scale, zero{};
-  const int32_t* row_sums;    // [rows] of num_groups each
-  const float* row_scales;    // [rows]
-  int64_t num_groups;
-  bool is_first, is_last, has_zeros;
-  FL_INLINE GroupScale(const CodedWeight& weight, const Int8Rows& block, int64_t r0, int64_t panel, int64_t g, int v)
-      : scale(of_group(weight.scales, panel, g, v)), row_sums(block.sums + r0 * weight.num_groups() + g),
-        row_scales(block.scales + r0), num_groups(weight.num_groups()), is_first(g == 0), is_last(g == num_groups - 1),
-        has_zeros(weight.zeros.present()) {
-    if (has_zeros) zero = of_group(weight.zeros, panel, g, v);
+template <class Kind>
+void pack_integers(const CodedWeight& weight, const IntegerRows<2>& rows, const float* x, float, int8_t* codes,
+                   int64_t r) {
+  int64_t padded = padded_inputs(weight.num_k);
+  for (int64_t b = 0; b < rows.num_blocks; ++b) {
+    int64_t k = b * rows.block, n = b + 1 < rows.num_blocks ? rows.block : padded - k, at = r * rows.num_blocks + b;
+    rows.scales[at] = split_block(x + k, n, codes + k, codes + padded + k, rows.sums[at]);
   }
-  // Adds the sums of row r0 + r to c, and with the last group scales c by the row's own scale.
+  for (int p = 0; p < 2; ++p)
+    store_operands<Kind>(codes + p * padded, padded, rows.words + p * rows.plane + r * rows.step);
+}
+
+// Scales sums of a block of kLanes outputs.
+template <int PLANES>
+struct BlockScale {
+  vf scale, zero{};
+  const int32_t* row_sums;    // [rows] of num_blocks each
+  const float* row_scales;    // [rows], or of num_blocks each
+  int64_t num_blocks;
+  bool is_first, is_last, has_zeros, counts_up;
+  FL_INLINE BlockScale(const CodedWeight& weight, const IntegerRows<PLANES>& rows, int64_t r0, int64_t panel, int64_t b,
+                       int v)
+      : row_sums(rows.sums + r0 * rows.num_blocks + b),
+        row_scales(rows.scales + (PLANES == 1 ? r0 : r0 * rows.num_blocks + b)), num_blocks(rows.num_blocks),
+        is_first(b == 0), is_last(b == rows.num_blocks - 1), has_zeros(weight.zeros.present()),
+        counts_up(weight.counts_up) {
+    int64_t group = weight.group ? b * rows.block / weight.group : 0;
+    scale = of_group(weight.scales, panel, group, v);
+    if (has_zeros) zero = of_group(weight.zeros, panel, group, v);
+  }
+  // Adds the sums of row r0 + r to c; with one plane, the last block scales c by the row's own scale.
   FL_INLINE void add(int64_t r, vi sums, float* c) const {
     vf sum = __builtin_convertvector(sums, vf);
-    if (has_zeros) sum = fma(set1(-static_cast<float>(row_sums[r * num_groups])), zero, sum);
+    if (has_zeros) sum = fma(set1(-static_cast<float>(row_sums[r * num_blocks])), zero, sum);
     vf total = fma(scale, sum, is_first ? vf{} : load(c));
     store(c, is_last ? total * set1(row_scales[r]) : total);
+  }
+  FL_INLINE void add(int64_t r, vi high, vi low, float* c) const {
+    float of_row = row_scales[r * num_blocks];
+    vf sum = __builtin_convertvector((high << 8) + low, vf), of_x{};
+    if (has_zeros) of_x = set1(static_cast<float>(row_sums[r * num_blocks]));
+    if (has_zeros && !counts_up) sum = fma(-of_x, zero, sum);
+    vf total = fma(scale * set1(of_row), sum, is_first ? vf{} : load(c));
+    store(c, has_zeros && counts_up ? fma(of_x * set1(of_row), zero, total) : total);
   }
 };
 
 // c[ROWS][PANELS * 16] of rows from r0 on and panels from `panel` on; those `ahead` words on are prefetched.
-template <int ROWS, int PANELS, class Kind>
-FL_INLINE void int8_tile(const CodedWeight& weight, const Int8Rows& block, int64_t r0, int64_t panel, int64_t ahead,
-                         float* c, int64_t ldc) {
+template <int ROWS, int PANELS, class Kind, int PLANES>
+FL_INLINE void int8_tile(const CodedWeight& weight, const IntegerRows<PLANES>& rows, int64_t r0, int64_t panel,
+                         int64_t ahead, float* c, int64_t ldc) {
   constexpr int kVecs = PANELS * kPanelVecs;
-  const uint32_t *x = block.words + r0 * block.step, *panels = weight.words(panel);
-  int64_t num_groups = weight.num_groups(), num_words = weight.codes.sizes[1];
-  int64_t group_words = weight.group ? weight.group / Kind::kCodes : num_words;
-  const int32_t* sums = block.sums + r0 * num_groups;
-  for (int64_t g = 0; g < num_groups; ++g) {
-    vi acc[ROWS][kVecs];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = set1i(-Kind::kOffset * sums[r * num_groups + g]);
-    int64_t end = (g + 1) * group_words < num_words ? (g + 1) * group_words : num_words;
-    for (int64_t i = g * group_words; i < end; ++i) {
+  const uint32_t *x = rows.words + r0 * rows.step, *panels = weight.words(panel);
+  int64_t num_words = weight.codes.sizes[1], block_words = (rows.block + Kind::kCodes - 1) / Kind::kCodes;
+  const int32_t* sums = rows.sums + r0 * rows.num_blocks;
+  for (int64_t b = 0; b < rows.num_blocks; ++b) {
+    // With two planes the low one takes what an offset adds to both.
+    vi acc[PLANES][ROWS][kVecs];
+    for (int p = 0; p < PLANES; ++p)
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < kVecs; ++v)
+          acc[p][r][v] = p == PLANES - 1 ? set1i(-Kind::kOffset * sums[r * rows.num_blocks + b]) : vi{};
+    int64_t end = (b + 1) * block_words < num_words ? (b + 1) * block_words : num_words;
+    for (int64_t i = b * block_words; i < end; ++i) {
       vu words[kVecs];
       for (int p = 0; p < PANELS; ++p) {
         const uint32_t* line = panels + p * weight.panel_words() + i * kPanel;
@@ -135,36 +204,49 @@ FL_INLINE void int8_tile(const CodedWeight& weight, const Int8Rows& block, int64
       for (int j = 0; j < Kind::kOperands; ++j) {
         vu y[kVecs];
         for (int v = 0; v < kVecs; ++v) y[v] = Kind::operand(words[v], j);
-        for (int r = 0; r < ROWS; ++r) {
-          vu all = x[r * block.step + i * Kind::kOperands + j] - vu{};
-          for (int v = 0; v < kVecs; ++v) acc[r][v] = dot_codes<Kind>(acc[r][v], y[v], all);
-        }
+        for (int p = 0; p < PLANES; ++p)
+          for (int r = 0; r < ROWS; ++r) {
+            vu all = x[p * rows.plane + r * rows.step + i * Kind::kOperands + j] - vu{};
+            for (int v = 0; v < kVecs; ++v) acc[p][r][v] = dot_codes<Kind>(acc[p][r][v], y[v], all);
+          }
       }
     }
     for (int p = 0; p < PANELS; ++p)
       for (int v = 0; v < kPanelVecs; ++v) {
-        GroupScale scale(weight, block, r0, panel + p, g, v);
-        for (int r = 0; r < ROWS; ++r)
-          scale.add(r, acc[r][p * kPanelVecs + v], c + r * ldc + p * kPanel + v * kLanes);
+        BlockScale<PLANES> scale(weight, rows, r0, panel + p, b, v);
+        for (int r = 0; r < ROWS; ++r) {
+          float* to = c + r * ldc + p * kPanel + v * kLanes;
+          if constexpr (PLANES == 1) scale.add(r, acc[0][r][p * kPanelVecs + v], to);
+          else scale.add(r, acc[0][r][p * kPanelVecs + v], acc[1][r][p * kPanelVecs + v], to);
+        }
       }
   }
 }
 
-template <int ROWS, class Kind>
-[[gnu::noinline]] void int8_strip(const CodedWeight& weight, const Int8Rows& block, int64_t r0, int64_t panel,
+// Panels side by side, and the most rows of a tile: as many sums as there are registers.
+template <int PLANES>
+constexpr int int8_panels(int rows) {
+  if (kLanes == 16) return rows <= (PLANES == 1 ? 2 : 3) ? 4 : 2;
+  return kLanes == 8 && rows <= (PLANES == 1 ? 2 : 1) ? 2 : 1;
+}
+template <int PLANES>
+constexpr int kMostRows = PLANES == 1 ? kTileRows : kTileRows / 2;
+
+template <int ROWS, class Kind, int PLANES>
+[[gnu::noinline]] void int8_strip(const CodedWeight& weight, const IntegerRows<PLANES>& rows, int64_t r0, int64_t panel,
                                   int num_panels, int64_t ahead, float* c, int64_t ldc) {
-  constexpr int kSide = codes_panels(ROWS);
+  constexpr int kSide = int8_panels<PLANES>(ROWS);
   int p = 0;
   for (; p + kSide <= num_panels; p += kSide)
-    int8_tile<ROWS, kSide, Kind>(weight, block, r0, panel + p, ahead, c + p * kPanel, ldc);
-  for (; p < num_panels; ++p) int8_tile<ROWS, 1, Kind>(weight, block, r0, panel + p, ahead, c + p * kPanel, ldc);
+    int8_tile<ROWS, kSide, Kind>(weight, rows, r0, panel + p, ahead, c + p * kPanel, ldc);
+  for (; p < num_panels; ++p) int8_tile<ROWS, 1, Kind>(weight, rows, r0, panel + p, ahead, c + p * kPanel, ldc);
 }
 
-template <class Kind, int ROWS = kTileRows>
-FL_INLINE void int8_rows(int rows, const CodedWeight& weight, const Int8Rows& block, int64_t r0, int64_t panel,
+template <class Kind, int PLANES, int ROWS = kMostRows<PLANES>>
+FL_INLINE void int8_rows(int num, const CodedWeight& weight, const IntegerRows<PLANES>& rows, int64_t r0, int64_t panel,
                          int num_panels, int64_t ahead, float* c, int64_t ldc) {
-  if (rows == ROWS) return int8_strip<ROWS, Kind>(weight, block, r0, panel, num_panels, ahead, c, ldc);
-  if constexpr (ROWS > 1) int8_rows<Kind, ROWS - 1>(rows, weight, block, r0, panel, num_panels, ahead, c, ldc);
+  if (num == ROWS) return int8_strip<ROWS, Kind>(weight, rows, r0, panel, num_panels, ahead, c, ldc);
+  if constexpr (ROWS > 1) int8_rows<Kind, PLANES, ROWS - 1>(num, weight, rows, r0, panel, num_panels, ahead, c, ldc);
 }
 
 }  // namespace
