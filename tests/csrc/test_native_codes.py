@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_fixtures import FLOATS, integer_isa, isa, ops, with_threads
+from native_fixtures import FLOATS, any_isa, isa, ops, with_threads
 from ops_cases import assert_kernels_agree
 
 from fuseline import _C
@@ -13,7 +13,7 @@ from fuseline.compile.ops.library import Make
 from fuseline.compile.ops.linear_codes import linear_codes, random_weight, to_panels, to_words
 from fuseline.compile.ops.registry import registry
 
-__all__ = ["integer_isa", "isa"]
+__all__ = ["any_isa", "isa"]
 NUM_IN, NUM_OUT = 1090, 333
 KIND_GROUPS = [
     ("int8", 128, True), ("int8", 0, False), ("fp8", 0, True), ("int4", 32, True), ("nf4", 64, False),
@@ -35,7 +35,7 @@ def run(x: torch.Tensor, parts: tuple, group: int, kind: str, order: torch.Tenso
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("kind", "group", "has_zeros"), KIND_GROUPS)
-def test_a_row_does_not_depend_on_its_batch_or_on_threads(integer_isa, kind, group, has_zeros, dtype):
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(any_isa, kind, group, has_zeros, dtype):
     x = torch.randn(300, NUM_IN, generator=torch.Generator().manual_seed(1)).to(dtype)
     parts, order = weight_of(kind, group, has_zeros), torch.randperm(NUM_IN)
     whole = run(x, parts, group, kind, order)
@@ -46,7 +46,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(integer_isa, kind, gro
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_code_has_its_value(integer_isa, kind):
+def test_every_code_has_its_value(any_isa, kind):
     """Each of 256 or 16 codes times 1, alone in its group."""
     bits = 8 if kind in EIGHT_BITS else 4
     codes = torch.arange(1 << bits).repeat(16 * 8 // (1 << bits) + 1)[: 16 * 8].reshape(16, 8).to(torch.uint8)
@@ -68,7 +68,7 @@ def check_values(kind: str, codes: torch.Tensor) -> None:
         assert torch.equal(out, rounded)
 
 
-def test_strided_rows_and_none(integer_isa):
+def test_strided_rows_and_none(any_isa):
     parts = weight_of("int8", 128, False)
     x = torch.randn(4, 5, 2 * NUM_IN)
     want = run(x[..., :NUM_IN].contiguous(), parts, 128, "int8")
@@ -80,7 +80,7 @@ def test_strided_rows_and_none(integer_isa):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_kernel_agrees_with_its_reference(integer_isa, dtype):
+def test_the_kernel_agrees_with_its_reference(any_isa, dtype):
     assert_kernels_agree(registry()["linear_codes"], dtype)
 
 
@@ -98,7 +98,7 @@ def exact(x: torch.Tensor, parts: tuple, group: int, kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("kind", "group", "has_zeros"), INTEGER_GROUPS)
-def test_inputs_within_a_factor_of_64_are_exact(integer_isa, kind, group, has_zeros, dtype):
+def test_inputs_within_a_factor_of_64_are_exact(any_isa, kind, group, has_zeros, dtype):
     """Their products are: what differs from float64 is the sum of float32, a few of its roundings."""
     generator = torch.Generator().manual_seed(5)
     steps = torch.randint(128, 256, (30, NUM_IN), generator=generator) / 128
@@ -110,7 +110,7 @@ def test_inputs_within_a_factor_of_64_are_exact(integer_isa, kind, group, has_ze
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("kind", "group", "has_zeros"), INTEGER_GROUPS)
-def test_a_large_input_costs_its_block_alone_precision(integer_isa, kind, group, has_zeros, dtype):
+def test_a_large_input_costs_its_block_alone_precision(any_isa, kind, group, has_zeros, dtype):
     x = torch.randn(16, NUM_IN, generator=torch.Generator().manual_seed(6)).to(dtype)
     x[:, 70] = 3000.0
     parts = weight_of(kind, group, has_zeros)
@@ -125,7 +125,7 @@ def test_a_large_input_costs_its_block_alone_precision(integer_isa, kind, group,
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("kind", ("int8", "int4", "uint4"))
-def test_a_row_of_halves_that_is_not_finite_stays_so_and_others_stay_finite(integer_isa, kind, dtype):
+def test_a_row_of_halves_that_is_not_finite_stays_so_and_others_stay_finite(any_isa, kind, dtype):
     x, parts = torch.randn(40, NUM_IN).to(dtype), weight_of(kind, 32, kind == "uint4")
     largest, least = min(1e20, torch.finfo(dtype).max), torch.finfo(dtype).smallest_normal
     x[0, 3], x[1, 5], x[2], x[3], x[4, 9] = torch.nan, torch.inf, 0, least, largest
@@ -146,7 +146,7 @@ def test_ids_outside_a_weight_read_as_zeros(isa):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_int8_kernel_agrees_with_its_reference(integer_isa, dtype):
+def test_the_int8_kernel_agrees_with_its_reference(any_isa, dtype):
     assert_kernels_agree(registry()["linear_codes_int8"], dtype)
 
 
@@ -160,7 +160,7 @@ INT8_GROUPS = [("int8", 128), ("int8", 0), ("int8", 8), ("int4", 32), ("int4", 6
 
 
 @pytest.mark.parametrize(("kind", "group"), INT8_GROUPS)
-def test_an_int8_row_does_not_depend_on_its_batch_or_on_threads(integer_isa, kind, group):
+def test_an_int8_row_does_not_depend_on_its_batch_or_on_threads(any_isa, kind, group):
     x = torch.randn(300, NUM_IN, generator=torch.Generator().manual_seed(1))
     parts = weight_of(kind, group, has_zeros=group == 128)
     whole = run_int8(x, parts, group, kind)
@@ -185,7 +185,7 @@ def test_sums_of_integers_are_the_same_on_every_instruction_set():
 
 @pytest.mark.parametrize("x_scale", (None, torch.tensor([0.02])), ids=("by_row", "fixed"))
 @pytest.mark.parametrize("kind", ("int8", "int4"))
-def test_a_row_that_is_not_finite_stays_so_and_zeros_stay_zero(integer_isa, kind, x_scale):
+def test_a_row_that_is_not_finite_stays_so_and_zeros_stay_zero(any_isa, kind, x_scale):
     x, parts = torch.randn(5, NUM_IN), weight_of(kind, 32, False)
     x[0, 3], x[1, 5], x[2] = torch.nan, torch.inf, 0
     out = run_int8(x, parts, 32, kind, x_scale)

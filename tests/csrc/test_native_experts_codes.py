@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_fixtures import isa, ops, with_threads
+from native_fixtures import any_isa, ops, with_threads
 
 from fuseline.compile.ops.coded import KINDS
 from fuseline.compile.ops.experts_codes import random_experts
 from fuseline.compile.ops.library import Make
 
-__all__ = ["isa"]
+__all__ = ["any_isa"]
 DIM, HIDDEN, NUM, TOP_K = 600, 530, 4, 2
 GLU_OSS = 4
 LAYOUTS = [
@@ -43,7 +43,7 @@ def tokens(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize(("first", "second"), LAYOUTS)
-def test_a_token_does_not_depend_on_its_batch_or_on_threads(isa, first, second, dtype):
+def test_a_token_does_not_depend_on_its_batch_or_on_threads(any_isa, first, second, dtype):
     layer, (x, ids, weights) = Layer(first, second), tokens(160, dtype)
     whole = layer.run(x, ids, weights)
     assert whole.isfinite().all()
@@ -53,7 +53,7 @@ def test_a_token_does_not_depend_on_its_batch_or_on_threads(isa, first, second, 
         assert torch.equal(part, whole[begin:end]), (begin, end)
 
 
-def test_ids_that_are_no_expert_add_nothing_and_only_touched_experts_are_read(isa):
+def test_ids_that_are_no_expert_add_nothing_and_only_touched_experts_are_read(any_isa):
     layer, (x, _, weights) = Layer(*LAYOUTS[1]), tokens(4, torch.float32)
     want = layer.run(x, torch.tensor([[0, 2]] * 4), torch.cat((weights[:, :1], weights[:, 1:] * 0), 1))
     layer.gate_up[1][1:] = layer.down[1][1:] = float("nan")

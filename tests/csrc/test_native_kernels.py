@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from native_fixtures import INTEGER_ISAS, key_panels
+from native_fixtures import EXTENDING_ISAS, key_panels
 
 from fuseline import _C
 from fuseline.compile.ops.linear import pack
@@ -22,7 +22,7 @@ UNARY = {
 POSITIVE = {10: torch.rsqrt, 11: torch.sqrt, 14: torch.reciprocal, 16: torch.log}
 
 
-@pytest.fixture(params=[isa for isa in _C.available_isas() if isa not in INTEGER_ISAS], autouse=True)
+@pytest.fixture(params=[isa for isa in _C.available_isas() if isa not in EXTENDING_ISAS], autouse=True)
 def isa(request):
     before = _C.cpu_isa()
     _C.set_cpu_isa(request.param)

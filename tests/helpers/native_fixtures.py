@@ -11,17 +11,17 @@ from fuseline import _C
 
 ops = torch.ops.fuseline_cpu
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INTEGER_ISAS = ("avxvnni", "avx512vnni", "amx")
-"""Differ from others only in `linear_codes_int8` (csrc/cpu/isa/isa.cpp)."""
+EXTENDING_ISAS = ("avxvnni", "avx512vnni", "amx")
+"""Differ from those they extend in `linear` and in products of integers only (csrc/cpu/isa/isa.cpp)."""
 
 
-@pytest.fixture(params=[isa for isa in _C.available_isas() if isa not in INTEGER_ISAS])
+@pytest.fixture(params=[isa for isa in _C.available_isas() if isa not in EXTENDING_ISAS])
 def isa(request) -> Iterator[str]:
     yield from switched_to(request)
 
 
 @pytest.fixture(params=_C.available_isas())
-def integer_isa(request) -> Iterator[str]:
+def any_isa(request) -> Iterator[str]:
     yield from switched_to(request)
 
 

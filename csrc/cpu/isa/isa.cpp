@@ -32,6 +32,7 @@ FL_DECLARE(avxvnni)
 FL_DECLARE(avx512vnni)
 FL_DECLARE(avx512bf16)
 FL_DECLARE(amx)
+namespace amx { void linear_tiles(const Tensor* t, const int64_t* i, const double* f); }
 #endif
 #undef FL_DECLARE
 
@@ -59,7 +60,7 @@ std::vector<OpFn> table_of(const OpFn* kernels, OpFn linear_codes, OpFn experts_
 bool has_tiles() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -86,6 +87,7 @@ const std::vector<Isa>& isas() {
     found.push_back({"avx512vnni", FL_TABLE(avx512vnni, avx512), has_vnni});
     found.push_back({"avx512bf16", FL_TABLE(avx512bf16, avx512bf16), has_bf16});
     found.push_back({"amx", FL_TABLE(amx, avx512bf16), has_bf16 && has_tiles()});
+    found.back().table[kOp_linear] = amx::linear_tiles;
 #undef FL_TABLE
 #endif
     return found;

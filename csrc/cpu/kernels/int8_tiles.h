@@ -4,6 +4,7 @@
 // and scaled by the same code, so that they are those of the vector instructions.
 #pragma once
 #include "int8_product.h"
+#include "tile_config.h"
 
 namespace fuseline::FL_ISA {
 namespace {
@@ -11,14 +12,6 @@ namespace {
 #if defined(__AMX_INT8__)
 template <int PLANES>
 constexpr int64_t kTileMinRows = PLANES == 1 ? 24 : 12;   // fewer are limited by memory
-constexpr int kTile = 16;             // rows, outputs, and words of inputs
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Tiles 0 to 3 hold sums of two times `rows` rows by two panels, 4 and 5 rows, 6 and 7 panels, of `words` of inputs each.
 // With two planes, those of 16 rows take the places of two times 16.
 inline void configure_tiles(int words, int64_t rows) {
@@ -27,7 +20,7 @@ inline void configure_tiles(int words, int64_t rows) {
     config.rows[t] = static_cast<uint8_t>(t >= 6 ? words : rows < kTile ? rows : kTile);
     config.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? words * 4 : 64);
   }
-  _tile_loadconfig(&config);
+  load_config(config);
 }
 
 // Operands of a panel, [padded_inputs(K) / 4][16]: in place, or made in `space`.
