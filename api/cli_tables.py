@@ -18,7 +18,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ).split(),
     "memory and scheduling": (
         "kv_cache_dtype calculate_kv_scales block_size enable_prefix_caching gpu_memory_utilization "
-        "kv_cache_memory_bytes num_gpu_blocks_override swap_space preemption_mode cpu_offload_gb "
+        "kv_cache_memory_bytes num_gpu_blocks_override state_snapshot_share swap_space "
+        "preemption_mode cpu_offload_gb "
         "max_num_batched_tokens max_num_seqs max_num_queued_reqs scheduler_cls scheduling_policy "
         "scheduler_delay_factor async_scheduling "
         "enable_chunked_prefill chunked_prefill_size max_num_partial_prefills max_long_partial_prefills "

@@ -110,6 +110,9 @@ def _ranges(config: ServerConfig) -> None:
     if not 0 < config.engine.cache.gpu_memory_utilization <= 1:
         fraction = config.engine.cache.gpu_memory_utilization
         raise ConfigError(f"--gpu-memory-utilization {fraction}: must be above 0 and at most 1")
+    if not 0 <= config.engine.cache.state_snapshot_share < 1:
+        share = config.engine.cache.state_snapshot_share
+        raise ConfigError(f"--state-snapshot-share {share}: must be at least 0 and below 1")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if config.engine.cache.swap_space > 0.7 * memory and config.engine.cache.swap_space != 4.0:
         space = config.engine.cache.swap_space

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     Mamba2Config,
     PreTrainedConfig,
@@ -57,6 +58,14 @@ def shapes() -> dict[str, PreTrainedConfig]:
         "mamba2-370m": Mamba2Config(
             hidden_size=1024, num_hidden_layers=48, num_heads=32, head_dim=64, n_groups=1, state_size=128,
             vocab_size=50288, tie_word_embeddings=True,
+        ),
+        # Granite-4.0-H-350M
+        "granite-4.0-h-350m": GraniteMoeHybridConfig(
+            hidden_size=768, intermediate_size=2048, shared_intermediate_size=2048, num_hidden_layers=32,
+            layer_types=["attention" if k in (10, 13, 17, 27) else "mamba" for k in range(32)], num_local_experts=0,
+            num_experts_per_tok=0, num_attention_heads=12, num_key_value_heads=4, mamba_n_heads=48, mamba_d_head=32,
+            mamba_n_groups=1, mamba_d_state=128, vocab_size=100352, max_position_embeddings=32768,
+            position_embedding_type="nope", tie_word_embeddings=True,
         ),
         # Qwen3.5-0.8B, its text model
         "qwen3.5-0.8b": Qwen3_5TextConfig(

@@ -25,6 +25,9 @@ class CacheConfig:
     """GiB of host memory for swapped sequences; nothing to swap to on CPU: accepted, treated as 0."""
     fits_context: bool = False
     """Shorten the context to what the KV cache can hold of one sequence (--max-model-len auto)."""
+    state_snapshot_share: float = 0.25
+    """Share of the cache memory for snapshots of recurrent states, by which models with such states find prefixes.
+    States that no sequence uses hold some too."""
     preemption_mode: Literal["recompute", "swap"] = "recompute"
     """How a preempted sequence goes on: computed anew, or on a GPU from its KV in swap space while there is room."""
 

@@ -48,7 +48,6 @@ class Requests:
         switch = info.rope_switch
         self._options = SequenceOptions(
             is_caching=config.cache.enable_prefix_caching,
-            can_share_kv=not info.state_specs,
             rope_threshold=switch.threshold if switch else None,
         )
         self._num_added = 0

@@ -9,7 +9,7 @@ import numpy as np
 from fuseline.engine.memory.block_pool import NULL_BLOCK
 from fuseline.engine.memory.cache_groups import CacheGroup
 from fuseline.engine.memory.prefix_cache import PrefixTree
-from fuseline.engine.memory.state_pool import StatePool
+from fuseline.engine.memory.state_pool import KnownPrefixes, StatePool
 from fuseline.engine.memory.swap import SwapSpace
 from fuseline.engine.state.block_keys import extend_keys
 from fuseline.engine.state.sequence import Sequence
@@ -28,16 +28,18 @@ class KVManager:
         num_host_blocks: Seq[int] = (),
         num_states: int = 0,
     ) -> None:
-        """`num_states`: slots of recurrent states; 0 for a model without. Such states are not swapped."""
+        """`num_states`: slots of recurrent states, snapshots included; 0 for a model without. Such states are not
+        swapped.
+        """
         self.block_size = block_size
         self._tree = PrefixTree()
         self.groups = [CacheGroup(w, block_size, n, self._tree) for w, n in zip(windows, num_blocks, strict=True)]
-        self.states = StatePool(num_states) if num_states else None
+        self.states = StatePool(num_states, self._tree) if num_states else None
+        self._known = KnownPrefixes()
         self.swap = SwapSpace(num_host_blocks) if num_host_blocks and not num_states else None
         self._epoch = 0
         self._windowed = [(index, group) for index, group in enumerate(self.groups) if group.window]
         self._forks: list[list[tuple[int, int]]] = [[] for _ in self.groups]
-        self._forked_states: list[tuple[int, int]] = []
         self.in_flight: dict[bytes, Sequence] = {}
         """Keys of blocks that will soon be in the cache, and the running sequence that computes each."""
         self.tables = np.zeros((len(self.groups), max_num_seqs, -(-max_model_len // block_size)), np.int32)
@@ -45,9 +47,11 @@ class KVManager:
 
     @property
     def usage(self) -> float:
-        """Share of blocks in use of the fullest group, or of the states if that is more."""
+        """Share of blocks in use of the fullest group, or of the states that sequences can have if that is more."""
         blocks = max((g.pool.num_used / g.pool.num_blocks for g in self.groups), default=0.0)
-        return max(blocks, self.states.usage) if self.states else blocks
+        if self.states is None:
+            return blocks
+        return max(blocks, self.states.num_held / min(self.states.num_slots, len(self.num_slots)))
 
     def take_lifetimes(self) -> tuple[float, ...]:
         """Seconds for which blocks of all groups have kept their content that have lost it since the last call."""
@@ -58,7 +62,9 @@ class KVManager:
         return taken
 
     def find_prefix(self, seq: Sequence) -> int:
-        """Blocks of `seq`'s tokens that are cached in every group; at least one token is left to compute."""
+        """Blocks of `seq`'s tokens that are cached in every group, with a snapshot of the state behind them where the
+        model has states; at least one token is left to compute.
+        """
         if not seq.reads_cache:
             return 0
         hit = (seq.num_tokens - 1) // self.block_size
@@ -68,22 +74,39 @@ class KVManager:
             before = hit
             for group in self.groups:
                 hit = group.longest_hit(seq.keys, hit)
+            if self.states:
+                hit = self.states.longest_hit(seq.keys, hit)
             settled = hit == before
         return hit
 
     def find_in_flight(self, seq: Sequence, hit: int) -> bytes | None:
-        """Key of the last block that running sequences compute for `seq` too; None when nobody computes its next."""
+        """Key of the last block that running sequences compute for `seq` too; None when nobody computes its next. With
+        states it need not be the next: blocks before it may be computed already.
+        """
+        keys = seq.keys[hit : (seq.num_tokens - 1) // self.block_size] if seq.reads_cache else []
+        if self.states:
+            return next((key for key in reversed(keys) if key in self.in_flight), None)
         last = None
-        if seq.reads_cache:
-            for key in seq.keys[hit : (seq.num_tokens - 1) // self.block_size]:
-                if key not in self.in_flight:
-                    break
-                last = key
+        for key in keys:
+            if key not in self.in_flight:
+                break
+            last = key
         return last
 
     def find_start(self, seq: Sequence) -> int:
         """Tokens of a waiting sequence that need no computing: they are in the prefix cache, or were swapped out."""
         return seq.swapped.num_computed if seq.swapped else self.find_prefix(seq) * self.block_size
+
+    def choose_borders(self, seq: Sequence, num_computed: int) -> None:
+        """Choose where the state of a waiting sequence, which starts behind `num_computed` tokens, is kept: behind the
+        last block of its prompt that others can take over, and where its prompt parts from those that are known.
+        """
+        seq.borders = []
+        if self.states is None or seq.cache_root is None:
+            return
+        end = (seq.prompt_len - 1) // self.block_size
+        shared = self._known.longest(seq.keys, min(end, len(seq.keys))) if seq.reads_cache else 0
+        seq.borders = [n * self.block_size for n in {shared, end} if n * self.block_size > num_computed]
 
     def start(self, seq: Sequence, num_computed: int, num_tokens: int) -> bool:
         """Give a sequence the blocks of its first `num_computed` tokens, as `find_start` has them.
@@ -107,7 +130,7 @@ class KVManager:
                 if block != NULL_BLOCK:
                     group.pool.take(block)
         if self.states:
-            seq.state_slot = self.states.allocate()
+            seq.state_slot = self.states.restore(seq.keys[hit - 1]) if hit else self.states.allocate()
         seq.blocks = reused
         seq.first_held = [group.first_visible(hit * self.block_size) for group in self.groups]
         seq.num_committed, seq.cache_epoch = hit, self._epoch
@@ -160,7 +183,7 @@ class KVManager:
             return False
         if self.states:
             child.state_slot = self.states.allocate()
-            self._forked_states.append((parent.state_slot, child.state_slot))
+            self.states.copy(parent.state_slot, child.state_slot)
         child.blocks = []
         for index, (group, blocks) in enumerate(zip(self.groups, parent.blocks, strict=True)):
             for block in blocks[:full]:
@@ -181,13 +204,14 @@ class KVManager:
         taken, self._forks = self._forks, [[] for _ in self.groups]
         return tuple(np.array(pairs, np.int64).reshape(-1, 2).T for pairs in taken)
 
-    def take_forked_states(self) -> np.ndarray | None:
-        """[2, F]: slots to copy, and those to copy them to; None without any since the last call."""
-        taken, self._forked_states = self._forked_states, []
-        return np.array(taken, np.int64).T if taken else None
+    def take_state_copies(self) -> np.ndarray | None:
+        """As `StatePool.take_copies` has them."""
+        return self.states.take_copies() if self.states else None
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
-        """Make the blocks of the first `num_tokens` tokens findable: they are known, and computed by a started step."""
+        """Make the blocks of the first `num_tokens` tokens findable: they are known, and computed by a started step,
+        the last one, behind which the state may be kept.
+        """
         end = num_tokens // self.block_size
         if seq.cache_root is None or seq.cache_epoch != self._epoch or end <= seq.num_committed:
             return
@@ -197,6 +221,8 @@ class KVManager:
             for group, blocks in zip(self.groups, seq.blocks, strict=True):
                 if blocks[index] != NULL_BLOCK:
                     group.pool.commit(blocks[index], seq.keys, index, seq.request.request_id)
+        if self.states:
+            self._keep_state(seq, num_tokens)
         seq.num_committed = end
 
     def free(self, seq: Sequence) -> None:
@@ -210,7 +236,7 @@ class KVManager:
         seq.num_committed = 0
         if seq.state_slot >= 0:
             self.states.free(seq.state_slot)
-            seq.state_slot = -1
+            seq.state_slot, seq.newest_snapshot = -1, None
 
     def swap_out(self, seq: Sequence) -> bool:
         """Save the KV of a running sequence that is about to lose its row. False when the host lacks blocks for it."""
@@ -235,23 +261,45 @@ class KVManager:
         self.in_flight.clear()
         for group in self.groups:
             group.pool.forget_all()
+        if self.states:
+            self.states.forget_all()
+            self._known.clear()
 
     def forget_request(self, request_id: str) -> set[bytes]:
-        """The blocks that a request has committed leave the prefix cache, and those computed from them, whoever did it.
+        """The blocks and states that a request has committed leave the prefix cache, and those computed from them,
+        whoever did it.
 
         Returns their keys: sequences that have one of them must not commit any more (`stop_commits`).
         """
-        faulty = set().union(*(group.pool.keys_of(request_id) for group in self.groups))
+        pools = [group.pool for group in self.groups] + ([self.states] if self.states else [])
+        faulty = set().union(*(pool.keys_of(request_id) for pool in pools))
         if faulty:
             faulty |= self._tree.descendants(faulty)
-        for group in self.groups:
-            group.pool.forget(faulty)
+        for pool in pools:
+            pool.forget(faulty)
         return faulty
 
     def stop_commits(self, seq: Sequence) -> None:
         """Others do not find what the sequence computes until it is started anew."""
         self._drop_in_flight(seq)
         seq.cache_epoch = -1
+
+    def _keep_state(self, seq: Sequence, num_tokens: int) -> None:
+        """Take a snapshot of the state behind `num_tokens` tokens where one is wanted. Behind the prompt that is at
+        every border, for a conversation that goes on from there, in place of the last one.
+        """
+        index = num_tokens // self.block_size - 1
+        if seq.shares_prefix:
+            self._known.add(seq.keys[seq.num_committed : index + 1])
+        if num_tokens % self.block_size:
+            return
+        if num_tokens in seq.borders:
+            seq.borders.remove(num_tokens)
+            self.states.save(seq.keys, index, seq.state_slot, seq.request.request_id)
+        elif num_tokens >= seq.prompt_len and seq.shares_prefix and seq.group is None:
+            replaced = seq.newest_snapshot
+            is_kept = self.states.save(seq.keys, index, seq.state_slot, seq.request.request_id, replaced)
+            seq.newest_snapshot = seq.keys[index] if is_kept else None
 
     def _swap_in(self, seq: Sequence, num_tokens: int) -> bool:
         """`start` of a swapped sequence. Blocks that the prefix cache still holds are not copied; those that are copied

@@ -9,6 +9,8 @@ from fuseline.compile.specs import CacheGroup, ModelInfo
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
 GIB = 1 << 30
+MAX_SNAPSHOTS = 4
+"""Snapshots of recurrent states for each sequence that may run: more would only hold old prefixes."""
 
 
 class SizingError(ValueError):
@@ -46,11 +48,34 @@ class CacheSize:
     num_blocks: tuple[int, ...]
     """Usable blocks per cache group; the caches get one more, the null block."""
     num_bytes: int
-    """KV blocks and recurrent states."""
+    """KV blocks, recurrent states and their snapshots."""
     table: tuple[tuple[str, str], ...]
     """Rows of the start-up table."""
     num_states: int = 0
-    """Slots of recurrent states; 0 for a model without."""
+    """Slots of recurrent states, those of snapshots included; 0 for a model without."""
+
+
+@dataclass(frozen=True)
+class _States:
+    """Slots of recurrent states."""
+
+    size: int = 0
+    """Bytes of one."""
+    num_running: int = 0
+    num_snapshots: int = 0
+    """Slots beyond those of running sequences."""
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.num_running + self.num_snapshots) * self.size
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """Of the start-up table."""
+        kinds = (
+            ("recurrent states", self.num_running, "sequences"),
+            ("state snapshots", self.num_snapshots, "prefixes, more in states that no sequence uses"),
+        )
+        return tuple((label, f"{_gib(num * self.size)}: {num} {what}") for label, num, what in kinds if num)
 
 
 @dataclass(frozen=True)
@@ -96,11 +121,13 @@ def check_override(config: EngineConfig, groups: Sequence[CacheGroup], max_model
 def size_cache(
     info: ModelInfo, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int, budget: KVBudget
 ) -> CacheSize:
-    """Slots of recurrent states for as many sequences as may run and fit, then blocks per group. Raises SizingError."""
+    """Slots of recurrent states for as many sequences as may run and fit, then those of snapshots, then blocks per
+    group. Raises SizingError.
+    """
     groups = [_group(info, index, cache, scheduler, max_model_len) for index in range(len(info.cache_groups))]
     num_bytes = budget.num_bytes if cache.kv_cache_memory_bytes is None else cache.kv_cache_memory_bytes
-    num_states, state_bytes = _size_states(info, scheduler, num_bytes, groups)
-    left = num_bytes - state_bytes
+    states = _size_states(info, cache, scheduler, num_bytes, groups)
+    left = num_bytes - states.num_bytes
     if cache.num_gpu_blocks_override is not None:
         count = cache.num_gpu_blocks_override
         num_blocks = tuple(count for _ in groups)
@@ -110,9 +137,9 @@ def size_cache(
     if any(count < group.min_blocks for group in groups):
         raise SizingError(_too_small(groups, count, left, cache, max_model_len))
     kv_bytes = sum((n + 1) * g.block_bytes for n, g in zip(num_blocks, groups, strict=True))
-    states = (("recurrent states", f"{_gib(state_bytes)}: {num_states} sequences"),) if num_states else ()
-    rows = (*states, *_table(cache, num_blocks, kv_bytes, max_model_len, budget, budget.free - kv_bytes - state_bytes))
-    return CacheSize(num_blocks, kv_bytes + state_bytes, rows, num_states)
+    used = kv_bytes + states.num_bytes
+    rows = (*states.rows(), *_table(cache, num_blocks, kv_bytes, max_model_len, budget, budget.free - used))
+    return CacheSize(num_blocks, used, rows, states.num_running + states.num_snapshots)
 
 
 def longest_context(
@@ -137,19 +164,25 @@ def longest_context(
 
 
 def _size_states(
-    info: ModelInfo, scheduler: SchedulerConfig, num_bytes: int, groups: list[_Group]
-) -> tuple[int, int]:  # fmt: skip
-    """(slots, their bytes): one for each running sequence, fewer where half of the memory holds no more beside KV."""
+    info: ModelInfo, cache: CacheConfig, scheduler: SchedulerConfig, num_bytes: int, groups: list[_Group]
+) -> _States:  # fmt: skip
+    """One for each running sequence, fewer where half of the memory holds no more beside KV. Snapshots get their share
+    of the memory, as far as it is left over by these and by the KV of one sequence of the full length.
+    """
     if not info.state_specs:
-        return 0, 0
+        return _States()
     size = sum(spec.bytes_per_sequence() for spec in info.state_specs)
-    num_states = min(scheduler.max_num_seqs, (num_bytes // 2 if groups else num_bytes) // size)
-    if num_states == 0:
+    num_running = min(scheduler.max_num_seqs, (num_bytes // 2 if groups else num_bytes) // size)
+    if num_running == 0:
         raise SizingError(
             f"the recurrent state of one sequence needs {_gib(size)} but {_gib(num_bytes)} is available; raise "
             "--gpu-memory-utilization or --kv-cache-memory-bytes"
         )
-    return num_states, num_states * size
+    if not cache.enable_prefix_caching:
+        return _States(size, num_running)
+    left = num_bytes - num_running * size - sum((group.min_blocks + 1) * group.block_bytes for group in groups)
+    num_snapshots = min(int(cache.state_snapshot_share * num_bytes), max(0, left)) // size
+    return _States(size, num_running, min(num_snapshots, MAX_SNAPSHOTS * scheduler.max_num_seqs))
 
 
 def _group(info: ModelInfo, index: int, cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int) -> _Group:

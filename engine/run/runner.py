@@ -64,7 +64,9 @@ class StatefulModel(Model, Protocol):
     def allocate_states(self, num_slots: int) -> None: ...
 
     def copy_states(self, pairs: np.ndarray) -> None:
-        """[2, F] int64: slots, and those that become copies of them before what is run next."""
+        """[2, F] int64: slots, and those that become copies of them before what is run next. A slot that is read may be
+        written too: all are read first.
+        """
 
 
 @runtime_checkable
@@ -172,8 +174,8 @@ class Runner:
         clock = _StepClock(self.device, self._traced)
         if prepared.scheduled.forks:
             self.model.copy_blocks(prepared.scheduled.forks)
-        if prepared.scheduled.forked_states is not None:
-            self.model.copy_states(prepared.scheduled.forked_states)
+        if prepared.scheduled.state_copies is not None:
+            self.model.copy_states(prepared.scheduled.state_copies)
         if prepared.scheduled.copies:
             self.model.swap(prepared.scheduled.copies)
         prepared.inputs.sampled = self._sampled

@@ -45,6 +45,15 @@ class StepBudget:
         self.counts[rows] = 1
         self.tokens_left -= len(rows)
 
+    def shorten(self, seq: Sequence, count: int) -> None:
+        """Compute no more than `count` tokens of a running sequence, if it takes part so far."""
+        excess = int(self.counts[seq.row]) - count
+        if excess > 0:
+            self.spare_rows += self._num_extra_rows(seq)
+            self.counts[seq.row] = count
+            self.tokens_left += excess
+            self.spare_rows -= self._num_extra_rows(seq)
+
     def drop(self, seq: Sequence) -> None:
         """Take a preempted sequence out again; its own row of logits becomes spare."""
         self.tokens_left += int(self.counts[seq.row])

@@ -123,8 +123,8 @@ class Scheduler:
         # An empty batch is not computed: its copies wait for the next one.
         if not batch.num_tokens:
             return batch
-        forks, states = self.kv.take_forks(), self.kv.take_forked_states()
-        return replace(batch, forks=forks, forked_states=states) if forks or states is not None else batch
+        forks, states = self.kv.take_forks(), self.kv.take_state_copies()
+        return replace(batch, forks=forks, state_copies=states) if forks or states is not None else batch
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Let `child`, whose last token alone is not computed for its parent, run with that one's KV. False where there
@@ -148,7 +148,7 @@ class Scheduler:
         if self.kv.swap:
             self.kv.swap.copies.clear()
         self.kv.take_forks()
-        self.kv.take_forked_states()
+        self.kv.take_state_copies()
 
     def _is_delay_over(self) -> bool:
         return self._delay is None or self._delay.is_over(self.waiting, bool(self.running))
@@ -184,7 +184,7 @@ class Scheduler:
         for seq, num_remaining in sorted(behind, key=lambda pair: (pair[1] > 1, pair[0].order)):
             if seq.row < 0:
                 continue
-            count = self._chunk(seq, num_remaining, budget)
+            count = _to_border(seq, seq.num_computed, self._chunk(seq, num_remaining, budget))
             if count and self._add_with_drafts(seq, count, budget):
                 continue
             if count and self._make_room(seq, seq.num_computed + count, budget):
@@ -237,6 +237,8 @@ class Scheduler:
             begin = self.kv.find_start(seq)
             awaited = None if seq.swapped else self.kv.find_in_flight(seq, begin // self.kv.block_size)
             if awaited is not None:
+                if self.kv.states:
+                    self._keep_state(seq, awaited, budget)
                 self.waiting.defer(awaited)
                 continue
             num_remaining = seq.num_tokens - begin
@@ -246,10 +248,18 @@ class Scheduler:
                 continue
             if count == 0 or (count < num_remaining and not self._has_partial_place(budget)):
                 break
-            if not self._start(seq, begin, count, budget):
+            self.kv.choose_borders(seq, begin)
+            if not self._start(seq, begin, _to_border(seq, begin, count), budget):
                 break
         for seq in passed_over:
             self.waiting.push(seq)
+
+    def _keep_state(self, seq: Sequence, key: bytes, budget: StepBudget) -> None:
+        """`seq` waits for the block `key`: whoever computes it ends a chunk there, and its state is kept."""
+        other, border = self.kv.in_flight[key], (seq.keys.index(key) + 1) * self.kv.block_size
+        if border not in other.borders:
+            other.borders.append(border)
+        budget.shorten(other, border - other.num_computed)
 
     def _has_row(self, seq: Sequence, budget: StepBudget) -> bool:
         # A deferred sequence keeps a row: those who pass cannot take it, and no more are deferred than there are rows.
@@ -269,8 +279,9 @@ class Scheduler:
         return True
 
     def _is_partial(self, budget: StepBudget) -> np.ndarray:
-        """[R] bool: rows whose prompt this step leaves unfinished."""
-        return self.rows.num_remaining() > np.maximum(1, budget.counts)
+        """[R] bool: rows whose prompt this step leaves unfinished, but for less than a block behind a kept state."""
+        rest = self.kv.block_size if self.kv.states else 0
+        return self.rows.num_remaining() > np.maximum(1, budget.counts) + rest
 
     def _has_partial_place(self, budget: StepBudget) -> bool:
         return np.count_nonzero(self._is_partial(budget)) < self.limits.num_partial
@@ -323,6 +334,11 @@ class Scheduler:
         self._free_rows.append(seq.row)
         self.rows.leave(seq)
         self.kv.free(seq)
+
+
+def _to_border(seq: Sequence, begin: int, count: int) -> int:
+    """`count` tokens from `begin` on, or those up to the first border at which the state of the sequence is kept."""
+    return min([count, *(border - begin for border in seq.borders if border > begin)])
 
 
 def scheduler_class(path: str) -> type[Scheduler]:

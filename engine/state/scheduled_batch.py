@@ -37,5 +37,5 @@ class ScheduledBatch:
     """Blocks to swap, in this order, before the step computes."""
     forks: tuple[np.ndarray, ...] = ()
     """[2, F] int64 for each cache group, or none: blocks, and those that become copies of them before all that."""
-    forked_states: np.ndarray | None = None
-    """[2, F] int64: slots of recurrent states, likewise; None: none."""
+    state_copies: np.ndarray | None = None
+    """[2, F] int64: slots of recurrent states to read, all before any is written, and those to write; None: none."""

@@ -120,6 +120,10 @@ class Sequence:
     """Its KV in host memory, while it waits to go on."""
     state_slot: int = -1
     """Slot of its recurrent state; -1 while it has none."""
+    borders: list[int] = field(default_factory=list)
+    """Numbers of tokens behind which its state is kept: chunks end there."""
+    newest_snapshot: bytes | None = None
+    """Key of the last state that was kept behind its prompt."""
     processors: tuple[Callable[..., Any], ...] = ()
     """Logits processors of its request."""
     grammar: TokenGrammar | None = None
@@ -192,8 +196,6 @@ class SequenceOptions:
 
     is_caching: bool
     """--enable-prefix-caching."""
-    can_share_kv: bool = True
-    """A recurrent state cannot be taken over at the border of a block."""
     rope_threshold: int | None = None
     """Longer prompts use the long rope table."""
 
@@ -205,7 +207,7 @@ def make_sequences(
     choices = _shared_choices(request.params)
     tokens = array("i", request.prompt_token_ids)
     is_long = options.rope_threshold is not None and len(request.prompt_token_ids) > options.rope_threshold
-    has_root = options.can_share_kv and (options.is_caching or len(choices) > 1)
+    has_root = options.is_caching or len(choices) > 1
     sequences = [
         Sequence(
             request=request,

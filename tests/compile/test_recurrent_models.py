@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import transformers
+from msgspec.structs import replace
 from native_fixtures import with_threads
 from paged_driver import greedy
+from recurrent_cases import FAMILIES, VOCAB, save_recurrent
 from zoo import tokenizer
 
 from fuseline.api.llm import LLM
@@ -22,6 +23,7 @@ from fuseline.compile.backends.cpu_plan.model import CpuModel
 from fuseline.compile.capture.reference import RandomModel
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.model_info import state_tensors
 from fuseline.compile.target import detect_target
 from fuseline.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.engine.engine import Engine
@@ -29,40 +31,8 @@ from fuseline.engine.messages import EngineRequest
 from fuseline.engine.params import SamplingParams
 from fuseline.engine.run.device import HostDevice, native_ops
 
-VOCAB, NUM_TOKENS = 128, 12
+NUM_TOKENS = 12
 PROMPTS = [torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (31, 9, 20)]
-COMMON: dict[str, Any] = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=4, vocab_size=VOCAB, max_position_embeddings=256,
-    bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
-HEADS: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2)
-DELTA: dict[str, Any] = COMMON | HEADS | dict(
-    head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=24,
-    full_attention_interval=2,
-)  # fmt: skip
-MAMBA2: dict[str, Any] = COMMON | HEADS | dict(
-    mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=12, mamba_chunk_size=8,
-)  # fmt: skip
-EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_next": ("Qwen3NextConfig", DELTA | EXPERTS | dict(shared_expert_intermediate_size=48)),
-    "qwen3_5": ("Qwen3_5TextConfig", DELTA),
-    "mamba2": ("Mamba2Config", COMMON | dict(num_heads=8, head_dim=16, n_groups=2, state_size=12, chunk_size=8)),
-    "granitemoehybrid": ("GraniteMoeHybridConfig", MAMBA2 | dict(
-        layer_types=["mamba", "attention", "mamba", "mamba"], num_local_experts=4, num_experts_per_tok=2,
-        shared_intermediate_size=48)),
-    "lfm2": ("Lfm2Config", COMMON | HEADS | dict(
-        layer_types=["conv", "full_attention", "conv", "conv"], block_multiple_of=8)),
-    "nemotron_h": ("NemotronHConfig", COMMON | HEADS | dict(
-        layers_block_type=["mamba", "mlp", "attention", "mamba"], head_dim=16, mamba_num_heads=8, mamba_head_dim=16,
-        n_groups=2, ssm_state_size=12, chunk_size=8)),
-    "bamba": ("BambaConfig", MAMBA2 | dict(attn_layer_indices=[1])),
-    "falcon_h1": ("FalconH1Config", MAMBA2 | dict(mamba_d_ssm=128)),
-    "jamba": ("JambaConfig", COMMON | HEADS | dict(
-        attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2, num_experts=4,
-        mamba_d_state=12, mamba_dt_rank=8)),
-    "mamba": ("MambaConfig", COMMON | dict(state_size=12, intermediate_size=96, time_step_rank=8)),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -73,9 +43,7 @@ def family(request) -> Iterator[str]:
 
 @functools.cache
 def built(family: str, folder: Path) -> tuple[CpuModel, RandomModel]:
-    name, fields = FAMILIES[family]
-    reference = RandomModel(getattr(transformers, name)(**fields), False, seed=3)
-    reference.save(folder)
+    reference = save_recurrent(family, folder)
     config = CompileConfig(str(folder), level=1, cache_dir=str(folder / "cache"), skip_model_check=True)
     return compile_model(config, detect_target(1)), reference
 
@@ -103,13 +71,16 @@ def requests() -> list[EngineRequest]:
     ]  # fmt: skip
 
 
-def served(model: CpuModel, asked: list[EngineRequest], num_blocks: int = 64, num_states: int = 4, **scheduler) -> dict:
-    """The outputs of each request, by id."""
+def make_engine(model: CpuModel, num_blocks: int = 64, num_states: int = 4, **scheduler) -> Engine:
     counts = [num_blocks] * len(model.info.cache_groups)
     model.allocate_caches([count + 1 for count in counts])
     model.allocate_states(num_states)
     config = EngineConfig(CompileConfig(model=""), CacheConfig(), SchedulerConfig(**scheduler))
-    engine = Engine(config, model, counts, HostDevice(native_ops()), num_states=num_states)
+    return Engine(config, model, counts, HostDevice(native_ops()), num_states=num_states)
+
+
+def answers(engine: Engine, asked: list[EngineRequest]) -> dict:
+    """The outputs of each request, by id."""
     told: dict[str, list] = {request.request_id: [] for request in asked}
     for request in asked:
         engine.add(request)
@@ -117,6 +88,13 @@ def served(model: CpuModel, asked: list[EngineRequest], num_blocks: int = 64, nu
         for output in engine.step().outputs:
             assert not output.error
             told[output.request_id].append((output.token_ids, output.logprobs))
+    return told
+
+
+def served(model: CpuModel, asked: list[EngineRequest], num_blocks: int = 64, num_states: int = 4, **scheduler) -> dict:
+    """Answers of an engine of their own."""
+    engine = make_engine(model, num_blocks, num_states, **scheduler)
+    told = answers(engine, asked)
     assert num_blocks > 9 or engine.scheduler.num_preemptions > 0
     return told
 
@@ -132,6 +110,45 @@ def test_bits_do_not_depend_on_what_happens_around(family: str, folder: Path) ->
     assert with_threads(2, lambda: served(model, requests(), max_num_batched_tokens=7, max_num_seqs=3)) == alone
     if model.info.cache_groups:
         assert served(model, requests(), num_blocks=9) == alone
+
+
+def test_snapshots_change_no_bit(family: str, folder: Path) -> None:
+    """Requests once more, one by one and together, and conversations that go on behind an answer."""
+    model, _ = built(family, folder)
+    asked, alone = requests()[:3], {}
+    for request in asked:
+        alone |= served(model, [request])
+    told = [[*r.prompt_token_ids, *(t for ids, _ in alone[r.request_id] for t in ids), 7] for r in asked]
+    turns = [replace(r, request_id=f"t{k}", prompt_token_ids=tuple(told[k])) for k, r in enumerate(asked)]
+    for request in turns:
+        alone |= served(model, [request])
+    engine = make_engine(model, num_states=16, max_num_batched_tokens=24)
+    for request in (*asked, *turns):
+        assert answers(engine, [request]).items() <= alone.items()
+    # Behind answers: 32 + 11, 10 + 11 and 21 + 11 tokens are computed, in blocks of 16.
+    assert engine.scheduler.prefix_hits == 32 + 16 + 32
+    assert answers(engine, [*asked, *turns]) == alone
+    assert engine.scheduler.prefix_hits == 80 + 16 + 0 + 16 + 32 + 16 + 32
+
+
+def test_the_memory_of_states_is_what_the_table_says(family: str, folder: Path) -> None:
+    model, _ = built(family, folder)
+    make_engine(model, num_blocks=5, num_states=3)
+    states = sum(t.nbytes for name, t in model._caches.items() if name in state_tensors(model.info, 0))
+    assert states == 3 * sum(spec.bytes_per_sequence() for spec in model.info.state_specs)
+
+
+def test_states_are_copied_as_if_all_were_read_first(family: str, folder: Path) -> None:
+    model, _ = built(family, folder)
+    model.allocate_states(5)
+    states = [model._caches[name] for name in state_tensors(model.info, 0)]
+    for pairs in ([(0, 3), (0, 4)], [(0, 1), (1, 2), (3, 0)]):
+        for state in states:
+            state.copy_(torch.arange(5.0).view(5, *[1] * (state.dim() - 1)).expand_as(state))
+        model.copy_states(np.array(pairs).T)
+        written = {target: source for source, target in pairs}
+        expected = torch.tensor([float(written.get(slot, slot)) for slot in range(5)])
+        assert all((state.flatten(1) == expected[:, None]).all() for state in states)
 
 
 def test_no_op_is_left_to_torch(family: str, folder: Path) -> None:

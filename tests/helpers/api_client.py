@@ -15,8 +15,8 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 class Api:
-    def __init__(self, **flags: Any) -> None:
-        self._llm = LLM("demo", show_progress=False, **flags)
+    def __init__(self, model: str = "demo", **flags: Any) -> None:
+        self._llm = LLM(model, show_progress=False, **flags)
 
     def call(self, method: str, path: str, body: Any = None, **kwargs: Any) -> httpx.Response:
         async def send() -> httpx.Response:

@@ -65,6 +65,7 @@ def expected_tokens(request: EngineRequest, index: int, windows, threshold=None,
 def check_tree(kv) -> None:
     tree = kv._tree
     uses = Counter(key for group in kv.groups for key in group.pool._cached)
+    uses.update(list(kv.states._snapshots) if kv.states else ())
     uses.update(parent for parent in tree._parents.values() if parent)
     assert uses == tree._uses and uses.keys() == tree._parents.keys()
 
@@ -93,7 +94,8 @@ def check_invariants(engine: Engine) -> None:
     check_tree(kv)
     if kv.states:
         held = [seq.state_slot for seq in scheduler.running]
-        assert sorted(held + kv.states._free) == list(range(kv.states.num_slots)), "each is held once, or free"
+        kept = [snapshot.slot for snapshot in kv.states._snapshots.values()]
+        assert sorted(held + kept + kv.states._free) == list(range(kv.states.num_slots)), "each is held once, or free"
     assert all(seq.state_slot < 0 for seq in scheduler.waiting)
 
 
@@ -208,6 +210,9 @@ def take_actions(walk: Walk, actions: list[tuple], **settings) -> None:
         elif action[0] == "sleep":
             engine.pause()
             assert not engine.scheduler.running
+            model = engine.runner.model
+            if model.info.state_specs:
+                model.allocate_states(len(model.states))  # what they were is lost
             engine.resume()
         else:
             engine.reset_prefix_cache()

@@ -44,8 +44,10 @@ def next_logits(
 
 
 def state_after(tokens: Sequence[int], state: int = 0) -> int:
+    """NAN_TOKEN for good once it is seen."""
     for token in tokens:
-        state = (state * 1_000_003 + int(token) + 1) % (2**31 - 1)
+        is_faulty = NAN_TOKEN in (token, state)
+        state = NAN_TOKEN if is_faulty else (state * 1_000_003 + int(token) + 1) % (2**31 - 1)
     return state
 
 
@@ -122,8 +124,10 @@ class FakeModel:
                     cache[on_device] = host[on_host]
 
     def copy_states(self, pairs: np.ndarray) -> None:
-        for source, target in pairs.T.tolist():
-            self.states[target] = self.states[source]
+        sources, targets = pairs.tolist()
+        assert len(set(targets)) == len(targets), "a state gets two contents"
+        for target, state in zip(targets, [self.states[source] for source in sources], strict=True):
+            self.states[target] = state
 
     def copy_blocks(self, pairs: Sequence[np.ndarray]) -> None:
         for cache, (sources, targets) in zip(self.caches, pairs, strict=True):

@@ -18,7 +18,7 @@ from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.runner import PipelineResult
 from fuseline.compile.graph_inputs import StepInputs, StepOutput, graph_values, no_embeds
 from fuseline.compile.memory import Pages
-from fuseline.compile.model_info import cache_tensors, copy_cache_blocks, describe, state_tensors
+from fuseline.compile.model_info import cache_tensors, copy_cache_blocks, copy_state_slots, describe, state_tensors
 
 Executable = EagerExecutable | PlanExecutable | StepPlans
 
@@ -86,10 +86,8 @@ class CpuModel:
         copy_cache_blocks(self._caches, self.info, pairs)
 
     def copy_states(self, pairs: np.ndarray) -> None:
-        """Copies recurrent states before the next step; `pairs` [2, N] int64: sources and targets."""
-        sources, targets = (torch.from_numpy(np.ascontiguousarray(side)) for side in pairs)
-        for name in state_tensors(self.info, 0):
-            self._caches[name].index_copy_(0, targets, self._caches[name].index_select(0, sources))
+        """Copies recurrent states before the next step, as `copy_state_slots` has them."""
+        copy_state_slots(self._caches, self.info, pairs)
 
     def run(self, inputs: StepInputs) -> StepOutput:
         """Computes one step. Tokens named by `sources` must already be sampled: a CPU runs steps synchronously."""

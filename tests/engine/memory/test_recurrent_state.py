@@ -32,7 +32,7 @@ WINDOWS = {"only states": (), "full": (0,), "mixed": (0, 6)}
 @given(
     actions=actions,
     num_blocks=st.integers(16, 30),
-    num_states=st.integers(1, 4),
+    num_states=st.integers(1, 12),
     policy=st.sampled_from(["fcfs", "priority"]),
     caching=st.booleans(),
     host=st.sampled_from([0, 60]),
@@ -65,19 +65,7 @@ def test_no_more_run_than_there_are_slots(order) -> None:
 
 
 @EACH_ORDER
-def test_nothing_is_taken_from_the_prefix_cache(order) -> None:
-    """A block's KV can be shared, the state at its border is nowhere."""
-    walk = Walk(make_engine(order=order, num_states=4))
-    for _ in range(2):
-        name = walk.submit(PROMPT, n=3, max_tokens=3)
-        walk.finish()
-        assert walk.outputs[name, 0][0].num_cached_tokens == 0
-    walk.check_all((0,), with_state=True)
-    assert sum(walk.counts) == 6 * (len(PROMPT) + 2)
-
-
-@EACH_ORDER
-def test_a_preempted_sequence_begins_anew(order) -> None:
+def test_a_preempted_sequence_begins_anew_without_a_free_slot(order) -> None:
     walk = Walk(make_engine(order=order, num_states=1, max_num_seqs=1, scheduling_policy="priority"))
     walk.submit(PROMPT, max_tokens=12, priority=5)
     for _ in range(5):
@@ -85,6 +73,7 @@ def test_a_preempted_sequence_begins_anew(order) -> None:
     walk.submit([9, 8], max_tokens=3, priority=1)
     walk.finish()
     assert walk.engine.scheduler.num_preemptions == 1
+    assert sum(walk.counts) > 2 * len(PROMPT) + 12
     walk.check_all((0,), with_state=True)
 
 
@@ -96,26 +85,38 @@ def test_drafts_are_refused() -> None:
 def test_slots_are_held_once() -> None:
     pool = StatePool(3)
     slots = [pool.allocate() for _ in range(3)]
-    assert sorted(slots) == [0, 1, 2] and pool.num_free == 0 and pool.usage == 1
+    assert sorted(slots) == [0, 1, 2] and pool.num_free == 0 and pool.num_held == 3
     pool.free(slots[1])
     assert pool.allocate() == slots[1]
 
 
-def sized(num_bytes: int, windows=(0,), max_num_seqs=4):
+def sized(num_bytes: int, windows=(0,), max_num_seqs=4, **cache):
     info = FakeModel(windows, with_state=True).info  # 16 bytes a state, 128 a block and layer
     assert info.state_specs == (StateSpec(len(windows), (4,), "float32"),)
     scheduler = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=max_num_seqs)
-    return size_cache(info, CacheConfig(block_size=4), scheduler, 64, KVBudget(num_bytes, num_bytes, ()))
+    return size_cache(info, CacheConfig(block_size=4, **cache), scheduler, 64, KVBudget(num_bytes, num_bytes, ()))
 
 
 def test_states_come_first_and_blocks_get_the_rest() -> None:
-    size = sized(64 + 21 * 128)
+    size = sized(64 + 21 * 128, state_snapshot_share=0)
     assert (size.num_states, size.num_blocks, size.num_bytes) == (4, (20,), 64 + 21 * 128)
-    assert dict(size.table)["recurrent states"].endswith("4 sequences")
-    size = sized(5000, max_num_seqs=1000)
+    assert dict(size.table)["recurrent states"].endswith("4 sequences") and "state snapshots" not in dict(size.table)
+    size = sized(5000, max_num_seqs=1000, state_snapshot_share=0)
     assert size.num_states == 2500 // 16 and size.num_blocks == (18,), "no more than half of the memory"
     size = sized(40, windows=())
     assert (size.num_states, size.num_blocks, size.num_bytes) == (2, (), 32)
+
+
+def test_snapshots_get_their_share_and_leave_one_sequence_its_blocks() -> None:
+    num_bytes = 64 + 10 * 16 + 21 * 128
+    size = sized(num_bytes, state_snapshot_share=0.06)
+    assert (size.num_states, size.num_blocks, size.num_bytes) == (4 + 10, (20,), num_bytes)
+    assert dict(size.table)["state snapshots"] == "0.0 MiB: 10 prefixes, more in states that no sequence uses"
+    assert sized(num_bytes, enable_prefix_caching=False).num_states == 4
+    assert sized(64 + 17 * 128).num_states == 4, "the blocks of one sequence come first"
+    assert sized(64 + 17 * 128 + 32).num_states == 6
+    assert sized(100_000).num_states == 4 + 16, "no more than four for each sequence"
+    assert sized(2000, windows=(), state_snapshot_share=0.08).num_states == 4 + 10
 
 
 def test_a_state_that_does_not_fit_is_refused_in_words() -> None:
@@ -126,7 +127,7 @@ def test_a_state_that_does_not_fit_is_refused_in_words() -> None:
 def test_a_service_gives_the_model_its_slots() -> None:
     model = FakeModel(with_state=True)
     service = EngineService(fake_config(), lambda *_: model, reference_device, lambda message: None)
-    assert len(model.states) == 4 and service.engine.kv.states.num_slots == 4
+    assert len(model.states) == 4 + 16 and service.engine.kv.states.num_slots == 20, "four sequences, and snapshots"
     walk = Walk(service.engine)
     walk.submit(PROMPT, max_tokens=4)
     walk.finish()
@@ -142,7 +143,7 @@ def test_a_sleeping_engine_gives_its_states_back() -> None:
     service._sleep(1)
     assert len(model.states) == 1
     service._wake_up(TAGS)
-    assert len(model.states) == 4
+    assert len(model.states) == 4 + 16
     walk.finish()
     walk.check_all((0,), with_state=True)
 
