@@ -71,11 +71,16 @@ class BlockPool:
                 self._free.move_to_end(block, last=False)
 
     def commit(self, block: int, keys: Sequence[bytes], index: int, owner: str) -> None:
-        """Make a full block findable, by `keys[index]`. The first block with a key keeps it.
+        """Make a full block findable, by `keys[index]`. The first block with a key keeps it while somebody holds it.
 
         `keys`: those of the blocks before it come before. `owner`: id of the request that computed it.
         """
         key = keys[index]
+        other = self._cached.get(key)
+        if other is not None and other != block and self.is_free(other):
+            # Computed again for want of a recurrent state: the newer one is held, and released later.
+            self._forget(other)
+            self._free.move_to_end(other, last=False)
         if self._keys[block] is None and key not in self._cached:
             self._keys[block] = key
             self._cached[key] = block

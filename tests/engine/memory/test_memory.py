@@ -73,6 +73,19 @@ def test_first_block_with_a_key_keeps_it() -> None:
     assert pool.find(b"k") == first
 
 
+def test_a_block_that_nobody_holds_gives_its_key_to_a_newer_one() -> None:
+    pool = BlockPool(3)
+    first, second = pool.allocate(2)
+    pool.commit(first, [b"k"], 0, "r")
+    pool.release(first)
+    pool.commit(second, [b"k"], 0, "s")
+    assert pool.find(b"k") == second and pool.keys_of("s") == {b"k"} and not pool.keys_of("r")
+    assert pool.allocate(1) == [first], "its content is there twice: it is reused first"
+    pool.release(second)
+    pool.commit(second, [b"k"], 0, "s")
+    assert pool.find(b"k") == second
+
+
 def test_keys_depend_on_all_tokens_before_on_salt_variant_and_owner() -> None:
     plain = keys_of(3)
     assert keys_of(3, tokens=[9, *range(1, 12)])[2] != plain[2]

@@ -177,11 +177,14 @@ def test_the_longest_prefix_with_blocks_and_state_is_taken(order) -> None:
     walk.check_all((0,), with_state=True)
 
 
-def test_blocks_without_a_state_are_computed_again() -> None:
-    walk = make_walk(num_states=12)
-    assert [ask(walk, PROMPT), ask(walk, PROMPT)] == [0, 12]
+@EACH_ORDER
+def test_blocks_without_a_state_are_computed_again(order) -> None:
+    """Into other blocks, of which there are enough only if the old ones are given up."""
+    walk = make_walk(num_blocks=12, num_states=12, order=order)
+    prompt = [*PROMPT, *PROMPT]
+    assert [ask(walk, prompt), ask(walk, prompt)] == [0, 24]
     walk.engine.kv.states.forget_all()
-    assert [ask(walk, PROMPT), ask(walk, PROMPT)] == [0, 12]
+    assert [ask(walk, prompt), ask(walk, prompt)] == [0, 24]
     walk.check_all((0,), with_state=True)
 
 
