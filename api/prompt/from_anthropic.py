@@ -8,6 +8,7 @@ from typing import Any
 
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.field_checks import check_callers, refuse_fields
+from fuseline.api.prompt.media import MAX_KIND, media_of, unsupported_kind
 from fuseline.api.prompt.parse import validate, validate_part
 from fuseline.api.protocol.anthropic import (
     AnthropicMessage,
@@ -102,7 +103,9 @@ def _text(block: Mapping[str, Any], where: str) -> str:
 def _refuse_type(block: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     kind = block.get("type")
     if kind not in known:
-        words = f"{where}.type: blocks of type {str(kind)[:50]!r} are not supported here ({', '.join(known)})"
+        is_medium = media_of(kind) is not None
+        why = unsupported_kind(kind) if is_medium else f"blocks of type {str(kind)[:MAX_KIND]!r} are not supported here"
+        words = f"{where}.type: {why} ({', '.join(known)})"
         raise bad_request(words, f"{where}.type", "unsupported_value")
 
 

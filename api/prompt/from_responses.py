@@ -8,6 +8,7 @@ from typing import Any
 from fuseline.api.errors import bad_request
 from fuseline.api.prompt.chat import read_arguments
 from fuseline.api.prompt.field_checks import check_callers, refuse_fields
+from fuseline.api.prompt.media import unsupported_kind
 from fuseline.api.prompt.parse import validate, validate_part
 from fuseline.api.protocol.chat import ChatRequest
 from fuseline.api.protocol.responses import (
@@ -139,8 +140,7 @@ def _parts(parts: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
 def _text(part: Mapping[str, Any], where: str) -> str:
     kind = part.get("type")
     if kind not in TEXTS:
-        words = f"{where}: content of type {str(kind)[:50]!r} is not supported by this model, which takes text only"
-        raise bad_request(words, where, "unsupported_value")
+        raise bad_request(f"{where}: {unsupported_kind(kind)}", where, "unsupported_value")
     return validate_part({"text": part.get("refusal"), **part} if kind == "refusal" else part, TextPart, where).text
 
 

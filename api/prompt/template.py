@@ -17,8 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from fuseline.api.config import ConfigError
 from fuseline.api.errors import ApiError, bad_request
 from fuseline.api.prompt.content_format import detect_content_format
+from fuseline.api.prompt.media import unsupported_kind
 
-PARTS = ("text", "image_url", "audio_url", "video_url", "input_audio")
+PARTS = ("text", "image_url", "audio_url", "video_url", "input_audio", "file", "image", "audio", "video")
 """Keys that say what a part without a type is."""
 
 
@@ -132,7 +133,7 @@ def _text_part(part: Any, where: str) -> dict[str, Any]:
         raise bad_request("Missing 'type' field in multimodal part.", where)
     if kind in ("text", "refusal"):
         return {**part, "type": "text", "text": str(part.get("text") or part.get("refusal") or "")}
-    raise bad_request(f"{where}: content of type {kind!r} is not supported by this model, which takes text only", where)
+    raise bad_request(f"{where}: {unsupported_kind(kind)}", where, "unsupported_value")
 
 
 def _literals(tree: nodes.Template) -> str:

@@ -126,6 +126,39 @@ def test_refused_responses_name_the_field(api: Api, fields: dict[str, Any], para
     assert post(api, "/v1/responses", 400, **fields).json()["error"]["param"] == param
 
 
+MEDIA = {
+    "image_url": ("/v1/chat/completions", {"image_url": {"url": "data:image/png;base64,AA=="}}, "images"),
+    "image": ("/v1/chat/completions", {"image": "x.png"}, "images"),
+    "input_audio": ("/v1/chat/completions", {"input_audio": {"data": "AA==", "format": "wav"}}, "audio"),
+    "audio_url": ("/v1/chat/completions", {"audio_url": {"url": "x.wav"}}, "audio"),
+    "video_url": ("/v1/chat/completions", {"video_url": {"url": "x.mp4"}}, "videos"),
+    "file": ("/v1/chat/completions", {"file": {"file_id": "f"}}, "files"),
+    "input_image": ("/v1/responses", {"image_url": "x.png"}, "images"),
+    "input_file": ("/v1/responses", {"file_id": "f"}, "files"),
+    "image block": ("/v1/messages", {"source": {"type": "url", "url": "x.png"}}, "images"),
+    "document block": ("/v1/messages", {"source": {"type": "url", "url": "x.pdf"}}, "files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+def test_media_are_refused_and_said_to_be_not_served_yet(api: Api, kind: str) -> None:
+    path, fields, media = MEDIA[kind]
+    name = "input" if path == "/v1/responses" else "messages"
+    text = "input_text" if path == "/v1/responses" else "text"
+    parts = [{"type": text, "text": "hi"}, {"type": kind.removesuffix(" block"), **fields}]
+    asked: dict[str, Any] = {name: [{"role": "user", "content": parts}]}
+    more = {"max_tokens": 2} if path == "/v1/messages" else {}
+    message = post(api, path, 400, **asked, **more).json()["error"]["message"]
+    assert f"{name}[0].content[1]" in message and f"this model's {media} are not served yet" in message
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio"])
+def test_a_medium_without_a_type_is_told_by_its_key(api: Api, kind: str) -> None:
+    messages = [{"role": "user", "content": [{kind: {"url": "x"}}]}]
+    error = post(api, "/v1/chat/completions", 400, messages=messages).json()["error"]
+    assert error["param"] == "messages[0].content[0]" and "not served yet" in error["message"]
+
+
 @pytest.mark.parametrize(
     "fields", [MESSAGE_ASK, MESSAGE_THINK, {**MESSAGE_ASK, "tools": None}], ids=["call", "thoughts", "text"]
 )
