@@ -219,23 +219,30 @@ class _Served:
     blocks: list[int]
     slot: int
     """Of its recurrent states."""
+    num_decoded: int
+    """Tokens at the end that come one by one."""
     num_computed: int = 0
 
     def next_tokens(self) -> range:
         """Positions of the next step: a chunk of the prompt, or one token."""
-        prompt = max(1, len(self.tokens) - NUM_DECODED)
+        prompt = max(1, len(self.tokens) - self.num_decoded)
         end = min(self.num_computed + CHUNK, prompt) if self.num_computed < prompt else self.num_computed + 1
         return range(self.num_computed, min(end, len(self.tokens)))
 
 
-def serve(model: Runnable, sequences: Sequence[Tensor], block_size: int) -> list[Tensor]:
-    """The logits [T, V] of each sequence, all in one batch; sequence k joins at step k.
+def serve(
+    model: Runnable, sequences: Sequence[Tensor], block_size: int, num_decoded: int = NUM_DECODED
+) -> list[Tensor]:  # fmt: skip
+    """The logits [T, V] of each sequence, all in one batch; sequence k joins at step k, its end comes token by token.
 
     Blocks are interleaved; a slot of recurrent states has been another sequence's.
     """
     count = len(sequences)
     blocks_each = -(-max(len(tokens) for tokens in sequences) // block_size)
-    states = [_Served(t, list(range(1 + k, 1 + count * blocks_each, count)), k) for k, t in enumerate(sequences)]
+    states = [
+        _Served(tokens, list(range(1 + k, 1 + count * blocks_each, count)), k, num_decoded)
+        for k, tokens in enumerate(sequences)
+    ]
     model.allocate_caches([count * blocks_each + 1] * len(model.info.cache_groups))
     if model.info.state_specs:
         model.allocate_states(count)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
+from fuseline.compile.graph.region import ops_of
 from fuseline.compile.graph_inputs import GraphOutput
 
 
@@ -19,6 +20,10 @@ class EagerExecutable:
         self._graph = graph
         self._bound: dict[str, Tensor] = {}
         self._inputs = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def torch_ops(self) -> set[str]:
+        return ops_of(self._graph.graph.nodes)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets inputs that persist for all later runs: caches and states."""

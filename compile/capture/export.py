@@ -20,7 +20,7 @@ from fuseline.compile.capture.hf_model import (
     load_config,
 )
 from fuseline.compile.capture.hf_patches import patch_model
-from fuseline.compile.capture.hf_recurrences import recurrences_as_ops
+from fuseline.compile.capture.hf_recurrences import give_constants, recurrences_as_ops
 from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_layers, only_chosen, repeat_layers
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.edit import map_arguments
@@ -64,6 +64,7 @@ def capture_config(hf_config: PreTrainedConfig, dtype: torch.dtype, config: Comp
     """capture_model of a config in memory."""
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
     rope_switch = patch_model(model)
+    give_constants(model)
     graph, buffers = export_repeated(model) or export_whole(model)
     captured = describe(model, graph, hf_config, dtype, buffers)
     captured.rope_switch = rope_switch
@@ -100,6 +101,7 @@ def export_repeated(model: nn.Module) -> tuple[fx.GraphModule, set[str]] | None:
     repeated = repeat_layers(graph, layers)
     if repeated is None:
         return None
+    number_attention(repeated)
     attributes = {node.meta["fqn"] for node in repeated.nodes if node.op == "get_attr"}
     return module_of(repeated), attributes - {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
@@ -112,7 +114,9 @@ def export_whole(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
 
 
 def number_attention(graph: fx.Graph) -> None:
-    """Gives each attention a cache of its own where modules run several times, or have each other's numbers (HRM)."""
+    """Gives each attention a cache of its own where modules run several times, or have each other's numbers (HRM)
+    or none (Zamba).
+    """
     nodes = graph.find_nodes(op="call_function", target=torch.ops.fuseline.attention.default)
     if len({node.args[4] for node in nodes}) < len(nodes):
         for position, node in enumerate(nodes):
@@ -223,26 +227,37 @@ def num_decoder_layers(hf_config: PreTrainedConfig) -> int:
     return getattr(text, "decoder_layers", None) or text.num_hidden_layers
 
 
-def _layer_types(hf_config: PreTrainedConfig) -> list[str]:
-    """The type of each layer; where the config does not tell, all attend."""
+def _layer_types(hf_config: PreTrainedConfig, captured: CapturedModel) -> list[str]:
+    """The type of each layer; where the config does not tell, all attend, or none in a graph with recurrences only."""
     num_layers = num_decoder_layers(hf_config)
     types = list(getattr(hf_config.get_text_config(), "layer_types", None) or ())[:num_layers]
-    return types if len(types) == num_layers else ["full_attention"] * num_layers
+    if len(types) == num_layers:
+        return types
+    is_recurrent = _num_recurrences(captured) > 0 and not _attentions(captured)
+    return ["linear_attention" if is_recurrent else "full_attention"] * num_layers
+
+
+def _num_recurrences(captured: CapturedModel) -> int:
+    return sum(1 for node in captured.graph.graph.nodes if (op := op_of(node.target)) and op.state)
+
+
+def _attentions(captured: CapturedModel) -> list[fx.Node]:
+    return captured.graph.graph.find_nodes(op="call_function", target=torch.ops.fuseline.attention.default)
 
 
 def _check_recurrences(captured: CapturedModel, hf_config: PreTrainedConfig) -> None:
     """All layers that have a recurrence compute it by an op that keeps a state."""
-    found = sum(1 for node in captured.graph.graph.nodes if (op := op_of(node.target)) and op.state)
-    expected = sum(kind in RECURRENT for kind in _layer_types(hf_config))
+    found = _num_recurrences(captured)
+    expected = sum(kind in RECURRENT for kind in _layer_types(hf_config, captured))
     if found < expected:
         raise CaptureError(f"{hf_config.model_type}: in {expected - found} of {expected} layers {NOT_RECURRENT}")
 
 
 def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> None:
     """All layers attend through the op, to earlier tokens only, and with the window that the config gives them."""
-    found = [node for node in captured.graph.graph.nodes if node.target is torch.ops.fuseline.attention.default]
-    text, name = hf_config.get_text_config(), hf_config.model_type
-    num_layers = sum(kind in ATTENDING for kind in _layer_types(hf_config))
+    found = _attentions(captured)
+    name, layer_types = hf_config.model_type, _layer_types(hf_config, captured)
+    num_layers = sum(kind in ATTENDING for kind in layer_types)
     if len(found) < num_layers:
         raise CaptureError(f"{name}: in {num_layers - len(found)} of {num_layers} layers {NOT_HOOKED}")
     if len(found) > num_layers:
@@ -255,6 +270,6 @@ def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> No
     *_, windows, _, causal = zip(*(node.args for node in found), strict=True)
     if not all(causal):
         raise CaptureError(f"{name} attends to later tokens too; only models that generate text are served")
-    sliding = (getattr(text, "layer_types", None) or [])[: len(found)].count("sliding_attention")
+    sliding = layer_types.count("sliding_attention")
     if sliding and sum(window > 0 for window in windows) != sliding:
         raise CaptureError(f"{name} keeps the window of its {sliding} sliding layers to itself, so it is refused")

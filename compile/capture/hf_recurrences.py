@@ -2,7 +2,8 @@
 
 Modeling files call them by the names of functions of their own, which compute whole sequences by decomposed chunks.
 While a model is exported those names stand for the functions here, one op each; they take no state, because capture
-uses no cache. What is not used (the size of chunks, keywords for kernels of other packages) is ignored.
+uses no cache. What is not used (the size of chunks, keywords for kernels of other packages) is ignored. Recurrences
+that are written out in the `forward` of a module are replaced with it, by the name of its class.
 """
 
 from __future__ import annotations
@@ -84,15 +85,43 @@ BY_NAME = {
 """By the names that modeling files call."""
 
 
+def lightning_attention(
+    self: nn.Module, hidden_states: Tensor, *unused: object, **keywords: object
+) -> tuple[Tensor, None]:  # fmt: skip
+    """MiniMax: a state space of a head in which keys are b, queries c and values x, decayed as much in each step."""
+    heads = (*hidden_states.shape[:-1], self.num_attention_heads, 3 * self.head_dim)
+    query, key, value = self.act_fn(self.qkv_proj(hidden_states)).view(heads).split(self.head_dim, -1)
+    steps = self.fuseline_one.expand(value.shape[:-1])
+    out = OPS.ssd_scan(value, steps, -self.slope_rate.flatten(), key, query, None).to(value.dtype)
+    return self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * self.norm(out.flatten(2))), None
+
+
+BY_CLASS = {"MiniMaxLightningAttention": lightning_attention}
+"""By the names of modules' classes. Each such module has the constants of CONSTANTS."""
+CONSTANTS = {"fuseline_one": [1.0]}
+
+
 @contextmanager
 def recurrences_as_ops(model: nn.Module) -> Iterator[None]:
-    """The functions of the model's modeling files, replaced inside."""
-    files = {sys.modules[type(module).__module__] for module in model.modules()}
-    found = [(file, name, vars(file)[name]) for file in files for name in BY_NAME if name in vars(file)]
+    """The functions of the model's modeling files, and what its modules compute, replaced inside."""
+    classes = {type(module) for module in model.modules()}
+    files = {sys.modules[kind.__module__] for kind in classes}
+    found = [(file, name, BY_NAME[name]) for file in files for name in BY_NAME if name in vars(file)]
+    found += [(kind, "forward", BY_CLASS[kind.__name__]) for kind in classes if kind.__name__ in BY_CLASS]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in found]
     try:
-        for file, name, _ in found:
-            setattr(file, name, BY_NAME[name])
+        for place in found:
+            setattr(*place)
         yield
     finally:
-        for file, name, original in found:
-            setattr(file, name, original)
+        for place in originals:
+            setattr(*place)
+
+
+def give_constants(model: nn.Module) -> None:
+    """Registers the constants that the functions of BY_CLASS read."""
+    for module in model.modules():
+        if type(module).__name__ in BY_CLASS:
+            module.fuseline_buffers = {name: torch.tensor(values) for name, values in CONSTANTS.items()}
+            for name, value in module.fuseline_buffers.items():
+                module.register_buffer(name, value.to("meta"), persistent=False)

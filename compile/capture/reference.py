@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fuseline.compile.capture import lazy_tensor
 from fuseline.compile.capture.lazy_tensor import LazyTensor
@@ -17,6 +17,8 @@ GAIN = 1.6
 """Standard deviation of a product of a random matrix and values of deviation 1: enough for attention with peaks."""
 SPREAD = 0.25
 """Standard deviation of biases, and of norms' weights around 1."""
+DERIVED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""Ends of names of stored buffers that hang together: they keep their values."""
 NUDGE = 2.0**-22
 """Relative change of a weight: about what rounding does to a float32 sum."""
 
@@ -34,8 +36,7 @@ class RandomModel:
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(seed)
             self._model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **settings).float().eval()
-            if any(hasattr(module, "_apply_gate") for module in self._model.modules()):
-                self._model.set_experts_implementation("eager")  # the default one wants widths of 16 bytes
+            with_eager_experts(self._model)
             randomize(self._model)
         self._values = {name: value.detach() for name, value in self._model.state_dict().items()}
 
@@ -58,12 +59,18 @@ class RandomModel:
                 parameter.copy_(kept[name])
 
     @torch.no_grad()
-    def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """Greedy tokens behind a prompt, with Transformers' own cache."""
-        found = self._model.generate(
-            torch.tensor([list(prompt)]), do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens
-        )
+    def generate(self, prompt: Sequence[int], num_tokens: int, use_cache: bool = True) -> list[int]:
+        """Greedy tokens behind a prompt, with Transformers' own cache or without."""
+        self._model.generation_config = GenerationConfig()  # no token ends a text, or is forced
+        settings = {"do_sample": False, "max_new_tokens": num_tokens, "use_cache": use_cache}
+        found = self._model.generate(torch.tensor([list(prompt)]), **settings)
         return found[0, len(prompt) :].tolist()
+
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Rounds every parameter to numbers that `dtype` holds; they stay float32."""
+        for parameter in self._model.parameters():
+            parameter.copy_(parameter.to(dtype))
 
     @property
     def vocab_size(self) -> int:
@@ -82,13 +89,20 @@ class RandomModel:
         """Nothing was looked for."""
 
 
+def with_eager_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with experts that take any width: those of Transformers' default want multiples of 16 bytes."""
+    if any(hasattr(module, "_apply_gate") for module in model.modules()):
+        model.set_experts_implementation("eager")
+    return model
+
+
 def randomize(model: nn.Module) -> None:
     """Gives every parameter and every stored buffer of floats a value of its own, from torch's random stream."""
     for name, parameter in model.named_parameters():
         parameter.copy_(_random(name, parameter))
     stored = model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        if name in stored and buffer.is_floating_point():
+        if name in stored and buffer.is_floating_point() and not name.endswith(DERIVED):
             buffer.add_(torch.rand_like(buffer) * SPREAD)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
 from fuseline.compile.graph.edit import reached, tensors_of
+from fuseline.compile.ops.library import op_name
 
 
 @dataclass
@@ -34,6 +35,12 @@ def draw_borders(regions: Sequence[Region], values: Mapping[fx.Node, object]) ->
     for region in regions:
         inside |= borders.draw(region)
     return inside
+
+
+def ops_of(nodes: Iterable[fx.Node]) -> set[str]:
+    """Names of the ops that compute tensors, views left out."""
+    calls = (node for node in nodes if node.op == "call_function" and tensors_of(node.meta.get("val")))
+    return {op_name(node.target) for node in calls if not getattr(node.target, "is_view", True)}
 
 
 def storage_key(tensor: Tensor) -> int:

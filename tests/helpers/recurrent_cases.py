@@ -40,6 +40,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba": ("JambaConfig", COMMON | HEADS | dict(
         attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2, num_experts=4,
         mamba_d_state=12, mamba_dt_rank=8)),
+    "minimax": ("MiniMaxConfig", COMMON | HEADS | dict(
+        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"], head_dim=16,
+        num_local_experts=4, num_experts_per_tok=2, block_size=8)),
     "mamba": ("MambaConfig", COMMON | dict(state_size=12, intermediate_size=96, time_step_rank=8)),
 }  # fmt: skip
 

@@ -45,6 +45,11 @@ class CpuModel:
         self._caches: dict[str, Tensor] = {}
         self._upgrade: RegionUpgrade | None = None
 
+    @property
+    def torch_ops(self) -> set[str]:
+        """Names of the ops that have no kernel of ours."""
+        return self._executable.torch_ops
+
     def compile_regions(self, upgrade: RegionUpgrade) -> None:
         """Starts the upgrade; steps use the compiled regions once it is done."""
         self._upgrade = upgrade

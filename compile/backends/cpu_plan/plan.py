@@ -19,7 +19,7 @@ from fuseline.compile.backends.cpu_plan.symbolic import NonLinear, View, views_o
 from fuseline.compile.backends.eager import EagerExecutable
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.edit import call_node, tensors_of
-from fuseline.compile.graph.region import Region
+from fuseline.compile.graph.region import Region, ops_of
 from fuseline.compile.graph_inputs import GraphOutput, group_placeholder, is_cache, is_state, meta_input
 from fuseline.compile.ops.codes import CACHES
 
@@ -76,6 +76,13 @@ class PlanExecutable:
     @property
     def num_regions(self) -> int:
         return sum(isinstance(step, Region) for step in self._segments)
+
+    @property
+    def torch_ops(self) -> set[str]:
+        """Names of the ops that torch computes: those of the regions, or all of a graph that could not be lowered."""
+        if not self._lowered.steps:
+            return ops_of(self._lowered.graph.graph.nodes)
+        return set().union(*(ops_of(step.nodes) for step in self._lowered.steps if isinstance(step, Region)))
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets inputs that persist for all later runs: caches and states."""

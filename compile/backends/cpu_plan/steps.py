@@ -85,6 +85,10 @@ class StepPlans:
         return self.general.num_regions
 
     @property
+    def torch_ops(self) -> set[str]:
+        return self.general.torch_ops | self.decode.torch_ops
+
+    @property
     def arena_bytes(self) -> int:
         return self.general.arena_bytes + self.decode.arena_bytes
 
