@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Container, Iterator
 
 from fuseline.engine.state.sequence import Sequence
+
+MOST_GONE = 64
+"""Entries of the heap of short sequences that may be of sequences which no longer wait."""
+MOST_COUNTED = 16
 
 
 class WaitingQueue:
     """A heap by `Sequence.order`. Removal marks: what has been removed is dropped when it comes up.
 
-    Deferred sequences wait as well, but are not in the heap: each for a block that a running sequence computes.
+    Deferred sequences wait as well, each for a block that a running sequence computes. Short ones, of at most
+    `short_tokens` tokens and not of a body of many prompts, are in a second heap too: they may pass the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, short_tokens: int = 0) -> None:
+        self._short_tokens = short_tokens
         self._heap: list[tuple[tuple[float, ...], Sequence]] = []
+        self._short: list[tuple[tuple[float, ...], Sequence]] = []
         self._members: set[Sequence] = set()
         self._deferred: dict[Sequence, bytes] = {}
 
     @property
     def num_deferred(self) -> int:
         return len(self._deferred)
-
-    @property
-    def has_next(self) -> bool:
-        """Whether there is one that is not deferred."""
-        return len(self._members) > len(self._deferred)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -40,23 +43,34 @@ class WaitingQueue:
     def push(self, seq: Sequence) -> None:
         self._members.add(seq)
         heapq.heappush(self._heap, (seq.order, seq))
+        if seq.num_tokens <= self._short_tokens and not seq.request.turn:
+            if len(self._short) > MOST_GONE + 2 * len(self._members):
+                self._short = [entry for entry in self._short if self._is_next(entry[1])]
+                heapq.heapify(self._short)
+            heapq.heappush(self._short, (seq.order, seq))
 
-    def pop(self) -> Sequence:
-        seq = self.peek()
-        heapq.heappop(self._heap)
-        self._members.discard(seq)
-        return seq
-
-    def peek(self) -> Sequence:
-        """The next sequence that is not deferred; there must be one."""
-        while self._heap[0][1] not in self._members:
+    def peek(self) -> Sequence | None:
+        """The next sequence that is not deferred."""
+        while self._heap and not self._is_next(self._heap[0][1]):
             heapq.heappop(self._heap)
-        return self._heap[0][1]
+        return self._heap[0][1] if self._heap else None
 
-    def defer(self, key: bytes) -> None:
-        """Set the next sequence aside until `resume` is told that its key is no longer awaited."""
-        seq = self.pop()
-        self._members.add(seq)
+    def peek_short(self) -> Sequence | None:
+        """The next short sequence that is not deferred."""
+        while self._short and not self._is_next(self._short[0][1]):
+            heapq.heappop(self._short)
+        return self._short[0][1] if self._short else None
+
+    def num_short_tokens(self) -> int:
+        """Tokens of the short sequences; of some of them if there are many."""
+        first = itertools.islice(self._short, MOST_COUNTED)
+        return sum(seq.num_tokens for _, seq in first if self._is_next(seq))
+
+    def _is_next(self, seq: Sequence) -> bool:
+        return seq in self._members and seq not in self._deferred
+
+    def defer(self, seq: Sequence, key: bytes) -> None:
+        """Set a sequence aside until `resume` is told that its key is no longer awaited."""
         self._deferred[seq] = key
 
     def resume(self, awaited: Container[bytes]) -> None:

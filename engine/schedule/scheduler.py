@@ -40,6 +40,11 @@ class Limits:
     is_chunked: bool
     delay_factor: float = 0.0
 
+    @property
+    def short_tokens(self) -> int:
+        """A waiting prompt of at most so many tokens passes long ones: half of a step's prompts; 0: none does."""
+        return self.num_prefill_tokens // 2 if self.is_chunked and not self.is_priority else 0
+
     @staticmethod
     def resolve(config: SchedulerConfig, max_model_len: int, num_drafts: int = 0, max_logits: int = 0) -> Limits:
         """`num_drafts`: most drafts of a sequence and step. `max_logits`: as ModelInfo has it."""
@@ -72,7 +77,7 @@ class Scheduler:
         self.kv = kv
         self.rope_switch = rope_switch
         self.running: list[Sequence] = []
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(limits.short_tokens)
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -114,7 +119,10 @@ class Scheduler:
         remaining = self.rows.num_remaining()
         self._continue_streams(remaining, budget)
         budget.tokens_left = min(budget.tokens_left, self.limits.num_prefill_tokens)
+        kept = self._tokens_for_short(remaining, budget)
+        budget.tokens_left -= kept
         self._schedule_running(remaining, budget)
+        budget.tokens_left += kept
         if not budget.has_preempted and self._is_delay_over():
             self._admit_waiting(budget)
             if self._delay and budget.started:
@@ -177,6 +185,14 @@ class Scheduler:
         else:
             budget.add_rows(streams[~is_full])
 
+    def _tokens_for_short(self, remaining: np.ndarray, budget: StepBudget) -> int:
+        """Tokens, up to half of those left, that running prompts leave to short ones that wait: so a prompt of a few
+        tokens does not wait for all of a long one."""
+        has_row = min(budget.spare_rows, len(self._free_rows)) > self.waiting.num_deferred
+        if not has_row or self.waiting.peek_short() is None or not ((remaining > 1) & (budget.counts == 0)).any():
+            return 0
+        return min(self.waiting.num_short_tokens(), budget.tokens_left // 2)
+
     def _schedule_running(self, remaining: np.ndarray, budget: StepBudget) -> None:
         rows = ((remaining > 0) & (budget.counts == 0)).nonzero()[0]
         behind = [(self.rows.sequences[row], int(remaining[row])) for row in rows.tolist()]
@@ -223,10 +239,14 @@ class Scheduler:
 
     def _admit_waiting(self, budget: StepBudget) -> None:
         passed_over: list[Sequence] = []
-        while self.waiting.has_next and budget.tokens_left > 0:
-            seq = self.waiting.peek()
+        is_passing = False
+        while budget.tokens_left > 0:
+            seq = self.waiting.peek_short() if is_passing else self.waiting.peek()
+            if seq is None:
+                break
             if seq.num_pending:
-                passed_over.append(self.waiting.pop())
+                self.waiting.remove(seq)
+                passed_over.append(seq)
                 continue
             if (seq.request.turn and budget.num_turns >= MOST_TURNS) or not self._has_row(seq, budget):
                 break
@@ -239,15 +259,19 @@ class Scheduler:
             if awaited is not None:
                 if self.kv.states:
                     self._keep_state(seq, awaited, budget)
-                self.waiting.defer(awaited)
+                self.waiting.defer(seq, awaited)
                 continue
             num_remaining = seq.num_tokens - begin
             count = self._chunk(seq, num_remaining, budget)
             if count < num_remaining and self._is_long(seq) and not self._has_long_place(budget):
-                passed_over.append(self.waiting.pop())
+                self.waiting.remove(seq)
+                passed_over.append(seq)
                 continue
             if count == 0 or (count < num_remaining and not self._has_partial_place(budget)):
-                break
+                if is_passing:
+                    break
+                is_passing = True
+                continue
             self.kv.choose_borders(seq, begin)
             if not self._start(seq, begin, _to_border(seq, begin, count), budget):
                 break
@@ -296,7 +320,7 @@ class Scheduler:
         while not self.kv.start(seq, begin, num_tokens):
             if not self._preempt_lower(seq, budget):
                 return False
-        self.waiting.pop()
+        self.waiting.remove(seq)
         seq.row = self._free_rows.pop()
         self.running.append(seq)
         self.rows.load(seq, begin)

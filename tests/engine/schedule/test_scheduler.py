@@ -126,6 +126,51 @@ def test_short_prompt_overtakes_a_long_one() -> None:
     assert finish_order(walk) == ["r2", "r0", "r1"]
 
 
+def test_a_prompt_of_half_a_step_waits_for_no_long_one() -> None:
+    """It starts in the next step, and the running long prompt computes the rest of that step."""
+    walk = Walk(make_engine(chunked_prefill_size=8, max_num_seqs=8))
+    walk.submit([6] * 60, max_tokens=2)
+    walk.step()
+    for token in (7, 8, 9):
+        walk.submit([token] * 60, max_tokens=2)
+    walk.submit([3, 2, 1], max_tokens=2)
+    long = walk.engine.scheduler.running[0]
+    before = long.num_computed
+    walk.step()
+    assert walk.counts[-1] == 8 and ("r4", 0) in walk.outputs
+    assert long.num_computed == before + 8 - 3
+    assert finish_order(walk) == ["r4", "r0", "r1", "r2", "r3"]
+    walk.check_all((0,))
+
+
+def test_a_flood_of_short_prompts_leaves_a_long_one_half_of_each_step() -> None:
+    walk = Walk(make_engine(chunked_prefill_size=8, max_num_seqs=32, num_blocks=400))
+    walk.submit([6] * 60, max_tokens=1)
+    walk.step()
+    for token in range(40):
+        walk.submit([token + 1] * 4, max_tokens=1)
+    assert first_step_of(walk, "r0") <= 60 // 4
+    walk.finish()
+    walk.check_all((0,))
+
+
+@pytest.mark.parametrize("settings", [{"scheduling_policy": "priority"}, {"enable_chunked_prefill": False}], ids=str)
+def test_nobody_passes_under_priorities_or_without_chunks(settings: dict) -> None:
+    walk = Walk(make_engine(max_num_seqs=8, max_num_batched_tokens=64, **settings))
+    for prompt in ([6] * 60, [7] * 60, [3, 2, 1]):
+        walk.submit(prompt, max_tokens=1)
+    assert finish_order(walk) == ["r0", "r1", "r2"]
+
+
+def test_prompts_of_a_body_do_not_pass() -> None:
+    walk = Walk(make_engine(chunked_prefill_size=8, max_num_seqs=8))
+    walk.submit([6] * 60, max_tokens=1)
+    walk.step()
+    for turn, prompt in enumerate(([7] * 60, [3, 2, 1], [4, 5])):
+        walk.submit(prompt, max_tokens=1, turn=turn)
+    assert finish_order(walk) == ["r0", "r1", "r2", "r3"]
+
+
 def test_one_partial_prefill_at_a_time_by_default() -> None:
     walk = Walk(make_engine())
     for token in (6, 7, 8):
