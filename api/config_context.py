@@ -21,6 +21,8 @@ SCALED_MODELS = ("gemma3", "gemma3_text")
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 """Objects of config.json that may tell about the language model."""
 WINDOW_KEYS = ("sliding_window", "window_size")
+CHOSEN_KEYS = ("index_topk", "keep_window_size")
+"""Numbers of keys that each query chooses: longer sequences, of which some would be left out, are not supported."""
 NO_LIMIT = 1e15
 """Tokenizers without a limit store 1e30."""
 
@@ -62,7 +64,8 @@ def find_context(
     if not rope_scaling and config.get("model_type") in SCALED_MODELS:
         scaling = None
     part = part if part and key in whole[part] else ""
-    return Context(int(_scaled(length, scaling, config)), key, window, part)
+    chosen = [number for name in CHOSEN_KEYS if (number := _number(config.get(name)))]
+    return Context(int(min([_scaled(length, scaling, config), *chosen])), key, window, part)
 
 
 def _stated(config: Mapping[str, object]) -> tuple[str, float] | None:

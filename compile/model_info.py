@@ -20,8 +20,14 @@ DEFAULT_LIMIT = 2048
 
 
 def model_limit(config: CompileConfig, facts: ModelFacts) -> int:
-    """Context length in tokens: the requested one, else the model's."""
-    return config.max_model_len or facts.max_positions or DEFAULT_LIMIT
+    """Context length in tokens: the requested one, else the model's. Raises LoadError."""
+    limit, most = config.max_model_len or facts.max_positions or DEFAULT_LIMIT, facts.num_chosen_keys
+    if most and limit > most:
+        raise LoadError(
+            f"{facts.model_type} chooses {most} keys of longer sequences, which is not supported: "
+            f"give --max-model-len {most}"
+        )
+    return limit
 
 
 def describe(config: CompileConfig, captured, result, weights, executable) -> ModelInfo:

@@ -28,6 +28,8 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     initializer_range: float
     """Standard deviation of dummy weights; 0 when the config states none."""
+    num_chosen_keys: int = 0
+    """Keys that a query chooses among all: no sequence has more, so that all are seen. 0: queries do not choose."""
 
 
 @dataclass
@@ -63,7 +65,20 @@ def facts_of(hf_config: object) -> ModelFacts:
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
-        max_positions=getattr(text, "max_position_embeddings", None) or 0,
+        max_positions=_max_positions(text),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
         initializer_range=float(getattr(text, "initializer_range", None) or 0.0),
+        num_chosen_keys=num_chosen_keys(text),
     )
+
+
+def _max_positions(text: object) -> int:
+    """Where queries choose among keys, all are seen: sequences are as long as none would be left out."""
+    limits = getattr(text, "max_position_embeddings", None), num_chosen_keys(text)
+    return min((limit for limit in limits if limit), default=0)
+
+
+def num_chosen_keys(text: object) -> int:
+    """Keys that a query sees at most, those that it chooses among all; 0 where it sees all."""
+    name = "index_topk" if "indexed_attention" in (getattr(text, "layer_types", None) or ()) else "keep_window_size"
+    return getattr(text, name, None) or 0

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from fuseline.compile.capture.captured import DTYPES, EXAMPLE_TOKENS, MAX_TOKENS, MIN_TOKENS, CapturedModel, facts_of
 from fuseline.compile.capture.errors import CaptureError, one_line, told_as
+from fuseline.compile.capture.hf_attention import attention_as_ops, has_key_bias, prepare_attention
 from fuseline.compile.capture.hf_model import (
     ATTENDING,
     NOT_HOOKED,
@@ -25,7 +26,9 @@ from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.edit import map_arguments
 from fuseline.compile.graph.graph_json import module_of
+from fuseline.compile.ops.library import named_arguments
 from fuseline.compile.ops.registry import op_of
+from fuseline.compile.specs import FP8_DTYPES
 
 
 class _Wrapped(nn.Module):
@@ -65,6 +68,12 @@ def capture_config(hf_config: PreTrainedConfig, dtype: torch.dtype, config: Comp
     model = build_on_meta(hf_config, dtype, config.trust_remote_code)
     rope_switch = patch_model(model)
     give_constants(model)
+    prepare_attention(model)
+    if config.kv_cache_dtype in ("int8", *FP8_DTYPES) and has_key_bias(model):
+        raise CaptureError(
+            f"{hf_config.model_type} keeps a bias beside each key, which a cache of {config.kv_cache_dtype} would "
+            "round: give --kv-cache-dtype auto"
+        )
     graph, buffers = export_repeated(model) or export_whole(model)
     captured = describe(model, graph, hf_config, dtype, buffers)
     captured.rope_switch = rope_switch
@@ -127,7 +136,7 @@ def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]
     tokens = torch.zeros((1, EXAMPLE_TOKENS), dtype=torch.long, device="meta")
     dynamic = {1: torch.export.Dim("T", min=MIN_TOKENS, max=MAX_TOKENS)}
     try:
-        with torch.no_grad(), recurrences_as_ops(model):
+        with torch.no_grad(), recurrences_as_ops(model), attention_as_ops(model):
             program = torch.export.export(
                 _Wrapped(model), (tokens, tokens.clone()), dynamic_shapes=(dynamic, dynamic), strict=False
             )
@@ -204,12 +213,19 @@ def _real_buffers(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
         modules[path]._buffers.update(real)
     around = {".".join(parts[:end]) for parts in (path.split(".") for path in owned) for end in range(len(parts) + 1)}
     for path in sorted(around, key=lambda path: path.count(".") + bool(path), reverse=True):
-        model._init_weights(modules[path])
+        _initializing(modules, path)._init_weights(modules[path])
         modules[path]._buffers.update(getattr(modules[path], "fuseline_buffers", {}))
     values = {name: modules[name.rpartition(".")[0]]._buffers[name.rpartition(".")[2]] for name in names}
     for path, before in owned.items():
         modules[path]._buffers.update(before)
     return values
+
+
+def _initializing(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """The innermost model around a module: each initializes its own (Gemma 3n's reads its own sizes)."""
+    parts = path.split(".") if path else []
+    around = (modules[".".join(parts[:end])] for end in range(len(parts), -1, -1))
+    return next(module for module in around if hasattr(module, "_init_weights"))
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -267,9 +283,9 @@ def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> No
         )
     if not found:
         return
-    *_, windows, _, causal = zip(*(node.args for node in found), strict=True)
-    if not all(causal):
+    calls = [named_arguments(node) for node in found]
+    if not all(call["causal"] for call in calls):
         raise CaptureError(f"{name} attends to later tokens too; only models that generate text are served")
     sliding = layer_types.count("sliding_attention")
-    if sliding and sum(window > 0 for window in windows) != sliding:
+    if sliding and sum(call["window"] > 0 for call in calls) != sliding:
         raise CaptureError(f"{name} keeps the window of its {sliding} sliding layers to itself, so it is refused")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from fuseline.compile.quantization.published import QuantizationError
 from fuseline.compile.stored_config import ConfigFileError, config_path, read_stored_config
 
 NAME = "fuseline"
+SLOPES = "fuseline_slopes"
+"""Buffer [H] of a module whose scores are biased by distance (ALiBi)."""
 NOT_HOOKED = (
     "its attention does not go through Transformers' attention interface and would be computed without a KV cache, "
     "so this model is refused"
 )
 NOT_RECURRENT = "its recurrence is none that is known and would be computed without a state, so this model is refused"
-ATTENDING = {"full_attention", "sliding_attention", "hybrid"}
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "hybrid"}
 RECURRENT = {"linear_attention", "mamba", "conv", "hybrid"}
 LAYER_TYPES = ATTENDING | RECURRENT | {"mlp", "moe"}
 NOT_ATTENTION = {"position_ids", "cache_position"}
@@ -84,6 +87,7 @@ def check_architecture(config: PreTrainedConfig) -> None:
 def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """The causal LM without weights; buffers that hold values (inverse frequencies) are real, on the CPU."""
     AttentionInterface.register(NAME, attention_forward)
+    _hook_attention_classes(hf_config)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     settings = {"attn_implementation": NAME, "dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
@@ -103,6 +107,14 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
         model.set_experts_implementation(NAME)
     keep_float32(model, dtype)
     return model.requires_grad_(False)
+
+
+def _hook_attention_classes(hf_config: PreTrainedConfig) -> None:
+    """Modeling files that choose a class of attention by the interface's name have their plain one for ours."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
+    for name, classes in vars(sys.modules[model.__module__]).items() if isinstance(model, type) else ():
+        if name.endswith("_ATTENTION_CLASSES") and "eager" in classes:
+            classes.setdefault(NAME, classes["eager"])
 
 
 def num_parameters(hf_config: PreTrainedConfig, trust_remote_code: bool) -> int:
@@ -130,6 +142,7 @@ def attention_forward(
 ):  # fmt: skip
     """AttentionInterface: one `fuseline::attention` op; the mask is never built.
 
+    ALiBi's slopes and a chunk's size are attributes of the module (hf_attention.py).
     Raises CaptureError if a tensor is handed over that would be left out: a bias or a mask of the model's own.
     """
     extra = {"attention_mask": attention_mask} | unused
@@ -142,8 +155,9 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = getattr(module, "layer_idx", 0) or 0
     out = torch.ops.fuseline.attention(
-        query, key, value, s_aux, layer, float(scale), int(sliding_window or 0), float(softcap or 0.0), bool(causal)
-    )
+        query, key, value, s_aux, layer, float(scale), int(sliding_window or 0), float(softcap or 0.0), bool(causal),
+        getattr(module, SLOPES, None), getattr(module, "fuseline_chunk", 0),
+    )  # fmt: skip
     return out, None
 
 

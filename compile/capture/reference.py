@@ -19,6 +19,8 @@ SPREAD = 0.25
 """Standard deviation of biases, and of norms' weights around 1."""
 DERIVED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 """Ends of names of stored buffers that hang together: they keep their values."""
+ATTENTION = {"falcon": "sdpa"}
+"""Kind of attention, by model type, in place of eager: Falcon's eager one adds ALiBi's bias twice."""
 NUDGE = 2.0**-22
 """Relative change of a weight: about what rounding does to a float32 sum."""
 
@@ -32,7 +34,8 @@ class RandomModel:
     origin = "random weights"
 
     def __init__(self, hf_config: PreTrainedConfig, trust_remote_code: bool, seed: int = 0) -> None:
-        settings = {"attn_implementation": "eager", "dtype": torch.float32, "trust_remote_code": trust_remote_code}
+        kind = ATTENTION.get(getattr(hf_config, "model_type", ""), "eager")
+        settings = {"attn_implementation": kind, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(seed)
             self._model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **settings).float().eval()

@@ -15,6 +15,8 @@ from math import gcd
 
 from transformers import PreTrainedConfig
 
+from fuseline.compile.capture.captured import num_chosen_keys
+
 NUM_SPECIAL = 8
 """Ids of tokens with a meaning are below it."""
 LARGEST = {"vocab": 256, "positions": 128, "original": 32, "window": 8}
@@ -58,6 +60,11 @@ def small_config(hf_config: PreTrainedConfig, num_layers: int, narrow: bool = Tr
     small = copy.deepcopy(hf_config)
     shrink = choose_shrink(small.get_text_config(), num_layers, narrow)
     _shrink_config(small, shrink)
+    text = small.get_text_config()
+    if num_chosen_keys(text):  # as many as it has positions: no sequence is longer
+        for name in ("index_topk", "keep_window_size"):
+            if hasattr(text, name):
+                setattr(text, name, LARGEST["positions"])
     return small
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from fuseline.compile.graph.graph_pass import GraphPass, PassContext, PassResult
-from fuseline.compile.graph.spec import attention_layers, check_edge
+from fuseline.compile.graph.spec import attention_layers, cache_layers, check_edge
 from fuseline.compile.ops import library
 
 
@@ -45,12 +45,13 @@ def run_passes(graph: fx.GraphModule, stages: Stages, ctx: PassContext) -> Pipel
     known = {graph_pass.__name__ for _, passes in stages for graph_pass in passes}
     if unknown := set(ctx.config.disabled_passes) - known:
         raise ValueError(f"there is no pass {sorted(unknown)[0]!r}; passes: {', '.join(sorted(known))}")
-    result, layers = PipelineResult(), attention_layers(graph)
+    result, layers, owners = PipelineResult(), attention_layers(graph), []
     for stage, passes in stages:
+        owners = cache_layers(graph) or owners
         for graph_pass in passes:
             if graph_pass.__name__ not in ctx.config.disabled_passes:
                 _run_pass(graph, graph_pass, stage, ctx, result)
-        check_edge(graph, stage, layers, ctx)
+        check_edge(graph, stage, layers, owners, ctx)
         result.stage_ops[stage] = count_ops(graph)
     return result
 

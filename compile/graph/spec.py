@@ -2,21 +2,22 @@
 
     always                    every value has a meta value, every constant a source
     until attention is paged  each captured attention layer occurs once
-    after serve               each attention layer writes, then reads its own cache; each recurrence has a state
+    after serve               each attention layer reads the cache of its keys and values, written before; each
+                              recurrence has a state
     after lower               every op of ours has a kernel, every other op is torch's
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import Tensor, fx
 
 from fuseline.compile.graph.graph_pass import PassContext
 from fuseline.compile.kernels.plan_call import meta_value, plan_call
 from fuseline.compile.kernels.select import Kernels
-from fuseline.compile.ops.library import Op
+from fuseline.compile.ops.library import Op, named_arguments
 from fuseline.compile.ops.registry import op_of
 
 TORCH = ("aten", "prims")
@@ -32,11 +33,30 @@ def attention_layers(graph: fx.GraphModule) -> list[int]:
     return sorted(node.args[op.arguments.index("layer")] for node, op in calls if op and "layer" in op.arguments)
 
 
-def check_edge(graph: fx.GraphModule, stage: str, layers: list[int], ctx: PassContext) -> None:
-    """Checks the graph after `stage`; `layers` are those of the captured graph. Raises SpecError."""
+def cache_owners(graph: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """By each unpaged attention the first that keeps the same keys and values, and as long: itself, as a rule."""
+    first: dict[tuple, fx.Node] = {}
+    owners = {}
+    for node in graph.graph.nodes:
+        if (op := op_of(node.target)) and "layer" in op.arguments:
+            given = named_arguments(node)
+            owners[node] = first.setdefault((given["k"], given["v"], given["window"] or given["chunk"]), node)
+    return owners
+
+
+def cache_layers(graph: fx.GraphModule) -> list[int]:
+    """Of each unpaged attention the layer whose cache it reads."""
+    return [named_arguments(owner)["layer"] for owner in cache_owners(graph).values()]
+
+
+def check_edge(
+    graph: fx.GraphModule, stage: str, layers: list[int], owners: Collection[int], ctx: PassContext
+) -> None:
+    """Checks the graph after `stage`; `layers` are those of the captured graph, `owners` those of their caches, as they
+    were before. Raises SpecError."""
     problems = [*_incomplete(graph)]
     if stage in ("serve", "lower"):
-        problems += _unpaged(graph, layers)
+        problems += _unpaged(graph, owners)
     elif (found := attention_layers(graph)) != layers:
         problems.append(f"attention of layers {found} instead of {layers}")
     # Without pack_weights torch computes experts by their reference implementation.
@@ -55,7 +75,7 @@ def _incomplete(graph: fx.GraphModule) -> Iterable[str]:
             yield f"nothing says where constant {node.name} comes from"
 
 
-def _unpaged(graph: fx.GraphModule, layers: list[int]) -> Iterable[str]:
+def _unpaged(graph: fx.GraphModule, owners: Collection[int]) -> Iterable[str]:
     if unpaged := attention_layers(graph):
         yield f"attention of layers {unpaged} is not paged"
     for node, op in ((node, op_of(node.target)) for node in graph.graph.nodes):
@@ -70,7 +90,7 @@ def _unpaged(graph: fx.GraphModule, layers: list[int]) -> Iterable[str]:
             read.append(_caches(node, op))
             if read[-1] not in written:
                 yield f"{node.name} reads {read[-1]} before it is written"
-    expected = [f"k_cache_{layer} and v_cache_{layer}" for layer in layers]
+    expected = [f"k_cache_{layer} and v_cache_{layer}" for layer in owners]
     if sorted(read) != sorted(expected):
         yield f"caches that are read: {read} instead of {expected}"
 

@@ -32,18 +32,21 @@ CONTEXT = 1024
 @op(fake=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layer: int, scale: float, window: int, softcap: float,
-    causal: bool,
+    causal: bool, slopes: Tensor | None = None, chunk: int = 0,
 ) -> Tensor:  # fmt: skip
     """Attention of one dense sequence: q[1, H, T, D], k[1, K, T, D], v[1, K, T, E] -> [1, T, H, E]."""
-    return attend(q[0], k[0], v[0], sinks, scale, window, softcap, causal).transpose(0, 1)[None]
+    return attend(q[0], k[0], v[0], sinks, scale, window, softcap, causal, slopes, chunk).transpose(0, 1)[None]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool,
+    slopes: Tensor | None = None, chunk: int = 0,
+) -> Tensor:  # fmt: skip
     """q[H, T, D] over k[K, L, D], v[K, L, E], the queries at the last T of L positions -> [H, T, E].
 
-    Computed in float32, or in float64 if the queries are float64.
+    A query sees the last `window` keys, or those from the last multiple of `chunk` on (0: all). slopes[H] (float32)
+    times the distance to a key, 0 or less, is added to its score (ALiBi). Computed in float32, or in float64 if the
+    queries are float64.
     """
     heads, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
     group = heads // k.shape[0]
@@ -53,9 +56,13 @@ def attend(
         scores = torch.tanh(scores / softcap) * softcap
     query_at = torch.arange(keys - tokens, keys)[:, None]
     key_at = torch.arange(keys)[None]
+    if slopes is not None:
+        scores = scores + slopes.to(wide)[:, None, None] * (key_at - query_at)
     seen = key_at <= query_at if causal else torch.ones(tokens, keys, dtype=torch.bool)
     if window > 0:
         seen = seen & (key_at > query_at - window)
+    if chunk > 0:
+        seen = seen & (key_at >= query_at // chunk * chunk)
     scores = scores.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(heads, tokens, 1)), -1)
@@ -75,8 +82,12 @@ def paged_attention_inputs(make: Make) -> Iterator[tuple]:
         table = make.order(9).reshape(3, 3).int()
         query = make.normal(1, heads, sum(new), key_dim)
         sinks = make.normal(heads)
+        batch = query, *caches, table, torch.tensor(seq_lens).int(), starts.int()
         for sink, window, softcap in ((None, 0, 0.0), (sinks, 0, 0.0), (None, 6, 0.0), (None, 0, 30.0)):
-            yield query, *caches, table, torch.tensor(seq_lens).int(), starts.int(), sink, window, 0.25, softcap
+            yield *batch, sink, window, 0.25, softcap
+        slopes = 2.0 ** -torch.arange(1, heads + 1)
+        for slope, chunk in ((slopes, 0), (None, 6), (slopes, 6)):
+            yield *batch, None, 0, 0.25, 0.0, None, None, slope, chunk
 
 
 def paged_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
@@ -135,12 +146,12 @@ def describe_attention(names: Iterable[str], args: Iterable[object], weights: It
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
     sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, slopes: Tensor | None = None, chunk: int = 0,
 ) -> Tensor:  # fmt: skip
     """q[1, H, T, D] of several sequences over caches [N, K, B, D|E] -> [1, T, H, E].
 
-    An fp8 cache stores values divided by k_scale[1] and v_scale[1] (float32; None: 1), an int8 cache those divided by a
-    scale behind each token's (write_cache).
+    `attend` defines window, chunk and slopes. An fp8 cache stores values divided by k_scale[1] and v_scale[1]
+    (float32; None: 1), an int8 cache those divided by a scale behind each token's (write_cache).
     """
     out = q.new_empty(1, q.shape[2], q.shape[1], value_dim(v_cache))
     starts, lengths = query_start.tolist(), seq_lens.tolist()
@@ -151,7 +162,8 @@ def paged_attention(
             _values(cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length], scale_of)
             for cache, scale_of in ((k_cache, k_scale), (v_cache, v_scale))
         )
-        out[0, begin:end] = attend(q[0, :, begin:end], k, v, sinks, scale, window, softcap, True).transpose(0, 1)
+        seen = attend(q[0, :, begin:end], k, v, sinks, scale, window, softcap, True, slopes, chunk)
+        out[0, begin:end] = seen.transpose(0, 1)
     return out
 
 

@@ -29,17 +29,20 @@ class AttentionLayer:
     window: int
     scale: float
     softcap: float
+    has_slopes: bool = False
+    chunk: int = 0
 
     @staticmethod
     def of(
         q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-        sinks: Tensor | None, window: int, scale: float, softcap: float, *scales: Tensor | None,
+        sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None, slopes: Tensor | None = None, chunk: int = 0,
     ) -> AttentionLayer:  # fmt: skip
         """From the op's arguments, tensors perhaps on meta."""
         _, kv_heads, block_size, key_dim = k_cache.shape
         return AttentionLayer(
             int(q.shape[1]), kv_heads, key_dim, v_cache.shape[3], block_size, q.dtype, k_cache.dtype, sinks is not None,
-            any(scale is not None for scale in scales), window, scale, softcap,
+            k_scale is not None or v_scale is not None, window, scale, softcap, slopes is not None, chunk,
         )  # fmt: skip
 
 
@@ -80,7 +83,9 @@ def make_batch(
     # As a joined product hands them on: the heads of a token side by side.
     q = randn(1, sum(counts), layer.heads, layer.key_dim).transpose(1, 2)
     sinks = randn(layer.heads) if layer.has_sinks else None
-    scales = [torch.ones(1, device=device) for _ in "kv"] if layer.has_scales else []
+    scales = [torch.ones(1, device=device) if layer.has_scales else None for _ in "kv"]
+    slopes = 2.0 ** -torch.arange(1, layer.heads + 1, device=device) if layer.has_slopes else None
     table, seq_lens, query_start = (host[name].to(device) for name in (table_name, "seq_lens", "query_start"))
-    args = (q, *caches, table, seq_lens, query_start, sinks, layer.window, layer.scale, layer.softcap, *scales)
+    numbers = layer.window, layer.scale, layer.softcap
+    args = (q, *caches, table, seq_lens, query_start, sinks, *numbers, *scales, slopes, layer.chunk)
     return AttentionBatch(args, host)

@@ -156,8 +156,11 @@ def op_name(target: object) -> str:
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """A node's arguments by their names in the op's schema; those left out are not there."""
-    return {of.name: arg for of, arg in zip(node.target._schema.arguments, node.args, strict=False)}
+    """A node's arguments by their names in the op's schema, in its order; those left out have their defaults."""
+    arguments = node.target._schema.arguments
+    given = dict(zip((of.name for of in arguments), node.args, strict=False))
+    defaults = {of.name: of.default_value for of in arguments if of.has_default_value()}
+    return {of.name: given.get(of.name, defaults.get(of.name)) for of in arguments if of.name in given | defaults}
 
 
 @dataclass(frozen=True)

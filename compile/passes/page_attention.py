@@ -5,9 +5,10 @@
     write_cache(k_cache_L, v_cache_L, k, v, slots_G)
     out = paged_attention(q, k_cache_L, v_cache_L, block_table_G, seq_lens, query_start, sinks, ...)
 
-Layers with the same window share one group G of block tables. Caches and batch metadata are graph inputs. fp8 caches
-have scales, constants k_scale_L and v_scale_L [1] read by both ops; their values are set when weights are loaded. int8
-caches have a scale behind each token's numbers.
+A layer that attends to the keys and values of an earlier one reads that layer's cache. Layers with the same window
+share one group G of block tables; a chunk needs no more keys than a window of its size. Caches and batch metadata are
+graph inputs. fp8 caches have scales, constants k_scale_L and v_scale_L [1] read by both ops; their values are set when
+weights are loaded. int8 caches have a scale behind each token's numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor, fx
 
 from fuseline.compile.graph.edit import constant, insert_call, meta_int, placeholder, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
+from fuseline.compile.graph.spec import cache_owners
 from fuseline.compile.graph_inputs import cache_name, group_placeholder
+from fuseline.compile.ops.library import named_arguments
 from fuseline.compile.specs import FP8_DTYPES, CacheGroup, CacheSpec, is_coded, scale_names
 
 OPS = torch.ops.fuseline
@@ -27,21 +30,25 @@ WORD = 4
 
 def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Returns a CacheSpec for each layer, and the CacheGroups."""
-    nodes = [node for node in graph.graph.nodes if node.target is OPS.attention.default]
-    windows = sorted({node.args[6] for node in nodes})
-    specs = [_cache_spec(node, ctx) for node in nodes]
+    owners = cache_owners(graph)
+    spec_of = {node: _cache_spec(node, ctx) for node in dict.fromkeys(owners.values())}
+    specs = [*spec_of.values()]
+    windows = sorted({spec.window for spec in specs})
     groups = [CacheGroup(w, tuple(s.layer for s in specs if s.window == w)) for w in windows]
     constants: dict[str, Tensor] = {}
-    for node, spec in zip(nodes, specs, strict=True):
-        scales = _scales(graph, spec)
+    scales_of = {node: _scales(graph, spec) for node, spec in spec_of.items()}
+    for scales in scales_of.values():
         constants |= {str(scale.meta["fqn"]): torch.ones(1) for scale in scales}
+    for node, owner in owners.items():
+        spec, scales = spec_of[owner], scales_of[owner]
         _rewrite(graph.graph, node, spec, windows.index(spec.window), ctx.config.block_size, scales)
-    return PassResult(len(nodes), (*specs, *groups), constants)
+    return PassResult(len(owners), (*specs, *groups), constants)
 
 
 def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
-    _, k, v, _, layer, _, window, _, causal = node.args
-    if not causal:
+    given = named_arguments(node)
+    k, v, layer, window = given["k"], given["v"], given["layer"], given["window"] or given["chunk"]
+    if not given["causal"]:
         raise ValueError(f"layer {layer}: attention that is not causal cannot be paged")
     key, value = k.meta["val"], v.meta["val"]
     spec = CacheSpec(layer, key.shape[1], key.shape[3], value.shape[3], _dtype(key.dtype, ctx), window)
@@ -68,17 +75,22 @@ def _scales(graph: fx.GraphModule, spec: CacheSpec) -> list[fx.Node]:
 def _rewrite(
     graph: fx.Graph, node: fx.Node, spec: CacheSpec, group: int, block_size: int, scales: list[fx.Node]
 ) -> None:
-    q, k, v, sinks, layer, scale, window, softcap, _ = node.args
+    given = named_arguments(node)
     caches = [
-        placeholder(graph, cache_name(kind, layer), _cache(spec, block_size, dim))
+        placeholder(graph, cache_name(kind, spec.layer), _cache(spec, block_size, dim))
         for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
     ]
     slots = placeholder(graph, group_placeholder("slot_mapping", group), meta_int(2))
     table = placeholder(graph, group_placeholder("block_tables", group), meta_int(2, 2, dtype=torch.int32))
     seq_lens = placeholder(graph, "seq_lens", meta_int(2, dtype=torch.int32))
     query_start = placeholder(graph, "query_start", meta_int(3, dtype=torch.int32))
-    insert_call(node, OPS.write_cache.default, (*caches, k, v, slots, *scales), node, None)
-    args = (q, *caches, table, seq_lens, query_start, sinks, window, scale, softcap, *scales)
+    if spec.layer == given["layer"]:
+        insert_call(node, OPS.write_cache.default, (*caches, given["k"], given["v"], slots, *scales), node, None)
+    numbers = given["window"], given["scale"], given["softcap"]
+    batch = table, seq_lens, query_start
+    bias = given["slopes"], given["chunk"]
+    behind = (*(scales or (None, None)), *bias) if any(bias) else scales
+    args = (given["q"], *caches, *batch, given["sinks"], *numbers, *behind)
     paged = insert_call(node, OPS.paged_attention.default, args, node, node.meta["val"])
     take_over([node], [paged])
 

@@ -228,6 +228,7 @@ constexpr DTypeRule kDTypeRules[] = {
     {"paged_attention", "q", kFloats},
     {"paged_attention", "sinks", kFloats},
     {"paged_attention_codes", "sinks", kFloats},
+    {"*", "slopes", bit(DType::f32)},
     {"write_cache_codes", "k_cache", bit(DType::u8)},
     {"write_cache_codes", "v_cache", bit(DType::u8)},
     {"rope_cache_codes", "k_cache", bit(DType::u8)},

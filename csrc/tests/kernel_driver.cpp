@@ -236,16 +236,17 @@ void run_attention(DType d, DType cache, const Sequences& s, Heads h, int32_t bl
   int64_t tokens = 0;
   for (int32_t count : s.counts) tokens += count;
   const int64_t blocks = s.num_blocks(block_size);
-  const auto attend = [&](Owned sinks, int64_t window, double softcap) {
+  const auto attend = [&](Owned sinks, Owned slopes, int64_t window, int64_t chunk, double softcap) {
     call("paged_attention",
          pack(make(d, {1, tokens, h.query, h.value_dim}), make(d, {1, h.query, tokens, h.key_dim}),
               make(cache, {blocks, h.kv, block_size, h.key_dim}), make(cache, {blocks, h.kv, block_size, h.value_dim}),
-              s.table(block_size), s.lens(), s.starts(), sinks),
-         {window}, {0.2, softcap});
+              s.table(block_size), s.lens(), s.starts(), sinks, slopes),
+         {window, chunk}, {0.2, softcap});
   };
   for (int64_t window : {0, 1, 70}) {
-    attend(absent(), window, 0.0);
-    attend(make(d, {h.query}), window, 5.0);
+    attend(absent(), absent(), window, 0, 0.0);
+    attend(make(d, {h.query}), absent(), window, 0, 5.0);
+    attend(absent(), make(DType::f32, {h.query}), 0, window, 0.0);
   }
 }
 

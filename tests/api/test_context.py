@@ -48,6 +48,8 @@ STATED = {
     "yarn without the original": (rope(32768, rope_type="yarn", factor=4.0), 131072),
     "yarn, the original beside it": (
         {"original_max_position_embeddings": 50, **rope(100, rope_type="yarn", factor=4.0)}, 200),
+    "keys that DeepSeek-V3.2 chooses": ({"index_topk": 2048, **rope(163840, type="yarn", factor=40)}, 2048),
+    "more keys than there are": ({"keep_window_size": 2048, "max_position_embeddings": 1024}, 1024),
     "longrope of Phi-3": (rope(131072, type="longrope", factor=32.0), 131072),
     "su": (rope(131072, type="su", factor=32.0), 131072),
     "yarn that says less": (rope(100, rope_type="yarn", factor=2.0, original_max_position_embeddings=30), 60),

@@ -43,6 +43,12 @@ def test_window_softcap_and_sinks(isa, window, softcap, has_sinks):
     check(Cache(LENGTHS), make_queries(COUNTS), sinks=sinks, window=window, softcap=softcap)
 
 
+@pytest.mark.parametrize("options", [{"chunk": 1}, {"chunk": 7}, {"chunk": 64, "softcap": 3.0}, {"chunk": 100}, {}])
+@pytest.mark.parametrize("slopes", (None, torch.tensor([0.5, 0.25, 0.1, 0.0, 1.0, 2**-8])))
+def test_chunks_and_slopes(isa, options, slopes):
+    check(Cache(LENGTHS), make_queries(COUNTS), slopes=slopes, **options)
+
+
 @pytest.mark.parametrize("cache_dtype", FLOATS)
 @pytest.mark.parametrize("q_dtype", FLOATS)
 def test_dtypes(isa, q_dtype, cache_dtype):
@@ -59,12 +65,21 @@ def test_blocks_behind_the_window_are_not_read(isa):
     assert torch.equal(cache.attend(queries, window=20)[0], want[0])
 
 
+def test_blocks_before_the_chunk_are_not_read(isa):
+    cache = Cache([150])
+    queries = make_queries([20])
+    want = cache.attend(queries, chunk=128)
+    cache.table[0, :8] = 10**6
+    assert torch.equal(cache.attend(queries, chunk=128)[0], want[0])
+
+
 def test_scores_too_large_for_exp(isa):
     # Scores reach 400, where one step of fp32 is 3e-5: that much of a probability is all fp32 can give.
     check(Cache([70]), [q * 40 for q in make_queries([70])], scale=1.0, tol=2e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 50}, {"sinks": torch.linspace(-1, 1, 6)}])
+@pytest.mark.parametrize("options", [{}, {"window": 50}, {"sinks": torch.linspace(-1, 1, 6)},
+                                     {"chunk": 300, "slopes": torch.linspace(0.001, 0.4, 6)}])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_a_row_does_not_depend_on_batch_chunking_or_threads(isa, options, dtype):
     lengths = [1500, 700, 90, 33]

@@ -80,11 +80,12 @@ class CodedCache(Cache):
         )
         self.k_cache = key_panels(self.k_cache)
 
-    def run(self, tensors, window, scale, softcap):
-        ops.paged_attention_codes(*tensors, *self.scales, window, self.code, scale, softcap)
+    def run(self, tensors, ints, floats):
+        ops.paged_attention_codes(*tensors, *self.scales, *ints, self.code, *floats)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 50, "sinks": torch.linspace(-1, 1, 6)}], ids=len)
+@pytest.mark.parametrize("options", [{}, {"window": 50, "sinks": torch.linspace(-1, 1, 6)},
+                                     {"chunk": 40, "slopes": torch.linspace(0.01, 0.4, 6)}], ids=len)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("stored", "block_size"), [(torch.int8, 16), (torch.int8, 20), (FP8[0], 16), (FP8[1], 8)])
 def test_a_row_does_not_depend_on_batch_chunking_or_threads(isa, stored, block_size, options, dtype):

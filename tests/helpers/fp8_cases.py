@@ -12,7 +12,7 @@ from fuseline.compile.ops.library import Op
 from fuseline.compile.ops.rope import FP8
 
 CACHED = ("write_cache", "rope_cache", "paged_attention", "paged_attention_invariant")
-"""Ops that take scales behind their other arguments."""
+"""Ops that take scales of a cache."""
 SCALES = torch.tensor([0.5]), torch.tensor([0.125])
 STORED = (*FP8, torch.uint8)
 """Dtypes of a cache's tensor: bytes are e4m3."""
@@ -21,9 +21,10 @@ STORED = (*FP8, torch.uint8)
 def over_fp8(op: Op, dtype: torch.dtype, fp8: torch.dtype) -> Iterator[tuple]:
     """The op's cases with caches of fp8 in place of theirs; each without scales and with them."""
     for args in cases(op, dtype):
-        coded = [arg.to(fp8) if name.endswith("_cache") else arg for name, arg in zip(op.arguments, args, strict=False)]
-        yield tuple(coded)
-        yield *coded, *SCALES
+        named = dict(zip(op.arguments, args, strict=False))
+        coded = {name: arg.to(fp8) if name.endswith("_cache") else arg for name, arg in named.items()}
+        yield tuple(coded.values())
+        yield tuple((coded | dict(zip(("k_scale", "v_scale"), SCALES, strict=True))).values())
 
 
 def numbers(fp8: torch.dtype) -> Tensor:

@@ -27,7 +27,8 @@ class Cache:
                 self.v_cache[blocks[pos // block_size], :, pos % block_size] = self.values[s][:, pos]
         self.k_cache = key_panels(self.k_cache)
 
-    def attend(self, queries, seen=None, seqs=None, sinks=None, window=0, scale=0.2, softcap=0.0):
+    def attend(self, queries, seen=None, seqs=None, sinks=None, window=0, scale=0.2, softcap=0.0, slopes=None,
+               chunk=0):  # fmt: skip
         """queries: one [H, n, D] a sequence, its last n tokens out of `seen`. Returns one [n, H, E] a sequence."""
         seqs = list(range(len(self.lengths))) if seqs is None else seqs
         seen = [self.lengths[s] for s in seqs] if seen is None else seen
@@ -36,13 +37,14 @@ class Cache:
         starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         out = torch.full((1, sum(counts), q.shape[1], self.values[0].shape[-1]), float("nan"), dtype=q.dtype)
         lens = torch.tensor(seen, dtype=torch.int32)
-        self.run((out, q, self.k_cache, self.v_cache, self.table[seqs], lens, starts, sinks), window, scale, softcap)
+        tensors = out, q, self.k_cache, self.v_cache, self.table[seqs], lens, starts, sinks, slopes
+        self.run(tensors, (window, chunk), (scale, softcap))
         return list(out[0].split(counts))
 
-    def run(self, tensors, window, scale, softcap):
-        ops.paged_attention(*tensors, window, scale, softcap)
+    def run(self, tensors, ints, floats):
+        ops.paged_attention(*tensors, *ints, *floats)
 
-    def reference(self, s, query, seen, sinks=None, window=0, scale=0.2, softcap=0.0):
+    def reference(self, s, query, seen, sinks=None, window=0, scale=0.2, softcap=0.0, slopes=None, chunk=0):
         heads, n, _ = query.shape
         group = heads // len(self.keys[s])
         k = self.keys[s][:, :seen].double().repeat_interleave(group, 0)
@@ -51,7 +53,10 @@ class Cache:
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         rows, cols = torch.arange(seen - n, seen)[:, None], torch.arange(seen)[None]
+        if slopes is not None:
+            scores = scores + slopes.double()[:, None, None] * (cols - rows)
         hidden = (cols > rows) | ((cols <= rows - window) if window else False)
+        hidden = hidden | ((cols // chunk != rows // chunk) if chunk else False)
         scores = scores.masked_fill(hidden, float("-inf"))
         if sinks is not None:
             scores = torch.cat([scores, sinks.double()[:, None, None].expand(heads, n, 1)], -1)

@@ -9,6 +9,7 @@ from fuseline.compile.kernels.triton import attention
 NAN = float("nan")
 
 SOFTCAP, SINKS = {"softcap": 3.0}, {"sinks": torch.linspace(-2, 3, 4)}
+SLOPES, CHUNKS = {"slopes": torch.tensor([0.5, 0.1, 0.0, 1.0])}, {"chunk": 50, "slopes": torch.tensor([0.5, 0.1])}
 
 
 class Batch:
@@ -52,14 +53,17 @@ class Batch:
         )  # fmt: skip
         return list(out[0].split(counts))
 
-    def reference(self, s, window=0, scale=0.3, softcap=0.0, sinks=None):
+    def reference(self, s, window=0, scale=0.3, softcap=0.0, sinks=None, slopes=None, chunk=0):
         q, k, v = self.queries[s].transpose(0, 1).double(), self.keys[s].double(), self.values[s].double()
         group = q.shape[0] // k.shape[0]
         scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scale
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         rows = torch.arange(self.lengths[s] - self.counts[s], self.lengths[s])[:, None]
         keys = torch.arange(self.lengths[s])[None]
+        if slopes is not None:
+            scores = scores + slopes.double()[:, None, None] * (keys - rows)
         scores = scores.masked_fill((keys > rows) | ((keys <= rows - window) if window else keys < 0), -torch.inf)
+        scores = scores.masked_fill((keys // chunk != rows // chunk) if chunk else keys < 0, -torch.inf)
         if sinks is not None:
             scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:2], 1)), -1)
         weights = scores.softmax(-1)[..., : keys.shape[1]]

@@ -310,7 +310,8 @@ def attend(
         "v_cache": meta(64, kv_heads, block, value_dim, dtype=cache),
         "block_table": meta(seqs, columns, dtype=torch.int32), "seq_lens": meta(seqs, dtype=torch.int32),
         "query_start": meta(seqs + 1, dtype=torch.int32), "sinks": meta(heads, dtype=dtype), "window": window,
-        "scale": 0.3, "softcap": softcap, "k_scale": one, "v_scale": one,
+        "scale": 0.3, "softcap": softcap, "k_scale": one, "v_scale": one, "slopes": meta(heads),
+        "chunk": window if dtype == torch.float16 else 0,
         "prefill_from": int(step == "invariant"),
     }  # fmt: skip
 

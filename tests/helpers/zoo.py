@@ -88,9 +88,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family("Qwen2MoeConfig", COMMON | MOE | dict(shared_expert_intermediate_size=48)),
 }  # fmt: skip
 REFUSED: dict[str, Family] = {
-    "bloom": Family("BloomConfig", dict(hidden_size=64, n_layer=3, n_head=4, vocab_size=VOCAB), 0),
-    "falcon_alibi": Family("FalconConfig", dict(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=VOCAB, alibi=True), 0),
+    "roformer": Family("RoFormerConfig", dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=VOCAB), 0),
 }  # fmt: skip
 
 

@@ -52,8 +52,8 @@ def decode_or_triton_into(
 def decode_attention(
     lib: CudaLibrary, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, num_workers: int = 0, is_bulk: bool = False,
-    run: int = 0,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *_: None, num_workers: int = 0,
+    is_bulk: bool = False, run: int = 0,
 ) -> None:  # fmt: skip
     """out[1, T, H, D]; arguments as triton/attention.py has them. Of more tokens than sequences: only those that are
     their sequence's single one. `num_workers` shares the splits of a row (0: chosen), which changes no bit; with
@@ -91,11 +91,15 @@ def decode_attention(
 
 def supports_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-    sinks: Tensor | None, *_: object,
+    sinks: Tensor | None, window: int = 0, scale: float = 1.0, softcap: float = 0.0, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, slopes: Tensor | None = None, chunk: int = 0,
 ) -> bool:  # fmt: skip
-    """Half precision, one size of heads, whole blocks of a power of two keys, up to sixteen query heads a kv head."""
+    """Half precision, one size of heads, whole blocks of a power of two keys, up to sixteen query heads a kv head, no
+    slopes and no chunks."""
     dim, block_size, group = q.shape[3], k_cache.shape[2], q.shape[1] // k_cache.shape[1]
     if q.dtype not in (torch.bfloat16, torch.float16) or (sinks is not None and sinks.dtype != q.dtype):
+        return False
+    if slopes is not None or chunk:
         return False
     if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q.dtype, *FP8):
         return False
@@ -137,13 +141,15 @@ def _aligned(q: Tensor) -> Tensor:
 
 def supports_prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
-    sinks: Tensor | None, window: int, scale: float, softcap: float, *scales: Tensor | None,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, *biases: object,
 ) -> bool:  # fmt: skip
     """What the decode kernel takes, with caches of the queries' dtype, heads of 64 or 128, blocks of 8 keys or more,
     and no soft-cap."""
-    args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks)
-    is_plain = k_cache.dtype == q.dtype and softcap == 0.0 and scale > 0.0 and all(each is None for each in scales)
-    return is_plain and q.shape[3] <= 128 and k_cache.shape[2] >= 8 and supports_attention(*args)
+    args = (q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, k_scale, v_scale)
+    has_scales = k_scale is not None or v_scale is not None
+    is_plain = k_cache.dtype == q.dtype and softcap == 0.0 and scale > 0.0 and not has_scales
+    return is_plain and q.shape[3] <= 128 and k_cache.shape[2] >= 8 and supports_attention(*args, *biases)
 
 
 def decode_or_prefill(lib: CudaLibrary, q: Tensor, *rest: object) -> Tensor:
@@ -176,7 +182,7 @@ def supports_bulk(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor | N
 
 def supports_bulk_and_prefill(*args: object) -> bool:
     """What both kernels take."""
-    return supports_prefill(*args) and supports_bulk(*args[:7])
+    return supports_prefill(*args) and supports_bulk(*args)
 
 
 MIXED, BULK_MIXED = (f"cuda.{decode}_attention, triton.paged_attention" for decode in ("decode", "bulk"))

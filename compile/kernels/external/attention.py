@@ -74,8 +74,9 @@ def supports_flashinfer(layer: AttentionLayer) -> bool:
 
 
 def _is_plain(layer: AttentionLayer) -> bool:
-    """A cache of the queries' own half precision, no sinks, no scales."""
-    return layer.dtype in HALVES and layer.cache_dtype == layer.dtype and not (layer.has_sinks or layer.has_scales)
+    """A cache of the queries' own half precision, no sinks, no scales, no slopes, no chunks."""
+    has_more = layer.has_sinks or layer.has_scales or layer.has_slopes or layer.chunk > 0
+    return layer.dtype in HALVES and layer.cache_dtype == layer.dtype and not has_more
 
 
 def flash_3(attend, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, window, scale, softcap, *_):

@@ -56,8 +56,8 @@ PREFILL_TUNINGS = (Tuning(7), Tuning(3), Tuning(rows=64), Tuning(3, rows=64))
 def paged_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     query_start: Tensor, sinks: Tensor | None, window: int, scale: float, softcap: float,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, prefill_from: int = 0,
-    tuning: Tuning | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, slopes: Tensor | None = None, chunk: int = 0, *,
+    prefill_from: int = 0, tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """out[1, T, H, E] of q[1, H, T, D] over caches [N, K, B, D|E], as compile/ops/attention.py defines it.
 
@@ -75,21 +75,22 @@ def paged_attention(
         return
     k_cache, v_cache = _readable(k_cache), _readable(v_cache)
     shape = replace(AttentionShape.of(q, k_cache, v_cache, block_table), tuning=tuning or Tuning())
-    window = window if window > 0 else NO_WINDOW
-    tensors = (out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale)
+    window = chunk or (window if window > 0 else NO_WINDOW)
+    tensors = (out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, slopes)
     strides = (
         out.stride(1), out.stride(2), q.stride(1), q.stride(2), *k_cache.stride()[:3], *v_cache.stride()[:3],
         block_table.stride(0),
     )  # fmt: skip
     numbers = (window, scale * LOG2_E, softcap)
+    options = {"IS_CHUNKED": chunk > 0, "HAS_SOFTCAP": softcap > 0, "HAS_SLOPES": slopes is not None}
     if not prefill_from:
-        _launch_decode(shape, tensors, strides, numbers)
+        _launch_decode(shape, tensors, strides, numbers, options)
     if prefill_from or not shape.is_all_decode:
         tile, most = shape.prefill, prefill_from - 1 if prefill_from else shape.decode.tokens
         grid = (shape.num_tokens // tile.tokens + shape.num_seqs, shape.kv_heads * tile.parts)
         prefill_kernel[grid](
             *tensors, *strides, *numbers, shape.num_seqs, most, GROUP=shape.group,
-            IS_WINDOWED=window < NO_WINDOW, HAS_SOFTCAP=softcap > 0, **shape.constants(), **tile.constants(),
+            IS_WINDOWED=window < NO_WINDOW, **options, **shape.constants(), **tile.constants(),
         )  # fmt: skip
 
 
@@ -249,25 +250,24 @@ def padded(dim: int) -> int:
 
 
 def _launch_decode(
-    shape: AttentionShape, tensors: tuple, strides: tuple, numbers: tuple[int, float, float]
+    shape: AttentionShape, tensors: tuple, strides: tuple, numbers: tuple[int, float, float], options: dict[str, bool]
 ) -> None:  # fmt: skip
     tile = shape.decode
     workspace = torch.empty(shape.workspace_size, dtype=torch.float32, device=tensors[0].device)
-    out, q, *_, seq_lens, query_start, sinks, _, v_scale = tensors
+    out, q, *_, seq_lens, query_start, sinks, _, v_scale, _ = tensors
     splits = {"IS_ALL": shape.is_all_decode, "SPLIT": SPLIT, "NUM_SPLITS": shape.num_splits}
     grid = (shape.kv_heads * tile.parts, shape.num_seqs, shape.num_workers)
     decode_kernel[grid](
         *tensors, workspace, *strides, *numbers, q.shape[1], shape.num_slots, shape.max_folded,
-        GROUP=shape.group, HAS_SOFTCAP=numbers[2] > 0, IS_FOLDING=shape.is_folding, **splits, **shape.constants(),
-        **tile.constants(),
+        GROUP=shape.group, IS_FOLDING=shape.is_folding, **options, **splits, **shape.constants(), **tile.constants(),
     )  # fmt: skip
     if shape.workspace_size == 0:
         return
     grid = (shape.kv_heads * shape.group, shape.num_seqs, 1 if shape.is_all_decode else tile.tokens)
     merge_kernel[grid](
         out, seq_lens, query_start, sinks, v_scale, workspace, out.stride(1), out.stride(2), numbers[0],
-        shape.num_slots, shape.max_folded, **splits, TOKENS=tile.tokens, KEYS=tile.keys, E=shape.value_dim,
-        PADDED_E=shape.padded_value_dim, num_warps=1,
+        shape.num_slots, shape.max_folded, **splits, IS_CHUNKED=options["IS_CHUNKED"], TOKENS=tile.tokens,
+        KEYS=tile.keys, E=shape.value_dim, PADDED_E=shape.padded_value_dim, num_warps=1,
     )  # fmt: skip
 
 

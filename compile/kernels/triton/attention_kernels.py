@@ -23,11 +23,12 @@ A group's table begins wherever the one before it ends."""
 
 @triton.jit(do_not_specialize=BATCH)
 def decode_kernel(
-    out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, workspace, out_stride_t,
-    out_stride_h, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b,
-    table_stride, window, scale, softcap, num_heads, num_slots, max_folded, GROUP: tl.constexpr,
-    IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    IS_FOLDING: tl.constexpr, B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr,
+    out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, slopes, workspace,
+    out_stride_t, out_stride_h, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h,
+    v_stride_b, table_stride, window, scale, softcap, num_heads, num_slots, max_folded, GROUP: tl.constexpr,
+    IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_CHUNKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_FOLDING: tl.constexpr, B: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr,
     REST: tl.constexpr, PADDED_E: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     PARTS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -45,11 +46,14 @@ def decode_kernel(
         scale = scale * tl.load(k_scale)
     in_tile, in_group, is_head = _rows(tl.program_id(0) % PARTS, ROWS, HEADS, GROUP)
     head = kv_head * GROUP + in_group
+    slope = _slopes(slopes, head, is_head)
     value_dim = tl.arange(0, PADDED_E)
     k_head = k_cache + kv_head.to(tl.int64) * k_stride_h
     v_head = v_cache + kv_head.to(tl.int64) * v_stride_h
     for token in range(0, num_tokens, TOKENS):
-        first, start, end, split, num_splits = _cut(length, num_tokens, token, window, TOKENS, KEYS, SPLIT, NUM_SPLITS)
+        first, start, end, split, num_splits = _cut(
+            length, num_tokens, token, window, IS_CHUNKED, TOKENS, KEYS, SPLIT, NUM_SPLITS
+        )
         row_token = token + in_tile
         is_row = is_head & (in_tile < TOKENS) & (row_token < num_tokens)
         position = length - num_tokens + row_token
@@ -67,7 +71,8 @@ def decode_kernel(
                 tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32),
                 tl.zeros([ROWS, PADDED_E], tl.float32), rows, rest, k_head, v_head, block_table + seq * table_stride,
                 low, tl.minimum(low + split, end), first, end, position, window, k_stride_n, k_stride_b, v_stride_n,
-                v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E, PADDED_D, REST, PADDED_E,
+                v_stride_b, scale, softcap, slope, IS_CHUNKED, HAS_SOFTCAP, HAS_SLOPES, True, KEYS, B, D, E, PADDED_D,
+                REST, PADDED_E,
             )  # fmt: skip
             line = (slot * num_heads + head) * NUM_SPLITS + i
             is_kept = is_row & (num_splits > max_folded)
@@ -97,8 +102,8 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["num_slots", "max_folded"])
 def merge_kernel(
     out, seq_lens, query_start, sinks, v_scale, workspace, out_stride_t, out_stride_h, window, num_slots,
-    max_folded, IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, E: tl.constexpr,
-    PADDED_E: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
+    max_folded, IS_ALL: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_CHUNKED: tl.constexpr,
+    E: tl.constexpr, PADDED_E: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence, first token): merges the splits of rows that the decode kernel left in the workspace."""
     head = tl.program_id(0)
@@ -113,7 +118,7 @@ def merge_kernel(
     dim = tl.arange(0, PADDED_E)
     for token in range(tl.program_id(2), num_tokens, tl.num_programs(2)):
         _, _, _, _, num_splits = _cut(
-            length, num_tokens, token // TOKENS * TOKENS, window, TOKENS, KEYS, SPLIT, NUM_SPLITS
+            length, num_tokens, token // TOKENS * TOKENS, window, IS_CHUNKED, TOKENS, KEYS, SPLIT, NUM_SPLITS
         )
         at = (begin + token).to(tl.int64)
         slot = at if IS_ALL else (seq * TOKENS + token).to(tl.int64)
@@ -143,10 +148,11 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=BATCH)
 def prefill_kernel(
-    out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, out_stride_t, out_stride_h,
-    q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b, table_stride,
-    window, scale, softcap, num_seqs, max_decode, GROUP: tl.constexpr, IS_WINDOWED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr,
+    out, q, k_cache, v_cache, block_table, seq_lens, query_start, sinks, k_scale, v_scale, slopes, out_stride_t,
+    out_stride_h, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_b, v_stride_n, v_stride_h, v_stride_b,
+    table_stride, window, scale, softcap, num_seqs, max_decode, GROUP: tl.constexpr, IS_WINDOWED: tl.constexpr,
+    IS_CHUNKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, B: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr,
     REST: tl.constexpr, PADDED_E: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     PARTS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -164,6 +170,7 @@ def prefill_kernel(
     length = tl.load(seq_lens + seq)
     in_tile, in_group, is_head = _rows(tl.program_id(1) % PARTS, ROWS, HEADS, GROUP)
     head = kv_head * GROUP + in_group
+    slope = _slopes(slopes, head, is_head)
     is_row = is_head & (in_tile < TOKENS) & (token + in_tile < num_tokens)
     value_dim = tl.arange(0, PADDED_E)
     at = (begin + token + in_tile).to(tl.int64)
@@ -176,7 +183,7 @@ def prefill_kernel(
     earliest = length - num_tokens + token
     position = earliest + in_tile
     end = tl.minimum(earliest + TOKENS, length)
-    first = tl.maximum(earliest - window + 1, 0)
+    first = tl.maximum(_first_key(earliest, window, IS_CHUNKED), 0)
     start = first // KEYS * KEYS
     whole_end = tl.maximum((earliest + 1) // KEYS * KEYS, start)
     whole_start = start
@@ -184,21 +191,22 @@ def prefill_kernel(
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PADDED_E], tl.float32)
     if IS_WINDOWED:
-        whole_start = tl.cdiv(tl.maximum(end - window, start), KEYS) * KEYS
+        whole_start = tl.cdiv(tl.maximum(_first_key(end - 1, window, IS_CHUNKED), start), KEYS) * KEYS
         whole_end = tl.maximum(whole_end, tl.minimum(whole_start, end))
         m, mass, acc = _attend(
             m, mass, acc, rows, rest, k_head, v_head, table, start, tl.minimum(whole_start, end), first, end, position,
-            window, k_stride_n, k_stride_b, v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E,
-            PADDED_D, REST, PADDED_E,
+            window, k_stride_n, k_stride_b, v_stride_n, v_stride_b, scale, softcap, slope, IS_CHUNKED, HAS_SOFTCAP,
+            HAS_SLOPES, True, KEYS, B, D, E, PADDED_D, REST, PADDED_E,
         )  # fmt: skip
     m, mass, acc = _attend(
         m, mass, acc, rows, rest, k_head, v_head, table, whole_start, whole_end, first, end, position, window,
-        k_stride_n, k_stride_b, v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, False, KEYS, B, D, E, PADDED_D,
-        REST, PADDED_E,
+        k_stride_n, k_stride_b, v_stride_n, v_stride_b, scale, softcap, slope, IS_CHUNKED, HAS_SOFTCAP, HAS_SLOPES,
+        False, KEYS, B, D, E, PADDED_D, REST, PADDED_E,
     )  # fmt: skip
     m, mass, acc = _attend(
         m, mass, acc, rows, rest, k_head, v_head, table, whole_end, end, first, end, position, window, k_stride_n,
-        k_stride_b, v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP, True, KEYS, B, D, E, PADDED_D, REST, PADDED_E,
+        k_stride_b, v_stride_n, v_stride_b, scale, softcap, slope, IS_CHUNKED, HAS_SOFTCAP, HAS_SLOPES, True, KEYS, B,
+        D, E, PADDED_D, REST, PADDED_E,
     )  # fmt: skip
     if sinks is not None:
         mass, shrink = _add_sink(m, mass, tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32))
@@ -213,15 +221,33 @@ def prefill_kernel(
 
 
 @triton.jit
-def _cut(length, num_tokens, token, window, TOKENS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
-         NUM_SPLITS: tl.constexpr):  # fmt: skip
+def _cut(length, num_tokens, token, window, IS_CHUNKED: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
+         SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr):  # fmt: skip
     """The keys of the tile at `token` of a sequence: (first, start of the first split, end, keys a split, splits)."""
     position = length - num_tokens + token
-    first = tl.maximum(position - window + 1, 0)
+    first = tl.maximum(_first_key(position, window, IS_CHUNKED), 0)
     start = first // KEYS * KEYS
     end = tl.minimum(position + TOKENS, length)
     split = SPLIT * tl.maximum(tl.cdiv(end - start, SPLIT * NUM_SPLITS), 1)
     return first, start, end, split, tl.cdiv(tl.maximum(end - start, 0), split)
+
+
+@triton.jit
+def _first_key(position, window, IS_CHUNKED: tl.constexpr):
+    """The first key that a token sees, below 0 where its window begins before the sequence; chunks of `window` keys."""
+    if IS_CHUNKED:
+        return position // window * window
+    else:
+        return position - window + 1
+
+
+@triton.jit
+def _slopes(slopes, head, is_head):
+    """Slopes of the heads of rows, of scores in units of log2 e."""
+    if slopes is None:
+        return tl.zeros(head.shape, tl.float32)
+    else:
+        return tl.load(slopes + head, mask=is_head, other=0.0) * LOG2_E
 
 
 @triton.jit
@@ -248,9 +274,9 @@ def _queries(line, is_row, D: tl.constexpr, PADDED_D: tl.constexpr, REST: tl.con
 @triton.jit
 def _attend(
     m, mass, acc, q, q_rest, k_head, v_head, table, low, high, first, end, position, window, k_stride_n, k_stride_b,
-    v_stride_n, v_stride_b, scale, softcap, HAS_SOFTCAP: tl.constexpr, IS_MASKED: tl.constexpr, KEYS: tl.constexpr,
-    B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, REST: tl.constexpr,
-    PADDED_E: tl.constexpr,
+    v_stride_n, v_stride_b, scale, softcap, slope, IS_CHUNKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr, KEYS: tl.constexpr, B: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, PADDED_D: tl.constexpr, REST: tl.constexpr, PADDED_E: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of rows q over keys [low, high), none of which lies before `first` or behind `end`.
 
@@ -278,8 +304,12 @@ def _attend(
         scores = _product(scores, scale)
         if HAS_SOFTCAP:
             scores = _product(_tanh(scores / (softcap * LOG2_E)), softcap * LOG2_E)
+        if HAS_SLOPES:
+            distance = (key[None, :] - position[:, None]).to(tl.float32)
+            scores = tl.fma(tl.broadcast_to(slope[:, None], [slope.shape[0], KEYS]), distance, scores)
         if IS_MASKED:
-            seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window) & there[None, :]
+            earliest = _first_key(position, window, IS_CHUNKED)
+            seen = (key[None, :] <= position[:, None]) & (key[None, :] >= earliest[:, None]) & there[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1))
         finite = tl.where(new_m == float("-inf"), 0.0, new_m)

@@ -101,11 +101,25 @@ struct KeyScales {
   const float *keys, *values;
 };
 
+FL_INLINE vi lanes_from(int64_t first) {
+  vi lanes;
+  for (int l = 0; l < kLanes; ++l) lanes[l] = l;
+  return lanes + static_cast<int32_t>(first);
+}
+
+// Keys [lo, hi) of a tile that a row sees. `slope` times its distance to a key, at most 0, is added to the score; `self` is
+// the place in the tile of the row's own key.
+struct SeenKeys {
+  int64_t lo, hi, self;
+  float slope;
+};
+
 // Turns a row of scores into probabilities relative to its new maximum, 0 for keys outside [lo, hi); rescales sums.
 // Probabilities are multiplied by the scales of values.
 template <class Path>
-void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, const KeyScales& scales, float* sum, float& max,
+void softmax_row(const Attention& job, float* s, const SeenKeys& seen, const KeyScales& scales, float* sum, float& max,
                  float& weight) {
+  const int64_t lo = seen.lo, hi = seen.hi;
   if (lo >= hi) return fill(s, 0, kKeys, 0.0f);
   constexpr int kVecs = kKeys / kLanes;
   vf x[kVecs], top = set1(-kInfinity), total = set1(0.0f);
@@ -113,15 +127,15 @@ void softmax_row(const Attention& job, float* s, int64_t lo, int64_t hi, const K
     x[v] = load(s + v * kLanes) * job.scale;
     if (scales.keys) x[v] *= load(scales.keys + v * kLanes);
     if (job.softcap > 0) x[v] = job.softcap * vtanh(x[v] / job.softcap);
+    if (seen.slope != 0.0f) x[v] += seen.slope * __builtin_convertvector(lanes_from(v * kLanes - seen.self), vf);
   }
   bool is_full = lo <= 0 && hi >= kKeys;
   vi is_seen[kVecs];
   if (!is_full) {
     const vi first = set1i(static_cast<int32_t>(lo)), end = set1i(static_cast<int32_t>(hi));
-    vi key;
-    for (int l = 0; l < kLanes; ++l) key[l] = l;
     for (int v = 0; v < kVecs; ++v) {
-      is_seen[v] = (vi)(key + v * kLanes >= first) & (vi)(key + v * kLanes < end);
+      const vi key = lanes_from(v * kLanes);
+      is_seen[v] = (vi)(key >= first) & (vi)(key < end);
       x[v] = select(is_seen[v], x[v], set1(-kInfinity));
     }
   }
@@ -229,9 +243,10 @@ void compute_tile(const Attention& job, const Task& task, int64_t base, int64_t 
   for (int64_t r = 0; r < rows; ++r) {
     int64_t position = task.position_of(r), first = first_key(job, position);
     int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
+    float slope = job.slopes.present() ? float_at(job.slopes, task.head_of(r)) : 0.0f;
     fetch();
-    softmax_row<Path>(job, s.scores + r * kRowSize, begin, end, s.scales(job), p.sum + r * job.padded_dim, p.max[r],
-                      p.weight[r]);
+    softmax_row<Path>(job, s.scores + r * kRowSize, {begin, end, position - base, slope}, s.scales(job),
+                      p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
   }
   sum_tile(job, rows, lo - base, tile, next ? *next : tile, static_cast<int>(hi - lo), s, p.sum);
 }
@@ -275,8 +290,7 @@ void start_rows(const Attention& job, const Task& task, Partial total) {
   int64_t rows = task.rows();
   fill(total.sum, 0, rows * job.padded_dim, 0.0f);
   for (int64_t r = 0; r < rows; ++r) {
-    int64_t head = task.head + r % task.num_heads;
-    total.max[r] = job.sinks.present() ? float_at(job.sinks, head) : -kInfinity;
+    total.max[r] = job.sinks.present() ? float_at(job.sinks, task.head_of(r)) : -kInfinity;
     total.weight[r] = job.sinks.present() ? 1.0f : 0.0f;
   }
 }
@@ -403,8 +417,8 @@ void run_all(Attention& job) {
   });
 }
 
-Attention attention_job(const Tensor* t, int64_t window, const double* f) {
-  Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], window, static_cast<float>(f[0]),
+Attention attention_job(const Tensor* t, const int64_t* i, const double* f) {
+  Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], i[0], i[1], static_cast<float>(f[0]),
                 static_cast<float>(f[1])};
   job.num_seqs = job.seq_lens.sizes[0];
   job.group = job.q.sizes[1] / job.k_cache.sizes[1];
@@ -416,21 +430,22 @@ Attention attention_job(const Tensor* t, int64_t window, const double* f) {
 
 }  // namespace
 
-// t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?; i: window (0: none); f: scale,
-// softcap (0: none). keys.h gives the layout of keys. Keys from seq_lens on, and blocks before the window, are not read.
+// t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?, slopes? (times the distance of key and
+// query, <= 0, added to scores); i: window, chunk (a token sees the keys of its aligned chunk; 0: none); f: scale, softcap
+// (0: none). keys.h gives the layout of keys. Keys from seq_lens on, and blocks before the window or chunk, are not read.
 void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
-  Attention job = attention_job(t, i[0], f);
+  Attention job = attention_job(t, i, f);
   if constexpr (kHasDot)
     if (job.k_cache.dtype == DType::bf16 && job.q.dtype == DType::bf16) return run_all<Bf16DotPath, bf16>(job);
   with_float(job.k_cache.dtype, [&](auto p) { run_all<Fp32Path, decltype(p)>(job); });
 }
 
-// The same over caches of codes (cache_codes.h): t: then k_scale?, v_scale?; i: window, code (CacheCode).
+// The same over caches of codes (cache_codes.h): t: then k_scale?, v_scale?; i: then code (CacheCode).
 void paged_attention_codes(const Tensor* t, const int64_t* i, const double* f) {
-  Attention job = attention_job(t, i[0], f);
-  job.code = i[1];
-  job.scale *= cache_unit(job.code) * (t[8].present() ? float_at(t[8], 0) : 1.0f);
-  job.value_unit = cache_unit(job.code) * (t[9].present() ? float_at(t[9], 0) : 1.0f);
+  Attention job = attention_job(t, i, f);
+  job.code = i[2];
+  job.scale *= cache_unit(job.code) * (t[9].present() ? float_at(t[9], 0) : 1.0f);
+  job.value_unit = cache_unit(job.code) * (t[10].present() ? float_at(t[10], 0) : 1.0f);
   if constexpr (kHasDot)
     if (job.q.dtype == DType::bf16) return run_all<Bf16DotPath, bf16>(job);
   run_all<Fp32Path, float>(job);

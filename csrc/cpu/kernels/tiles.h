@@ -14,8 +14,8 @@ constexpr int64_t kMaxGrain = 16;            // tasks claimed together by a thre
 constexpr int64_t kMaxRows = 64;             // rows per task; they share each read of a key or value tile
 
 struct Attention {
-  const Tensor &out, &q, &k_cache, &v_cache, &block_table, &seq_lens, &query_start, &sinks;
-  int64_t window;
+  const Tensor &out, &q, &k_cache, &v_cache, &block_table, &seq_lens, &query_start, &sinks, &slopes;
+  int64_t window, chunk;
   float scale, softcap;
   int64_t num_seqs = 0, group = 0, block_size = 0, key_dim = 0, value_dim = 0, padded_dim = 0;
   int64_t heads_per_task = 0, tokens_per_task = 0;
@@ -36,10 +36,13 @@ struct Task {
   int64_t seq, kv_head, head, num_heads, token, num_tokens, position;
   int64_t rows() const { return num_tokens * num_heads; }
   int64_t position_of(int64_t row) const { return position + row / num_heads; }
+  int64_t head_of(int64_t row) const { return head + row % num_heads; }
   int64_t end() const { return position + num_tokens; }   // number of keys the last token sees
 };
 
+// First key that a row sees: of its window, or of its chunk.
 int64_t first_key(const Attention& job, int64_t position) {
+  if (job.chunk > 0) return position / job.chunk * job.chunk;
   return job.window > 0 && position >= job.window ? position - job.window + 1 : 0;
 }
 

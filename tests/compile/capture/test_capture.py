@@ -102,14 +102,12 @@ def test_dtype(tmp_path, asked, stored, found):
 
 NOT_HOOKED = "does not go through Transformers' attention interface and would be computed without a KV cache"
 REFUSED = {
-    "bloom": (zoo.config_of("bloom"), rf"bloom: in 3 of 3 layers its attention {NOT_HOOKED}"),
-    "falcon": (transformers.FalconConfig(**SMALL), rf"falcon: its attention {NOT_HOOKED}"),
-    "falcon_alibi": (zoo.config_of("falcon_alibi"), rf"falcon: its attention {NOT_HOOKED}"),
+    "roformer": (zoo.config_of("roformer"), rf"roformer: in 3 of 3 layers its attention {NOT_HOOKED}"),
     "t5": (transformers.T5Config(d_model=64, num_layers=2), "t5 is an encoder-decoder model"),
     "bart": (transformers.BartConfig(d_model=64), "bart is an encoder-decoder model"),
     "bert": (transformers.BertConfig(**SMALL), "bert attends to later tokens too"),
     "clip": (transformers.CLIPConfig(), "Transformers has no model of type clip that generates text"),
-    "llama4": (transformers.Llama4TextConfig(), "llama4_text has layers of type chunked_attention"),
+    "deepseek_v4": (transformers.DeepseekV4Config(), "deepseek_v4 has layers of type compressed_sparse_attention"),
     "activation": (transformers.LlamaConfig(**SMALL, hidden_act="nope"), "llama cannot be built: KeyError 'nope'"),
 }  # fmt: skip
 

@@ -41,8 +41,9 @@ def test_attention_reads_the_scaled_numbers(fp8: torch.dtype) -> None:
         caches = k_cache.to(fp8), v_cache.to(fp8)
         wide = [cache.float() * scale for cache, scale in zip(caches, SCALES, strict=True)]
         want = op.reference(q, *wide, *rest)
-        assert_close(op.reference(q, *caches, *rest, *SCALES), want, 1.0)
-        assert_close(BY_NAME["paged_attention"].run(q, *caches, *rest, *SCALES), want, 8.0)
+        scaled = *caches, *rest[:7], *SCALES, *rest[9:]
+        assert_close(op.reference(q, *scaled), want, 1.0)
+        assert_close(BY_NAME["paged_attention"].run(q, *scaled), want, 8.0)
 
 
 def on_gpu(found, kv_cache_dtype: str):

@@ -23,11 +23,11 @@ DONE = PassResult(1)
 
 def two_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     first = OPS.attention(q, k, v, None, 0, 0.5, 0, 0.0, True)
-    return OPS.attention(first.transpose(1, 2) * 1.0, k, v, None, 1, 0.5, 0, 0.0, True)
+    return OPS.attention(first.transpose(1, 2) * 1.0, v, k, None, 1, 0.5, 0, 0.0, True)
 
 
 def model(disabled: tuple[str, ...] = ()) -> Case:
-    return case(two_layers, torch.float32, disabled, q=Q, k=Q, v=Q)
+    return case(two_layers, torch.float32, disabled, q=Q, k=Q + 1, v=Q - 1)
 
 
 def find(graph: fx.GraphModule, target: Callable) -> fx.Node:

@@ -150,6 +150,7 @@ def test_what_the_kernel_does_not_take():
         (q.float(), k, v, table, lengths, starts, None), (q, k.half(), v, table, lengths, starts, None),
         (q, k, v, table.long(), lengths, starts, None), (q, k, v, table, lengths, starts, sinks),
         (q, k[:, :, :12], v, table, lengths, starts, None), (q[..., :48], k[..., :48], v[..., :48], *args[3:]),
-        (q.repeat(1, 10, 1, 1), *args[1:]),
+        (q.repeat(1, 10, 1, 1), *args[1:]), (*args, 0, 0.3, 0.0, None, None, sinks, 0),
+        (*args, 0, 0.3, 0.0, None, None, None, 8),
     ):  # fmt: skip
-        assert not attention.supports_attention(*other)
+        assert not attention.supports_attention(*other) and not attention.supports_bulk(*other)

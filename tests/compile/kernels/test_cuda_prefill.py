@@ -135,7 +135,8 @@ def test_what_the_kernel_does_not_take():
     out, args = Prompts([40]).arguments([0], None)
     supports = attention.supports_prefill
     assert supports(*args, 0, 0.3, 0.0) and supports(*args, 0, 0.3, 0.0, None, None)
-    assert not supports(*args, 0, 0.3, 5.0)
+    assert not supports(*args, 0, 0.3, 5.0) and not supports(*args, 0, 0.3, 0.0, None, None, torch.ones(4), 0)
+    assert not supports(*args, 0, 0.3, 0.0, None, None, None, 8)
     assert not supports(*args, 0, 0.3, 0.0, torch.ones(1), torch.ones(1))
     q, k, v, *rest = args
     wide = [torch.cat((x,) * 4, -1) for x in (q, k, v)]

@@ -45,7 +45,7 @@ LAYER = AttentionLayer(8, 2, 64, 64, 256, torch.float16, torch.float16, False, F
 
 def repaged(args: tuple, size: int) -> tuple:
     """The same keys and values in blocks of `size`, all else NaN."""
-    q, *caches, table, lengths, starts, sinks, window, scale, softcap = args
+    q, *caches, table, lengths, starts, sinks, window, scale, softcap = args[:10]
     width = -(-int(lengths.max()) // size)
     blocks = torch.randperm(len(lengths) * width + 1, generator=torch.Generator().manual_seed(2)).int()
     new_table = blocks[: len(lengths) * width].reshape(len(lengths), width)
@@ -86,7 +86,8 @@ def test_arguments_mean_what_the_op_means(name, sizes, dtype):
     tried = 0
     for given in cases(OP, dtype):
         is_same = given[1].shape[3] == given[2].shape[3]
-        if given[6] is not None or not (is_same or name == "flash_attn_3") or (given[9] and name == "varlen"):
+        is_plain = given[6] is None and len(given) == 10  # no sinks, slopes or chunks
+        if not is_plain or not (is_same or name == "flash_attn_3") or (given[9] and name == "varlen"):
             continue
         for size in sizes:
             args = repaged(given, size)
@@ -111,7 +112,8 @@ def test_one_token_a_sequence_by_flash_attn_3():
 
 
 NEAR_MISSES = (
-    {"has_sinks": True}, {"has_scales": True}, {"dtype": torch.float32, "cache_dtype": torch.float32},
+    {"has_sinks": True}, {"has_scales": True}, {"has_slopes": True}, {"chunk": 8},
+    {"dtype": torch.float32, "cache_dtype": torch.float32},
     {"cache_dtype": torch.float8_e4m3fn}, {"cache_dtype": torch.bfloat16}, {"key_dim": 576, "value_dim": 512},
     {"key_dim": 68, "value_dim": 68}, {"key_dim": 264, "value_dim": 264},
 )  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton_interpreter
 from fp8_cases import STORED, fp8_of, numbers
-from triton_attention_cases import SINKS, SOFTCAP, Batch
+from triton_attention_cases import CHUNKS, SINKS, SLOPES, SOFTCAP, Batch
 from triton_interpreter import assert_fits, compile_launches
 
 from fuseline.compile.kernels.triton import attention
@@ -44,6 +44,13 @@ def test_head_sizes(key_dim, value_dim):
 def test_window_softcap_and_sinks(window, more):
     Batch(**MIXED).check(window=window, **more)
     Batch(**DECODE).check(window=window, **more)
+
+
+@pytest.mark.parametrize("chunk", (0, 1, 7, 64, 280))
+@pytest.mark.parametrize("more", ({}, SLOPES), ids=("plain", "slopes"))
+def test_chunks_and_slopes(chunk, more):
+    Batch(**MIXED).check(chunk=chunk, **more)
+    Batch(**DECODE).check(chunk=chunk, **more)
 
 
 @pytest.mark.parametrize("more", (SOFTCAP, SINKS), ids=("softcap", "sinks"))
@@ -89,7 +96,7 @@ def test_every_byte_of_fp8_is_read_right(stored, dtype):
     assert torch.equal(batch.run()[0][0, 0].float(), want)
 
 
-@pytest.mark.parametrize("options", ({}, {"window": 600}, SINKS), ids=("plain", "window", "sinks"))
+@pytest.mark.parametrize("options", ({}, {"window": 600}, SINKS, CHUNKS), ids=("plain", "window", "sinks", "chunks"))
 def test_who_folds_the_splits_changes_no_bit(options, monkeypatch):
     """One program in registers, or many workers through the workspace."""
     batch = Batch([900, 1, 270, 1500, 40], [1, 1, 1, 2, 0], 2, 1, dtype=torch.bfloat16)
@@ -109,7 +116,7 @@ def test_no_tuning_changes_a_bit(tuning):
             assert torch.equal(found, plain)
 
 
-@pytest.mark.parametrize("options", ({}, {"window": 50}), ids=("plain", "window"))
+@pytest.mark.parametrize("options", ({}, {"window": 50}, CHUNKS), ids=("plain", "window", "chunks"))
 def test_a_row_does_not_depend_on_its_batch(options):
     batch = Batch([600, 1, 270, 90, 40], [1, 1, 2, 60, 1], 2, 1, dtype=torch.bfloat16)
     whole = batch.run(**options)

@@ -146,6 +146,7 @@ def test_other_sums_stay(function: Callable, dtype: torch.dtype) -> None:
 
 # page_attention, fuse_rope_cache
 
+SLOPES = 2.0 ** -torch.arange(HEADS)
 SLOTS = torch.tensor([16 + 3, 16 + 4, 16 + 5, 16 + 6, 16 + 7, 16 + 8]) - 3
 
 
@@ -161,7 +162,7 @@ def metadata(dtype: torch.dtype, num_layers: int, num_groups: int) -> dict[str, 
 @DTYPES
 def test_attention_is_paged_by_window(dtype: torch.dtype) -> None:
     def module(q, k, v):
-        return attend(q, k, v, 0), attend(q, k, v, 1, window=3), attend(q.exp(), k, v, 2)
+        return attend(q, k, v, 0), attend(q, k, v, 1, window=3), attend(q.exp(), v, k, 2)
 
     found = case(module, dtype, q=Q, k=K, v=V)
     before = found.run()
@@ -173,6 +174,34 @@ def test_attention_is_paged_by_window(dtype: torch.dtype) -> None:
         CacheSpec(2, KV_HEADS, DIM, DIM, name, 0), CacheGroup(0, (0, 2)), CacheGroup(3, (1,)),
     )  # fmt: skip
     after = found.run(**metadata(dtype, 3, 2))
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@DTYPES
+def test_layers_of_the_same_keys_and_values_share_a_cache(dtype: torch.dtype) -> None:
+    def module(q, k, v):
+        return attend(q, k, v, 0), attend(q, k, v, 1, window=3), attend(q.exp(), k, v, 2)
+
+    found = case(module, dtype, q=Q, k=K, v=V)
+    before = found.run()
+    assert found.apply(page_attention) == 3
+    assert found.ops()["paged_attention"] == 3 and found.ops()["write_cache"] == 2
+    assert [spec.layer for spec in found.results[-1].specs[:2]] == [0, 1]
+    assert found.results[-1].specs[2:] == (CacheGroup(0, (0,)), CacheGroup(3, (1,)))
+    after = found.run(**metadata(dtype, 2, 2))
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@DTYPES
+def test_chunks_keep_as_many_keys_as_windows(dtype: torch.dtype) -> None:
+    def module(q, k, v, slopes):
+        return OPS.attention(q, k, v, None, 0, 0.5, 0, 0.0, True, slopes, 4), attend(q, v, k, 1, window=4)
+
+    found = case(module, dtype, q=Q, k=K, v=V, slopes=SLOPES)
+    before = found.run()
+    assert found.apply(page_attention) == 2
+    assert [spec.window for spec in found.results[-1].specs] == [4, 4, 4]
+    after = found.run(**metadata(dtype, 2, 1))
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
