@@ -8,7 +8,7 @@ no HTTP), also that of ik_llama.cpp, and measures the read bandwidth and the fp3
 may be the GGUF file itself: then all read equal bits. Each `--variant` runs fuseline once more with other flags:
 
     python benchmarks/compare.py --offline --model Q8_0.gguf --gguf Q8_0.gguf --llama-bin DIR --ik-bin DIR \
-        --threads 2 --variant "--activation-dtype int8"
+        --threads 2 --variant="--activation-dtype int8"
 """
 
 from __future__ import annotations
