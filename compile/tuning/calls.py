@@ -29,7 +29,8 @@ class CallMaker:
         if not op_of(nodes[0].target).weights:
             chosen = nodes[:1]
         calls = [self._call(node, StepSize(phase, rows, self._device)) for node in chosen]
-        values = {arg: value for arg, value in zip(chosen[0].args, calls[0], strict=True) if _is_input(arg)}
+        given = named_arguments(chosen[0]).values()
+        values = {arg: value for arg, value in zip(given, calls[0], strict=True) if _is_input(arg)}
         host = {str(arg.target): value.cpu() for arg, value in values.items() if arg.op == "placeholder"}
         return Arguments(calls, host)
 
