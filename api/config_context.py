@@ -36,12 +36,14 @@ class Context:
     window: int = 0
     """Sliding window in tokens; 0 for none."""
     part: str = ""
-    """The object of config.json that holds the key; empty: config.json itself."""
+    """The object of config.json that holds the key, or its path (thinker_config.text_config); empty: config.json."""
 
     def override(self, length: int) -> dict[str, object]:
         """The override of config.json that states another length."""
         own: dict[str, object] = {self.key: length} if self.key else {}
-        return {self.part: own} if self.part and own else own
+        for name in reversed(self.part.split(".") if self.part and own else []):
+            own = {name: own}
+        return own
 
 
 def find_context(
@@ -52,8 +54,8 @@ def find_context(
     checkpoint's. Raises ConfigError for files that cannot be read.
     """
     whole = merged(read_config_json(folder, config_format), overrides)
-    part = next((name for name in TEXT_PARTS if isinstance(whole.get(name), Mapping)), "")
-    config = {**whole, **whole[part]} if part else whole
+    part, inner = _text_part(whole)
+    config = {**whole, **inner}
     window = next((int(n) for key in WINDOW_KEYS if (n := _number(config.get(key)))), 0)
     window = 0 if config.get("use_sliding_window") is False else window
     own = _stated(config)
@@ -63,9 +65,18 @@ def find_context(
     scaling = rope_scaling or config.get("rope_parameters") or config.get("rope_scaling")
     if not rope_scaling and config.get("model_type") in SCALED_MODELS:
         scaling = None
-    part = part if part and key in whole[part] else ""
+    part = part if key in inner else ""
     chosen = [number for name in CHOSEN_KEYS if (number := _number(config.get(name)))]
     return Context(int(min([_scaled(length, scaling, config), *chosen])), key, window, part)
+
+
+def _text_part(whole: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
+    """Path and content of the object about the language model, which may lie in another one (Qwen-Omni's thinker)."""
+    parts = {name: value for name, value in whole.items() if isinstance(value, Mapping)}
+    if name := next((name for name in TEXT_PARTS if name in parts), ""):
+        return name, parts[name]
+    deeper = [(f"{outer}.{name}", value.get(name)) for outer, value in parts.items() for name in TEXT_PARTS]
+    return next(((path, value) for path, value in deeper if isinstance(value, Mapping)), ("", {}))
 
 
 def _stated(config: Mapping[str, object]) -> tuple[str, float] | None:

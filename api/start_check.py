@@ -91,7 +91,8 @@ def _try_socket_path(path: Path) -> None:
 def _try_model(config: ServerConfig) -> None:
     """config.json as Transformers reads it, and the headers of the weights."""
     from fuseline.compile.capture.errors import CaptureError, LoadError
-    from fuseline.compile.capture.hf_model import check_architecture, load_config
+    from fuseline.compile.capture.hf_classes import auto_class
+    from fuseline.compile.capture.hf_model import load_config
     from fuseline.compile.capture.load_formats import try_weights
 
     settings = config.engine.compile
@@ -99,7 +100,8 @@ def _try_model(config: ServerConfig) -> None:
     try:
         has_weights = _holds(folder, WEIGHT_FILES)
         # How the weights are stored is told by files that may still be on their way.
-        check_architecture(load_config(settings if has_weights else replace(settings, quantization=None)))
+        found = load_config(settings if has_weights else replace(settings, quantization=None))
+        auto_class(found, settings.trust_remote_code)
         if settings.load_format != "dummy" and has_weights:
             try_weights(settings)
     except LoadError as error:

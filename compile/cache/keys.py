@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,9 +75,20 @@ def _key(config: CompileConfig, settings: object, sources: list[Path]) -> str | 
         own = config_path(folder, config.config_format).read_bytes()
     except OSError:
         return None
-    parts = [own, repr(settings).encode(), _versions()]
+    if config.trust_remote_code and _is_code_elsewhere(own):
+        return None
+    parts = [own, repr((settings, [path.name for path in code])).encode(), _versions()]
     parts += [path.read_bytes() for path in [*code, *sorted(sources)]]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _is_code_elsewhere(own: bytes) -> bool:
+    """Whether a config.json names Python code of another repository (repository--file.Class), which may change."""
+    try:
+        brought = json.loads(own)["auto_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return any("--" in str(name) for name in brought)
 
 
 def version_of(package: str) -> str:

@@ -58,7 +58,7 @@ class CapturedModel:
 def facts_of(hf_config: object) -> ModelFacts:
     """Return the model facts of a transformers.PreTrainedConfig."""
     text = hf_config.get_text_config()
-    eos = text.eos_token_id
+    eos = next((found for one in (text, hf_config) if (found := getattr(one, "eos_token_id", None)) is not None), None)
     return ModelFacts(
         model_type=hf_config.model_type,
         architecture=(hf_config.architectures or [hf_config.model_type])[0],

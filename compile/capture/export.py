@@ -14,6 +14,7 @@ from fuseline.compile.capture.errors import CaptureError, one_line, told_as
 from fuseline.compile.capture.hf_attention import attention_as_ops, has_key_bias, prepare_attention
 from fuseline.compile.capture.hf_model import (
     ATTENDING,
+    NAME,
     NOT_HOOKED,
     NOT_RECURRENT,
     RECURRENT,
@@ -22,7 +23,14 @@ from fuseline.compile.capture.hf_model import (
 )
 from fuseline.compile.capture.hf_patches import patch_model
 from fuseline.compile.capture.hf_recurrences import give_constants, recurrences_as_ops
-from fuseline.compile.capture.repeat import find_layers, layer_at, num_distinct_layers, only_chosen, repeat_layers
+from fuseline.compile.capture.repeat import (
+    find_layers,
+    layer_at,
+    layer_kinds,
+    num_distinct_layers,
+    only_chosen,
+    repeat_layers,
+)
 from fuseline.compile.config import STORED, CompileConfig
 from fuseline.compile.graph.edit import map_arguments
 from fuseline.compile.graph.graph_json import module_of
@@ -78,7 +86,7 @@ def capture_config(hf_config: PreTrainedConfig, dtype: torch.dtype, config: Comp
     captured = describe(model, graph, hf_config, dtype, buffers)
     captured.rope_switch = rope_switch
     captured.num_distinct_layers = num_distinct_layers(model)
-    _check_attention(captured, hf_config)
+    _check_attention(captured, hf_config, layer_kinds(model)[0])
     _check_recurrences(captured, hf_config)
     return captured
 
@@ -142,6 +150,10 @@ def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]
             )
     except CaptureError:
         raise
+    except KeyError as error:
+        if error.args == (NAME,):  # code that has a table of attentions of its own
+            raise CaptureError(f"{model.config.model_type}: {NOT_HOOKED}") from error
+        raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {one_line(error)}") from error
     except Exception as error:  # torch.export raises many types; all mean the same to the user
         raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {one_line(error)}") from error
     graph, constants, done = _lift(program, layer_list)
@@ -211,9 +223,12 @@ def _real_buffers(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
         owned[path] = dict(modules[path]._buffers)
         real = {k: torch.empty_like(b, device="cpu") for k, b in owned[path].items() if b is not None}
         modules[path]._buffers.update(real)
+    is_kept = all(name in getattr(modules[path], "fuseline_buffers", {}) for path, has in owned.items()
+                  for name, buffer in has.items() if buffer is not None)  # fmt: skip
     around = {".".join(parts[:end]) for parts in (path.split(".") for path in owned) for end in range(len(parts) + 1)}
     for path in sorted(around, key=lambda path: path.count(".") + bool(path), reverse=True):
-        _initializing(modules, path)._init_weights(modules[path])
+        if not is_kept:
+            _initializing(modules, path)._init_weights(modules[path])
         modules[path]._buffers.update(getattr(modules[path], "fuseline_buffers", {}))
     values = {name: modules[name.rpartition(".")[0]]._buffers[name.rpartition(".")[2]] for name in names}
     for path, before in owned.items():
@@ -269,11 +284,22 @@ def _check_recurrences(captured: CapturedModel, hf_config: PreTrainedConfig) -> 
         raise CaptureError(f"{hf_config.model_type}: in {expected - found} of {expected} layers {NOT_RECURRENT}")
 
 
-def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig) -> None:
+def _idle_layers(captured: CapturedModel, layer_list: str) -> list[int]:
+    """Layers that text does not reach: they attend to images (Mllama), and the graph reads none of their weights."""
+    prefix = f"{layer_list}."
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in captured.parameters if name.startswith(prefix)}
+    attributes = captured.graph.graph.find_nodes(op="get_attr")
+    read = {node.meta["fqn"].removeprefix(prefix).partition(".")[0] for node in attributes if node.users}
+    return sorted(int(number) for number in numbers - read) if layer_list else []
+
+
+def _check_attention(captured: CapturedModel, hf_config: PreTrainedConfig, layer_list: str) -> None:
     """All layers attend through the op, to earlier tokens only, and with the window that the config gives them."""
     found = _attentions(captured)
     name, layer_types = hf_config.model_type, _layer_types(hf_config, captured)
     num_layers = sum(kind in ATTENDING for kind in layer_types)
+    if len(found) < num_layers:
+        num_layers -= sum(layer_types[number] in ATTENDING for number in _idle_layers(captured, layer_list))
     if len(found) < num_layers:
         raise CaptureError(f"{name}: in {num_layers - len(found)} of {num_layers} layers {NOT_HOOKED}")
     if len(found) > num_layers:

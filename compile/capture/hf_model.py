@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig
 from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fuseline.compile import ops  # noqa: F401  registers the vocabulary
+from fuseline.compile.capture.custom_code import move_buffers_to_meta, parameters_on_meta
 from fuseline.compile.capture.errors import CaptureError, one_line
+from fuseline.compile.capture.hf_classes import brings_code, build_model
 from fuseline.compile.capture.hf_overrides import read_config, with_overrides, with_rope
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.ops import codes
@@ -51,8 +54,8 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
         raise
     except QuantizationError as error:
         raise CaptureError(str(error)) from error
-    except Exception as error:  # configs check themselves in many ways
-        if "trust_remote_code" in str(error):
+    except (Exception, SystemExit) as error:  # configs check themselves in many ways, and may be code of the model's
+        if "trust_remote_code=True" in str(error):
             raise CaptureError(
                 f"{config.config_dir} needs the Python code it brings: trust it with --trust-remote-code"
             ) from error
@@ -66,22 +69,21 @@ def load_config(config: CompileConfig) -> PreTrainedConfig:
 
 def check_config(found: PreTrainedConfig) -> None:
     """Raises CaptureError for what would be captured wrong, or not at all after a long time."""
-    if getattr(found, "is_encoder_decoder", False):
+    parts = [found]
+    if not found.is_encoder_decoder:
+        try:
+            parts.append(found.get_text_config())
+        except ValueError as error:  # a text encoder beside a decoder
+            raise CaptureError(f"{found.model_type} has several models of text; only one decoder is served") from error
+    if any(part.is_encoder_decoder for part in parts):
         raise CaptureError(
             f"{found.model_type} is an encoder-decoder model; only decoders that generate text are served"
         )
-    unknown = set(getattr(found.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
+    unknown = set(getattr(parts[-1], "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise CaptureError(
             f"{found.model_type} has layers of type {', '.join(sorted(unknown))}, which are not supported"
         )
-
-
-def check_architecture(config: PreTrainedConfig) -> None:
-    """Raises CaptureError for a model that does not generate text."""
-    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not is_known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-        raise CaptureError(f"Transformers has no model of type {config.model_type} that generates text")
 
 
 def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -89,20 +91,21 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
     AttentionInterface.register(NAME, attention_forward)
     _hook_attention_classes(hf_config)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    settings = {"attn_implementation": NAME, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings = {"attn_implementation": NAME, "dtype": dtype}
+    is_own_code = trust_remote_code and brings_code(hf_config)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, **settings).eval()
+        with _without_values(is_own_code):
+            model = build_model(hf_config, trust_remote_code, **settings).eval()
     except KeyError as error:
         if error.args == (NAME,):
             raise CaptureError(f"{hf_config.model_type}: {NOT_HOOKED}") from error
         raise CaptureError(f"{hf_config.model_type} cannot be built: {one_line(error)}") from error
-    except Exception as error:  # a model's own code may raise anything
-        if "Unrecognized configuration class" in str(error):
-            raise CaptureError(
-                f"Transformers has no model of type {hf_config.model_type} that generates text"
-            ) from error
+    except CaptureError:
+        raise
+    except (Exception, SystemExit) as error:  # a model's own code may raise anything
         raise CaptureError(f"{hf_config.model_type} cannot be built: {one_line(error)}") from error
+    if is_own_code:
+        move_buffers_to_meta(model)
     if any(hasattr(module, "_apply_gate") for module in model.modules()):
         model.set_experts_implementation(NAME)
     keep_float32(model, dtype)
@@ -111,7 +114,7 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
 
 def _hook_attention_classes(hf_config: PreTrainedConfig) -> None:
     """Modeling files that choose a class of attention by the interface's name have their plain one for ours."""
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config.get_text_config()), None)
     for name, classes in vars(sys.modules[model.__module__]).items() if isinstance(model, type) else ():
         if name.endswith("_ATTENTION_CLASSES") and "eager" in classes:
             classes.setdefault(NAME, classes["eager"])
@@ -119,9 +122,14 @@ def _hook_attention_classes(hf_config: PreTrainedConfig) -> None:
 
 def num_parameters(hf_config: PreTrainedConfig, trust_remote_code: bool) -> int:
     """Count the parameters of the causal LM. Raises any exception of the model's own code."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), trust_remote_code=trust_remote_code)
+    with _without_values(trust_remote_code and brings_code(hf_config)):
+        model = build_model(copy.deepcopy(hf_config), trust_remote_code)
     return model.num_parameters()
+
+
+def _without_values(is_own_code: bool) -> AbstractContextManager[object]:
+    """Where models are built without memory for their parameters."""
+    return parameters_on_meta() if is_own_code else torch.device("meta")
 
 
 def keep_float32(model: nn.Module, dtype: torch.dtype) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fuseline.compile.capture import lazy_tensor
+from fuseline.compile.capture.hf_classes import build_model
 from fuseline.compile.capture.lazy_tensor import LazyTensor
 
 GAIN = 1.6
@@ -35,10 +36,10 @@ class RandomModel:
 
     def __init__(self, hf_config: PreTrainedConfig, trust_remote_code: bool, seed: int = 0) -> None:
         kind = ATTENTION.get(getattr(hf_config, "model_type", ""), "eager")
-        settings = {"attn_implementation": kind, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
+        settings = {"attn_implementation": kind, "dtype": torch.float32}
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(seed)
-            self._model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **settings).float().eval()
+            self._model = build_model(copy.deepcopy(hf_config), trust_remote_code, **settings).float().eval()
             with_eager_experts(self._model)
             randomize(self._model)
         self._values = {name: value.detach() for name, value in self._model.state_dict().items()}

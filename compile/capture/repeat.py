@@ -52,6 +52,9 @@ def layer_kinds(model: nn.Module) -> tuple[str, tuple[int, ...]]:
     text = model.config.get_text_config()
     total = text.num_hidden_layers
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    if len(lists) > 1:  # a part for another medium may have as many
+        decoders = [path for path, module in model.named_modules() if getattr(module, "config", None) is text]
+        lists = [(path, m) for path, m in lists if any(path.startswith(f"{decoder}.") for decoder in decoders)]
     if len(lists) != 1:
         return "", ()
     path, layers = lists[0]
@@ -88,7 +91,7 @@ def _settings(module: nn.Module, number: int) -> Iterator[object]:
     for name, value in sorted(vars(module).items()):
         if name in OF_THE_NUMBER:
             yield name, value == number if name != "training" else value
-        elif name not in ("_parameters", "_buffers", "_modules"):
+        elif name not in ("_parameters", "_buffers", "_modules", "fuseline_buffers"):
             yield name, _comparable(value)
 
 

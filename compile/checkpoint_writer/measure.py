@@ -8,11 +8,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from fuseline.compile.capture.errors import CaptureError, told_as
+from fuseline.compile.capture.hf_classes import auto_class
+from fuseline.compile.capture.hf_model import load_config
+from fuseline.compile.capture.weight_names import resolve
 from fuseline.compile.checkpoint_writer.plan import QuantizePlan
-from fuseline.compile.config import Progress, silent
+from fuseline.compile.config import CompileConfig, Progress, silent
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.ops.coded import Layout, dequantize
 
@@ -39,13 +42,15 @@ def measure(plan: QuantizePlan, progress: Progress = silent, texts: Sequence[str
     """Worst outputs first. Runs the plain model once, in memory, by Transformers. Raises CaptureError."""
     with told_as(CaptureError, f"{plan.folder} cannot be measured"):
         tokenizer = AutoTokenizer.from_pretrained(plan.folder)
-        model = AutoModelForCausalLM.from_pretrained(plan.folder, dtype="auto").eval()
+        auto = auto_class(load_config(CompileConfig(str(plan.folder))))
+        model = auto.from_pretrained(plan.folder, dtype="auto").eval()
         rows = [tokenizer(text, return_tensors="pt").input_ids[:, :MAX_TOKENS] for text in texts]
         ids = torch.cat(rows, 1)[:, :MAX_TOKENS]
-    modules = dict(model.named_modules())
+    direct, _ = resolve(plan.stored, model)
+    modules = {tensor.name: model.get_submodule(name.rpartition(".")[0]) for name, tensor in direct.items()}
     found: list[LayerError] = []
     for name, layout in plan.layouts.items():
-        module = modules.get(name.removesuffix(".weight"))
+        module = modules.get(name)
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(partial(_compare, found, name, layout, (progress, len(plan.layouts))))
     with torch.no_grad():

@@ -56,7 +56,7 @@ def make_plan(config: CompileConfig, target: str, ignore: Sequence[str] = (HEAD,
         raise CaptureError(str(error)) from error
     model = build_on_meta(load_config(config), torch.bfloat16, config.trust_remote_code)
     stored = open_weights(config)
-    direct, _ = resolve(stored, model)
+    direct, converted = resolve(stored, model)
     linears = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
     of_linears = {name: direct.get(f"{name}.weight") for name in linears}
     of_experts = {name.removesuffix(".weight"): tensor for name, tensor in stored.items() if EXPERT.search(name)}
@@ -67,6 +67,13 @@ def make_plan(config: CompileConfig, target: str, ignore: Sequence[str] = (HEAD,
             ignored.append(module)
         elif tensor.meta.is_floating_point() and tensor.meta.ndim == 2:
             chosen.append(tensor)
+    taken = {tensor.name for tensor in direct.values()} | {
+        part.stored.name for one in converted.values() for lazies in one.taken.values() for lazy in lazies
+        for part in lazy.slices if part.stored
+    }  # fmt: skip
+    # What reads images and sound is stored beside the model, and nobody quantizes it.
+    others = [t.name for t in stored.values() if t.name not in taken and t.meta.ndim == 2]
+    ignored += [name.removesuffix(".weight") for name in others if name.endswith(".weight")]
     if not chosen:
         raise CaptureError(f"{config.model} has no linear to quantize: all of them are ignored")
     return QuantizePlan(Path(config.model), target, stored, _layouts(chosen, target), tuple(ignored))

@@ -32,6 +32,7 @@ STATED = {
     "the smallest of several": ({"max_position_embeddings": 4096, "seq_length": 2048}, 2048),
     "Command-R's own key": ({"max_position_embeddings": 8192, "model_max_length": 131072}, 131072),
     "a model inside a model": ({"text_config": {"max_position_embeddings": 77}}, 77),
+    "one in a part": ({"vision": {}, "thinker_config": {"text_config": {"max_position_embeddings": 78}}}, 78),
     "a float": ({"max_position_embeddings": 4096.0}, 4096),
     "an exponent": ({"max_position_embeddings": 1e5}, 100000),
     "null, text and true": ({"n_ctx": 50, "max_position_embeddings": None, "seq_len": "9", "seq_length": True}, 50),

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from fuseline.compile.capture.errors import CaptureError, LoadError
 from fuseline.compile.capture.errors import one_line as told
+from fuseline.compile.capture.hf_classes import auto_class
 from fuseline.compile.capture.reference import RandomModel, with_eager_experts
 from fuseline.compile.check import MAX_ERROR, MOST_ERROR, allowed_error, serve
 from fuseline.compile.compiler import compile_model
@@ -164,6 +165,7 @@ class _Trial:
     def _halved(self, sequences: list[Tensor]) -> list[Tensor]:
         """Logits of Transformers in bfloat16."""
         settings = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
-        model = with_eager_experts(AutoModelForCausalLM.from_pretrained(self._folder, **settings).eval())
+        auto = auto_class(AutoConfig.from_pretrained(self._folder))
+        model = with_eager_experts(auto.from_pretrained(self._folder, **settings).eval())
         with torch.no_grad():
             return [model(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences]
