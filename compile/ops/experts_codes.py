@@ -73,7 +73,6 @@ def experts_codes_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]
 @op(
     inputs=experts_codes_inputs,
     tolerance=24.0,
-    half_tolerance=2.0,
     workloads=experts_codes_workloads,
     weights=WEIGHTS,
     is_product=True,
@@ -86,8 +85,7 @@ def experts_codes(
     gate_up_group: int, gate_up_kind: int, down_group: int, down_kind: int, alpha: float, limit: float,
 ) -> Tensor:  # fmt: skip
     """`experts` with gate_up and down as codes[E, P, W, 16], scales and zeros[E, P, G, 16], and the inputs' orders
-    [E, D] and [E, I]; each product as linear_codes computes it, which may round inputs: the second one's are roundings
-    of the first one's sums."""
+    [E, D] and [E, I]; each product as linear_codes computes it."""
 
     def first(rows: Tensor, expert: int) -> Tensor:
         parts = _of_expert((gate_up, gate_up_scales, gate_up_zeros, gate_up_order), expert)

@@ -11,6 +11,7 @@ from fuseline.engine.state.sequence import Sequence
 MOST_GONE = 64
 """Entries of the heap of short sequences that may be of sequences which no longer wait."""
 MOST_COUNTED = 16
+"""Short sequences whose tokens are counted in a step."""
 
 
 class WaitingQueue:
@@ -51,20 +52,21 @@ class WaitingQueue:
 
     def peek(self) -> Sequence | None:
         """The next sequence that is not deferred."""
-        while self._heap and not self._is_next(self._heap[0][1]):
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+        return self._first(self._heap)
 
     def peek_short(self) -> Sequence | None:
         """The next short sequence that is not deferred."""
-        while self._short and not self._is_next(self._short[0][1]):
-            heapq.heappop(self._short)
-        return self._short[0][1] if self._short else None
+        return self._first(self._short)
 
     def num_short_tokens(self) -> int:
         """Tokens of the short sequences; of some of them if there are many."""
         first = itertools.islice(self._short, MOST_COUNTED)
         return sum(seq.num_tokens for _, seq in first if self._is_next(seq))
+
+    def _first(self, heap: list[tuple[tuple[float, ...], Sequence]]) -> Sequence | None:
+        while heap and not self._is_next(heap[0][1]):
+            heapq.heappop(heap)
+        return heap[0][1] if heap else None
 
     def _is_next(self, seq: Sequence) -> bool:
         return seq in self._members and seq not in self._deferred

@@ -86,17 +86,9 @@ struct Nibbles {
 
 // --- operands of the dot path: values of inputs 2j and 2j + 1 as bf16, which hold them exactly ---
 
-// On processors with two of them, one unit computes dot products, shifts and conversions, the other one permutes: a
-// shift by whole bytes is a permutation here, so that neither waits for the other.
 template <class Kind>
 FL_INLINE vu pair_of(const Kind& kind, vu word, int j) {
-  vu first = (vu)kind.value(word, 2 * j), second = (vu)kind.value(word, 2 * j + 1);
-#if defined(__AVX512BW__)
-  __m512i upper = _mm512_set4_epi32(0x80800f0e, 0x80800b0a, 0x80800706, 0x80800302);
-  return (vu)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_shuffle_epi8((__m512i)first, upper), (__m512i)second);
-#else
-  return (first >> 16) | (second & 0xffff0000u);
-#endif
+  return ((vu)kind.value(word, 2 * j) >> 16) | ((vu)kind.value(word, 2 * j + 1) & 0xffff0000u);
 }
 #if defined(__AVX512BW__)
 // Halves with bytes 2j and 2j + 1 on top.
@@ -115,9 +107,7 @@ FL_INLINE __m512i bf16_of(const Fp8&, __m512i h) {
 }
 FL_INLINE vu pair_of(const Fp8& kind, vu word, int j) { return (vu)bf16_of(kind, upper_bytes(word, j)); }
 FL_INLINE vu pair_of(const Nibbles& kind, vu word, int j) {
-  __m512i code = (__m512i)(j % 2 ? word >> 4 : word);
-  if (j / 2) code = _mm512_shuffle_epi8(code, _mm512_set4_epi32(0x800f800d, 0x800b8009, 0x80078005, 0x80038001));
-  return (vu)_mm512_permutexvar_epi16(code, (__m512i)kind.pairs);
+  return (vu)_mm512_permutexvar_epi16((__m512i)(word >> (4 * j)), (__m512i)kind.pairs);
 }
 #endif
 

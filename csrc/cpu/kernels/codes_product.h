@@ -145,28 +145,27 @@ FL_INLINE void codes_tile(const CodedWeight& weight, const CodedRows<DOT>& block
   if (kHolds) store_tile(totals, c, ldc);
 }
 
-// Panels side by side, each with an operand and ROWS sums in registers: sums enough to hide the latency of a dot product.
-constexpr int kMostSide = kLanes == 16 ? 8 : kLanes == 8 ? 2 : 1;
+// Panels side by side, each with an operand and ROWS sums in registers.
 constexpr int codes_panels(int rows) {
-  if (kLanes == 16) return rows == 1 ? 8 : rows <= 6 ? 4 : 2;
+  if (kLanes == 16) return rows <= 2 ? 4 : 2;
   return kLanes == 8 && rows <= 2 ? 2 : 1;
 }
 
-template <int ROWS, bool DOT, int SIDE = codes_panels(ROWS), class Source>
+template <int ROWS, bool DOT, class Source>
 [[gnu::noinline]] void codes_strip(const CodedWeight& weight, const CodedRows<DOT>& block, int64_t r0, const Source& b,
-                                   int p, int num_panels, int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
-  for (; p + SIDE <= num_panels; p += SIDE)
-    codes_tile<ROWS, SIDE>(weight, block, r0, b, p, panel + p, k0, num_k, c + p * kPanel, ldc);
-  if constexpr (SIDE > 1)
-    if (p < num_panels)
-      codes_strip<ROWS, DOT, SIDE / 2>(weight, block, r0, b, p, num_panels, panel, k0, num_k, c, ldc);
+                                   int num_panels, int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
+  constexpr int kSide = codes_panels(ROWS);
+  int p = 0;
+  for (; p + kSide <= num_panels; p += kSide)
+    codes_tile<ROWS, kSide>(weight, block, r0, b, p, panel + p, k0, num_k, c + p * kPanel, ldc);
+  for (; p < num_panels; ++p) codes_tile<ROWS, 1>(weight, block, r0, b, p, panel + p, k0, num_k, c + p * kPanel, ldc);
 }
 
 // Rows from LEAST to ROWS.
 template <int ROWS, int LEAST = 1, bool DOT, class Source>
 FL_INLINE void codes_rows(int rows, const CodedWeight& weight, const CodedRows<DOT>& block, int64_t r0, const Source& b,
                           int num_panels, int64_t panel, int64_t k0, int num_k, float* c, int64_t ldc) {
-  if (rows == ROWS) return codes_strip<ROWS>(weight, block, r0, b, 0, num_panels, panel, k0, num_k, c, ldc);
+  if (rows == ROWS) return codes_strip<ROWS>(weight, block, r0, b, num_panels, panel, k0, num_k, c, ldc);
   if constexpr (ROWS > LEAST)
     codes_rows<ROWS - 1, LEAST>(rows, weight, block, r0, b, num_panels, panel, k0, num_k, c, ldc);
 }
@@ -181,11 +180,11 @@ void multiply_panels(const CodedWeight& weight, const Kind& kind, const CodedRow
     return static_cast<int>(left < kDepth ? (left + kCodes - 1) / kCodes * kCodes : kDepth);
   };
   if (block.rows <= kFewRows) {
-    for (int p = 0; p < num_panels; p += kMostSide)
+    for (int p = 0; p < num_panels; p += codes_panels(1))
       for (int64_t k0 = 0; k0 < weight.num_k; k0 += kDepth) {
-        int width = num_panels - p < kMostSide ? num_panels - p : kMostSide;
+        int width = num_panels - p < codes_panels(1) ? num_panels - p : codes_panels(1);
         InPlace<Kind, DOT> source{kind, weight.words(panel + p) + k0 / kCodes * kPanel, weight.panel_words(),
-                                  kMostSide * weight.panel_words()};
+                                  codes_panels(1) * weight.panel_words()};
         codes_rows<kFewRows>(static_cast<int>(block.rows), weight, block, 0, source, width, panel + p, k0, depth(k0),
                              c + p * kPanel, ldc);
       }

@@ -1,6 +1,6 @@
-// Experts of integer codes with inputs of half precision, multiplied as integers where the instruction set has fast ones
+// Experts of integer codes with inputs of bf16, multiplied as integers where the instruction set has fast ones
 // (int8_product.h).
-#include "experts.h"
+#include "coded_experts.h"
 #include "int8_tiles.h"
 
 #if defined(FL_BASE)
@@ -11,13 +11,7 @@ void experts_codes(const Tensor* t, const int64_t* i, const double* f);
 namespace fuseline::FL_ISA {
 namespace {
 
-struct IntegerExperts {
-  const Tensor &codes, &scales, &zeros, &order;   // [E][P][W][16], [E][P][G][16], [E][K]
-  int64_t size, num_k, group, kind;               // size: outputs; kind: CodeKind
-  int64_t num_out() const { return size; }
-  CodedWeight matrix(int64_t expert) const {
-    return {of_expert(codes, expert), of_expert(scales, expert), of_expert(zeros, expert), num_k, group, counts_up(kind)};
-  }
+struct IntegerExperts : ExpertCodes {
   int64_t padded() const { return padded_inputs(num_k); }
   int64_t step() const { return int8_row_words<Int8Operands>(num_k); }
   int64_t block() const { return block_inputs<2>(matrix(0)); }
@@ -57,15 +51,11 @@ struct IntegerExperts {
 
 }  // namespace
 
-// experts_codes if both weights are integers, with its arguments; else as the instruction set computes it that this one
-// extends.
+// experts_codes of bf16 if both weights are integers, with its arguments; else as the instruction set computes it that this
+// one extends. Numbers of float16 have more bits than those of 15 keep, and a rounding more would show.
 void experts_codes_integers(const Tensor* t, const int64_t* i, const double* f) {
-  if (t[1].dtype == DType::f32 || !is_integer(i[3]) || !is_integer(i[5])) return FL_BASE::experts_codes(t, i, f);
-  int64_t dim = t[1].sizes[1];
-  run_experts<IntegerExperts>({t[0], t[1], t[2], t[3], t[12], t[13],
-                               {t[4], t[5], t[6], t[7], 2 * i[1], dim, i[2], i[3]},
-                               {t[8], t[9], t[10], t[11], dim, i[1], i[4], i[5]},
-                               t[4].sizes[0], i[0], i[1], static_cast<float>(f[0]), static_cast<float>(f[1])});
+  if (t[1].dtype != DType::bf16 || !is_integer(i[3]) || !is_integer(i[5])) return FL_BASE::experts_codes(t, i, f);
+  run_coded<IntegerExperts>(t, i, f);
 }
 
 }  // namespace fuseline::FL_ISA

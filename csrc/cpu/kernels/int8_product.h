@@ -18,6 +18,7 @@ typedef int16_t int16x16 __attribute__((vector_size(32)));
 constexpr int64_t kPadded = 64;    // inputs of a row are padded to a multiple,
 constexpr int64_t kRowTile = 16;   // and with one plane there is room for a multiple of rows
 constexpr int64_t kBlock = 128;    // most inputs of a block of PLANES 2
+constexpr float kMagic = 12582912.0f;   // 1.5 * 2^23: a sum with it has its nearest integer in the low bits
 
 // Quantized rows: operands [PLANES][rows][step words], sums of codes [rows][B] by block, scales [rows], or [rows][B].
 template <int PLANES>
@@ -65,7 +66,6 @@ inline float row_scale(const float* x, int64_t num_k) {
 
 // codes[k] = x[k] / scale to the nearest of -128 .. 127, ties to even. num_k is a multiple of 16.
 inline void quantize_row(const float* x, int64_t num_k, float scale, int8_t* codes) {
-  constexpr float kMagic = 12582912.0f;   // 1.5 * 2^23: a sum has its integer in the low bits
   for (int64_t k = 0; k < num_k; k += kLanes) {
     vf ratio = vmin(vmax(load(x + k) / set1(scale), set1(-128.0f)), set1(127.0f));
     vi code = (vi)(ratio + kMagic) - bit_cast<int32_t>(kMagic);
@@ -80,7 +80,6 @@ inline void quantize_row(const float* x, int64_t num_k, float scale, int8_t* cod
 // x[k] = (high * 256 + low) * scale to the nearest, |high * 256 + low| <= 2^14; returns the scale, NaN if an input is
 // not finite. Blocks of numbers too small for a scale are 0.
 inline float split_block(const float* x, int64_t num_k, int8_t* high, int8_t* low, int32_t& total) {
-  constexpr float kMagic = 12582912.0f;
   int32_t exponent = largest_bits(x, num_k) >> 23;
   total = 0;
   if (exponent < 32 || exponent == 255) {

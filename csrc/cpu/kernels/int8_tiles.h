@@ -12,17 +12,6 @@ namespace {
 #if defined(__AMX_INT8__)
 template <int PLANES>
 constexpr int64_t kTileMinRows = PLANES == 1 ? 24 : 12;   // fewer are limited by memory
-// Tiles 0 to 3 hold sums of two times `rows` rows by two panels, 4 and 5 rows, 6 and 7 panels, of `words` of inputs each.
-// With two planes, those of 16 rows take the places of two times 16.
-inline void configure_tiles(int words, int64_t rows) {
-  TileConfig config;
-  for (int t = 0; t < 8; ++t) {
-    config.rows[t] = static_cast<uint8_t>(t >= 6 ? words : rows < kTile ? rows : kTile);
-    config.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? words * 4 : 64);
-  }
-  load_config(config);
-}
-
 // Operands of a panel, [padded_inputs(K) / 4][16]: in place, or made in `space`.
 template <class Kind>
 inline const uint32_t* tile_operands(const CodedWeight& weight, int64_t panel, uint32_t* space) {
@@ -39,7 +28,8 @@ inline const uint32_t* tile_operands(const CodedWeight& weight, int64_t panel, u
   return space;
 }
 
-// Sums of a block: those of 16 rows and, if there are, `others`, by two panels.
+// Sums of a block: those of 16 rows and, if there are, `others`, by two panels. With two planes, the low one of the same
+// rows takes the place of others.
 inline void sum_tiles(const uint32_t* x, const uint32_t* others, int64_t step, const uint32_t* first,
                       const uint32_t* second, int64_t num_words, int tile_words) {
   _tile_zero(0);
@@ -73,7 +63,8 @@ void multiply_tiles(const CodedWeight& weight, const IntegerRows<PLANES>& rows, 
   alignas(64) int32_t sums[4][kTile * kPanel];
   for (int64_t r0 = 0; r0 < rows.rows; r0 += kHalves * kTile) {
     bool is_short = PLANES == 2 && rows.rows - r0 < kTile;   // with one plane there is room for all
-    if (r0 == 0 || is_short) configure_tiles(tile_words, is_short ? rows.rows - r0 : kTile);
+    int64_t height = is_short ? rows.rows - r0 : kTile;
+    if (r0 == 0 || is_short) configure_tiles(tile_words, height, height);
     for (int64_t b = 0; b < rows.num_blocks; ++b) {
       int64_t at = b * block / 4, end = (b + 1) * block < padded ? (b + 1) * block / 4 : padded / 4;
       const uint32_t *x = rows.words + r0 * rows.step + at, *others = nullptr;

@@ -17,17 +17,6 @@ constexpr int64_t kStep = 2 * kTile;      // inputs of an instruction
 constexpr int64_t kTileDepth = 512;       // inputs for which two panels stay in the first cache
 constexpr int64_t kFetchedRows = 64;      // up to this many rows wait for memory: the next panels are prefetched
 
-// Tiles 0 to 3 hold sums of `first` and `second` rows by two panels, 4 and 5 rows, 6 and 7 panels.
-inline void configure_tiles(int64_t first, int64_t second) {
-  TileConfig config;
-  for (int t = 0; t < 8; ++t) {
-    bool is_second = t == 2 || t == 3 || t == 5;
-    config.rows[t] = static_cast<uint8_t>(t >= 6 ? kTile : is_second ? second : first);
-    config.row_bytes[t] = config.rows[t] ? 64 : 0;
-  }
-  load_config(config);
-}
-
 // Adds inputs [0, num_k) of up to 32 rows by one or two panels to c, or begins it.
 template <bool HAS_SECOND_ROWS, bool HAS_SECOND_PANEL>
 FL_INLINE void multiply_tile(const uint32_t* x, int64_t step, const bf16* panel, int64_t panel_step, int64_t num_k,
@@ -86,7 +75,7 @@ struct TilePath {
         for (int64_t r = 0; r < rows; r += 2 * kTile) {
           int64_t left = rows - r, upper = left < kTile ? left : kTile;
           int64_t lower = left - upper < kTile ? left - upper : kTile;
-          if (upper != first || lower != second) configure_tiles(first = upper, second = lower);
+          if (upper != first || lower != second) configure_tiles(kTile, first = upper, second = lower);
           int64_t ahead = r == 0 && rows <= kFetchedRows ? 2 * panel_step : 0;
           const bf16* panel = panels + p * panel_step + k * kPanel;
           const uint32_t* x = packed + r * step + k / 2;
