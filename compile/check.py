@@ -84,8 +84,8 @@ def check_model(config: CompileConfig, captured: CapturedModel, build: Build) ->
     hf_config = load_config(config)
     reasons: list[str] = []
     # Some configs take no other number of layers than their own.
-    few, all_layers = captured.num_distinct_layers, hf_config.get_text_config().num_hidden_layers
-    for num_layers, narrow in ((few, True), (few, False), (all_layers, True)):
+    few, all_layers = captured.num_distinct_layers, captured.facts.num_layers
+    for num_layers, narrow in dict.fromkeys(((few, True), (few, False), (all_layers, True))):
         try:
             small = _copy(hf_config, num_layers, narrow)
             error, missing = _compared(small, captured, replace(config, **SETTINGS), build)

@@ -14,11 +14,11 @@ from fuseline.compile.capture.errors import CaptureError, one_line, told_as
 from fuseline.compile.capture.hf_attention import attention_as_ops, has_key_bias, prepare_attention
 from fuseline.compile.capture.hf_model import (
     ATTENDING,
-    NAME,
     NOT_HOOKED,
     NOT_RECURRENT,
     RECURRENT,
     build_on_meta,
+    is_own_table,
     load_config,
 )
 from fuseline.compile.capture.hf_patches import patch_model
@@ -150,11 +150,9 @@ def _export(model: nn.Module, layer_list: str = "") -> tuple[fx.Graph, set[str]]
             )
     except CaptureError:
         raise
-    except KeyError as error:
-        if error.args == (NAME,):  # code that has a table of attentions of its own
-            raise CaptureError(f"{model.config.model_type}: {NOT_HOOKED}") from error
-        raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {one_line(error)}") from error
     except Exception as error:  # torch.export raises many types; all mean the same to the user
+        if is_own_table(error):
+            raise CaptureError(f"{model.config.model_type}: {NOT_HOOKED}") from error
         raise CaptureError(f"{type(model).__name__} cannot be captured as one graph: {one_line(error)}") from error
     graph, constants, done = _lift(program, layer_list)
     _mark_embedded(model, done)

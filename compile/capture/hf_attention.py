@@ -87,8 +87,7 @@ def diffllama(
     self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **unused: object
 ) -> tuple:
     """The two halves of the values side by side, so that each softmax is computed once."""
-    shape = *hidden_states.shape[:-1], -1, self.head_dim
-    q, k, v = (one(hidden_states).view(shape).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj))
+    q, k, v = _projected(self, hidden_states)
     q, k = _functions(self).apply_rotary_pos_emb(q, k, *position_embeddings)
     v = torch.cat(v.chunk(2, 1), -1).repeat(1, 2, 1, 1)
     out, _ = attention_forward(self, q, k, v, None, self.scaling)
@@ -103,13 +102,18 @@ def diffllama(
 
 def doge(self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **unused: object) -> tuple:
     """Of more than keep_window_size keys a query would see those of the largest biases; there are no more."""
-    shape = *hidden_states.shape[:-1], -1, self.head_dim
-    q, k, v = (one(hidden_states).view(shape).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj))
+    q, k, v = _projected(self, hidden_states)
     q, k = _functions(self).apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *position_embeddings)
     steps = nn.functional.softplus(self.dt_proj(v.transpose(1, 2).flatten(2)))
     q, k = with_key_bias(q, k, torch.exp(self.A * steps).transpose(1, 2), self.scaling)
     out, _ = attention_forward(self, q, k, v, None, self.scaling)
     return self.o_proj(out.flatten(2)), None
+
+
+def _projected(self: nn.Module, hidden_states: Tensor) -> Iterator[Tensor]:
+    """Queries, keys and values [1, H or K, T, D]."""
+    shape = *hidden_states.shape[:-1], -1, self.head_dim
+    return (one(hidden_states).view(shape).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj))
 
 
 def gpt_neo(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None) -> tuple:
@@ -131,8 +135,7 @@ def _heads_first(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float,
 
 
 def xglm(self: nn.Module, hidden_states: Tensor, **unused: object) -> tuple:
-    shape = *hidden_states.shape[:-1], -1, self.head_dim
-    q, k, v = (one(hidden_states).view(shape).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj))
+    q, k, v = _projected(self, hidden_states)
     out, _ = attention_forward(self, q, k, v, None, self.scaling)
     return self.out_proj(out.flatten(2)), None
 
@@ -150,8 +153,7 @@ def llama4_tables(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Ten
 
 def llama4(self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, ...], **unused: object) -> tuple:
     """Transformers counts the positions of layers without rope from the first token of a call."""
-    shape = *hidden_states.shape[:-1], -1, self.head_dim
-    q, k, v = (one(hidden_states).view(shape).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj))
+    q, k, v = _projected(self, hidden_states)
     cos, sin, positions = position_embeddings
     if self.use_rope:
         q, k = (_turned_pairs(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))

@@ -96,13 +96,11 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
     try:
         with _without_values(is_own_code):
             model = build_model(hf_config, trust_remote_code, **settings).eval()
-    except KeyError as error:
-        if error.args == (NAME,):
-            raise CaptureError(f"{hf_config.model_type}: {NOT_HOOKED}") from error
-        raise CaptureError(f"{hf_config.model_type} cannot be built: {one_line(error)}") from error
     except CaptureError:
         raise
     except (Exception, SystemExit) as error:  # a model's own code may raise anything
+        if is_own_table(error):
+            raise CaptureError(f"{hf_config.model_type}: {NOT_HOOKED}") from error
         raise CaptureError(f"{hf_config.model_type} cannot be built: {one_line(error)}") from error
     if is_own_code:
         move_buffers_to_meta(model)
@@ -110,6 +108,11 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
         model.set_experts_implementation(NAME)
     keep_float32(model, dtype)
     return model.requires_grad_(False)
+
+
+def is_own_table(error: BaseException) -> bool:
+    """Whether code looked for our attention in a table of its own, beside Transformers' interface."""
+    return isinstance(error, KeyError) and error.args == (NAME,)
 
 
 def _hook_attention_classes(hf_config: PreTrainedConfig) -> None:
