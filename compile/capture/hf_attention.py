@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fuseline.compile.capture.hf_model import SLOPES, attention_forward
+from fuseline.compile.capture.kept_buffers import keep_buffers
 from fuseline.compile.ops import codes
 
 OPS = torch.ops.fuseline
@@ -238,8 +239,7 @@ def _add_spread(module: nn.Module) -> None:
     """So many deviations above the mean lies what Gemma 3n's share of gates is below: a constant, not computed here."""
     dtype, share = module.gate_proj.weight.dtype, torch.tensor(module.activation_sparsity, dtype=torch.float32)
     value = torch.distributions.Normal(0, 1).icdf(share).to(dtype)
-    module.register_buffer(SPREAD, torch.empty((), dtype=dtype, device="meta"), persistent=False)
-    module.fuseline_buffers = {SPREAD: value}
+    keep_buffers(module, {SPREAD: value})
 
 
 def has_key_bias(model: nn.Module) -> bool:
@@ -252,11 +252,9 @@ def _add_slopes(modules: list[nn.Module]) -> None:
     """One tensor for all, so that layers stay alike."""
     if modules:
         heads = getattr(modules[0], "num_heads", None) or modules[0].n_heads
-        name = ALIBI[_name(type(modules[0]))]
-        values = {name: alibi_slopes(heads)}
+        values = {ALIBI[_name(type(modules[0]))]: alibi_slopes(heads)}
     for module in modules:
-        module.register_buffer(name, torch.empty(heads, device="meta"), persistent=False)
-        module.fuseline_buffers = values
+        keep_buffers(module, values)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

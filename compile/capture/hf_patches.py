@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from fuseline.compile.capture.kept_buffers import keep_buffers
 from fuseline.compile.specs import RopeSwitchSpec
 
 
@@ -54,8 +55,7 @@ def _switch_tables(
 
     `scales`: of short and of long sequences; None: the model's own for both.
     """
-    rotary.register_buffer("long_inv_freq", long_inv_freq.to("meta"), persistent=False)
-    rotary.fuseline_buffers = {"long_inv_freq": long_inv_freq}
+    keep_buffers(rotary, {"long_inv_freq": long_inv_freq})
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         is_long = position_ids >= rows

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fuseline.compile.capture.kept_buffers import keep_buffers
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.causal_conv import NO_ACT
 
@@ -122,6 +123,4 @@ def give_constants(model: nn.Module) -> None:
     """Registers the constants that the functions of BY_CLASS read."""
     for module in model.modules():
         if type(module).__name__ in BY_CLASS:
-            module.fuseline_buffers = {name: torch.tensor(values) for name, values in CONSTANTS.items()}
-            for name, value in module.fuseline_buffers.items():
-                module.register_buffer(name, value.to("meta"), persistent=False)
+            keep_buffers(module, {name: torch.tensor(values) for name, values in CONSTANTS.items()})
