@@ -21,6 +21,7 @@ from fuseline.api.http_metrics import HttpMetricsMiddleware
 from fuseline.api.middleware import (
     HeadMiddleware,
     KeyMiddleware,
+    PaceMiddleware,
     RefusalMiddleware,
     RequestIdMiddleware,
     load_middleware,
@@ -67,7 +68,8 @@ class Application(FastAPI):
         )  # fmt: skip
         if config.enable_request_id_headers:
             stack = RequestIdMiddleware(stack)
-        return HttpMetricsMiddleware(stack, self.state.served.http_metrics)
+        served = self.state.served
+        return PaceMiddleware(HttpMetricsMiddleware(stack, served.http_metrics), served.turns)
 
 
 def build_app(

@@ -102,7 +102,7 @@ class Served:
         """A body made ready for the engine, or the answer where that needs none. Raises ApiError."""
         size = sum(map(len, pieces))
         if self.pools is None or (kind == "completion" and size <= SMALL_BYTES):
-            await self.turns.rest()
+            await self.turns.rest(size)
             reply = self.preparer.prepare(kind, b"".join(pieces))
         else:
             reply = await self.pools[size > SHORT_BYTES].prepare(kind, pieces)

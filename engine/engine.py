@@ -89,6 +89,11 @@ class Engine:
         return self.sleep_level != AWAKE
 
     @property
+    def is_computing(self) -> bool:
+        """Whether a thread computes a step."""
+        return self._order.is_computing
+
+    @property
     def has_work(self) -> bool:
         is_waiting = self._waits_for_masks and self.slow_masks.is_waiting
         is_busy = self._order.is_running or (self.scheduler.has_work and not self.is_asleep and not is_waiting)

@@ -98,10 +98,11 @@ class EngineService:
     def _take_messages(self, inbox: Inbox) -> bool:
         """Handle what has come in; wait for it when there is nothing else to do. False on shutdown.
 
-        For MESSAGES_SECONDS at most, so that a thousand requests at once do not hold up the tokens of those that run.
+        For MESSAGES_SECONDS at most, or while a thread computes a step, so that a thousand requests at once do not hold
+        up the tokens of those that run.
         """
         begin: float | None = None
-        while begin is None or perf_counter() - begin < MESSAGES_SECONDS:
+        while begin is None or perf_counter() - begin < MESSAGES_SECONDS or self.engine.is_computing:
             message = inbox.receive(wait=not self.engine.has_work)
             if isinstance(message, Shutdown):
                 return False

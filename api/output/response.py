@@ -27,7 +27,7 @@ from fuseline.api.output.framing import OPENAI, Framing
 from fuseline.api.output.generation import Generation
 from fuseline.api.output.logprobs import encode_pieces
 from fuseline.api.output.outbox import WRITE_BYTES, Outbox
-from fuseline.api.output.pace import Turns
+from fuseline.api.output.pace import LARGE, Turns
 from fuseline.engine.client import EngineClient
 
 LOG = logging.getLogger("fuseline.http")
@@ -165,7 +165,7 @@ class Answer(Response):
 
     async def _run(self, run: Run, sink: PromptSink) -> None:
         prompt, make = run
-        await self._turns.rest()
+        await self._turns.rest(LARGE if len(self._runs) > 1 else prompt.ids.itemsize * len(prompt.ids))
         await make().run(self._client, partial(sink, prompt), partial(self._writer.open, prompt))
 
 

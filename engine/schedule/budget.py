@@ -22,6 +22,8 @@ class StepBudget:
     counts: np.ndarray  # [R] int64, tokens to compute by row, drafts included
     num_drafts: np.ndarray  # [R] int64
     started: list[Sequence] = field(default_factory=list)
+    scored_cost: int = 1
+    """Tokens that one counts as if its row of logits is scored."""
     num_turns: int = 0
     """Of those that start, prompts of a body behind its first one."""
     has_preempted: bool = False
@@ -30,7 +32,7 @@ class StepBudget:
         """Compute `count` tokens of the sequence, of which the last `num_drafts` are drafts."""
         self.counts[seq.row] = count
         self.num_drafts[seq.row] = num_drafts
-        self.tokens_left -= count
+        self.tokens_left -= count * self.cost(seq)
         self.spare_rows -= self._num_extra_rows(seq)
 
     def start(self, seq: Sequence, count: int) -> None:
@@ -51,17 +53,21 @@ class StepBudget:
         if excess > 0:
             self.spare_rows += self._num_extra_rows(seq)
             self.counts[seq.row] = count
-            self.tokens_left += excess
+            self.tokens_left += excess * self.cost(seq)
             self.spare_rows -= self._num_extra_rows(seq)
 
     def drop(self, seq: Sequence) -> None:
         """Take a preempted sequence out again; its own row of logits becomes spare."""
-        self.tokens_left += int(self.counts[seq.row])
+        self.tokens_left += int(self.counts[seq.row]) * self.cost(seq)
         self.spare_rows += self._num_extra_rows(seq) + 1
         self.counts[seq.row] = self.num_drafts[seq.row] = 0
         if seq in self.started:
             self.started.remove(seq)
             self.num_turns -= seq.request.turn > 0
+
+    def cost(self, seq: Sequence) -> int:
+        """Tokens that each token of the sequence counts as."""
+        return 1 if seq.prompt_scores is None else self.scored_cost
 
     def _num_extra_rows(self, seq: Sequence) -> int:
         """Logits rows of a sequence beyond its own one."""

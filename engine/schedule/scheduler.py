@@ -17,6 +17,9 @@ from fuseline.engine.state.rows import RequestRows
 from fuseline.engine.state.scheduled_batch import ScheduledBatch
 from fuseline.engine.state.sequence import Sequence
 
+SCORED_COST = 2
+"""Tokens that one of a prompt counts as if its log-probability is wanted: with a row of logits, a softmax and the best
+tokens of it a step takes about twice as long, and whoever comes waits for that step."""
 MOST_TURNS = 64
 """Prompts of bodies, behind their first ones, that start in a step: who comes during a step of hundreds of short ones
 would wait for all of them."""
@@ -115,16 +118,16 @@ class Scheduler:
         counts = np.zeros(self.limits.num_seqs, np.int64)
         num_drafts = np.zeros_like(counts) if self.rows.with_drafts else self._no_drafts
         spare_rows = self.limits.num_logits - len(self.running)
-        budget = StepBudget(self.limits.num_tokens, spare_rows, counts, num_drafts)
+        scored_cost = SCORED_COST if self.limits.is_chunked else 1
+        budget = StepBudget(self.limits.num_tokens, spare_rows, counts, num_drafts, scored_cost=scored_cost)
         remaining = self.rows.num_remaining()
         self._continue_streams(remaining, budget)
         budget.tokens_left = min(budget.tokens_left, self.limits.num_prefill_tokens)
-        kept = self._tokens_for_short(remaining, budget)
+        kept = self._tokens_for_short(budget)
         budget.tokens_left -= kept
         self._schedule_running(remaining, budget)
-        budget.tokens_left += kept
         if not budget.has_preempted and self._is_delay_over():
-            self._admit_waiting(budget)
+            self._admit_waiting(budget, kept)
             if self._delay and budget.started:
                 self._delay.started()
         batch = make_batch(budget, self.rows, self.kv.swap)
@@ -185,11 +188,11 @@ class Scheduler:
         else:
             budget.add_rows(streams[~is_full])
 
-    def _tokens_for_short(self, remaining: np.ndarray, budget: StepBudget) -> int:
-        """Tokens, up to half of those left, that running prompts leave to short ones that wait: so a prompt of a few
-        tokens does not wait for all of a long one."""
+    def _tokens_for_short(self, budget: StepBudget) -> int:
+        """Tokens, up to half of those left, that long prompts leave to short ones that wait: so a prompt of a few
+        tokens does not wait for all of a long one that runs, nor for a crowd of them that has come before."""
         has_row = min(budget.spare_rows, len(self._free_rows)) > self.waiting.num_deferred
-        if not has_row or self.waiting.peek_short() is None or not ((remaining > 1) & (budget.counts == 0)).any():
+        if not has_row or self.waiting.peek_short() is None:
             return 0
         return min(self.waiting.num_short_tokens(), budget.tokens_left // 2)
 
@@ -216,7 +219,8 @@ class Scheduler:
 
     def _chunk(self, seq: Sequence, num_remaining: int, budget: StepBudget) -> int:
         """How many of its remaining tokens a sequence may compute in this step; 0: none."""
-        count = min(num_remaining, budget.tokens_left)
+        left = max(0, budget.tokens_left)
+        count = min(num_remaining, max(left // budget.cost(seq), min(left, 1)))
         if self._is_long(seq):
             count = min(count, self.limits.long_threshold)
         if not self.limits.is_chunked and count < num_remaining:
@@ -237,13 +241,20 @@ class Scheduler:
                 return False
         return True
 
-    def _admit_waiting(self, budget: StepBudget) -> None:
+    def _admit_waiting(self, budget: StepBudget, kept: int) -> None:
+        """Start those that wait, in their order, until a long one finds no place in the step; from then on short ones.
+
+        `kept`: tokens beyond the budget for short ones, from the first one that is to start.
+        """
         passed_over: list[Sequence] = []
         is_passing = False
-        while budget.tokens_left > 0:
+        while budget.tokens_left + kept > 0:
+            is_passing |= budget.tokens_left <= 0
             seq = self.waiting.peek_short() if is_passing else self.waiting.peek()
             if seq is None:
                 break
+            if kept and seq.num_tokens <= self.limits.short_tokens and not seq.request.turn:
+                budget.tokens_left, kept = budget.tokens_left + kept, 0
             if seq.num_pending:
                 self.waiting.remove(seq)
                 passed_over.append(seq)

@@ -58,6 +58,8 @@ class Stages(Protocol[BatchT, ResultT]):
 
 class StageOrder(Protocol):
     is_running: bool
+    is_computing: bool
+    """Whether a thread of the host computes a step, so that this one has nothing to do."""
 
     def step(self, stages: Stages) -> None:
         """One turn of the loop."""
@@ -83,7 +85,7 @@ def _prepare_next(stages: Stages[BatchT, ResultT]) -> BatchT | None:
 class InOrder:
     """A step is scheduled when the last one has been reported."""
 
-    is_running = False
+    is_running = is_computing = False
 
     def step(self, stages: Stages) -> None:
         batch = _prepare_next(stages)
@@ -111,6 +113,10 @@ class _Behind(Generic[BatchT, ResultT]):
     def is_running(self) -> bool:
         return self._running is not None
 
+    @property
+    def is_computing(self) -> bool:
+        return False
+
     def drain(self, stages: Stages) -> None:
         last = self._finish(stages)
         if last is not None:
@@ -131,6 +137,10 @@ class Overlapped(_Behind):
     def __init__(self) -> None:
         super().__init__()
         self._worker = ThreadPoolExecutor(1, "fuseline-model")
+
+    @property
+    def is_computing(self) -> bool:
+        return self._running is not None and not self._running[1].done()
 
     def step(self, stages: Stages) -> None:
         if stages.waits_for_tokens():

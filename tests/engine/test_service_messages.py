@@ -45,7 +45,7 @@ def test_messages_are_handled_for_a_short_time_between_two_steps(
     grammars = SimpleNamespace(on_ready=None, close=lambda: None)
     served.engine = SimpleNamespace(
         has_work=True, step=step, add=added.append, runner=SimpleNamespace(model=None), grammars=grammars,
-        slow_masks=grammars, admit_compiled=lambda: None,
+        slow_masks=grammars, admit_compiled=lambda: None, is_computing=False,
     )
     served.device, served.send = SimpleNamespace(stop_capture=lambda model: None), lambda message: None
     served.run(Inbox(clock, seconds))
@@ -54,3 +54,11 @@ def test_messages_are_handled_for_a_short_time_between_two_steps(
     assert max(gaps, default=0.0) <= MESSAGES_SECONDS + 2 * seconds + 1e-9
     counts = [after[0] - before[0] for before, after in zip(steps, steps[1:], strict=False)]
     assert min(counts, default=1) >= 1, "there is progress"
+
+
+def test_all_messages_are_handled_while_a_thread_computes() -> None:
+    clock, added = WorkClock(), []
+    served = object.__new__(EngineService)
+    served.engine = SimpleNamespace(has_work=True, is_computing=True, add=added.append)
+    assert not served._take_messages(Inbox(clock, 1e-3)), "the last one says that it is to shut down"
+    assert len(added) == NUM_MESSAGES

@@ -13,6 +13,7 @@ import pytest
 from rounds import WorkClock, longest_round
 
 from fuseline.api.config_resolve import resolve
+from fuseline.api.middleware import PaceMiddleware
 from fuseline.api.output.events import Prompt, PromptInfo, TextDelta
 from fuseline.api.output.generation import OUTPUTS_AT_ONCE, Generation, TextOptions
 from fuseline.api.output.interval import Interval
@@ -20,7 +21,7 @@ from fuseline.api.output.logprobs import SLICE, JsonList, LogprobWriter, encode_
 from fuseline.api.output.openai_chat import ChatWriter
 from fuseline.api.output.openai_completion import CompletionWriter, Shape
 from fuseline.api.output.outbox import WRITE_BYTES
-from fuseline.api.output.pace import SLICE_SECONDS, Turns
+from fuseline.api.output.pace import LARGE, SLICE_SECONDS, Turns
 from fuseline.api.output.response import Answer, raw_response
 from fuseline.api.output.watch import RequestWatch
 from fuseline.api.served import Served, load_tokenizer
@@ -92,6 +93,24 @@ async def test_a_cancelled_request_does_not_keep_its_turn() -> None:
     await asyncio.wait_for(turns.wait(), 60)
 
 
+async def test_a_small_request_passes_a_crowd_of_larger_ones_and_the_oldest_is_not_left_behind() -> None:
+    clock, order = WorkClock(), []
+    turns = Turns(clock)
+
+    async def work(name: str, size: int) -> None:
+        await turns.wait(size)
+        order.append(name)
+
+    crowd = [asyncio.create_task(work(f"large {k}", 5000 + k)) for k in range(60)]
+    await asyncio.sleep(0)
+    small = [asyncio.create_task(work(f"small {k}", 72)) for k in range(30)]
+    await asyncio.wait_for(asyncio.gather(*crowd, *small), 60)
+    assert order.index("small 0") <= 3
+    firsts = [name for name in order if name.startswith("large")]
+    assert firsts.index("large 0") == 0 and order.index("large 20") <= 2 * 21 + 2
+    assert len(order) == 90 and not turns._by_size
+
+
 async def test_small_bodies_that_come_at_once_are_prepared_one_a_round() -> None:
     clock = WorkClock()
 
@@ -104,6 +123,40 @@ async def test_small_bodies_that_come_at_once_are_prepared_one_a_round() -> None
     longest, _ = await longest_round(clock, asyncio.wait(jobs))
     assert {job.result() for job in jobs} == {"prepared"}
     assert longest <= SLICE_SECONDS + 2 * 0.003 + 1e-9
+
+
+SIZES = {
+    "get": ([], 0), "small": ([(b"content-length", b"72")], 72), "wrong": ([(b"content-length", b"-1")], 0),
+    "chunked": ([(b"transfer-encoding", b"chunked")], LARGE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+async def test_a_request_waits_by_the_size_of_its_body(name: str) -> None:
+    headers, size = SIZES[name]
+    asked = []
+
+    async def rest(size: int) -> None:
+        asked.append(size)
+
+    async def app(scope, receive, send) -> None:
+        asked.append(scope)
+
+    scope = {"type": "http", "headers": [(b"host", b"here"), *headers]}
+    await PaceMiddleware(app, SimpleNamespace(rest=rest))(scope, None, None)
+    assert asked == [size, scope]
+
+
+async def test_requests_that_come_at_once_are_routed_one_a_round() -> None:
+    clock = WorkClock()
+
+    async def app(scope, receive, send) -> None:
+        clock.work(0.0005)
+
+    start = PaceMiddleware(app, Turns(clock))
+    work = asyncio.gather(*(start({"type": "http", "headers": []}, None, None) for _ in range(64)))
+    longest, _ = await longest_round(clock, work)
+    assert longest <= SLICE_SECONDS + 2 * 0.0005 + 1e-9 and clock.now == pytest.approx(64 * 0.0005)
 
 
 @pytest.mark.parametrize("num_requests, num_prompts", [(1, 64), (64, 1), (8, 8)])

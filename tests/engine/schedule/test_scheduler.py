@@ -154,6 +154,48 @@ def test_a_flood_of_short_prompts_leaves_a_long_one_half_of_each_step() -> None:
     walk.check_all((0,))
 
 
+def test_a_short_prompt_waits_for_no_crowd_of_long_ones_with_little_left() -> None:
+    """Long prompts of which the cache has nearly all would fill step after step."""
+    walk = Walk(make_engine(chunked_prefill_size=8, max_num_seqs=40, num_blocks=400))
+    walk.submit([6] * 60, max_tokens=1)
+    walk.finish()
+    for token in range(30):
+        walk.submit([6] * 57 + [token, 1, 2], max_tokens=1)
+    walk.submit([3, 2, 1], max_tokens=1)
+    assert first_step_of(walk, "r31") == 1
+    assert "r1" in {name for name, _ in walk.outputs}, "the first of the crowd has its part of that step"
+    walk.finish()
+    walk.check_all((0,))
+
+
+def test_nobody_passes_a_prompt_that_waits_for_blocks() -> None:
+    """Short ones would take each block that gets free."""
+    walk = Walk(make_engine(num_blocks=15, chunked_prefill_size=8, max_num_seqs=16))
+    walk.submit([6] * 52, max_tokens=8)
+    first_step_of(walk, "r0")
+    walk.submit([7] * 50, max_tokens=1)
+    for token in range(12):
+        walk.submit([token + 8] * 4, max_tokens=1)
+    scheduler = walk.engine.scheduler
+    while "r1" not in {seq.request.request_id for seq in scheduler.running}:
+        assert {name for name, _ in walk.outputs} == {"r0"}
+        walk.step()
+    walk.finish()
+    walk.check_all((0,))
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_a_prompt_whose_tokens_are_scored_takes_half_as_many_in_a_step(is_chunked: bool) -> None:
+    walk = Walk(make_engine(chunked_prefill_size=8 if is_chunked else 0, enable_chunked_prefill=is_chunked,
+                            max_num_batched_tokens=64, max_num_seqs=8))  # fmt: skip
+    walk.submit([6] * 21, max_tokens=1, prompt_logprobs=2)
+    walk.submit([7] * 21, max_tokens=1, prompt_logprobs=2)
+    walk.step()
+    assert walk.counts == [4 if is_chunked else 42]
+    walk.finish()
+    walk.check_all((0,))
+
+
 @pytest.mark.parametrize("settings", [{"scheduling_policy": "priority"}, {"enable_chunked_prefill": False}], ids=str)
 def test_nobody_passes_under_priorities_or_without_chunks(settings: dict) -> None:
     walk = Walk(make_engine(max_num_seqs=8, max_num_batched_tokens=64, **settings))
