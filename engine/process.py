@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import wait
 
 import msgspec
@@ -34,8 +36,7 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
     outbox = ZmqOutbox(answers)
     death: Exception | None = None
     try:
-        from fuseline.engine.service import serve  # torch: not for those who only talk to an engine
-
+        serve = _import_serve()
         serve(config, build_model, find_device, ZmqInbox(requests), outbox.send)
     except Exception as error:
         death = error
@@ -48,6 +49,18 @@ def run_engine_process(folder: str, config: EngineConfig, build_model: BuildMode
         # file be written while the next engine waits for the memory.
         logging.shutdown()
         os._exit(1)
+
+
+def _import_serve() -> Callable[..., None]:
+    """service.serve; it needs torch, which those who only talk to an engine do without."""
+    # What is imported is no garbage: searching it takes a tenth of the time here, and more in later collections.
+    gc.disable()
+    try:
+        from fuseline.engine.service import serve
+    finally:
+        gc.freeze()
+        gc.enable()
+    return serve
 
 
 def log_death(error: Exception) -> None:

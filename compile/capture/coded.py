@@ -25,8 +25,10 @@ from fuseline.compile.ops.coded import Layout
 from fuseline.compile.quantization.methods import method_of
 from fuseline.compile.quantization.published import Method, QuantizationError
 
-DECODED_CODES = 4 << 20
-"""Codes, of a byte each, that are decoded at a time."""
+DECODED_CODES = 1 << 20
+"""Codes, of a byte each, that are decoded at a time: few enough for a cache, with what is made of them on the way."""
+DECODED_ROWS = 16
+"""Rows that are decoded at a time are a multiple: whole panels."""
 ENCODED_VALUES = 1 << 16
 """Values that are quantized at a time: what is computed of them stays in the cache."""
 ENCODED_ON_GPU = 1 << 24
@@ -141,7 +143,7 @@ def _copy_codes(form: Format, part: TensorSlice, stored: Stored, reader: Reader)
     *_, num_out, num_in = part.stored.published.shape
     expert, first = divmod(part.view.storage_offset() // num_in, num_out)
     is_matrix = len(part.stored.published.shape) == 2
-    step = max(1, DECODED_CODES // num_in) if is_matrix else part.view.shape[0]
+    step = max(1, DECODED_CODES // (num_in * DECODED_ROWS)) * DECODED_ROWS if is_matrix else part.view.shape[0]
     for begin in range(0, part.view.shape[0], step):
         low, high = first + begin, first + min(begin + step, part.view.shape[0])
         coded = reader.coded(part.stored, *((low, high) if is_matrix else (expert, expert + 1)))

@@ -40,10 +40,19 @@ class Reader(ExitStack):
 
     def value(self, lazy: LazyTensor) -> Tensor:
         """All of it, in memory, in the dtype that is stored."""
+        if len(lazy.slices) == 1 and _is_range(lazy.slices[0]):
+            return self._range(lazy.slices[0])
         out = torch.zeros(lazy.shape, dtype=lazy.slices[0].view.dtype)
         for part in lazy.slices:
             for start, block in self.blocks(part):
                 write_box(out, block, start)
+        return out
+
+    def _range(self, part: TensorSlice) -> Tensor:
+        """Bytes that follow each other, read into their place."""
+        out = torch.empty(part.view.shape, dtype=part.view.dtype)
+        raw = memoryview(out.flatten().view(torch.uint8).numpy())
+        self._fill(part, raw, part.stored.begin + part.view.storage_offset() * part.view.element_size())
         return out
 
     def coded(self, stored: CodedTensor, begin: int, end: int) -> Coded | Tensor:
@@ -127,8 +136,19 @@ def check_decoded(stored: CodedTensor, coded: Coded | Tensor, shape: tuple[int, 
         fits = coded.codes.shape == shape and coded.scales.shape == (*shape[:-1], layout.num_groups(shape[-1]))
     if not fits:
         raise LoadError(f"{name}: its tensors do not fit together")
-    if not all(part is None or part.float().isfinite().all() for part in floats):
+    if not all(part is None or is_finite(part) for part in floats):
         raise LoadError(f"{name} has a {what} that is not finite: get the file again")
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN: the least or the largest is then, too."""
+    return values.numel() == 0 or all(bound.isfinite() for bound in torch.aminmax(values))
+
+
+def _is_range(part: TensorSlice) -> bool:
+    """Whether the slice is all of a tensor, and bytes of a file one after the other."""
+    is_plain = part.stored is not None and not isinstance(part.stored, CodedTensor)
+    return is_plain and part.view.numel() > 0 and part.view.is_contiguous()
 
 
 def write_box(target: Tensor, block: Tensor, start: tuple[int, ...]) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, fx
 
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.formats.format import Call, Format, Pack, Shape, Stored
-from fuseline.compile.formats.panels import pack_lanes
+from fuseline.compile.formats.panels import put_lanes
 from fuseline.compile.ops.coded import KINDS, STATIC, Coded, Layout, parse_layout
-from fuseline.compile.ops.linear_codes import PANEL, num_words, to_words
+from fuseline.compile.ops.linear_codes import PANEL, num_words
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -59,10 +59,12 @@ def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple
 
 
 def _put(layout: Layout, stored: Stored, coded: Coded, row: int) -> None:
-    pack_lanes(stored["codes"], to_words(coded.codes, layout.bits), row)
-    pack_lanes(stored["scales"], coded.scales, row)
+    codes = coded.codes.view(torch.uint8)
+    codes = codes if codes.stride(1) == 1 else codes.contiguous()
+    torch.ops.fuseline_cpu.pack_codes(stored["codes"], codes, row, layout.bits)
+    put_lanes(stored["scales"], coded.scales, row)
     if coded.zeros is not None:
-        pack_lanes(stored["zeros"], coded.zeros, row)
+        put_lanes(stored["zeros"], coded.zeros, row)
     if coded.order is not None:
         stored["order"].copy_(coded.order)
     if coded.input_scale is not None and "input_scale" in stored:

@@ -26,10 +26,19 @@ def panels_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def pack_block(panels: Tensor, block: Tensor, row: int, col: int) -> None:
     """Write block [n, k] of the weight, whose first element is weight[row, col], into panels [P, K, 16]."""
-    if block.shape[1] == panels.shape[1]:
-        torch.ops.fuseline_cpu.pack_panels(panels, block, row)
-    else:
+    if block.shape[1] != panels.shape[1]:
         pack_columns(panels, block, row, col)
+    elif _has_pairs(panels) and _has_pairs(block):
+        put_lanes(panels.view(torch.int32).view(len(panels), -1, PANEL), block.view(torch.int32), row)
+    else:
+        torch.ops.fuseline_cpu.pack_panels(panels, block, row)
+
+
+def _has_pairs(values: Tensor) -> bool:
+    """Whether pairs of k are words of 32 bits, in panels [P, K, 16] or a block [n, K] of bf16."""
+    return values.dtype == torch.bfloat16 and values.shape[1] % 2 == 0 and values.is_contiguous() and (
+        values.storage_offset() % 2 == 0
+    )  # fmt: skip
 
 
 def pack_columns(panels: Tensor, block: Tensor, row: int, col: int = 0) -> None:
@@ -57,8 +66,17 @@ def _planes(panels: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     yield even, 1, panels[:, even:]
 
 
-def pack_lanes(lanes: Tensor, block: Tensor, row: int) -> None:
+def put_lanes(lanes: Tensor, block: Tensor, row: int) -> None:
     """Write block [n, X], whose first line is row `row`, into panels [P, X, 16] of any dtype."""
+    is_plain = lanes.is_contiguous() and block.stride(-1) == 1 and block.is_cpu
+    if is_plain and lanes.dtype == block.dtype and lanes.element_size() in (2, 4):
+        torch.ops.fuseline_cpu.pack_lanes(lanes.view(torch.uint8), block.view(torch.uint8), row)
+    else:
+        pack_lanes(lanes, block, row)
+
+
+def pack_lanes(lanes: Tensor, block: Tensor, row: int) -> None:
+    """The same in plain torch."""
     done = 0
     while done < len(block):
         panel, lane = divmod(row + done, PANEL)

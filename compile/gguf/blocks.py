@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.ops.coded import Coded, Layout
+from fuseline.compile.quantization.bits import unpack_bytes
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,14 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks[..., at : at + 2].contiguous().view(torch.float16)
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    """[..., n] bytes -> [..., 2 n]: the lower halves of all, then the upper ones."""
-    return torch.cat((packed & 15, packed >> 4), -1)
-
-
-def _bits(packed: Tensor, width: int) -> Tensor:
-    """[..., n] bytes -> [..., 8 / width, n]: of all bytes the lowest bits, then those above, ..."""
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8).unsqueeze(-1)
-    return (packed.unsqueeze(-2) >> shifts) & ((1 << width) - 1)
+def _nibbles(packed: Tensor, run: int = 16) -> Tensor:
+    """[..., n] bytes -> [..., 2 n]: of each run the lower halves of all, then the upper ones."""
+    return unpack_bytes(packed, 4, run)
 
 
 def _high_bits(blocks: Tensor, at: int) -> Tensor:
     """The fifth bits of 32 values, in 4 bytes in the order of the values."""
-    return _bits(blocks[..., at : at + 4], 1).mT.flatten(-2) << 4
+    return unpack_bytes(blocks[..., at : at + 4], 1) << 4
 
 
 def _coded(codes: Tensor, scales: Tensor, least: Tensor | None = None) -> Coded:
@@ -79,16 +74,15 @@ def _q8_0(blocks: Tensor) -> Coded:
 def _q2_k(blocks: Tensor) -> Coded:
     """scales[16]: of a group the scale's 4 bits, above them the least value's; 2 bits a value[64], d, dmin."""
     groups = blocks[..., :16]
-    codes = _bits(blocks[..., 16:80].unflatten(-1, (2, 32)), 2).flatten(-3)
+    codes = unpack_bytes(blocks[..., 16:80], 2, 32)
     scales, least = _half(blocks, 80).float() * (groups & 15), _half(blocks, 82).float() * (groups >> 4)
     return _coded(codes, scales, -least)
 
 
 def _q3_k(blocks: Tensor) -> Coded:
     """The third bits[32], where 0 is 4 less; 2 bits a value[64], scales of 6 bits[12], d."""
-    high = _bits(blocks[..., :32], 1).flatten(-2)
-    codes = _bits(blocks[..., 32:96].unflatten(-1, (2, 32)), 2).flatten(-3) | high << 2
-    low, top = _nibbles(blocks[..., 96:104]), _bits(blocks[..., 104:108], 2).flatten(-2)
+    codes = unpack_bytes(blocks[..., 32:96], 2, 32) | unpack_bytes(blocks[..., :32], 1, 32) << 2
+    low, top = _nibbles(blocks[..., 96:104], 8), unpack_bytes(blocks[..., 104:108], 2, 4)
     scales = _signed(low | top << 4, 32)
     return _coded(codes + 4, _half(blocks, 108).float() * scales)
 
@@ -107,34 +101,31 @@ def _of_k(blocks: Tensor, codes: Tensor) -> Coded:
 
 
 def _q4_k(blocks: Tensor) -> Coded:
-    return _of_k(blocks, _nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2))
+    return _of_k(blocks, _nibbles(blocks[..., 16:], 32))
 
 
 def _q5_k(blocks: Tensor) -> Coded:
-    high = _bits(blocks[..., 16:48], 1).flatten(-2)
-    codes = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2) | high << 4
+    codes = _nibbles(blocks[..., 48:], 32) | unpack_bytes(blocks[..., 16:48], 1, 32) << 4
     return _of_k(blocks, codes.view(torch.int8))
 
 
 def _q6_k(blocks: Tensor) -> Coded:
     """4 bits a value[128], 2 bits a value[64], scales[16] int8, d."""
-    low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))
-    high = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2).flatten(-2)
+    codes = _nibbles(blocks[..., :128], 64) | unpack_bytes(blocks[..., 128:192], 2, 32) << 4
     scales = blocks[..., 192:208].contiguous().view(torch.int8)
-    return _coded(_signed((low | high << 4).flatten(-2), 32), _half(blocks, 208).float() * scales)
+    return _coded(_signed(codes, 32), _half(blocks, 208).float() * scales)
 
 
 def _iq4_xs(blocks: Tensor) -> Coded:
     """d, of 8 groups the upper 2 bits of the scales in an integer of 16, the lower 4[4], 4 bits a value[128]."""
-    top = _bits(blocks[..., 2:4], 2).mT.flatten(-2)
-    low = torch.stack((blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4), -1).flatten(-2)
-    codes = _nibbles(blocks[..., 8:].unflatten(-1, (8, 16))).flatten(-2)
+    top, low = unpack_bytes(blocks[..., 2:4], 2), unpack_bytes(blocks[..., 4:8], 4)
+    codes = _nibbles(blocks[..., 8:])
     return _coded(codes, _half(blocks, 0).float() * _signed(low | top << 4, 32))
 
 
 def _tq2_0(blocks: Tensor) -> Coded:
     """2 bits a value[64], less one; d."""
-    codes = _bits(blocks[..., :64].unflatten(-1, (2, 32)), 2).flatten(-3)
+    codes = unpack_bytes(blocks[..., :64], 2, 32)
     return _coded(codes + 7, _half(blocks, 64))
 
 

@@ -8,6 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuseline import _C  # noqa: F401  registers unpack_codes
+
+
+def unpack_bytes(packed: Tensor, bits: int, run: int = 1) -> Tensor:
+    """[..., B] uint8 -> [..., B * 8 / bits] uint8; bits 1, 2 or 4.
+
+    Of each run of bytes the lowest bits of all come first, then those above; B is a multiple of `run`.
+    """
+    codes = torch.empty(*packed.shape[:-1], packed.shape[-1] * 8 // bits, dtype=torch.uint8)
+    rows = packed.reshape(-1, packed.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    torch.ops.fuseline_cpu.unpack_codes(codes.view(len(rows), -1), rows, bits, run)
+    return codes
+
 
 def unpack(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Tensor:
     """[..., W] int32 -> [..., W * 32 / bits] uint8. Value j of a word is at bits * order[j]; by default in order.
@@ -16,8 +30,9 @@ def unpack(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Tens
     """
     if 32 % bits:
         return _unpack_stream(words, bits)
-    shifts = torch.tensor(order or range(32 // bits), dtype=torch.int32) * bits
-    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
+    packed = words.contiguous().view(torch.uint8)
+    codes = packed if bits == 8 else unpack_bytes(packed, bits)
+    return codes if order is None else codes.unflatten(-1, (-1, 32 // bits))[..., order].flatten(-2)
 
 
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
@@ -32,8 +47,7 @@ def _unpack_stream(words: Tensor, bits: int) -> Tensor:
 
 def unpack_nibbles(packed: Tensor, low_first: bool = True) -> Tensor:
     """[..., B] uint8 -> [..., 2 B] uint8."""
-    halves = (packed & 15, packed >> 4) if low_first else (packed >> 4, packed & 15)
-    return torch.stack(halves, -1).flatten(-2)
+    return unpack_bytes(packed if low_first else packed << 4 | packed >> 4, 4)
 
 
 def kind_of(bits: int) -> str:
@@ -44,4 +58,6 @@ def kind_of(bits: int) -> str:
 def centered(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes that stand for code - 2^(bits - 1), as the codes of that kind."""
     half = 1 << (bits - 1)
-    return codes + (8 - half) if bits <= 4 else (codes.to(torch.int16) - half).to(torch.int8)
+    if bits == 4:
+        return codes
+    return codes + (8 - half) if bits < 4 else (codes - half).view(torch.int8)  # of 8 bits, it wraps around

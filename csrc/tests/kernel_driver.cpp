@@ -191,6 +191,21 @@ void run_codes(DType d, DType other) {
         }
 }
 
+void run_packing() {
+  for (int64_t rows : {0, 1, 45})
+    for (int64_t bits : {4, 8})
+      for (int64_t num_k : {1, 75, 300})
+        for (int64_t offset : {0, 5})
+          call("pack_codes", pack(make(DType::i32, {panels_of(rows + offset), (num_k * bits + 31) / 32, 16}),
+                                  make(DType::u8, {rows, num_k})), {offset, bits});
+  for (int64_t rows : {1, 45})
+    for (int64_t size : {2, 4})
+      call("pack_lanes", pack(make(DType::u8, {panels_of(rows + 3), 9, 16 * size}), make(DType::u8, {rows, 9 * size})), {3});
+  for (int64_t bits : {1, 2, 4})
+    for (int64_t run : {1, 16})
+      call("unpack_codes", pack(make(DType::u8, {5, 48 * 8 / bits}), make(DType::u8, {5, 48})), {bits, run});
+}
+
 // Sequences whose last `counts` of `lengths` tokens are queries. Blocks are taken from the end of the cache, so that
 // the last one ends where the allocation does.
 struct Sequences {
@@ -334,6 +349,7 @@ void run_sampling(DType index) {
 
 void run_products(DType d) {
   run_linear(d);
+  if (d == DType::f32) run_packing();
   for (DType other : kFloatTypes) {
     run_codes(d, other);
     run_attentions(d, other);

@@ -20,6 +20,8 @@ from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.capture.reader import Reader
 from fuseline.compile.capture.weights import load_weights
+from fuseline.compile.checkpoint_writer.plan import make_plan
+from fuseline.compile.checkpoint_writer.write import write_quantized
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.formats.panels import pack_block, pack_columns, panels_shape
 from fuseline.compile.ops.linear import pack, unpack
@@ -333,14 +335,22 @@ def test_a_file_cut_off_while_it_is_read(tmp_path):
 PEAK = """
 import sys
 from weights_cases import described
+from fuseline.compile.capture.layouts import layouts_of
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.config import CompileConfig
+from fuseline.compile.formats.registry import format_named
 from fuseline.compile.specs import WeightSource
 
 config = CompileConfig(model=sys.argv[1], dtype=sys.argv[2])
 captured = described(config)
+layouts = layouts_of(captured, config)
 shapes = {name: shape for name, (shape, _) in captured.parameters.items()}
-requests = {n: WeightSource((n,), format="panels" if len(s) > 1 else "rows") for n, s in shapes.items()}
+formats = {n: layouts.get(n) or ("panels" if len(s) > 1 else "rows") for n, s in shapes.items()}
+requests = {
+    f"{name} {part}": WeightSource((name,), format=form, part=part)
+    for name, form in formats.items()
+    for part in format_named(form).shapes(shapes[name], captured.dtype)
+}
 def kb(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 open("/proc/self/clear_refs", "w").write("5")
@@ -357,3 +367,13 @@ def test_memory_stays_near_the_size_of_the_weights(tmp_path):
     peak, size = map(int, run_python(PEAK, str(tmp_path), "bfloat16").split())
     assert size > 40 << 20
     assert peak < 1.15 * size + (25 << 20)  # the buffer, and what the import of kernels takes
+
+
+def test_memory_stays_near_the_size_of_codes(tmp_path):
+    config = zoo.config_of("llama")
+    config.update(dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, vocab_size=1024))
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    write_quantized(make_plan(CompileConfig(model=str(tmp_path / "plain")), "int4"), tmp_path / "int4")
+    peak, size = map(int, run_python(PEAK, str(tmp_path / "int4"), "bfloat16").split())
+    assert 15 << 20 < size < 40 << 20
+    assert peak < 1.15 * size + (25 << 20)
