@@ -112,9 +112,17 @@ def _layout_of_rows(lazy: LazyTensor) -> Layout | None:
     if not all(_has_whole_rows(part, lazy) for part in lazy.slices):
         return None
     layouts = {part.stored.published.layout for part in lazy.slices}
+    if len(layouts) > 1 and None not in layouts:
+        layouts = {replace(layout, has_fives=False) for layout in layouts}
     matrices = {part.start[:-2] for part in lazy.slices}
     orders = {(part.start[:-2], part.stored.published.order) for part in lazy.slices}
     return layouts.pop() if len(layouts) == 1 and len(orders) == len(matrices) else None
+
+
+def _is_stored_as(lazy: LazyTensor, layout: Layout) -> bool:
+    """Whether a weight's codes are those of a layout: codes of 5 bits are also some of 8."""
+    found = _layout_of_rows(lazy)
+    return found is not None and layout in (found, replace(found, has_fives=False))
 
 
 def _has_whole_rows(part: TensorSlice, lazy: LazyTensor) -> bool:
@@ -131,7 +139,7 @@ def store_coded(form: Format, lazy: LazyTensor, dtype: torch.dtype, stored: Stor
     if len(lazy.shape) == 3:
         for expert, matrix in enumerate(lazy_tensor.unbind(lazy)):
             store_coded(form, matrix, dtype, {name: part[expert] for name, part in stored.items()}, reader)
-    elif _layout_of_rows(lazy) == form.layout:
+    elif _is_stored_as(lazy, form.layout):
         for part in lazy.slices:
             _copy_codes(form, part, stored, reader)
     else:

@@ -12,7 +12,7 @@ from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.lazy_tensor import LazyTensor
 from fuseline.compile.capture.weights import resolve
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.ops.coded import BY_TOKEN, MIXED, parse_layout
+from fuseline.compile.ops.coded import BY_TOKEN, MIXED, Layout, parse_layout
 from fuseline.compile.quantization.methods import is_router, method_of, online_layouts
 from fuseline.compile.quantization.published import QuantizationError
 
@@ -34,15 +34,19 @@ def layouts_of(captured: CapturedModel, config: CompileConfig) -> Mapping[str, s
 def _with_int8_inputs(layouts: Mapping[str, str]) -> dict[str, str]:
     """Adds it to the layouts of integers. Raises CaptureError if there are none."""
     known = {name: parse_layout(name) for name in {*layouts.values()} - {MIXED}}
-    asked = {
-        name: str(layout if layout.activations or not layout.is_integer else replace(layout, activations=BY_TOKEN))
-        for name, layout in known.items()
-    }
+    asked = {name: str(_with_inputs(layout)) for name, layout in known.items()}
     if not any(layout.is_integer for layout in known.values()):
         stored = f"stored as {', '.join(sorted(known))}" if known else "dequantized" if layouts else "plain"
         raise CaptureError(f"--activation-dtype int8 needs weights of int8 or int4, and these are {stored}: give a "
                            "checkpoint of such, or --quantization int8 or int4 for plain weights")  # fmt: skip
     return {name: asked.get(layout, layout) for name, layout in layouts.items()}
+
+
+def _with_inputs(layout: Layout) -> Layout:
+    """Kernels for such inputs read codes of 5 bits as 8."""
+    if layout.activations or not layout.is_integer:
+        return layout
+    return replace(layout, activations=BY_TOKEN, has_fives=False)
 
 
 def with_plain_inputs(layout: str) -> str:

@@ -1,4 +1,4 @@
-"""Weights of codes of 4 or 8 bits, for all layouts of ops/coded.py: words, scales and zeros in panels of 16 outputs.
+"""Weights of codes of 4, 5 or 8 bits, for all layouts of ops/coded.py: words, scales and zeros in panels of 16 outputs.
 
 `linear_codes` and `experts_codes` read them, `linear_codes_int8` where inputs are quantized too, and `embedding_codes`.
 The parts of a weight are made from a checkpoint's codes as they are, or of plain values by `encode`.
@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from fuseline.compile.formats.encode import encode
 from fuseline.compile.formats.format import Call, Format, Pack, Shape, Stored
 from fuseline.compile.formats.panels import put_lanes
-from fuseline.compile.ops.coded import KINDS, STATIC, Coded, Layout, parse_layout
-from fuseline.compile.ops.linear_codes import PANEL, num_words
+from fuseline.compile.ops.coded import KINDS, OFFSETS, STATIC, Coded, Layout, parse_layout
+from fuseline.compile.ops.linear_codes import PANEL, bits_of, num_words
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
@@ -52,7 +52,8 @@ def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple
     *lead, num_out, num_in = shape
     panels, scale = -(-num_out // PANEL), getattr(torch, layout.scale_dtype)
     of_groups = (*lead, panels, layout.num_groups(num_in), PANEL), scale
-    shapes = {"codes": ((*lead, panels, num_words(num_in, layout.bits), PANEL), torch.int32), "scales": of_groups}
+    words = num_words(num_in, bits_of(layout.packed_kind))
+    shapes = {"codes": ((*lead, panels, words, PANEL), torch.int32), "scales": of_groups}
     shapes |= {"zeros": of_groups} if layout.has_zeros else {}
     shapes |= {"order": ((*lead, num_in), torch.int64)} if layout.has_order else {}
     return shapes | ({"input_scale": ((1,), torch.float32)} if layout.activations == STATIC and not lead else {})
@@ -61,7 +62,8 @@ def _shapes(layout: Layout, shape: Shape, dtype: torch.dtype) -> dict[str, tuple
 def _put(layout: Layout, stored: Stored, coded: Coded, row: int) -> None:
     codes = coded.codes.view(torch.uint8)
     codes = codes if codes.stride(1) == 1 else codes.contiguous()
-    torch.ops.fuseline_cpu.pack_codes(stored["codes"], codes, row, layout.bits)
+    codes = codes + OFFSETS["int5"] if layout.packed_kind == "int5" else codes
+    torch.ops.fuseline_cpu.pack_codes(stored["codes"], codes, row, bits_of(layout.packed_kind))
     put_lanes(stored["scales"], coded.scales, row)
     if coded.zeros is not None:
         put_lanes(stored["zeros"], coded.zeros, row)
@@ -113,4 +115,4 @@ def _parts(layout: Layout, weight: fx.Node, stored: Sequence[fx.Node]) -> dict[s
 
 
 def _numbers(layout: Layout) -> tuple[int, int]:
-    return layout.group, KINDS[layout.code_kind]
+    return layout.group, KINDS[layout.packed_kind]

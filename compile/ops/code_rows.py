@@ -21,6 +21,7 @@ from fuseline.compile.ops.library import Make, ModelShape, Workload, batch_invar
 from fuseline.compile.ops.linear_codes import (
     EIGHT_BITS,
     NAMES,
+    bits_of,
     from_panels,
     from_words,
     linear_codes_inputs,
@@ -73,7 +74,7 @@ def values_of(words: Tensor, kind: int, table: Tensor | None, like: Tensor) -> T
 def code_rows_inputs(make: Make) -> Iterator[tuple]:
     """Those of `linear_codes`, in rows; without kinds that no kernel for GPUs takes."""
     for x, codes, scales, zeros, order, bias, num_out, group, kind in linear_codes_inputs(make):
-        if NAMES[kind] in COUNTING_UP:
+        if NAMES[kind] in COUNTING_UP or bits_of(NAMES[kind]) == 5:
             continue
         yield x, *_in_rows(codes, scales, zeros, num_out, x.shape[-1], kind), order, bias, group, kind
 

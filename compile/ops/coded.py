@@ -19,7 +19,7 @@ CODE_TYPES = {
     "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
 """Element type of codes, by kind. Codes of 4 bits are 0 .. 15, those of int4 stand for code - 8, of uint8 0 .. 127."""
-COUNTING_UP = ("uint4", "uint8")
+COUNTING_UP = ("uint4", "uint8", "uint5")
 """Kinds whose codes count up from the least value of their group: a float, which is stored in the place of its zero."""
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -39,8 +39,15 @@ IQ4NL = (
 )  # fmt: skip
 """The iq4_nl and iq4_xs of llama.cpp."""
 TABLES = {"nf4": NF4, "fp4": FP4, "e2m1": E2M1, "iq4nl": IQ4NL}
-KINDS = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "fp4": 4, "e2m1": 5, "iq4nl": 6, "uint4": 7, "uint8": 8}
+KINDS = {
+    "int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "fp4": 4, "e2m1": 5, "iq4nl": 6, "uint4": 7, "uint8": 8, "int5": 9,
+    "uint5": 10,
+}  # fmt: skip
 """What codes stand for, as kernels are told (CodeKind in codes.h)."""
+OFFSETS = {"int4": 8, "int5": 16}
+"""Kinds whose codes are unsigned and stand for a number that is so much less."""
+FIVES = "5bit"
+"""Word of layouts whose codes need 5 bits."""
 
 BY_TOKEN, STATIC = ACTIVATIONS = ("a8", "a8static")
 """Inputs as int8: each token's by its largest magnitude, or all by a published scale."""
@@ -65,17 +72,24 @@ class Layout:
     activations: str = field(default="", compare=False)
     """How inputs are quantized as they are multiplied: one of ACTIVATIONS; empty: not at all. How a weight is stored
     does not depend on it."""
+    has_fives: bool = False
+    """Codes of int8 are -16 .. 15, those of uint8 0 .. 31: kernels of a CPU may read 5 bits of them."""
 
     def __str__(self) -> str:
         words = [self.kind, str(self.group or "row"), self.scale_dtype, self.table]
         words += [word for word, is_set in (("zeros", self.has_zeros), ("order", self.has_order)) if is_set]
-        words.append(self.activations)
+        words += [FIVES if self.has_fives else "", self.activations]
         return "/".join(filter(None, words))
 
     @property
     def code_kind(self) -> str:
         """A key of KINDS."""
         return self.table or self.kind
+
+    @property
+    def packed_kind(self) -> str:
+        """A key of KINDS: of codes that are stored in no more bits than they need."""
+        return self.code_kind.replace("8", "5") if self.has_fives else self.code_kind
 
     @property
     def is_integer(self) -> bool:
@@ -101,8 +115,9 @@ def parse_layout(name: str) -> Layout:
     table = next((word for word in words if word in TABLES), "")
     activations = next((word for word in words if word in ACTIVATIONS), "")
     layout = Layout(
-        kind, 0 if group == "row" else int(group), dtype, "zeros" in words, table, "order" in words, activations
-    )
+        kind, 0 if group == "row" else int(group), dtype, "zeros" in words, table, "order" in words, activations,
+        FIVES in words,
+    )  # fmt: skip
     if kind not in CODE_TYPES or str(layout) != name:
         raise ValueError(f"{name} is no layout of weights")
     return layout
@@ -138,7 +153,7 @@ def code_values(codes: Tensor, kind: str) -> Tensor:
     """float32 values of codes of one of KINDS, any shape."""
     if kind in TABLES:
         return torch.tensor(TABLES[kind], dtype=torch.float32)[codes.long()]
-    return codes.float() - (8 if kind == "int4" else 0)
+    return codes.float() - OFFSETS.get(kind, 0)
 
 
 def dequantize(coded: Coded, layout: Layout) -> Tensor:

@@ -41,6 +41,8 @@ def experts_codes_inputs(make: Make) -> Iterator[tuple]:
         (("int4", 64, True), ("int4", 32, True), 90, silu), (("int8", 32, True), ("int8", 0, True), 80, silu),
         (("fp8", 64, False), ("fp8", 0, False), 60, silu), (("fp8", 0, False), ("nf4", 8, False), 3, silu),
         (("fp4", 8, False), ("fp8", 8, False), 5, codes.EXPERT_ACTS["gelu"]),
+        (("int5", 32, False), ("uint5", 32, True), 6, silu), (("uint5", 32, True), ("int5", 32, False), 50, silu),
+        (("int5", 32, False), ("e2m1", 32, False), 40, silu),
     ):  # fmt: skip
         x, shares = make.normal(tokens, 72, scale=0.5), make.normal(tokens, 2).abs()
         weights = shares / shares.sum(-1, keepdim=True)

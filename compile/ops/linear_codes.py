@@ -1,8 +1,9 @@
-"""Linears whose weights are codes of 4 or 8 bits. Legend: N outputs, K inputs, P = ceil(N / 16) panels, G groups.
+"""Linears whose weights are codes of 4, 5 or 8 bits. Legend: N outputs, K inputs, P = ceil(N / 16) panels, G groups.
 
 Codes are stored as words[P, W, 16] int32: word w of an output holds its codes of 4 or 8 inputs, W = ceil(K / 4) or
 ceil(K / 8). Those of 8 bits lie in the order of k; those of 4 bits as k = 0, 2, 4, 6, 1, 3, 5, 7 from the lowest on, so
-that each half of a word has every second one. Scales and zeros lie as [P, G, 16].
+that each half of a word has every second one. 32 codes of 5 bits are four such words of their lower bits and one of the
+upper ones: bit 2 w + h of its byte b is of the code in half h of byte b of word w. Scales and zeros lie as [P, G, 16].
 """
 
 from __future__ import annotations
@@ -18,16 +19,27 @@ from fuseline.compile.ops.library import Make, ModelShape, Workload, op
 
 PANEL = 16
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+FIVES = 32
+"""Codes of 5 bits in five words."""
+UPPER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Of a word of 4 bits each: the codes in its bytes' lower halves, then those in the upper ones."""
 NAMES = {code: name for name, code in KINDS.items()}
 EIGHT_BITS = (KINDS["int8"], KINDS["fp8"], KINDS["uint8"])
 
 
 def num_words(num_in: int, bits: int) -> int:
-    return -(-num_in * bits // 32)
+    return -(-num_in // FIVES) * bits if bits == 5 else -(-num_in * bits // 32)
+
+
+def bits_of(kind: str) -> int:
+    """Bits of a stored code of one of KINDS."""
+    return 8 if KINDS[kind] in EIGHT_BITS else 5 if kind.endswith("5") else 4
 
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """Codes [N, K], of one byte each, as [N, W] int32; absent inputs are code 0."""
+    if bits == 5:
+        return _words_of_fives(F.pad(codes.view(torch.uint8), (0, -codes.shape[-1] % FIVES)))
     values = F.pad(codes.view(torch.uint8), (0, -codes.shape[-1] % (32 // bits)))
     if bits == 4:
         nibbles = values.unflatten(-1, (-1, 8))[..., NIBBLES]
@@ -35,8 +47,29 @@ def to_words(codes: Tensor, bits: int) -> Tensor:
     return values.contiguous().view(torch.int32)
 
 
+def _words_of_fives(values: Tensor) -> Tensor:
+    low = to_words(values & 15, 4).unflatten(-1, (-1, 4))
+    upper = (values >> 4).unflatten(-1, (-1, 4, 8))[..., UPPER].unflatten(-1, (2, 4)).flatten(-3, -2)
+    places = torch.arange(8, dtype=torch.uint8, device=values.device).unsqueeze(-1)
+    high = (upper << places).sum(-2, dtype=torch.uint8).contiguous().view(torch.int32)
+    return torch.cat((low, high), -1).flatten(-2)
+
+
+def _from_words_of_fives(words: Tensor) -> Tensor:
+    units = words.unflatten(-1, (-1, 5))
+    low = from_words(units[..., :4].flatten(-2), 4)
+    places = torch.arange(8, dtype=torch.uint8, device=words.device).unsqueeze(-1)
+    # A dim of 1 may have any stride and still be contiguous.
+    high = units[..., 4:].clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    upper = high.unsqueeze(-2) >> places & 1
+    upper = upper.unflatten(-2, (4, 2)).flatten(-2)[..., [UPPER.index(k) for k in range(8)]]
+    return low | upper.flatten(-3) << 4
+
+
 def from_words(words: Tensor, bits: int) -> Tensor:
     """[..., W] int32 -> [..., K] uint8, K rounded up."""
+    if bits == 5:
+        return _from_words_of_fives(words)
     values = words.contiguous().view(torch.uint8)
     if bits == 8:
         return values
@@ -61,7 +94,7 @@ def values_of(words: Tensor, kind: int, like: Tensor) -> Tensor:
     Tables are rounded to the dtype of `like`: it is what kernels multiply.
     """
     name = NAMES[kind]
-    codes = from_words(words, 8 if kind in EIGHT_BITS else 4)
+    codes = from_words(words, bits_of(name))
     codes = codes.view(CODE_TYPES[name]) if kind in EIGHT_BITS else codes
     values = code_values(codes, name)
     values = values.to(like.dtype).float() if name in TABLES else values
@@ -84,7 +117,9 @@ def linear_codes_inputs(make: Make) -> Iterator[tuple]:
         ("e2m1", 32, 4, 48, 96, False, False), ("e2m1", 32, 21, 16, 544, False, False),
         ("iq4nl", 32, 2, 33, 96, False, False), ("uint4", 32, 1, 33, 96, True, True),
         ("uint4", 16, 20, 48, 544, True, False), ("uint8", 32, 3, 33, 96, True, False),
-        ("uint8", 0, 18, 16, 75, True, True),
+        ("uint8", 0, 18, 16, 75, True, True), ("int5", 32, 1, 33, 96, False, True),
+        ("int5", 0, 4, 70, 1100, False, False), ("int5", 64, 21, 48, 640, True, False),
+        ("uint5", 32, 3, 33, 96, True, True), ("uint5", 32, 40, 48, 544, True, False),
     ):  # fmt: skip
         codes, scales, zeros = random_weight(make, kind, group, num_out, num_in, has_zeros)
         order = make.order(num_in) if kind == "int4" and group == 32 else None
@@ -95,12 +130,12 @@ def linear_codes_inputs(make: Make) -> Iterator[tuple]:
 
 def random_weight(make: Make, kind: str, group: int, num_out: int, num_in: int, has_zeros: bool) -> tuple:
     """(codes, scales, zeros) in panels; products with a normal x are about 1."""
-    bits = 8 if KINDS[kind] in EIGHT_BITS else 4
+    bits = bits_of(kind)
     codes = make.ids(32 if kind == "uint8" else 1 << bits, num_out, num_in).to(torch.uint8).cpu()
     if kind == "fp8":
         codes = torch.where(codes & 127 == 127, codes - 1, codes)
-    spread = {"int8": 74.0, "fp8": 150.0, "int4": 4.6, "e2m1": 2.5, "iq4nl": 67.0, "uint4": 4.6, "uint8": 9.2}
-    size = spread.get(kind, 0.5) * num_in**0.5
+    spread = {"int8": 74.0, "fp8": 150.0, "int4": 4.6, "e2m1": 2.5, "iq4nl": 67.0, "uint4": 4.6}
+    size = (9.2 if bits == 5 or kind == "uint8" else spread.get(kind, 0.5)) * num_in**0.5
     groups = -(-num_in // group) if group else 1
     scales = (1 + make.normal(num_out, groups).abs()) / size
     zeros = make.ids(5, num_out, groups).to(scales.dtype) - 2 if has_zeros else None
@@ -163,7 +198,10 @@ def embedding_codes_workloads(make: Make, shape: ModelShape) -> Iterator[Workloa
     ),
     inputs=lambda make: [
         (make.ids(33, 1, 6), *random_weight(make, kind, 32, 33, 72, has_zeros), 72, 32, KINDS[kind], make.dtype)
-        for kind, has_zeros in (("int8", False), ("int4", True), ("iq4nl", False), ("uint4", True), ("uint8", True))
+        for kind, has_zeros in (
+            ("int8", False), ("int4", True), ("iq4nl", False), ("uint4", True), ("uint8", True), ("int5", False),
+            ("uint5", True),
+        )
     ],
     workloads=embedding_codes_workloads,
     weights=("codes", "scales", "zeros"),

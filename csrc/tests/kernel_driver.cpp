@@ -168,14 +168,23 @@ void run_linear(DType d) {
     }
 }
 
+int64_t words_of(int64_t num_k, int64_t bits) {
+  return bits == 5 ? (num_k + 31) / 32 * 5 : (num_k * bits + 31) / 32;
+}
+
+int64_t bits_of(int64_t kind) {
+  if (kind == kCodeInt8 || kind == kCodeFp8 || kind == kCodeUint8) return 8;
+  return kind == kCodeInt5 || kind == kCodeUint5 ? 5 : 4;
+}
+
 // Weights of codes whose inputs fill no word, group or tile.
 void run_codes(DType d, DType other) {
   for (int64_t num_k : {1, 75, 300})
     for (int64_t group : {0, 32, 128})
-      for (int64_t kind = kCodeInt8; kind <= kCodeE2m1; ++kind)
+      for (int64_t kind = kCodeInt8; kind <= kCodeUint5; ++kind)
         for (int64_t rows : {0, 1, 15, 40}) {
           const int64_t num_out = 45 + num_k % 2, groups = group ? (num_k + group - 1) / group : 1;
-          const int64_t words = kind > kCodeFp8 ? (num_k + 7) / 8 : (num_k + 3) / 4;
+          const int64_t words = words_of(num_k, bits_of(kind));
           const auto codes = [&] { return make(DType::i32, {panels_of(num_out), words, 16}, int64_t{1} << 32); };
           const auto scales = [&] { return make(other, {panels_of(num_out), groups, 16}); };
           const auto zeros = [&] { return rows == 1 ? absent() : scales(); };
@@ -193,10 +202,10 @@ void run_codes(DType d, DType other) {
 
 void run_packing() {
   for (int64_t rows : {0, 1, 45})
-    for (int64_t bits : {4, 8})
+    for (int64_t bits : {4, 5, 8})
       for (int64_t num_k : {1, 75, 300})
         for (int64_t offset : {0, 5})
-          call("pack_codes", pack(make(DType::i32, {panels_of(rows + offset), (num_k * bits + 31) / 32, 16}),
+          call("pack_codes", pack(make(DType::i32, {panels_of(rows + offset), words_of(num_k, bits), 16}),
                                   make(DType::u8, {rows, num_k})), {offset, bits});
   for (int64_t rows : {1, 45})
     for (int64_t size : {2, 4})

@@ -10,16 +10,15 @@ from ops_cases import assert_kernels_agree
 from fuseline import _C
 from fuseline.compile.ops.coded import KINDS
 from fuseline.compile.ops.library import Make
-from fuseline.compile.ops.linear_codes import linear_codes, random_weight, to_panels, to_words
+from fuseline.compile.ops.linear_codes import bits_of, linear_codes, random_weight, to_panels, to_words
 from fuseline.compile.ops.registry import registry
 
 __all__ = ["any_isa", "isa"]
 NUM_IN, NUM_OUT = 1090, 333
 KIND_GROUPS = [
     ("int8", 128, True), ("int8", 0, False), ("fp8", 0, True), ("int4", 32, True), ("nf4", 64, False),
-    ("uint4", 32, True), ("uint8", 16, True),
+    ("uint4", 32, True), ("uint8", 16, True), ("int5", 32, False), ("uint5", 64, True),
 ]  # fmt: skip
-EIGHT_BITS = ("int8", "fp8", "uint8")
 
 
 def weight_of(kind: str, group: int, has_zeros: bool, num_in: int = NUM_IN) -> tuple:
@@ -47,8 +46,8 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(any_isa, kind, group, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_has_its_value(any_isa, kind):
-    """Each of 256 or 16 codes times 1, alone in its group."""
-    bits = 8 if kind in EIGHT_BITS else 4
+    """Each of 256, 32 or 16 codes times 1, alone in its group."""
+    bits = bits_of(kind)
     codes = torch.arange(1 << bits).repeat(16 * 8 // (1 << bits) + 1)[: 16 * 8].reshape(16, 8).to(torch.uint8)
     for first in range(0, 256, 128):
         block = codes + (first if bits == 8 else 0)
@@ -57,7 +56,7 @@ def test_every_code_has_its_value(any_isa, kind):
 
 
 def check_values(kind: str, codes: torch.Tensor) -> None:
-    bits, num_out = (8 if kind in EIGHT_BITS else 4), len(codes)
+    bits, num_out = bits_of(kind), len(codes)
     parts = to_panels(to_words(codes, bits)), torch.ones(1, 1, 16), None
     for dtype in FLOATS:
         x = torch.eye(8).to(dtype)
@@ -87,6 +86,7 @@ def test_the_kernel_agrees_with_its_reference(any_isa, dtype):
 HALVES = (torch.bfloat16, torch.float16)
 INTEGER_GROUPS = [
     ("int8", 128, True), ("int8", 0, False), ("int8", 512, False), ("int4", 8, False), ("uint4", 32, True),
+    ("int5", 32, False), ("uint5", 32, True),
 ]  # fmt: skip
 
 
@@ -124,9 +124,9 @@ def test_a_large_input_costs_its_block_alone_precision(any_isa, kind, group, has
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("kind", ("int8", "int4", "uint4"))
+@pytest.mark.parametrize("kind", ("int8", "int4", "uint4", "int5", "uint5"))
 def test_a_row_of_halves_that_is_not_finite_stays_so_and_others_stay_finite(any_isa, kind, dtype):
-    x, parts = torch.randn(40, NUM_IN).to(dtype), weight_of(kind, 32, kind == "uint4")
+    x, parts = torch.randn(40, NUM_IN).to(dtype), weight_of(kind, 32, kind.startswith("uint"))
     largest, least = min(1e20, torch.finfo(dtype).max), torch.finfo(dtype).smallest_normal
     x[0, 3], x[1, 5], x[2], x[3], x[4, 9] = torch.nan, torch.inf, 0, least, largest
     for rows in (x, x[:5]):

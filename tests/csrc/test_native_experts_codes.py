@@ -15,7 +15,7 @@ DIM, HIDDEN, NUM, TOP_K = 600, 530, 4, 2
 GLU_OSS = 4
 LAYOUTS = [
     (("e2m1", 32, False), ("e2m1", 32, False)), (("int4", 128, True), ("int8", 64, True)),
-    (("fp8", 128, False), ("fp8", 0, False)),
+    (("fp8", 128, False), ("fp8", 0, False)), (("int5", 32, False), ("uint5", 32, True)),
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def test_unpack_codes(any_isa, bits, run):
     assert torch.equal(codes, want.flatten(1))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 8])
 @pytest.mark.parametrize(("num_out", "num_in", "row"), [(45, 75, 0), (33, 300, 5), (16, 896, 16), (3, 8, 20)])
 def test_pack_codes(any_isa, bits, num_out, num_in, row):
     """Lanes of other rows stay as they are."""

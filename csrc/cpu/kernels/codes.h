@@ -1,4 +1,4 @@
-// Weights of codes of 4 or 8 bits: words[N/16][W][16] of 8 or 4 codes (compile/ops/linear_codes.py), and their values.
+// Weights of codes of 4, 5 or 8 bits: words[N/16][W][16] (compile/ops/linear_codes.py), and their values.
 //
 // A source gives operands for kStep inputs at a time: on the bf16-dot path words of two bf16, each for two inputs, else
 // fp32. Values are exact in units of kUnit, but for tables, which are rounded to the dtype of x.
@@ -24,7 +24,8 @@ alignas(64) constexpr float kTables[6][16] = {
 
 // Whether codes count up from the least value of their group, a float that is stored in the place of its zero:
 // weight = code * scale + zero. Of others, weight = (value - zero) * scale.
-FL_INLINE bool counts_up(int64_t kind) { return kind == kCodeUint4 || kind == kCodeUint8; }
+FL_INLINE bool counts_up(int64_t kind) { return kind == kCodeUint4 || kind == kCodeUint8 || kind == kCodeUint5; }
+FL_INLINE bool is_fives(int64_t kind) { return kind == kCodeInt5 || kind == kCodeUint5; }
 
 // --- values of the codes in words ---
 
@@ -81,6 +82,20 @@ struct Nibbles {
     for (int l = 0; l < kLanes; ++l) found[l] = table[code[l] & 15];
     return found;
 #endif
+  }
+};
+
+// Integers of 5 bits, less an offset: 32 in four words like those of Nibbles and one of upper bits. Bit 2 w + h of byte b of it
+// is of the code whose others are half h of byte b of word w. Only products of integers read them in place.
+struct Fives {
+  static constexpr int kCodes = 32, kWords = 5;
+  static constexpr float kUnit = 1.0f;
+  float offset;
+  // Of code k of word w.
+  FL_INLINE vf value(vu word, vu high, int w, int k) const {
+    int at = Nibbles::shift(k), upper = at / 8 * 8 + 2 * w + at / 4 % 2;
+    vu code = ((word >> at) & 15u) | ((high >> upper) & 1u) << 4;
+    return __builtin_convertvector((vi)code, vf) - set1(offset);
   }
 };
 
@@ -174,11 +189,25 @@ inline void decode_panel(const Kind& kind, const uint32_t* words, int64_t num_k,
     }
 }
 
+// fp32.
+inline void decode_panel(const Fives& kind, const uint32_t* words, int64_t num_k, float* out) {
+  for (int64_t k = 0; k < num_k; k += Fives::kCodes, words += Fives::kWords * kPanel)
+    for (int v = 0; v < kPanelVecs; ++v) {
+      vu high = load_words(words + 4 * kPanel + v * kLanes);
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; ++w)
+        for (int j = 0; j < 8; ++j)
+          store(out + (k + 8 * w + j) * kPanel + v * kLanes,
+                kind.value(load_words(words + w * kPanel + v * kLanes), high, w, j));
+    }
+}
+
 // Calls body(kind) with what the codes of a weight stand for; `dtype`: what tables are rounded to.
 template <class F>
 void with_kind(int64_t code, DType dtype, const F& body) {
   if (code == kCodeInt8 || code == kCodeUint8) return body(Int8{});
   if (code == kCodeFp8) return body(Fp8{});
+  if (is_fives(code)) return body(Fives{code == kCodeInt5 ? 16.0f : 0.0f});
   alignas(64) float table[16];
   with_float(dtype, [&](auto t) {
     for (int v = 0; v < 16; v += kLanes)

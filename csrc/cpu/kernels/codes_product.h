@@ -41,7 +41,9 @@ FL_INLINE vf of_group(const Tensor& t, int64_t panel, int64_t group, int v) {
   return load(static_cast<const float*>(t.data) + at);
 }
 
-// How rows are packed: as fp32, or on the dot path as words of two bf16. Absent inputs up to a multiple of 8 are 0.
+constexpr int64_t kMostCodes = 32;   // that are decoded together
+
+// How rows are packed: as fp32, or on the dot path as words of two bf16. Absent inputs up to a multiple of kMostCodes are 0.
 template <bool DOT>
 struct Packing {
   using A = float;
@@ -211,6 +213,28 @@ void multiply_panels(const CodedWeight& weight, const Kind& kind, const CodedRow
   }
 }
 
+// Any number of rows reads codes of 5 bits decoded: on the path of fp32 alone, since products of integers have the others.
+inline void multiply_panels(const CodedWeight& weight, const Fives& kind, const CodedRows<false>& block, int64_t panel,
+                            int num_panels, float* wide, float* c, int64_t ldc) {
+  constexpr int64_t kDecoded = kDepth * kPanel;
+  Decoded<false> source{reinterpret_cast<const uint32_t*>(wide), kDecoded, Fives::kUnit};
+  int64_t num_tiles = (block.rows + kTileRows - 1) / kTileRows;
+  for (int first = 0; first < num_panels; first += kMaxPanels) {
+    int width = num_panels - first < kMaxPanels ? num_panels - first : kMaxPanels;
+    for (int64_t k0 = 0; k0 < weight.num_k; k0 += kDepth) {
+      int64_t left = weight.num_k - k0, depth = left < kDepth ? (left + Fives::kCodes - 1) / Fives::kCodes * Fives::kCodes : kDepth;
+      for (int p = 0; p < width; ++p)
+        decode_panel(kind, weight.words(panel + first + p) + k0 / Fives::kCodes * Fives::kWords * kPanel, depth,
+                     wide + p * kDecoded);
+      for (int64_t t = 0; t < num_tiles; ++t) {
+        int64_t r = block.rows * t / num_tiles, rows = block.rows * (t + 1) / num_tiles - r;
+        codes_rows<kTileRows>(static_cast<int>(rows), weight, block, r, source, width, panel + first, k0,
+                              static_cast<int>(depth), c + r * ldc + first * kPanel, ldc);
+      }
+    }
+  }
+}
+
 // Packs a row x[K], its inputs in the weight's order, as row r of the block, and sums its groups.
 template <bool DOT, class T>
 void pack_codes_row(const CodedWeight& weight, const CodedRows<DOT>& block, const T* x, int64_t r) {
@@ -218,7 +242,7 @@ void pack_codes_row(const CodedWeight& weight, const CodedRows<DOT>& block, cons
   int64_t last = weight.num_k / kDepth, inside = weight.num_k % kDepth, words = Packing<DOT>::kInputs;
   if (inside > 0) {
     auto* tail = block.at(last, r);
-    for (int64_t i = (inside + words - 1) / words; i < (inside + 7) / 8 * 8 / words; ++i) tail[i] = 0;
+    for (int64_t i = (inside + words - 1) / words; i < (inside + kMostCodes - 1) / kMostCodes * kMostCodes / words; ++i) tail[i] = 0;
   }
   int64_t group = weight.group ? weight.group : weight.num_k;
   for (int64_t g = 0; weight.zeros.present() && g < weight.num_groups(); ++g) {

@@ -10,15 +10,27 @@ void dequantize_row(const Kind& kind, const Tensor& codes, const Tensor& scales,
                     int64_t num_k, int64_t group, bool adds_zero, float* out) {
   int64_t num_words = codes.sizes[1], panel = row / kPanel, lane = row % kPanel;
   const uint32_t* words = static_cast<const uint32_t*>(codes.data) + panel * num_words * kPanel + lane;
-  for (int64_t w = 0; w < num_words; w += kLanes) {
-    int64_t count = num_words - w < kLanes ? num_words - w : kLanes;
-    vu some{};
-    for (int64_t l = 0; l < count; ++l) some[l] = words[(w + l) * kPanel];
-    for (int j = 0; j < Kind::kCodes; ++j) {
-      vf values = kind.value(some, j) * set1(Kind::kUnit);
-      for (int64_t l = 0; l < count; ++l) {
-        int64_t k = (w + l) * Kind::kCodes + j;
-        if (k < num_k) out[k] = values[l];
+  constexpr bool kIsFives = __is_same(Kind, Fives);
+  constexpr int kWords = kIsFives ? 5 : 1, kLow = kIsFives ? 4 : 1, kPer = Kind::kCodes / kLow;
+  int64_t num_units = num_words / kWords;
+  for (int64_t u = 0; u < num_units; u += kLanes) {
+    int64_t count = num_units - u < kLanes ? num_units - u : kLanes;
+    auto words_at = [&](int w) {
+      vu some{};
+      for (int64_t l = 0; l < count; ++l) some[l] = words[((u + l) * kWords + w) * kPanel];
+      return some;
+    };
+    vu high = words_at(kWords - 1);
+    for (int w = 0; w < kLow; ++w) {
+      vu some = words_at(w);
+      for (int j = 0; j < kPer; ++j) {
+        vf values{};
+        if constexpr (kIsFives) values = kind.value(some, high, w, j);
+        else values = kind.value(some, j) * set1(Kind::kUnit);
+        for (int64_t l = 0; l < count; ++l) {
+          int64_t k = (u + l) * Kind::kCodes + w * kPer + j;
+          if (k < num_k) out[k] = values[l];
+        }
       }
     }
   }

@@ -5,7 +5,7 @@ namespace fuseline::FL_ISA {
 namespace {
 
 struct CodedExperts : ExpertCodes {
-  bool is_dot() const { return kHasDot && dtype == DType::bf16; }
+  bool is_dot() const { return kHasDot && dtype == DType::bf16 && !is_fives(kind); }
   int64_t depth_blocks() const { return (num_k + kDepth - 1) / kDepth; }
   int64_t row_floats() const { return is_dot() ? Packing<true>::step(1) : Packing<false>::step(1); }
   int64_t num_sums() const { return zeros.present() ? scales.sizes[2] : 0; }
@@ -31,20 +31,24 @@ struct CodedExperts : ExpertCodes {
       row = ordered;
     }
     if constexpr (kHasDot && __is_same(T, bf16))
-      pack_codes_row(matrix(0), rows_at<true>(packed, num_rows, 0, num_rows), row, r);
-    else
-      pack_codes_row(matrix(0), rows_at<false>(packed, num_rows, 0, num_rows), row, r);
+      if (is_dot()) return pack_codes_row(matrix(0), rows_at<true>(packed, num_rows, 0, num_rows), row, r);
+    pack_codes_row(matrix(0), rows_at<false>(packed, num_rows, 0, num_rows), row, r);
+  }
+  template <class Kind>
+  void multiply_kind(const Kind& kind, const Item& item, const float* packed, int64_t num_rows, int64_t panel,
+                     int num_panels, float* wide, float* c, int64_t ldc) const {
+    CodedWeight weight = matrix(item.expert);
+    if constexpr (kHasDot && !__is_same(Kind, Fives))
+      if (is_dot())
+        return multiply_panels(weight, kind, rows_at<true>(packed, num_rows, item.row, item.num_rows), panel,
+                               num_panels, wide, c, ldc);
+    multiply_panels(weight, kind, rows_at<false>(packed, num_rows, item.row, item.num_rows), panel, num_panels, wide, c,
+                    ldc);
   }
   void multiply(const Item& item, const float* packed, int64_t num_rows, int64_t panel, int num_panels, float* wide,
                 float* c, int64_t ldc) const {
-    CodedWeight weight = matrix(item.expert);
     with_kind(kind, dtype, [&](const auto& kind) {
-      if constexpr (kHasDot)
-        if (is_dot())
-          return multiply_panels(weight, kind, rows_at<true>(packed, num_rows, item.row, item.num_rows), panel,
-                                 num_panels, wide, c, ldc);
-      multiply_panels(weight, kind, rows_at<false>(packed, num_rows, item.row, item.num_rows), panel, num_panels, wide,
-                      c, ldc);
+      multiply_kind(kind, item, packed, num_rows, panel, num_panels, wide, c, ldc);
     });
   }
 };

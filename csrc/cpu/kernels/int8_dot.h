@@ -50,39 +50,48 @@ FL_INLINE vi dot_bytes(vi acc, vu weight, vu x) {
 #endif
 }
 
-// A kind gives the operands of a word of codes, kOrder the inputs of eight in the order in which operands hold them.
+// A kind gives the operands of kCodes codes, which are kWords words: kOperands of each of kLow words, and one of upper bits after them; kOrder has the inputs of
+// eight in the order in which operands hold them. kOffset: of codes that do not count up, or of all if kIsSigned.
 struct Int8Operands {
-  static constexpr bool kIsBytes = kHasByteDot;
-  static constexpr int kCodes = 4, kOperands = kIsBytes ? 1 : 2, kOffset = kIsBytes ? 128 : 0;
+  static constexpr bool kIsBytes = kHasByteDot, kIsSigned = true;
+  static constexpr int kCodes = 4, kWords = 1, kLow = 1, kOperands = kIsBytes ? 1 : 2, kOffset = kIsBytes ? 128 : 0;
   static constexpr int8_t kOrder[8] = {0, kIsBytes ? 1 : 2, kIsBytes ? 2 : 1, 3,
                                        4, kIsBytes ? 5 : 6, kIsBytes ? 6 : 5, 7};
-  FL_INLINE static vu operand(vu word, int j) {
+  FL_INLINE static vu operand(vu word, vu, int, int j) {
     if (kIsBytes) return word ^ 0x80808080u;
     return (vu)((j == 0 ? (vs)word << 8 : (vs)word) >> 8);
   }
 };
 
 struct Int4Operands {
-  static constexpr bool kIsBytes = kHasByteDot || kHasBytePairs;
-  static constexpr int kCodes = 8, kOperands = kIsBytes ? 2 : 4, kOffset = 8;
+  static constexpr bool kIsBytes = kHasByteDot || kHasBytePairs, kIsSigned = false;
+  static constexpr int kCodes = 8, kWords = 1, kLow = 1, kOperands = kIsBytes ? 2 : 4, kOffset = 8;
   static constexpr int8_t kOrder[8] = {0, kIsBytes ? 4 : 1, kIsBytes ? 1 : 2, kIsBytes ? 5 : 3,
                                        kIsBytes ? 2 : 4, kIsBytes ? 6 : 5, kIsBytes ? 3 : 6, 7};
-  FL_INLINE static vu operand(vu word, int j) { return (word >> (4 * j)) & (kIsBytes ? 0x0f0f0f0fu : 0x000f000fu); }
+  FL_INLINE static vu operand(vu word, vu, int, int j) {
+    return (word >> (4 * j)) & (kIsBytes ? 0x0f0f0f0fu : 0x000f000fu);
+  }
 };
 
-// Codes that count up from 0.
-struct Uint4Operands : Int4Operands {
-  static constexpr int kOffset = 0;
+// Codes of 5 bits (Fives), for products of bytes.
+struct Int5Operands {
+  static constexpr bool kIsBytes = true, kIsSigned = false;
+  static constexpr int kCodes = 32, kWords = 5, kLow = 4, kOperands = 2, kOffset = 16;
+  static constexpr int8_t kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+  FL_INLINE static vu operand(vu word, vu high, int w, int j) {
+    const int at = 2 * w + j;
+    return ((word >> (4 * j)) & 0x0f0f0f0fu) | ((at < 4 ? high << (4 - at) : high >> (at - 4)) & 0x10101010u);
+  }
 };
 
 FL_INLINE bool is_integer(int64_t kind) {
-  return kind == kCodeInt8 || kind == kCodeUint8 || kind == kCodeInt4 || kind == kCodeUint4;
+  return kind == kCodeInt8 || kind == kCodeUint8 || kind == kCodeInt4 || kind == kCodeUint4 || is_fives(kind);
 }
 // Calls body with the operands of a kind of integers.
 template <class F>
 void with_operands(int64_t kind, const F& body) {
-  if (kind == kCodeInt4) return body(Int4Operands{});
-  if (kind == kCodeUint4) return body(Uint4Operands{});
+  if (kind == kCodeInt4 || kind == kCodeUint4) return body(Int4Operands{});
+  if (is_fives(kind)) return body(Int5Operands{});
   body(Int8Operands{});
 }
 

@@ -1,4 +1,4 @@
-// Rows of integers x a weight of int8, int4, uint8 or uint4 codes -> fp32.
+// Rows of integers x a weight of integer codes -> fp32.
 //
 // PLANES 1: a row is quantized to int8 by one scale, x = code * scale. PLANES 2: inputs become numbers of 15 bits,
 // high * 256 + low, by a power of two for each block of inputs: bf16 of at least a 64th of their block's largest exactly.
@@ -141,6 +141,12 @@ void pack_integers(const CodedWeight& weight, const IntegerRows<2>& rows, const 
     store_operands<Kind>(codes + p * padded, padded, rows.words + p * rows.plane + r * rows.step);
 }
 
+// What operands have more than the codes stand for.
+template <class Kind>
+FL_INLINE int32_t offset_of(const CodedWeight& weight) {
+  return Kind::kIsSigned || !weight.counts_up ? Kind::kOffset : 0;
+}
+
 // Scales sums of a block of kLanes outputs.
 template <int PLANES>
 struct BlockScale {
@@ -182,32 +188,39 @@ FL_INLINE void int8_tile(const CodedWeight& weight, const IntegerRows<PLANES>& r
                          int64_t ahead, float* c, int64_t ldc) {
   constexpr int kVecs = PANELS * kPanelVecs;
   const uint32_t *x = rows.words + r0 * rows.step, *panels = weight.words(panel);
-  int64_t num_words = weight.codes.sizes[1], block_words = (rows.block + Kind::kCodes - 1) / Kind::kCodes;
-  const int32_t* sums = rows.sums + r0 * rows.num_blocks;
+  int64_t num_units = weight.codes.sizes[1] / Kind::kWords, block_units = (rows.block + Kind::kCodes - 1) / Kind::kCodes;
+  const int32_t *sums = rows.sums + r0 * rows.num_blocks, offset = offset_of<Kind>(weight);
   for (int64_t b = 0; b < rows.num_blocks; ++b) {
     // With two planes the low one takes what an offset adds to both.
     vi acc[PLANES][ROWS][kVecs];
     for (int p = 0; p < PLANES; ++p)
       for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < kVecs; ++v)
-          acc[p][r][v] = p == PLANES - 1 ? set1i(-Kind::kOffset * sums[r * rows.num_blocks + b]) : vi{};
-    int64_t end = (b + 1) * block_words < num_words ? (b + 1) * block_words : num_words;
-    for (int64_t i = b * block_words; i < end; ++i) {
-      vu words[kVecs];
-      for (int p = 0; p < PANELS; ++p) {
-        const uint32_t* line = panels + p * weight.panel_words() + i * kPanel;
-        __builtin_prefetch(line + ahead, 0, 2);
-        for (int v = 0; v < kPanelVecs; ++v) words[p * kPanelVecs + v] = load_words(line + v * kLanes);
-      }
+          acc[p][r][v] = p == PLANES - 1 ? set1i(-offset * sums[r * rows.num_blocks + b]) : vi{};
+    int64_t end = (b + 1) * block_units < num_units ? (b + 1) * block_units : num_units;
+    for (int64_t i = b * block_units; i < end; ++i) {
+      vu words[kVecs], high[kVecs]{};
+      auto load_line = [&](vu* to, int w) {
+        for (int p = 0; p < PANELS; ++p) {
+          const uint32_t* line = panels + p * weight.panel_words() + (i * Kind::kWords + w) * kPanel;
+          __builtin_prefetch(line + ahead, 0, 2);
+          for (int v = 0; v < kPanelVecs; ++v) to[p * kPanelVecs + v] = load_words(line + v * kLanes);
+        }
+      };
+      if (Kind::kWords > Kind::kLow) load_line(high, Kind::kLow);
 #pragma GCC unroll 4
-      for (int j = 0; j < Kind::kOperands; ++j) {
-        vu y[kVecs];
-        for (int v = 0; v < kVecs; ++v) y[v] = Kind::operand(words[v], j);
-        for (int p = 0; p < PLANES; ++p)
-          for (int r = 0; r < ROWS; ++r) {
-            vu all = x[p * rows.plane + r * rows.step + i * Kind::kOperands + j] - vu{};
-            for (int v = 0; v < kVecs; ++v) acc[p][r][v] = dot_codes<Kind>(acc[p][r][v], y[v], all);
-          }
+      for (int w = 0; w < Kind::kLow; ++w) {
+        load_line(words, w);
+#pragma GCC unroll 4
+        for (int j = 0; j < Kind::kOperands; ++j) {
+          vu y[kVecs];
+          for (int v = 0; v < kVecs; ++v) y[v] = Kind::operand(words[v], high[v], w, j);
+          for (int p = 0; p < PLANES; ++p)
+            for (int r = 0; r < ROWS; ++r) {
+              vu all = x[p * rows.plane + r * rows.step + (i * Kind::kLow + w) * Kind::kOperands + j] - vu{};
+              for (int v = 0; v < kVecs; ++v) acc[p][r][v] = dot_codes<Kind>(acc[p][r][v], y[v], all);
+            }
+        }
       }
     }
     for (int p = 0; p < PANELS; ++p)

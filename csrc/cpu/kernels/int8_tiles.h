@@ -1,6 +1,6 @@
 // The product of int8_product.h by AMX, which multiplies 16 rows x 64 inputs x 16 outputs at a time.
 //
-// Words of int8 codes are its operand as they are; those of int4 are unpacked once for all rows, less 8. Sums are exact
+// Words of int8 codes are its operand as they are; those of fewer bits are unpacked once for all rows, less their offset. Sums are exact
 // and scaled by the same code, so that they are those of the vector instructions.
 #pragma once
 #include "int8_product.h"
@@ -17,14 +17,21 @@ template <class Kind>
 inline const uint32_t* tile_operands(const CodedWeight& weight, int64_t panel, uint32_t* space) {
   const uint32_t* words = weight.words(panel);
   int64_t num_words = weight.codes.sizes[1];
-  if (Kind::kCodes == 4 && num_words % kTile == 0) return words;
-  for (int64_t i = 0; i < num_words; ++i)
-    for (int j = 0; j < Kind::kOperands; ++j) {
-      vu word = load_words(words + i * kPanel);
-      const __m512i offset = _mm512_set1_epi8(Kind::kOffset);
-      if (Kind::kCodes == 8) word = (vu)_mm512_sub_epi8((__m512i)Kind::operand(word, j), offset);
-      store_words(space + (i * Kind::kOperands + j) * kPanel, word);
+  if (Kind::kIsSigned && num_words % kTile == 0) return words;
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(offset_of<Kind>(weight)));
+  uint32_t* to = space;
+  for (const uint32_t* end = words + num_words * kPanel; words < end; words += Kind::kWords * kPanel) {
+    vu high = load_words(words + (Kind::kWords - 1) * kPanel);
+#pragma GCC unroll 4
+    for (int w = 0; w < Kind::kLow; ++w) {
+      vu word = load_words(words + w * kPanel);
+      for (int j = 0; j < Kind::kOperands; ++j, to += kPanel) {
+        vu some = word;
+        if (!Kind::kIsSigned) some = (vu)_mm512_sub_epi8((__m512i)Kind::operand(word, high, w, j), offset);
+        store_words(to, some);
+      }
     }
+  }
   return space;
 }
 

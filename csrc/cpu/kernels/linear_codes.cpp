@@ -50,7 +50,7 @@ void multiply_codes(const LinearCodes& job, const Kind& kind) {
 
 template <class Kind>
 void multiply_kind(const LinearCodes& job, const Kind& kind) {
-  if constexpr (kHasDot)
+  if constexpr (kHasDot && !__is_same(Kind, Fives))
     if (job.x.dtype == DType::bf16) return multiply_codes<true>(job, kind);
   multiply_codes<false>(job, kind);
 }

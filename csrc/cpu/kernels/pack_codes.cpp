@@ -45,17 +45,43 @@ inline uint64_t nibbles_of(uint64_t codes) {
   return ((pairs | pairs >> 24) & 0xffff) | (others | others >> 24) << 16;
 }
 
-// Words of `num` codes, a multiple of 8.
-inline void to_words(const uint8_t* codes, int64_t num, bool is_half, uint32_t* words) {
-  if (!is_half) {
-    __builtin_memcpy(words, codes, num);
-    return;
+inline uint64_t eight_codes(const uint8_t* codes) {
+  uint64_t some;
+  __builtin_memcpy(&some, codes, sizeof some);
+  return some;
+}
+
+// Two bytes, one apart.
+inline uint32_t spread(uint64_t bytes) {
+  return static_cast<uint32_t>((bytes & 0xff) | (bytes & 0xff00) << 8);
+}
+
+// Words of codes of 5 bits (codes.h: Fives).
+inline void fives_of(const uint8_t* codes, int64_t num_units, uint32_t* words) {
+  for (int64_t i = 0; i < num_units; ++i, words += 5) {
+    uint32_t high = 0;
+    for (int w = 0; w < 4; ++w, codes += 8) {
+      uint64_t some = eight_codes(codes), upper = some >> 4 & 0x0101010101010101ull;
+      words[w] = static_cast<uint32_t>(nibbles_of(some));
+      high |= (spread(upper) | spread(upper >> 32) << 8) << (2 * w);
+      high |= (spread(upper >> 16) | spread(upper >> 48) << 8) << (2 * w + 1);
+    }
+    words[4] = high;
   }
-  for (int64_t i = 0; i < num / 8; ++i) {
-    uint64_t some;
-    __builtin_memcpy(&some, codes + 8 * i, sizeof some);
-    words[i] = static_cast<uint32_t>(nibbles_of(some));
-  }
+}
+
+// How codes of so many bits lie: so many in so many words. The first divides kPart.
+struct Units {
+  int64_t codes, words;
+};
+inline Units units_of(int64_t bits) {
+  return bits == 8 ? Units{4, 1} : bits == 4 ? Units{8, 1} : Units{32, 5};
+}
+
+inline void to_words(const uint8_t* codes, int64_t num_units, int64_t bits, uint32_t* words) {
+  if (bits == 8) __builtin_memcpy(words, codes, num_units * 4);
+  for (int64_t i = 0; bits == 4 && i < num_units; ++i) words[i] = static_cast<uint32_t>(nibbles_of(eight_codes(codes + 8 * i)));
+  if (bits == 5) fives_of(codes, num_units, words);
 }
 
 // Numbers [n - lo][w] of rows [lo, hi) of a panel as lanes [w][n % 16].
@@ -74,13 +100,15 @@ inline void put_lanes(T* panel, int64_t lo, int64_t hi, int64_t num, const Row& 
 }
 
 // Output rows [lo, hi) of one panel; row 0 of the codes is output row `first`.
-void pack_panel(const Tensor& panels, const Tensor& codes, int64_t first, int64_t lo, int64_t hi, bool is_half) {
-  int64_t num_k = codes.sizes[1], num_words = panels.sizes[1], per = is_half ? 8 : 4;
+void pack_panel(const Tensor& panels, const Tensor& codes, int64_t first, int64_t lo, int64_t hi, int64_t bits) {
+  int64_t num_k = codes.sizes[1], num_words = panels.sizes[1];
+  Units unit = units_of(bits);
   auto* panel = static_cast<uint32_t*>(panels.data) + lo / kPanel * kPanel * num_words;
   alignas(64) uint8_t some[kPart];
   alignas(64) uint32_t words[kPanel][kPart / 4];
   for (int64_t k0 = 0; k0 < num_k; k0 += kPart) {
-    int64_t num = num_k - k0 < kPart ? num_k - k0 : kPart, whole = (num + 7) / 8 * 8, w0 = k0 / per;
+    int64_t num = num_k - k0 < kPart ? num_k - k0 : kPart, num_units = (num + unit.codes - 1) / unit.codes;
+    int64_t whole = num_units * unit.codes, w0 = k0 / unit.codes * unit.words;
     for (int64_t n = lo; n < hi; ++n) {
       const uint8_t* row = static_cast<const uint8_t*>(codes.data) + (n - first) * codes.strides[0] + k0;
       if (num < whole) {
@@ -88,10 +116,10 @@ void pack_panel(const Tensor& panels, const Tensor& codes, int64_t first, int64_
         __builtin_memcpy(some, row, num);
         row = some;
       }
-      to_words(row, whole, is_half, words[n % kPanel]);
+      to_words(row, num_units, bits, words[n % kPanel]);
     }
-    int64_t end = w0 + whole / per < num_words ? w0 + whole / per : num_words;
-    put_lanes(panel + w0 * kPanel, lo, hi, end - w0, [&](int64_t n) { return words[n % kPanel]; });
+    int64_t count = num_units * unit.words;
+    put_lanes(panel + w0 * kPanel, lo, hi, count < num_words - w0 ? count : num_words - w0, [&](int64_t n) { return words[n % kPanel]; });
   }
 }
 
@@ -109,13 +137,13 @@ void unpack_codes(const Tensor* t, const int64_t* i, const double*) {
   }
 }
 
-// t: panels!, codes; i: row_offset, bits (4 or 8). Row n of the codes, whose columns are contiguous, becomes lane
+// t: panels!, codes; i: row_offset, bits (4, 5 or 8). Row n of the codes, whose columns are contiguous, becomes lane
 // (row_offset + n) % 16 of panel (row_offset + n) / 16; other lanes are not written.
 void pack_codes(const Tensor* t, const int64_t* i, const double*) {
   int64_t first = i[0], end = first + t[1].sizes[0], p0 = first / kPanel, p1 = (end + kPanel - 1) / kPanel;
   parallel(p1 - p0, [&](int64_t chunk) {
     int64_t lo = (p0 + chunk) * kPanel, hi = lo + kPanel;
-    pack_panel(t[0], t[1], first, lo > first ? lo : first, hi < end ? hi : end, i[1] == 4);
+    pack_panel(t[0], t[1], first, lo > first ? lo : first, hi < end ? hi : end, i[1]);
   });
 }
 

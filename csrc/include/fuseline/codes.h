@@ -28,7 +28,8 @@ enum ExpertAct { kExpertSilu = 0, kExpertGelu = 1, kExpertGeluTanh = 2, kExpertR
 // What the codes of a weight stand for.
 enum CodeKind {
   kCodeInt8 = 0, kCodeFp8 = 1, kCodeInt4 = 2, kCodeNf4 = 3, kCodeFp4 = 4, kCodeE2m1 = 5, kCodeIq4nl = 6,
-  kCodeUint4 = 7, kCodeUint8 = 8 /* to 127 */,   // of these, zeros hold the least value of a group
+  kCodeUint4 = 7, kCodeUint8 = 8 /* to 127 */,   // of these and uint5, zeros hold the least value of a group
+  kCodeInt5 = 9, kCodeUint5 = 10,
 };
 
 // What a KV cache of one byte a number holds.

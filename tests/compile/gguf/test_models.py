@@ -62,10 +62,10 @@ def assert_tokens_are_those_of_transformers(path: Path, prompts=PROMPTS, **setti
     (("Q8_0",), 1, {"int8/32/float16"}),
     (("Q4_0",), 1, {"int4/32/float16"}),
     (("Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4"), 1, {
-        "uint4/32/float16/zeros", "int8/32/float16", "uint8/32/float16/zeros", "lut4/32/float16/iq4nl",
+        "uint4/32/float16/zeros", "int8/32/float16/5bit", "uint8/32/float16/zeros/5bit", "lut4/32/float16/iq4nl",
         "lut4/32/float32/e2m1"}),
     (("Q4_K",), 4, {"uint4/32/float32/zeros"}),
-    (("Q6_K", "Q4_K", "Q5_K"), 4, {"int8/16/float32", "uint4/32/float32/zeros", "uint8/32/float32/zeros"}),
+    (("Q6_K", "Q4_K", "Q5_K"), 4, {"int8/16/float32", "uint4/32/float32/zeros", "uint8/32/float32/zeros/5bit"}),
     (("IQ4_XS", "Q3_K"), 4, {"lut4/32/float32/iq4nl", "int4/16/float32"}),
 ], ids=["Q8_0", "Q4_0", "blocks of 32", "Q4_K", "K-quants", "IQ4_XS and Q3_K"])  # fmt: skip
 def test_every_type_of_blocks(types: tuple[str, ...], widths: int, layouts: set[str], tmp_path: Path) -> None:
@@ -74,6 +74,14 @@ def test_every_type_of_blocks(types: tuple[str, ...], widths: int, layouts: set[
     model = assert_tokens_are_those_of_transformers(path)
     assert {line.partition(" as ")[2] for line in model.info.quantized} == layouts
     assert sum(int(line.split()[0]) for line in model.info.quantized) == 23, "embedding and logits as well"
+
+
+def test_codes_of_5_bits_are_read_as_8_where_inputs_are_int8(tmp_path: Path) -> None:
+    path = gguf_files.checkpoint(tmp_path, types=in_turn("Q5_0"))
+    plain, coded = (compile_model(config_of(path, activation_dtype=kind), detect_target()) for kind in ("auto", "int8"))
+    layouts = [{line.partition(" as ")[2] for line in model.info.quantized} for model in (plain, coded)]
+    assert layouts[0] == {"int8/32/float16/5bit"} and "int8/32/float16/a8" in layouts[1]
+    assert greedy(coded, PROMPTS, 2) == greedy(plain, PROMPTS, 2)
 
 
 def test_types_without_a_layout_are_dequantized(tmp_path: Path) -> None:
