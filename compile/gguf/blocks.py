@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.ops.coded import Coded, Layout
-from fuseline.compile.quantization.bits import unpack_bytes
+from fuseline.compile.ops.packed_bits import unpack_bytes
 
 
 @dataclass(frozen=True)
