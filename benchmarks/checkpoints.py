@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
     Mamba2Config,
     PreTrainedConfig,
@@ -66,6 +67,12 @@ def shapes() -> dict[str, PreTrainedConfig]:
             num_experts_per_tok=0, num_attention_heads=12, num_key_value_heads=4, mamba_n_heads=48, mamba_d_head=32,
             mamba_n_groups=1, mamba_d_state=128, vocab_size=100352, max_position_embeddings=32768,
             position_embedding_type="nope", tie_word_embeddings=True,
+        ),
+        # LFM2-350M
+        "lfm2-350m": Lfm2Config(
+            hidden_size=1024, intermediate_size=6656, num_hidden_layers=16, num_attention_heads=16,
+            num_key_value_heads=8, vocab_size=65536, max_position_embeddings=32768, tie_word_embeddings=True,
+            layer_types=["full_attention" if k in (2, 5, 8, 10, 12, 14) else "conv" for k in range(16)],
         ),
         # Qwen3.5-0.8B, its text model
         "qwen3.5-0.8b": Qwen3_5TextConfig(

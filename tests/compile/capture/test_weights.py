@@ -18,7 +18,7 @@ from weights_cases import assert_same, described, everything
 from fuseline.compile.capture import conversions, lazy_tensor, reader
 from fuseline.compile.capture.checkpoint import StoredTensor, open_checkpoint
 from fuseline.compile.capture.errors import LoadError
-from fuseline.compile.capture.reader import Reader
+from fuseline.compile.capture.reader import NOT_FINITE, Reader, is_finite
 from fuseline.compile.capture.weights import load_weights
 from fuseline.compile.checkpoint_writer.plan import make_plan
 from fuseline.compile.checkpoint_writer.write import write_quantized
@@ -28,6 +28,7 @@ from fuseline.compile.ops.linear import pack, unpack
 from fuseline.compile.specs import WeightSource
 
 SHARD = "100KB"
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +331,35 @@ def test_a_file_cut_off_while_it_is_read(tmp_path):
     moved = StoredTensor(whole.name, whole.path, whole.begin + 8, whole.meta)
     with pytest.raises(LoadError, match=r"w in .*model.safetensors is cut off at byte"), Reader() as read:
         read.value(lazy_tensor.whole(moved))
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", f"{Q}.weight"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8", "tpu_int8"])
+def test_a_value_that_is_not_finite_is_refused(folder, tmp_path, name, quantization):
+    def change(state):
+        state[name].flatten()[-1] = torch.nan
+        return state
+
+    path = rewrite(folder("llama"), tmp_path, change)
+    with pytest.raises(LoadError, match=rf"^{name} in .*model.safetensors has a value that is not finite: get the"):
+        load(path, quantization=quantization)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, *NOT_FINITE], ids=str)
+def test_numbers_of_any_type_that_are_not_finite_are_found(dtype):
+    kinds = torch.arange(256, dtype=torch.uint8).view(dtype) if dtype in NOT_FINITE else None
+    values = [1.0, -2.0, torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal, torch.nan, torch.inf, -torch.inf]
+    values = torch.tensor(values).to(dtype) if kinds is None else kinds
+    finite = values.float().isfinite() if values.dtype != torch.float64 else values.isfinite()
+    assert is_finite(values[finite]) and 0 < finite.sum() < len(values)
+    for bad in (~finite).nonzero().flatten().tolist():
+        assert not is_finite(torch.cat([values[finite].view(BITS[dtype.itemsize]),
+                                        values[bad : bad + 1].view(BITS[dtype.itemsize])]).view(dtype))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool], ids=str)
+def test_integers_are_finite(dtype):
+    assert is_finite(torch.full((9,), 255 if dtype == torch.uint8 else 1, dtype=dtype))
 
 
 PEAK = """

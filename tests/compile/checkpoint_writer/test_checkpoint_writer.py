@@ -157,7 +157,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(tmp_path: Path) -> None
     state = load_file(source / "model.safetensors")
     state[f"{UP}.weight"][3, 5] = torch.nan
     save_file(state, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LoadError, match=f"{UP}.weight in .*model.safetensors has values that are not finite"):
+    with pytest.raises(LoadError, match=f"{UP}.weight in .*model.safetensors has a value that is not finite"):
         write_quantized(make_plan(config, "int4"), path)
     assert [file.name for file in tmp_path.iterdir()] == ["model"], "nothing is left of what was begun"
     path.mkdir()
