@@ -122,6 +122,8 @@ class WeightSource:
     """Rows of zeros for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
     part: str = ""
     """Name of the format's stored tensor that the constant holds."""
+    shape: tuple[int, ...] = ()
+    """Shape in which the one tensor is read (a convolution by groups as a matrix of each); empty: its own."""
 
 
 @dataclass(frozen=True)

@@ -80,5 +80,6 @@ def _max_positions(text: object) -> int:
 
 def num_chosen_keys(text: object) -> int:
     """Keys that a query sees at most, those that it chooses among all; 0 where it sees all."""
-    name = "index_topk" if "indexed_attention" in (getattr(text, "layer_types", None) or ()) else "keep_window_size"
-    return getattr(text, name, None) or 0
+    is_indexed = "indexed_attention" in (getattr(text, "layer_types", None) or ())
+    names = ("index_topk", "indexer_budget") if is_indexed else ("keep_window_size",)
+    return next(filter(None, (getattr(text, name, None) for name in names)), 0)

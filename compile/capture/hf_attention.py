@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fuseline.compile.capture import hf_experts
+from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.hf_model import SLOPES, attention_forward
 from fuseline.compile.capture.kept_buffers import keep_buffers
-from fuseline.compile.ops import codes
 
-OPS = torch.ops.fuseline
 SPREAD = "fuseline_spread"
 """Buffer [] of an MLP: the inverse of the normal distribution where its share of sparse gates lies."""
 ROUNDED_SLOPES = "fuseline_rounded_slopes"
@@ -135,6 +135,13 @@ def _heads_first(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float,
     return attention_forward(self, q, k, v, None, scale, sliding_window=window)[0].transpose(1, 2)
 
 
+def of_bert(self: nn.Module, hidden_states: Tensor, *unused: object, **more: object) -> tuple:
+    shape = self.num_attention_heads, self.attention_head_size
+    q, k, v = (one(hidden_states).unflatten(2, shape).transpose(1, 2) for one in (self.query, self.key, self.value))
+    out, _ = attention_forward(self, q, k, v, None)
+    return out.flatten(2), None
+
+
 def xglm(self: nn.Module, hidden_states: Tensor, **unused: object) -> tuple:
     q, k, v = _projected(self, hidden_states)
     out, _ = attention_forward(self, q, k, v, None, self.scaling)
@@ -167,22 +174,47 @@ def llama4(self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Te
     return self.o_proj(out.flatten(2)), None
 
 
+def inkling(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor, **unused: object) -> tuple:
+    """A query has a bias for each distance; `attention_mask` is the tokens' positions (FUNCTIONS)."""
+    shape = *hidden_states.shape[:-1], -1, self.head_dim
+    q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+    k = self.k_norm(self.k_sconv(self.k_proj(hidden_states)).view(shape)).transpose(1, 2)
+    v = self.v_sconv(self.v_proj(hidden_states)).view(shape).transpose(1, 2)
+    states = self.r_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
+    relative = nn.functional.linear(states, self.rel_logits_proj.proj.mT).transpose(1, 2)
+    floor = None if self.is_sliding else self.config.log_scaling_n_floor
+    if floor is not None:
+        steps = ((attention_mask + 1).float() / floor).clamp(min=1.0)
+        factor = (1.0 + self.config.log_scaling_alpha * torch.log(steps))[:, None, :, None]
+        q, relative = (q.float() * factor).to(q.dtype), (relative.float() * factor).to(relative.dtype)
+    more = {"sliding_window": self.sliding_window, "relative": relative.float()}
+    out, _ = attention_forward(self, q, k, v, None, self.scaling, **more)
+    return self.o_proj(out.flatten(2)), None
+
+
+def qwen4_exp(
+    self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *unused: object, **more: object
+) -> tuple:  # fmt: skip
+    """Of more than indexer_budget keys a query would see blocks that it chooses; there are no more."""
+    q, gate = self.q_proj(hidden_states).unflatten(2, (-1, 2 * self.head_dim)).chunk(2, -1)
+    k, v = (one(hidden_states).unflatten(2, (-1, self.head_dim)) for one in (self.k_proj, self.v_proj))
+    q, k, v = (x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v))
+    q, k = _functions(self).apply_rotary_pos_emb(q, k, *position_embeddings)
+    out, _ = attention_forward(self, q, k, v, None, self.scaling)
+    return self.o_proj(out.flatten(2) * torch.sigmoid(gate.flatten(2))), None
+
+
+def ngrams(self: nn.Module, *unused: object, **more: object) -> None:
+    raise CaptureError(
+        f"{type(self).__name__} reads a token together with those before it, which may be of an earlier step: that is "
+        "not supported"
+    )
+
+
 def _turned_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.float()
     partner = torch.stack((-wide[..., 1::2], wide[..., ::2]), -1).flatten(-2)
     return (wide * cos + partner * sin).to(x.dtype)
-
-
-def llama4_moe(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, None]:
-    """Scores multiply what goes into an expert, not what comes out."""
-    x = hidden_states.reshape(-1, self.hidden_dim)
-    logits, chosen = torch.topk(nn.functional.linear(x, self.router.weight), self.top_k, dim=1)
-    out = self.shared_expert(x)
-    for score, ids in zip(logits.float().sigmoid().to(x.dtype).split(1, 1), chosen.split(1, 1), strict=True):
-        weights = self.experts.gate_up_proj, self.experts.down_proj, None, None
-        settings = codes.EXPERT_ACTS["silu"], True, 0.0, 0.0
-        out = out + OPS.experts(x * score, ids, torch.ones_like(score), *weights, *settings)
-    return out, None
 
 
 def gemma3n_sparse(self: nn.Module, inputs: Tensor) -> Tensor:
@@ -200,15 +232,22 @@ METHODS: dict[str, Callable] = {
     "gemma3n.Gemma3nTextMLP._gaussian_topk": gemma3n_sparse,
     "gpt_neo.GPTNeoSelfAttention._attn": gpt_neo,
     "gpt_neox_japanese.GPTNeoXJapaneseAttention._attn": gpt_neox_japanese,
+    "git.GitSelfAttention.forward": of_bert,
+    "inkling.InklingAttention.forward": inkling,
     "llama4.Llama4TextRotaryEmbedding.forward": llama4_tables,
     "llama4.Llama4TextAttention.forward": llama4,
-    "llama4.Llama4TextMoe.forward": llama4_moe,
+    **hf_experts.METHODS,
     "openai.Attention._attn": openai_gpt,
+    "qwen4_exp.Qwen4ExpTextAttention.forward": qwen4_exp,
+    "qwen4_exp.Qwen4ExpTextNGramEmbedding.forward": ngrams,
     "xglm.XGLMAttention.forward": xglm,
     "xglm.XGLMSinusoidalPositionalEmbedding.forward": xglm_positions,
 }
 """By folder of Transformers, class and method."""
 FUNCTIONS: dict[str, Callable] = {
+    "git.GitModel.create_causal_mask": lambda *unused, **more: None,
+    "inkling.InklingTextModel.create_causal_mask": lambda *unused, position_ids, **more: position_ids,
+    "inkling.InklingTextModel.create_sliding_window_causal_mask": lambda *unused, position_ids, **more: position_ids,
     "mpt.MptAttention.create_causal_mask": lambda *unused, **more: torch.empty(0, device="meta"),
 }
 """By folder and class, and the name of a function that the class's file calls."""
@@ -301,10 +340,10 @@ def _swaps(classes: set[type]) -> list[tuple[object, str, object, Callable]]:
     return [(owner, name, vars(owner)[name], new) for owner, name, new in named if name in vars(owner)]
 
 
-class _NoMask:
-    """A mask of which only parts are taken, for an indexer."""
+class _NoTensor:
+    """A mask of which only parts are taken, or the choice of an indexer, that layers without one hand on."""
 
-    def __getitem__(self, part: object) -> _NoMask:
+    def __getitem__(self, part: object) -> _NoTensor:
         return self
 
 
@@ -314,6 +353,6 @@ def _without_indexers(classes: set[type]) -> list[tuple[object, str, object, Cal
     for cls in classes:
         file = sys.modules[cls.__module__]
         if _name(cls) and cls.__name__.endswith("Indexer") and "create_causal_mask" in vars(file):
-            found.append((cls, "forward", vars(cls)["forward"], lambda *unused, **more: None))
-            found.append((file, "create_causal_mask", file.create_causal_mask, lambda *unused, **more: _NoMask()))
+            found.append((cls, "forward", vars(cls)["forward"], lambda *unused, **more: _NoTensor()))
+            found.append((file, "create_causal_mask", file.create_causal_mask, lambda *unused, **more: _NoTensor()))
     return found

@@ -61,11 +61,23 @@ def build_model(config: PreTrainedConfig, trust_remote_code: bool, **settings: o
         return build(config, **settings)
     try:
         with _only_text(config):
-            return build(copy.deepcopy(config), **settings)
+            return _without_images(build(copy.deepcopy(config), **settings))
     except Exception as error:
         with suppress(Exception):  # it may ask more of a part than LeftOut has: it is built whole
-            return build(config, **settings)
+            return _without_images(build(config, **settings))
         raise error
+
+
+def _without_images(model: nn.Module) -> nn.Module:
+    """Llama 4's class reads of its text model's output what only a class for several media gives."""
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        model.language_model.register_forward_hook(_give_no_images)
+    return model
+
+
+def _give_no_images(module: nn.Module, inputs: object, output: object) -> None:
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
 
 
 def _brought_class(config: PreTrainedConfig, auto: type) -> type:

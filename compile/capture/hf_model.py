@@ -16,9 +16,9 @@ from fuseline.compile import ops  # noqa: F401  registers the vocabulary
 from fuseline.compile.capture.custom_code import move_buffers_to_meta, parameters_on_meta
 from fuseline.compile.capture.errors import CaptureError, one_line
 from fuseline.compile.capture.hf_classes import brings_code, build_model
+from fuseline.compile.capture.hf_experts import experts_forward
 from fuseline.compile.capture.hf_overrides import read_config, with_overrides, with_rope
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.ops import codes
 from fuseline.compile.quantization.methods import method_of
 from fuseline.compile.quantization.published import QuantizationError
 from fuseline.compile.stored_config import ConfigFileError, config_path, read_stored_config
@@ -31,12 +31,11 @@ NOT_HOOKED = (
     "so this model is refused"
 )
 NOT_RECURRENT = "its recurrence is none that is known and would be computed without a state, so this model is refused"
-ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "hybrid"}
-RECURRENT = {"linear_attention", "mamba", "conv", "hybrid"}
+SLIDING = {"sliding_attention", "hybrid_sliding"}
+ATTENDING = {"full_attention", "chunked_attention", "indexed_attention", "hybrid", *SLIDING}
+RECURRENT = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 LAYER_TYPES = ATTENDING | RECURRENT | {"mlp", "moe"}
 NOT_ATTENTION = {"position_ids", "cache_position"}
-EXPERT_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
-                      "ReLU": "relu"}  # fmt: skip
 
 
 def load_config(config: CompileConfig) -> PreTrainedConfig:
@@ -78,6 +77,13 @@ def check_config(found: PreTrainedConfig) -> None:
     if any(part.is_encoder_decoder for part in parts):
         raise CaptureError(
             f"{found.model_type} is an encoder-decoder model; only decoders that generate text are served"
+        )
+    if not hasattr(parts[-1], "num_hidden_layers"):
+        raise CaptureError(f"{found.model_type} is made of several transformers; only one decoder is served")
+    if getattr(parts[-1], "recurrent_kv_cache_mode", "per_loop") != "per_loop":
+        raise CaptureError(
+            f"{found.model_type} keeps the keys and values of its last loop for all loops, which is not supported: "
+            "recurrent_kv_cache_mode must be per_loop"
         )
     unknown = set(getattr(parts[-1], "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
@@ -149,11 +155,12 @@ def keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
 
 def attention_forward(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    is_causal=None, s_aux=None, **unused,
+    is_causal=None, s_aux=None, relative=None, **unused,
 ):  # fmt: skip
     """AttentionInterface: one `fuseline::attention` op; the mask is never built.
 
-    ALiBi's slopes and a chunk's size are attributes of the module (hf_attention.py).
+    ALiBi's slopes and the size of a chunk are attributes of the module (hf_attention.py); relative[1, H, T, R] holds
+    biases by distance.
     Raises CaptureError if a tensor is handed over that would be left out: a bias or a mask of the model's own.
     """
     extra = {"attention_mask": attention_mask} | unused
@@ -167,20 +174,6 @@ def attention_forward(
     layer = getattr(module, "layer_idx", 0) or 0
     out = torch.ops.fuseline.attention(
         query, key, value, s_aux, layer, float(scale), int(sliding_window or 0), float(softcap or 0.0), bool(causal),
-        getattr(module, SLOPES, None), getattr(module, "fuseline_chunk", 0),
+        getattr(module, SLOPES, None), getattr(module, "fuseline_chunk", 0), relative,
     )  # fmt: skip
     return out, None
-
-
-def experts_forward(self, hidden_states, top_k_index, top_k_weights):
-    """ExpertsInterface: one `fuseline::experts` op. Raises CaptureError for experts of another kind."""
-    if not self.has_gate:
-        raise CaptureError(f"{type(self).__name__} have no gate, which is not supported")
-    custom_gate = type(self)._apply_gate.__name__ != "_default_apply_gate"
-    act = "glu_oss" if custom_gate else EXPERT_ACTIVATIONS[type(self.act_fn).__name__]
-    return torch.ops.fuseline.experts(
-        hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj,
-        self.gate_up_proj_bias if self.has_bias else None, self.down_proj_bias if self.has_bias else None,
-        codes.EXPERT_ACTS[act], bool(self.is_transposed),
-        float(getattr(self, "alpha", 0.0)), float(getattr(self, "limit", 0.0)),
-    )  # fmt: skip

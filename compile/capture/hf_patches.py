@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 
 import torch
@@ -21,6 +22,10 @@ def patch_model(model: nn.Module) -> RopeSwitchSpec | None:
             switch = _choose_factors_per_token(module)
         elif kind == "dynamic":
             switch = _choose_base_per_token(module)
+        if hasattr(module, "layers_are_rescaled"):  # RWKV halves weights and states, against overflows of float16
+            module.layers_are_rescaled, module.config.rescale_every = True, 0
+        if hasattr(getattr(module, "config", None), "max_inference_chunksize"):  # xLSTM's prompts in pieces
+            module.config.max_inference_chunksize = sys.maxsize
     return switch
 
 

@@ -76,6 +76,14 @@ def stack(parts: Sequence[LazyTensor], dim: int) -> LazyTensor:
     return concatenate([unsqueeze(part, dim) for part in parts], dim)
 
 
+def viewed(whole: LazyTensor, shape: Sequence[int]) -> LazyTensor:
+    """torch.view of a tensor that is stored in one piece. Raises ValueError for another one."""
+    if len(whole.slices) != 1 or tuple(whole.slices[0].view.shape) != whole.shape:
+        raise ValueError(f"a tensor of shape {list(whole.shape)} that is stored in parts has no view {list(shape)}")
+    (part,) = whole.slices
+    return LazyTensor(tuple(shape), (replace(part, start=(0,) * len(shape), view=part.view.reshape(*shape)),))
+
+
 def unsqueeze(whole: LazyTensor, dim: int) -> LazyTensor:
     slices = tuple(
         replace(part, start=part.start[:dim] + (0,) + part.start[dim:], view=part.view.unsqueeze(dim))

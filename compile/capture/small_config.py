@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("special", r"_token_id$|_token_index$|^(eos|bos|pad)_index$"),
     ("vocab", r"vocab_size"),
     ("original", r"original_max_position_embeddings|initial_context_length"),
+    ("shared_layers", r"^num_kv_shared_layers$"),
     ("layers", r"^(num_hidden_layers|n_layers?|num_layers|num_decoder_layers|decoder_layers)$"),
     ("positions", r"max_position|^n_positions$|^n_ctx$|max_seq_len|max_sequence_length|^seq_length$|model_max_length"
                   r"|max_target_positions|^context_length$|max_inference_chunksize"),
@@ -62,16 +63,16 @@ def small_config(hf_config: PreTrainedConfig, num_layers: int, narrow: bool = Tr
     _shrink_config(small, shrink)
     text = small.get_text_config()
     if num_chosen_keys(text):  # as many as it has positions: no sequence is longer
-        for name in ("index_topk", "keep_window_size"):
+        for name in ("index_topk", "indexer_budget", "keep_window_size"):
             if hasattr(text, name):
                 setattr(text, name, LARGEST["positions"])
     return small
 
 
 def choose_shrink(text: PreTrainedConfig, num_layers: int, narrow: bool) -> Shrink:
-    total, heads = text.num_hidden_layers, _setting(text, "num_attention_heads") or 1
+    total, heads = _setting(text, "num_hidden_layers") or num_layers, _setting(text, "num_attention_heads") or 1
     heads = heads[0] if isinstance(heads, (list, tuple)) else heads
-    head_dim = _setting(text, "head_dim") or text.hidden_size // heads
+    head_dim = _setting(text, "head_dim") or (_setting(text, "hidden_size") or 0) // heads
     chosen = [_setting(text, n) for n in ("num_experts_per_tok", "moe_topk", "n_group", "moe_k", "top_k_experts")]
     fewest = max([MIN_EXPERTS, *(2 * value for value in chosen if isinstance(value, int))])
     if not narrow:
@@ -81,11 +82,11 @@ def choose_shrink(text: PreTrainedConfig, num_layers: int, narrow: bool) -> Shri
 
 
 def _setting(config: PreTrainedConfig, name: str) -> object:
-    """None where there is no such setting, or one of each layer."""
+    """None where there is no such setting; where each layer has its own, that of the first."""
     try:
         return getattr(config, name, None)
     except Exception:  # the type that Transformers raises for settings of layers is no AttributeError
-        return None
+        return getattr(config.per_layer_config[0], name, None)
 
 
 def kind_of(name: str) -> str:
@@ -130,6 +131,8 @@ def _shrunk_int(kind: str, value: int, shrink: Shrink) -> int:
     match kind:
         case "special":
             return value % NUM_SPECIAL
+        case "shared_layers":  # the last ones, a few: layers before them must have caches of the same types
+            return value * shrink.num_layers // (2 * shrink.old_layers)
         case "layers":
             return min(value, shrink.num_layers)
         case "experts":

@@ -256,6 +256,7 @@ def _part(
             f"{name} in {file} is stored as integers, which format {source.format} does not read: "
             "the checkpoint is quantized, but its config.json has no quantization_config"
         )
+    lazy = lazy_tensor.viewed(lazy, source.shape) if source.shape else lazy
     return (lazy_tensor.transpose(lazy, -2, -1) if source.transpose else lazy), dtype
 
 

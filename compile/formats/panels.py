@@ -123,8 +123,17 @@ def _experts(args: tuple, pack: Pack) -> Call:
     return OPS.experts_panels.default, (x, ids, weights, *packed, *rest)
 
 
+def _expert_linear(args: tuple, pack: Pack) -> Call:
+    x, ids, weight, bias, transposed = args
+    num_out = weight.meta["val"].shape[2 if transposed else 1]
+    return OPS.expert_linear_panels.default, (x, ids, *pack(weight, transposed), bias, num_out)
+
+
 FORMAT = Format(
     "panels", _shapes, _write,
-    readers={OPS.linear.default: _linear, OPS.experts.default: _experts, aten.embedding.default: _embedding},
+    readers={
+        OPS.linear.default: _linear, OPS.experts.default: _experts, OPS.expert_linear.default: _expert_linear,
+        aten.embedding.default: _embedding,
+    },
     targets=("cpu",), multiples=(PANEL, 1),
 )  # fmt: skip

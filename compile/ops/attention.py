@@ -32,21 +32,23 @@ CONTEXT = 1024
 @op(fake=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layer: int, scale: float, window: int, softcap: float,
-    causal: bool, slopes: Tensor | None = None, chunk: int = 0,
+    causal: bool, slopes: Tensor | None = None, chunk: int = 0, relative: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one dense sequence: q[1, H, T, D], k[1, K, T, D], v[1, K, T, E] -> [1, T, H, E]."""
-    return attend(q[0], k[0], v[0], sinks, scale, window, softcap, causal, slopes, chunk).transpose(0, 1)[None]
+    biases = None if relative is None else relative[0]
+    out = attend(q[0], k[0], v[0], sinks, scale, window, softcap, causal, slopes, chunk, biases)
+    return out.transpose(0, 1)[None]
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool,
-    slopes: Tensor | None = None, chunk: int = 0,
+    slopes: Tensor | None = None, chunk: int = 0, relative: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q[H, T, D] over k[K, L, D], v[K, L, E], the queries at the last T of L positions -> [H, T, E].
 
     A query sees the last `window` keys, or those from the last multiple of `chunk` on (0: all). slopes[H] (float32)
-    times the distance to a key, 0 or less, is added to its score (ALiBi). Computed in float32, or in float64 if the
-    queries are float64.
+    times the distance to a key, 0 or less, is added to its score (ALiBi), and relative[H, T, R] (float32) of the query
+    to those of the keys at distances 0 .. R - 1. Computed in float32, or in float64 if the queries are float64.
     """
     heads, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
     group = heads // k.shape[0]
@@ -58,6 +60,10 @@ def attend(
     key_at = torch.arange(keys)[None]
     if slopes is not None:
         scores = scores + slopes.to(wide)[:, None, None] * (key_at - query_at)
+    if relative is not None:
+        distance = query_at - key_at
+        biases = relative.to(wide).gather(-1, distance.clamp(0, relative.shape[-1] - 1).expand(heads, -1, -1))
+        scores = scores + biases * ((distance >= 0) & (distance < relative.shape[-1]))
     seen = key_at <= query_at if causal else torch.ones(tokens, keys, dtype=torch.bool)
     if window > 0:
         seen = seen & (key_at > query_at - window)
@@ -153,6 +159,16 @@ def paged_attention(
     `attend` defines window, chunk and slopes. An fp8 cache stores values divided by k_scale[1] and v_scale[1]
     (float32; None: 1), an int8 cache those divided by a scale behind each token's (write_cache).
     """
+    batch = block_table, seq_lens, query_start
+    return over_pages(q, k_cache, v_cache, *batch, sinks, window, scale, softcap, k_scale, v_scale, slopes, chunk)
+
+
+def over_pages(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor,
+    sinks: Tensor | None, window: int, scale: float, softcap: float, k_scale: Tensor | None, v_scale: Tensor | None,
+    slopes: Tensor | None = None, chunk: int = 0, relative: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`attend` for each sequence over its blocks."""
     out = q.new_empty(1, q.shape[2], q.shape[1], value_dim(v_cache))
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for s, length in enumerate(lengths):
@@ -162,7 +178,8 @@ def paged_attention(
             _values(cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length], scale_of)
             for cache, scale_of in ((k_cache, k_scale), (v_cache, v_scale))
         )
-        seen = attend(q[0, :, begin:end], k, v, sinks, scale, window, softcap, True, slopes, chunk)
+        biases = None if relative is None else relative[0, :, begin:end]
+        seen = attend(q[0, :, begin:end], k, v, sinks, scale, window, softcap, True, slopes, chunk, biases)
         out[0, begin:end] = seen.transpose(0, 1)
     return out
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fuseline.compile.ops import codes
 from fuseline.compile.ops.activation import act_mul
 from fuseline.compile.ops.library import Make, ModelShape, Workload, batch_invariant, op
-from fuseline.compile.ops.moe import EXPERT_WEIGHTS, experts
+from fuseline.compile.ops.moe import EXPERT_WEIGHTS, expert_linear, expert_linear_inputs, experts
 
 PANEL = 16
 
@@ -159,6 +159,34 @@ def linear_act_mul(x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> 
 def embedding_panels(ids: Tensor, panels: Tensor, num_rows: int) -> Tensor:
     """The rows `ids` of packed weights [P, K, 16] -> [..., K]."""
     return F.embedding(ids, unpack(panels, num_rows))
+
+
+def expert_linear_panels_inputs(make: Make) -> Iterator[tuple]:
+    for x, ids, weight, bias, transposed in expert_linear_inputs(make):
+        rows = weight.mT if transposed else weight
+        yield x, ids, pack(rows), bias, rows.shape[1]
+
+
+def expert_linear_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    """One of the two products of experts without gates."""
+    d, num, chosen = shape.hidden_size, shape.num_experts, shape.num_experts_per_tok
+    width = shape.intermediate_size // chosen // PANEL * PANEL
+    for tokens in make.tokens:
+        ids = torch.arange(tokens * chosen, device=make.device).reshape(tokens, chosen) % num
+        args = (make.fill(tokens, d), ids, make.fill(num, width // PANEL, d, PANEL), None, width)
+        yield Workload(f"{tokens} x {chosen} of {num}, {d} -> {width}", args, flops=2 * tokens * chosen * d * width)
+
+
+@op(
+    fake=lambda x, ids, panels, bias, num_out: x.new_empty(*ids.shape, num_out),
+    inputs=expert_linear_panels_inputs,
+    tolerance=12.0,
+    workloads=expert_linear_workloads,
+    weights=("panels", "bias"),
+)
+def expert_linear_panels(x: Tensor, ids: Tensor, panels: Tensor, bias: Tensor | None, num_out: int) -> Tensor:
+    """`expert_linear` with packed weights [E, P, D, 16]."""
+    return expert_linear(x, ids, unpack(panels, num_out), bias, False)
 
 
 @op(inputs=experts_panels_inputs, tolerance=12.0, workloads=experts_workloads, weights=EXPERT_WEIGHTS, is_product=True)

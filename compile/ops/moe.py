@@ -39,10 +39,11 @@ def experts_inputs(make: Make) -> Iterator[tuple]:
 
 def make_tokens(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], step: StepSize) -> dict[str, Tensor]:
     """Tokens that go to experts at random."""
-    x, ids, weights = inputs["x"], inputs["ids"], inputs["weights"]
-    num_experts, top_k = fixed["gate_up"].shape[0], ids.shape[1]
+    top_k = inputs["ids"].shape[1]
+    num_experts = next(fixed[name] for name in ("gate_up", "weight", "panels") if name in fixed).shape[0]
     chosen = torch.rand(step.rows, num_experts).topk(top_k).indices.to(step.device)
-    return {"x": step.randn(x, step.rows, x.shape[1]), "ids": chosen, "weights": step.randn(weights, step.rows, top_k)}
+    floats = {name: step.randn(x, step.rows, x.shape[1]) for name, x in inputs.items() if name != "ids"}
+    return {**floats, "ids": chosen}
 
 
 @op(
@@ -91,6 +92,36 @@ def _plus(hidden: Tensor, bias: Tensor | None, expert: int) -> Tensor:
 
 
 experts_invariant = batch_invariant(experts)
+
+
+def expert_linear_inputs(make: Make) -> Iterator[tuple]:
+    """4 experts, 2 per token, one without tokens and an id beyond them; D = 24, N = 20; both layouts."""
+    x, weight, bias = make.normal(7, 24), make.normal(4, 20, 24, scale=0.2), make.normal(4, 20)
+    ids = torch.stack([make.order(3)[:2] for _ in range(7)])
+    ids[2, 1] = 4
+    yield x, ids, weight, None, False
+    yield x, ids, weight.transpose(1, 2).contiguous(), bias, True
+    yield x, ids[:, :1], weight, bias, False
+
+
+@op(
+    fake=lambda x, ids, weight, bias, transposed: x.new_empty(*ids.shape, weight.shape[2 if transposed else 1]),
+    inputs=expert_linear_inputs,
+    tolerance=12.0,
+    weights=("weight", "bias"),
+    calls=CallShape(lines_size, make_tokens),
+)
+def expert_linear(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Each token's product with those of its K experts: x[T, D], weight[E, N, D], bias[E, N] -> [T, K, N].
+
+    transposed: weight[E, D, N]. Zeros for ids outside [0, E).
+    """
+    turned = weight if transposed else weight.mT
+    out = x.new_zeros(*ids.shape, turned.shape[2])
+    for expert in range(len(weight)):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        out[token, slot] = _plus(x[token] @ turned[expert], bias, expert)
+    return out
 
 
 def gated(hidden: Tensor, act: int, alpha: float, limit: float) -> Tensor:

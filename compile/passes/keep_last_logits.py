@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import insert_call, meta_int, placeholder, results_of
+from fuseline.compile.graph.edit import insert_call, meta_int, placeholder, reached, results_of
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import cast
 
@@ -46,12 +46,17 @@ def final_linear(node: fx.Node) -> list[fx.Node]:
     """Returns the row-wise ops after the last linear, then that linear. Raises ValueError if there is not one."""
     nodes: list[fx.Node] = []
     while node.target not in LINEARS:
-        inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
+        inputs = [n for n in node.all_input_nodes if n.op == "call_function" and not _is_fixed(n)]
         if len(inputs) != 1:
             raise ValueError(f"the logits do not come from one linear: {node.format_node()}")
         nodes.append(node)
         node = inputs[0]
     return [*nodes, node]
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether its value is made of weights alone (a scale of each token's logits)."""
+    return all(earlier.op != "placeholder" for earlier in reached([node], lambda earlier: earlier.all_input_nodes))
 
 
 def _first_by_row(node: fx.Node, behind: list[fx.Node]) -> tuple[fx.Node, int]:

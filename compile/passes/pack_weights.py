@@ -2,6 +2,7 @@
 
 linear(x, weight, bias)              -> linear_panels(x, weight as [ceil(N/16), K, 16], bias, N)
 experts(..., gate_up, down)          -> experts_panels(...), transposed weights turned
+expert_linear(x, ids, weight, bias)  -> expert_linear_panels(...), alike
 embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
 linear(x, weight of codes, bias)     -> linear_codes(...), the layout being the checkpoint's or that of --quantization
 experts(..., both weights of codes)  -> experts_codes(...)
@@ -37,11 +38,12 @@ def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     packer = _Packer(graph)
     forms = formats_for(ctx.config, ctx.target)
     matches, kept = 0, {}
-    for target in (OPS.linear.default, OPS.experts.default):
+    for target in (OPS.linear.default, OPS.experts.default, OPS.expert_linear.default):
         plain = next((form for form in forms if target in form.readers), None)
         for node in [n for n in graph.graph.nodes if n.target is target]:
             of_codes = _forms_of_codes(node, ctx)
-            kept |= {name: of_codes.get(name) for name in _names_of_weights(node) if name in ctx.layouts}
+            if target is not OPS.expert_linear.default or ctx.config.quantization not in ONLINE:  # else they stay plain
+                kept |= {name: of_codes.get(name) for name in _names_of_weights(node) if name in ctx.layouts}
             if plain and target is OPS.linear.default and not is_constant(node.args[1]):
                 edit.replace(node, aten.linear.default, node.args)
             elif of_codes or plain:
@@ -69,6 +71,8 @@ def _in_words(kept: Mapping[str, Format | None]) -> tuple[str, ...]:
 
 def _forms_of_codes(node: fx.Node, ctx: PassContext) -> dict[str, Format]:
     """The format of each weight by name, if all of the call's weights are codes for which the target has a kernel."""
+    if node.target is OPS.expert_linear.default:
+        return {}
     weights = [node.args[1]] if node.target is OPS.linear.default else list(node.args[3:5])
     is_transposed = node.target is OPS.experts.default and node.args[8]
     forms = [_form_of(weight, is_transposed, ctx) for weight in weights]

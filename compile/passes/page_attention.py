@@ -48,6 +48,8 @@ def page_attention(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
 def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
     given = named_arguments(node)
     k, v, layer, window = given["k"], given["v"], given["layer"], given["window"] or given["chunk"]
+    if given["relative"] and (given["slopes"] or given["chunk"]):
+        raise ValueError(f"layer {layer}: biases by distance beside slopes or chunks have no kernel")
     if not given["causal"]:
         raise ValueError(f"layer {layer}: attention that is not causal cannot be paged")
     key, value = k.meta["val"], v.meta["val"]
@@ -88,10 +90,13 @@ def _rewrite(
         insert_call(node, OPS.write_cache.default, (*caches, given["k"], given["v"], slots, *scales), node, None)
     numbers = given["window"], given["scale"], given["softcap"]
     batch = table, seq_lens, query_start
-    bias = given["slopes"], given["chunk"]
-    behind = (*(scales or (None, None)), *bias) if any(bias) else scales
-    args = (given["q"], *caches, *batch, given["sinks"], *numbers, *behind)
-    paged = insert_call(node, OPS.paged_attention.default, args, node, node.meta["val"])
+    args = (given["q"], *caches, *batch, given["sinks"], *numbers)
+    if given["relative"]:
+        target, behind = OPS.paged_relative_attention.default, (given["relative"], *scales)
+    else:
+        bias = given["slopes"], given["chunk"]
+        target, behind = OPS.paged_attention.default, (*(scales or (None, None)), *bias) if any(bias) else scales
+    paged = insert_call(node, target, (*args, *behind), node, node.meta["val"])
     take_over([node], [paged])
 
 

@@ -260,17 +260,18 @@ void run_attention(DType d, DType cache, const Sequences& s, Heads h, int32_t bl
   int64_t tokens = 0;
   for (int32_t count : s.counts) tokens += count;
   const int64_t blocks = s.num_blocks(block_size);
-  const auto attend = [&](Owned sinks, Owned slopes, int64_t window, int64_t chunk, double softcap) {
+  const auto attend = [&](Owned sinks, Owned slopes, Owned relative, int64_t window, int64_t chunk, double softcap) {
     call("paged_attention",
          pack(make(d, {1, tokens, h.query, h.value_dim}), make(d, {1, h.query, tokens, h.key_dim}),
               make(cache, {blocks, h.kv, block_size, h.key_dim}), make(cache, {blocks, h.kv, block_size, h.value_dim}),
-              s.table(block_size), s.lens(), s.starts(), sinks, slopes),
+              s.table(block_size), s.lens(), s.starts(), sinks, slopes, relative),
          {window, chunk}, {0.2, softcap});
   };
   for (int64_t window : {0, 1, 70}) {
-    attend(absent(), absent(), window, 0, 0.0);
-    attend(make(d, {h.query}), absent(), window, 0, 5.0);
-    attend(absent(), make(DType::f32, {h.query}), 0, window, 0.0);
+    attend(absent(), absent(), absent(), window, 0, 0.0);
+    attend(make(d, {h.query}), absent(), absent(), window, 0, 5.0);
+    attend(absent(), make(DType::f32, {h.query}), absent(), 0, window, 0.0);
+    attend(absent(), absent(), make(DType::f32, {1, h.query, tokens, 20}), window, 0, 0.0);
   }
 }
 
@@ -296,6 +297,10 @@ void run_experts(DType d, DType panels) {
                     make(panels, {kExperts, panels_of(2 * hidden), dim, 16}),
                     make(panels, {kExperts, panels_of(dim), hidden, 16}), bias(2 * hidden), bias(dim)),
                {act, hidden}, {1.702, 7.0});
+          call("expert_linear",
+               pack(make(d, {tokens, kTop, hidden}), make(d, {tokens, dim}), make(DType::i64, {tokens, kTop}, kExperts + 1),
+                    make(panels, {kExperts, panels_of(hidden), dim, 16}), bias(hidden)),
+               {hidden}, {});
         }
   for (int64_t order : {kSoftmaxThenTopk, kTopkThenSoftmax})
     for (int64_t num_experts : {1, 3, 37})

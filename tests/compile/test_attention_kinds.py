@@ -46,10 +46,12 @@ GEMMA3N: dict[str, Any] = dict(
     hidden_size_per_layer_input=8, laurel_rank=8, intermediate_size=[96] * 6, activation_sparsity_pattern=[0.5] * 6,
     layer_types=["sliding_attention", "full_attention"] * 3,
 )  # fmt: skip
-INDEXED: dict[str, Any] = dict(
-    num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, q_lora_rank=32,
-    kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_group=2, topk_group=1, index_topk=64,
-    index_n_heads=2, index_head_dim=16,
+EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+LATENT: dict[str, Any] = dict(
+    num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+)  # fmt: skip
+INDEXED: dict[str, Any] = LATENT | EXPERTS | dict(
+    n_routed_experts=8, n_group=2, topk_group=1, index_topk=64, index_n_heads=2, index_head_dim=16,
 )  # fmt: skip
 NEO: dict[str, Any] = IDS | dict(hidden_size=64, num_layers=4, num_heads=4, intermediate_size=96, window_size=8)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,6 +66,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "doge": ("DogeConfig", COMMON),
     "gemma3n": ("Gemma3nTextConfig", COMMON | GEMMA3N),
     "deepseek_v32": ("DeepseekV32Config", COMMON | INDEXED),
+    "hy_v4": ("HYV4Config", COMMON | INDEXED | dict(
+        indexer_types=["full", "shared", "full", "shared"], n_group=1, swiglu_limit=0.5)),
+    "dory": ("DoryConfig", COMMON | dict(
+        head_dim=16, sliding_window=8, n_input_layers=1, n_output_layers=1, initializer_range=1.0)),
+    "git": ("GitConfig", COMMON | dict(vision_config=dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))),
+    "beam": ("BeamConfig", COMMON | EXPERTS | dict(num_experts=8, n_group=2, topk_group=1, sliding_window=8)),
+    "dbrx": ("DbrxConfig", IDS | dict(
+        d_model=64, n_heads=4, n_layers=3, max_seq_len=256, ffn_config=dict(ffn_hidden_size=48, moe_top_k=2),
+        attn_config=dict(kv_n_heads=2, clip_qkv=2.0, rope_theta=1e4))),
+    "jetmoe": ("JetMoeConfig", COMMON | dict(kv_channels=16, num_local_experts=4, num_experts_per_tok=2)),
+    "longcat_flash": ("LongcatFlashConfig", COMMON | LATENT | dict(
+        head_dim=8, num_layers=2, ffn_hidden_size=96, expert_ffn_hidden_size=32, n_routed_experts=4, zero_expert_num=3,
+        moe_topk=3)),
     "gpt_neo": ("GPTNeoConfig", NEO | dict(attention_types=[[["global", "local"], 2]])),
     "gpt_neox_japanese": ("GPTNeoXJapaneseConfig", COMMON | dict(intermediate_multiple_size=2)),
     "openai_gpt": ("OpenAIGPTConfig", IDS | dict(n_embd=64, n_layer=3, n_head=4, n_positions=256)),

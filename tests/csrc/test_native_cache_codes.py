@@ -81,7 +81,7 @@ class CodedCache(Cache):
         self.k_cache = key_panels(self.k_cache)
 
     def run(self, tensors, ints, floats):
-        ops.paged_attention_codes(*tensors, *self.scales, *ints, self.code, *floats)
+        ops.paged_attention_codes(*tensors, *self.scales, None, *ints, self.code, *floats)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 50, "sinks": torch.linspace(-1, 1, 6)},

@@ -42,7 +42,7 @@ class Cache:
         return list(out[0].split(counts))
 
     def run(self, tensors, ints, floats):
-        ops.paged_attention(*tensors, *ints, *floats)
+        ops.paged_attention(*tensors, None, *ints, *floats)
 
     def reference(self, s, query, seen, sinks=None, window=0, scale=0.2, softcap=0.0, slopes=None, chunk=0):
         heads, n, _ = query.shape

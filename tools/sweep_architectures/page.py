@@ -53,8 +53,8 @@ def page(results: Sequence[Result]) -> str:
     parts = [head, "## Text decoders\n", _table(decoders), ""]
     parts += [
         "## Others\n",
-        "Decoders of encoder-decoders, encoders that are told to be decoders, and types of which Transformers has no\n"
-        "small model that runs on text.\n",
+        "Decoders of encoder-decoders, encoders that are told to be decoders, models that attend in both directions,\n"
+        "and types of which Transformers has no small model that runs on text.\n",
         _table(others),
         "",
     ]

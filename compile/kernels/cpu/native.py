@@ -17,7 +17,7 @@ SAME_NAME = (
     "gated_delta_slots", "ssd_scan_slots", "selective_scan_slots",
 )  # fmt: skip
 OVER_CACHES = ("rope_cache", "write_cache", "paged_attention")
-
+RELATIVE = "paged_relative_attention"
 
 def over_cache(op: str, is_coded: bool) -> Callable[..., bool]:
     """Takes calls of the op whose caches hold codes, or those whose caches hold floats."""
@@ -29,6 +29,10 @@ def cache_code(node: fx.Node) -> int:
     return CACHES[dtype_name(named_arguments(node)["k_cache"].meta["val"])]
 
 
+def no_chunk(node: fx.Node) -> int:
+    return 0
+
+
 def dtype_name(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
@@ -37,7 +41,10 @@ IMPLEMENTATIONS = (
     *(native(op) for op in SAME_NAME),
     *(native(op, supports=over_cache(op, False)) for op in OVER_CACHES),
     *(native(op, f"{op}_codes", over_cache(op, True), code=cache_code) for op in OVER_CACHES),
+    native(RELATIVE, "paged_attention", over_cache(RELATIVE, False), chunk=no_chunk),
+    native(RELATIVE, "paged_attention_codes", over_cache(RELATIVE, True), code=cache_code, chunk=no_chunk),
     native("experts_panels", "experts"),
+    native("expert_linear_panels", "expert_linear"),
     native("linear_panels", "linear", choices=lambda node: node.meta.get("choices", 0)),
     native("aten.embedding", "embedding", ids=lambda node: node.args[1]),
 )

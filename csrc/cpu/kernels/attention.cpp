@@ -108,11 +108,23 @@ FL_INLINE vi lanes_from(int64_t first) {
 }
 
 // Keys [lo, hi) of a tile that a row sees. `slope` times its distance to a key, at most 0, is added to the score; `self` is
-// the place in the tile of the row's own key.
+// the place in the tile of the row's own key. bias[d] of `num_biases` is added to the score of a key at distance d.
 struct SeenKeys {
   int64_t lo, hi, self;
   float slope;
+  const float* bias;
+  int64_t num_biases;
 };
+
+// Adds a row's biases by distance to its scores x[kKeys].
+FL_INLINE void add_biases(const SeenKeys& seen, vf* x) {
+  float bias[kKeys];
+  for (int64_t k = 0; k < kKeys; ++k) {
+    int64_t distance = seen.self - k;
+    bias[k] = distance >= 0 && distance < seen.num_biases ? seen.bias[distance] : 0.0f;
+  }
+  for (int v = 0; v < kKeys / kLanes; ++v) x[v] += load(bias + v * kLanes);
+}
 
 // Turns a row of scores into probabilities relative to its new maximum, 0 for keys outside [lo, hi); rescales sums.
 // Probabilities are multiplied by the scales of values.
@@ -129,6 +141,7 @@ void softmax_row(const Attention& job, float* s, const SeenKeys& seen, const Key
     if (job.softcap > 0) x[v] = job.softcap * vtanh(x[v] / job.softcap);
     if (seen.slope != 0.0f) x[v] += seen.slope * __builtin_convertvector(lanes_from(v * kLanes - seen.self), vf);
   }
+  if (seen.bias) add_biases(seen, x);
   bool is_full = lo <= 0 && hi >= kKeys;
   vi is_seen[kVecs];
   if (!is_full) {
@@ -229,6 +242,13 @@ void sum_tile(const Attention& job, int64_t rows, int64_t first, const Places<T>
   }
 }
 
+const float* biases_of(const Attention& job, const Task& task, int64_t row) {
+  if (!job.relative || !job.relative->present()) return nullptr;
+  const int64_t* strides = job.relative->strides;
+  return static_cast<const float*>(job.relative->data) + task.head_of(row) * strides[1] +
+         (task.token + row / task.num_heads) * strides[2];
+}
+
 // Scores, softmax and sum of values of keys [lo, hi) of the tile at `base`, whose addresses are in `tile`.
 template <class Path, class T>
 void compute_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, int64_t hi, const Places<T>& tile,
@@ -244,8 +264,10 @@ void compute_tile(const Attention& job, const Task& task, int64_t base, int64_t 
     int64_t position = task.position_of(r), first = first_key(job, position);
     int64_t begin = first > lo ? first - base : lo - base, end = position + 1 < hi ? position + 1 - base : hi - base;
     float slope = job.slopes.present() ? float_at(job.slopes, task.head_of(r)) : 0.0f;
+    const float* bias = biases_of(job, task, r);
+    SeenKeys seen{begin, end, position - base, slope, bias, bias ? job.relative->sizes[3] : 0};
     fetch();
-    softmax_row<Path>(job, s.scores + r * kRowSize, {begin, end, position - base, slope}, s.scales(job),
+    softmax_row<Path>(job, s.scores + r * kRowSize, seen, s.scales(job),
                       p.sum + r * job.padded_dim, p.max[r], p.weight[r]);
   }
   sum_tile(job, rows, lo - base, tile, next ? *next : tile, static_cast<int>(hi - lo), s, p.sum);
@@ -431,19 +453,22 @@ Attention attention_job(const Tensor* t, const int64_t* i, const double* f) {
 }  // namespace
 
 // t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?, slopes? (times the distance of key and
-// query, <= 0, added to scores); i: window, chunk (a token sees the keys of its aligned chunk; 0: none); f: scale, softcap
+// query, <= 0, added to scores), relative? (by its own query, added to the scores of keys at distances 0 .. R - 1;
+// numbers of a query side by side); i: window, chunk (a token sees the keys of its aligned chunk; 0: none); f: scale, softcap
 // (0: none). keys.h gives the layout of keys. Keys from seq_lens on, and blocks before the window or chunk, are not read.
 void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
   Attention job = attention_job(t, i, f);
+  job.relative = &t[9];
   if constexpr (kHasDot)
     if (job.k_cache.dtype == DType::bf16 && job.q.dtype == DType::bf16) return run_all<Bf16DotPath, bf16>(job);
   with_float(job.k_cache.dtype, [&](auto p) { run_all<Fp32Path, decltype(p)>(job); });
 }
 
-// The same over caches of codes (cache_codes.h): t: then k_scale?, v_scale?; i: then code (CacheCode).
+// The same over caches of codes (cache_codes.h): t: then k_scale?, v_scale?, relative?; i: then code (CacheCode).
 void paged_attention_codes(const Tensor* t, const int64_t* i, const double* f) {
   Attention job = attention_job(t, i, f);
   job.code = i[2];
+  job.relative = &t[11];
   job.scale *= cache_unit(job.code) * (t[9].present() ? float_at(t[9], 0) : 1.0f);
   job.value_unit = cache_unit(job.code) * (t[10].present() ? float_at(t[10], 0) : 1.0f);
   if constexpr (kHasDot)

@@ -26,7 +26,32 @@ struct PanelExperts {
   }
 };
 
+// The rows of the first product in the order of their pairs.
+void write_pairs(const Experts<PanelExperts>& job, const Block& b) {
+  const int64_t num_out = job.gate_up.num_out();
+  with_float(job.out.dtype, [&](auto t) {
+    using T = decltype(t);
+    parallel(b.num_tokens * job.top_k(), [&](int64_t pair) {
+      T* to = static_cast<T*>(job.out.data) + (b.token * job.top_k() + pair) * num_out;
+      const int64_t row = b.row_of[pair];
+      if (row >= 0) return convert_row(b.gate_up + row * num_out, num_out, to);
+      for (int64_t n = 0; n < num_out; ++n) to[n] = T{};
+    });
+  });
+}
+
 }  // namespace
+
+// t: out! [T][K][N], x, ids, panels [E][panels][D][16], bias? [E, N]; i: num_out N.
+void expert_linear(const Tensor* t, const int64_t* i, const double*) {
+  PanelExperts weight{t[3], i[0]};
+  Experts<PanelExperts> job{t[0], t[1], t[2], t[2], t[4], t[4], weight, weight, t[3].sizes[0], 0, (i[0] + 1) / 2, 0, 0};
+  for_sorted_blocks(job, [&](const Block& b) {
+    gather_rows(job, b);
+    project<PanelExperts>(job, {job.gate_up, job.gate_up_bias, b.x, b.gate_up}, b);
+    write_pairs(job, b);
+  });
+}
 
 // t: out!, x, ids, weights, gate_up [E][panels][D][16], down [E][panels][I][16], gate_up_bias? [E, 2 I],
 // down_bias? [E, D]; i: act (ExpertAct), num_hidden I; f: alpha, limit. Ids outside [0, E) add nothing.

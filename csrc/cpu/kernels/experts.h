@@ -230,8 +230,7 @@ Block make_block(const Experts<Weight>& job, int64_t tokens, int64_t** starts) {
 }
 
 template <class Weight>
-void run_block(const Experts<Weight>& job, Block& b, int64_t* starts) {
-  sort_pairs(job, b, starts);
+void run_block(const Experts<Weight>& job, const Block& b) {
   gather_rows(job, b);
   project<Weight>(job, {job.gate_up, job.gate_up_bias, b.x, b.gate_up}, b);
   activate_rows(job, b);
@@ -239,16 +238,23 @@ void run_block(const Experts<Weight>& job, Block& b, int64_t* starts) {
   sum_tokens(job, b);
 }
 
-template <class Weight>
-void run_experts(const Experts<Weight>& job) {
+// Sorts the pairs of one block of tokens after the other and calls run(block).
+template <class Weight, class Run>
+void for_sorted_blocks(const Experts<Weight>& job, const Run& run) {
   int64_t fit = kScratchFloats / (floats_per_pair(job) * job.top_k()), tokens = fit < 1 ? 1 : fit;
   if (tokens > job.num_tokens()) tokens = job.num_tokens();
   int64_t* starts;
   Block block = make_block(job, tokens, &starts);
   for (block.token = 0; block.token < job.num_tokens(); block.token += tokens) {
     block.num_tokens = job.num_tokens() - block.token < tokens ? job.num_tokens() - block.token : tokens;
-    run_block(job, block, starts);
+    sort_pairs(job, block, starts);
+    run(block);
   }
+}
+
+template <class Weight>
+void run_experts(const Experts<Weight>& job) {
+  for_sorted_blocks(job, [&](const Block& b) { run_block(job, b); });
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ struct Attention {
   int64_t heads_per_task = 0, tokens_per_task = 0;
   int64_t code = -1;          // CacheCode of caches of codes (cache_codes.h)
   float value_unit = 1.0f;    // of the values that are summed
+  const Tensor* relative = nullptr;   // [1, H, T, R] biases of distances 0 .. R - 1
 
   bool is_coded() const { return code >= 0; }
   int64_t parts() const { return (group + heads_per_task - 1) / heads_per_task; }

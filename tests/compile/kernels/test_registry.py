@@ -41,7 +41,7 @@ def test_facts_of_ops_name_what_is_there() -> None:
         assert len(op.arguments) == len(inspect.signature(op.reference).parameters) or op.name.endswith("_invariant")
     assert {name for name, op in registry().items() if op.written} == {"write_cache", "rope_cache"}
     assert {name for name, op in registry().items() if op.reads_cache} == {
-        "paged_attention", "paged_attention_invariant",
+        "paged_attention", "paged_attention_invariant", "paged_relative_attention",
     }  # fmt: skip
 
 

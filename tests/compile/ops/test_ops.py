@@ -22,7 +22,7 @@ DENSE = {"attention", "causal_conv", "gated_delta", "ssd_scan", "selective_scan"
 CUDA_ONLY = {
     "linear", "experts", "linear_act_mul", "linear_invariant", "experts_invariant", "paged_attention_invariant",
     "linear_code_rows", "linear_code_rows_invariant", "embedding_code_rows", "quantize_fp8", "rms_norm_fp8",
-    "add_rms_norm_fp8", "linear_fp8", "linear_fp8_invariant",
+    "add_rms_norm_fp8", "linear_fp8", "linear_fp8_invariant", "expert_linear",
 }  # fmt: skip
 NATIVE = [op for name, op in sorted(registry().items()) if name in implementations("cpu")]
 
