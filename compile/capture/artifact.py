@@ -17,11 +17,21 @@ from torch import fx
 from fuseline.compile.cache.keys import cache_key, optimized_key, sources_key
 from fuseline.compile.cache.store import cache_path, pack, read_cached, unpack, write_cached
 from fuseline.compile.capture.captured import DTYPES, EXAMPLE_TOKENS, MAX_TOKENS, MIN_TOKENS, CapturedModel, ModelFacts
+from fuseline.compile.capture.errors import CaptureError
 from fuseline.compile.capture.unneeded import without_unneeded
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_json import GraphFormatError, decode, decode_fixed, encode, module_of
 from fuseline.compile.graph.runner import PassReport, PipelineResult
-from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, QuantizedSpec, RopeSwitchSpec, StateSpec, TapSpec
+from fuseline.compile.specs import (
+    FP8_DTYPES,
+    CacheGroup,
+    CacheSpec,
+    FeedSpec,
+    QuantizedSpec,
+    RopeSwitchSpec,
+    StateSpec,
+    TapSpec,
+)
 from fuseline.compile.target import CPU, Target
 
 SPECS = {spec.__name__: spec for spec in (CacheSpec, CacheGroup, FeedSpec, QuantizedSpec, StateSpec, TapSpec)}
@@ -46,14 +56,24 @@ def load_or_capture(config: CompileConfig, check: Check | None = None) -> Captur
     key = cache_key(config)
     path = key and cache_path(config, "graphs", key)
     found = path and read_cached(path, lambda body: parse_captured(body, key), "the model is captured anew")
+    captured = found or capture_model(config)
+    refuse_rounded_bias(captured, config)
     if found and (check is None or found.checked_by == sources_key()):
         return found
-    captured = found or capture_model(config)
     if check is not None:
         captured.verdict, captured.checked_by = check(captured), sources_key()
     if path:
         write_cached(path, lambda: pack(captured_values(captured, key), captured.constants))
     return captured
+
+
+def refuse_rounded_bias(captured: CapturedModel, config: CompileConfig) -> None:
+    """Raises CaptureError. The graph is the same for every type of cache, and found in the cache for any."""
+    if captured.has_key_bias and config.kv_cache_dtype in ("int8", *FP8_DTYPES):
+        raise CaptureError(
+            f"{captured.facts.model_type} keeps a bias beside each key, which a cache of {config.kv_cache_dtype} would "
+            "round: give --kv-cache-dtype auto"
+        )
 
 
 def load_optimized(config: CompileConfig, target: Target = CPU) -> tuple[CapturedModel, PipelineResult] | None:
@@ -96,6 +116,7 @@ def captured_values(captured: CapturedModel, key: str) -> dict[str, Any]:
         "parameters": {name: [list(shape), name_of(dtype)] for name, (shape, dtype) in captured.parameters.items()},
         "tied": captured.tied,
         "num_distinct_layers": captured.num_distinct_layers,
+        "has_key_bias": captured.has_key_bias,
         "verdict": captured.verdict,
         "checked_by": captured.checked_by,
         "rope_switch": captured.rope_switch and asdict(captured.rope_switch),
@@ -155,6 +176,7 @@ def rebuild(values: Mapping[str, Any], graph: fx.Graph, constants: dict[str, tor
         constants=constants,
         tied=values["tied"],
         num_distinct_layers=values["num_distinct_layers"],
+        has_key_bias=values["has_key_bias"],
         verdict=values["verdict"],
         checked_by=values["checked_by"],
         rope_switch=RopeSwitchSpec(**values["rope_switch"]) if values["rope_switch"] else None,

@@ -49,6 +49,8 @@ class CapturedModel:
     """When set, `positions` are rope rows."""
     num_distinct_layers: int = 0
     """So many layers from the first on hold one of each kind."""
+    has_key_bias: bool = False
+    """Whether a bias is kept beside each key in the cache."""
     verdict: str = ""
     """How the serving graph compares with Transformers (compile/check.py); empty if it was not compared."""
     checked_by: str = ""

@@ -37,7 +37,6 @@ from fuseline.compile.graph.edit import map_arguments
 from fuseline.compile.graph.graph_json import module_of
 from fuseline.compile.ops.library import named_arguments
 from fuseline.compile.ops.registry import op_of
-from fuseline.compile.specs import FP8_DTYPES
 
 
 class _Wrapped(nn.Module):
@@ -78,15 +77,11 @@ def capture_config(hf_config: PreTrainedConfig, dtype: torch.dtype, config: Comp
     rope_switch = patch_model(model)
     give_constants(model)
     prepare_attention(model)
-    if config.kv_cache_dtype in ("int8", *FP8_DTYPES) and has_key_bias(model):
-        raise CaptureError(
-            f"{hf_config.model_type} keeps a bias beside each key, which a cache of {config.kv_cache_dtype} would "
-            "round: give --kv-cache-dtype auto"
-        )
     graph, buffers = export_repeated(model) or export_whole(model)
     captured = describe(model, graph, hf_config, dtype, buffers)
     captured.rope_switch = rope_switch
     captured.num_distinct_layers = num_distinct_layers(model)
+    captured.has_key_bias = has_key_bias(model)
     _check_attention(captured, hf_config, layer_kinds(model)[0])
     _check_recurrences(captured, hf_config)
     return captured

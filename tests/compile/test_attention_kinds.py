@@ -6,6 +6,7 @@ than every window and chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,9 @@ import transformers
 from paged_driver import greedy
 
 from fuseline.compile.backends.cpu_plan.model import CpuModel
+from fuseline.compile.capture.artifact import load_or_capture
 from fuseline.compile.capture.captured import facts_of
 from fuseline.compile.capture.errors import CaptureError, LoadError
-from fuseline.compile.capture.export import capture_config
 from fuseline.compile.capture.reference import RandomModel
 from fuseline.compile.capture.small_config import small_config
 from fuseline.compile.check import row_errors, serve
@@ -125,11 +126,18 @@ def test_logits_are_those_of_transformers(family: str, folder: Path) -> None:
         assert float(row_errors(found, reference.logits(sequence)).max()) < 1e-4
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8", "fp8_e5m2"])
 @pytest.mark.parametrize(("name", "fields"), [FAMILIES["doge"], FAMILIES["falcon_alibi"]])
-def test_biases_beside_keys_need_a_cache_of_floats(name: str, fields: dict[str, Any]) -> None:
-    config = CompileConfig(model="", kv_cache_dtype="int8")
-    with pytest.raises(CaptureError, match="keeps a bias beside each key, .* give --kv-cache-dtype auto"):
-        capture_config(getattr(transformers, name)(**fields), torch.float32, config)
+def test_biases_beside_keys_need_a_cache_of_floats(
+    name: str, fields: dict[str, Any], kv_cache_dtype: str, tmp_path: Path
+) -> None:
+    """Also where the graph has been captured for another type."""
+    getattr(transformers, name)(**fields).save_pretrained(tmp_path)
+    plain = CompileConfig(str(tmp_path), cache_dir=str(tmp_path / "cache"), dtype="float32")
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="keeps a bias beside each key, .* give --kv-cache-dtype auto"):
+            load_or_capture(dataclasses.replace(plain, kv_cache_dtype=kv_cache_dtype))
+        assert load_or_capture(plain).has_key_bias
 
 
 @pytest.mark.parametrize(("family", "most"), [("deepseek_v32", 64), ("doge", 2048), ("llama4", 4096)])
