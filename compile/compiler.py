@@ -38,6 +38,7 @@ from fuseline.compile.specs import CacheGroup, CacheSpec, WeightSource
 from fuseline.compile.target import CPU, Target
 from fuseline.compile.tuning.kernels import tune_kernels
 from fuseline.compile.tuning.linears import TUNE_LEVEL, tune_linears
+from fuseline.compile.tuning.runs import tune_runs
 
 if TYPE_CHECKING:
     from fuseline.compile.backends.cuda.model import CudaModel
@@ -76,6 +77,7 @@ def compile_model(
     weights |= on_device(result.constants | _kv_scales(result, config), target)
     if config.level >= TUNE_LEVEL and target.kind == "cuda":
         tune_kernels(captured.graph, weights, config, target, progress)
+        tune_runs(captured.graph, weights, config, target, progress)
     elif config.level >= TUNE_LEVEL:
         tune_linears(captured.graph, weights, config, progress)
     executable = _executable(captured.graph, weights, config, target, offload)

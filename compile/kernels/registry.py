@@ -123,6 +123,8 @@ class Implementation:
     """(arguments, host inputs) of a small call whose results must be those of our kernel before the first use."""
     hides: tuple[str, ...] = ()
     """Labels that are no candidates in its phases where this is one: they give other bits."""
+    is_step: bool = False
+    """Whether the persistent kernel computes the calls that it makes (kernels/cuda/persistent.py)."""
 
     def with_tunings(self, args: tuple) -> list[Implementation]:
         """One for each tuning of a phase that it has."""

@@ -21,6 +21,7 @@ from fuseline.compile.passes.fuse_act_mul import fuse_act_mul
 from fuseline.compile.passes.fuse_add_norm import fuse_add_norm
 from fuseline.compile.passes.fuse_linear_act import fuse_linear_act
 from fuseline.compile.passes.fuse_norm_quant import fuse_norm_quant
+from fuseline.compile.passes.fuse_persistent import Run, fuse_persistent
 from fuseline.compile.passes.fuse_rope_cache import fuse_rope_cache
 from fuseline.compile.passes.join_linears import join_linears
 from fuseline.compile.passes.keep_last_logits import keep_last_logits
@@ -79,6 +80,11 @@ def program_passes(
     """Passes over the compiled graph of a GPU. No dead code is removed after them: a release has no users."""
     bound = bind_kernels(runs, device)
     return (bound, stream_weights(streamed)) if streamed else (bound,)
+
+
+def few_rows_passes(calls: Sequence[tuple[Run, Callable]]) -> Sequence[GraphPass]:
+    """Passes over a copy of that graph, for steps of few rows; `calls`: what is called in the place of each run."""
+    return (fuse_persistent(calls),)
 
 
 def stages(config: CompileConfig, kind: str = "cpu") -> Stages:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.ops.library import StepSize, named_arguments
+from fuseline.compile.ops.library import ROWS, StepSize, named_arguments
 from fuseline.compile.ops.registry import op_of
+from fuseline.compile.passes.fuse_persistent import Run
 from fuseline.compile.tuning.timer import Arguments
 
 MAX_TENSORS = 8
@@ -33,6 +34,21 @@ class CallMaker:
         values = {arg: value for arg, value in zip(given, calls[0], strict=True) if _is_input(arg)}
         host = {str(arg.target): value.cpu() for arg, value in values.items() if arg.op == "placeholder"}
         return Arguments(calls, host)
+
+    def run_arguments(self, runs: Sequence[Run], rows: int) -> Arguments:
+        """Inputs of alike runs, each behind its place in `runs`."""
+        step = StepSize(ROWS, rows, self._device)
+        return Arguments([(place, *self._inputs(run, step)) for place, run in enumerate(runs)])
+
+    def _inputs(self, run: Run, step: StepSize) -> list[object]:
+        """Each as the first op that reads it has it; numbers are those of rows."""
+        made: dict[fx.Node, object] = {}
+        for node in run.nodes:
+            if node.name in run.steps:
+                for arg, value in zip(named_arguments(node).values(), self._call(node, step), strict=True):
+                    if _is_input(arg):
+                        made.setdefault(arg, value)
+        return [made.get(node, step.rows) for node in run.inputs]
 
     def _is_away(self, node: fx.Node) -> bool:
         constants = (arg for arg in node.all_input_nodes if arg.op == "get_attr")

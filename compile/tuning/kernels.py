@@ -28,7 +28,7 @@ from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.ops.registry import op_of
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.calls import CallMaker, has_constants
-from fuseline.compile.tuning.timer import DeviceTimer, Timer
+from fuseline.compile.tuning.timer import Arguments, DeviceTimer, Timer
 from fuseline.compile.tuning.tuned import MIN_GAIN, measured_once
 
 logger = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ def tune_kernels(
 ) -> None:  # fmt: skip
     """Sets the choices of every node with several candidates, meta["choices"]. `weights` by get_attr target."""
     problems = _problems(graph, kernels or Kernels(target), config.batch_invariant)
-    tuner = _Tuner(weights, config, target, timer or DeviceTimer())
+    tuner = Tuner(weights, config, target, timer)
     chosen = measured_once(
-        config, _key(problems, config, target), list(problems), lambda which: tuner.choose(which, problems[which]),
+        config, cache_key(problems, config, target), list(problems), lambda which: tuner.choose(which, problems[which]),
         lambda which, choice: is_choice(problems[which].candidates, choice), progress,
     )  # fmt: skip
     for problem, calls in problems.items():
@@ -90,14 +90,16 @@ def _is_range(of: Sequence[Implementation], phase: str, found: object) -> bool:
     return any(c.label == found[1] and phase in c.phases and c.max_rows >= found[0] for c in of)
 
 
-class _Tuner:
+class Tuner:
+    """Measures the candidates of problems on a device, size by size."""
+
     def __init__(
-        self, weights: Mapping[str, Tensor], config: CompileConfig, target: Target, timer: Timer
+        self, weights: Mapping[str, Tensor], config: CompileConfig, target: Target, timer: Timer | None
     ) -> None:  # fmt: skip
-        self._calls = CallMaker(weights, target.device)
-        self._config = config
+        self.calls = CallMaker(weights, target.device)
+        self.config = config
         self._device = target.device
-        self._timer = timer
+        self._timer = timer or DeviceTimer()
 
     def choose(self, problem: Problem, calls: Calls) -> dict[str, list[list]]:
         """Per phase, a list of [upper bound of rows, label of the fastest candidate]."""
@@ -110,25 +112,29 @@ class _Tuner:
     def _ranges(self, problem: Problem, calls: Calls, phase: str, default: Sequence[tuple[int, str]]) -> list[list]:
         """Merges adjacent ranges with the same label."""
         found: list[list] = []
-        for end, rows in self._sizes(phase):
+        for end, rows in self.sizes(phase):
             label = self._fastest(problem, calls, phase, end, rows, chosen_label(default, end))
             if found and found[-1][1] == label:
                 found.pop()
             found.append([end, label])
         return found
 
-    def _sizes(self, phase: str) -> list[tuple[int, int]]:
+    def sizes(self, phase: str) -> list[tuple[int, int]]:
         """(end of a range, rows measured for it). Rows are capped at those of the largest step."""
-        tokens, seqs = self._config.max_num_batched_tokens, self._config.max_num_seqs
+        tokens, seqs = self.config.max_num_batched_tokens, self.config.max_num_seqs
         if phase == PREFILL:
             return [(ANY, max(2, min(LARGE, tokens)))]
         most = seqs if phase == DECODE else min(LARGE, tokens)
         ends = [end for end in ROWS if end < most]
         return [*((end, end) for end in ends), (ANY, most)]
 
+    def arguments(self, calls: Calls, phase: str, rows: int) -> Arguments:
+        """What the candidates of a problem are called with."""
+        return self.calls.arguments(calls.nodes, phase, rows)
+
     def _fastest(self, problem: Problem, calls: Calls, phase: str, end: int, rows: int, default: str) -> str:
         good = [c for c in calls.candidates if phase in c.phases and c.max_rows >= end]
-        arguments = self._calls.arguments(calls.nodes, phase, rows)
+        arguments = self.arguments(calls, phase, rows)
         seconds: dict[str, float] = {}
         for candidate in good:
             if candidate.label in calls.failed:
@@ -167,7 +173,7 @@ def _problems(graph: fx.GraphModule, kernels: Kernels, is_invariant: bool) -> di
     return {problem: Calls(alike, found[problem]) for problem, alike in nodes.items()}
 
 
-def _key(problems: Mapping[Problem, Calls], config: CompileConfig, target: Target) -> str:
+def cache_key(problems: Mapping[Problem, object], config: CompileConfig, target: Target) -> str:
     """Cache key: problems, kernels, libraries, device and sizes of steps."""
     sources = sorted(Path(kernel_files.__file__).parent.rglob("*.py"))
     native = sorted(Path(_C.__file__).parent.glob("*.so"))

@@ -18,6 +18,7 @@ struct Half { uint16_t bits; };
 }  // namespace fuseline::cuda
 
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -207,6 +208,10 @@ inline int num_processors() {
   return is_known ? count : 0;
 }
 
+// Waits until every thread of the grid has come here; what any of them has written is visible to all then. For kernels
+// that launch_resident starts.
+FL_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+
 // Puts a write of zeros on the stream; returns 0 or the runtime's error code.
 inline int clear(Stream stream, void* at, size_t num_bytes) {
   return cudaMemsetAsync(at, 0, num_bytes, static_cast<cudaStream_t>(stream.handle));
@@ -232,6 +237,25 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Ar
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &early;
   config.numAttrs = stream.overlap >= needs ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// Launches the kernel with a block on every multiprocessor, all of which run at once (a cooperative launch), behind all
+// that is ahead of it on the stream.
+template <class Args>
+int launch_resident(void (*kernel)(Args), int threads, Stream stream, const Args& args, int shared_bytes) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(num_processors()));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &together;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

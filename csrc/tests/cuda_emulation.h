@@ -2,8 +2,9 @@
 //
 // The threads of a block are fibers of one CPU thread, run in turn; a fiber that waits (at __syncthreads, or for its
 // warp in a shuffle or a matrix instruction) yields to the next. Blocks run one after the other, so __shared__ is
-// static. Bulk copies are in cuda_bulk_copies.h. A deadlock is a bug of the kernel: it ends the process with a message. Launches that may overlap first pass
-// the early-launch race check (cuda_race_check.h).
+// static; those of a resident launch take turns (cuda_grid.h). Bulk copies are in cuda_bulk_copies.h. A deadlock is a bug
+// of the kernel: it ends the process with a message. Launches that may overlap first pass the early-launch race check
+// (cuda_race_check.h).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -60,10 +61,12 @@ struct Fiber {
 };
 
 struct Block {
-  std::vector<Fiber> fibers{kMaxThreads};
+  explicit Block(int most_threads) : fibers(most_threads) {}
+
+  std::vector<Fiber> fibers;
   dim3 grid, threads, index;
   int num_threads, current, num_done, num_idle, num_waiting;
-  bool is_race_check;
+  bool is_race_check, is_resident = false;
   ucontext_t outside;
   Barrier all, warps[kMaxThreads / kWarp];
   std::deque<BulkCopy> bulk_copies;
@@ -76,10 +79,13 @@ struct Block {
   const void* arguments;
 };
 
-inline Block& block() {
-  static Block only;
-  return only;
+// The block that runs: of a resident launch one of several.
+inline Block*& running() {
+  static Block only(kMaxThreads);
+  static Block* found = &only;
+  return found;
 }
+inline Block& block() { return *running(); }
 
 [[noreturn]] inline void fail(const char* why) {
   const dim3 at = block().index;
@@ -121,6 +127,8 @@ inline float (*exchange(const float* mine, int count))[12] {
   return b.shown[warp][parity];
 }
 
+inline thread_local bool is_race_check_running = false;
+
 inline void thread_main() {
   Block& b = block();
   b.body(b.arguments);
@@ -133,6 +141,7 @@ inline void thread_main() {
   yield_fiber();
 }
 
+// Runs the block until its threads have ended or, in a resident launch, wait for the grid.
 inline void run_block(dim3 index) {
   Block& b = block();
   b.index = index;
@@ -158,11 +167,35 @@ inline void run_block(dim3 index) {
   b.around();
 }
 
+template <class Args>
+struct Call { void (*kernel)(Args); const Args& args; };
+
+inline std::mutex& one_launch_at_a_time() {
+  static std::mutex only;
+  return only;
+}
+
+// Has a block run the call; `call` must outlive it.
+template <class Args>
+void prepare(Block& b, dim3 grid, int threads, int shared_bytes, const Call<Args>& call) {
+  b.grid = grid;
+  b.threads = dim3(threads);
+  b.num_threads = threads;
+  b.num_shared = shared_bytes;
+  b.is_race_check = is_race_check_running;
+  b.arguments = &call;
+  b.body = [](const void* given) {
+    const auto& call = *static_cast<const Call<Args>*>(given);
+    call.kernel(call.args);
+  };
+}
+
 inline dim3 thread_index() { return dim3(block().current); }
 
 }  // namespace emulated
 
 #include "tests/cuda_bulk_copies.h"
+#include "tests/cuda_grid.h"
 #include "tests/cuda_race_check.h"
 
 #define threadIdx (emulated::thread_index())
@@ -249,7 +282,8 @@ inline void sync_warp() {
   emulated::wait(b.warps[b.current / emulated::kWarp], emulated::kWarp);
 }
 inline char* dynamic_shared() { return emulated::block().shared; }
-inline int num_processors() { return 5; }
+inline void sync_grid() { emulated::wait_for_grid(); }
+inline int num_processors() { return emulated::kProcessors; }
 inline int atomicAdd(int* at, int x) { return (*at += x) - x; }
 inline int clear(Stream, void* at, size_t num_bytes) {
   if (!emulated::is_race_check_running) std::memset(at, 0, num_bytes);
@@ -321,26 +355,28 @@ template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, Stream stream, const Args& args,
            Overlap needs = Overlap::kHeads, int shared_bytes = 0) {
   if (emulated::is_race_check_running && stream.overlap < needs) return 0;
-  static std::mutex one_at_a_time;
-  std::lock_guard<std::mutex> lock(one_at_a_time);
-  struct Call { void (*kernel)(Args); const Args& args; } call{kernel, args};
-  emulated::Block& b = emulated::block();
+  const std::lock_guard<std::mutex> lock(emulated::one_launch_at_a_time());
+  const emulated::Call<Args> call{kernel, args};
   if (threads % emulated::kWarp || threads > emulated::kMaxThreads || !grid.x || !grid.y || !grid.z || grid.y > 65535 ||
       grid.z > 65535 || shared_bytes > emulated::kMaxShared)
     return kBadArgument;
-  b.grid = grid;
-  b.threads = dim3(threads);
-  b.num_threads = threads;
-  b.num_shared = shared_bytes;
-  b.is_race_check = emulated::is_race_check_running;
-  b.arguments = &call;
-  b.body = [](const void* given) {
-    const Call& call = *static_cast<const Call*>(given);
-    call.kernel(call.args);
-  };
+  emulated::prepare(emulated::block(), grid, threads, shared_bytes, call);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) emulated::run_block(dim3(x, y, z));
+  return 0;
+}
+
+template <class Args>
+int launch_resident(void (*kernel)(Args), int threads, Stream, const Args& args, int shared_bytes) {
+  if (emulated::is_race_check_running) return 0;  // such a launch is never early
+  const std::lock_guard<std::mutex> lock(emulated::one_launch_at_a_time());
+  const emulated::Call<Args> call{kernel, args};
+  if (threads % emulated::kWarp || threads > emulated::kMostResident || shared_bytes > emulated::kMaxShared)
+    return kBadArgument;
+  emulated::run_grid([&](emulated::Block& b) {
+    emulated::prepare(b, dim3(emulated::kProcessors), threads, shared_bytes, call);
+  });
   return 0;
 }
 

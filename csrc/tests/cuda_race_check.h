@@ -39,8 +39,6 @@ struct Hidden {
   }
 };
 
-inline thread_local bool is_race_check_running = false;
-
 // Runs call(Hidden{}), which launches kernels. The SIGSEGV handler is process-wide, so only one check runs at a time.
 template <class F>
 void check_race(const F& call) {

@@ -16,7 +16,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 SHARED_LIMIT = 48 << 10  # bytes of a block that asks for none
 REGISTERS = {"few_rows_kernel": 80, "few_codes_kernel": 96, "norm_kernel": 80, "act_mul_kernel": 64,
              "rope_kernel": 40, "merge_kernel": 128, "bulk_decode_kernel": 248, "decode_kernel": 224,
-             "prefill_kernel": 168, "probe_kernel": 32}  # fmt: skip
+             "prefill_kernel": 168, "persistent_kernel": 255, "probe_kernel": 32}  # fmt: skip
 """Most registers of a thread: three blocks of few_rows_kernel, whose ring fills a third of an sm_80's SM, fit it."""
 FOUR_BLOCKS = 64
 """From sm_90 on its ring fills a quarter."""

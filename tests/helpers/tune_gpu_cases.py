@@ -41,6 +41,7 @@ class Clock:
 
     def __call__(self, candidate: Implementation, arguments: Arguments) -> float:
         args = arguments.calls[0]
+        args = args[1:] if isinstance(args[0], int) else args  # of runs of ops: which of them
         is_write = candidate.label.endswith("_cache") or "rope_cache" in candidate.label
         first = args[2] if is_write else args[0]  # x[..., K], or heads [1, H, T, D]
         rows = first.shape[2] if first.dim() == 4 else first.numel() // first.shape[-1]

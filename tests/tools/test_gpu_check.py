@@ -378,8 +378,9 @@ def test_layers_are_measured_by_the_kernel_of_their_products(tool) -> None:
     more = (FakeGraphs(), found, TRIAL, Limits(1e9, 1e9))
     chains.measure_chains(sizes, kernels.Made(sizes, "cpu"), cuda_emulator.emulator(), *more, 1, (4,))
     names = [row[0] for row in found.rows]
-    assert len(names) == len(set(names)) == 2 * len(chains.KINDS)
+    assert len(names) == len(set(names)) == 2 * len(chains.KINDS) + 2
     assert "layers of 4 rows, few rows, overlap weights" in names
+    assert "layers of 4 rows, persistent between attentions" in names
     assert not any("FAILED" in row[1] for row in found.rows)
     chains.measure_chains(sizes, kernels.Made(sizes, "cpu"), None, *more)
     assert found.rows[-1][:2] == ("chains of layers", "not measured: no CUDA C++ kernels")
@@ -414,6 +415,7 @@ def test_what_is_gained_by_measuring_is_shown(tool, tmp_path, monkeypatch) -> No
     assert any(row.startswith("-O3: kernel: 2 x triton.paged_attention 7s") for row in rows)
     assert not any(row.startswith("default: kernel: 2 x triton.paged_attention 7s") for row in rows)
     assert sum("decode" in row for row in rows) == 2 * len(load.batches)
+    assert "-O3: runs of ops in one launch: up to 0 rows" in rows, "there are no kernels in C++"
 
 
 def test_mixed_steps_are_measured(tool, tmp_path) -> None:

@@ -37,9 +37,11 @@ def measure_chains(
     kept: list[Case] = []  # the last graph that is dropped takes the pool of all with it
     for num_rows in all_rows:
         chain = Chain(sizes, make, num_rows, num_layers)
-        cases = list(_cases(chain, make(num_rows, sizes.hidden), lib, api, num_rows))
+        x = make(num_rows, sizes.hidden)
+        cases = list(_cases(chain, x, lib, api, num_rows))
         kept += cases
         measure_cases(cases, clock, limits, table)
+        table.add(f"layers of {num_rows} rows, persistent: numbers that differ", _difference(chain, lib, x), "", "0")
 
 
 def _cases(chain: Chain, x: Tensor, lib: CudaLibrary, api: GraphApi, num_rows: int) -> Iterator[Case]:
@@ -48,6 +50,18 @@ def _cases(chain: Chain, x: Tensor, lib: CudaLibrary, api: GraphApi, num_rows: i
             run = functools.partial(chain.run, lib.overlapping(overlap), products=products)
             name = f"layers of {num_rows} rows, {kind}, overlap {overlap.name.lower()}"
             yield Case(name, _captured(api, run, x), moved=chain.weight_bytes, goal="88 %")
+    run = functools.partial(chain.run_persistent, lib.overlapping(Overlap.WEIGHTS))
+    name = f"layers of {num_rows} rows, persistent between attentions"
+    yield Case(name, _captured(api, run, x), moved=chain.weight_bytes, goal="88 %", is_tuning=True)
+
+
+def _difference(chain: Chain, lib: CudaLibrary, x: Tensor) -> str:
+    """How many results of the persistent kernel are not those of the kernel of few rows: at an 8B model's sizes none,
+    since both have the same tiles."""
+    try:
+        return str(int((chain.run(lib, x) != chain.run_persistent(lib, x)).sum()))
+    except RuntimeError as error:  # a GPU before sm_90
+        return f"not run: {error}"
 
 
 def _captured(api: GraphApi, run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:

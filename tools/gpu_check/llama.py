@@ -23,6 +23,7 @@ from fuseline.compile.specs import WeightSource
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.kernels import tune_kernels
 from fuseline.compile.tuning.limits import Limits
+from fuseline.compile.tuning.runs import tune_runs
 from gpu_check.kernels import sampling_arguments
 from gpu_check.table import Table, share_of
 
@@ -63,7 +64,8 @@ class Runner:
         captured, result = optimize(config, target)
         weights = random_weights(captured, result, target.device)
         if is_tuned:
-            tune_kernels(captured.graph, weights, config, target, lambda *_: None)
+            for tune in (tune_kernels, tune_runs):
+                tune(captured.graph, weights, config, target, lambda *_: None)
         self._loaded = config, captured, result, weights
         self.model = self.make_model(target, load.graphs)
         self.width = -(-(load.context + load.steps) // BLOCK)
@@ -103,6 +105,12 @@ class Runner:
     def kernels(self) -> Counter[str]:
         """Number of calls of each kernel, by label."""
         return Counter(kernel.label for kernel in self.model._executable.kernels.values())
+
+    @property
+    def rows_of_runs(self) -> int:
+        """Rows up to which runs of ops are one launch; 0: none."""
+        few = self.model._executable.few_rows
+        return few.max_rows if few else 0
 
     def capture(self, api: GraphApi | None = None) -> float:
         """Seconds until all graphs are captured."""

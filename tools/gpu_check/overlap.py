@@ -16,6 +16,7 @@ from fuseline.compile.kernels.cuda import norm as cuda_norm
 from fuseline.compile.kernels.cuda import rope as cuda_rope
 from fuseline.compile.kernels.cuda.attention import decode_or_triton
 from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap, library_for
+from fuseline.compile.kernels.cuda.persistent import Recorder, recording_steps
 from fuseline.compile.target import Target
 from fuseline.compile.tuning.clock import Clock
 from fuseline.compile.tuning.limits import Limits
@@ -77,7 +78,7 @@ class Chain:
     def weight_bytes(self) -> int:
         return sum(weight.nbytes for layer in self._layers for weight in layer.products)
 
-    def run(self, lib: CudaLibrary, x: Tensor, products: Products = FEW_ROWS) -> Tensor:
+    def run(self, lib: CudaLibrary | Recorder, x: Tensor, products: Products = FEW_ROWS) -> Tensor:
         """Runs the layers on x[T, hidden]."""
         total = x
         for layer in self._layers:
@@ -89,7 +90,12 @@ class Chain:
             x = products.linear(lib, x, layer.down)
         return x
 
-    def _attention(self, lib: CudaLibrary, layer: Layer, joined: Tensor) -> Tensor:
+    def run_persistent(self, lib: CudaLibrary, x: Tensor) -> Tensor:
+        """The same with one launch for what lies between two attentions."""
+        with recording_steps(lib, [layer.attended for layer in self._layers]) as recorder:
+            return self.run(recorder, x)
+
+    def _attention(self, lib: CudaLibrary | Recorder, layer: Layer, joined: Tensor) -> Tensor:
         s = self._sizes
         heads = joined.view(1, joined.shape[0], -1, s.head_dim).transpose(1, 2)
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), 1)

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "build" / "gpu_check"
 TESTS = (
     "test_triton_ops.py", "test_triton_attention.py", "test_triton_sampling.py", "test_cuda_kernels.py",
-    "test_cuda_attention.py", "test_cuda_bulk_attention.py", "test_cuda_prefill.py", "test_cuda_target.py",
-    "test_piecewise.py", "test_batch_invariance.py", "test_code_rows.py",
+    "test_cuda_attention.py", "test_cuda_bulk_attention.py", "test_cuda_prefill.py", "test_cuda_persistent.py",
+    "test_cuda_target.py", "test_piecewise.py", "test_batch_invariance.py", "test_code_rows.py",
 )  # fmt: skip
 
 

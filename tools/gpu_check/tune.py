@@ -32,6 +32,7 @@ def compare(folder: Path, target: Target, load: Load, table: Table, shape: dict 
         for label, count in sorted(runner.kernels.items()):
             if label.startswith("triton.") or "linear" in label or "|" in label:
                 table.add(f"{name}: kernel", f"{count} x {label}")
+        table.add(f"{name}: runs of ops in one launch", f"up to {runner.rows_of_runs} rows")
         runner.capture()
         for num_seqs in load.batches:
             seconds, _ = runner.decode(num_seqs, load.context, load.steps)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from fuseline.compile.backends.cuda.calibrate import Calibration
+from fuseline.compile.backends.cuda.few_rows import few_rows_program
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import PassContext
-from fuseline.compile.graph_inputs import GraphOutput
+from fuseline.compile.graph_inputs import BY_FIELD, GraphOutput
 from fuseline.compile.kernels.registry import Implementation
 from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.ops.registry import op_of
@@ -24,6 +25,8 @@ from fuseline.compile.passes.pipeline import program_passes
 from fuseline.compile.passes.stream_weights import PREFETCH
 from fuseline.compile.residency.offload import Offload
 from fuseline.compile.target import Target
+
+TOKENS = BY_FIELD["token_ids"].placeholder
 
 
 class CudaExecutable:
@@ -51,6 +54,7 @@ class CudaExecutable:
         program.graph.lint()
         program.recompile()
         self.program = program
+        self.few_rows = None if offload is not None else few_rows_program(program, graph, runs, target)
         self._inputs = [node.target for node in program.graph.nodes if node.op == "placeholder"]
 
     @property
@@ -73,7 +77,10 @@ class CudaExecutable:
         """
         if self.offload is not None:
             values = {**values, PREFETCH: self.offload.start(is_trial)}
-        return self.program(*(values[name] for name in self._inputs))
+        program = self.program
+        if self.few_rows is not None and values[TOKENS].shape[-1] <= self.few_rows.max_rows:
+            program = self.few_rows.program
+        return program(*(values[name] for name in self._inputs))
 
     def calibrate(self, values: Mapping[str, Tensor]) -> GraphOutput:
         """Like `run`, but first sets the scales of fp8 caches from the values that the step writes."""

@@ -85,6 +85,14 @@ class CudaLibrary:
         Raises TypeError for a field that is missing or unknown or of another type, RuntimeError for what the device
         refuses.
         """
+        packed = self.pack(name, fields)
+        stream = torch._C._cuda_getCurrentRawStream(on.device.index) if on.is_cuda else None
+        error = self._functions[name](stream, self.overlap, packed)
+        if error:
+            raise RuntimeError(f"cuda.{name}: {self._describe(error).decode()}")
+
+    def pack(self, name: str, fields: Mapping[str, Tensor | int | float | None]) -> bytes:
+        """The struct of a function's call. Raises TypeError as `call` does."""
         find, pack, names = self._fields[name]
         try:
             values = find(fields)
@@ -93,13 +101,9 @@ class CudaLibrary:
         if len(fields) != len(names):
             raise TypeError(_mismatch(name, fields.keys(), names))
         try:
-            packed = pack(*[value if value.__class__ is int else _number(value) for value in values])
+            return pack(*[value if value.__class__ is int else _number(value) for value in values])
         except struct.error as error:
             raise TypeError(f"cuda.{name}: {error}") from error
-        stream = torch._C._cuda_getCurrentRawStream(on.device.index) if on.is_cuda else None
-        error = self._functions[name](stream, self.overlap, packed)
-        if error:
-            raise RuntimeError(f"cuda.{name}: {self._describe(error).decode()}")
 
 
 def _number(value: Tensor | int | float | None) -> int | float:

@@ -77,7 +77,7 @@ def _linear_by_torch(lib: CudaLibrary, x: Tensor, weight: Tensor, bias: Tensor |
     return F.linear(x, weight, bias)
 
 
-FEW = {"reads_early": "weight", "max_rows": FEW_ROWS}
+FEW = {"reads_early": "weight", "max_rows": FEW_ROWS, "is_step": True}
 IMPLEMENTATIONS = (
     native("linear", _linear_by_torch, _multiplies_wide, label="torch.linear", order=FIRST),
     Implementation("linear", "torch.linear", "cuda", F.linear, order=TORCH),

@@ -60,8 +60,8 @@ def _norm(
 
 
 IMPLEMENTATIONS = (
-    native("rms_norm", rms_norm, has_one_dtype),
-    native("add_rms_norm", add_rms_norm, has_one_dtype),
-    native("layer_norm", layer_norm, has_one_dtype),
-    native("add_layer_norm", add_layer_norm, has_one_dtype),
+    native("rms_norm", rms_norm, has_one_dtype, is_step=True),
+    native("add_rms_norm", add_rms_norm, has_one_dtype, is_step=True),
+    native("layer_norm", layer_norm, has_one_dtype, is_step=True),
+    native("add_layer_norm", add_layer_norm, has_one_dtype, is_step=True),
 )

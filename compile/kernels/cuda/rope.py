@@ -100,5 +100,5 @@ def _rotates_into_cache(
 IMPLEMENTATIONS = (
     native("rope", rope, _rotates),
     native("write_cache", write_cache, _keeps),
-    native("rope_cache", rope_cache, _rotates_into_cache),
+    native("rope_cache", rope_cache, _rotates_into_cache, is_step=True),
 )

@@ -73,6 +73,50 @@ int main(int, char** given) {
   return error;
 }
 """
+GRID_PROGRAM = """
+#include "cuda/device.h"
+using namespace fuseline::cuda;
+struct Args { float *out, *parts; int what; };
+
+// Each block adds up what all others have written. Right for 0, else a fault.
+void sum_blocks(const Args a) {
+  wait_for_prerequisites();
+  if (threadIdx.x == 5) a.parts[blockIdx.x] = blockIdx.x + 1;
+  if (a.what == 2 && blockIdx.x == 3) return;
+  if (a.what != 1) sync_grid();
+  float sum = 0.0f;
+  for (unsigned k = 0; k < gridDim.x; ++k) sum += a.parts[k];
+  if (a.what != 3) sync_grid();
+  if (threadIdx.x == 7) a.parts[blockIdx.x] = -1.0f;
+  if (threadIdx.x == 9) a.out[blockIdx.x] = sum;
+}
+
+int main(int, char** given) {
+  const int what = given[1][0] - '0';
+  for (int launches = 0; launches < 2; ++launches) {
+    float out[5], parts[5] = {};
+    if (what == 4) launch(sum_blocks, dim3(5), 64, Stream{}, Args{out, parts, what});
+    if (launch_resident(sum_blocks, 64, Stream{}, Args{out, parts, what}, 0)) return 2;
+    for (float sum : out)
+      if (sum != 15.0f) return 3;
+  }
+  return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def grid_program(tmp_path_factory) -> Path:
+    return cuda_emulator.build_program(GRID_PROGRAM, tmp_path_factory.mktemp("grid"))
+
+
+@pytest.mark.parametrize(("what", "code", "said"), [
+    (0, 0, ""), (1, 3, ""), (2, -6, "a block has ended and others wait for it"), (3, 3, ""),
+    (4, -6, "a launch that is not resident waits for its grid"),
+], ids=("right", "reads early", "ends", "overwrites", "not resident"))  # fmt: skip
+def test_blocks_of_a_resident_launch_wait_for_each_other(grid_program, what, code, said) -> None:
+    done = subprocess.run([grid_program, str(what)], capture_output=True, text=True)
+    assert done.returncode == code and said in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import cuda_emulator
 import zoo
 from fake_gpu import GPU
 from paged_driver import greedy
+from torch import Tensor
 from tune_gpu_cases import OURS, Clock, choices, config
 
 from fuseline.compile.compiler import compile_model
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.kernels.cuda import library as cuda_library
-from fuseline.compile.kernels.cuda.library import Overlap
+from fuseline.compile.kernels.cuda.library import CudaLibrary, Overlap
+from fuseline.compile.kernels.cuda.persistent import LABEL
 from fuseline.compile.kernels.registry import ANY
 from fuseline.compile.ops.library import DECODE, PREFILL
 from fuseline.compile.tuning import kernels as tune_gpu
@@ -94,3 +97,24 @@ def test_a_model_runs_kernels_in_cpp_and_what_was_faster(config, monkeypatch):
     assert {"triton.linear | cuda.linear | torch.linear", "cuda.add_rms_norm", "cuda.rope_cache"} <= labels
     for prompts in (zoo.make_prompts((3,)), zoo.make_prompts((3, 9))):
         assert greedy(model, prompts, 3) == zoo.truth(Path(config.model), prompts, 3)
+
+
+def test_runs_of_ops_are_one_launch_for_as_many_rows_as_that_is_faster(config, monkeypatch):
+    """Three layers are four runs, two of them alike, and the logits' norm and product a fifth."""
+    monkeypatch.setattr(cuda_library, "library_for", lambda target: cuda_emulator.emulator())
+    clock = Clock(lambda label, rows: 0.5 if label == LABEL and rows <= 2 else None)
+    monkeypatch.setattr(tune_gpu, "DeviceTimer", lambda: clock)
+    model = compile_model(config, GPU)
+    measured = Counter((label, rows) for label, rows in clock.seen if label in (LABEL, "ops"))
+    assert measured == {(label, rows): 4 for rows in (1, 2, 4, 8, 16) for label in (LABEL, "ops")}
+    launched: Counter[int] = Counter()
+    call = CudaLibrary.call
+
+    def note(self: CudaLibrary, name: str, on: Tensor, **fields: object) -> None:
+        launched[on.numel() // on.shape[-1]] += name == "persistent"
+        call(self, name, on, **fields)
+
+    monkeypatch.setattr(CudaLibrary, "call", note)
+    for prompts in (zoo.make_prompts((3,)), zoo.make_prompts((3, 9, 4))):
+        assert greedy(model, prompts, 3) == zoo.truth(Path(config.model), prompts, 3)
+    assert set(+launched) == {1, 2} and launched[1] == 5 * 2, "of more rows each op is called"
