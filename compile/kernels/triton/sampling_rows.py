@@ -19,6 +19,7 @@ from fuseline.compile.kernels.triton.lines import line_sums
 SUB = tl.constexpr(64)  # entries of a block
 TILE = tl.constexpr(64)  # blocks read together, and held while they are bisected
 NOTHING = tl.constexpr(-(1 << 31))  # below the order of any float
+COARSE = tl.constexpr(1 << 13)  # a bound that need not be exact is found to 2^-10 of itself, in half as many steps
 
 
 @triton.jit
@@ -102,10 +103,10 @@ def mass_of(src, heat, V, top, places, count, threshold, total, first):
 
 @triton.jit
 def kth_of_maxima(maxima, low, top, k):
-    """The k-th largest of the blocks' maxima; `low` if there are fewer."""
+    """A bound that at least k of the blocks' maxima reach, just below the k-th largest; `low` if there are fewer."""
     lo = order_of(low).to(tl.int64)
     hi = order_of(top).to(tl.int64)
-    while lo < hi:
+    while hi - lo >= COARSE:
         middle = lo + (hi - lo + 1) // 2
         is_enough = tl.sum((maxima >= float_of(middle)).to(tl.int32), 0) >= k
         lo = tl.where(is_enough, middle, lo)
@@ -115,7 +116,7 @@ def kth_of_maxima(maxima, low, top, k):
 
 @triton.jit
 def kth_largest(src, heat, V, top, maxima, places, k):
-    """The k-th largest entry, 1 <= k <= V. At least k entries are no less than the k-th of the maxima."""
+    """The k-th largest entry, 1 <= k <= V. At least k entries reach a bound that k of the maxima reach."""
     low = kth_of_maxima(maxima, tl.minimum(top, float("-inf")), top, k)
     block = tl.arange(0, maxima.shape[0])
     count = place((maxima >= low) & (block * SUB < V), places)
@@ -133,14 +134,15 @@ def kth_largest(src, heat, V, top, maxima, places, k):
 
 @triton.jit
 def nucleus_bound(maxima, sums, top, low, spare):
-    """A threshold not below `low` whose lesser entries weigh no more than `spare`, as far as the blocks can tell.
+    """A threshold not below `low` whose lesser entries weigh no more than `spare`, as far as the blocks can tell, and
+    nearly the greatest such.
 
     A block below it weighs its sum; of one that reaches it, all but its greatest entry may lie just below.
     """
     best = tl.exp(maxima - top)
     lo = order_of(low).to(tl.int64)
     hi = order_of(top).to(tl.int64)
-    while lo < hi:
+    while hi - lo >= COARSE:
         middle = lo + (hi - lo + 1) // 2
         threshold = float_of(middle)
         rest = tl.minimum(sums - best, tl.exp(threshold - top) * (SUB - 1))
