@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PASSES = (
-    "remove_noops", "canonicalize", "merge_equal", "find_linear", "find_norm", "find_rope", "find_moe", "fuse_act_mul",
-    "join_linears", "fuse_add_norm", "page_attention", "page_state", "keep_last_logits", "fuse_rope_cache",
-    "pack_weights", "widen_logits", "cut_regions", "quantize_inputs", "fuse_norm_quant", "fuse_linear_act",
-    "make_batch_invariant", "feed_embeds", "tap_hidden",
+    "remove_noops", "real_pairs", "find_cat", "canonicalize", "merge_equal", "find_linear", "find_norm",
+    "find_rope", "find_moe", "fuse_act_mul", "absorb_latent", "join_linears", "fuse_add_norm", "page_attention",
+    "page_state", "keep_last_logits", "fuse_rope_cache", "pack_weights", "widen_logits", "cut_regions",
+    "quantize_inputs", "fuse_norm_quant", "fuse_linear_act", "make_batch_invariant", "feed_embeds", "tap_hidden",
 )  # fmt: skip
 """Names of passes, known without importing them; their order is that of passes/pipeline.py, a GPU's own last,
 then those that a setting asks for."""

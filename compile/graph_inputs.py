@@ -7,12 +7,14 @@ embeddings, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fuseline.compile.specs import CacheGroup
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ class BlockCopy:
 def cache_name(kind: str, layer: int) -> str:
     """Placeholder of a layer's key (k) or value (v) cache."""
     return f"{kind}_cache_{layer}"
+
+
+def cache_names(group: CacheGroup, caches: Collection[str]) -> list[str]:
+    """Placeholders of a group's caches; a layer of latents has keys only."""
+    return [name for layer in group.layers for kind in "kv" if (name := cache_name(kind, layer)) in caches]
 
 
 def is_cache(placeholder: str) -> bool:

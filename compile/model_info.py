@@ -13,7 +13,7 @@ from torch import Tensor
 from fuseline.compile.capture.captured import ModelFacts
 from fuseline.compile.capture.errors import LoadError
 from fuseline.compile.config import CompileConfig
-from fuseline.compile.graph_inputs import cache_name, state_name
+from fuseline.compile.graph_inputs import cache_name, cache_names, state_name
 from fuseline.compile.specs import CacheGroup, CacheSpec, FeedSpec, ModelInfo, QuantizedSpec, StateSpec, TapSpec
 
 DEFAULT_LIMIT = 2048
@@ -81,7 +81,7 @@ def cache_tensors(
             (of_layer[spec.layer], spec.num_kv_heads, block_size, spec.columns(dim)), getattr(torch, spec.dtype)
         )
         for spec in info.cache_specs
-        for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
+        for kind, dim in spec.dims.items()
     }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def copy_state_slots(caches: Mapping[str, Tensor], info: ModelInfo, pairs: np.nd
 def copy_cache_blocks(caches: Mapping[str, Tensor], info: ModelInfo, pairs: Sequence[np.ndarray]) -> None:
     """Copies blocks within each layer's caches; `pairs` [2, N] int64 per cache group: sources and targets."""
     for group, found in zip(info.cache_groups, pairs, strict=True):
-        names = [cache_name(kind, layer) for layer in group.layers for kind in "kv"] if found.size else []
+        names = cache_names(group, caches) if found.size else []
         if names:
             device = caches[names[0]].device
             sources, targets = (torch.from_numpy(np.ascontiguousarray(side)).to(device) for side in found)

@@ -20,7 +20,8 @@ def is_coded(dtype: str) -> bool:
 class CacheSpec:
     """KV memory one attention layer needs.
 
-    K is stored as [num_blocks, num_kv_heads, block_size, columns(key_dim)], V likewise with value_dim.
+    K is stored as [num_blocks, num_kv_heads, block_size, columns(key_dim)], V likewise with value_dim. A layer of
+    latents, whose values are the first numbers of its keys, has a value_dim of 0.
     """
 
     layer: int
@@ -38,7 +39,12 @@ class CacheSpec:
 
     def columns(self, dim: int) -> int:
         """Elements that `dim` numbers of a token and head take, with their scale."""
-        return dim + (SCALE_BYTES if self.dtype == "int8" else 0)
+        return dim + (SCALE_BYTES if self.dtype == "int8" and dim else 0)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Numbers of a token and head in each cache that the layer has: k and v, or k alone."""
+        return {"k": self.key_dim, "v": self.value_dim} if self.value_dim else {"k": self.key_dim}
 
     def bytes_per_token(self) -> int:
         size = 1 if is_coded(self.dtype) else 4 if self.dtype == "float32" else 2
@@ -122,6 +128,8 @@ class WeightSource:
     """Rows of zeros for an absent part (a missing bias in a joined linear): pads[i] > 0 replaces names[i]."""
     part: str = ""
     """Name of the format's stored tensor that the constant holds."""
+    heads: tuple[int, ...] = ()
+    """(number of heads, begin, end): rows [begin, end) of each head's, of the one tensor, as [heads, rows, inputs]."""
     shape: tuple[int, ...] = ()
     """Shape in which the one tensor is read (a convolution by groups as a matrix of each); empty: its own."""
 

@@ -256,8 +256,17 @@ def _part(
             f"{name} in {file} is stored as integers, which format {source.format} does not read: "
             "the checkpoint is quantized, but its config.json has no quantization_config"
         )
+    lazy = _heads(lazy, *source.heads) if source.heads else lazy
     lazy = lazy_tensor.viewed(lazy, source.shape) if source.shape else lazy
     return (lazy_tensor.transpose(lazy, -2, -1) if source.transpose else lazy), dtype
+
+
+def _heads(lazy: LazyTensor, num_heads: int, begin: int, end: int) -> LazyTensor:
+    """Rows [begin, end) of each head's, [heads, rows, inputs]."""
+    size = lazy.shape[0] // num_heads
+    return lazy_tensor.stack(
+        [lazy_tensor.narrow(lazy, 0, head * size + begin, head * size + end) for head in range(num_heads)], 0
+    )
 
 
 def expected(name: str, captured: CapturedModel) -> tuple[tuple[int, ...], torch.dtype]:

@@ -110,6 +110,11 @@ def _linear(args: tuple, pack: Pack) -> Call:
     return OPS.linear_panels.default, (x, *pack(weight), bias, weight.meta["val"].shape[0])
 
 
+def _head_linear(args: tuple, pack: Pack) -> Call:
+    x, weight = args
+    return OPS.head_linear_panels.default, (x, *pack(weight), weight.meta["val"].shape[1])
+
+
 def _embedding(args: tuple, pack: Pack) -> Call:
     weight, ids = args[:2]
     return OPS.embedding_panels.default, (ids, *pack(weight), weight.meta["val"].shape[0])
@@ -132,7 +137,8 @@ def _expert_linear(args: tuple, pack: Pack) -> Call:
 FORMAT = Format(
     "panels", _shapes, _write,
     readers={
-        OPS.linear.default: _linear, OPS.experts.default: _experts, OPS.expert_linear.default: _expert_linear,
+        OPS.linear.default: _linear, OPS.experts.default: _experts, OPS.head_linear.default: _head_linear,
+        OPS.expert_linear.default: _expert_linear,
         aten.embedding.default: _embedding,
     },
     targets=("cpu",), multiples=(PANEL, 1),

@@ -9,8 +9,9 @@ UNARY = {
     "rsqrt": 10, "sqrt": 11, "square": 12, "clamp": 13, "reciprocal": 14, "abs": 15, "log": 16, "softplus": 17,
 }  # fmt: skip
 BINARY = {"add": 0, "sub": 1, "mul": 2, "div": 3, "max": 4, "min": 5, "pow": 6, "rsub": 7}
-ROPE_HALF, ROPE_INTERLEAVED = 0, 1
+ROPE_HALF, ROPE_INTERLEAVED, ROPE_SPLIT = 0, 1, 2
 ROUTE_SOFTMAX_TOPK, ROUTE_TOPK_SOFTMAX = 0, 1
+ROUTE_SIGMOID, ROUTE_SOFTMAX = 0, 1
 EXPERT_ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "glu_oss": 4}
 EXPERT_UNARY = {code: UNARY.get(name) for name, code in EXPERT_ACTS.items()}
 """Code of the gate's activation by that of the experts'; None for gpt-oss's own way to combine gate and up."""

@@ -129,8 +129,8 @@ class Op:
     state: Callable[..., tuple[tuple[int, ...], torch.dtype]] | None = None
     """Shape and dtype of the state that a recurrence keeps for a sequence, from a call's arguments; NAME_slots is the
     op that computes several sequences, whose states are in slots. None for any other op."""
-    written: Callable[..., tuple[Tensor, Tensor]] | None = None
-    """(keys, values) that a call writes to its caches, from its arguments; None for an op that writes none."""
+    written: Callable[..., tuple[Tensor, ...]] | None = None
+    """What a call writes to each of its caches, from its arguments; None for an op that writes none."""
 
     @functools.cached_property
     def target(self) -> torch._ops.OpOverload:
@@ -142,8 +142,13 @@ class Op:
         return tuple(argument.name for argument in self.target._schema.arguments)
 
     @property
+    def caches(self) -> tuple[str, ...]:
+        """Arguments that are KV caches: k_cache and v_cache, or latent_cache, whose keys hold the values."""
+        return tuple(name for name in self.arguments if name.endswith("_cache"))
+
+    @property
     def reads_cache(self) -> bool:
-        return self.written is None and "k_cache" in self.arguments
+        return self.written is None and bool(self.caches)
 
 
 def op_name(target: object) -> str:

@@ -49,7 +49,11 @@ def tables(make: Make, rotary_dim: int, columns: int) -> tuple:
 
 
 def rope_inputs(make: Make) -> Iterator[tuple]:
-    for dim, rotary_dim, columns, layout in ((16, 16, 16, 0), (16, 8, 4, 0), (24, 24, 12, 1), (16, 8, 4, 1)):
+    half, pairs, split = codes.ROPE_HALF, codes.ROPE_INTERLEAVED, codes.ROPE_SPLIT
+    for dim, rotary_dim, columns, layout in (
+        (16, 16, 16, half), (16, 8, 4, half), (24, 24, 12, pairs), (16, 8, 4, pairs), (80, 70, 70, pairs),
+        (24, 24, 12, split), (16, 8, 8, split), (80, 70, 35, split),
+    ):  # fmt: skip
         yield make.normal(1, 3, 5, dim), *tables(make, rotary_dim, columns), make.ids(40, 5), rotary_dim, layout
 
 
@@ -62,8 +66,10 @@ def write_cache_inputs(make: Make) -> Iterator[tuple]:
 
 def rope_cache_inputs(make: Make) -> Iterator[tuple]:
     """Full and partial rotation, tables as wide as the rotary dim and half of it, and a token without a slot."""
-    half, pairs = codes.ROPE_HALF, codes.ROPE_INTERLEAVED
-    for layout, columns, dim in ((half, 16, 16), (half, 8, 16), (pairs, 8, 16), (half, 8, 8), (pairs, 4, 8)):
+    half, pairs, split = codes.ROPE_HALF, codes.ROPE_INTERLEAVED, codes.ROPE_SPLIT
+    for layout, columns, dim in (
+        (half, 16, 16), (half, 8, 16), (pairs, 8, 16), (half, 8, 8), (pairs, 4, 8), (split, 8, 16), (split, 4, 8),
+    ):  # fmt: skip
         caches = make.normal(6, 2, 16, 16), make.normal(6, 2, 16, 16)
         joined = make.normal(1, 5, 4 * 16 + 2 * 16)
         q, k = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in joined.split((64, 32), -1))
@@ -131,14 +137,20 @@ def rope_cache_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
     calls=CallShape(rope_size, make_heads),
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
-    """Rotates the first `rotary_dim` of x[1, H, T, D] by `rows`[T] of cos/sin[P, C], C the rotary dim or its half."""
+    """Rotates the first `rotary_dim` of x[1, H, T, D] by `rows`[T] of cos/sin[P, C], C the rotary dim or its half.
+
+    `layout` says which features are pairs: ROPE_HALF (j, j + R/2), ROPE_INTERLEAVED (2j, 2j + 1), ROPE_SPLIT the
+    latter, whose result lies as that of ROPE_HALF.
+    """
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     c, s = (_line(table, rows, rotary_dim, layout) for table in (cos, sin))
-    if layout == codes.ROPE_HALF:
+    if layout == codes.ROPE_INTERLEAVED:
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    else:
+        if layout == codes.ROPE_SPLIT:
+            turned = torch.cat((turned[..., ::2], turned[..., 1::2]), -1)
         low, high = turned.chunk(2, -1)
         partner = torch.cat((-high, low), -1)
-    else:
-        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
     return torch.cat((turned * c + partner * s, rest), -1)
 
 
@@ -146,7 +158,7 @@ def _line(table: Tensor, rows: Tensor, rotary_dim: int, layout: int) -> Tensor:
     line = table[rows]
     if line.shape[-1] == rotary_dim:
         return line
-    return torch.cat((line, line), -1) if layout == codes.ROPE_HALF else line.repeat_interleave(2, -1)
+    return line.repeat_interleave(2, -1) if layout == codes.ROPE_INTERLEAVED else torch.cat((line, line), -1)
 
 
 @op(
@@ -168,10 +180,15 @@ def write_cache(
     An fp8 cache stores values divided by k_scale[1] and v_scale[1] (float32; None: 1), saturated at its largest number.
     An int8 cache stores each token and head divided by a scale of its own, which lies behind it in 4 elements.
     """
+    store_rows(k_cache, k, slots, k_scale)
+    store_rows(v_cache, v, slots, v_scale)
+
+
+def store_rows(cache: Tensor, new: Tensor, slots: Tensor, scale: Tensor | None) -> None:
+    """One cache of write_cache."""
     kept = slots >= 0
-    block, offset = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]
-    for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
-        cache[block, :, offset] = _coded(new[0].transpose(0, 1)[kept], cache.dtype, scale)
+    block, offset = slots[kept] // cache.shape[2], slots[kept] % cache.shape[2]
+    cache[block, :, offset] = _coded(new[0].transpose(0, 1)[kept], cache.dtype, scale)
 
 
 def _coded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ cat([x, nothing])                                                          -> x
 x.to(dtype), type_as, _to_copy                                             -> convert_element_type(x, dtype)
 weight * x                                                                 -> x * weight
 chunk(x, n)                                                                -> split_with_sizes
+silu_(x), scatter_(x, ...), x.div_(y)                                      -> silu(x), scatter(x, ...), x / y
 the same op on the same arguments twice                                    -> once
 """
 
@@ -29,6 +30,10 @@ NOTHING = (
 CASTS = (
     aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default,
 )  # fmt: skip
+
+OUT_OF_PLACE = {
+    aten.silu_.default: aten.silu.default, aten.scatter_.value: aten.scatter.value, aten.div_.Tensor: aten.div.Tensor,
+}  # fmt: skip
 
 
 @each_call
@@ -88,7 +93,7 @@ def canonicalize(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
             matches += _weights_right(node)
         elif node.target is aten.chunk.default:
             matches += _split(node)
-        elif node.target is aten.silu_.default:
+        elif node.target in OUT_OF_PLACE:
             matches += _out_of_place(node)
     hoist_constants(graph.graph)
     return PassResult(matches)
@@ -103,12 +108,13 @@ def _weights_right(node: fx.Node) -> bool:
 
 
 def _out_of_place(node: fx.Node) -> bool:
-    """Replaces silu_(x) by silu(x) if nothing reads the memory of x afterwards."""
+    """Replaces silu_(x) by silu(x), or another op alike, if nothing reads the memory of x afterwards."""
     x = node.args[0]
     is_own = memory_of(x) is x or _is_only_reader(x)
-    if not is_own or any(user > node for user in x.users):
+    floats = {value.dtype for arg in node.all_input_nodes if (value := arg.meta["val"]).is_floating_point()}
+    if not is_own or any(user > node for user in x.users) or len(floats) != 1:
         return False
-    node.target = aten.silu.default
+    node.target = OUT_OF_PLACE[node.target]
     return True
 
 

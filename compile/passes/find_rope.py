@@ -5,8 +5,9 @@
 ->
     rope(x, cos_table, sin_table, rope_rows, rotary_dim, HALF)
 
-A rotation of the first R features only, cat(rope(x[..., :R]), x[..., R:]), becomes rope(x, ..., R). The tables hold
-the captured f for all positions, computed in its own dtype, so a table row has the same bits as f.
+Pairs of neighbours instead of halves are INTERLEAVED (Cohere, GLM-4), and SPLIT where the results lie in halves all the
+same (DeepSeek). A rotation of the first R features only, cat(rope(x[..., :R]), x[..., R:]), becomes rope(x, ..., R).
+The tables hold the captured f for all positions, computed in its own dtype, so a table row has the same bits as f.
 """
 
 from __future__ import annotations
@@ -16,18 +17,38 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import call_node, constant, meta_int, placeholder, reached, replace
+from fuseline.compile.graph.edit import (
+    call_node,
+    constant,
+    find_place,
+    insert_call,
+    meta_int,
+    placeholder,
+    reached,
+    replace,
+    take_over,
+)
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
-from fuseline.compile.graph.match import Bindings, Call, Var, is_node, is_number, match
+from fuseline.compile.graph.match import Bindings, Call, Either, Var, is_node, is_number, match
 from fuseline.compile.ops import codes
 
 aten = torch.ops.aten
 ROPE = torch.ops.fuseline.rope.default
+VIEWS = (aten.reshape.default, aten.view.default)
 END = 1 << 40
 
 X = Var("x", is_node)
-COS = Call(aten.unsqueeze.default, Var("cos", is_node), 1)
-SIN = Call(aten.unsqueeze.default, Var("sin", is_node), 1)
+
+
+def _table(name: str) -> Either:
+    """What heads are multiplied by, for each head the same; some repeat the numbers of half a line behind that."""
+    half = Var(f"half_{name}", is_node)
+    repeated = Call((aten.repeat_interleave.self_int, aten.slice.Tensor), half, name=name)
+    lines = Call(aten.unsqueeze.default, Var(f"lines_{name}", is_node), Var("heads_at", lambda dim: dim in (1, 2)))
+    return Either(Call(lines.targets, *lines.args, name=name), repeated)
+
+
+COS, SIN = _table("cos"), _table("sin")
 
 
 def _is_last(value: Any) -> bool:
@@ -41,14 +62,43 @@ def _is_end(value: Any) -> bool:
 LOW = Call(aten.slice.Tensor, X, Var("d1", _is_last), 0, Var("half", is_number))
 HIGH = Call(aten.slice.Tensor, X, Var("d2", _is_last), Var("half", is_number), Var("end", _is_end))
 ROTATED = Call(aten.cat.default, [Call(aten.neg.default, HIGH), LOW], Var("d3", _is_last))
-ROTATE_HALF = Call(
-    aten.add.Tensor,
-    Call(aten.mul.Tensor, X, COS, commutes=True),
-    Call(aten.mul.Tensor, ROTATED, SIN, commutes=True),
-    commutes=True,
+EVEN, ODD = (
+    Call(aten.slice.Tensor, X, Var(f"d_{first}", _is_last), first, Var(f"end_{first}", _is_end), 2) for first in (0, 1)
+)
+PAIRED = Call(
+    (aten.flatten.using_ints, *VIEWS),
+    Call(aten.stack.default, [Call(aten.neg.default, ODD), EVEN], -1),
 )
 
-# gpt-oss computes the two halves separately, with tables of half the width.
+
+def _rotation(partner: Call) -> Call:
+    return Call(
+        aten.add.Tensor,
+        Call(aten.mul.Tensor, X, COS, commutes=True),
+        Call(aten.mul.Tensor, partner, SIN, commutes=True),
+        commutes=True,
+    )
+
+
+ROTATE_HALF, ROTATE_PAIRS = _rotation(ROTATED), _rotation(PAIRED)
+
+# DeepSeek-V2's product of complex numbers (real_pairs).
+REAL, IMAGINARY = (Call(aten.select.int, Call(VIEWS, X), -1, part) for part in (0, 1))
+TURN_COS = Call(aten.select.int, Var("turns", is_node), -1, 0, name="cos")
+TURN_SIN = Call(aten.select.int, Var("turns", is_node), -1, 1, name="sin")
+COMPLEX = Call(
+    (aten.flatten.using_ints, *VIEWS),
+    Call(
+        aten.stack.default,
+        [
+            Call(aten.sub.Tensor, Call(aten.mul.Tensor, REAL, TURN_COS), Call(aten.mul.Tensor, IMAGINARY, TURN_SIN)),
+            Call(aten.add.Tensor, Call(aten.mul.Tensor, REAL, TURN_SIN), Call(aten.mul.Tensor, IMAGINARY, TURN_COS)),
+        ],
+        -1,
+    ),
+)
+
+# gpt-oss and DeepSeek compute the two halves separately, with tables of half the width.
 FIRST, SECOND = Var("first", is_node), Var("second", is_node)
 TWO_HALVES = Call(
     aten.cat.default,
@@ -73,7 +123,7 @@ def find_rope(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     matches = 0
     for node in list(graph.graph.nodes):
         if node.op == "call_function":
-            matches += _rotate_half(node, tables) or _two_halves(node, tables)
+            matches += _rotate_half(node, tables) or _rotate_pairs(node, tables) or _two_halves(node, tables)
     for node in list(graph.graph.nodes):
         found = match(PARTIAL, node) if node.op == "call_function" else None
         if found is not None:
@@ -88,23 +138,47 @@ def _rotate_half(node: fx.Node, tables: _Tables) -> bool:
     return _rotate(node, found["x"], found, tables)
 
 
+def _rotate_pairs(node: fx.Node, tables: _Tables) -> bool:
+    found = match(ROTATE_PAIRS, node) or match(COMPLEX, node)
+    return found is not None and _rotate(node, found["x"], found, tables, codes.ROPE_INTERLEAVED)
+
+
 def _two_halves(node: fx.Node, tables: _Tables) -> bool:
     found = match(TWO_HALVES, node)
     if found is None:
         return False
     first, second = found["first"], found["second"]
+    even, odd = match(EVEN, first), match(ODD, second)
+    if even and odd and even["x"] is odd["x"]:
+        return _rotate(node, even["x"], found, tables, codes.ROPE_SPLIT)
     whole = first.args[0].args[0] if _is_half(first, 0) and _is_half(second, 1) else None
     if whole is None or first.args[0] is not second.args[0]:
         return False
     return _rotate(node, whole, found, tables)
 
 
-def _rotate(node: fx.Node, x: fx.Node, found: Bindings, tables: _Tables) -> bool:
+def _rotate(node: fx.Node, x: fx.Node, found: Bindings, tables: _Tables, layout: int = codes.ROPE_HALF) -> bool:
     """Replaces the node by a rotation of all features of x."""
-    pair = tables.lookup(found["cos"], found["sin"])
-    if pair is None:
+    value, lines = x.meta["val"], found["cos"].meta["val"]
+    if value.ndim != 4 or lines.ndim != 4 or value.shape[-1] != node.meta["val"].shape[-1]:
         return False
-    return replace(node, ROPE, (x, *pair, tables.rows, x.meta["val"].shape[-1], codes.ROPE_HALF))
+    pair, rotary_dim = tables.lookup(found["cos"], found["sin"]), value.shape[-1]
+    if pair is None or pair[0].meta["val"].shape[-1] not in (rotary_dim, rotary_dim // 2):
+        return False
+    if isinstance(lines.shape[1], int) and lines.shape[1] == 1:  # of x[1, H, T, D]
+        return replace(node, ROPE, (x, *pair, tables.rows, rotary_dim, layout))
+    return _rotate_turned(node, x, (*pair, tables.rows, rotary_dim, layout))
+
+
+def _rotate_turned(node: fx.Node, x: fx.Node, rest: tuple) -> bool:
+    """The same for x[1, T, H, D]."""
+    place = find_place((x, *rest), [node])
+    if place is None:
+        return False
+    turned = insert_call(place, aten.transpose.int, (x, 1, 2), node, x.meta["val"].transpose(1, 2))
+    rotated = insert_call(place, ROPE, (turned, *rest), node, turned.meta["val"])
+    take_over([node], [insert_call(place, aten.transpose.int, (rotated, 1, 2), node, node.meta["val"])])
+    return True
 
 
 def _is_half(node: fx.Node, index: int) -> bool:
@@ -168,5 +242,8 @@ class _Tables:
                 done[step] = call_node(step, lambda arg: done[arg] if is_node(arg) else arg)
             else:
                 return None
-        return done[node][0].contiguous()
+        value = done[node]
+        if value.ndim < 2 or value.numel() != positions.numel() * value.shape[-1]:
+            return None
+        return value.reshape(positions.shape[1], value.shape[-1]).contiguous()
 

@@ -3,6 +3,7 @@
 linear(x, weight, bias)              -> linear_panels(x, weight as [ceil(N/16), K, 16], bias, N)
 experts(..., gate_up, down)          -> experts_panels(...), transposed weights turned
 expert_linear(x, ids, weight, bias)  -> expert_linear_panels(...), alike
+head_linear(x, weight of each head)  -> head_linear_panels(...)
 embedding(weight) of a packed weight -> embedding_panels: tied weights stay one copy
 linear(x, weight of codes, bias)     -> linear_codes(...), the layout being the checkpoint's or that of --quantization
 experts(..., both weights of codes)  -> experts_codes(...)
@@ -28,28 +29,30 @@ from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_constant
 from fuseline.compile.ops.coded import MIXED
 from fuseline.compile.quantization.methods import ONLINE
-from fuseline.compile.specs import QuantizedSpec
+from fuseline.compile.specs import QuantizedSpec, WeightSource
 
 aten = torch.ops.aten
 OPS = torch.ops.fuseline
+KEPT_PLAIN = (OPS.head_linear.default, OPS.expert_linear.default)
+"""Products for whose weights there are no codes."""
 
 
 def pack_weights(graph: fx.GraphModule, ctx: PassContext) -> PassResult:
     packer = _Packer(graph)
     forms = formats_for(ctx.config, ctx.target)
-    matches, kept = 0, {}
-    for target in (OPS.linear.default, OPS.experts.default, OPS.expert_linear.default):
+    matches, kept, is_online = 0, {}, ctx.config.quantization in ONLINE
+    for target in (OPS.linear.default, OPS.experts.default, *KEPT_PLAIN):
         plain = next((form for form in forms if target in form.readers), None)
         for node in [n for n in graph.graph.nodes if n.target is target]:
             of_codes = _forms_of_codes(node, ctx)
-            if target is not OPS.expert_linear.default or ctx.config.quantization not in ONLINE:  # else they stay plain
+            if target not in KEPT_PLAIN or not is_online:  # these stay plain, as embeddings do
                 kept |= {name: of_codes.get(name) for name in _names_of_weights(node) if name in ctx.layouts}
             if plain and target is OPS.linear.default and not is_constant(node.args[1]):
                 edit.replace(node, aten.linear.default, node.args)
             elif of_codes or plain:
                 matches += packer.replace(node, of_codes, plain)
     for node in [n for n in graph.graph.nodes if n.target is aten.embedding.default and is_constant(n.args[0])]:
-        is_online = ctx.config.quantization in ONLINE  # embeddings stay plain, but for tied ones
+        # With online quantization embeddings stay plain, but for tied ones.
         form = packer.format_of(node.args[0]) or (None if is_online else _form_of(node.args[0], False, ctx))
         names = [name for name in _names_of_weights(node) if name in ctx.layouts and name not in kept]
         is_read = form is not None and node.target in form.readers and packer.replace(node, {}, form)
@@ -71,7 +74,7 @@ def _in_words(kept: Mapping[str, Format | None]) -> tuple[str, ...]:
 
 def _forms_of_codes(node: fx.Node, ctx: PassContext) -> dict[str, Format]:
     """The format of each weight by name, if all of the call's weights are codes for which the target has a kernel."""
-    if node.target is OPS.expert_linear.default:
+    if node.target in KEPT_PLAIN:
         return {}
     weights = [node.args[1]] if node.target is OPS.linear.default else list(node.args[3:5])
     is_transposed = node.target is OPS.experts.default and node.args[8]
@@ -96,11 +99,12 @@ def _form_of(weight: fx.Node, is_transposed: bool, ctx: PassContext) -> Format |
 class _Packer:
     def __init__(self, graph: fx.GraphModule) -> None:
         self._graph = graph
-        self._packed: dict[tuple[str, ...], tuple[Format, tuple[fx.Node, ...]]] = {}
+        self._packed: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[Format, tuple[fx.Node, ...]]] = {}
+        """By the names of parameters, and the part of each head."""
 
     def format_of(self, weight: fx.Node) -> Format | None:
         """The format in which a linear has packed the weight."""
-        return self._packed.get(edit.source_of(weight).names, (None, ()))[0]
+        return self._packed.get(_key(edit.source_of(weight)), (None, ()))[0]
 
     def replace(self, node: fx.Node, of_codes: Mapping[str, Format], plain: Format | None) -> bool:
         """Packs the weights in their formats, by the name of their first parameter; `plain` is that of others."""
@@ -114,8 +118,8 @@ class _Packer:
 
     def _pack(self, weight: fx.Node, form: Format, transposed: bool) -> tuple[fx.Node, ...]:
         source = edit.source_of(weight)
-        if source.names in self._packed:
-            return self._packed[source.names][1]
+        if (key := _key(source)) in self._packed:
+            return self._packed[key][1]
         value: Tensor = weight.meta["val"].mT if transposed else weight.meta["val"]
         source = replace(source, format=form.name, transpose=source.transpose != transposed)
         nodes = tuple(
@@ -125,5 +129,9 @@ class _Packer:
             )
             for part, (shape, dtype) in form.shapes(tuple(value.shape), value.dtype).items()
         )  # fmt: skip
-        self._packed[source.names] = form, nodes
+        self._packed[key] = form, nodes
         return nodes
+
+
+def _key(source: WeightSource) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    return source.names, source.heads

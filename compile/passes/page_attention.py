@@ -5,6 +5,11 @@
     write_cache(k_cache_L, v_cache_L, k, v, slots_G)
     out = paged_attention(q, k_cache_L, v_cache_L, block_table_G, seq_lens, query_start, sinks, ...)
 
+    k, v = one head of keys, the first E numbers of them   # of latents (absorb_latent)
+->
+    write_latent(k_cache_L, k, slots_G)
+    out = paged_latent_attention(q, k_cache_L, block_table_G, seq_lens, query_start, sinks, E, ...)
+
 A layer that attends to the keys and values of an earlier one reads that layer's cache. Layers with the same window
 share one group G of block tables; a chunk needs no more keys than a window of its size. Caches and batch metadata are
 graph inputs. fp8 caches have scales, constants k_scale_L and v_scale_L [1] read by both ops; their values are set when
@@ -53,11 +58,17 @@ def _cache_spec(node: fx.Node, ctx: PassContext) -> CacheSpec:
     if not given["causal"]:
         raise ValueError(f"layer {layer}: attention that is not causal cannot be paged")
     key, value = k.meta["val"], v.meta["val"]
-    spec = CacheSpec(layer, key.shape[1], key.shape[3], value.shape[3], _dtype(key.dtype, ctx), window)
+    value_dim = 0 if _is_latent(k, v) else value.shape[3]
+    spec = CacheSpec(layer, key.shape[1], key.shape[3], value_dim, _dtype(key.dtype, ctx), window)
     if ctx.target.kind == "cpu" and is_coded(spec.dtype) and (spec.key_dim % WORD or spec.value_dim % WORD):
         raise ValueError(f"layer {layer}: a cache of {ctx.config.kv_cache_dtype} needs heads of a multiple of {WORD} "
                          f"numbers, but they have {spec.key_dim} and {spec.value_dim}")  # fmt: skip
     return spec
+
+
+def _is_latent(k: fx.Node, v: fx.Node) -> bool:
+    """Whether a value is the beginning of its key, so that the cache keeps keys alone."""
+    return v.target is torch.ops.aten.slice.Tensor and v.args[:3] == (k, 3, 0) and k.meta["val"].shape[1] == 1
 
 
 def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
@@ -70,7 +81,7 @@ def _dtype(of_model: torch.dtype, ctx: PassContext) -> str:
 
 
 def _scales(graph: fx.GraphModule, spec: CacheSpec) -> list[fx.Node]:
-    names = scale_names(spec.layer) if spec.has_scales else ()
+    names = scale_names(spec.layer)[: len(spec.dims)] if spec.has_scales else ()
     return [constant(graph, name, torch.ones(1), fqn=name) for name in names]
 
 
@@ -80,23 +91,28 @@ def _rewrite(
     given = named_arguments(node)
     caches = [
         placeholder(graph, cache_name(kind, spec.layer), _cache(spec, block_size, dim))
-        for kind, dim in (("k", spec.key_dim), ("v", spec.value_dim))
+        for kind, dim in spec.dims.items()
     ]
     slots = placeholder(graph, group_placeholder("slot_mapping", group), meta_int(2))
     table = placeholder(graph, group_placeholder("block_tables", group), meta_int(2, 2, dtype=torch.int32))
     seq_lens = placeholder(graph, "seq_lens", meta_int(2, dtype=torch.int32))
     query_start = placeholder(graph, "query_start", meta_int(3, dtype=torch.int32))
-    if spec.layer == given["layer"]:
-        insert_call(node, OPS.write_cache.default, (*caches, given["k"], given["v"], slots, *scales), node, None)
-    numbers = given["window"], given["scale"], given["softcap"]
-    batch = table, seq_lens, query_start
-    args = (given["q"], *caches, *batch, given["sinks"], *numbers)
-    if given["relative"]:
-        target, behind = OPS.paged_relative_attention.default, (given["relative"], *scales)
+    batch, numbers = (table, seq_lens, query_start, given["sinks"]), (given["window"], given["scale"], given["softcap"])
+    is_owner, q, k, v = spec.layer == given["layer"], given["q"], given["k"], given["v"]
+    if not spec.value_dim:
+        written, target = (OPS.write_latent.default, (*caches, k)), OPS.paged_latent_attention.default
+        args = (q, *caches, *batch, v.meta["val"].shape[3], *numbers, *scales)
+    elif given["relative"]:
+        written, target = (OPS.write_cache.default, (*caches, k, v)), OPS.paged_relative_attention.default
+        args = (q, *caches, *batch, *numbers, given["relative"], *scales)
     else:
+        written, target = (OPS.write_cache.default, (*caches, k, v)), OPS.paged_attention.default
         bias = given["slopes"], given["chunk"]
-        target, behind = OPS.paged_attention.default, (*(scales or (None, None)), *bias) if any(bias) else scales
-    paged = insert_call(node, target, (*args, *behind), node, node.meta["val"])
+        behind = (*(scales or (None, None)), *bias) if any(bias) else scales
+        args = (q, *caches, *batch, *numbers, *behind)
+    if is_owner:
+        insert_call(node, written[0], (*written[1], slots, *scales), node, None)
+    paged = insert_call(node, target, args, node, node.meta["val"])
     take_over([node], [paged])
 
 

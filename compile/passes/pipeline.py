@@ -9,10 +9,12 @@ import torch
 from fuseline.compile.config import CompileConfig
 from fuseline.compile.graph.graph_pass import GraphPass
 from fuseline.compile.graph.runner import Stages
+from fuseline.compile.passes.absorb_latent import absorb_latent
 from fuseline.compile.passes.bind_kernels import bind_kernels
 from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
 from fuseline.compile.passes.cut_regions import cut_regions
 from fuseline.compile.passes.feed_embeds import feed_embeds
+from fuseline.compile.passes.find_cat import find_cat
 from fuseline.compile.passes.find_linear import find_linear
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
@@ -31,22 +33,23 @@ from fuseline.compile.passes.page_attention import page_attention
 from fuseline.compile.passes.page_state import page_state
 from fuseline.compile.passes.plan_decode import plan_decode
 from fuseline.compile.passes.quantize_inputs import quantize_inputs
+from fuseline.compile.passes.real_pairs import real_pairs
 from fuseline.compile.passes.stream_weights import stream_weights
 from fuseline.compile.passes.tap_hidden import tap_hidden
 from fuseline.compile.passes.widen_logits import widen_logits
 
 SERVE = (page_attention, page_state, keep_last_logits)
 
-REFERENCE: Stages = (("serve", SERVE),)
+REFERENCE: Stages = (("serve", (real_pairs, *SERVE)),)
 """Level 0: the passes that serving requires, on reference ops."""
 
 SHARED: Stages = (
     # One spelling per op, so that patterns need no variants.
-    ("clean", (remove_noops, canonicalize, merge_equal)),
+    ("clean", (remove_noops, real_pairs, find_cat, canonicalize, merge_equal)),
     # Raises Transformers' spellings to ops; all later passes match ops.
     ("recognize", (find_linear, find_norm, find_rope, find_moe, fuse_act_mul)),
-    # Needs attention and act_mul, the consumers that tell which linears to join.
-    ("fuse", (join_linears, fuse_add_norm)),
+    # join_linears needs attention and act_mul, the consumers that tell which linears to join.
+    ("fuse", (absorb_latent, join_linears, fuse_add_norm)),
     ("serve", SERVE),
 )
 

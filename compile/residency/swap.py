@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuseline.compile.graph_inputs import BlockCopy, cache_name
+from fuseline.compile.graph_inputs import BlockCopy, cache_names
 from fuseline.compile.kernels.triton.blocks import copy_blocks
 from fuseline.compile.memory import host_pages
 from fuseline.compile.residency.uploads import DeviceInputs
@@ -26,7 +26,7 @@ class HostCaches:
         device: torch.device,
     ) -> None:
         self._caches = caches
-        self._names = [[cache_name(kind, layer) for layer in group.layers for kind in "kv"] for group in groups]
+        self._names = [cache_names(group, caches) for group in groups]
         self._uploads = DeviceInputs(device)
         pages = host_pages(device)
         self._host = {

@@ -45,7 +45,7 @@ template <class T, class Table, class To, int kVector>
 FL_DEVICE void rotate(const RopeArgs& a, const T* from, To* to, int64_t row, int64_t at, int64_t dim,
                       const float* scale) {
   const int64_t half = a.rotary_dim / 2;
-  const bool is_interleaved = a.layout == kRopeInterleaved;
+  const bool reads_pairs = a.layout != kRopeHalf, writes_pairs = a.layout == kRopeInterleaved;
   if (at * kVector >= half) {
     const int64_t c = a.rotary_dim + at * kVector - half;
     float x[kVector];
@@ -54,14 +54,14 @@ FL_DEVICE void rotate(const RopeArgs& a, const T* from, To* to, int64_t row, int
     store_scaled<kVector, T>(to + c, x, scale);
     return;
   }
-  // Pair j consists of features low and high.
-  const int64_t j = at * kVector, low = is_interleaved ? 2 * j : j, high = is_interleaved ? 2 * j + 1 : j + half;
+  // Pair j is read from two features and written to low and high.
+  const int64_t j = at * kVector, low = writes_pairs ? 2 * j : j, high = writes_pairs ? 2 * j + 1 : j + half;
   const bool is_halved = a.columns != a.rotary_dim;
   const Table* cos = static_cast<const Table*>(a.cos) + row * a.table_stride;
   const Table* sin = static_cast<const Table*>(a.sin) + row * a.table_stride;
   float x[kVector], y[kVector], c0[kVector], s0[kVector], c1[kVector], s1[kVector];
-  load(x, from + low);
-  load(y, from + high);
+  load(x, from + (reads_pairs ? 2 * j : j));
+  load(y, from + (reads_pairs ? 2 * j + 1 : j + half));
   load(c0, cos + (is_halved ? j : low));
   load(s0, sin + (is_halved ? j : low));
   load(c1, cos + (is_halved ? j : high));

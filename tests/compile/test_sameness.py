@@ -38,8 +38,9 @@ LENGTHS = (9, 15, 28, 40, 3, 62, 33, 1)
 WIDE = "llama of the width of SmolLM2-135M"
 MODELS = [
     ("llama", "float32"), ("llama", "bfloat16"), ("gemma2", "bfloat16"), ("qwen3_moe", "float32"), (WIDE, "bfloat16"),
+    ("deepseek_v3", "bfloat16"),
 ]  # fmt: skip
-"""Full attention; a window and a soft-cap; experts; rows as long as real ones. All that runs is ours."""
+"""Full attention; a window and a soft-cap; experts; rows as long as real ones; latents. All that runs is ours."""
 
 
 @pytest.fixture(params=MODELS, ids="-".join)

@@ -11,6 +11,7 @@ from ops_cases import as_bytes, assert_close, cases, copies, run_native, run_ref
 
 from fuseline.compile.ops.attention import paged_attention
 from fuseline.compile.ops.codes import CACHES
+from fuseline.compile.ops.latent_attention import paged_latent_attention, rope_latent, write_latent
 from fuseline.compile.ops.library import Op
 from fuseline.compile.ops.rope import from_int8, rope_cache, to_int8, write_cache
 
@@ -29,18 +30,18 @@ def over_codes(op: Op, dtype: torch.dtype, stored: torch.dtype) -> list[tuple]:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("op", [write_cache.op, rope_cache.op], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [write_cache.op, rope_cache.op, write_latent.op, rope_latent.op], ids=lambda op: op.name)
 def test_what_is_written_is_what_the_reference_writes(isa, op, stored, dtype):
     for args in over_codes(op, dtype, stored):
         expected = run_reference(op, tuple(copies(args)))
-        found = run_native(op, tuple(copies(args)), expected[: len(expected) - 2])
+        found = run_native(op, tuple(copies(args)), expected[: len(expected) - len(op.caches)])
         assert all(torch.equal(as_bytes(one), as_bytes(truth)) for one, truth in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("stored", DTYPES)
-def test_attention_reads_what_is_stored(isa, stored, dtype):
-    op = paged_attention.op
+@pytest.mark.parametrize("op", [paged_attention.op, paged_latent_attention.op], ids=lambda op: op.name)
+def test_attention_reads_what_is_stored(isa, op, stored, dtype):
     for args in over_codes(op, dtype, stored):
         expected = run_reference(op, tuple(copies(args)))
         (found,) = run_native(op, tuple(copies(args)), expected)

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-WITH_REGIONS = {"deepseek_v3", "cohere", "glm4"}
+WITH_REGIONS = {"cohere"}
 """Some of their ops have no kernel of ours: torch runs them between two parts of the plan."""

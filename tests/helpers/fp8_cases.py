@@ -11,7 +11,10 @@ from torch import Tensor
 from fuseline.compile.ops.library import Op
 from fuseline.compile.ops.rope import FP8
 
-CACHED = ("write_cache", "rope_cache", "paged_attention", "paged_attention_invariant")
+CACHED = (
+    "write_cache", "rope_cache", "paged_attention", "paged_attention_invariant", "write_latent", "rope_latent",
+    "paged_latent_attention", "paged_latent_attention_invariant",
+)  # fmt: skip
 """Ops that take scales of a cache."""
 SCALES = torch.tensor([0.5]), torch.tensor([0.125])
 STORED = (*FP8, torch.uint8)
@@ -23,8 +26,9 @@ def over_fp8(op: Op, dtype: torch.dtype, fp8: torch.dtype) -> Iterator[tuple]:
     for args in cases(op, dtype):
         named = dict(zip(op.arguments, args, strict=False))
         coded = {name: arg.to(fp8) if name.endswith("_cache") else arg for name, arg in named.items()}
+        scales = [name for name in op.arguments if name in ("k_scale", "v_scale", "latent_scale")]
         yield tuple(coded.values())
-        yield tuple((coded | dict(zip(("k_scale", "v_scale"), SCALES, strict=True))).values())
+        yield tuple((coded | dict(zip(scales, SCALES, strict=False))).values())
 
 
 def numbers(fp8: torch.dtype) -> Tensor:

@@ -66,6 +66,9 @@ def materialize(source: WeightSource, values: dict[str, Tensor], like: Tensor) -
     for index, name in enumerate(source.names):
         pad = source.pads[index] if source.pads else 0
         part = torch.zeros(pad, *like.shape[1:], dtype=like.dtype) if pad else values[name]
+        if source.heads:
+            num_heads, begin, end = source.heads
+            part = part.unflatten(0, (num_heads, -1))[:, begin:end]
         parts.append(part.mT if source.transpose else part)
     whole = torch.cat(parts)
     if source.format == "rows":

@@ -31,11 +31,14 @@ from fuseline.compile.kernels.triton import (
     code_linear,
     experts,
     fp8,
+    head_linear,
+    latent_attention,
     linear,
     matmul,
     norm,
     rope,
     route,
+    route_groups,
     rows,
     sampling,
 )
@@ -187,6 +190,31 @@ def route_topk(dtype: torch.dtype, order: int, renormalize: bool, to: torch.dtyp
     return {"logits": logits, "k": k, "order": order, "renormalize": int(renormalize), "dtype": to}
 
 
+@case(
+    route_groups.route_groups, dtype=FLOATS, score=(0, 1), groups=((1, 1, 1), (3, 2, 2)), renormalize=(False, True),
+    to=(torch.bfloat16, torch.float32), sizes=SIZES,
+)  # fmt: skip
+def among_groups(
+    dtype: torch.dtype, score: int, groups: tuple[int, int, int], renormalize: bool, to: torch.dtype, sizes: str
+) -> dict[str, object]:
+    tokens, num_experts, k = (5, 6, 3) if sizes == "some" else (1, 1, 1)
+    count, kept, best = groups if sizes == "some" else (1, 1, 1)
+    return {
+        "logits": meta(tokens, num_experts, dtype=dtype), "bias": meta(num_experts, dtype=torch.float32), "k": k,
+        "score": score, "num_groups": count, "top_groups": kept, "group_best": best, "renormalize": int(renormalize),
+        "epsilon": 1e-20, "scale": 2.5, "dtype": to,
+    }  # fmt: skip
+
+
+@case(head_linear.head_linear, dtype=FLOATS, sizes=SIZES)
+def of_heads(dtype: torch.dtype, sizes: str) -> dict[str, object]:
+    heads, tokens, num_out, num_in = (3, 5, 40, 24) if sizes == "some" else (1, 1, 1, 1)
+    return {
+        "x": meta(1, tokens, heads, num_in, dtype=dtype).transpose(1, 2),
+        "weight": meta(heads, num_out, num_in, dtype=dtype),
+    }  # fmt: skip
+
+
 @case(linear.linear, dtype=FLOATS, sizes=SIZES)
 def few_rows(dtype: torch.dtype, sizes: str) -> dict[str, object]:
     num_rows, num_out, num_in = (3, 40, 24) if sizes == "some" else (1, 1, 1)
@@ -320,7 +348,7 @@ ROPE_SIZES = {"some": (4, 2, 16, 16), "rest": (3, 1, 24, 12), "ones": (1, 1, 2, 
 """Query heads, kv heads, dim, of which are rotated."""
 
 
-@case(rope.rope, dtype=FLOATS, table=(None, torch.float32), layout=(0, 1), half=(False, True), ints=INTS,
+@case(rope.rope, dtype=FLOATS, table=(None, torch.float32), layout=(0, 1, 2), half=(False, True), ints=INTS,
       sizes=tuple(ROPE_SIZES))  # fmt: skip
 def rotate(
     dtype: torch.dtype, table: torch.dtype | None, layout: int, half: bool, ints: torch.dtype, sizes: str
@@ -334,6 +362,23 @@ def rotate(
     }  # fmt: skip
 
 
+@case(latent_attention.rope_latent, dtype=FLOATS, cache=CACHED, table=(None, torch.float32), layout=(0, 1, 2),
+      half=(False, True), sizes=SIZES)  # fmt: skip
+def rotate_and_write_latent(
+    dtype: torch.dtype, cache: torch.dtype, table: torch.dtype | None, layout: int, half: bool, sizes: str
+) -> dict[str, object]:
+    heads, rank, dim, tokens = (4, 24, 8, 5) if sizes == "some" else (1, 1, 2, 1)
+    tables = {name: meta(40, dim // 2 if half else dim, dtype=table or dtype) for name in ("cos", "sin")}
+    new = {
+        "q_nope": meta(1, tokens, heads, rank, dtype=dtype).transpose(1, 2),
+        "q_pe": meta(1, tokens, heads, dim, dtype=dtype).transpose(1, 2),
+        "latent": meta(1, 1, tokens, rank, dtype=dtype), "k_pe": meta(1, 1, tokens, dim, dtype=dtype),
+    }  # fmt: skip
+    places = {name: meta(tokens, dtype=torch.int64) for name in ("rows", "slots")}
+    kept = {"latent_cache": meta(6, 1, 16, rank + dim, dtype=cache)}
+    return kept | new | tables | places | {"rotary_dim": dim, "layout": layout, "latent_scale": meta(1)}
+
+
 @case(rope.write_cache, dtype=FLOATS, cache=CACHED, ints=INTS, sizes=tuple(ROPE_SIZES))
 def write(dtype: torch.dtype, cache: torch.dtype, ints: torch.dtype, sizes: str) -> dict[str, object]:
     _, heads, dim, _ = ROPE_SIZES[sizes]
@@ -343,7 +388,13 @@ def write(dtype: torch.dtype, cache: torch.dtype, ints: torch.dtype, sizes: str)
     return caches | new | {"slots": meta(tokens, dtype=ints), "k_scale": meta(1), "v_scale": meta(1)}
 
 
-@case(rope.rope_cache, dtype=FLOATS, cache=CACHED, table=(None, torch.float32), layout=(0, 1), half=(False, True),
+@case(rope.store, dtype=FLOATS, cache=CACHED, ints=INTS, sizes=tuple(ROPE_SIZES))
+def write_one(dtype: torch.dtype, cache: torch.dtype, ints: torch.dtype, sizes: str) -> dict[str, object]:
+    both = write(dtype, cache, ints, sizes)
+    return {"cache": both["k_cache"], "new": both["k"], "slots": both["slots"], "scale": meta(1)}
+
+
+@case(rope.rope_cache, dtype=FLOATS, cache=CACHED, table=(None, torch.float32), layout=(0, 1, 2), half=(False, True),
       sizes=tuple(ROPE_SIZES))  # fmt: skip
 def rotate_and_write(
     dtype: torch.dtype, cache: torch.dtype, table: torch.dtype | None, layout: int, half: bool, sizes: str

@@ -78,6 +78,13 @@ FAMILIES: dict[str, Family] = {
         num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, q_lora_rank=32,
         kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_group=2,
         topk_group=1, first_k_dense_replace=1)),
+    "deepseek_v2": Family("DeepseekV2Config", COMMON | dict(
+        num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, q_lora_rank=None,
+        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=24, n_group=4, topk_group=2,
+        topk_method="group_limited_greedy", first_k_dense_replace=1)),
+    "glm4_moe_lite": Family("Glm4MoeLiteConfig", COMMON | dict(
+        num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, q_lora_rank=32,
+        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=24, v_head_dim=32, n_group=1, topk_group=1)),
     # Not in the list of what is supported by name: the general path takes them.
     "phi": Family("PhiConfig", COMMON),
     "cohere": Family("CohereConfig", COMMON | dict(logit_scale=0.5), 200),

@@ -26,8 +26,8 @@ class Calibration(fx.Interpreter):
         if op is not None:
             args = self.map_nodes_to_values(n.args, n)
             given = dict(zip(op.arguments, args, strict=False))
-            for kind, x in zip("kv", op.written(*args), strict=True):
-                given[f"{kind}_scale"].copy_(scale_of(x, given[f"{kind}_cache"].dtype))
+            for cache, x in zip(op.caches, op.written(*args), strict=True):
+                given[cache.replace("_cache", "_scale")].copy_(scale_of(x, given[cache].dtype))
         return super().run_node(n)
 
 

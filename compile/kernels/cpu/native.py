@@ -8,25 +8,30 @@ from torch import Tensor, fx
 
 from fuseline.compile.kernels.plan_call import native
 from fuseline.compile.ops.codes import CACHES
-from fuseline.compile.ops.library import named_arguments
+from fuseline.compile.ops.library import named_arguments, op_name
 from fuseline.compile.ops.registry import registry
 
 SAME_NAME = (
-    "act_mul", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "route_topk", "gather_rows",
-    "embedding_panels", "embedding_codes", "linear_codes", "linear_codes_int8", "experts_codes", "causal_conv_slots",
-    "gated_delta_slots", "ssd_scan_slots", "selective_scan_slots",
+    "act_mul", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "route_topk", "route_groups",
+    "gather_rows", "embedding_panels", "embedding_codes", "linear_codes", "linear_codes_int8", "experts_codes",
+    "causal_conv_slots", "gated_delta_slots", "ssd_scan_slots", "selective_scan_slots",
 )  # fmt: skip
-OVER_CACHES = ("rope_cache", "write_cache", "paged_attention")
+OVER_CACHES = (
+    "rope_cache", "write_cache", "paged_attention", "rope_latent", "write_latent", "paged_latent_attention",
+)  # fmt: skip
 RELATIVE = "paged_relative_attention"
+
 
 def over_cache(op: str, is_coded: bool) -> Callable[..., bool]:
     """Takes calls of the op whose caches hold codes, or those whose caches hold floats."""
-    at = registry()[op].arguments.index("k_cache")
+    declared = registry()[op]
+    at = declared.arguments.index(declared.caches[0])
     return lambda *args: (dtype_name(args[at]) in CACHES) == is_coded
 
 
 def cache_code(node: fx.Node) -> int:
-    return CACHES[dtype_name(named_arguments(node)["k_cache"].meta["val"])]
+    cache = named_arguments(node)[registry()[op_name(node.target)].caches[0]]
+    return CACHES[dtype_name(cache.meta["val"])]
 
 
 def no_chunk(node: fx.Node) -> int:
@@ -44,6 +49,7 @@ IMPLEMENTATIONS = (
     native(RELATIVE, "paged_attention", over_cache(RELATIVE, False), chunk=no_chunk),
     native(RELATIVE, "paged_attention_codes", over_cache(RELATIVE, True), code=cache_code, chunk=no_chunk),
     native("experts_panels", "experts"),
+    native("head_linear_panels", "head_linear"),
     native("expert_linear_panels", "expert_linear"),
     native("linear_panels", "linear", choices=lambda node: node.meta.get("choices", 0)),
     native("aten.embedding", "embedding", ids=lambda node: node.args[1]),

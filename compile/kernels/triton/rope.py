@@ -31,7 +31,7 @@ def rope(
     if out.numel():
         rope_kernel[_grid(x, heads)](
             out, x, cos, sin, rows, *_head_strides(out), *_head_strides(x), cos.stride(0), H=x.shape[1],
-            **_shape(x, cos, rotary_dim, layout, heads),
+            **shape_of(x, cos, rotary_dim, layout, heads),
         )  # fmt: skip
     return out
 
@@ -46,7 +46,7 @@ def write_cache(
     most its largest.
     """
     for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
-        _write(cache, new, slots, scale)
+        store(cache, new, slots, scale)
 
 
 def rope_cache(
@@ -60,22 +60,22 @@ def rope_cache(
     out = torch.empty_like(q)
     if out.numel() == 0:
         return out
-    k_cache, v_cache, v = _bytes(k_cache), _bytes(v_cache), v if v.stride(3) == 1 else v.contiguous()
+    k_cache, v_cache, v = bytes_of(k_cache), bytes_of(v_cache), v if v.stride(3) == 1 else v.contiguous()
     q_parts, kv_parts = (triton.cdiv(x.shape[1], heads) for x in (q, k))
     strides = [stride for x in (out, q, k, v) for stride in _head_strides(x)]
     rope_cache_kernel[(q.shape[2], q_parts + 2 * kv_parts)](
         out, k_cache, v_cache, q, k, v, cos, sin, rows, slots, *strides, cos.stride(0), *k_cache.stride()[:3],
         *v_cache.stride()[:3], k_scale, v_scale, Q_PARTS=q_parts, KV_PARTS=kv_parts, H=q.shape[1], K=k.shape[1],
         E=v.shape[3], PADDED_E=triton.next_power_of_2(v.shape[3]), B=k_cache.shape[2],
-        **_shape(q, cos, rotary_dim, layout, heads),
+        **shape_of(q, cos, rotary_dim, layout, heads),
     )  # fmt: skip
     return out
 
 
-def _write(cache: Tensor, new: Tensor, slots: Tensor, scale: Tensor | None) -> None:
+def store(cache: Tensor, new: Tensor, slots: Tensor, scale: Tensor | None) -> None:
     if new.numel() == 0:
         return
-    cache, new = _bytes(cache), new if new.stride(3) == 1 else new.contiguous()
+    cache, new = bytes_of(cache), new if new.stride(3) == 1 else new.contiguous()
     write_kernel[_grid(new, HEADS)](
         cache, new, slots, *_head_strides(new), *cache.stride()[:3], scale, H=new.shape[1], D=new.shape[3],
         PADDED_D=triton.next_power_of_2(new.shape[3]), B=cache.shape[2], HEADS=HEADS, num_warps=4,
@@ -95,7 +95,7 @@ def _head_strides(x: Tensor) -> tuple[int, int]:
     return x.stride(1), x.stride(2)
 
 
-def _shape(x: Tensor, cos: Tensor, rotary_dim: int, layout: int, heads: int) -> dict:
+def shape_of(x: Tensor, cos: Tensor, rotary_dim: int, layout: int, heads: int) -> dict:
     rest = x.shape[3] - rotary_dim
     return {
         "D": x.shape[3], "R": rotary_dim, "C": cos.shape[1], "PADDED_PAIRS": triton.next_power_of_2(rotary_dim // 2),
@@ -105,23 +105,23 @@ def _shape(x: Tensor, cos: Tensor, rotary_dim: int, layout: int, heads: int) -> 
     }  # fmt: skip
 
 
-def _bytes(cache: Tensor) -> Tensor:
+def bytes_of(cache: Tensor) -> Tensor:
     """An e4m3 cache as bytes: sm_80 has no such numbers, only e5m2."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
-def _rotates(x: Tensor, cos: Tensor, sin: Tensor, *_: object) -> bool:
+def rotates(x: Tensor, cos: Tensor, sin: Tensor, *_: object) -> bool:
     """Tables are of x's dtype or wider; with wider ones the result is rounded once, to x's."""
     return cos.dtype == sin.dtype and cos.dtype in (x.dtype, torch.float32) and x.stride(3) == 1
 
 
 def _rotates_into_cache(k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, *tables: object) -> bool:
-    return _rotates(q, *tables) and _rotates(k, *tables)
+    return rotates(q, *tables) and rotates(k, *tables)
 
 
 HEADS_TUNINGS = tunings("heads", HEADS_TO_TRY, "h")
 IMPLEMENTATIONS = (
-    Implementation("rope", "triton.rope", "cuda", rope, supports=_rotates, tunings=HEADS_TUNINGS),
+    Implementation("rope", "triton.rope", "cuda", rope, supports=rotates, tunings=HEADS_TUNINGS),
     Implementation("write_cache", "triton.write_cache", "cuda", write_cache),
     Implementation(
         "rope_cache", "triton.rope_cache", "cuda", rope_cache, supports=_rotates_into_cache, tunings=HEADS_TUNINGS

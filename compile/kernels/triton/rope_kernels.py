@@ -8,7 +8,7 @@ import triton.language as tl
 from fuseline.compile.kernels.triton.lines import rounded
 from fuseline.compile.ops import codes
 
-INTERLEAVED = tl.constexpr(codes.ROPE_INTERLEAVED)
+HALF, INTERLEAVED = tl.constexpr(codes.ROPE_HALF), tl.constexpr(codes.ROPE_INTERLEAVED)
 
 
 @triton.jit
@@ -60,6 +60,38 @@ def rope_cache_kernel(
 
 
 @triton.jit(do_not_specialize=["slots"])
+def rope_latent_kernel(
+    q_out, cache, q_nope, q_pe, latent, k_pe, cos, sin, rows, slots, out_stride_h, out_stride_t, nope_stride_h,
+    nope_stride_t, q_stride_h, q_stride_t, latent_stride_h, latent_stride_t, k_stride_h, k_stride_t, table_stride,
+    cache_stride_n, cache_stride_h, cache_stride_b, scale, Q_PARTS: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, B: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PADDED_PAIRS: tl.constexpr, PADDED_REST: tl.constexpr, LAYOUT: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, HEADS heads): first those of q, to q_out, then those of the latent, to the cache."""
+    t = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    line = tl.load(rows + t).to(tl.int64) * table_stride
+    if part < Q_PARTS:
+        to = q_out + t * out_stride_t
+        _copy(to, out_stride_h, q_nope + t * nope_stride_t, nope_stride_h, part, None, H, RANK, PADDED_RANK, HEADS)
+        _rotate(
+            to + RANK, out_stride_h, q_pe + t * q_stride_t, q_stride_h, cos + line, sin + line, part, None, H, D, R, C,
+            PADDED_PAIRS, PADDED_REST, LAYOUT, HEADS,
+        )  # fmt: skip
+    else:
+        slot = tl.load(slots + t).to(tl.int64)
+        if slot >= 0:
+            to = cache + slot // B * cache_stride_n + slot % B * cache_stride_b
+            part -= Q_PARTS
+            _copy(to, cache_stride_h, latent + t * latent_stride_t, latent_stride_h, part, scale, K, RANK, PADDED_RANK,
+                  HEADS)  # fmt: skip
+            _rotate(
+                to + RANK, cache_stride_h, k_pe + t * k_stride_t, k_stride_h, cos + line, sin + line, part, scale, K,
+                D, R, C, PADDED_PAIRS, PADDED_REST, LAYOUT, HEADS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["slots"])
 def write_kernel(
     cache, x, slots, x_stride_h, x_stride_t, cache_stride_n, cache_stride_h, cache_stride_b, scale, H: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, B: tl.constexpr, HEADS: tl.constexpr,
@@ -85,10 +117,12 @@ def _rotate(
     there = (head < H) & (pair < R // 2)
     low = 2 * pair if LAYOUT == INTERLEAVED else pair
     high = 2 * pair + 1 if LAYOUT == INTERLEAVED else pair + R // 2
+    from_low = 2 * pair if LAYOUT != HALF else pair
+    from_high = 2 * pair + 1 if LAYOUT != HALF else pair + R // 2
     low_cos, high_cos = _line(cos, pair, low, high, R, C)
     low_sin, high_sin = _line(sin, pair, low, high, R, C)
-    a = tl.load(source + low, mask=there, other=0.0)
-    b = tl.load(source + high, mask=there, other=0.0)
+    a = tl.load(source + from_low, mask=there, other=0.0)
+    b = tl.load(source + from_high, mask=there, other=0.0)
     _store(to + low, _turned(a, low_cos, b, low_sin, -1.0), there, scale)
     _store(to + high, _turned(b, high_cos, a, high_sin, 1.0), there, scale)
     if PADDED_REST > 0:

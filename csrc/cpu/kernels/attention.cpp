@@ -284,9 +284,12 @@ void run_tile(const Attention& job, const Task& task, int64_t base, int64_t lo, 
   int turn = s.places[1].is_at(task, lo, hi);
   Places<T>&tile = s.places[turn], &next = s.places[1 - turn];
   if (!tile.is_at(task, lo, hi)) find_tile(job, task, lo, hi, tile);
-  if (key_lanes(job.block_size) != kPanel) {
+  if (job.makes_panels()) {
     for (int i = 0; i < kTilePanels; ++i) tile.panels[i] = s.keys + i * kPanel * job.key_dim;
-    copy_panels(job, task, lo, hi, s.keys);
+    if (job.is_latent)
+      panels_of_rows(tile.values, lo % kPanel, hi - lo, job.key_dim, s.keys);
+    else
+      copy_panels(job, task, lo, hi, s.keys);
   }
   bool has_next = find_next_tile(job, task, s.next, hi, next);
   if (!has_next) next.lo = next.hi = 0;
@@ -439,9 +442,7 @@ void run_all(Attention& job) {
   });
 }
 
-Attention attention_job(const Tensor* t, const int64_t* i, const double* f) {
-  Attention job{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], i[0], i[1], static_cast<float>(f[0]),
-                static_cast<float>(f[1])};
+Attention with_sizes(Attention job) {
   job.num_seqs = job.seq_lens.sizes[0];
   job.group = job.q.sizes[1] / job.k_cache.sizes[1];
   job.block_size = job.k_cache.sizes[2];
@@ -450,30 +451,60 @@ Attention attention_job(const Tensor* t, const int64_t* i, const double* f) {
   return job;
 }
 
-}  // namespace
+// t: as of paged_attention.
+Attention attention_job(const Tensor* t, const int64_t* i, const double* f, const Tensor& relative) {
+  Attention job = with_sizes({t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], i[0], i[1], static_cast<float>(f[0]),
+                              static_cast<float>(f[1])});
+  job.relative = &relative;
+  return job;
+}
 
-// t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?, slopes? (times the distance of key and
-// query, <= 0, added to scores), relative? (by its own query, added to the scores of keys at distances 0 .. R - 1;
-// numbers of a query side by side); i: window, chunk (a token sees the keys of its aligned chunk; 0: none); f: scale, softcap
-// (0: none). keys.h gives the layout of keys. Keys from seq_lens on, and blocks before the window or chunk, are not read.
-void paged_attention(const Tensor* t, const int64_t* i, const double* f) {
-  Attention job = attention_job(t, i, f);
-  job.relative = &t[9];
+constexpr Tensor kAbsent{nullptr, DType::f32, -1, {}, {}};
+
+Attention latent_job(const Tensor* t, int64_t window, const double* f) {
+  Attention job = with_sizes({t[0], t[1], t[2], t[2], t[3], t[4], t[5], t[6], kAbsent, window, 0, static_cast<float>(f[0]),
+                              static_cast<float>(f[1])});
+  job.is_latent = true;
+  return job;
+}
+
+void run_plain(Attention job) {
   if constexpr (kHasDot)
     if (job.k_cache.dtype == DType::bf16 && job.q.dtype == DType::bf16) return run_all<Bf16DotPath, bf16>(job);
   with_float(job.k_cache.dtype, [&](auto p) { run_all<Fp32Path, decltype(p)>(job); });
 }
 
-// The same over caches of codes (cache_codes.h): t: then k_scale?, v_scale?, relative?; i: then code (CacheCode).
-void paged_attention_codes(const Tensor* t, const int64_t* i, const double* f) {
-  Attention job = attention_job(t, i, f);
-  job.code = i[2];
-  job.relative = &t[11];
-  job.scale *= cache_unit(job.code) * (t[9].present() ? float_at(t[9], 0) : 1.0f);
-  job.value_unit = cache_unit(job.code) * (t[10].present() ? float_at(t[10], 0) : 1.0f);
+void run_coded(Attention job, int64_t code, const Tensor& k_scale, const Tensor& v_scale) {
+  job.code = code;
+  job.scale *= cache_unit(code) * (k_scale.present() ? float_at(k_scale, 0) : 1.0f);
+  job.value_unit = cache_unit(code) * (v_scale.present() ? float_at(v_scale, 0) : 1.0f);
   if constexpr (kHasDot)
     if (job.q.dtype == DType::bf16) return run_all<Bf16DotPath, bf16>(job);
   run_all<Fp32Path, float>(job);
+}
+
+}  // namespace
+
+// t: out!, q, k_cache, v_cache, block_table (i32), seq_lens, query_start, sinks?, slopes? (times the distance of key and
+// query, <= 0, added to scores), relative? (by its own query, added to the scores of keys at distances 0 .. R - 1; numbers
+// of a query side by side); i: window, chunk (a token sees the keys of its aligned chunk; 0: none); f: scale, softcap
+// (0: none). keys.h gives the layout of keys. Keys from seq_lens on, and blocks before the window or chunk, are not read.
+void paged_attention(const Tensor* t, const int64_t* i, const double* f) { run_plain(attention_job(t, i, f, t[9])); }
+
+// The same over caches of codes (cache_codes.h): t: then k_scale?, v_scale?, relative?; i: then code (CacheCode).
+void paged_attention_codes(const Tensor* t, const int64_t* i, const double* f) {
+  run_coded(attention_job(t, i, f, t[11]), i[2], t[9], t[10]);
+}
+
+// t: out!, q, k_cache, block_table, seq_lens, query_start, sinks?; i: value_dim, window; f as above. A token's value is
+// the first value_dim numbers of its key; the cache has them as rows.
+void paged_latent_attention(const Tensor* t, const int64_t* i, const double* f) {
+  run_plain(latent_job(t, i[1], f));
+}
+
+// The same over a cache of codes: t: then latent_scale?; i: then code (CacheCode).
+void paged_latent_attention_codes(const Tensor* t, const int64_t* i, const double* f) {
+  run_coded(latent_job(t, i[1], f), i[2], t[7], t[7]);
 }
 
 }  // namespace fuseline::FL_ISA

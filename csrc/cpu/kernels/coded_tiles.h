@@ -9,18 +9,20 @@ namespace {
 // Keys [lo, hi) of a tile and their values; int8's scales by key of the tile, 0 for those outside [lo, hi).
 template <class T>
 struct DecodedTile {
-  T *panels, *values;              // [kTilePanels][D][16], [kKeys][value_step]
+  T *panels, *values;              // [kTilePanels][D][16], [kKeys][value_step]; of latents, whole keys
   uint32_t* words;                 // of one panel, where blocks are no multiple of it
   float *key_scales, *value_scales;   // [kKeys]
 };
 
+inline int64_t value_step(const Attention& job) { return job.is_latent ? job.key_dim : job.padded_dim; }
+
 inline int64_t decoded_size(const Attention& job) {
-  return kKeys * (job.key_dim + job.padded_dim + 2) + kPanel * (job.key_dim + 4);
+  return kKeys * (job.key_dim + value_step(job) + 2) + kPanel * (job.key_dim + 4);
 }
 
 template <class T>
 DecodedTile<T> decoded_tile(const Attention& job, float* p) {
-  float *values = p + kKeys * job.key_dim, *scales = values + kKeys * job.padded_dim;
+  float *values = p + kKeys * job.key_dim, *scales = values + kKeys * value_step(job);
   auto* words = reinterpret_cast<uint32_t*>(scales + 2 * kKeys);
   return {reinterpret_cast<T*>(p), reinterpret_cast<T*>(values), words, scales, scales + kKeys};
 }
@@ -71,17 +73,18 @@ void decode_panels(const Attention& job, const Kind& kind, const Task& task, int
   }
 }
 
+// Rows of `num` numbers with their scales: values, or the keys of latents.
 template <class T, class Kind>
-void decode_values(const Attention& job, const Kind& kind, const Task& task, int64_t lo, int64_t hi, int64_t first,
-                   const DecodedTile<T>& to) {
+void decode_rows(const Attention& job, const Kind& kind, const Task& task, int64_t lo, int64_t hi, int64_t first,
+                 int64_t num, const DecodedTile<T>& to) {
   int64_t row = job.v_cache.strides[2];
   for_blocks<uint8_t>(job, job.v_cache, task, lo, hi,
                       [&](const uint8_t* block, int64_t within, int64_t count, int64_t n) {
     for (int64_t i = 0; i < count; ++i) {
       if ((lo + n + i) % kPanel == 0) fetch_ahead(job, job.v_cache, task, lo + n + i);
       const uint8_t* from = block + (within + i) * row;
-      decode_row(kind, from, job.value_dim, to.values + (n + i) * job.padded_dim);
-      if (scale_bytes(job.code)) __builtin_memcpy(to.value_scales + first + n + i, from + job.value_dim, 4);
+      decode_row(kind, from, num, to.values + (n + i) * value_step(job));
+      if (scale_bytes(job.code)) __builtin_memcpy(to.value_scales + first + n + i, from + num, 4);
     }
   });
 }
@@ -92,13 +95,16 @@ void decode_tile(const Attention& job, const Task& task, int64_t base, int64_t l
                  Places<T>& tile) {
   for (int64_t i = 0; i < kKeys; ++i) to.key_scales[i] = to.value_scales[i] = 0.0f;
   with_cache_kind(job.code, [&](const auto& kind) {
-    decode_panels(job, kind, task, lo, hi, (lo - base) / kPanel * kPanel, to);
-    decode_values(job, kind, task, lo, hi, lo - base, to);
+    if (!job.is_latent) decode_panels(job, kind, task, lo, hi, (lo - base) / kPanel * kPanel, to);
+    decode_rows(job, kind, task, lo, hi, lo - base, job.is_latent ? job.key_dim : job.value_dim, to);
   });
   int64_t first = (lo - base) / kPanel;
   for (int64_t p = 0; p < kTilePanels; ++p)
     tile.panels[p] = to.panels + (first + p < kTilePanels ? first + p : first) * kPanel * job.key_dim;
-  for (int64_t i = 0; i < kKeys; ++i) tile.values[i] = to.values + (i < hi - lo ? i : 0) * job.padded_dim;
+  for (int64_t i = 0; i < kKeys; ++i) tile.values[i] = to.values + (i < hi - lo ? i : 0) * value_step(job);
+  if (!job.is_latent) return;
+  panels_of_rows(tile.values, lo % kPanel, hi - lo, job.key_dim, to.panels + first * kPanel * job.key_dim);
+  __builtin_memcpy(to.key_scales, to.value_scales, kKeys * sizeof(float));
 }
 
 }  // namespace

@@ -16,11 +16,31 @@ struct Rotation {
 template <class T>
 FL_INLINE vf rotate(vf x, vf c, vf y, vf s) { return round_to<T>(x * c) + round_to<T>(y * s); }
 
-// Rotates pairs (j, j + R/2). Tables of R columns hold both halves; those of R/2 columns serve both.
-template <class T, class C>
+// Numbers 2j and 2j + 1 for the first n <= kLanes j from x on.
+template <class T>
+FL_INLINE void load_pairs(const T* x, int64_t n, vf& even, vf& odd) {
+  T tail[2 * kLanes] = {};
+  if (n < kLanes) {
+    for (int64_t k = 0; k < 2 * n; ++k) tail[k] = x[k];
+    x = tail;
+  }
+  vi places;
+  for (int k = 0; k < kLanes; ++k) places[k] = 2 * k;
+  const vf a = load(x), b = load(x + kLanes);
+  even = __builtin_shuffle(a, b, places);
+  odd = __builtin_shuffle(a, b, places + 1);
+}
+
+// Rotates pairs (j, j + R/2), or with IS_SPLIT pairs (2j, 2j + 1) that are written there. Tables of R columns hold both
+// halves; those of R/2 columns serve both.
+template <bool IS_SPLIT, class T, class C>
 void rotate_half(T* out, const T* x, const C* cos, const C* sin, int64_t half, int64_t second) {
   for_columns(half, [&](int64_t c, int64_t n) {
-    const vf low = load_some(x + c, n), high = load_some(x + half + c, n);
+    vf low, high;
+    if constexpr (IS_SPLIT)
+      load_pairs(x + 2 * c, n, low, high);
+    else
+      low = load_some(x + c, n), high = load_some(x + half + c, n);
     const vf cos_low = round_to<T>(load_some(cos + c, n)), sin_low = round_to<T>(load_some(sin + c, n));
     const vf cos_high = round_to<T>(load_some(cos + second + c, n));
     const vf sin_high = round_to<T>(load_some(sin + second + c, n));
@@ -29,19 +49,30 @@ void rotate_half(T* out, const T* x, const C* cos, const C* sin, int64_t half, i
   });
 }
 
-// Rotates pairs (2j, 2j + 1). In tables of R columns, columns 2j and 2j + 1 belong to pair j.
-template <class T, class C>
-void rotate_pairs(T* out, const T* x, const C* cos, const C* sin, int64_t half, bool is_full) {
-  for (int64_t j = 0; j < half; ++j) {
-    const int64_t even = is_full ? 2 * j : j, odd = is_full ? 2 * j + 1 : j;
-    const float a = to_float(x[2 * j]), b = to_float(x[2 * j + 1]);
-    const vf x2 = {a, b}, y2 = {-b, a};
-    const vf c2 = {to_float(cos[even]), to_float(cos[odd])}, s2 = {to_float(sin[even]), to_float(sin[odd])};
-    store_n(out + 2 * j, rotate<T>(x2, round_to<T>(c2), y2, round_to<T>(s2)), 2);
-  }
+// `n` numbers of a line of a table for the features from c on; one of half the columns has one number for a pair.
+template <class C>
+FL_INLINE vf load_for_pairs(const C* line, int64_t c, int64_t n, bool is_full) {
+  if (is_full) return load_some(line + c, n);
+  vi places;
+  for (int k = 0; k < kLanes; ++k) places[k] = k / 2;
+  return __builtin_shuffle(load_n(line + c / 2, n / 2), places);
 }
 
-// Rotates one head of one token. `out` may alias `x`.
+// Rotates pairs (2j, 2j + 1). In tables of R columns, columns 2j and 2j + 1 belong to pair j.
+template <class T, class C>
+void rotate_pairs(T* out, const T* x, const C* cos, const C* sin, int64_t rotary_dim, bool is_full) {
+  vi partner;
+  vu sign;
+  for (int k = 0; k < kLanes; ++k) partner[k] = k ^ 1, sign[k] = k % 2 ? 0 : 0x80000000u;
+  for_columns(rotary_dim, [&](int64_t c, int64_t n) {
+    const vf own = load_some(x + c, n), other = (vf)((vu)__builtin_shuffle(own, partner) ^ sign);
+    const vf by_cos = round_to<T>(load_for_pairs(cos, c, n, is_full));
+    const vf by_sin = round_to<T>(load_for_pairs(sin, c, n, is_full));
+    store_some(out + c, rotate<T>(own, by_cos, other, by_sin), n);
+  });
+}
+
+// Rotates one head of one token. `out` may be `x` but for kRopeSplit.
 template <class T>
 void rotate_head(T* out, const T* x, int64_t width, const Rotation& by, int64_t token) {
   const int64_t row = index_at(*by.rows, token), half = by.rotary_dim / 2, columns = last_size(*by.cos);
@@ -51,9 +82,11 @@ void rotate_head(T* out, const T* x, int64_t width, const Rotation& by, int64_t 
     const C* sin = static_cast<const C*>(by.sin->data) + row * by.sin->strides[0];
     const bool is_full = columns >= by.rotary_dim;
     if (by.layout == kRopeInterleaved)
-      rotate_pairs(out, x, cos, sin, half, is_full);
+      rotate_pairs(out, x, cos, sin, by.rotary_dim, is_full);
+    else if (by.layout == kRopeSplit)
+      rotate_half<true>(out, x, cos, sin, half, is_full ? half : 0);
     else
-      rotate_half(out, x, cos, sin, half, is_full ? half : 0);
+      rotate_half<false>(out, x, cos, sin, half, is_full ? half : 0);
   });
   if (out != x) __builtin_memcpy(out + by.rotary_dim, x + by.rotary_dim, (width - by.rotary_dim) * sizeof(T));
 }
@@ -118,12 +151,28 @@ void store_coded_key(const CodedCache& c, const T* key, int64_t slot, int64_t he
 }
 
 template <class T>
+void store_coded_row(const CodedCache& c, const T* x, int64_t slot, int64_t head) {
+  uint8_t* row = value_row<uint8_t>(c.cache, slot, head);
+  float scale = encode_row(c.code, x, c.num_codes(), c.scale, row);
+  if (scale_bytes(c.code)) __builtin_memcpy(row + c.num_codes(), &scale, sizeof scale);
+}
+
+template <class T>
 void store_coded_values(const CodedCache& c, const Tensor& v, int64_t slot, int64_t token) {
-  for (int64_t h = 0; h < v.sizes[1]; ++h) {
-    uint8_t* row = value_row<uint8_t>(c.cache, slot, h);
-    float scale = encode_row(c.code, head_row<T>(v, h, token), c.num_codes(), c.scale, row);
-    if (scale_bytes(c.code)) __builtin_memcpy(row + c.num_codes(), &scale, sizeof scale);
-  }
+  for (int64_t h = 0; h < v.sizes[1]; ++h) store_coded_row(c, head_row<T>(v, h, token), slot, h);
+}
+
+// What rope_latent puts side by side: a head's first numbers, and those that are rotated.
+struct Joined {
+  const Tensor &first, &turned;
+  int64_t width() const { return first.sizes[3] + turned.sizes[3]; }
+};
+
+template <class T>
+void join_head(T* out, const Joined& x, const Rotation& by, int64_t head, int64_t token) {
+  const int64_t num = x.first.sizes[3];
+  __builtin_memcpy(out, head_row<T>(x.first, head, token), num * sizeof(T));
+  rotate_head(out + num, head_row<T>(x.turned, head, token), x.turned.sizes[3], by, token);
 }
 
 // Calls body(T{}, token) for each token of x.
@@ -150,6 +199,56 @@ void write_cache(const Tensor* t, const int64_t*, const double*) {
     if (!has_slot(t[0], slot)) return;
     for (int64_t h = 0; h < t[2].sizes[1]; ++h) store_key(t[0], head_row<T>(t[2], h, token), slot, h);
     store_values<T>(t[1], t[3], slot, token);
+  });
+}
+
+// t: latent_cache!, k, slots: keys lie as rows, as values do.
+void write_latent(const Tensor* t, const int64_t*, const double*) {
+  for_tokens(t[1], [&](auto type, int64_t token) {
+    const int64_t slot = index_at(t[2], token);
+    if (has_slot(t[0], slot)) store_values<decltype(type)>(t[0], t[1], slot, token);
+  });
+}
+
+// t: latent_cache!, k, slots, latent_scale?; i: code (CacheCode).
+void write_latent_codes(const Tensor* t, const int64_t* i, const double*) {
+  const CodedCache keys = coded_cache(t[0], t[3], i[0]);
+  for_tokens(t[1], [&](auto type, int64_t token) {
+    const int64_t slot = index_at(t[2], token);
+    if (has_slot(t[0], slot)) store_coded_values<decltype(type)>(keys, t[1], slot, token);
+  });
+}
+
+// t: q_out!, latent_cache!, q_nope, q_pe, latent, k_pe, cos, sin, rows, slots; i: rotary_dim, layout.
+void rope_latent(const Tensor* t, const int64_t* i, const double*) {
+  const Tensor &q_out = t[0], &cache = t[1];
+  const Joined q{t[2], t[3]}, k{t[4], t[5]};
+  const Rotation by{&t[6], &t[7], &t[8], i[0], i[1]};
+  for_tokens(q_out, [&](auto type, int64_t token) {
+    using T = decltype(type);
+    for (int64_t h = 0; h < q_out.sizes[1]; ++h) join_head(head_row<T>(q_out, h, token), q, by, h, token);
+    const int64_t slot = index_at(t[9], token);
+    if (!has_slot(cache, slot)) return;
+    for (int64_t h = 0; h < cache.sizes[1]; ++h) join_head(value_row<T>(cache, slot, h), k, by, h, token);
+  });
+}
+
+// The same to a cache of codes: t: then latent_scale?; i: then code (CacheCode).
+void rope_latent_codes(const Tensor* t, const int64_t* i, const double*) {
+  const Tensor& q_out = t[0];
+  const CodedCache keys = coded_cache(t[1], t[10], i[2]);
+  const Joined q{t[2], t[3]}, k{t[4], t[5]};
+  const Rotation by{&t[6], &t[7], &t[8], i[0], i[1]};
+  for_tokens(q_out, [&](auto type, int64_t token) {
+    using T = decltype(type);
+    for (int64_t h = 0; h < q_out.sizes[1]; ++h) join_head(head_row<T>(q_out, h, token), q, by, h, token);
+    const int64_t slot = index_at(t[9], token);
+    if (!has_slot(keys.cache, slot)) return;
+    T* row = static_cast<T*>(scratch(Scratch::kChunk, k.width() * sizeof(T)));
+    for (int64_t h = 0; h < keys.cache.sizes[1]; ++h) {
+      join_head(row, k, by, h, token);
+      store_coded_row(keys, row, slot, h);
+    }
   });
 }
 

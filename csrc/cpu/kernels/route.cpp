@@ -1,21 +1,11 @@
 // MoE router: the k best experts of each token and their weights.
 #include "cpu/parallel.h"
+#include "best.h"
 #include "views.h"
 #include "fuseline/codes.h"
 
 namespace fuseline::FL_ISA {
 namespace {
-
-// The k largest entries of x in descending order, ties to the lowest id.
-void best_of(const float* x, int64_t n, int64_t k, int64_t* ids) {
-  int64_t count = 0;
-  for (int64_t e = 0; e < n; ++e) {
-    if (count == k && !(x[e] > x[ids[k - 1]])) continue;
-    int64_t at = count < k ? count++ : k - 1;
-    for (; at > 0 && x[e] > x[ids[at - 1]]; --at) ids[at] = ids[at - 1];
-    ids[at] = e;
-  }
-}
 
 float sum_of_exp(const float* x, int64_t n, float max) {
   float total = 0.0f;

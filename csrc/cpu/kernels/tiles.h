@@ -1,6 +1,7 @@
 // Inputs of an attention task: the keys and values of its tiles, wherever their blocks are in the cache.
 #pragma once
 #include "keys.h"
+#include "latent.h"
 #include "views.h"
 
 namespace fuseline::FL_ISA {
@@ -21,9 +22,12 @@ struct Attention {
   int64_t heads_per_task = 0, tokens_per_task = 0;
   int64_t code = -1;          // CacheCode of caches of codes (cache_codes.h)
   float value_unit = 1.0f;    // of the values that are summed
+  bool is_latent = false;     // keys lie as rows, of which a value is the beginning; v_cache is k_cache
   const Tensor* relative = nullptr;   // [1, H, T, R] biases of distances 0 .. R - 1
 
   bool is_coded() const { return code >= 0; }
+  // Whether the keys of a tile are put into panels when they are read.
+  bool makes_panels() const { return is_latent || key_lanes(block_size) != kPanel; }
   int64_t parts() const { return (group + heads_per_task - 1) / heads_per_task; }
   int64_t tasks_of(int64_t tokens) const {
     return k_cache.sizes[1] * parts() * ((tokens + tokens_per_task - 1) / tokens_per_task);
@@ -124,7 +128,7 @@ void find_tile(const Attention& job, const Task& task, int64_t lo, int64_t hi, P
   tile.seq = task.seq, tile.kv_head = task.kv_head, tile.lo = lo, tile.hi = hi;
   find_values(job, task, lo, hi, tile.values);
   for (int64_t i = hi - lo; i < kKeys; ++i) tile.values[i] = tile.values[0];
-  if (key_lanes(job.block_size) != kPanel) return;
+  if (job.makes_panels()) return;
   find_panels(job, task, lo, hi, tile.panels);
   for (int64_t p = (hi - 1) / kPanel - lo / kPanel + 1; p < kTilePanels; ++p) tile.panels[p] = tile.panels[0];
 }
@@ -147,9 +151,10 @@ class Fetch {
  public:
   Fetch(const Attention& job, const Places<T>& tile, int64_t first_value, int64_t num_calls) : tile_(tile), at_(0) {
     if (tile.lo == tile.hi) return;
-    num_panels_ = key_lanes(job.block_size) == kPanel ? (tile.hi - 1) / kPanel - tile.lo / kPanel + 1 : 0;
+    num_panels_ = job.makes_panels() ? 0 : (tile.hi - 1) / kPanel - tile.lo / kPanel + 1;
     panel_bytes_ = job.key_dim * kPanel * static_cast<int64_t>(sizeof(T));
-    value_bytes_ = job.value_dim * static_cast<int64_t>(sizeof(T));
+    value_bytes_ = (job.is_latent ? job.key_dim : job.value_dim) * static_cast<int64_t>(sizeof(T));
+    if (job.is_latent) first_value = 0;
     first_value_ = first_value;
     int64_t num_values = tile.hi - tile.lo > first_value ? tile.hi - tile.lo - first_value : 0;
     end_ = num_panels_ + num_values;

@@ -18,9 +18,13 @@ enum Unary {
 
 enum Binary { kAdd = 0 /* a + alpha*b */, kSub = 1, kMul = 2, kDiv = 3, kMax = 4, kMin = 5, kPow = 6, kRsub = 7 /* b - a */ };
 
-enum RopeLayout { kRopeHalf = 0 /* pairs (j, j + R/2) */, kRopeInterleaved = 1 /* pairs (2j, 2j + 1) */ };
+// Which features are a pair; those of kRopeSplit are read at (2j, 2j + 1) and written at (j, j + R/2) (DeepSeek).
+enum RopeLayout { kRopeHalf = 0 /* (j, j + R/2) */, kRopeInterleaved = 1 /* (2j, 2j + 1) */, kRopeSplit = 2 };
 
 enum RouteOrder { kSoftmaxThenTopk = 0, kTopkThenSoftmax = 1 };
+
+// Scores of a router that chooses among groups of experts.
+enum RouteScore { kRouteSigmoid = 0, kRouteSoftmax = 1 };
 
 // Expert activations: gate and up are the halves of the row, except kGluOss: interleaved, clamped, (up+1)*gate*sigmoid(alpha*gate).
 enum ExpertAct { kExpertSilu = 0, kExpertGelu = 1, kExpertGeluTanh = 2, kExpertRelu = 3, kGluOss = 4 };

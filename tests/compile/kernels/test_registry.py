@@ -39,9 +39,12 @@ def test_facts_of_ops_name_what_is_there() -> None:
         assert not op.invariant or registry()[op.invariant].is_product == op.is_product
         assert op_of(op.target) is op
         assert len(op.arguments) == len(inspect.signature(op.reference).parameters) or op.name.endswith("_invariant")
-    assert {name for name, op in registry().items() if op.written} == {"write_cache", "rope_cache"}
+    assert {name for name, op in registry().items() if op.written} == {
+        "write_cache", "rope_cache", "write_latent", "rope_latent",
+    }  # fmt: skip
     assert {name for name, op in registry().items() if op.reads_cache} == {
-        "paged_attention", "paged_attention_invariant", "paged_relative_attention",
+        "paged_attention", "paged_attention_invariant", "paged_latent_attention", "paged_latent_attention_invariant",
+        "paged_relative_attention",
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton_faulty_cases
 import triton_interpreter
 from triton_combinations import compile_combinations
 
-from fuseline.compile.kernels.triton import attention, code_linear, fp8, linear
+from fuseline.compile.kernels.triton import attention, code_linear, fp8, latent_attention, linear
 
 __all__ = ["triton_interpreter"]
 BY_PRODUCTS = {"decode_kernel", "prefill_kernel"}
@@ -44,7 +44,7 @@ def test_no_sum_has_an_order_of_its_launch(entries):
 
 OVER_LAUNCHERS = (
     attention.attention, linear.linear_then_act_mul, code_linear.linear_code_rows_invariant, code_linear.linear_decoded,
-    fp8.linear_fp8_invariant,
+    fp8.linear_fp8_invariant, latent_attention.latent_attention, latent_attention.write_latent,
 )  # fmt: skip
 """Kernels of an op that call launchers and launch nothing themselves."""
 

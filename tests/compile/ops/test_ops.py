@@ -18,11 +18,12 @@ from fuseline.compile.ops.registry import registry
 __all__ = ["isa"]
 # As captured; passes replace them before a kernel is chosen.
 DENSE = {"attention", "causal_conv", "gated_delta", "ssd_scan", "selective_scan"}
-# For a CPU passes replace the first two and make none of the others.
+# For a CPU passes replace the first two and head_linear, and make none of the others.
 CUDA_ONLY = {
     "linear", "experts", "linear_act_mul", "linear_invariant", "experts_invariant", "paged_attention_invariant",
     "linear_code_rows", "linear_code_rows_invariant", "embedding_code_rows", "quantize_fp8", "rms_norm_fp8",
-    "add_rms_norm_fp8", "linear_fp8", "linear_fp8_invariant", "expert_linear",
+    "add_rms_norm_fp8", "linear_fp8", "linear_fp8_invariant", "head_linear", "paged_latent_attention_invariant",
+    "expert_linear",
 }  # fmt: skip
 NATIVE = [op for name, op in sorted(registry().items()) if name in implementations("cpu")]
 
@@ -68,6 +69,7 @@ def test_codes_are_those_of_the_kernels():
     modes = enums["NormMode"] | enums["RopeLayout"]
     assert {key: constants[key] for key in modes} == modes
     assert (codes.ROUTE_SOFTMAX_TOPK, codes.ROUTE_TOPK_SOFTMAX) == tuple(enums["RouteOrder"].values())
+    assert {key: constants[key] for key in enums["RouteScore"]} == enums["RouteScore"]
 
 
 def plain(name: str) -> str:

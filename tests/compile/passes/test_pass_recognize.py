@@ -11,11 +11,13 @@ from pass_cases import DTYPES, ROWS, Case, case
 from torch import Tensor, nn
 
 from fuseline.compile.ops import codes
-from fuseline.compile.passes.clean import canonicalize, remove_noops
+from fuseline.compile.passes.clean import canonicalize, merge_equal, remove_noops
+from fuseline.compile.passes.find_cat import find_cat
 from fuseline.compile.passes.find_moe import find_moe
 from fuseline.compile.passes.find_norm import find_norm
 from fuseline.compile.passes.find_rope import find_rope
 from fuseline.compile.passes.fuse_act_mul import fuse_act_mul
+from fuseline.compile.passes.real_pairs import real_pairs
 
 EPS = 1e-5
 X = torch.randn(1, 5, 16)
@@ -188,6 +190,76 @@ def test_rotations_become_lookups(turn: Callable, columns: int, repeats: int, ro
     same_numbers(found, before, rope_rows=POSITIONS[0])
 
 
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Cohere's, of tables as wide as the heads."""
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
+
+
+def turn_repeated_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GLM-4's, which rotates a part and repeats half a line."""
+    rotary = cos.shape[-1]
+    cos, sin = (line[..., : rotary // 2].repeat_interleave(2, dim=-1) for line in (cos, sin))
+    return torch.cat((turn_pairs(x[..., :rotary], cos, sin), x[..., rotary:]), dim=-1)
+
+
+def turn_pairs_to_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """DeepSeek-V3's."""
+    cos, sin = cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+
+
+def turn_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """DeepSeek-V2's; float32."""
+    half = cos.shape[-1] // 2
+    turns = torch.polar(torch.ones_like(cos[..., :half]), torch.atan2(sin[..., :half], cos[..., :half]))
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
+
+
+def turn_tokens_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Before tokens and heads change places, as Llama 4 does it."""
+    cos, sin = (line.squeeze(1)[:, :, None, :] for line in (cos, sin))
+    return turn_pairs(x.transpose(1, 2).contiguous(), cos, sin).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "turn, columns, rotary, layout, dtypes",
+    [
+        (turn_repeated_pairs, 2, 4, codes.ROPE_INTERLEAVED, "fp32 bf16"),
+        (turn_pairs_to_halves, 4, 8, codes.ROPE_SPLIT, "fp32 bf16"),
+        (turn_complex, 4, 8, codes.ROPE_INTERLEAVED, "fp32"),
+    ],
+)
+def test_rotations_of_neighbours(turn: Callable, columns: int, rotary: int, layout: int, dtypes: str) -> None:
+    for dtype in [d for d, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")) if name in dtypes]:
+        found = rope_case(Rope(turn, columns), dtype)
+        before = found.run()
+        assert found.apply(remove_noops, real_pairs, canonicalize, merge_equal, find_rope) == 1
+        (rope,) = (n for n in found.graph.graph.nodes if n.target is torch.ops.fuseline.rope.default)
+        assert rope.args[4:] == (rotary, layout) and "aten.cos" not in found.ops()
+        torch.testing.assert_close(found.run(rope_rows=POSITIONS[0]), before, rtol=0, atol=1e-6)
+
+
+def turn_neighbours_backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.stack((x[..., 1::2], -x[..., ::2]), dim=-1).flatten(-2) * sin
+
+
+def turn_pairs_of_two(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x[..., 0::2], x.exp()[..., 1::2]
+    cos, sin = cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+
+
+@DTYPES
+@pytest.mark.parametrize("turn", [turn_neighbours_backwards, turn_pairs_of_two])
+def test_what_is_nearly_a_rotation_of_neighbours_is_none(turn: Callable, dtype: torch.dtype) -> None:
+    found = rope_case(Rope(turn), dtype)
+    before = found.run()
+    assert found.apply(remove_noops, real_pairs, canonicalize, merge_equal, find_rope) == 0
+    same_numbers(found, before)
+
+
 def turn_backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], -x[..., :half]), dim=-1) * sin
@@ -219,6 +291,39 @@ def test_angles_of_anything_but_positions_are_no_table(dtype: torch.dtype) -> No
     found = rope_case(Rope(turn_half, by_token=True), dtype)
     before = found.run()
     assert found.apply(remove_noops, canonicalize, find_rope) == 0
+    same_numbers(found, before)
+
+
+# concatenations and complex numbers
+
+
+def filled(x: Tensor, y: Tensor, end: int, is_read_early: bool = False) -> Tensor:
+    whole = x.new_empty(*x.shape[:-1], 24)
+    whole[..., :16].copy_(x)
+    early = whole.sum() if is_read_early else 0.0
+    whole[..., 16:end].copy_(y[..., : end - 16])
+    return whole[..., :end] * 2 + early
+
+
+@DTYPES
+def test_a_tensor_that_copies_fill_is_a_concatenation(dtype: torch.dtype) -> None:
+    found = case(lambda x: filled(x, x[..., :8].exp(), 24), dtype, x=X)
+    before = found.run()
+    assert found.apply(remove_noops, find_cat) == 1
+    assert found.ops()["aten.cat"] == 1 and not {"aten.new_empty", "aten.copy_"} & set(found.ops())
+    same_numbers(found, before)
+
+
+@pytest.mark.parametrize("options", [{"end": 20}, {"end": 24, "is_read_early": True}], ids=["a gap", "read early"])
+def test_what_copies_fill_in_part_stays(options: dict) -> None:
+    found = case(lambda x: filled(x, x[..., :8].exp(), **options)[..., :16], torch.float32, x=X)
+    assert found.apply(remove_noops, find_cat) == 0 and found.ops()["aten.copy_"] == 2
+
+
+def test_complex_numbers_that_pairs_cannot_express_stay() -> None:
+    found = case(lambda x: torch.view_as_complex(x.reshape(5, 8, 2)).abs(), torch.float32, x=X)
+    before = found.run()
+    assert found.apply(remove_noops, real_pairs) == 0
     same_numbers(found, before)
 
 
@@ -277,7 +382,71 @@ def probabilities_used_twice(x: Tensor) -> tuple[Tensor, Tensor]:
 def normed_by_another_sum(x: Tensor) -> tuple[Tensor, Tensor]:
     weights, ids = torch.topk(F.softmax(x, dim=-1, dtype=torch.float32), 2, dim=-1)
     total = weights.sum(-1, keepdim=True)
-    return weights / (total + 1.0), ids
+    return weights / (total * 2.0), ids
+
+
+class Grouped(nn.Module):
+    """DeepSeek-V3's router of 8 experts in 4 groups; `change` is a near miss."""
+
+    def __init__(self, change: str = "", num_groups: int = 4) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(8))
+        self.change, self.num_groups = change, num_groups
+
+    def forward(self, x):
+        scores = x.sigmoid() if self.change != "tanh" else x.tanh()
+        choice = scores + self.bias
+        if self.num_groups > 1:
+            choice = choice.masked_fill(~self.mask(choice, x), -1.0 if self.change == "other mask" else float("-inf"))
+        ids = torch.topk(choice, k=2, dim=-1, sorted=False)[1]
+        weights = (choice if self.change == "weighed by choice" else scores).gather(1, ids)
+        weights /= weights.sum(-1, keepdim=True) + 1e-20
+        return weights * 2.5, ids
+
+    def mask(self, choice: Tensor, x: Tensor) -> Tensor:
+        grouped = (x if self.change == "groups by logit" else choice).view(-1, self.num_groups, 8 // self.num_groups)
+        best = torch.topk(grouped.topk(2, dim=-1)[0].sum(-1), k=2, dim=-1, sorted=False)[1]
+        mask = torch.zeros_like(grouped.topk(2, dim=-1)[0].sum(-1))
+        mask.scatter_(1, best, 1)
+        return mask.unsqueeze(-1).expand(-1, *grouped.shape[1:]).reshape(-1, 8).bool()
+
+
+def limited_softmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V2's: the best expert of a group, masked by 0, weights as the top-k gives them."""
+    scores = x.softmax(dim=-1, dtype=torch.float32)
+    best = scores.view(-1, 4, 2).max(dim=-1).values
+    mask = torch.zeros_like(best)
+    mask.scatter_(1, torch.topk(best, k=2, dim=-1, sorted=False)[1], 1)
+    outside = ~mask.unsqueeze(-1).expand(-1, 4, 2).reshape(-1, 8).bool()
+    weights, ids = torch.topk(scores.masked_fill(outside, 0.0), k=2, dim=-1, sorted=False)
+    return weights * 3.0, ids
+
+
+@pytest.mark.parametrize(
+    "module, args",
+    [
+        (Grouped(), (codes.ROUTE_SIGMOID, 4, 2, 2, 1, 1e-20, 2.5)),
+        (Grouped(num_groups=1), (codes.ROUTE_SIGMOID, 1, 1, 1, 1, 1e-20, 2.5)),
+        (limited_softmax, (codes.ROUTE_SOFTMAX, 4, 2, 1, 0, 0.0, 3.0)),
+    ],
+    ids=["deepseek_v3", "one_group", "deepseek_v2"],
+)
+def test_routers_of_groups(module: nn.Module | Callable, args: tuple) -> None:
+    found = case(module, torch.float32, x=LOGITS)
+    before = found.run()
+    assert found.apply(remove_noops, canonicalize, merge_equal, find_moe) == 1
+    (route,) = (n for n in found.graph.graph.nodes if n.target is torch.ops.fuseline.route_groups.default)
+    assert route.args[2:-1] == (2, *args)
+    assert set(found.ops()) == {"route_groups", "getitem"}, "nothing of the mask is left"
+    same_numbers(found, before)
+
+
+@pytest.mark.parametrize("change", ["tanh", "other mask", "weighed by choice", "groups by logit"])
+def test_what_is_nearly_a_router_of_groups_is_none(change: str) -> None:
+    found = case(Grouped(change), torch.float32, x=LOGITS)
+    before = found.run()
+    assert found.apply(remove_noops, canonicalize, merge_equal, find_moe) == 0
+    same_numbers(found, before)
 
 
 @DTYPES

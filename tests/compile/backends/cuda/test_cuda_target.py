@@ -24,6 +24,7 @@ from fuseline.compile.kernels.select import Kernels
 from fuseline.compile.kernels.triton.batch import feed_tokens
 from fuseline.compile.kernels.triton.experts import default_tile
 from fuseline.compile.kernels.triton.sampling import sample
+from fuseline.compile.ops.registry import registry
 from fuseline.compile.residency.uploads import ALIGNMENT, DeviceInputs
 from fuseline.compile.target import CPU, DeviceError, Target, detect_target
 
@@ -147,12 +148,12 @@ def test_what_a_graph_cannot_do_is_run_op_by_op() -> None:
     assert model.graphs.decode.captured == {} and model.run(decode_step([3])).logits.shape[0] == 1
 
 
-def rounding_to(fp8: torch.dtype, write):
+def rounding_to(fp8: torch.dtype, num_caches: int, write):
     """`write`, then all that the caches hold as fp8 would hold it."""
 
-    def write_rounded(k_cache, v_cache, *args):
-        out = write(k_cache, v_cache, *args)
-        for cache in (k_cache, v_cache):
+    def write_rounded(*args):
+        out = write(*args)
+        for cache in args[:num_caches]:
             cache.copy_(cache.to(fp8).to(cache.dtype))
         return out
 
@@ -161,7 +162,8 @@ def rounding_to(fp8: torch.dtype, write):
 
 @pytest.mark.parametrize(("family", "op", "flag", "fp8"), [
     ("llama", "rope_cache", "fp8", torch.float8_e4m3fn), ("llama", "rope_cache", "fp8_e5m2", torch.float8_e5m2),
-    ("deepseek_v3", "write_cache", "fp8_e5m2", torch.float8_e5m2),
+    ("gpt2", "write_cache", "fp8_e5m2", torch.float8_e5m2),
+    ("deepseek_v3", "rope_latent", "fp8_e5m2", torch.float8_e5m2),
 ])  # fmt: skip
 def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(
     family: str, op: str, flag: str, fp8: torch.dtype, monkeypatch
@@ -174,7 +176,7 @@ def test_an_fp8_cache_is_a_cache_of_numbers_rounded_to_fp8(
     )  # fmt: skip
     coded = build(family, kv_cache_dtype=flag)
     (*_, kernel) = implementations("cuda")[op]
-    write = dataclasses.replace(kernel, run=rounding_to(fp8, kernel.run), tunings=())
+    write = dataclasses.replace(kernel, run=rounding_to(fp8, len(registry()[op].caches), kernel.run), tunings=())
     monkeypatch.setitem(implementations("cuda"), op, (write,))
     rounded = build(family)
     for model in (coded, rounded):
