@@ -5,6 +5,7 @@ cast(n, dtype) * weight                 -> rms_norm(x, weight, eps, CAST_THEN_SC
 cast(n * cast(weight, f32), dtype)      -> rms_norm(x, weight, eps, SCALE_THEN_CAST)
 cast(n * (cast(weight, f32) + 1), dtype)-> rms_norm(x, weight, eps, ONE_PLUS)
 layer_norm(x, [D], weight, bias, eps)   -> layer_norm(x, weight, bias, eps)
+cast(n * cast(weight, f32), dtype), h = cast(x, f32) - mean(cast(x, f32))  -> layer_norm(x, weight, None, eps)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ MEAN = Call(aten.mean.dim, Call(aten.pow.Tensor_Scalar, WIDE, 2), [-1], True)
 NORMED = Call(
     aten.mul.Tensor, WIDE, Call(aten.rsqrt.default, Call(aten.add.Tensor, MEAN, Var("eps", is_number))), commutes=True
 )
+CENTERED = Call(aten.sub.Tensor, Var("uncentered", is_node), Call(aten.mean.dim, Var("uncentered"), [-1], True))
 WEIGHT = Var("weight", is_constant)
 ONE_PLUS = Call(aten.add.Tensor, maybe_cast(WEIGHT), Var("one", lambda v: is_number(v) and v == 1))
 SCALED_LATE = Call(aten.mul.Tensor, Call(cast, NORMED, name="down"), WEIGHT, commutes=True)
@@ -52,13 +54,17 @@ def _rms_norm(node: fx.Node) -> bool:
 
 def _replace(node: fx.Node, found: dict[str, Any], mode: int) -> bool:
     """Returns False if the result's dtype differs from the input's (a later cast is the norm's) or the weight's."""
-    x = found["wide"].args[0] if found["wide"].target is cast else found["wide"]
+    centered = match(CENTERED, found["wide"]) if mode == codes.NORM_SCALE_THEN_CAST else None
+    wide = centered["uncentered"] if centered else found["wide"]
+    x = wide.args[0] if wide.target is cast else wide
     if x.meta["val"].dtype != node.meta["val"].dtype:
         return False
     weight = found.get("weight")
     value = x.meta["val"]
     if weight is not None and (weight.meta["val"].shape != value.shape[-1:] or weight.meta["val"].dtype != value.dtype):
         return False
+    if centered:
+        return replace(node, OPS.layer_norm.default, (x, weight, None, float(found["eps"])))
     return replace(node, OPS.rms_norm.default, (x, weight, float(found["eps"]), mode))
 
 

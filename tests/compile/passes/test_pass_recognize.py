@@ -76,6 +76,23 @@ def test_each_order_of_casts_is_its_own_norm(function: Callable, mode: int, dtyp
     same_numbers(found, before)
 
 
+def centered(weight: Tensor, x: Tensor) -> Tensor:
+    wide = x.float()
+    middle = wide - wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(middle.pow(2).mean(-1, keepdim=True) + EPS)
+    return (weight.float() * (middle * scale)).to(x.dtype)
+
+
+@DTYPES
+def test_a_norm_around_the_mean_is_a_layer_norm(dtype: torch.dtype) -> None:
+    """Cohere's; torch's own sums in another order."""
+    found = case(Weighted(centered), dtype, x=X)
+    before, rounding = found.run(), 2 * torch.finfo(dtype).eps
+    assert found.apply(remove_noops, canonicalize, merge_equal, find_norm) == 1
+    assert found.ops() == {"layer_norm": 1}
+    torch.testing.assert_close(found.run(), before, rtol=rounding, atol=rounding)
+
+
 @DTYPES
 def test_norms_without_weights_and_layer_norms(dtype: torch.dtype) -> None:
     def module(x):

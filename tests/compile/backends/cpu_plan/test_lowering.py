@@ -274,7 +274,7 @@ def test_explain_tells_stages_passes_and_the_plan() -> None:
 
 
 def test_explain_names_what_torch_computes() -> None:
-    text = explain(CompileConfig(str(checkpoint("cohere", "bfloat16"))))
+    text = explain(CompileConfig(str(checkpoint("cohere", "bfloat16")), disabled_passes=("find_norm",)))
     assert "region 0: " in text and "aten.mean" in text
 
 
