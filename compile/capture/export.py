@@ -192,11 +192,20 @@ def _lift(
             done[node] = lifted
             if spec.kind != InputKind.PARAMETER:
                 constants.add(name)
+        elif _moves_nothing(node):
+            done[node] = done[node.args[0]]
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # it pins the meta device
             done[node] = _retarget(out.node_copy(node, lambda n: done[n]))
             if layer_list:
                 done[node].meta["layer"] = layer_at(_module_paths(node), f"model.{layer_list}")
     return out, constants, done
+
+
+def _moves_nothing(node: fx.Node) -> bool:
+    """A move of a tensor to where it is. Layers that read what others have moved (DeepSeek-V2) are not repeated."""
+    if node.target is not torch.ops.aten.to.dtype_layout or node.kwargs.get("copy"):
+        return False
+    return node.meta["val"].dtype == node.args[0].meta["val"].dtype
 
 
 def _retarget(node: fx.Node) -> fx.Node:

@@ -6,11 +6,14 @@ Legend: H query heads, K kv heads, T query tokens, D key dim, E value dim, S seq
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor
 
-from fuseline.compile.ops.attention import over_pages, paged_attention_inputs, value_dim
-from fuseline.compile.ops.library import Make, op
+from fuseline.compile.ops.attention import over_pages, paged_attention_inputs, paged_attention_workloads, value_dim
+from fuseline.compile.ops.library import Make, ModelShape, Workload, op
+
+DISTANCES = 128
 
 
 def paged_relative_attention_inputs(make: Make) -> Iterator[tuple]:
@@ -19,9 +22,16 @@ def paged_relative_attention_inputs(make: Make) -> Iterator[tuple]:
         yield q, *batch, sinks, window, scale, softcap, make.normal(1, q.shape[1], q.shape[2], 9).float()
 
 
+def paged_relative_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Workload]:
+    for work in paged_attention_workloads(make, shape):
+        _, num_heads, num_tokens, _ = work.args[0].shape
+        yield replace(work, args=(*work.args, make.fill(1, num_heads, num_tokens, DISTANCES).float()))
+
+
 @op(
     fake=lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], value_dim(v_cache)),
     inputs=paged_relative_attention_inputs,
+    workloads=paged_relative_attention_workloads,
     tolerance=12.0,
 )
 def paged_relative_attention(

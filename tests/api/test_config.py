@@ -64,7 +64,7 @@ BROKEN = {
     "names of passes": {"compilation_config": {"pass_config": {"a": "off"}}},
     "pass_config: there is no pass 'a'": {"compilation_config": {"pass_config": {"a": False}}},
     "config: page_attention cannot be left out": {"compilation_config": {"pass_config": {"page_attention": False}}},
-    "--disabled-passes: there is no pass 'fuse' (passes: canonicalize,": {"disabled_passes": ("fuse",)},
+    "--disabled-passes: there is no pass 'fuse' (passes: absorb_latent,": {"disabled_passes": ("fuse",)},
     "--disabled-passes: page_attention cannot be left out": {"disabled_passes": ("page_attention",)},
     "--tensor-parallel-size: not yet supported": {"tensor_parallel_size": 2},
 }

@@ -135,7 +135,7 @@ void project(const Experts<Weight>& job, const Projection<Weight>& p, const Bloc
   });
 }
 
-vf activate(int64_t act, vf x) {
+FL_INLINE vf activate(int64_t act, vf x) {
   if (act == kExpertSilu) return vsilu(x);
   if (act == kExpertGelu) return vgelu(x);
   return act == kExpertGeluTanh ? vgelu_tanh(x) : vrelu(x);
