@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fuseline.compile.kernels.cuda.library import DTYPES, CudaLibrary, native
+from fuseline.compile.kernels.cuda.library import BULK_ISAS, DTYPES, CudaLibrary, native
 from fuseline.compile.kernels.registry import NATIVE, tunings
 from fuseline.compile.kernels.triton.attention import PREFILL_TUNINGS, Tuning
 from fuseline.compile.kernels.triton.attention import paged_attention as triton_attention
@@ -24,8 +24,6 @@ RUN = 4
 """Splits of 256 keys that the kernel of bulk copies merges first; a block computes one or so many at a time."""
 MANY_RUNS = 1024
 """Runs, each for one kv head, from which on a block computes whole runs: eight for each of 132 multiprocessors."""
-BULK_ISAS = ("sm_90", "sm_100", "sm_103")
-"""GPUs with bulk copies and 227 KiB of shared memory a block."""
 NO_WINDOW = (1 << 31) - 1
 
 

@@ -29,6 +29,8 @@ DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 5, torch.float8_e4m3fn: 5, torch.float8_e5m2: 6,
 }  # fmt: skip
 """Codes of csrc/include/fuseline/op.h and, for caches, csrc/cuda/fp8.h: bytes are e4m3."""
+BULK_ISAS = ("sm_90", "sm_100", "sm_103")
+"""GPUs with bulk copies and 227 KiB of shared memory a block."""
 
 
 class Overlap(IntEnum):

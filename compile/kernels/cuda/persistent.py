@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseline.compile.kernels.cuda import library as cuda_library
-from fuseline.compile.kernels.cuda.attention import BULK_ISAS
-from fuseline.compile.kernels.cuda.library import DTYPES, CudaLibrary, Overlap
+from fuseline.compile.kernels.cuda.library import BULK_ISAS, DTYPES, CudaLibrary, Overlap
 from fuseline.compile.kernels.registry import Implementation, OpCall, implementations
 from fuseline.compile.ops.library import op_name
 from fuseline.compile.ops.registry import op_of

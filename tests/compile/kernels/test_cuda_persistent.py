@@ -20,8 +20,7 @@ from fuseline.compile.kernels.cuda import linear as cuda_linear
 from fuseline.compile.kernels.cuda import norm as cuda_norm
 from fuseline.compile.kernels.cuda import persistent
 from fuseline.compile.kernels.cuda import rope as cuda_rope
-from fuseline.compile.kernels.cuda.attention import BULK_ISAS
-from fuseline.compile.kernels.cuda.library import CudaLibrary
+from fuseline.compile.kernels.cuda.library import BULK_ISAS, CudaLibrary
 from fuseline.compile.kernels.cuda.linear import FEW_ROWS
 from fuseline.compile.kernels.cuda.persistent import Recorder, recording_steps
 from fuseline.compile.kernels.registry import Implementation, implementations
