@@ -60,12 +60,18 @@ def route_groups_kernel(
     for k in tl.static_range(K):
         id = _best(choice, left, expert, E)
         left = tl.where(expert == id, 0, left)
-        chosen = tl.where(place == k, tl.sum(tl.where(expert == id, scores, 0.0), 1)[:, None], chosen)
+        chosen = tl.where(place == k, _of(scores, expert == id), chosen)
         tl.store(ids + token * K + k + tl.zeros([1, 1], tl.int32), id.to(tl.int64))
     if IS_RENORMALIZED:
         chosen = chosen / (line_sums(chosen)[:, None] + epsilon)
     chosen = chosen * scale
     tl.store(weights + token * K + place, chosen.to(weights.dtype.element_ty), mask=place < K)
+
+
+@triton.jit
+def _of(x, is_it):
+    """The number of a line at the one place, [1, 1]. No sum: that would have an order of the launch's."""
+    return tl.max(tl.where(is_it, x, float("-inf")), 1)[:, None]
 
 
 @triton.jit
@@ -89,7 +95,7 @@ def _in_best_groups(
         for _ in tl.static_range(GROUP_BEST):
             id = _best(choice, left, expert, E)
             left = tl.where(expert == id, 0, left)
-            total += tl.sum(tl.where(expert == id, choice, 0.0), 1)[:, None]
+            total += _of(choice, expert == id)
         of_groups = tl.where(group == g, total, of_groups)
     left = tl.where(group < G, 1, 0)
     is_kept = tl.zeros([1, PADDED_E], tl.int32)
