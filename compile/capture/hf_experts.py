@@ -63,8 +63,13 @@ def _products(
 
 
 def _weighted(out: Tensor, weights: Tensor) -> Tensor:
-    """The sum [T, D] of out[T * K, D], in the order of the choices: a row's bits depend on no other."""
-    first, *others = (out * weights.reshape(-1, 1)).unflatten(0, weights.shape).unbind(1)
+    """The sum [T, D] of out[T * K, D] times weights[T, K]."""
+    return _sum_of_choices((out * weights.reshape(-1, 1)).unflatten(0, weights.shape))
+
+
+def _sum_of_choices(out: Tensor) -> Tensor:
+    """[T, K, D] -> [T, D], in the order of the choices: a row's bits depend on no other."""
+    first, *others = out.unbind(1)
     return sum(others, first)
 
 
@@ -122,8 +127,7 @@ def inkling_shared(self: nn.Module, hidden_states: Tensor, gammas: Tensor) -> Te
     gate, up = (OPS.expert_linear(x, ids, matrix, None, False) for matrix in (self.gate_proj, self.up_proj))
     hidden = (self.act_fn(gate) * up * gammas[..., None]).flatten(0, 1)
     out = OPS.expert_linear(hidden, ids.reshape(-1, 1), self.down_proj, None, False).float()
-    first, *others = out.view(*gammas.shape, -1).unbind(1)
-    return sum(others, first).to(x.dtype).view(hidden_states.shape)
+    return _sum_of_choices(out.view(*gammas.shape, -1)).to(x.dtype).view(hidden_states.shape)
 
 
 def _gated(hidden: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:

@@ -61,6 +61,12 @@ def insert_call(before: fx.Node, target: object, args: tuple, like: fx.Node, val
     return node
 
 
+def insert_op(before: fx.Node, target: Callable, *args: object) -> fx.Node:
+    """insert_call with the node's own trace; the value is what the target gives for those of its operands."""
+    values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
+    return insert_call(before, target, args, before, target(*values))
+
+
 def replace(old: fx.Node, target: object, args: tuple) -> bool:
     """Replaces `old` by a call that takes its value and users. Returns False, unchanged, if no place is valid."""
     place = find_place(args, [old])

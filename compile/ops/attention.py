@@ -131,10 +131,15 @@ def make_attention(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], st
     """A prompt, or sequences of one token; their keys are as many as are not found in a cache."""
     known = {**inputs, **fixed}
     layer = AttentionLayer.of(*(known[name] for name in paged_attention.op.arguments if name in known))
+    args = batch_of(layer, step)
+    return {name: arg for name, arg in zip(paged_attention.op.arguments, args, strict=False) if name in inputs}
+
+
+def batch_of(layer: AttentionLayer, step: StepSize) -> tuple:
+    """Arguments of paged_attention for a step of that size."""
     is_prompt = step.phase == PREFILL
     lengths, counts = ([step.rows], [step.rows]) if is_prompt else ([CONTEXT] * step.rows, [1] * step.rows)
-    args = make_batch(layer, lengths, counts, str(step.device)).args
-    return {name: arg for name, arg in zip(paged_attention.op.arguments, args, strict=False) if name in inputs}
+    return make_batch(layer, lengths, counts, str(step.device)).args
 
 
 def describe_attention(names: Iterable[str], args: Iterable[object], weights: Iterable[bool]) -> str:

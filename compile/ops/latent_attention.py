@@ -12,20 +12,9 @@ import torch
 from torch import Tensor
 
 from fuseline.compile.ops import codes
-from fuseline.compile.ops.attention import CONTEXT, paged_attention
-from fuseline.compile.ops.attention_batch import AttentionLayer, make_batch
-from fuseline.compile.ops.library import (
-    DECODE,
-    PREFILL,
-    ROWS,
-    CallShape,
-    Make,
-    ModelShape,
-    StepSize,
-    Workload,
-    batch_invariant,
-    op,
-)
+from fuseline.compile.ops.attention import attention_size, batch_of, paged_attention
+from fuseline.compile.ops.attention_batch import AttentionLayer
+from fuseline.compile.ops.library import ROWS, CallShape, Make, ModelShape, StepSize, Workload, batch_invariant, op
 from fuseline.compile.ops.rope import from_int8, make_heads, rope, store_rows, tables
 
 
@@ -160,7 +149,7 @@ def latent_attention_workloads(make: Make, shape: ModelShape) -> Iterator[Worklo
 
 def latent_size(q: Tensor, latent_cache: Tensor, block_table: Tensor, *_: object) -> tuple[str, int]:
     """(phase, tokens), as of paged_attention."""
-    return (DECODE if q.shape[2] <= block_table.shape[0] else PREFILL), q.shape[2]
+    return attention_size(q, latent_cache, latent_cache, block_table)
 
 
 def _layer_of(
@@ -177,9 +166,7 @@ def make_latents(inputs: Mapping[str, Tensor], fixed: Mapping[str, object], step
     known = {**inputs, **fixed}
     names = paged_latent_attention.op.arguments
     layer = _layer_of(*(known[name] for name in names if name in known))
-    is_prompt = step.phase == PREFILL
-    lengths, counts = ([step.rows], [step.rows]) if is_prompt else ([CONTEXT] * step.rows, [1] * step.rows)
-    query, cache, _, *batch = make_batch(layer, lengths, counts, str(step.device)).args[:6]
+    query, cache, _, *batch = batch_of(layer, step)[:6]
     return {name: arg for name, arg in zip(names, (query, cache, *batch), strict=False) if name in inputs}
 
 

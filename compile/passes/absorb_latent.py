@@ -14,12 +14,13 @@ row's bits must not depend on how many others are computed with it. A weight of 
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from fuseline.compile.graph.edit import constant, insert_call, take_over
+from fuseline.compile.graph.edit import constant, insert_op, take_over
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import Call, Var, is_constant, is_node, match
 from fuseline.compile.ops.library import named_arguments
@@ -92,10 +93,7 @@ def _latent_of(node: fx.Node) -> Latent | None:
 
 
 def _absorb(graph: fx.GraphModule, node: fx.Node, of: Latent) -> None:
-    def call(target: object, *args: object) -> fx.Node:
-        values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
-        return insert_call(node, target, args, node, target(*values))
-
+    call = partial(insert_op, node)
     into, out_of = (_weight(graph, of, *part) for part in ((True, 0, of.nope_dim), (False, of.nope_dim, of.value_dim)))
     found = match(QUERIES, node.args[0])
     if found is not None and found["q_nope"].meta["val"].shape[-1] == of.nope_dim:

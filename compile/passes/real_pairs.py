@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fuseline.compile.graph.edit import insert_call
+from fuseline.compile.graph.edit import insert_op
 from fuseline.compile.graph.graph_pass import PassContext, PassResult
 from fuseline.compile.graph.match import is_number
 from fuseline.compile.passes.clean import CASTS
@@ -53,11 +53,6 @@ def _is_real_in_end(node: fx.Node, nodes: list[fx.Node]) -> bool:
     return not _is_complex(node) or all(user in nodes for user in node.users)
 
 
-def _call(before: fx.Node, target: object, *args: object) -> fx.Node:
-    values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
-    return insert_call(before, target, args, before, target(*values))
-
-
 Pairs = dict[fx.Node, fx.Node]
 
 
@@ -68,8 +63,8 @@ def _same(node: fx.Node, pairs: Pairs) -> fx.Node:
 
 def _polar(node: fx.Node, pairs: Pairs) -> fx.Node:
     size, angle = node.args
-    turned = [_call(node, turn, angle) for turn in (aten.cos.default, aten.sin.default)]
-    return _call(node, aten.stack.default, [_call(node, aten.mul.Tensor, size, part) for part in turned], -1)
+    turned = [insert_op(node, turn, angle) for turn in (aten.cos.default, aten.sin.default)]
+    return insert_op(node, aten.stack.default, [insert_op(node, aten.mul.Tensor, size, part) for part in turned], -1)
 
 
 def _product(node: fx.Node, pairs: Pairs) -> fx.Node:
@@ -77,23 +72,23 @@ def _product(node: fx.Node, pairs: Pairs) -> fx.Node:
     if left not in pairs:
         left, right = right, left
     if is_number(right):
-        return _call(node, aten.mul.Tensor, pairs[left], right)
+        return insert_op(node, aten.mul.Tensor, pairs[left], right)
     if right not in pairs:
-        return _call(node, aten.mul.Tensor, pairs[left], _call(node, aten.unsqueeze.default, right, -1))
-    (a, b), (c, d) = ([_call(node, aten.select.int, pairs[of], -1, k) for k in (0, 1)] for of in (left, right))
+        return insert_op(node, aten.mul.Tensor, pairs[left], insert_op(node, aten.unsqueeze.default, right, -1))
+    (a, b), (c, d) = ([insert_op(node, aten.select.int, pairs[of], -1, k) for k in (0, 1)] for of in (left, right))
 
     def times(x: fx.Node, y: fx.Node) -> fx.Node:
-        return _call(node, aten.mul.Tensor, x, y)
+        return insert_op(node, aten.mul.Tensor, x, y)
 
-    real = _call(node, aten.sub.Tensor, times(a, c), times(b, d))
-    imaginary = _call(node, aten.add.Tensor, times(a, d), times(b, c))
-    return _call(node, aten.stack.default, [real, imaginary], -1)
+    real = insert_op(node, aten.sub.Tensor, times(a, c), times(b, d))
+    imaginary = insert_op(node, aten.add.Tensor, times(a, d), times(b, c))
+    return insert_op(node, aten.stack.default, [real, imaginary], -1)
 
 
 def _along_dim(node: fx.Node, pairs: Pairs) -> fx.Node:
     """An op whose second argument is a dim."""
     dim = node.args[1] if len(node.args) > 1 else 0
-    return _call(node, node.target, pairs[node.args[0]], dim if dim >= 0 else dim - 1, *node.args[2:])
+    return insert_op(node, node.target, pairs[node.args[0]], dim if dim >= 0 else dim - 1, *node.args[2:])
 
 
 VIEWS = (aten.view_as_complex.default, aten.view_as_real.default)

@@ -44,11 +44,15 @@ class WaitingQueue:
     def push(self, seq: Sequence) -> None:
         self._members.add(seq)
         heapq.heappush(self._heap, (seq.order, seq))
-        if seq.num_tokens <= self._short_tokens and not seq.request.turn:
+        if self.is_short(seq):
             if len(self._short) > MOST_GONE + 2 * len(self._members):
                 self._short = [entry for entry in self._short if self._is_next(entry[1])]
                 heapq.heapify(self._short)
             heapq.heappush(self._short, (seq.order, seq))
+
+    def is_short(self, seq: Sequence) -> bool:
+        """Whether a sequence may pass others while it waits."""
+        return seq.num_tokens <= self._short_tokens and not seq.request.turn
 
     def peek(self) -> Sequence | None:
         """The next sequence that is not deferred."""

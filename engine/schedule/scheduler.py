@@ -253,7 +253,7 @@ class Scheduler:
             seq = self.waiting.peek_short() if is_passing else self.waiting.peek()
             if seq is None:
                 break
-            if kept and seq.num_tokens <= self.limits.short_tokens and not seq.request.turn:
+            if kept and self.waiting.is_short(seq):
                 budget.tokens_left, kept = budget.tokens_left + kept, 0
             if seq.num_pending:
                 self.waiting.remove(seq)

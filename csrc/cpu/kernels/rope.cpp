@@ -185,6 +185,21 @@ void for_tokens(const Tensor& x, const F& body) {
   });
 }
 
+// Writes the queries of rope_latent, and calls store(T{}, k, by, slot, head, token) for the keys of tokens with a slot.
+template <class Store>
+void join_heads(const Tensor* t, const int64_t* i, const Store& store) {
+  const Tensor &q_out = t[0], &cache = t[1];
+  const Joined q{t[2], t[3]}, k{t[4], t[5]};
+  const Rotation by{&t[6], &t[7], &t[8], i[0], i[1]};
+  for_tokens(q_out, [&](auto type, int64_t token) {
+    using T = decltype(type);
+    for (int64_t h = 0; h < q_out.sizes[1]; ++h) join_head(head_row<T>(q_out, h, token), q, by, h, token);
+    const int64_t slot = index_at(t[9], token);
+    if (!has_slot(cache, slot)) return;
+    for (int64_t h = 0; h < cache.sizes[1]; ++h) store(type, k, by, slot, h, token);
+  });
+}
+
 }  // namespace
 
 void rope(const Tensor* t, const int64_t* i, const double*) {
@@ -221,34 +236,18 @@ void write_latent_codes(const Tensor* t, const int64_t* i, const double*) {
 
 // t: q_out!, latent_cache!, q_nope, q_pe, latent, k_pe, cos, sin, rows, slots; i: rotary_dim, layout.
 void rope_latent(const Tensor* t, const int64_t* i, const double*) {
-  const Tensor &q_out = t[0], &cache = t[1];
-  const Joined q{t[2], t[3]}, k{t[4], t[5]};
-  const Rotation by{&t[6], &t[7], &t[8], i[0], i[1]};
-  for_tokens(q_out, [&](auto type, int64_t token) {
-    using T = decltype(type);
-    for (int64_t h = 0; h < q_out.sizes[1]; ++h) join_head(head_row<T>(q_out, h, token), q, by, h, token);
-    const int64_t slot = index_at(t[9], token);
-    if (!has_slot(cache, slot)) return;
-    for (int64_t h = 0; h < cache.sizes[1]; ++h) join_head(value_row<T>(cache, slot, h), k, by, h, token);
+  join_heads(t, i, [&]<class T>(T, const Joined& k, const Rotation& by, int64_t slot, int64_t head, int64_t token) {
+    join_head(value_row<T>(t[1], slot, head), k, by, head, token);
   });
 }
 
 // The same to a cache of codes: t: then latent_scale?; i: then code (CacheCode).
 void rope_latent_codes(const Tensor* t, const int64_t* i, const double*) {
-  const Tensor& q_out = t[0];
   const CodedCache keys = coded_cache(t[1], t[10], i[2]);
-  const Joined q{t[2], t[3]}, k{t[4], t[5]};
-  const Rotation by{&t[6], &t[7], &t[8], i[0], i[1]};
-  for_tokens(q_out, [&](auto type, int64_t token) {
-    using T = decltype(type);
-    for (int64_t h = 0; h < q_out.sizes[1]; ++h) join_head(head_row<T>(q_out, h, token), q, by, h, token);
-    const int64_t slot = index_at(t[9], token);
-    if (!has_slot(keys.cache, slot)) return;
+  join_heads(t, i, [&]<class T>(T, const Joined& k, const Rotation& by, int64_t slot, int64_t head, int64_t token) {
     T* row = static_cast<T*>(scratch(Scratch::kChunk, k.width() * sizeof(T)));
-    for (int64_t h = 0; h < keys.cache.sizes[1]; ++h) {
-      join_head(row, k, by, h, token);
-      store_coded_row(keys, row, slot, h);
-    }
+    join_head(row, k, by, head, token);
+    store_coded_row(keys, row, slot, head);
   });
 }
 
